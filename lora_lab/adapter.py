@@ -1,0 +1,363 @@
+"""An adapter: its tensors, its configuration, and the record of how it came to be."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_lab import files, peft_format
+from lora_lab.errors import AdapterError, FileError, LoraLabWarning, MismatchError, TunerError, some
+from lora_lab.lowrank import LowRank
+from lora_lab.peft_format import PREFIX, Parsed, Site
+
+CONFIG_KEY = "lora_lab.config"
+RECORD_KEY = "lora_lab.record"
+_HUB_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One adapter, read-only: transforms return new ones."""
+
+    tensors: Mapping[str, Tensor]
+    """PEFT's canonical key → tensor, in the file's dtype; the tuner's own tensors and every other (heads …)."""
+    config: Mapping[str, Any]
+    """PEFT's adapter_config.json."""
+    sites: Mapping[str, Site]
+    """Module name in the base model → where its tensors are."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """What it was trained on: task, method, seed, metrics. Empty for adapters from elsewhere."""
+    source: str = ""
+    """Where it was read from, or what made it."""
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        config: str | os.PathLike[str] | None = None,
+        alpha: float | None = None,
+        adapter_name: str | None = None,
+    ) -> Adapter:
+        """Read a PEFT folder, a lone .safetensors or .bin file, a Trainer checkpoint, or a hub id (org/name).
+
+        `config` names an adapter_config.json for a file that has none in its header or beside it, `alpha` gives
+        lora_alpha where no configuration is to be had, `adapter_name` chooses one of several in the keys.
+        Raises FileError (missing, broken, foreign) or AdapterError (readable, but unusable: names every module).
+        """
+        listing = inspect(path, config=config, alpha=alpha, adapter_name=adapter_name)
+        if listing.problems:
+            raise AdapterError("; ".join(listing.problems[:3]))
+        for note in listing.warnings:
+            warnings.warn(f"{path}: {note}", LoraLabWarning, stacklevel=2)
+        return listing.adapter
+
+    @property
+    def tuner(self) -> str:
+        """PEFT's tuner type in upper case."""
+        return peft_format.tuner_of(self.config)
+
+    @property
+    def base_model(self) -> str | None:
+        """What the configuration says the adapter was trained on."""
+        return self.config.get("base_model_name_or_path") or None
+
+    @property
+    def label(self) -> str:
+        """A short name for tables and legends: the file's, without folders and ending."""
+        name = Path(self.source).name
+        return name.removesuffix(".safetensors").removesuffix(".bin") or self.source or "adapter"
+
+    @property
+    def others(self) -> list[str]:
+        """Keys of the tensors that belong to no tuner layer: heads, biases, embeddings."""
+        owned = {key for site in self.sites.values() for key in site.keys.values()}
+        return [key for key in self.tensors if key not in owned]
+
+    @cached_property
+    def updates(self) -> dict[str, LowRank]:
+        """Module name → ΔW as a LowRank.
+
+        Raises TunerError, naming the tuner, where ΔW is not scale · B A (DoRA, PiSSA, LoHa, OFT …).
+        """
+        self.require_additive()
+        return {
+            name: peft_format.update(site, self.tensors, self.config) for name, site in self.sites.items()
+        }
+
+    def require_additive(self) -> None:
+        """Raise TunerError if ΔW is not scale · B A."""
+        reason = peft_format.why_not_additive(self.config, self.sites.values())
+        if reason:
+            raise TunerError(f"{self.source or 'adapter'}: no ΔW from the factors alone: {reason}")
+
+    @property
+    def total_norm(self) -> float:
+        """‖ΔW‖_F over all modules together."""
+        return float(torch.tensor([u.norm() for u in self.updates.values()], dtype=torch.float64).norm())
+
+    def with_updates(self, updates: Mapping[str, LowRank], *, source: str) -> Adapter:
+        """A plain LoRA adapter with exactly these updates, everything else (heads, record, base) kept.
+
+        Scales are 1 (alpha = rank), ranks may differ between modules, and each pattern names one module only.
+        """
+        return from_updates(updates, like=self, source=source)
+
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+        """Write a PEFT folder, or for a path that ends in .safetensors one file with config and record inside.
+
+        The target is whole or absent whatever happens; an existing one is replaced only with `force`.
+        """
+        path = Path(path)
+        files.refuse_existing(path, force=force)
+        config = json.dumps(_plain(self.config), indent=2, sort_keys=True)
+        metadata = {"format": "pt", RECORD_KEY: json.dumps(_plain(self.record))}
+        if path.suffix == ".safetensors":
+            files.write_safetensors(path, self.tensors, metadata | {CONFIG_KEY: config})
+            return path
+        with files.replacing(path) as folder:
+            folder.mkdir()
+            files.write_safetensors(folder / "adapter_model.safetensors", self.tensors, metadata)
+            files.write_bytes(folder / "adapter_config.json", config.encode() + b"\n")
+        return path
+
+
+def from_updates(updates: Mapping[str, LowRank], *, like: Adapter, source: str) -> Adapter:
+    """See `Adapter.with_updates`; layouts (embedding, convolution, fan_in_fan_out) follow `like`'s sites."""
+    names = sorted(updates)
+    ranks = {name: updates[name].rank for name in names}
+    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    uneven = {peft_format.anchored(name): rank for name, rank in ranks.items() if rank != common}
+    dotted = all("." in name for name in names)
+    config = {
+        **{key: value for key, value in like.config.items() if key not in _DROPPED},
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": uneven,
+        "alpha_pattern": dict(uneven),
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        # A bare name would also match every module whose name ends in it.
+        "target_modules": names if dotted else f"^({'|'.join(map(re.escape, names))})$",
+    }
+    tensors: dict[str, Tensor] = {}
+    sites = {}
+    for name in names:
+        old = like.sites.get(name)
+        kind = old.kind if old else "linear"
+        site = Site(name, kind, {}, ranks[name], 1.0)
+        A, B = _stored(updates[name], kind, bool(config.get("fan_in_fan_out")))
+        ends = ("", "") if kind == "embedding" else (".weight", ".weight")
+        keys = {part: f"{PREFIX}{name}.{part}{end}" for part, end in zip(site.pair, ends, strict=True)}
+        tensors |= dict(zip(keys.values(), (A, B), strict=True))
+        sites[name] = replace(site, keys=keys)
+    tensors |= {key: like.tensors[key] for key in like.others}
+    return Adapter(tensors, config, sites, like.record, source)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What `inspect` found: the adapter as far as it could be read, and everything wrong with it."""
+
+    adapter: Adapter
+    format: str
+    warnings: list[str]
+    problems: list[str]
+
+
+def inspect(
+    path: str | os.PathLike[str],
+    *,
+    config: str | os.PathLike[str] | None = None,
+    alpha: float | None = None,
+    adapter_name: str | None = None,
+) -> Listing:
+    """Read an adapter as far as it can be read; only missing and broken files raise (FileError)."""
+    found = _locate(path)
+    raw_metadata: dict[str, str] = {}
+    if found.weights.suffix == ".safetensors":
+        tensors, raw_metadata = files.read_safetensors(found.weights)
+        if "lora_adapter_metadata" in raw_metadata:
+            raise FileError(
+                f"{found.weights}: a diffusers file (its header says so); PEFT's format is needed"
+            )
+    else:
+        tensors = files.read_bin(found.weights)
+    settings, notes = _find_config(found, config, raw_metadata, tensors, alpha)
+    settings, more = peft_format.complete_config(settings, tensors)
+    parsed: Parsed = peft_format.parse(tensors, settings, str(found.weights), adapter_name)
+    adapter = Adapter(parsed.tensors, settings, parsed.sites, _record(raw_metadata), str(path))
+    notes = [*found.notes, *notes, *more, *parsed.warnings]
+    return Listing(adapter, found.format, notes, parsed.problems)
+
+
+def same_modules(adapters: Sequence[Adapter]) -> None:
+    """MismatchError unless all adapters use one tuner, adapt the same modules, and come from one base model."""
+    first = adapters[0]
+    for other in adapters[1:]:
+        pair = f"{first.source} and {other.source}"
+        if other.tuner != first.tuner:
+            raise MismatchError(f"{pair} are of different tuners: {first.tuner} and {other.tuner}")
+        if other.base_model and first.base_model and other.base_model != first.base_model:
+            raise MismatchError(
+                f"{pair} have different base models: {first.base_model!r} and {other.base_model!r}"
+            )
+        odd = sorted(set(first.sites) ^ set(other.sites))
+        if odd:
+            raise MismatchError(f"{pair} update different modules: {some(odd)}")
+
+
+class _Found:
+    def __init__(self, weights: Path, folder: Path | None, form: str, notes: Iterable[str] = ()) -> None:
+        self.weights, self.folder, self.format, self.notes = weights, folder, form, list(notes)
+
+
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def _locate(given: str | os.PathLike[str]) -> _Found:
+    path = Path(given).expanduser()
+    if path.is_dir():
+        return _locate_in_folder(path)
+    if path.is_file():
+        if path.name == "adapter_config.json":
+            return _locate_in_folder(path.parent)
+        if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
+            raise FileError(f"{path}: not an adapter; a PEFT folder, a .safetensors or a .bin file is needed")
+        return _Found(path, None, path.suffix.removeprefix("."))
+    if _HUB_ID.match(str(given)) and path.suffix not in (".safetensors", ".bin"):
+        return _locate_on_hub(str(given))
+    raise FileError(f"{given}: no such file or folder")
+
+
+def _locate_in_folder(folder: Path) -> _Found:
+    checkpoint = re.match(r"^checkpoint-(\d+)$", folder.name)
+    for name in _WEIGHTS:
+        if (folder / name).is_file():
+            return _Found(folder / name, folder, "trainer-checkpoint" if checkpoint else "peft")
+    steps = sorted(
+        (p for p in folder.glob("checkpoint-*") if p.is_dir() and p.name[11:].isdigit()),
+        key=lambda p: int(p.name[11:]),
+    )
+    for inner in reversed(steps):
+        if any((inner / name).is_file() for name in _WEIGHTS):
+            found = _locate_in_folder(inner)
+            found.notes.append(f"its last checkpoint is read: {inner.name}")
+            return found
+    inside = [p.name for p in sorted(folder.iterdir()) if any((p / name).is_file() for name in _WEIGHTS)]
+    if inside:
+        raise FileError(f"{folder}: no adapter itself, but holds some: {some(inside, 5)}; name one of them")
+    if any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")):
+        raise FileError(f"{folder}: a whole model, not an adapter ({' or '.join(_WEIGHTS)} is needed)")
+    raise FileError(f"{folder}: no {' and no '.join(_WEIGHTS)} in this folder")
+
+
+def _locate_on_hub(name: str) -> _Found:
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = name.partition("@")
+    try:
+        folder = snapshot_download(
+            repo, revision=revision or None, allow_patterns=["adapter_config.json", "adapter_model.*"]
+        )
+    except Exception as error:  # the hub client raises many kinds; each means that it is not to be had
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise FileError(
+            f"{name}: no such file or folder here, and the Hugging Face hub gave none ({reason}); "
+            "download it where there is a network and give the folder"
+        ) from error
+    found = _locate_in_folder(Path(folder))
+    found.format = "hub"
+    return found
+
+
+def _find_config(
+    found: _Found,
+    given: str | os.PathLike[str] | None,
+    metadata: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    alpha: float | None,
+) -> tuple[dict[str, Any], list[str]]:
+    if given is not None:
+        path = Path(given)
+        return files.read_json(path / "adapter_config.json" if path.is_dir() else path), []
+    neighbour = found.weights.parent / "adapter_config.json"
+    if found.folder is None and CONFIG_KEY in metadata:
+        return _header_json(found.weights, CONFIG_KEY, metadata), []
+    if neighbour.exists():
+        return files.read_json(neighbour), []
+    if CONFIG_KEY in metadata:
+        return _header_json(found.weights, CONFIG_KEY, metadata), []
+    return peft_format.assumed_config(tensors, alpha)
+
+
+def _header_json(path: Path, key: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        content = json.loads(metadata[key])
+    except json.JSONDecodeError as error:
+        raise FileError(f"{path}: {key} in its header is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise FileError(f"{path}: {key} in its header is not a JSON object")
+    return content
+
+
+def _record(metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        content = json.loads(metadata.get(RECORD_KEY, "{}"))
+    except json.JSONDecodeError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+# Fields that a new set of modules, ranks and factors makes void.
+_DROPPED = frozenset(
+    {
+        "use_dora",
+        "layers_to_transform",
+        "layers_pattern",
+        "exclude_modules",
+        "layer_replication",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "megatron_config",
+        "target_parameters",
+        "peft_version",
+        "auto_mapping",
+    }
+)
+
+
+def _stored(update: LowRank, kind: str, fan_in_fan_out: bool) -> tuple[Tensor, Tensor]:
+    """A and B as PEFT keeps them for this kind of layer."""
+    if kind == "embedding" or (kind == "linear" and fan_in_fan_out):
+        return update.B.T.contiguous(), update.A.T.contiguous()
+    if kind == "linear":
+        return update.A, update.B
+    ones = (1,) * (len(update.shape) - 2)
+    return update.A.reshape(update.rank, *update.shape[1:]), update.B.reshape(*update.B.shape, *ones)
+
+
+def _plain(value: Any) -> Any:
+    """JSON types only, in a fixed order: sets become sorted lists, enums and dtypes their text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(_plain(item) for item in value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float) or type(value) is str:
+        return value
+    return str(getattr(value, "value", value))

@@ -1,0 +1,66 @@
+"""Everything lora-lab raises or warns of on purpose.
+
+LoraLabError
+├── FileError (OSError)             a file is missing, broken, foreign, or in the way
+├── AdapterError (ValueError)       a readable adapter whose content cannot be used
+│   └── TunerError                  a question that this kind of adapter has no answer to
+├── MismatchError (ValueError)      inputs that do not fit together
+├── TaskError (ValueError)          a task that cannot be built or scored
+└── OptionError (ValueError)        a name or value that the user gave
+
+LoraLabWarning (UserWarning)        worth telling, but no error
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable
+
+
+class LoraLabError(Exception):
+    """Base of every error of this project; its text is one line for the user."""
+
+    def __str__(self) -> str:  # OSError would print its first argument as an errno
+        return " ".join(str(part) for part in self.args)
+
+
+class FileError(LoraLabError, OSError):
+    """A file is missing, broken, foreign, or in the way."""
+
+
+class AdapterError(LoraLabError, ValueError):
+    """An adapter was read, and its content cannot be used."""
+
+
+class TunerError(AdapterError):
+    """A question that this kind of adapter (DoRA, LoHa …) has no answer to."""
+
+
+class MismatchError(LoraLabError, ValueError):
+    """Inputs that do not fit together: other modules, other shapes, another base model."""
+
+
+class TaskError(LoraLabError, ValueError):
+    """A task that cannot be built or scored."""
+
+
+class OptionError(LoraLabError, ValueError):
+    """A name or a value that the user gave and that cannot be."""
+
+
+class LoraLabWarning(UserWarning):
+    """Something worth telling that is no error."""
+
+
+def some(names: Iterable[object], limit: int = 3) -> str:
+    """Names joined for a message: the first `limit` of them, then how many there are in all."""
+    listed = [str(name) for name in names]
+    shown = ", ".join(listed[:limit])
+    return shown if len(listed) <= limit else f"{shown} ({len(listed)} in all)"
+
+
+def unknown(kind: str, name: str, known: Collection[str]) -> OptionError:
+    """The error for a name that is not in `known`, with the nearest one and the whole list."""
+    near = difflib.get_close_matches(name.lower(), [option.lower() for option in known], n=1, cutoff=0.5)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return OptionError(f"unknown {kind} {name!r}{hint}; there are: {', '.join(known)}")

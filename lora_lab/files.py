@@ -1,0 +1,200 @@
+"""Files as they lie on disk: whole or refused when read, whole or absent when written."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_lab.errors import FileError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; FileError names what stands there instead (LFS pointer, web page, nothing, a list …)."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path}: not JSON but binary data") from error
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read ({error.strerror})") from error
+    _refuse_placeholder(path, text.encode()[:200])
+    if not text.strip():
+        raise FileError(f"{path}: empty; a JSON object belongs here")
+    try:
+        content = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise FileError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise FileError(f"{path}: a JSON {type(content).__name__}; an object {{…}} belongs here")
+    return content
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header metadata of a safetensors file; FileError says how it is broken."""
+    from safetensors import SafetensorError, safe_open
+
+    metadata = _check_safetensors_size(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise FileError(f"{path}: not a sound safetensors file ({error})") from error
+    return tensors, metadata
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The JSON header of a safetensors file and its length in bytes; the tensors stay unread."""
+    size = _size(path)
+    with path.open("rb") as file:
+        start = file.read(8)
+        if size == 0:
+            raise FileError(f"{path}: empty (0 bytes); the download or the save was incomplete")
+        _refuse_placeholder(path, start + file.read(192))
+        file.seek(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
+        if length is None or (length > size - 8 and (size <= 8 or length < 2**32)):
+            needed = "more" if length is None else f"{length + 8} or more"
+            raise FileError(f"{path}: truncated or incomplete: {size} bytes, its header alone needs {needed}")
+        if length > size - 8:
+            raise FileError(f"{path}: not a safetensors file")
+        try:
+            header = json.loads(file.read(length))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise FileError(f"{path}: not a safetensors file (its header is not JSON)") from error
+    if not isinstance(header, dict):
+        raise FileError(f"{path}: not a safetensors file (its header is not a JSON object)")
+    return header, int(length)
+
+
+def read_bin(path: Path) -> dict[str, Tensor]:
+    """The tensors of a torch file, read with weights_only, so that nothing in it is executed."""
+    import torch
+
+    if _size(path) == 0:
+        raise FileError(f"{path}: empty (0 bytes); the download or the save was incomplete")
+    with path.open("rb") as file:
+        _refuse_placeholder(path, file.read(200))
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise FileError(
+            f"{path}: refused: it holds more than tensors (or is no torch file), and reading it could run code"
+        ) from error
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        raise FileError(f"{path}: truncated or incomplete, or no torch file ({error})") from error
+    while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not all(
+        isinstance(value, torch.Tensor) for value in content.values()
+    ):
+        raise FileError(f"{path}: not a dictionary of tensors")
+    return {str(key): value for key, value in content.items()}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file beside its place, then rename: `path` is whole or as it was."""
+    from safetensors.torch import save
+
+    data = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, dict(metadata))
+    write_bytes(path, data)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write strict JSON (no NaN) beside its place, then rename."""
+    write_bytes(path, (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write beside `path`, sync, rename; on any failure or interrupt nothing is left behind."""
+    with replacing(path) as beside:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A free path beside `path`: what the block writes there, file or folder, takes its place at the end."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        workplace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written ({error.strerror})") from error
+    try:
+        beside = workplace / path.name
+        yield beside
+        if beside.is_dir() and path.exists():
+            path.rename(workplace / "replaced")
+        beside.replace(path)
+    except OSError as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"{path}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)
+
+
+def refuse_existing(*paths: Path, force: bool) -> None:
+    """FileError if one of the outputs is there already and `force` does not allow to replace it."""
+    for path in paths:
+        if path.exists() and not force:
+            raise FileError(f"{path}: exists already; --force replaces it")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, or of all files of a folder in sorted order; 16 hex digits."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        digest.update(file.name.encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _check_safetensors_size(path: Path) -> dict[str, str]:
+    header, length = read_header(path)
+    metadata = header.pop("__metadata__", {})
+    try:
+        expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (TypeError, KeyError, IndexError) as error:
+        raise FileError(f"{path}: not a safetensors file (its header lists no offsets)") from error
+    if _size(path) < expected:
+        raise FileError(f"{path}: truncated or incomplete: {_size(path)} bytes of {expected}")
+    return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _refuse_placeholder(path: Path, start: bytes) -> None:
+    if start.startswith(b"version https://git-lfs"):
+        raise FileError(
+            f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in that repository"
+        )
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        raise FileError(f"{path}: a web page, not the file itself; download it again")

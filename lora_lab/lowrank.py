@@ -1,0 +1,159 @@
+"""A weight update kept as the product of two thin matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lora_lab.errors import MismatchError, OptionError
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """ΔW = B A, in the layout in which the model stores the weight that it is added to.
+
+    A is [rank, columns] and B [rows, rank], in float32 or wider; the adapter's scale is folded into B. `shape`
+    is the shape of ΔW: (rows, columns), or that of a convolution kernel whose columns are flattened in A.
+    Norms, inner products and the SVD go through rank × rank cores; only `delta()` makes ΔW itself.
+    """
+
+    A: Tensor
+    B: Tensor
+    shape: tuple[int, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
+            raise MismatchError(
+                f"A {list(self.A.shape)} and B {list(self.B.shape)} are not [rank, columns] and [rows, rank]"
+            )
+        if self.A.dtype != self.B.dtype or torch.finfo(self.A.dtype).bits < 32:
+            raise MismatchError(f"A ({self.A.dtype}) and B ({self.B.dtype}) must share float32 or wider")
+        shape = self.shape or (self.B.shape[0], self.A.shape[1])
+        if shape[0] != self.B.shape[0] or math.prod(shape[1:]) != self.A.shape[1]:
+            raise MismatchError(
+                f"shape {shape} does not fit A {list(self.A.shape)} and B {list(self.B.shape)}"
+            )
+        object.__setattr__(self, "shape", shape)
+
+    @property
+    def rank(self) -> int:
+        """Rows of A, which is at least the rank of ΔW."""
+        return self.A.shape[0]
+
+    def delta(self) -> Tensor:
+        """ΔW itself, dense, of shape `shape`."""
+        delta: Tensor = self.B @ self.A
+        return delta.reshape(self.shape)
+
+    def __mul__(self, factor: float) -> LowRank:
+        return LowRank(self.A, self.B * factor, self.shape)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> LowRank:
+        return self * -1.0
+
+    def __add__(self, other: LowRank) -> LowRank:
+        return combine([self, other], [1.0, 1.0])
+
+    def __sub__(self, other: LowRank) -> LowRank:
+        return combine([self, other], [1.0, -1.0])
+
+    def inner(self, other: LowRank) -> float:
+        """⟨ΔW₁, ΔW₂⟩ = tr((B₂ᵀB₁)(A₁A₂ᵀ)), summed in float64."""
+        _same_shape([self, other])
+        B_core = other.B.T.double() @ self.B.double()
+        A_core = other.A.double() @ self.A.T.double()
+        return float((B_core * A_core).sum())
+
+    def norm(self) -> float:
+        """‖ΔW‖_F, from triangular cores (exact to rounding even where B A cancels)."""
+        core = self._core()[1]
+        return float(torch.linalg.matrix_norm(core))
+
+    def singular_values(self) -> Tensor:
+        """The min(rank, rows, columns) leading singular values of ΔW in float64, largest first."""
+        return torch.linalg.svdvals(self._core()[1])
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U [rows, k], S [k], Vh [k, columns] with ΔW = U diag(S) Vh; float64, without a dense ΔW."""
+        Q_B, core, Q_A = self._core()
+        U, S, Vh = torch.linalg.svd(core, full_matrices=False)
+        return Q_B @ U, S, Vh @ Q_A.T
+
+    def truncate(self, rank: int) -> tuple[LowRank, float]:
+        """The best approximation of the given rank, and its relative Frobenius error (0 for ΔW = 0)."""
+        if rank < 1:
+            raise OptionError(f"a rank of {rank} was asked for; it is at least 1")
+        U, S, Vh = self.svd()
+        root = S[:rank].sqrt()
+        total, lost = float(S.square().sum()), float(S[rank:].square().sum())
+        dtype = self.A.dtype
+        kept = LowRank((root[:, None] * Vh[:rank]).to(dtype), (U[:, :rank] * root).to(dtype), self.shape)
+        return kept, math.sqrt(lost / total) if total else 0.0
+
+    def effective_rank(self) -> float:
+        """exp of the entropy of the normalised singular values (Roy & Vetterli 2007); 0 for ΔW = 0."""
+        S = self.singular_values()
+        if not float(S.sum()):
+            return 0.0
+        share = S / S.sum()
+        return float(torch.special.entr(share).sum().exp())
+
+    def balanced(self) -> LowRank:
+        """The same ΔW in its canonical gauge: B = U√S, A = √S Vh, the largest entry of each row of A positive."""
+        U, S, Vh = self.svd()
+        k = min(self.rank, len(S))
+        sign = torch.sign(Vh.gather(1, Vh.abs().argmax(1, keepdim=True)))
+        root = S.sqrt()[:, None]
+        A, B = root * sign * Vh, (U.T * sign * root).T
+        pad = self.rank - k  # keep the rank, so that balanced factors can still be interpolated
+        A, B = torch.nn.functional.pad(A, (0, 0, 0, pad)), torch.nn.functional.pad(B, (0, pad))
+        return LowRank(A.to(self.A.dtype), B.to(self.A.dtype), self.shape)
+
+    def rotated_to(self, other: LowRank) -> LowRank:
+        """The same ΔW with factors turned by the orthogonal R that brings them nearest to `other`'s.
+
+        R minimises ‖B R − B'‖² + ‖Rᵀ A − A'‖² (orthogonal Procrustes); the ranks must be equal.
+        """
+        if self.rank != other.rank:
+            raise MismatchError(f"factors of rank {self.rank} and {other.rank} cannot be aligned")
+        U, _, Vh = torch.linalg.svd((self.B.T @ other.B + self.A @ other.A.T).double())
+        R = (U @ Vh).to(self.A.dtype)
+        return LowRank(R.T @ self.A, self.B @ R, self.shape)
+
+    def _core(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Q_B [rows, k], core, Q_A [columns, l] with ΔW = Q_B core Q_Aᵀ, in float64."""
+        Q_B, R_B = torch.linalg.qr(self.B.double())
+        Q_A, R_A = torch.linalg.qr(self.A.double().T)
+        return Q_B, R_B @ R_A.T, Q_A
+
+
+def combine(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    """Σ wᵢ ΔWᵢ, exact by concatenation: the ranks add."""
+    _same_shape(updates)
+    A = torch.cat([update.A for update in updates])
+    B = torch.cat([update.B * weight for update, weight in zip(updates, weights, strict=True)], dim=1)
+    return LowRank(A, B, updates[0].shape)
+
+
+def combine_factors(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    """(Σ wᵢ Bᵢ)(Σ wᵢ Aᵢ): what averaging the factors gives. It has cross terms and depends on the gauge."""
+    _same_shape(updates)
+    if len({update.rank for update in updates}) > 1:
+        raise MismatchError(
+            f"factors of ranks {', '.join(str(u.rank) for u in updates)} cannot be averaged; ΔW can (delta)"
+        )
+    A = sum((u.A * w for u, w in zip(updates, weights, strict=True)), torch.zeros_like(updates[0].A))
+    B = sum((u.B * w for u, w in zip(updates, weights, strict=True)), torch.zeros_like(updates[0].B))
+    return LowRank(A, B, updates[0].shape)
+
+
+def _same_shape(updates: Sequence[LowRank]) -> None:
+    shapes = [update.shape for update in updates]
+    if len(set(shapes)) > 1:
+        raise MismatchError(f"updates of different shapes: {', '.join(map(str, dict.fromkeys(shapes)))}")

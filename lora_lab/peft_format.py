@@ -1,0 +1,456 @@
+"""PEFT's adapter format: what its keys and its configuration mean.
+
+`parse` never raises on what a tensor or a configuration says: it lists problems, so that `inspect` can report
+on files that everything else refuses.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_lab.errors import AdapterError, some
+from lora_lab.lowrank import LowRank
+
+PREFIX = "base_model.model."
+"""What PEFT puts before the module's name in every key."""
+
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
+_LEADING = re.compile(r"^(?:module\.|base_model\.model\.)")
+_BASE_CHANGING = re.compile(r"^(pissa|olora|corda|loftq|lora_ga)")
+_VARIANTS = ("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
+
+# What an early PEFT wrote and a later one removed, and it never changed a plain adapter.
+_LEGACY = {"enable_lora", "merge_weights"}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One adapted module: its name in the base model and the keys of its adapter tensors by part."""
+
+    name: str
+    kind: str
+    """linear, embedding, conv1d … conv3d, or parameter (a stack of expert weights); tuner name for others."""
+    keys: Mapping[str, str]
+    """Part (lora_A, lora_B, hada_w1_a …, with .bias where it is one) → key in the adapter's tensors."""
+    rank: int | None = None
+    scale: float | None = None
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        """Parts that hold A and B."""
+        return ("lora_embedding_A", "lora_embedding_B") if self.kind == "embedding" else ("lora_A", "lora_B")
+
+
+@dataclass
+class Parsed:
+    """An adapter file taken apart."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    sites: dict[str, Site] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def tuner_of(config: Mapping[str, Any]) -> str:
+    """PEFT's type of the adapter in upper case, LORA where the configuration names none."""
+    return str(config.get("peft_type") or "LORA").rpartition(".")[2].upper()
+
+
+def parse(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], where: str, adapter_name: str | None = None
+) -> Parsed:
+    """Bring keys to PEFT's canonical form, group them by module and check them against the configuration.
+
+    `where` names the file in messages; `adapter_name` picks one adapter where the keys hold several.
+    """
+    parsed = Parsed()
+    tuner, prefix = tuner_of(config), _prefix(tuner_of(config), where)
+    found: dict[str, dict[str, tuple[str, Tensor]]] = defaultdict(dict)
+    names: dict[str, None] = {}
+    clashes: list[str] = []
+    loose: dict[str, Tensor] = {}
+    for raw, tensor in tensors.items():
+        if raw.startswith("base_model.") and not raw.startswith(
+            PREFIX
+        ):  # shared by all modules, as VeRA's A and B
+            parsed.tensors[raw] = tensor
+            parsed.others.append(raw)
+            continue
+        split = _split(_clean(raw), prefix)
+        if split is None:
+            loose[_clean(raw)] = tensor
+            continue
+        module, part, name = split
+        if part in found[module] and name in names:
+            clashes.append(f"{module}.{part}")
+        names[name] = None
+        if adapter_name is None or name == adapter_name:
+            found[module][part] = (raw, tensor)
+    foreign = _foreign_format(tensors)
+    if not found or foreign:
+        parsed.problems.append(
+            f"{where}: no {'LoRA' if tuner == 'LORA' else tuner} tensors found{foreign or _other_content(tensors)}"
+        )
+        return parsed
+    if adapter_name is None and len(names) > 1:
+        listed = " and ".join(repr(name or "(unnamed)") for name in sorted(names))
+        parsed.problems.append(f"{where}: holds several adapters, {listed}; choose one with --adapter-name")
+        return parsed
+    if adapter_name is not None and adapter_name not in names:
+        parsed.problems.append(f"{where}: has no adapter {adapter_name!r}; it holds {some(map(repr, names))}")
+        return parsed
+    if len(names) == 1 and clashes:
+        parsed.problems.append(f"{where}: two tensors each for {some(clashes)}")
+    for module in sorted(found, key=_natural):
+        _add_site(parsed, module, found[module], config, tuner, where)
+    _check_ranks(parsed, config, where)
+    for key, tensor in loose.items():
+        _add_other(parsed, key, tensor)
+    _check_finite(parsed, where)
+    _check_patterns(parsed, config)
+    _check_zero(parsed)
+    _check_config(parsed, config, where)
+    return parsed
+
+
+def update(site: Site, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> LowRank:
+    """ΔW of one LoRA site, the scale folded into B, in the layout of the stored weight."""
+    A, B = (tensors[site.keys[part]] for part in site.pair)
+    if A.is_complex() or not A.is_floating_point() or not B.is_floating_point():
+        raise AdapterError(f"{site.name}: {A.dtype} and {B.dtype} factors; floating point is needed")
+    dtype = torch.float64 if torch.float64 in (A.dtype, B.dtype) else torch.float32
+    A, B = A.to(dtype), B.to(dtype) * (1.0 if site.scale is None else site.scale)
+    if site.kind == "embedding" or (site.kind == "linear" and config.get("fan_in_fan_out")):
+        return LowRank(B.T.contiguous(), A.T.contiguous())
+    if site.kind == "linear":
+        return LowRank(A, B)
+    return LowRank(A.flatten(1), B.flatten(1), (B.shape[0], *A.shape[1:]))
+
+
+def why_not_additive(config: Mapping[str, Any], sites: Collection[Site]) -> str | None:
+    """Why ΔW is not scale · B A for this adapter, or None if it is."""
+    tuner, init = tuner_of(config), str(config.get("init_lora_weights")).lower()
+    if tuner != "LORA":
+        return f"{tuner} updates are no plain product B A"
+    if config.get("use_dora") or any("lora_magnitude_vector" in site.keys for site in sites):
+        return "DoRA rescales the columns of the base weight, so its ΔW needs the base model"
+    if _BASE_CHANGING.match(init):
+        return (
+            f"init_lora_weights={init!r} ({'PiSSA' if init.startswith('pissa') else init}) changes the base weights, "
+            "so ΔW is not B A; convert it with PEFT's path_initial_model_for_weight_conversion"
+        )
+    for variant in _VARIANTS:
+        if config.get(variant):
+            return f"{variant} makes it a LoRA variant whose ΔW is no plain product B A"
+    if any(part.endswith(".bias") for site in sites for part in site.keys):
+        return "lora_bias adds a bias, which ΔW does not hold"
+    if any(site.kind == "parameter" for site in sites):
+        return "target_parameters adapts a stack of weights, expert by expert"
+    return None
+
+
+def pattern_value(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """PEFT's look-up in rank_pattern and alpha_pattern: the first key that matches the end of the name."""
+    for key, value in patterns.items():
+        if _matches(key, name):
+            return value
+    return default
+
+
+def _matches(pattern: str, name: str) -> bool:
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    except re.error:
+        return False
+
+
+def _prefix(tuner: str, where: str) -> str:
+    if tuner in ("LORA", "ADALORA"):
+        return "lora_"
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    by_name = {
+        str(kind).rpartition(".")[2].upper(): prefix for kind, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items()
+    }
+    if tuner not in by_name:
+        raise AdapterError(f"{where}: peft_type {tuner!r} is none that the installed PEFT knows")
+    return str(by_name[tuner]).replace("lambda_", "")  # VeRA's prefix names only one of its two vectors
+
+
+def _clean(key: str) -> str:
+    """The key without the prefixes of PEFT and of the wrappers (torch.compile, DDP, FSDP, checkpointing)."""
+    key = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+    while _LEADING.match(key):
+        key = _LEADING.sub("", key, count=1)
+    return key
+
+
+def _split(key: str, prefix: str) -> tuple[str, str, str] | None:
+    """Module, part and adapter name ('' for none) of an adapter tensor's key; None for any other tensor."""
+    match = re.match(rf"^(?P<module>.+?)\.(?P<part>{prefix}\w+)(?P<rest>(?:\..+)?)$", key)
+    if not match:
+        return None
+    module, part, rest = match["module"], match["part"], match["rest"].removeprefix(".")
+    name, _, last = rest.rpartition(".")
+    if last in ("weight", "bias"):
+        return module, part + (".bias" if last == "bias" else ""), name
+    return module, part, rest
+
+
+def _add_site(
+    parsed: Parsed,
+    module: str,
+    parts: Mapping[str, tuple[str, Tensor]],
+    config: Mapping[str, Any],
+    tuner: str,
+    where: str,
+) -> None:
+    keys = {}
+    for part, (raw, tensor) in parts.items():
+        keys[part] = key = PREFIX + module + "." + _canonical(part, raw)
+        parsed.tensors[key] = tensor
+    if tuner != "LORA":
+        parsed.sites[module] = Site(module, tuner.lower(), keys)
+        return
+    embedding = any(part.startswith("lora_embedding") for part in parts)
+    site = Site(module, "embedding" if embedding else "linear", keys)
+    pair = site.pair
+    missing = [part for part in pair if part not in parts]
+    if missing:
+        parsed.sites[module] = site
+        parsed.problems.append(f"{where}: {module} has no {missing[0]}, half of its pair is missing")
+        return
+    A, B = parts[pair[0]][1], parts[pair[1]][1]
+    kind, rank = site.kind, A.shape[0] if A.ndim else 0
+    if A.ndim > 2:
+        kind = f"conv{A.ndim - 2}d"
+    if A.ndim != B.ndim or A.ndim < 2 or not A.numel() or not B.numel() or B.shape[1] != rank:
+        reason = (
+            "tensors of a sharded save that was not gathered?"
+            if A.ndim < 2 or not A.numel() or not B.numel()
+            else "a grouped convolution or another adapter's half?"
+        )
+        parsed.sites[module] = Site(module, kind, keys)
+        parsed.problems.append(
+            f"{where}: {module}: lora_A {list(A.shape)} and lora_B {list(B.shape)} are no pair ({reason})"
+        )
+        return
+    expected = _config_rank(config, module)
+    if expected and expected != rank and config.get("target_parameters") and rank % expected == 0:
+        kind = "parameter"
+    rank_for_scale = expected if kind == "parameter" and expected else rank
+    alpha = pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
+    scale = None
+    if isinstance(alpha, int | float) and math.isfinite(alpha):
+        scale = alpha / (math.sqrt(rank_for_scale) if config.get("use_rslora") else rank_for_scale)
+    else:
+        parsed.problems.append(f"{where}: {module}: lora_alpha is {alpha!r}; a number belongs there")
+    parsed.sites[module] = Site(module, kind, keys, rank, scale)
+
+
+def _canonical(part: str, raw: str) -> str:
+    """The end of a PEFT key: modules carry .weight or .bias, bare parameters nothing."""
+    if part.endswith(".bias"):
+        return part
+    bare = part.startswith(("lora_embedding", "lora_magnitude_vector")) or not raw.endswith(".weight")
+    return part if bare else part + ".weight"
+
+
+def _config_rank(config: Mapping[str, Any], module: str) -> int | None:
+    said = pattern_value(config.get("rank_pattern") or {}, module, config.get("r"))
+    return said if isinstance(said, int) and not isinstance(said, bool) and said > 0 else None
+
+
+def _check_ranks(parsed: Parsed, config: Mapping[str, Any], where: str) -> None:
+    by_ranks: dict[tuple[int, int], list[str]] = defaultdict(list)
+    for name, site in parsed.sites.items():
+        expected = _config_rank(config, name)
+        if expected and site.rank and expected != site.rank and site.kind != "parameter":
+            by_ranks[site.rank, expected].append(name)
+    for (rank, expected), names in by_ranks.items():
+        parsed.problems.append(
+            f"{where}: rank {rank} in the file and {expected} in the config, on which the scale depends "
+            f"(an edited config, or one shard of a save?): {some(names)}"
+        )
+
+
+def _add_other(parsed: Parsed, key: str, tensor: Tensor) -> None:
+    if ".original_module." in f".{key}":
+        parsed.warnings.append(f"{key}: a copy of the base model's weights, left out")
+        return
+    key = PREFIX + re.sub(r"(^|\.)modules_to_save\.(?:[^.]+\.)?(?=[^.]+$)", r"\1", key)
+    parsed.tensors[key] = tensor
+    parsed.others.append(key)
+
+
+def _foreign_format(tensors: Mapping[str, Tensor]) -> str | None:
+    first = some(tensors, 1)
+    if any(".lora_down." in key or ".lora_up." in key for key in tensors):
+        return f" in PEFT's format: these are kohya-ss keys ({first})"
+    if any(re.search(r"[._]lora(_linear_layer)?\.(down|up)\.", key) for key in tensors):
+        return f" in PEFT's format: these are diffusers keys ({first})"
+    return None
+
+
+def _other_content(tensors: Mapping[str, Tensor]) -> str:
+    if not tensors:
+        return ": the file holds none at all (an emptied state_dict was saved?)"
+    return f"; it holds {some(tensors)}: a whole model, or another tuner's file?"
+
+
+def _check_finite(parsed: Parsed, where: str) -> None:
+    bad = []
+    for key, tensor in parsed.tensors.items():
+        if tensor.is_floating_point():
+            count = tensor.numel() - int(
+                torch.isfinite(tensor.float() if tensor.itemsize < 2 else tensor).sum()
+            )
+            if count:
+                bad.append(f"{key.removeprefix(PREFIX)} ({count} of {tensor.numel()})")
+    if bad:
+        parsed.problems.append(f"{where}: non-finite values (NaN or Inf) in {some(bad, 8)}")
+
+
+def _check_zero(parsed: Parsed) -> None:
+    pairs = [site for site in parsed.sites.values() if site.scale is not None]
+    zero = [s for s in pairs if any(not parsed.tensors[s.keys[part]].any() for part in s.pair)]
+    if zero:
+        parsed.warnings.append(
+            f"{len(zero)} of {len(pairs)} modules have zero delta (untrained?): {some(s.name for s in zero)}"
+        )
+
+
+def _check_patterns(parsed: Parsed, config: Mapping[str, Any]) -> None:
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        for key in config.get(field_name) or {}:
+            if not any(_matches(key, name) for name in parsed.sites):
+                parsed.warnings.append(f"{field_name} key {key!r} matches no module and has no effect")
+
+
+def _check_config(parsed: Parsed, config: Mapping[str, Any], where: str) -> None:
+    if tuner_of(config) != "LORA":
+        return
+    r = config.get("r")
+    if not isinstance(r, int) or isinstance(r, bool) or r < 1:
+        parsed.problems.append(f"{where}: r is {r!r} in the config; a rank of at least 1 belongs there")
+    if config.get("alora_invocation_tokens"):
+        parsed.warnings.append("alora_invocation_tokens: the update acts only after those tokens")
+
+
+def complete_config(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], list[str]]:
+    """The configuration with the fields that its maths needs, and what had to be assumed for them."""
+    config, notes = dict(config), []
+    if tuner_of(config) == "LORA":
+        config.setdefault("peft_type", "LORA")
+        if config.get("r") is None:
+            ranks = [
+                t.shape[0]
+                for k, t in tensors.items()
+                if re.search(r"\.lora_(embedding_)?A(\.|$)", k) and t.ndim
+            ]
+            config["r"] = max(set(ranks), key=ranks.count) if ranks else 8
+            notes.append(f"the config gives no r: taken from the tensors ({config['r']})")
+        if config.get("lora_alpha") is None:
+            config["lora_alpha"] = 8
+            notes.append("the config gives no lora_alpha: PEFT's default of 8 is used")
+        foreign = sorted(
+            key for key in config if key not in _LORA_FIELDS and key not in _LEGACY and config[key]
+        )
+        if foreign:
+            notes.append(f"config fields that this version does not know, and ignores: {some(foreign, 6)}")
+    return config, notes
+
+
+def assumed_config(tensors: Mapping[str, Tensor], alpha: float | None) -> tuple[dict[str, Any], list[str]]:
+    """A configuration for a file that has none: rank pattern from the tensors, alpha as given or equal to r."""
+    ranks = {}
+    for key, tensor in tensors.items():
+        split = _split(_clean(key), "lora_")
+        if split and split[1] in ("lora_A", "lora_embedding_A") and tensor.ndim:
+            ranks[split[0]] = tensor.shape[0]
+    config: dict[str, Any] = {"peft_type": "LORA"}
+    if not ranks:
+        return {**config, "r": 8, "lora_alpha": 8}, []
+    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    uneven = {name: rank for name, rank in sorted(ranks.items()) if rank != common}
+    config |= {
+        "r": common,
+        "lora_alpha": common if alpha is None else alpha,
+        "rank_pattern": {anchored(name): rank for name, rank in uneven.items()},
+        "alpha_pattern": {anchored(name): rank for name, rank in uneven.items()} if alpha is None else {},
+        "target_modules": sorted(ranks, key=_natural),
+    }
+    if alpha is not None:
+        return config, []
+    return config, [
+        "no configuration found: lora_alpha is assumed equal to the rank (scale 1); --alpha or --config says"
+    ]
+
+
+def anchored(name: str) -> str:
+    """A pattern key that matches this module alone."""
+    return "^" + re.escape(name)
+
+
+# Fields of PEFT's LoraConfig, 0.3 to 0.21, that are known to keep ΔW = scale · B A or are checked above.
+_LORA_FIELDS = frozenset(
+    {
+        "alora_invocation_tokens",
+        "alpha_pattern",
+        "arrow_config",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "fan_in_fan_out",
+        "inference_mode",
+        "init_lora_weights",
+        "kasa_config",
+        "layer_replication",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_bias",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+        "modules_to_save",
+        "monteclora_config",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "rank_pattern",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "target_parameters",
+        "task_type",
+        "trainable_token_indices",
+        "use_bdlora",
+        "use_dora",
+        "use_qalora",
+        "use_rslora",
+        "velora_config",
+    }
+)
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
