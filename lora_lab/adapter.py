@@ -91,9 +91,7 @@ class Adapter:
         Raises TunerError, naming the tuner, where ΔW is not scale · B A (DoRA, PiSSA, LoHa, OFT …).
         """
         self.require_additive()
-        return {
-            name: peft_format.update(site, self.tensors, self.config) for name, site in self.sites.items()
-        }
+        return {name: peft_format.update(site, self.tensors, self.config) for name, site in self.sites.items()}
 
     def require_additive(self) -> None:
         """Raise TunerError if ΔW is not scale · B A."""
@@ -189,9 +187,7 @@ def inspect(
     if found.weights.suffix == ".safetensors":
         tensors, raw_metadata = files.read_safetensors(found.weights)
         if "lora_adapter_metadata" in raw_metadata:
-            raise FileError(
-                f"{found.weights}: a diffusers file (its header says so); PEFT's format is needed"
-            )
+            raise FileError(f"{found.weights}: a diffusers file (its header says so); PEFT's format is needed")
     else:
         tensors = files.read_bin(found.weights)
     settings, notes = _find_config(found, config, raw_metadata, tensors, alpha)
@@ -210,9 +206,7 @@ def same_modules(adapters: Sequence[Adapter]) -> None:
         if other.tuner != first.tuner:
             raise MismatchError(f"{pair} are of different tuners: {first.tuner} and {other.tuner}")
         if other.base_model and first.base_model and other.base_model != first.base_model:
-            raise MismatchError(
-                f"{pair} have different base models: {first.base_model!r} and {other.base_model!r}"
-            )
+            raise MismatchError(f"{pair} have different base models: {first.base_model!r} and {other.base_model!r}")
         odd = sorted(set(first.sites) ^ set(other.sites))
         if odd:
             raise MismatchError(f"{pair} update different modules: {some(odd)}")

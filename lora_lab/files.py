@@ -10,6 +10,7 @@ import pickle
 import shutil
 import struct
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileError(f"{path}: empty; a JSON object belongs here")
     try:
         content = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
         raise FileError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise FileError(f"{path}: a JSON {type(content).__name__}; an object {{…}} belongs here")
@@ -70,7 +71,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             raise FileError(f"{path}: not a safetensors file")
         try:
             header = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise FileError(f"{path}: not a safetensors file (its header is not JSON)") from error
     if not isinstance(header, dict):
         raise FileError(f"{path}: not a safetensors file (its header is not a JSON object)")
@@ -86,7 +87,9 @@ def read_bin(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         _refuse_placeholder(path, file.read(200))
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch on pickle protocols, which nobody here can change
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise FileError(
             f"{path}: refused: it holds more than tensors (or is no torch file), and reading it could run code"
@@ -104,19 +107,20 @@ def read_bin(path: Path) -> dict[str, Tensor]:
         raise FileError(f"{path}: truncated or incomplete, or no torch file ({error})") from error
     while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    if not isinstance(content, dict) or not all(
-        isinstance(value, torch.Tensor) for value in content.values()
-    ):
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise FileError(f"{path}: not a dictionary of tensors")
     return {str(key): value for key, value in content.items()}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file beside its place, then rename: `path` is whole or as it was."""
+    import torch
     from safetensors.torch import save
 
-    data = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, dict(metadata))
-    write_bytes(path, data)
+    copies = {  # of their own, since safetensors refuses tensors that share memory
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
+    }
+    write_bytes(path, save(copies, dict(metadata)))
 
 
 def write_json(path: Path, content: object) -> None:
@@ -142,17 +146,20 @@ def replacing(path: Path) -> Iterator[Path]:
         workplace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     except OSError as error:
         raise FileError(f"{path}: cannot be written ({error.strerror})") from error
+    beside, replaced = workplace / path.name, workplace / "replaced" / path.name
     try:
-        beside = workplace / path.name
         yield beside
         if beside.is_dir() and path.exists():
-            path.rename(workplace / "replaced")
+            replaced.parent.mkdir()
+            path.rename(replaced)
         beside.replace(path)
+    except FileError as error:  # from a file inside the folder: name the place that was asked for
+        raise FileError(str(error).replace(str(beside), str(path))) from error
     except OSError as error:
-        if isinstance(error, FileError):
-            raise
         raise FileError(f"{path}: cannot be written ({error.strerror or error})") from error
     finally:
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
         shutil.rmtree(workplace, ignore_errors=True)
 
 
@@ -166,9 +173,12 @@ def refuse_existing(*paths: Path, force: bool) -> None:
 def file_hash(path: Path) -> str:
     """SHA-256 of a file, or of all files of a folder in sorted order; 16 hex digits."""
     digest = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        digest.update(file.name.encode())
-        digest.update(file.read_bytes())
+    try:
+        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+            digest.update(file.name.encode())
+            digest.update(file.read_bytes())
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read ({error.strerror})") from error
     return digest.hexdigest()[:16]
 
 
@@ -186,15 +196,14 @@ def _check_safetensors_size(path: Path) -> dict[str, str]:
 
 def _size(path: Path) -> int:
     try:
-        return path.stat().st_size
+        with path.open("rb") as file:  # opened, so that a folder or a locked file is found out here
+            return os.fstat(file.fileno()).st_size
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _refuse_placeholder(path: Path, start: bytes) -> None:
     if start.startswith(b"version https://git-lfs"):
-        raise FileError(
-            f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in that repository"
-        )
+        raise FileError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in that repository")
     if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         raise FileError(f"{path}: a web page, not the file itself; download it again")

@@ -30,13 +30,11 @@ class LowRank:
             raise MismatchError(
                 f"A {list(self.A.shape)} and B {list(self.B.shape)} are not [rank, columns] and [rows, rank]"
             )
-        if self.A.dtype != self.B.dtype or torch.finfo(self.A.dtype).bits < 32:
+        if self.A.dtype != self.B.dtype or not self.A.is_floating_point() or self.A.itemsize < 4:
             raise MismatchError(f"A ({self.A.dtype}) and B ({self.B.dtype}) must share float32 or wider")
         shape = self.shape or (self.B.shape[0], self.A.shape[1])
         if shape[0] != self.B.shape[0] or math.prod(shape[1:]) != self.A.shape[1]:
-            raise MismatchError(
-                f"shape {shape} does not fit A {list(self.A.shape)} and B {list(self.B.shape)}"
-            )
+            raise MismatchError(f"shape {shape} does not fit A {list(self.A.shape)} and B {list(self.B.shape)}")
         object.__setattr__(self, "shape", shape)
 
     @property
@@ -46,8 +44,8 @@ class LowRank:
 
     def delta(self) -> Tensor:
         """ΔW itself, dense, of shape `shape`."""
-        delta: Tensor = self.B @ self.A
-        return delta.reshape(self.shape)
+        dense: Tensor = self.B @ self.A
+        return dense.reshape(self.shape)
 
     def __mul__(self, factor: float) -> LowRank:
         return LowRank(self.A, self.B * factor, self.shape)
@@ -108,7 +106,10 @@ class LowRank:
         """The same ΔW in its canonical gauge: B = U√S, A = √S Vh, the largest entry of each row of A positive."""
         U, S, Vh = self.svd()
         k = min(self.rank, len(S))
-        sign = torch.sign(Vh.gather(1, Vh.abs().argmax(1, keepdim=True)))
+        size = Vh.abs()
+        # The first of the largest entries: of two that tie, rounding would choose another in every twin.
+        first = (size > 0.999 * size.amax(1, keepdim=True)).byte().argmax(1, keepdim=True)
+        sign = torch.sign(Vh.gather(1, first))
         root = S.sqrt()[:, None]
         A, B = root * sign * Vh, (U.T * sign * root).T
         pad = self.rank - k  # keep the rank, so that balanced factors can still be interpolated
@@ -120,9 +121,12 @@ class LowRank:
 
         R minimises ‖B R − B'‖² + ‖Rᵀ A − A'‖² (orthogonal Procrustes); the ranks must be equal.
         """
+        _same_shape([self, other])
         if self.rank != other.rank:
             raise MismatchError(f"factors of rank {self.rank} and {other.rank} cannot be aligned")
-        U, _, Vh = torch.linalg.svd((self.B.T @ other.B + self.A @ other.A.T).double())
+        B_core = self.B.T.double() @ other.B.double()
+        A_core = self.A.double() @ other.A.T.double()
+        U, _, Vh = torch.linalg.svd(B_core + A_core)
         R = (U @ Vh).to(self.A.dtype)
         return LowRank(R.T @ self.A, self.B @ R, self.shape)
 
@@ -135,7 +139,7 @@ class LowRank:
 
 def combine(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     """Σ wᵢ ΔWᵢ, exact by concatenation: the ranks add."""
-    _same_shape(updates)
+    _same_shape(updates, weights)
     A = torch.cat([update.A for update in updates])
     B = torch.cat([update.B * weight for update, weight in zip(updates, weights, strict=True)], dim=1)
     return LowRank(A, B, updates[0].shape)
@@ -143,7 +147,7 @@ def combine(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
 
 def combine_factors(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     """(Σ wᵢ Bᵢ)(Σ wᵢ Aᵢ): what averaging the factors gives. It has cross terms and depends on the gauge."""
-    _same_shape(updates)
+    _same_shape(updates, weights)
     if len({update.rank for update in updates}) > 1:
         raise MismatchError(
             f"factors of ranks {', '.join(str(u.rank) for u in updates)} cannot be averaged; ΔW can (delta)"
@@ -153,7 +157,11 @@ def combine_factors(updates: Sequence[LowRank], weights: Sequence[float]) -> Low
     return LowRank(A, B, updates[0].shape)
 
 
-def _same_shape(updates: Sequence[LowRank]) -> None:
+def _same_shape(updates: Sequence[LowRank], weights: Sequence[float] | None = None) -> None:
+    if not updates:
+        raise MismatchError("no updates to combine")
+    if weights is not None and len(weights) != len(updates):
+        raise MismatchError(f"{len(updates)} updates and {len(weights)} weights")
     shapes = [update.shape for update in updates]
     if len(set(shapes)) > 1:
         raise MismatchError(f"updates of different shapes: {', '.join(map(str, dict.fromkeys(shapes)))}")

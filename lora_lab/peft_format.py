@@ -79,9 +79,7 @@ def parse(
     clashes: list[str] = []
     loose: dict[str, Tensor] = {}
     for raw, tensor in tensors.items():
-        if raw.startswith("base_model.") and not raw.startswith(
-            PREFIX
-        ):  # shared by all modules, as VeRA's A and B
+        if raw.startswith("base_model.") and not raw.startswith(PREFIX):  # shared by all modules, as VeRA's A and B
             parsed.tensors[raw] = tensor
             parsed.others.append(raw)
             continue
@@ -96,7 +94,7 @@ def parse(
         if adapter_name is None or name == adapter_name:
             found[module][part] = (raw, tensor)
     foreign = _foreign_format(tensors)
-    if not found or foreign:
+    if foreign or not (found or parsed.others):
         parsed.problems.append(
             f"{where}: no {'LoRA' if tuner == 'LORA' else tuner} tensors found{foreign or _other_content(tensors)}"
         )
@@ -178,9 +176,7 @@ def _prefix(tuner: str, where: str) -> str:
         return "lora_"
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
-    by_name = {
-        str(kind).rpartition(".")[2].upper(): prefix for kind, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items()
-    }
+    by_name = {str(kind).rpartition(".")[2].upper(): prefix for kind, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items()}
     if tuner not in by_name:
         raise AdapterError(f"{where}: peft_type {tuner!r} is none that the installed PEFT knows")
     return str(by_name[tuner]).replace("lambda_", "")  # VeRA's prefix names only one of its two vectors
@@ -200,6 +196,10 @@ def _split(key: str, prefix: str) -> tuple[str, str, str] | None:
     if not match:
         return None
     module, part, rest = match["module"], match["part"], match["rest"].removeprefix(".")
+    if prefix != "lora_":  # parts may themselves be dotted, so only PEFT's usual name counts as one
+        parts = rest.split(".")
+        name = "default" if "default" in parts else ""
+        return module, ".".join([part, *(p for p in parts if p and p != name)]), name
     name, _, last = rest.rpartition(".")
     if last in ("weight", "bias"):
         return module, part + (".bias" if last == "bias" else ""), name
@@ -216,7 +216,7 @@ def _add_site(
 ) -> None:
     keys = {}
     for part, (raw, tensor) in parts.items():
-        keys[part] = key = PREFIX + module + "." + _canonical(part, raw)
+        keys[part] = key = f"{PREFIX}{module}.{_canonical(part, raw) if tuner in ('LORA', 'ADALORA') else part}"
         parsed.tensors[key] = tensor
     if tuner != "LORA":
         parsed.sites[module] = Site(module, tuner.lower(), keys)
@@ -311,9 +311,7 @@ def _check_finite(parsed: Parsed, where: str) -> None:
     bad = []
     for key, tensor in parsed.tensors.items():
         if tensor.is_floating_point():
-            count = tensor.numel() - int(
-                torch.isfinite(tensor.float() if tensor.itemsize < 2 else tensor).sum()
-            )
+            count = tensor.numel() - int(torch.isfinite(tensor.float() if tensor.itemsize < 2 else tensor).sum())
             if count:
                 bad.append(f"{key.removeprefix(PREFIX)} ({count} of {tensor.numel()})")
     if bad:
@@ -346,27 +344,19 @@ def _check_config(parsed: Parsed, config: Mapping[str, Any], where: str) -> None
         parsed.warnings.append("alora_invocation_tokens: the update acts only after those tokens")
 
 
-def complete_config(
-    config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, Any], list[str]]:
+def complete_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
     """The configuration with the fields that its maths needs, and what had to be assumed for them."""
     config, notes = dict(config), []
     if tuner_of(config) == "LORA":
         config.setdefault("peft_type", "LORA")
         if config.get("r") is None:
-            ranks = [
-                t.shape[0]
-                for k, t in tensors.items()
-                if re.search(r"\.lora_(embedding_)?A(\.|$)", k) and t.ndim
-            ]
+            ranks = [t.shape[0] for k, t in tensors.items() if re.search(r"\.lora_(embedding_)?A(\.|$)", k) and t.ndim]
             config["r"] = max(set(ranks), key=ranks.count) if ranks else 8
             notes.append(f"the config gives no r: taken from the tensors ({config['r']})")
         if config.get("lora_alpha") is None:
             config["lora_alpha"] = 8
             notes.append("the config gives no lora_alpha: PEFT's default of 8 is used")
-        foreign = sorted(
-            key for key in config if key not in _LORA_FIELDS and key not in _LEGACY and config[key]
-        )
+        foreign = sorted(key for key in config if key not in _LORA_FIELDS and key not in _LEGACY and config[key])
         if foreign:
             notes.append(f"config fields that this version does not know, and ignores: {some(foreign, 6)}")
     return config, notes

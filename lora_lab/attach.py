@@ -1,0 +1,238 @@
+"""Adapters on a model: put on once, re-weighted in place, and taken off without a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lab.adapter import Adapter
+from lora_lab.errors import AdapterError, MismatchError, TunerError, some
+from lora_lab.peft_format import PREFIX, anchored, tuner_of, why_not_additive
+
+NAME = "default"
+"""The name under which PEFT keeps our one adapter."""
+
+
+class Attached:
+    """A base model that wears an adapter; `set` changes the weights in place, no module is made again.
+
+    Made by `attach`. `model` is the base model itself: call it, score it.
+    """
+
+    def __init__(self, model: nn.Module, tuner: nn.Module) -> None:
+        self.model = model
+        self.layers = layers(model)
+        self._tensors = {
+            "base_model." + _without_name(name): tensor
+            for name, tensor in (
+                *tuner.named_parameters(remove_duplicate=False),
+                *tuner.named_buffers(remove_duplicate=False),
+            )
+            if NAME in name.split(".")
+        }
+
+    def set(self, adapter: Adapter) -> None:
+        """Give the model this adapter's weights: the same tuner, and no module that is not attached.
+
+        Attached modules that the adapter leaves out are bypassed. Ranks may differ from the attached ones.
+        """
+        extra = sorted(set(adapter.sites) - set(self.layers))
+        if extra:
+            raise MismatchError(f"{adapter.source}: adapts modules that are not attached: {some(extra)}")
+        for name, layer in self.layers.items():
+            site = adapter.sites.get(name)
+            layer._disable_adapters = site is None
+            if site is not None and site.scale is not None:
+                layer.scaling[NAME] = site.scale
+        for key, tensor in adapter.tensors.items():
+            if key not in self._tensors:
+                raise MismatchError(f"{adapter.source}: {key.removeprefix(PREFIX)} has no place in the model")
+            self._tensors[key].data = tensor.to(self._tensors[key].device)
+
+
+@contextlib.contextmanager
+def attach(model: nn.Module, adapter: Adapter, *others: Adapter) -> Iterator[Attached]:
+    """Put adapters' modules on `model`, weighted as `adapter`; on leaving, the model is bit for bit as it was.
+
+    `others` only add modules, so that `Attached.set` can take any of them later. Every PEFT tuner with layers
+    works. Raises MismatchError where modules or shapes do not fit the model, naming them.
+    """
+    with restored(model, copy_weights=_changes_base(adapter)):
+        attached = Attached(model, inject(model, adapter, *others))
+        if not attached.layers:
+            raise TunerError(f"{adapter.source}: {adapter.tuner} has no layers that can be switched off one by one")
+        attached.set(adapter)
+        model.eval()
+        yield attached
+
+
+def inject(model: nn.Module, adapter: Adapter, *others: Adapter) -> nn.Module:
+    """Wrap the adapted modules in PEFT's layers (in place), without loading any weights; PEFT's tuner is returned."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    _check_fit(model, adapter, *others)
+    settings = peft_config(adapter, *others)
+    if settings.is_prompt_learning or settings.is_adaption_prompt:
+        raise TunerError(f"{adapter.source}: {adapter.tuner} has no layers that can be switched off one by one")
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT comments on its own initialisation, which is overwritten
+        try:
+            tuner: nn.Module = PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type](model, {NAME: settings}, NAME)
+        except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError, RuntimeError) as error:
+            raise MismatchError(f"{adapter.source}: PEFT cannot put it on this model: {error}") from error
+    return tuner
+
+
+def peft_config(adapter: Adapter, *others: Adapter) -> Any:
+    """PEFT's configuration object that adapts exactly the modules of these adapters and no others."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    by_name = {str(kind).rpartition(".")[2].upper(): cls for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    cls = by_name.get(adapter.tuner)
+    if cls is None:
+        raise TunerError(f"{adapter.source}: the installed PEFT knows no tuner {adapter.tuner}")
+    known = {key: value for key, value in adapter.config.items() if key in cls.__dataclass_fields__}
+    names = sorted({name for each in (adapter, *others) for name in each.sites})
+    exact = "|".join(anchored(name).removeprefix("^") for name in names)
+    if "target_modules" in cls.__dataclass_fields__ and not known.get("target_parameters"):
+        known["target_modules"] = f"^({exact})$"
+        known = {
+            k: v for k, v in known.items() if k not in ("exclude_modules", "layers_to_transform", "layers_pattern")
+        }
+    if adapter.tuner == "LORA":
+        known["lora_dropout"] = 0.0
+        if not _changes_base(adapter):
+            known["init_lora_weights"] = True
+    known["inference_mode"] = True
+    try:
+        return cls(**known)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"{adapter.source}: PEFT refuses its configuration: {error}") from error
+
+
+def layers(model: nn.Module) -> dict[str, Any]:
+    """Module name in the base model → PEFT layer, found by type, in the model's order."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {
+        name.removeprefix(PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer)
+    }
+
+
+@contextlib.contextmanager
+def restored(model: nn.Module, *, copy_weights: bool = False) -> Iterator[None]:
+    """Leave `model` bit for bit as it was: modules, weights, requires_grad, modes and attributes.
+
+    Weights changed in place are put back only with `copy_weights`, which costs their size.
+    """
+    modules = list(model.modules())
+    children = [dict(module._modules) for module in modules]
+    parameters = [dict(module._parameters) for module in modules]
+    attributes = [set(vars(module)) for module in modules]
+    modes = [module.training for module in modules]
+    weights = [(p, p.data, p.data.clone() if copy_weights else None, p.requires_grad) for p in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, names, own, known, mode in zip(modules, children, parameters, attributes, modes, strict=True):
+            module._modules.clear()
+            module._modules.update(names)
+            module._parameters.clear()
+            module._parameters.update(own)
+            for extra in set(vars(module)) - known:
+                delattr(module, extra)
+            module.training = mode
+        for parameter, data, copy, requires_grad in weights:
+            parameter.data = data
+            if copy is not None:
+                data.copy_(copy)
+            parameter.requires_grad_(requires_grad)
+
+
+def weight_deltas(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """Module → dense ΔW against `model`'s own weight, for every tuner that can be merged (DoRA, PiSSA, LoHa …).
+
+    Exact up to the rounding of the model's dtype; in the layout of the stored weight.
+    """
+    before = {}
+    deltas = {}
+    for name in adapter.sites:
+        module = _submodule(model, name, adapter)
+        before[name] = module.get_parameter("weight").detach().clone()
+    with attach(model, adapter) as attached, torch.no_grad():
+        for name, layer in attached.layers.items():
+            try:
+                layer.merge(safe_merge=True)
+            except (NotImplementedError, AttributeError, ValueError) as error:
+                raise TunerError(f"{adapter.source}: {adapter.tuner} has no ΔW: {error}") from error
+            deltas[name] = layer.get_base_layer().weight.detach().clone() - before[name]
+            layer.get_base_layer().weight.data.copy_(before[name])
+    return deltas
+
+
+def load_peft(model: nn.Module, path: str | os.PathLike[str]) -> Any:
+    """PEFT's PeftModel with this adapter on `model`: PEFT's own loader for all that `Adapter.load` reads.
+
+    Most useful for a lone .safetensors file, which PEFT itself cannot take.
+    """
+    from peft import PeftModel
+    from peft.mapping_func import get_peft_model
+    from peft.utils import set_peft_model_state_dict
+
+    adapter = Adapter.load(path)
+    wrapped: PeftModel = get_peft_model(model, peft_config(adapter))
+    result = set_peft_model_state_dict(wrapped, dict(adapter.tensors))
+    if result.unexpected_keys:
+        raise MismatchError(f"{path}: PEFT has no place for {some(result.unexpected_keys)}")
+    return wrapped.eval()
+
+
+def _changes_base(adapter: Adapter) -> bool:
+    reason = why_not_additive(adapter.config, adapter.sites.values()) or ""
+    return "init_lora_weights" in reason or tuner_of(adapter.config) == "OSF"
+
+
+def _check_fit(model: nn.Module, *adapters: Adapter) -> None:
+    known = dict(model.named_modules())
+    for adapter in adapters:
+        missing = [name for name in adapter.sites if name not in known and not name.endswith(".base_layer")]
+        if missing:
+            raise MismatchError(
+                f"{adapter.source}: trained on another base model? this one has no module {some(missing)}"
+            )
+        if why_not_additive(adapter.config, adapter.sites.values()) is None:
+            for name, update in adapter.updates.items():
+                weight = getattr(known[name], "weight", None)
+                if weight is not None and tuple(weight.shape) != update.shape:
+                    raise MismatchError(
+                        f"{adapter.source}: {name} is {tuple(weight.shape)} in this model, its ΔW is {update.shape}"
+                    )
+
+
+def _submodule(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise MismatchError(f"{adapter.source}: the model has no module {name}") from error
+
+
+def _without_name(name: str) -> str:
+    """PEFT's key of a live parameter: without the adapter's name, and modules_to_save as in the file."""
+    parts = name.split(".")
+    if "modules_to_save" in parts:
+        at = parts.index("modules_to_save")
+        del parts[at : at + 2]
+    elif NAME in parts:
+        parts.remove(NAME)
+    joined = ".".join(parts)
+    if "lora_magnitude_vector" in parts:
+        joined = joined.removesuffix(".weight")
+    return joined

@@ -1,0 +1,210 @@
+"""CoTo training: adapters switched on at random, ever more of them as training goes on (arXiv:2506.05713).
+
+In a Trainer, one line: ``Trainer(…, callbacks=[CoToCallback()])``. In a loop of your own:
+
+    with Switches(model) as switches:
+        for step in range(steps):
+            switches.draw(Schedule(), step, steps, seed=0)
+            …  # forward, backward, optimizer.step(), optimizer.zero_grad()
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from lora_lab.attach import layers
+from lora_lab.errors import OptionError, TunerError, some
+from lora_lab.schedule import Mask, Schedule
+
+_NESTED_LISTS = ("blocks", "attentions", "resnets", "transformer_blocks")
+
+
+class Switches:
+    """A switch for every group of PEFT layers of a model, whatever the tuner.
+
+    A layer that is off returns its base layer's output while the model trains: its branch is not computed and
+    its parameters get no gradient (None, so that AdamW leaves them alone). In evaluation mode every layer is on.
+    Nothing is left switched between forward passes; leaving the context removes the hooks.
+
+    `groups`: "block" (one switch a transformer block), "module" (one a layer), or {name: regular expression},
+    searched in the module's name, of which exactly one must match each layer.
+    """
+
+    def __init__(self, model: nn.Module, groups: str | Mapping[str, str] = "block") -> None:
+        found = layers(model)
+        if not found:
+            raise TunerError("the model has no PEFT layers to switch; add an adapter to it first")
+        self.groups = group(list(found), groups)
+        self._off: set[nn.Module] = set()
+        self._members = [[found[name] for name in names] for names in self.groups.values()]
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> Switches:
+        self.remove()
+        for layer in (layer for members in self._members for layer in members):
+            self._handles.append(layer.register_forward_pre_hook(self._before))
+            self._handles.append(layer.register_forward_hook(self._after, always_call=True))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Take the hooks off and switch everything on."""
+        self._off.clear()
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def set(self, mask: Sequence[bool] | Mask) -> None:
+        """Switch the groups, in the order of `groups`, until the next call."""
+        if len(mask) != len(self._members):
+            raise OptionError(f"a mask of {len(mask)} for {len(self._members)} groups")
+        self._off = {layer for on, members in zip(mask, self._members, strict=True) if not on for layer in members}
+
+    def draw(self, schedule: Schedule, step: int, steps: int, *, seed: int) -> Mask:
+        """Set and return the schedule's mask of this optimiser step; draw once a step, not once a batch."""
+        mask = schedule.mask(step, steps, len(self._members), seed)
+        self.set(mask)
+        return mask
+
+    def all_on(self) -> None:
+        """Switch every group on."""
+        self._off = set()
+
+    def _before(self, layer: Any, args: object) -> None:
+        if layer in self._off and layer.training:
+            layer._disable_adapters = True
+
+    def _after(self, layer: Any, args: object, output: object) -> None:
+        if layer in self._off:
+            layer._disable_adapters = False
+
+
+class CoToCallback(TrainerCallback):  # type: ignore[misc]
+    """CoTo for any transformers Trainer: one mask an optimiser step, everything on outside of training steps.
+
+    Step and length come from the Trainer's own state, and the mask is a function of (seed, step): so gradient
+    accumulation, gradient checkpointing and resuming give what one uninterrupted run gives, and all ranks agree.
+    `log` holds (step, p, mask) of every step so far.
+    """
+
+    def __init__(
+        self, schedule: Schedule | None = None, *, groups: str | Mapping[str, str] = "block", seed: int = 0
+    ) -> None:
+        self.schedule = schedule or Schedule()
+        self.seed = seed
+        self.log: list[tuple[int, float, Mask]] = []
+        self._grouping = groups
+        self._switches: Switches | None = None
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Group name → modules, known once training has begun."""
+        return self._switches.groups if self._switches else {}
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        """Find the layers; what a resumed run has done before is put back into the log."""
+        assert model is not None
+        if self._switches:
+            self._switches.remove()
+        self._switches = Switches(model, self._grouping).__enter__()
+        self.log = [self._entry(step, state.max_steps) for step in range(state.global_step)]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw the mask of this optimiser step."""
+        if self._switches:
+            entry = self._entry(state.global_step, state.max_steps)
+            self._switches.set(entry[2])
+            self.log.append(entry)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Everything on until the next step."""
+        if self._switches:
+            self._switches.all_on()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave the model without hooks."""
+        if self._switches:
+            self._switches.remove()
+
+    def _entry(self, step: int, steps: int) -> tuple[int, float, Mask]:
+        mask = self.schedule.mask(step, steps, len(self.groups), self.seed)
+        return step, self.schedule.probability(step, steps), mask
+
+
+class DropoutRamp(TrainerCallback):  # type: ignore[misc]
+    """Progressive dropout: the rate of every dropout inside the adapters falls from `rate` to 0 along the ramp."""
+
+    def __init__(self, rate: float, schedule: Schedule | None = None) -> None:
+        self.rate = rate
+        self.schedule = schedule or Schedule()
+        self._dropouts: list[nn.Dropout] = []
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        """Find the dropouts of the PEFT layers, outside of the base layers."""
+        assert model is not None
+        self._dropouts = [
+            module
+            for layer in layers(model).values()
+            for name, module in layer.named_modules()
+            if isinstance(module, nn.Dropout) and not name.startswith("base_layer")
+        ]
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Set this step's rate."""
+        rate = self.rate * (1 - self.schedule.progress(state.global_step, state.max_steps))
+        for dropout in self._dropouts:
+            dropout.p = rate
+
+
+def group(names: Sequence[str], by: str | Mapping[str, str] = "block") -> dict[str, list[str]]:
+    """Group name → module names, in the order in which the groups first appear."""
+    groups: dict[str, list[str]] = {}
+    if isinstance(by, str):
+        if by not in ("block", "module"):
+            raise OptionError(f"unknown grouping {by!r}; there are: block, module, or NAME=REGEX for each group")
+        for name in names:
+            groups.setdefault(block(name) if by == "block" else name, []).append(name)
+        return groups
+    groups = {label: [] for label in by}
+    try:
+        patterns = {label: re.compile(pattern) for label, pattern in by.items()}
+    except re.error as error:
+        raise OptionError(f"not a regular expression: {error.pattern!r} ({error})") from error
+    for name in names:
+        fits = [label for label, pattern in patterns.items() if pattern.search(name)]
+        if len(fits) != 1:
+            raise OptionError(f"{name} matches {some(fits) if fits else 'no group'}; each module needs exactly one")
+        groups[fits[0]].append(name)
+    empty = [label for label, members in groups.items() if not members]
+    if empty:
+        raise OptionError(f"group {empty[0]!r} matches no module; there are: {some(names, 6)}")
+    return groups
+
+
+def block(name: str) -> str:
+    """The transformer block of a module: its path up to the block's index, or the module itself outside of any.
+
+    The first index counts, save where lists of blocks are nested (Swin stages, U-Nets): model.layers.3.mlp.up →
+    model.layers.3; encoder.layers.1.blocks.0.attn → encoder.layers.1.blocks.0; experts stay within their block.
+    """
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if at is None:
+        return name
+    while at + 2 < len(parts) and parts[at + 1] in _NESTED_LISTS and parts[at + 2].isdigit():
+        at += 2
+    return ".".join(parts[: at + 1])

@@ -1,0 +1,475 @@
+"""Adapters trained on a task with transformers' Trainer, with CoTo and the methods it is compared to."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import random
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import logging as transformers_logging
+
+from lora_lab import files, peft_format
+from lora_lab.adapter import Adapter
+from lora_lab.attach import layers
+from lora_lab.coto import CoToCallback, DropoutRamp, group
+from lora_lab.errors import FileError, LoraLabError, OptionError, TaskError, TunerError, unknown
+from lora_lab.evaluate import score
+from lora_lab.lowrank import LowRank, combine
+from lora_lab.result import Result, finite, provenance
+from lora_lab.schedule import Schedule
+from lora_lab.task import Split, Task
+
+Progress = Callable[[int, int], None]
+"""Called with (steps done, steps in all)."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a training method does to the adapters."""
+
+    about: str
+    law: str | None = None
+    """The law of the masks (see schedule.LAWS); None for no masks."""
+    dropout: bool = False
+    """Dropout inside the adapters, at the recipe's rate."""
+    progressive: bool = False
+    """The dropout rate falls to 0 along the schedule's ramp."""
+    p0: float = 0.1
+
+
+METHODS: dict[str, Method] = {
+    "lora": Method("plain training, every adapter always on"),
+    "coto": Method("CoTo: each block on with a probability that grows to 1", law="uniform"),
+    "coto-h": Method("CoTo-H: high blocks dropped more", law="high"),
+    "coto-l": Method("CoTo-L: low blocks dropped more", law="low"),
+    "dropout": Method("dropout inside the adapters", dropout=True),
+    "progressive-dropout": Method("dropout inside the adapters, its rate falling to 0", dropout=True, progressive=True),
+    "stochastic-depth": Method("blocks dropped at a constant rate that grows with depth", law="depth", p0=0.5),
+}
+"""Training methods by name."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that a training run is made of; equal recipes give equal adapters (on one machine and device).
+
+    None takes the task's own default. `seed` orders the data and draws the masks, `init_seed` the adapter's
+    initial weights (the seed's value by default). `peft` names the tuner (see TUNERS), `peft_config` overrides
+    fields of its configuration. `groups` is "block", "module", or {name: regular expression}.
+    """
+
+    method: str = "coto"
+    seed: int = 0
+    init_seed: int | None = None
+    peft: str = "lora"
+    peft_config: Mapping[str, Any] = field(default_factory=dict)
+    rank: int | None = None
+    alpha: float | None = None
+    target_modules: str | Sequence[str] | None = None
+    learning_rate: float | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    accumulate: int = 1
+    checkpointing: bool = False
+    warmup: float = 0.06
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    dropout: float = 0.25
+    ramp: str = "linear"
+    p0: float | None = None
+    stage: float = 0.75
+    groups: str | Mapping[str, str] = "block"
+    save_every: int | None = None
+    """Keep a Trainer checkpoint every so many steps."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise unknown("method", self.method, METHODS)
+        if self.peft not in tuners():
+            raise unknown("tuner", self.peft, tuners())
+        for name in ("rank", "steps", "batch_size", "accumulate", "save_every", "learning_rate", "alpha"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise OptionError(f"{name.replace('_', ' ')} is {value}; it must be above 0")
+        for name in ("warmup", "dropout", "stage"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise OptionError(f"{name} is {getattr(self, name)}; a share between 0 and 1 is needed")
+        _ = self.schedule
+
+    @property
+    def schedule(self) -> Schedule:
+        """The CoTo schedule of the method; for methods without masks only its ramp is used."""
+        method = METHODS[self.method]
+        return Schedule(self.ramp, method.p0 if self.p0 is None else self.p0, self.stage, method.law or "uniform")
+
+    def for_task(self, task: Task) -> Recipe:
+        """The recipe with the task's defaults filled in."""
+        ranked = tuners()[self.peft].ranked
+        rank = self.rank or (task.rank if ranked else None)
+        return dataclasses.replace(
+            self,
+            init_seed=self.seed if self.init_seed is None else self.init_seed,
+            rank=rank,
+            alpha=2 * rank if self.alpha is None and ranked and rank else self.alpha,
+            target_modules=task.target_modules if self.target_modules is None else self.target_modules,
+            learning_rate=self.learning_rate or task.learning_rate,
+            steps=self.steps or task.steps,
+            batch_size=self.batch_size or task.train_batch_size,
+            p0=self.schedule.p0,
+        )
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """A PEFT tuner as `--peft` names it."""
+
+    peft_type: str
+    preset: Mapping[str, Any] = field(default_factory=dict)
+    ranked: bool = False
+    """Whether r is the rank of the update, so that one default fits."""
+
+
+@cache
+def tuners() -> dict[str, Tuner]:
+    """Every tuner that can be trained: LoRA and its variants, then all of PEFT's that adapt modules by name."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    found = {
+        "lora": Tuner("LORA", {}, True),
+        "rslora": Tuner("LORA", {"use_rslora": True}, True),
+        "dora": Tuner("LORA", {"use_dora": True}, True),
+        "pissa": Tuner("LORA", {"init_lora_weights": "pissa"}, True),
+        "olora": Tuner("LORA", {"init_lora_weights": "olora"}, True),
+    }
+    for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items():
+        name = str(kind).rpartition(".")[2]
+        if name not in _UNTRAINABLE and "target_modules" in config.__dataclass_fields__:
+            found.setdefault(name.lower(), Tuner(name, {}, name in ("LOHA", "LOKR", "HIRA", "DELORA")))
+    return found
+
+
+# AdaLoRA needs a budget allocator in the loop, the others are no adapters of single modules.
+_UNTRAINABLE = frozenset({"ADALORA", "POLY", "XLORA", "TRAINABLE_TOKENS", "SHADOW", "OSF"})
+
+
+def train(
+    task: Task,
+    recipe: Recipe,
+    *,
+    device: torch.device | None = None,
+    checkpoints: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[Adapter, Result]:
+    """Train one adapter; it comes with its record, and with the log of the run (p, mask, loss, rate of each step).
+
+    `checkpoints` is a folder for Trainer checkpoints (with `recipe.save_every`); a killed run of the same recipe
+    goes on from the last one there, with the masks and results of an uninterrupted run. Global random state is
+    left as it was.
+    """
+    recipe = recipe.for_task(task)
+    began = time.perf_counter()
+    record = {"task": task.record, "method": recipe.method, "seed": recipe.seed, "recipe": _recipe_record(recipe)}
+    with _isolated_randomness(), _quiet(), contextlib.ExitStack() as stack:
+        model = _with_adapter(task, recipe)
+        initial = _principal_part(model)
+        callbacks = _callbacks(model, recipe, record)
+        log = _Log(progress)
+        keep = checkpoints if recipe.save_every else None
+        resume = _last_checkpoint(keep, record) if keep else None
+        folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        trainer = Trainer(
+            model=model,
+            args=_arguments(recipe, folder, device),
+            train_dataset=_Batches(task.split("train")),
+            data_collator=_same,
+            callbacks=[*callbacks, log],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        cpu_began = time.process_time()
+        trainer.train(resume_from_checkpoint=resume)
+        cpu_s = time.process_time() - cpu_began
+        adapter = _extract(model, record, initial)
+    scores = score(task, adapter, "validation", device=device)
+    metrics = {"validation": {"accuracy": scores.accuracy, "loss": scores.mean_loss, "examples": len(scores)}}
+    adapter = dataclasses.replace(adapter, record={**record, "metrics": metrics})
+    summary = {**metrics, "cpu_s": round(cpu_s, 3), "steps": recipe.steps}
+    return adapter, Result(
+        "train",
+        log.columns(callbacks, recipe),
+        {"record": record, "groups": group(list(adapter.sites), recipe.groups)},
+        finite(summary),
+        provenance(elapsed_s=time.perf_counter() - began, seeds=[recipe.seed], device=str(trainer.args.device)),
+    )
+
+
+def _with_adapter(task: Task, recipe: Recipe) -> Any:
+    """The task's model with a fresh adapter, initialised from `init_seed`."""
+    from peft import get_peft_model
+
+    torch.manual_seed(recipe.init_seed or 0)
+    model = task.build_model()
+    config = _peft_config(recipe)
+    try:
+        model = get_peft_model(model, config)
+    except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
+        raise TunerError(f"PEFT cannot put a {recipe.peft} adapter on {task.name}: {_first_line(error)}") from error
+    if not layers(model):
+        raise TunerError(f"{recipe.peft} has no layers that can be trained one by one")
+    return model
+
+
+def _peft_config(recipe: Recipe) -> Any:
+    """PEFT's configuration for the recipe; OptionError where the tuner lacks what is asked for."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    tuner, method = tuners()[recipe.peft], METHODS[recipe.method]
+    cls = next(c for k, c in PEFT_TYPE_TO_CONFIG_MAPPING.items() if str(k).rpartition(".")[2] == tuner.peft_type)
+    fields = cls.__dataclass_fields__
+    options: dict[str, Any] = {"target_modules": recipe.target_modules, **tuner.preset}
+    if recipe.rank is not None:
+        if "r" not in fields:
+            raise OptionError(f"{recipe.peft} has no rank; leave --rank out")
+        options["r"] = recipe.rank
+        if "oft_block_size" in fields:
+            options["oft_block_size"] = 0  # OFT takes a number of blocks or their size, not both
+    if recipe.alpha is not None:
+        name = next((n for n in ("lora_alpha", "alpha", f"{recipe.peft}_alpha") if n in fields), None)
+        if name:
+            options[name] = recipe.alpha
+        elif not tuner.ranked:
+            raise OptionError(f"{recipe.peft} has no alpha; leave --alpha out")
+    if method.dropout:
+        name = next((n for n in (f"{tuner.peft_type.lower()}_dropout", "module_dropout") if n in fields), None)
+        if name is None or (method.progressive and name == "module_dropout"):
+            raise TunerError(f"{recipe.peft} has no dropout inside that {recipe.method} could set")
+        options[name] = recipe.dropout
+    wrong = sorted(set(recipe.peft_config) - set(fields))
+    if wrong:
+        raise unknown(f"field of {cls.__name__}", wrong[0], sorted(fields))
+    given = {key: value for key, value in recipe.peft_config.items() if key not in ("peft_type", "peft_version")}
+    try:
+        return cls(**{**options, **given})
+    except (TypeError, ValueError) as error:
+        raise OptionError(f"PEFT refuses this {recipe.peft} configuration: {_first_line(error)}") from error
+
+
+def _callbacks(model: nn.Module, recipe: Recipe, record: Mapping[str, Any]) -> list[TrainerCallback]:
+    method = METHODS[recipe.method]
+    callbacks: list[TrainerCallback] = []
+    if method.law:
+        callbacks.append(CoToCallback(recipe.schedule, groups=recipe.groups, seed=recipe.seed))
+    if method.progressive:
+        callbacks.append(DropoutRamp(recipe.dropout, recipe.schedule))
+    if recipe.save_every:
+        callbacks.append(_StampCheckpoints(record))
+    return callbacks
+
+
+def _arguments(recipe: Recipe, folder: Path, device: torch.device | None) -> Any:
+    assert recipe.steps is not None
+    # The rate is constant until the masks end and then falls: the phase that trains all adapters needs a rate.
+    decay = max(1, round((1 - recipe.stage) * recipe.steps))
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulate,
+        gradient_checkpointing=recipe.checkpointing,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": decay, "decay_type": "linear"},
+        warmup_steps=min(round(recipe.warmup * recipe.steps), recipe.steps - decay),
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        optim="adamw_torch",
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps" if recipe.save_every else "no",
+        save_steps=recipe.save_every or recipe.steps,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        use_cpu=device is not None and device.type == "cpu",
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+class _Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Examples that are tensors already: a batch is one indexing, not a list to collate."""
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: tensor[index] for name, tensor in self._split.inputs.items()}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        return {name: tensor[indices] for name, tensor in self._split.inputs.items()}
+
+
+def _same(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return batch
+
+
+class _Log(TrainerCallback):  # type: ignore[misc]
+    """Loss and learning rate of every step, and word of progress."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress = progress
+        self._logged: dict[int, tuple[float | None, float | None]] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take over what a resumed run had logged."""
+        self._logged = {
+            entry["step"]: (entry["loss"], entry["learning_rate"]) for entry in state.log_history if "loss" in entry
+        }
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        """Keep the step's loss; stop where it is no number."""
+        if logs and "loss" in logs:
+            self._logged[state.global_step] = (logs["loss"], logs.get("learning_rate"))
+            if not np.isfinite(logs["loss"]):
+                raise TaskError(
+                    f"training diverged: the loss is {logs['loss']} at step {state.global_step}; lower the learning rate"
+                )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report progress."""
+        if self._progress:
+            self._progress(state.global_step, state.max_steps)
+
+    def columns(self, callbacks: Sequence[TrainerCallback], recipe: Recipe) -> dict[str, list[Any]]:
+        """The table of the run: one row an optimiser step."""
+        coto = next((c for c in callbacks if isinstance(c, CoToCallback)), None)
+        steps = range(recipe.steps or 0)
+        return {
+            "step": list(steps),
+            "p": [coto.log[t][1] if coto else 1.0 for t in steps],
+            "mask": ["".join("01"[int(on)] for on in coto.log[t][2]) if coto else None for t in steps],
+            "loss": [self._logged.get(t + 1, (None, None))[0] for t in steps],
+            "learning_rate": [self._logged.get(t + 1, (None, None))[1] for t in steps],
+        }
+
+
+class _StampCheckpoints(TrainerCallback):  # type: ignore[misc]
+    """Puts the record into every Trainer checkpoint, so that it can be analysed like a finished adapter."""
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        self._record = record
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Rewrite the header of the checkpoint's adapter."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapter = Adapter.load(folder)
+        stamped = dataclasses.replace(adapter, record={**self._record, "step": state.global_step})
+        with tempfile.TemporaryDirectory(dir=folder) as beside:
+            written = stamped.save(Path(beside) / "adapter")
+            (written / "adapter_model.safetensors").replace(folder / "adapter_model.safetensors")
+
+
+def _last_checkpoint(folder: Path, record: Mapping[str, Any]) -> str | None:
+    """The newest checkpoint of this very run in the folder, if there is one; the folder is marked as this run's."""
+    mark = folder / "run.json"
+    if mark.exists():
+        if files.read_json(mark) != finite(record):
+            raise FileError(f"{folder}: holds the checkpoints of another run; --force replaces them")
+        steps = [int(p.name[11:]) for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
+        return str(folder / f"checkpoint-{max(steps)}") if steps else None
+    files.write_json(mark, finite(record))
+    return None
+
+
+def _principal_part(model: nn.Module) -> dict[str, LowRank] | None:
+    """What PiSSA and its like took out of the base weights, as updates; None for every other initialisation."""
+    adapter = _read(model)
+    reason = peft_format.why_not_additive(adapter.config, adapter.sites.values()) or ""
+    if "init_lora_weights" not in reason:
+        return None
+    with torch.no_grad():
+        return {
+            name: peft_format.update(site, {k: t.clone() for k, t in adapter.tensors.items()}, adapter.config)
+            for name, site in adapter.sites.items()
+        }
+
+
+def _extract(model: nn.Module, record: Mapping[str, Any], initial: Mapping[str, LowRank] | None) -> Adapter:
+    """The trained adapter; for PiSSA and its like as plain LoRA on the untouched base, exact at twice the rank."""
+    adapter = dataclasses.replace(_read(model), record=record, source=f"{record['method']}-s{record['seed']}")
+    if initial is None:
+        return adapter
+    trained = {name: peft_format.update(site, adapter.tensors, adapter.config) for name, site in adapter.sites.items()}
+    change = {name: combine([trained[name], initial[name]], [1.0, -1.0]) for name in trained}
+    return adapter.with_updates(change, source=adapter.source)
+
+
+def _read(model: Any) -> Adapter:
+    from peft.utils import get_peft_model_state_dict
+
+    config = json.loads(json.dumps(model.peft_config["default"].to_dict(), default=_jsonable))
+    state = {key: tensor.detach().cpu().clone() for key, tensor in get_peft_model_state_dict(model).items()}
+    parsed = peft_format.parse(state, config, "the trained adapter")
+    if parsed.problems:
+        raise LoraLabError("; ".join(parsed.problems[:3]))
+    config |= {"base_model_name_or_path": model.get_base_model().name_or_path or None, "inference_mode": True}
+    return Adapter(parsed.tensors, config, parsed.sites)
+
+
+def _recipe_record(recipe: Recipe) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe), default=_jsonable))
+    return {key: value for key, value in record.items() if key not in ("method", "seed")}
+
+
+def _jsonable(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set | frozenset) else str(getattr(value, "value", value))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+@contextlib.contextmanager
+def _isolated_randomness() -> Iterator[None]:
+    """The Trainer seeds the global generators; afterwards they are as they were."""
+    python, legacy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(legacy)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the Trainer's and PEFT's own log lines and warnings."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
