@@ -130,11 +130,10 @@ def write_json(path: Path, content: object) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write beside `path`, sync, rename; on any failure or interrupt nothing is left behind."""
-    with replacing(path) as beside:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+    with replacing(path) as beside, beside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -146,11 +145,10 @@ def replacing(path: Path) -> Iterator[Path]:
         workplace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     except OSError as error:
         raise FileError(f"{path}: cannot be written ({error.strerror})") from error
-    beside, replaced = workplace / path.name, workplace / "replaced" / path.name
+    beside, replaced = workplace / path.name, workplace / f"{path.name}.replaced"
     try:
         yield beside
         if beside.is_dir() and path.exists():
-            replaced.parent.mkdir()
             path.rename(replaced)
         beside.replace(path)
     except FileError as error:  # from a file inside the folder: name the place that was asked for

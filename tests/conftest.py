@@ -1,0 +1,73 @@
+"""What all tests share: no network, one thread a worker, tiny random base models."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import nn
+
+torch.set_num_threads(1)
+
+# No deadline: the first call into torch is slow. The same examples in every run: a failure is everybody's.
+settings.register_profile("lora-lab", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("lora-lab")
+
+
+def _bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+            num_labels=3,
+        )
+    )
+
+
+def _gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=32, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    )
+
+
+def _llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    )
+
+
+_BASES = {"bert": _bert, "gpt2": _gpt2, "llama": _llama}
+
+
+@pytest.fixture
+def base_model() -> Callable[[str], nn.Module]:
+    """Name (bert, gpt2, llama) → a tiny random model in float64, in eval mode; always the same weights."""
+
+    def make(name: str) -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return _BASES[name]().double().eval()
+
+    return make
