@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -34,12 +35,26 @@ def interval(samples: Floats, level: float = LEVEL) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def bootstrap(
-    values: Floats, statistic: Callable[[Floats], Floats], *, seed: int, resamples: int = RESAMPLES
-) -> tuple[float, float, float]:
-    """A statistic of the points' means, [points, k] → [k], with its paired percentile interval."""
-    point = float(statistic(values.mean(1, keepdims=True))[0])
-    return point, *interval(statistic(resampled_means(values, seed=seed, resamples=resamples)))
+@dataclass(frozen=True)
+class Sampled:
+    """Means of some points, with the means that bootstrap samples of the same examples would have given."""
+
+    means: Floats
+    """[points, 1]"""
+    samples: Floats
+    """[points, resamples]"""
+
+    @classmethod
+    def of(cls, values: Floats, *, seed: int, resamples: int = RESAMPLES) -> Sampled:
+        """From values [points, examples]; all points share each resampling, so their differences are paired."""
+        return cls(values.mean(1, keepdims=True), resampled_means(values, seed=seed, resamples=resamples))
+
+    def __getitem__(self, points: Sequence[int]) -> Sampled:
+        return Sampled(self.means[points], self.samples[points])
+
+    def estimate(self, statistic: Callable[[Floats], Floats]) -> tuple[float, float, float]:
+        """A statistic of the points, [points, k] → [k]: its value, and the ends of its percentile interval."""
+        return float(statistic(self.means)[0]), *interval(statistic(self.samples))
 
 
 def mean_and_spread(values: Floats) -> tuple[float, float]:

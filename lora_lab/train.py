@@ -351,7 +351,7 @@ class _Log(TrainerCallback):  # type: ignore[misc]
             self._logged[state.global_step] = (logs["loss"], logs.get("learning_rate"))
             if not np.isfinite(logs["loss"]):
                 raise TaskError(
-                    f"training diverged: the loss is {logs['loss']} at step {state.global_step}; lower the learning rate"
+                    f"training diverged: loss {logs['loss']} at step {state.global_step}; lower the learning rate"
                 )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,0 +1,520 @@
+"""Are adapters linearly connected? Curves between them, barriers, and how much of a barrier is shrinkage.
+
+Three curves lie between two adapters a and b, and they are not the same:
+
+* factors: A(t) = (1−t)A_a + tA_b, and B(t) likewise. What the literature on merging LoRA seeds mostly draws. It
+  depends on the gauge (B R, R⁻¹A), and halfway between independent adapters ‖ΔW‖ has about halved.
+* delta: ΔW(t) = (1−t)ΔW_a + tΔW_b, exact by concatenation. factors − delta = −t(1−t)(B_a − B_b)(A_a − A_b).
+* matched: the factor curve with every module's ΔW(t) rescaled to (1−t)‖ΔW_a‖ + t‖ΔW_b‖. What is left of the
+  barrier here is no shrinkage; the share that is gone was.
+
+And aligned: the factor curve after both adapters are brought to their balanced gauge and b's factors are rotated
+onto a's (orthogonal Procrustes), which takes the arbitrary part of the gauge away.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_lab import peft_format
+from lora_lab.adapter import Adapter, same_modules
+from lora_lab.attach import attach
+from lora_lab.errors import MismatchError, OptionError, TunerError
+from lora_lab.lowrank import LowRank, combine, combine_factors
+from lora_lab.result import Journal, Result, columns, fingerprint, finite, provenance
+from lora_lab.stats import Floats, Sampled, mean_and_spread
+from lora_lab.task import Scores, Task, resolve_device
+
+Progress = Callable[[int, int], None]
+"""Called with (evaluations done, evaluations in all)."""
+
+RATIO_SPACES = ("factors", "delta")
+
+
+class Mixer:
+    """Points in the span of some adapters: `mix(weights, space)` is a new adapter, the inputs stay as they are."""
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        same_modules(adapters)
+        reasons = [peft_format.why_not_additive(a.config, a.sites.values()) for a in adapters]
+        if len(set(reasons)) > 1:
+            odd = next(i for i, reason in enumerate(reasons) if reason != reasons[0])
+            raise MismatchError(
+                f"{adapters[0].source} and {adapters[odd].source} are of different tuners: "
+                f"{reasons[0] or 'plain LoRA'}, against {reasons[odd] or 'plain LoRA'}"
+            )
+        self.adapters = list(adapters)
+        self.additive = reasons[0] is None
+
+    def check(self, space: str) -> None:
+        """Raise what `mix` in this space would raise, before anything is computed."""
+        if space not in SPACES:
+            raise OptionError(f"unknown space {space!r}; there are: {', '.join(SPACES)}")
+        if space != "factors" and not self.additive:
+            self.adapters[0].require_additive()
+        if space != "delta":
+            self._check_factors()
+
+    def mix(self, weights: Sequence[float], space: str) -> Adapter:
+        """The adapter at these weights; one that has all the weight is returned itself."""
+        if weights.count(1.0) == 1 and weights.count(0.0) == len(weights) - 1:
+            return self.adapters[weights.index(1.0)]
+        if not self.additive:
+            return self._mix_tensors(weights)
+        used = [i for i, weight in enumerate(weights) if weight]
+        chosen = [weights[i] for i in used]
+        source = SPACES[space]
+        updates = {
+            name: source([self._updates(space)[i][name] for i in used], chosen) for name in self.adapters[0].sites
+        }
+        mixed = self.adapters[0].with_updates(updates, source=f"{space} {self._label(weights)}")
+        return replace(mixed, tensors={**mixed.tensors, **self._mix_others(weights)})
+
+    def norm(self, weights: Sequence[float], space: str) -> float | None:
+        """‖ΔW‖_F over all modules at these weights, from rank × rank cores; None where there is no ΔW."""
+        if not self.additive:
+            return None
+        w = torch.tensor(weights, dtype=torch.float64)
+        if space == "delta" or torch.count_nonzero(w) == 1:
+            squares = torch.einsum("i,j,mij->m", w, w, self._inner)
+        elif space == "matched":
+            squares = (self._inner.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() @ w).square()
+        else:
+            A, B = self._grams(space)
+            A, B = torch.einsum("i,j,mijrs->mrs", w, w, A), torch.einsum("i,j,mijrs->mrs", w, w, B)
+            squares = torch.einsum("mrs,mrs->m", A, B)
+        return math.sqrt(max(0.0, float(squares.sum())))
+
+    def _updates(self, space: str) -> list[dict[str, LowRank]]:
+        return self._aligned if space == "aligned" else [adapter.updates for adapter in self.adapters]
+
+    @cached_property
+    def _aligned(self) -> list[dict[str, LowRank]]:
+        balanced = [{name: update.balanced() for name, update in a.updates.items()} for a in self.adapters]
+        first = balanced[0]
+        return [first, *({name: u.rotated_to(first[name]) for name, u in each.items()} for each in balanced[1:])]
+
+    @cached_property
+    def _inner(self) -> Tensor:
+        """⟨ΔW_i, ΔW_j⟩ by module, [modules, adapters, adapters], float64."""
+        updates = [adapter.updates for adapter in self.adapters]
+        values = [[[a[name].inner(b[name]) for b in updates] for a in updates] for name in self.adapters[0].sites]
+        return torch.tensor(values, dtype=torch.float64)
+
+    @cached_property
+    def _gram_cache(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {}
+
+    def _grams(self, space: str) -> tuple[Tensor, Tensor]:
+        """A_i A_jᵀ and B_iᵀ B_j by module, [modules, adapters, adapters, rank, rank], zero-padded to one rank."""
+        if space not in self._gram_cache:
+            updates = self._updates(space)
+            rank = max(u.rank for u in updates[0].values())
+            shape = (len(self.adapters[0].sites), len(updates), len(updates), rank, rank)
+            A, B = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+            for m, name in enumerate(self.adapters[0].sites):
+                for i, j in itertools.product(range(len(updates)), repeat=2):
+                    a, b = updates[i][name], updates[j][name]
+                    A[m, i, j, : a.rank, : b.rank] = a.A.double() @ b.A.double().T
+                    B[m, i, j, : a.rank, : b.rank] = a.B.double().T @ b.B.double()
+            self._gram_cache[space] = A, B
+        return self._gram_cache[space]
+
+    def _check_factors(self) -> None:
+        first = self.adapters[0]
+        for other in self.adapters[1:]:
+            for key, tensor in first.tensors.items():
+                if key not in other.tensors or other.tensors[key].shape != tensor.shape:
+                    shape = list(other.tensors[key].shape) if key in other.tensors else "missing"
+                    raise MismatchError(
+                        f"{first.source} and {other.source} have factors of different shapes, not to be averaged: "
+                        f"{key.removeprefix(peft_format.PREFIX)} is {list(tensor.shape)} and {shape}"
+                        + ("; ΔW can be: --space delta" if self.additive else "")
+                    )
+
+    def _mix_tensors(self, weights: Sequence[float]) -> Adapter:
+        """Every tensor of a tuner that has no ΔW algebra, averaged: the factor curve of any tuner."""
+        scales = [{name: site.scale for name, site in a.sites.items()} for a in self.adapters]
+        if any(each != scales[0] for each in scales):
+            raise MismatchError("these adapters have different scales, and their tuner allows no folding of them")
+        tensors = {key: self._mix_key(key, weights) for key in self.adapters[0].tensors}
+        return replace(self.adapters[0], tensors=tensors, source=f"factors {self._label(weights)}")
+
+    def _mix_others(self, weights: Sequence[float]) -> dict[str, Tensor]:
+        return {key: self._mix_key(key, weights) for key in self.adapters[0].others}
+
+    def _mix_key(self, key: str, weights: Sequence[float]) -> Tensor:
+        tensors = [adapter.tensors[key] for adapter in self.adapters]
+        if not tensors[0].is_floating_point():
+            return tensors[0]
+        wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+        total = torch.zeros_like(tensors[0], dtype=wide)
+        for tensor, weight in zip(tensors, weights, strict=True):
+            total += tensor.to(wide) * weight
+        return total.to(tensors[0].dtype)
+
+    def _label(self, weights: Sequence[float]) -> str:
+        return " + ".join(f"{w:g}·{a.label}" for w, a in zip(weights, self.adapters, strict=True) if w)
+
+
+def matched(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    """The factor average, rescaled to the weighted mean of the norms (0 stays 0)."""
+    mixed = combine_factors(updates, weights)
+    norm = math.sqrt(max(0.0, mixed.inner(mixed)))
+    target = sum(weight * math.sqrt(max(0.0, u.inner(u))) for u, weight in zip(updates, weights, strict=True))
+    return mixed * (target / norm) if norm else mixed
+
+
+SPACES: dict[str, Callable[[Sequence[LowRank], Sequence[float]], LowRank]] = {
+    "factors": combine_factors,
+    "matched": matched,
+    "delta": combine,
+    "aligned": combine_factors,
+}
+"""How updates of one module are mixed: function (updates, weights) → update."""
+
+
+BARRIERS: dict[str, Callable[[Floats, Floats], Floats]] = {
+    "frankle": lambda L, t: L.max(0) - (L[0] + L[-1]) / 2,
+    "entezari": lambda L, t: (L - (1 - t)[:, None] * L[0] - t[:, None] * L[-1]).max(0),
+    "max_end": lambda L, t: L.max(0) - np.maximum(L[0], L[-1]),
+    "midpoint": lambda L, t: L[len(t) // 2] if len(t) % 2 else np.full(L.shape[1], np.nan),
+}
+"""Barriers of a curve: values [points, k] over t [points] → [k].
+
+frankle: sup L − ½(L(0) + L(1)) (arXiv:1912.05671). entezari: sup [L − linear] (arXiv:2110.06296). max_end: sup L −
+max(L(0), L(1)). midpoint: the value L(½) itself. The supremum is over the grid.
+"""
+
+METRICS = ("loss", "error")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place to be evaluated: weights over all adapters, and the space in which they act."""
+
+    weights: tuple[float, ...]
+    space: str
+
+    @property
+    def key(self) -> str:
+        """Equal for points that are one model: an adapter alone is itself in every space."""
+        used = [(i, w) for i, w in enumerate(self.weights) if w]
+        if len(used) == 1 and used[0][1] == 1:
+            return f"own:{used[0][0]}"
+        return self.space + ":" + ",".join(f"{i}={w:.12g}" for i, w in used)
+
+
+def interpolate(
+    adapters: Sequence[Adapter],
+    task: Task,
+    *,
+    points: int = 11,
+    spaces: Sequence[str] = ("factors", "delta"),
+    ratios: Sequence[Sequence[float]] = (),
+    split: str = "test",
+    seed: int = 0,
+    device: torch.device | None = None,
+    journal: Path | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Loss and accuracy along the line between every two of the adapters, with barriers.
+
+    Every number carries a 95 % interval over the examples (paired bootstrap with `seed`: one resampling for all
+    points of a curve). `factors` brings the norm-matched curve with it wherever there is a ΔW. `ratios` are
+    weights for the first adapters of every combination, normalised to sum 1. End points are the adapters
+    themselves. With `journal`, a killed run goes on where it was.
+    """
+    if len(adapters) < 2:
+        raise OptionError("a line needs two adapters or more")
+    if points < 2:
+        raise OptionError(f"{points} points on a line; at least 2 are needed (its ends)")
+    mixer = Mixer(adapters)
+    spaces = _with_matched(mixer, spaces)
+    for space in spaces:
+        mixer.check(space)
+    began = time.perf_counter()
+    grid = np.linspace(0, 1, points)
+    pairs = list(itertools.combinations(range(len(adapters)), 2))
+    lines = {
+        (pair, space): [_on_line(pair, float(t), len(adapters), space) for t in grid]
+        for pair in pairs
+        for space in spaces
+    }
+    mixes = _ratio_points(ratios, len(adapters), [space for space in RATIO_SPACES if space in spaces])
+    wanted = [*(p for line in lines.values() for p in line), *(point for _, point in mixes)]
+    scores = evaluate(mixer, task, wanted, split=split, device=device, journal=journal, progress=progress)
+
+    sampled = {metric: _Sampled(scores, metric, seed) for metric in METRICS}
+    rows = []
+    for (pair, _), line in lines.items():
+        rows += [
+            {**_who(adapters, pair), "t": float(t), "ratio": None, **_cells(point, sampled, mixer)}
+            for t, point in zip(grid, line, strict=True)
+        ]
+    for (members, ratio), point in mixes:
+        rows.append({**_who(adapters, members), "t": None, "ratio": ratio, **_cells(point, sampled, mixer)})
+    curves = {
+        (pair, space, metric): sampled[metric].line(line) for (pair, space), line in lines.items() for metric in METRICS
+    }
+    examples = len(next(iter(scores.values())))
+    return Result(
+        "interpolate",
+        finite(columns(rows)),
+        {
+            "task": task.record,
+            "split": split,
+            "points": points,
+            "spaces": list(spaces),
+            "adapters": [_described(adapter) for adapter in adapters],
+            "ratios": [":".join(f"{w:g}" for w in ratio) for ratio in ratios],
+            "seed": seed,
+        },
+        finite(_summary(adapters, pairs, spaces, curves, grid)),
+        provenance(
+            inputs=[Path(a.source) for a in adapters],
+            elapsed_s=time.perf_counter() - began,
+            examples=examples,
+            evaluations=len(scores),
+            device=str(device or resolve_device()),
+            dtype="float32",
+        ),
+    )
+
+
+def evaluate(
+    mixer: Mixer,
+    task: Task,
+    points: Sequence[Point],
+    *,
+    split: str = "test",
+    device: torch.device | None = None,
+    journal: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Scores]:
+    """Scores by `Point.key`, every different point once, on one attached model whose weights change in place."""
+    unique = {point.key: point for point in points}
+    run = fingerprint(
+        [task.record, split, [_described(a) for a in mixer.adapters], [_digest(a) for a in mixer.adapters]]
+    )
+    log = Journal(journal, run) if journal else None
+    scores = {key: unpack(log[key]) for key in unique if log and key in log}
+    model = task.build_model().to(device or resolve_device())
+    with attach(model, mixer.adapters[0], *mixer.adapters[1:]) as attached:
+        for key, point in unique.items():
+            if key not in scores:
+                attached.set(mixer.mix(point.weights, point.space))
+                scores[key] = task.score(attached.model, split)
+                if log:
+                    log.add(key, pack(scores[key]))
+            if progress:
+                progress(len(scores), len(unique))
+    return scores
+
+
+def pack(scores: Scores) -> dict[str, str]:
+    """Scores as text; the loss was computed in float32, so nothing is lost."""
+    return {
+        "loss": base64.b64encode(scores.loss.astype("<f4").tobytes()).decode(),
+        "correct": base64.b64encode(np.packbits(scores.correct).tobytes()).decode(),
+    }
+
+
+def unpack(text: Mapping[str, str]) -> Scores:
+    """The inverse of `pack`."""
+    loss = np.frombuffer(base64.b64decode(text["loss"]), "<f4").astype(np.float64)
+    bits = np.frombuffer(base64.b64decode(text["correct"]), np.uint8)
+    return Scores(loss, np.unpackbits(bits, count=len(loss)).astype(np.bool_))
+
+
+def parse_ratios(text: str, adapters: int) -> list[list[float]]:
+    """'0:1,1:1:1' → [[0, 1], [1, 1, 1]]."""
+    ratios = []
+    for part in text.split(","):
+        try:
+            ratio = [float(weight) for weight in part.split(":")]
+        except ValueError as error:
+            raise OptionError(f"ratio {part!r}: numbers with colons between them are needed, such as 1:2") from error
+        if not 2 <= len(ratio) <= adapters:
+            raise OptionError(
+                f"ratio {part!r} has {len(ratio)} weights; with {adapters} adapters, 2 to {adapters} are possible"
+            )
+        if sum(ratio) <= 0 or min(ratio) < 0 or not all(map(math.isfinite, ratio)):
+            raise OptionError(f"ratio {part!r}: weights of 0 or more are needed, not all of them 0")
+        ratios.append(ratio)
+    return ratios
+
+
+def _with_matched(mixer: Mixer, spaces: Sequence[str]) -> list[str]:
+    """The spaces asked for; norms can be matched wherever there is a ΔW, and then the factor curve needs it."""
+    chosen = list(dict.fromkeys(spaces))
+    if not mixer.additive and chosen == ["factors", "delta"]:
+        chosen = ["factors"]  # the default, as far as this tuner allows it
+    if "factors" in chosen and mixer.additive and "matched" not in chosen:
+        chosen.insert(chosen.index("factors") + 1, "matched")
+    return chosen
+
+
+def _on_line(pair: tuple[int, int], t: float, count: int, space: str) -> Point:
+    weights = [0.0] * count
+    weights[pair[0]], weights[pair[1]] = 1 - t, t
+    return Point(tuple(weights), space)
+
+
+def _ratio_points(
+    ratios: Sequence[Sequence[float]], count: int, spaces: Sequence[str]
+) -> list[tuple[tuple[tuple[int, ...], str], Point]]:
+    found = []
+    for ratio, space in itertools.product(ratios, spaces):
+        for members in itertools.combinations(range(count), len(ratio)):
+            weights = [0.0] * count
+            for member, weight in zip(members, ratio, strict=True):
+                weights[member] = weight / sum(ratio)
+            label = ":".join(f"{weight:g}" for weight in ratio)
+            found.append(((members, label), Point(tuple(weights), space)))
+    return found
+
+
+def _who(adapters: Sequence[Adapter], members: Sequence[int]) -> dict[str, Any]:
+    chosen = [adapters[i] for i in members]
+    methods = {adapter.record.get("method") for adapter in chosen}
+    return {
+        "members": [adapter.label for adapter in chosen],
+        "indices": list(members),
+        "method": methods.pop() if len(methods) == 1 else None,
+    }
+
+
+class _Sampled:
+    """One metric of every evaluated point, under one bootstrap resampling of the examples."""
+
+    def __init__(self, scores: Mapping[str, Scores], metric: str, seed: int) -> None:
+        self._index = {key: i for i, key in enumerate(scores)}
+        values = [s.loss if metric == "loss" else 1.0 - s.correct for s in scores.values()]
+        self._all = Sampled.of(np.stack(values), seed=seed)
+
+    def line(self, points: Sequence[Point]) -> Sampled:
+        return self._all[[self._index[point.key] for point in points]]
+
+
+def _cells(point: Point, sampled: Mapping[str, _Sampled], mixer: Mixer) -> dict[str, Any]:
+    """What a row says of its point."""
+    loss = sampled["loss"].line([point]).estimate(lambda L: L[0])
+    error, low, high = sampled["error"].line([point]).estimate(lambda L: L[0])
+    return {
+        "space": point.space,
+        "weights": list(point.weights),
+        **dict(zip(("loss", "loss_low", "loss_high"), loss, strict=True)),
+        "accuracy": 1 - error,
+        "accuracy_low": 1 - high,
+        "accuracy_high": 1 - low,
+        "norm": mixer.norm(point.weights, point.space),
+    }
+
+
+Curves = Mapping[tuple[tuple[int, int], str, str], Sampled]
+"""(pair, space, metric) → the curve with its bootstrap samples."""
+
+
+def _summary(
+    adapters: Sequence[Adapter],
+    pairs: Sequence[tuple[int, int]],
+    spaces: Sequence[str],
+    curves: Curves,
+    grid: Floats,
+) -> dict[str, Any]:
+    barriers = []
+    for (pair, space, metric), curve in curves.items():
+        for name, barrier in BARRIERS.items():
+            value, low, high = curve.estimate(lambda L, f=barrier: f(L, grid))  # type: ignore[misc]
+            who = {**_who(adapters, pair), "space": space, "metric": metric}
+            barriers.append({**who, "barrier": name, "value": value, "low": low, "high": high})
+    summary: dict[str, Any] = {"barriers": barriers}
+    if "matched" in spaces:
+        summary["shrinkage"] = [
+            {**_who(adapters, pair), "metric": metric, **_shrinkage(curves, pair, metric, grid)}
+            for pair in pairs
+            for metric in METRICS
+        ]
+    if len(adapters) > 2:
+        summary["matrix"] = _matrix(len(adapters), barriers)
+        summary["over_pairs"] = _over_pairs(barriers)
+    return summary
+
+
+def _shrinkage(curves: Curves, pair: tuple[int, int], metric: str, grid: Floats) -> dict[str, float]:
+    """The factor curve's barrier (Entezari's), what norm matching takes away of it, and what stays.
+
+    `removed` is a paired difference: its interval comes from one resampling of both curves.
+    """
+    factors, matched = curves[pair, "factors", metric], curves[pair, "matched", metric]
+    both = Sampled(np.concatenate([factors.means, matched.means]), np.concatenate([factors.samples, matched.samples]))
+    n, height = len(grid), BARRIERS["entezari"]
+    parts: dict[str, Callable[[Floats], Floats]] = {
+        "barrier": lambda L: height(L[:n], grid),
+        "stays": lambda L: height(L[n:], grid),
+        "removed": lambda L: height(L[:n], grid) - height(L[n:], grid),
+    }
+    cells: dict[str, float] = {}
+    for name, statistic in parts.items():
+        cells[name], cells[f"{name}_low"], cells[f"{name}_high"] = both.estimate(statistic)
+    cells["share"] = cells["removed"] / cells["barrier"] if cells["barrier"] > 0 else math.nan
+    return cells
+
+
+def _matrix(count: int, barriers: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[list[float]]]]:
+    """Space → metric → Entezari barriers between all adapters, symmetric, zero on the diagonal."""
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    for row in barriers:
+        if row["barrier"] == "entezari":
+            empty = [[0.0] * count for _ in range(count)]
+            table = found.setdefault(row["space"], {}).setdefault(row["metric"], empty)
+            i, j = row["indices"]
+            table[i][j] = table[j][i] = row["value"]
+    return found
+
+
+def _over_pairs(barriers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation of every barrier over the pairs of one method (pairs share adapters)."""
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    for row in barriers:
+        key = (row["method"], row["space"], row["metric"], row["barrier"])
+        groups.setdefault(key, []).append(row["value"])
+    return [
+        dict(zip(("method", "space", "metric", "barrier"), key, strict=True))
+        | dict(zip(("mean", "spread"), mean_and_spread(np.array(values)), strict=True))
+        | {"pairs": len(values)}
+        for key, values in groups.items()
+    ]
+
+
+def _described(adapter: Adapter) -> dict[str, Any]:
+    return {
+        "label": adapter.label,
+        "method": adapter.record.get("method"),
+        "seed": adapter.record.get("seed"),
+        "norm": _norm(adapter),
+    }
+
+
+def _norm(adapter: Adapter) -> float | None:
+    try:
+        return adapter.total_norm
+    except TunerError:
+        return None
+
+
+def _digest(adapter: Adapter) -> list[float]:
+    return [float(tensor.double().sum()) for tensor in adapter.tensors.values()]
