@@ -57,7 +57,8 @@ class Adapter:
         """
         listing = inspect(path, config=config, alpha=alpha, adapter_name=adapter_name)
         if listing.problems:
-            raise AdapterError("; ".join(listing.problems[:3]))
+            shown, count = listing.problems[:3], len(listing.problems)
+            raise AdapterError("; ".join(shown) + (f" ({count} in all)" if count > len(shown) else ""))
         for note in listing.warnings:
             warnings.warn(f"{path}: {note}", LoraLabWarning, stacklevel=2)
         return listing.adapter
@@ -118,7 +119,7 @@ class Adapter:
         """
         path = Path(path)
         files.refuse_existing(path, force=force)
-        config = json.dumps(_plain(self.config), indent=2, sort_keys=True)
+        config = json.dumps(_plain(self.config), indent=2)  # unsorted: of the patterns, the first match counts
         metadata = {"format": "pt", RECORD_KEY: json.dumps(_plain(self.record))}
         if path.suffix == ".safetensors":
             files.write_safetensors(path, self.tensors, metadata | {CONFIG_KEY: config})
@@ -190,8 +191,15 @@ def inspect(
             raise FileError(f"{found.weights}: a diffusers file (its header says so); PEFT's format is needed")
     else:
         tensors = files.read_bin(found.weights)
-    settings, notes = _find_config(found, config, raw_metadata, tensors, alpha)
-    settings, more = peft_format.complete_config(settings, tensors)
+    settings = _find_config(found, config, raw_metadata)
+    notes: list[str] = []
+    if settings is None:
+        settings, notes = peft_format.assumed_config(tensors, alpha, adapter_name)
+    elif alpha is not None and settings.get("lora_alpha") is None:
+        settings["lora_alpha"] = alpha
+    elif alpha is not None and settings["lora_alpha"] != alpha:
+        notes = [f"alpha {alpha:g} is not used, the config says {settings['lora_alpha']!r}"]
+    settings, more = peft_format.complete_config(settings, tensors, adapter_name)
     parsed: Parsed = peft_format.parse(tensors, settings, str(found.weights), adapter_name)
     adapter = Adapter(parsed.tensors, settings, parsed.sites, _record(raw_metadata), str(path))
     notes = [*found.notes, *notes, *more, *parsed.warnings]
@@ -277,23 +285,16 @@ def _locate_on_hub(name: str) -> _Found:
 
 
 def _find_config(
-    found: _Found,
-    given: str | os.PathLike[str] | None,
-    metadata: Mapping[str, str],
-    tensors: Mapping[str, Tensor],
-    alpha: float | None,
-) -> tuple[dict[str, Any], list[str]]:
+    found: _Found, given: str | os.PathLike[str] | None, metadata: Mapping[str, str]
+) -> dict[str, Any] | None:
     if given is not None:
-        path = Path(given)
-        return files.read_json(path / "adapter_config.json" if path.is_dir() else path), []
+        path = Path(given).expanduser()
+        return files.read_json(path / "adapter_config.json" if path.is_dir() else path)
     neighbour = found.weights.parent / "adapter_config.json"
-    if found.folder is None and CONFIG_KEY in metadata:
-        return _header_json(found.weights, CONFIG_KEY, metadata), []
-    if neighbour.exists():
-        return files.read_json(neighbour), []
-    if CONFIG_KEY in metadata:
-        return _header_json(found.weights, CONFIG_KEY, metadata), []
-    return peft_format.assumed_config(tensors, alpha)
+    in_header = CONFIG_KEY in metadata
+    if neighbour.exists() and not (in_header and found.folder is None):
+        return files.read_json(neighbour)
+    return _header_json(found.weights, CONFIG_KEY, metadata) if in_header else None
 
 
 def _header_json(path: Path, key: str, metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -27,6 +27,8 @@ _LEADING = re.compile(r"^(?:module\.|base_model\.model\.)")
 _BASE_CHANGING = re.compile(r"^(pissa|olora|corda|loftq|lora_ga)")
 _VARIANTS = ("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
 
+_PLAIN = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"})
+
 # What an early PEFT wrote and a later one removed, and it never changed a plain adapter.
 _LEGACY = {"enable_lora", "merge_weights"}
 
@@ -74,47 +76,49 @@ def parse(
     """
     parsed = Parsed()
     tuner, prefix = tuner_of(config), _prefix(tuner_of(config), where)
-    found: dict[str, dict[str, tuple[str, Tensor]]] = defaultdict(dict)
-    names: dict[str, None] = {}
-    clashes: list[str] = []
-    loose: dict[str, Tensor] = {}
+    by_name: dict[str, dict[str, dict[str, tuple[str, Tensor]]]] = {}
+    clashes: dict[str, list[str]] = defaultdict(list)
+    loose: list[tuple[str, Tensor]] = []
     for raw, tensor in tensors.items():
-        if raw.startswith("base_model.") and not raw.startswith(PREFIX):  # shared by all modules, as VeRA's A and B
+        shared = raw.startswith("base_model.") and not raw.startswith(PREFIX)
+        if shared and prefix != "lora_":  # by all modules, as VeRA's A and B
             parsed.tensors[raw] = tensor
             parsed.others.append(raw)
             continue
         split = _split(_clean(raw), prefix)
         if split is None:
-            loose[_clean(raw)] = tensor
+            loose.append((_clean(raw), tensor))
             continue
         module, part, name = split
-        if part in found[module] and name in names:
-            clashes.append(f"{module}.{part}")
-        names[name] = None
-        if adapter_name is None or name == adapter_name:
-            found[module][part] = (raw, tensor)
+        parts = by_name.setdefault(name, {}).setdefault(module, {})
+        if part in parts:
+            clashes[name].append(f"{module}.{part}")
+        parts[part] = (raw, tensor)
     foreign = _foreign_format(tensors)
-    if foreign or not (found or parsed.others):
+    if foreign or not (by_name or parsed.others):
         parsed.problems.append(
             f"{where}: no {'LoRA' if tuner == 'LORA' else tuner} tensors found{foreign or _other_content(tensors)}"
         )
         return parsed
-    if adapter_name is None and len(names) > 1:
-        listed = " and ".join(repr(name or "(unnamed)") for name in sorted(names))
-        parsed.problems.append(f"{where}: holds several adapters, {listed}; choose one with --adapter-name")
+    listed = [repr(name) if name else "(unnamed)" for name in sorted(by_name)]
+    if adapter_name is None and len(by_name) > 1:
+        parsed.problems.append(
+            f"{where}: holds several adapters, {' and '.join(listed)}; choose one with --adapter-name"
+        )
         return parsed
-    if adapter_name is not None and adapter_name not in names:
-        parsed.problems.append(f"{where}: has no adapter {adapter_name!r}; it holds {some(map(repr, names))}")
+    if adapter_name is not None and adapter_name not in by_name:
+        parsed.problems.append(f"{where}: has no adapter {adapter_name!r}; it holds {some(listed)}")
         return parsed
-    if len(names) == 1 and clashes:
-        parsed.problems.append(f"{where}: two tensors each for {some(clashes)}")
+    chosen = next(iter(by_name), "") if adapter_name is None else adapter_name
+    if clashes[chosen]:
+        parsed.problems.append(f"{where}: two tensors each for {some(clashes[chosen])}")
+    found = by_name.get(chosen, {})
     for module in sorted(found, key=_natural):
         _add_site(parsed, module, found[module], config, tuner, where)
     _check_ranks(parsed, config, where)
-    for key, tensor in loose.items():
-        _add_other(parsed, key, tensor)
+    _add_others(parsed, loose, chosen, by_name, config)
     _check_finite(parsed, where)
-    _check_patterns(parsed, config)
+    _check_patterns(parsed, config, where)
     _check_zero(parsed)
     _check_config(parsed, config, where)
     return parsed
@@ -123,8 +127,6 @@ def parse(
 def update(site: Site, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> LowRank:
     """ΔW of one LoRA site, the scale folded into B, in the layout of the stored weight."""
     A, B = (tensors[site.keys[part]] for part in site.pair)
-    if A.is_complex() or not A.is_floating_point() or not B.is_floating_point():
-        raise AdapterError(f"{site.name}: {A.dtype} and {B.dtype} factors; floating point is needed")
     dtype = torch.float64 if torch.float64 in (A.dtype, B.dtype) else torch.float32
     A, B = A.to(dtype), B.to(dtype) * (1.0 if site.scale is None else site.scale)
     if site.kind == "embedding" or (site.kind == "linear" and config.get("fan_in_fan_out")):
@@ -153,6 +155,9 @@ def why_not_additive(config: Mapping[str, Any], sites: Collection[Site]) -> str 
         return "lora_bias adds a bias, which ΔW does not hold"
     if any(site.kind == "parameter" for site in sites):
         return "target_parameters adapts a stack of weights, expert by expert"
+    strange = sorted({part for site in sites for part in site.keys} - _PLAIN)
+    if strange:
+        return f"{some(strange)} is no part of a plain LoRA"
     return None
 
 
@@ -236,7 +241,7 @@ def _add_site(
     if A.ndim != B.ndim or A.ndim < 2 or not A.numel() or not B.numel() or B.shape[1] != rank:
         reason = (
             "tensors of a sharded save that was not gathered?"
-            if A.ndim < 2 or not A.numel() or not B.numel()
+            if A.ndim < 2 or B.ndim < 2 or not A.numel() or not B.numel()
             else "a grouped convolution or another adapter's half?"
         )
         parsed.sites[module] = Site(module, kind, keys)
@@ -244,13 +249,15 @@ def _add_site(
             f"{where}: {module}: lora_A {list(A.shape)} and lora_B {list(B.shape)} are no pair ({reason})"
         )
         return
+    if not (A.is_floating_point() and B.is_floating_point()):
+        parsed.problems.append(f"{where}: {module}: {A.dtype} and {B.dtype} factors; floating point is needed")
     expected = _config_rank(config, module)
     if expected and expected != rank and config.get("target_parameters") and rank % expected == 0:
         kind = "parameter"
     rank_for_scale = expected if kind == "parameter" and expected else rank
-    alpha = pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
+    alpha = pattern_value(_patterns(config, "alpha_pattern"), module, config.get("lora_alpha"))
     scale = None
-    if isinstance(alpha, int | float) and math.isfinite(alpha):
+    if isinstance(alpha, int | float) and not isinstance(alpha, bool) and math.isfinite(alpha):
         scale = alpha / (math.sqrt(rank_for_scale) if config.get("use_rslora") else rank_for_scale)
     else:
         parsed.problems.append(f"{where}: {module}: lora_alpha is {alpha!r}; a number belongs there")
@@ -266,8 +273,13 @@ def _canonical(part: str, raw: str) -> str:
 
 
 def _config_rank(config: Mapping[str, Any], module: str) -> int | None:
-    said = pattern_value(config.get("rank_pattern") or {}, module, config.get("r"))
+    said = pattern_value(_patterns(config, "rank_pattern"), module, config.get("r"))
     return said if isinstance(said, int) and not isinstance(said, bool) and said > 0 else None
+
+
+def _patterns(config: Mapping[str, Any], field_name: str) -> Mapping[str, Any]:
+    patterns = config.get(field_name)
+    return patterns if isinstance(patterns, Mapping) else {}
 
 
 def _check_ranks(parsed: Parsed, config: Mapping[str, Any], where: str) -> None:
@@ -283,13 +295,39 @@ def _check_ranks(parsed: Parsed, config: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _add_other(parsed: Parsed, key: str, tensor: Tensor) -> None:
-    if ".original_module." in f".{key}":
-        parsed.warnings.append(f"{key}: a copy of the base model's weights, left out")
-        return
-    key = PREFIX + re.sub(r"(^|\.)modules_to_save\.(?:[^.]+\.)?(?=[^.]+$)", r"\1", key)
-    parsed.tensors[key] = tensor
-    parsed.others.append(key)
+def _add_others(
+    parsed: Parsed,
+    loose: list[tuple[str, Tensor]],
+    chosen: str,
+    names: Collection[str],
+    config: Mapping[str, Any],
+) -> None:
+    # PEFT itself saves no key with an adapter's name in it: such a file is the state_dict of the whole model.
+    whole = chosen != "" and any(key.endswith(".base_layer.weight") for key, _ in loose)
+    copies = []
+    for raw, tensor in loose:
+        key, name = _without_name(raw, names)
+        trained = key != raw or (config.get("bias", "none") != "none" and key.endswith(".bias"))
+        if ".original_module." in f".{key}" or (whole and not trained):
+            copies.append(key)
+        elif name in ("", chosen) or name not in names:
+            parsed.tensors[PREFIX + key] = tensor
+            parsed.others.append(PREFIX + key)
+    if copies:
+        parsed.warnings.append(f"{len(copies)} copies of the base model's weights left out: {some(copies)}")
+
+
+def _without_name(key: str, names: Collection[str]) -> tuple[str, str]:
+    """Key of a tensor that is trained in full as PEFT saves it, and the adapter's name that was in it ('' for none)."""
+    match = re.match(r"^((?:.+\.)?)(modules_to_save\.|trainable_tokens_delta\.)(.+)$", key)
+    if not match:
+        return key, ""
+    head, mark, rest = match.groups()
+    saved = mark == "modules_to_save."
+    first = rest.partition(".")[0] if "." in rest or not saved else ""
+    name = next((n for n in sorted(names, key=len, reverse=True) if n and f"{rest}.".startswith(f"{n}.")), first)
+    rest = rest.removeprefix(name).removeprefix(".")
+    return (head + rest if saved else head + mark + rest).removesuffix("."), name
 
 
 def _foreign_format(tensors: Mapping[str, Tensor]) -> str | None:
@@ -320,16 +358,21 @@ def _check_finite(parsed: Parsed, where: str) -> None:
 
 def _check_zero(parsed: Parsed) -> None:
     pairs = [site for site in parsed.sites.values() if site.scale is not None]
-    zero = [s for s in pairs if any(not parsed.tensors[s.keys[part]].any() for part in s.pair)]
+    zero = [s for s in pairs if not s.scale or any(not parsed.tensors[s.keys[part]].any() for part in s.pair)]
     if zero:
         parsed.warnings.append(
             f"{len(zero)} of {len(pairs)} modules have zero delta (untrained?): {some(s.name for s in zero)}"
         )
 
 
-def _check_patterns(parsed: Parsed, config: Mapping[str, Any]) -> None:
+def _check_patterns(parsed: Parsed, config: Mapping[str, Any], where: str) -> None:
     for field_name in ("rank_pattern", "alpha_pattern"):
-        for key in config.get(field_name) or {}:
+        said = config.get(field_name)
+        if said is not None and not isinstance(said, Mapping):
+            parsed.problems.append(
+                f"{where}: {field_name} is a {type(said).__name__}; an object of module and number belongs there"
+            )
+        for key in _patterns(config, field_name):
             if not any(_matches(key, name) for name in parsed.sites):
                 parsed.warnings.append(f"{field_name} key {key!r} matches no module and has no effect")
 
@@ -344,15 +387,19 @@ def _check_config(parsed: Parsed, config: Mapping[str, Any], where: str) -> None
         parsed.warnings.append("alora_invocation_tokens: the update acts only after those tokens")
 
 
-def complete_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], list[str]]:
+def complete_config(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], adapter_name: str | None = None
+) -> tuple[dict[str, Any], list[str]]:
     """The configuration with the fields that its maths needs, and what had to be assumed for them."""
     config, notes = dict(config), []
     if tuner_of(config) == "LORA":
         config.setdefault("peft_type", "LORA")
         if config.get("r") is None:
-            ranks = [t.shape[0] for k, t in tensors.items() if re.search(r"\.lora_(embedding_)?A(\.|$)", k) and t.ndim]
-            config["r"] = max(set(ranks), key=ranks.count) if ranks else 8
-            notes.append(f"the config gives no r: taken from the tensors ({config['r']})")
+            common, uneven = _ranks(tensors, adapter_name)
+            config["r"] = common
+            if uneven:
+                config["rank_pattern"] = {**_patterns(config, "rank_pattern"), **uneven}
+            notes.append(f"the config gives no r: taken from the tensors ({common})")
         if config.get("lora_alpha") is None:
             config["lora_alpha"] = 8
             notes.append("the config gives no lora_alpha: PEFT's default of 8 is used")
@@ -362,30 +409,38 @@ def complete_config(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
     return config, notes
 
 
-def assumed_config(tensors: Mapping[str, Tensor], alpha: float | None) -> tuple[dict[str, Any], list[str]]:
+def assumed_config(
+    tensors: Mapping[str, Tensor], alpha: float | None, adapter_name: str | None = None
+) -> tuple[dict[str, Any], list[str]]:
     """A configuration for a file that has none: rank pattern from the tensors, alpha as given or equal to r."""
-    ranks = {}
-    for key, tensor in tensors.items():
-        split = _split(_clean(key), "lora_")
-        if split and split[1] in ("lora_A", "lora_embedding_A") and tensor.ndim:
-            ranks[split[0]] = tensor.shape[0]
-    config: dict[str, Any] = {"peft_type": "LORA"}
-    if not ranks:
-        return {**config, "r": 8, "lora_alpha": 8}, []
-    common = max(set(ranks.values()), key=list(ranks.values()).count)
-    uneven = {name: rank for name, rank in sorted(ranks.items()) if rank != common}
-    config |= {
+    modules = {split[0] for key in tensors if (split := _split(_clean(key), "lora_"))}
+    common, uneven = _ranks(tensors, adapter_name)
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
         "r": common,
         "lora_alpha": common if alpha is None else alpha,
-        "rank_pattern": {anchored(name): rank for name, rank in uneven.items()},
-        "alpha_pattern": {anchored(name): rank for name, rank in uneven.items()} if alpha is None else {},
-        "target_modules": sorted(ranks, key=_natural),
+        "rank_pattern": uneven,
+        "alpha_pattern": dict(uneven) if alpha is None else {},
+        "target_modules": sorted(modules, key=_natural),
     }
-    if alpha is not None:
+    if any("lora_magnitude_vector" in key for key in tensors):
+        config["use_dora"] = True
+    if alpha is not None or not modules:
         return config, []
     return config, [
         "no configuration found: lora_alpha is assumed equal to the rank (scale 1); --alpha or --config says"
     ]
+
+
+def _ranks(tensors: Mapping[str, Tensor], adapter_name: str | None) -> tuple[int, dict[str, int]]:
+    """The commonest rank of the pairs, and a pattern for the modules of another rank."""
+    ranks = {}
+    for key, tensor in tensors.items():
+        split = _split(_clean(key), "lora_")
+        if split and split[1] in ("lora_A", "lora_embedding_A") and tensor.ndim and adapter_name in (None, split[2]):
+            ranks[split[0]] = tensor.shape[0]
+    common = max(sorted(set(ranks.values())), key=list(ranks.values()).count, default=8)
+    return common, {anchored(name): rank for name, rank in sorted(ranks.items()) if rank != common}
 
 
 def anchored(name: str) -> str:

@@ -1,0 +1,46 @@
+"""Adapter files written by hand, for tests."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+PREFIX = "base_model.model."
+
+
+def lora(
+    module: str = "layers.0.q_proj",
+    *,
+    rank: int = 2,
+    rows: int = 6,
+    columns: int = 4,
+    seed: int = 0,
+    name: str = "",
+    prefix: str = PREFIX,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """The two tensors of one adapted linear module; `name` is the adapter's, inside the keys."""
+    generator = torch.Generator().manual_seed(seed)
+    middle = f".{name}" if name else ""
+    return {
+        f"{prefix}{module}.lora_A{middle}.weight": torch.randn(rank, columns, generator=generator).to(dtype),
+        f"{prefix}{module}.lora_B{middle}.weight": torch.randn(rows, rank, generator=generator).to(dtype),
+    }
+
+
+def product(tensors: Mapping[str, Tensor]) -> Tensor:
+    """B A of the one pair in `tensors`."""
+    A, B = tensors.values()
+    return B.to(torch.float32) @ A.to(torch.float32)
+
+
+def write(folder: Path, tensors: Mapping[str, Tensor], **config: object) -> Path:
+    """A PEFT folder with rank 2 and alpha 4 (scale 2) unless `config` says otherwise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **config}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
