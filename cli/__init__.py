@@ -1,0 +1,85 @@
+"""The command line: one file a verb; each parses, calls lora_lab, saves and says. Nothing imports this package."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import warnings
+from typing import Any
+
+import typer
+
+from ..errors import LoraLabError, LoraLabWarning
+from . import evaluate, figure, inspect, interpolate, quickstart, tasks, train
+
+_EPILOG = "Start with `lora-lab quickstart`: two minutes from nothing to a first figure."
+
+app = typer.Typer(
+    name="lora-lab",
+    help="Analyse LoRA adapters: train them with CoTo, walk the line between them, see what is shared and what breaks.",
+    epilog=_EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (quickstart, train, interpolate, evaluate, inspect, tasks, figure):
+    app.command(verb.__name__.rpartition(".")[2])(verb.command)
+
+# typer may carry its own copy of click, so the class is taken from what typer itself raises
+_UsageError: Any = typer.BadParameter.__mro__[1]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; the project's own errors become one line and exit code 1, a bug shows its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a pipe in the C locale would refuse Δ and ‖
+            stream.reconfigure(errors="replace", encoding="utf-8")
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("always", category=LoraLabWarning)
+    warnings.showwarning = _show_warning
+    try:
+        code = app(arguments, standalone_mode=False)
+    except LoraLabError as error:
+        _fail(str(error))
+    except _UsageError as error:
+        text, unknown = _usage(error)
+        _fail(text, code=1 if unknown else 2)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted; nothing half-written was left", code=130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(text: str, code: int = 1) -> None:
+    print("error:", " ".join(text.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def _usage(error: Any) -> tuple[str, bool]:
+    """What was wrong with the command line, and whether it was an unknown name."""
+    text = str(error.format_message()).rstrip(".")
+    kind = type(error).__name__
+    if kind == "NoSuchOption":
+        near = difflib.get_close_matches(error.option_name, _option_names(error.ctx), n=1)
+        return f"no such option {error.option_name}" + (f" (did you mean {near[0]}?)" if near else ""), True
+    if text.startswith("No such command"):
+        name = text.split("'")[1]
+        verbs = [command.name or "" for command in app.registered_commands]
+        near = difflib.get_close_matches(name, verbs, n=1)
+        return f"no such command {name!r}" + (
+            f" (did you mean {near[0]}?)" if near else f"; there are: {', '.join(verbs)}"
+        ), True
+    where = f" (see `{error.ctx.command_path} --help`)" if error.ctx else ""
+    return text[:1].lower() + text[1:] + where, False
+
+
+def _option_names(context: Any) -> list[str]:
+    return [name for parameter in context.command.params for name in parameter.opts] if context else []
+
+
+def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+    print("warning:", " ".join(str(message).split()), file=sys.stderr)

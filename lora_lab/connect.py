@@ -242,6 +242,7 @@ def interpolate(
     if points < 2:
         raise OptionError(f"{points} points on a line; at least 2 are needed (its ends)")
     mixer = Mixer(adapters)
+    run = run_id(adapters, task, points=points, spaces=list(spaces), ratios=ratios, split=split, seed=seed)
     spaces = _with_matched(mixer, spaces)
     for space in spaces:
         mixer.check(space)
@@ -288,10 +289,17 @@ def interpolate(
             elapsed_s=time.perf_counter() - began,
             examples=examples,
             evaluations=len(scores),
+            run=run,
             device=str(device or resolve_device()),
             dtype="float32",
         ),
     )
+
+
+def run_id(adapters: Sequence[Adapter], task: Task, **options: Any) -> str:
+    """What a run's result hangs on, hashed: adapters, task and options."""
+    described = [[_described(adapter), _digest(adapter)] for adapter in adapters]
+    return fingerprint([task.record, described, {name: options[name] for name in sorted(options)}])
 
 
 def evaluate(
@@ -306,10 +314,7 @@ def evaluate(
 ) -> dict[str, Scores]:
     """Scores by `Point.key`, every different point once, on one attached model whose weights change in place."""
     unique = {point.key: point for point in points}
-    run = fingerprint(
-        [task.record, split, [_described(a) for a in mixer.adapters], [_digest(a) for a in mixer.adapters]]
-    )
-    log = Journal(journal, run) if journal else None
+    log = Journal(journal, run_id(mixer.adapters, task, split=split)) if journal else None
     scores = {key: unpack(log[key]) for key in unique if log and key in log}
     model = task.build_model().to(device or resolve_device())
     with attach(model, mixer.adapters[0], *mixer.adapters[1:]) as attached:

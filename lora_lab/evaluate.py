@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
 
 from lora_lab import task as tasks
 from lora_lab.adapter import Adapter
 from lora_lab.attach import attach
 from lora_lab.errors import MismatchError
+from lora_lab.result import Result, columns, provenance
+from lora_lab.stats import Sampled
 from lora_lab.task import Scores, Task
 
 TASK_HELP = (
@@ -24,6 +32,54 @@ def score(task: Task, adapter: Adapter | None, split: str = "test", *, device: t
         return task.score(model, split)
     with attach(model, adapter) as attached:
         return task.score(attached.model, split)
+
+
+def evaluate(
+    adapters: Sequence[Adapter],
+    *,
+    given: str | None = None,
+    split: str = "test",
+    base: bool = True,
+    seed: int = 0,
+    device: torch.device | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Result:
+    """Every adapter on its own task (or the one given), and every base model alone, with 95 % intervals."""
+    began = time.perf_counter()
+    found = [task_of(adapter, given=given) for adapter in adapters]
+    shared = {task.name: task for task in reversed(found)}
+    runs: list[tuple[Adapter | None, Task]] = [*((None, task) for task in shared.values() if base)]
+    runs += [(adapter, shared[task.name]) for adapter, task in zip(adapters, found, strict=True)]
+    rows = []
+    for i, (adapter, task) in enumerate(runs):
+        scores = score(task, adapter, split, device=device)
+        rows.append({**_described(adapter, task), "examples": len(scores), **_estimates(scores, seed)})
+        if progress:
+            progress(i + 1, len(runs))
+    return Result(
+        "evaluate",
+        columns(rows),
+        {"split": split, "tasks": [task.record for task in shared.values()], "seed": seed},
+        {},
+        provenance(
+            inputs=[Path(a.source) for a in adapters], elapsed_s=time.perf_counter() - began, examples=len(scores)
+        ),
+    )
+
+
+def _described(adapter: Adapter | None, task: Task) -> dict[str, Any]:
+    record = adapter.record if adapter else {}
+    label = adapter.label if adapter else "(base model alone)"
+    return {"adapter": label, "task": task.name, "method": record.get("method"), "seed": record.get("seed")}
+
+
+def _estimates(scores: Scores, seed: int) -> dict[str, float]:
+    sampled = Sampled.of(np.stack([scores.loss, scores.correct.astype(np.float64)]), seed=seed)
+    cells: dict[str, float] = {}
+    for i, name in enumerate(("loss", "accuracy")):
+        value, low, high = sampled[[i]].estimate(lambda means: means[0])
+        cells |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    return cells
 
 
 def task_of(*adapters: Adapter, given: str | None = None) -> Task:

@@ -75,7 +75,8 @@ class LowRank:
 
     def singular_values(self) -> Tensor:
         """The min(rank, rows, columns) leading singular values of ΔW in float64, largest first."""
-        return torch.linalg.svdvals(self._core()[1])
+        S: Tensor = torch.linalg.svdvals(self._core()[1])
+        return S
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """U [rows, k], S [k], Vh [k, columns] with ΔW = U diag(S) Vh; float64, without a dense ΔW."""

@@ -68,6 +68,8 @@ class Task(ABC):
     labels: int
     batch_size = 250
     """Examples per batch when scoring."""
+    threads: int | None = None
+    """Threads that training uses best; None leaves torch's own choice."""
 
     # Defaults for training; every one can be set on the command line.
     target_modules: str | list[str] = "all-linear"
@@ -221,6 +223,15 @@ KINDS: dict[str, Callable[[Mapping[str, Any], Path, str], Task]] = {
     "text-classification": _text_classification,
 }
 """Kinds of tasks that a file can describe."""
+
+
+def example(kind: str) -> str:
+    """A commented task file of this kind."""
+    if kind not in KINDS:
+        raise unknown("kind of task", kind, KINDS)
+    from lora_lab.text import EXAMPLE
+
+    return EXAMPLE
 
 
 def iterate(tasks: Mapping[str, Callable[[], Task]] = TASKS) -> Iterator[Task]:

@@ -1,0 +1,134 @@
+"""What several verbs share: where output goes, tables, progress."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import FileError, OptionError
+from ..files import refuse_existing
+
+if TYPE_CHECKING:
+    from ..result import Result
+
+console = Console(highlight=False, soft_wrap=True)
+messages = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Outputs:
+    """The files that a verb leaves in a folder: <verb>.json, .pdf, .png, and a journal while it runs."""
+
+    def __init__(self, folder: Path, verb: str) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise FileError(f"{folder}: not a folder; -o names the folder for {verb}.json and its figure")
+        self.folder = folder
+        self.json, self.pdf, self.png = (folder / f"{verb}.{ending}" for ending in ("json", "pdf", "png"))
+        self.journal = folder / f".{verb}.journal"
+
+    def earlier(self, run: str, *, force: bool) -> Result | None:
+        """The result of this very run, if it is there already; another run's is in the way unless forced."""
+        from ..result import Result
+
+        if force or not self.json.exists():
+            return None
+        with contextlib.suppress(FileError):
+            found = Result.load(self.json)
+            if found.provenance.get("run") == run:
+                messages.print(f"{self.json}: this very result is there already; --force computes it again")
+                return found
+        refuse_existing(self.json, force=False)
+        return None
+
+    def save(self, result: Result, *, kind: str | None = None) -> list[Path]:
+        """Write the result and its figure."""
+        from .. import plot
+
+        result.save(self.json)
+        plot.save(plot.figure([result], kind=kind), self.pdf, self.png, force=True)
+        return [self.json, self.pdf, self.png]
+
+
+def print_json(content: object) -> None:
+    """Strict JSON on standard output."""
+    from ..result import finite
+
+    print(json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False))
+
+
+def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A table on standard output; the first column is text, the others are set right."""
+    shown = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for i, heading in enumerate(headings):
+        shown.add_column(heading, justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="fold")
+    for row in rows:
+        shown.add_row(*(cell if isinstance(cell, str) else number(cell) for cell in row))
+    console.print(shown)
+
+
+def number(value: object, digits: int = 3) -> str:
+    """A number for a table; – for none."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+
+def estimate(value: float | None, low: float | None, high: float | None) -> str:
+    """A number with its interval."""
+    return number(value) if low is None else f"{number(value)} [{number(low)}, {number(high)}]"
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with the time left, on standard error, gone when the work is done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*bar, console=messages, transient=True) as shown:
+        row = shown.add_task(what, total=None)
+
+        def report(done: int, total: int) -> None:
+            shown.update(row, completed=done, total=total)
+
+        yield report
+
+
+def say_written(paths: Iterable[Path]) -> None:
+    """Name the files written, on standard error."""
+    messages.print("wrote " + ", ".join(str(path) for path in paths))
+
+
+def parse_seeds(text: str) -> list[int]:
+    """'0-4' or '0,3,7' → seeds."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        try:
+            seeds += range(int(first), int(last) + 1) if dash else [int(first)]
+        except ValueError as error:
+            raise OptionError(f"seeds {text!r}: numbers and ranges are needed, such as 0-4 or 0,3,7") from error
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise OptionError(f"seeds {text!r}: one or more different seeds are needed, such as 0-4")
+    return seeds
+
+
+def parse_groups(given: Sequence[str]) -> str | dict[str, str]:
+    """['block'] → 'block'; ['low=layers\\.[0-2]\\.', …] → {name: regular expression}."""
+    if len(given) == 1 and "=" not in given[0]:
+        return given[0]
+    pairs = [text.partition("=") for text in given]
+    for name, equals, pattern in pairs:
+        if not (name and equals and pattern):
+            raise OptionError(f"group {name!r}: NAME=REGEX is needed, or one of block, module alone")
+    return {name: pattern for name, _, pattern in pairs}
+
+
+def as_path(text: Any) -> Path | None:
+    """A path, or None."""
+    return Path(text) if text is not None else None

@@ -1,0 +1,62 @@
+"""`lora-lab evaluate`: how good adapters are on their task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import common
+
+
+def command(
+    paths: Annotated[list[str], typer.Argument(help="Adapters.")],
+    task: Annotated[str | None, typer.Option(help="Built-in task or task file; by default the adapter's own.")] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    base: Annotated[bool, typer.Option(help="Score the base model without an adapter, too.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda …; by default a GPU where there is one.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the result to this JSON file.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Score adapters on their own task's test split, with 95 % intervals over the examples.
+
+    Example:  lora-lab evaluate a.safetensors b.safetensors
+    """
+    from ..adapter import Adapter
+    from ..evaluate import evaluate
+    from ..files import refuse_existing
+    from ..task import resolve_device
+
+    if output:
+        refuse_existing(output, force=force)
+    adapters = [Adapter.load(path) for path in paths]
+    with common.progress("evaluating") as report:
+        result = evaluate(
+            adapters, given=task, split=split, base=base, seed=seed, device=resolve_device(device), progress=report
+        )
+    if output:
+        result.save(output)
+    if json:
+        common.print_json(result.to_json())
+        return
+    common.table(
+        f"Scores on the {split} split, 95 % intervals", ("adapter", "task", "n", "accuracy", "loss"), _rows(result)
+    )
+    if output:
+        common.say_written([output])
+
+
+def _rows(result: Any) -> list[tuple[object, ...]]:
+    return [
+        (
+            row["adapter"],
+            row["task"],
+            row["examples"],
+            common.estimate(row["accuracy"], row["accuracy_low"], row["accuracy_high"]),
+            common.estimate(row["loss"], row["loss_low"], row["loss_high"]),
+        )
+        for row in result.rows()
+    ]

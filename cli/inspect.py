@@ -1,0 +1,103 @@
+"""`lora-lab inspect`: what is in an adapter file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import common
+
+
+def command(
+    path: Annotated[
+        str, typer.Argument(help="PEFT folder, .safetensors, .bin, Trainer checkpoint, or hub id org/name.")
+    ],
+    config: Annotated[
+        Path | None, typer.Option(help="adapter_config.json for a file that has none in its header or beside it.")
+    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="lora_alpha, where no configuration is to be had.")] = None,
+    adapter_name: Annotated[str | None, typer.Option(help="Which adapter, where the keys hold several.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Print modules, ranks, scales, norms and everything odd; reports also on adapters that other verbs refuse.
+
+    Example:  lora-lab inspect a.safetensors --json
+    """
+    from ..adapter import inspect
+
+    listing = inspect(path, config=config, alpha=alpha, adapter_name=adapter_name)
+    content = describe(listing)
+    if json:
+        common.print_json({"path": path, **content})
+        return
+    rows = [
+        (
+            m["name"],
+            m["type"],
+            m["rank"],
+            m["scale"],
+            m["dtype"],
+            "×".join(map(str, m["shape"] or [])),
+            m["norm"],
+            m["effective_rank"],
+        )
+        for m in content["modules"]
+    ]
+    base = f", base model {content['base_model']}" if content["base_model"] else ""
+    heading = f"{path}: {content['tuner']} in {content['format']} format{base}"
+    common.table(heading, ("module", "type", "rank", "scale", "dtype", "shape", "‖ΔW‖", "effective rank"), rows)
+    if content["other_tensors"]:
+        common.console.print(f"other tensors: {', '.join(content['other_tensors'])}")
+    ranks = sorted({m["rank"] for m in content["modules"] if m["rank"]})
+    total = common.number(content["total_norm"])
+    common.console.print(f"{len(rows)} modules, ranks {', '.join(map(str, ranks)) or '–'}, total ‖ΔW‖ {total}")
+    if content["record"]:
+        common.console.print(f"trained: {_record(content['record'])}")
+    for warning in content["warnings"]:
+        common.messages.print(f"warning: {warning}")
+
+
+def describe(listing: Any) -> dict[str, Any]:
+    """The report as JSON types; what has no ΔW gets no norm, and the warnings say why."""
+    from .. import peft_format
+    from ..errors import LoraLabError
+
+    adapter = listing.adapter
+    warnings = [*listing.problems, *listing.warnings]
+    reason = peft_format.why_not_additive(adapter.config, adapter.sites.values())
+    if reason and adapter.sites:
+        warnings.append(f"no ΔW from the factors alone: {reason}")
+    modules, total = [], 0.0
+    for name, site in adapter.sites.items():
+        tensors = [adapter.tensors[key] for key in site.keys.values()]
+        entry: dict[str, Any] = {"name": name, "type": site.kind, "rank": site.rank, "scale": site.scale}
+        entry["dtype"] = str(tensors[0].dtype).removeprefix("torch.")
+        entry |= {"shape": None, "norm": None, "effective_rank": None}
+        if site.scale is not None and not reason:
+            try:
+                update = peft_format.update(site, adapter.tensors, adapter.config)
+                entry |= {"shape": list(update.shape), "norm": update.norm(), "effective_rank": update.effective_rank()}
+            except (LoraLabError, RuntimeError):  # an SVD of NaN; the warnings name the tensor
+                pass
+        modules.append(entry)
+        total += (entry["norm"] or 0.0) ** 2
+    known = bool(modules) and all(entry["norm"] is not None for entry in modules)
+    return {
+        "format": listing.format,
+        "tuner": adapter.tuner,
+        "base_model": adapter.base_model,
+        "modules": modules,
+        "other_tensors": [key.removeprefix(peft_format.PREFIX) for key in adapter.others],
+        "warnings": warnings,
+        "total_norm": total**0.5 if known else None,
+        "record": dict(adapter.record),
+    }
+
+
+def _record(record: dict[str, Any]) -> str:
+    task = record.get("task", {}).get("name", "?")
+    metrics = record.get("metrics", {}).get("validation", {})
+    text = f"{record.get('method')} on {task}, seed {record.get('seed')}"
+    return text + (f", validation accuracy {metrics['accuracy']:.3f}" if metrics else "")

@@ -1,0 +1,142 @@
+"""`lora-lab interpolate`: the line between adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import common
+
+_SPACES = {
+    "both": ["factors", "delta"],
+    "factors": ["factors"],
+    "delta": ["delta"],
+    "aligned": ["aligned"],
+    "all": ["factors", "delta", "aligned"],
+}
+
+
+def command(
+    adapters: Annotated[list[str], typer.Argument(help="Two adapters or more; every pair is walked.")],
+    points: Annotated[int, typer.Option(help="Points on each line, both ends among them.")] = 11,
+    space: Annotated[
+        str, typer.Option(help="both (factors and delta), factors, delta, aligned, or all; see above.")
+    ] = "both",
+    ratios: Annotated[
+        str | None, typer.Option(help="Also score weighted mixtures of the adapters, e.g. 0:1,1:2,1:1,1:1:1.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Built-in task or task file; by default the adapters' own.")] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda …; by default a GPU where there is one.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for interpolate.json, .pdf and .png.")] = Path(
+        "out"
+    ),
+    force: Annotated[bool, typer.Option("--force", help="Replace the results that are there.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")] = False,
+) -> None:
+    """Loss and accuracy along the straight line between adapters, and the barriers on it.
+
+    **factors** averages A and B, as papers on merging LoRA seeds do. Halfway between two independent adapters
+    that also halves ‖ΔW‖, so a dip may be a barrier or mere shrinkage. **matched** therefore walks the same line with
+    every module's ‖ΔW‖ kept at the average of its ends: a dip that stays is a barrier, a dip that goes was shrinkage
+    (the last lines). **delta** averages ΔW = BA itself, exactly. **aligned** first rotates b's factors onto a's.
+
+    Example:  lora-lab interpolate a.safetensors b.safetensors --ratios 1:2,1:1
+    """
+    from .. import connect
+    from ..adapter import Adapter
+    from ..errors import unknown
+    from ..evaluate import task_of
+    from ..task import resolve_device
+
+    if space not in _SPACES:
+        raise unknown("space", space, _SPACES)
+    outputs = common.Outputs(output, "interpolate")
+    loaded = [Adapter.load(path) for path in adapters]
+    options: dict[str, Any] = {
+        "points": points,
+        "spaces": _SPACES[space],
+        "ratios": connect.parse_ratios(ratios, len(loaded)) if ratios else (),
+        "split": split,
+        "seed": seed,
+    }
+    chosen = task_of(*loaded, given=task)
+    result = outputs.earlier(connect.run_id(loaded, chosen, **options), force=force)
+    if result is None:
+        with common.progress("interpolating") as report:
+            result = connect.interpolate(
+                loaded, chosen, **options, device=resolve_device(device), journal=outputs.journal, progress=report
+            )
+        written = outputs.save(result)
+        outputs.journal.unlink(missing_ok=True)
+        common.say_written(written)
+    if json:
+        common.print_json(result.to_json())
+    else:
+        show(result)
+
+
+def show(result: Any) -> None:
+    """The result as tables."""
+    n = result.provenance["examples"]
+    pairs = {tuple(row["indices"]): row for row in result.rows(ratio=None)}
+    for indices, first in pairs.items():
+        _show_line(result, list(indices), " and ".join(first["members"]), n)
+    _show_ratios(result)
+    _show_barriers(result)
+    _show_shrinkage(result)
+
+
+def _show_line(result: Any, indices: list[int], title: str, n: int) -> None:
+    spaces = result.parameters["spaces"]
+    lines = [result.rows(ratio=None, indices=indices, space=space) for space in spaces]
+    headings = ["t", *(f"{name} {space}" for space in spaces for name in ("acc.", "loss", "‖ΔW‖"))]
+    rows = []
+    for cells in zip(*lines, strict=True):
+        rows.append([f"{cells[0]['t']:.2f}", *(c[name] for c in cells for name in ("accuracy", "loss", "norm"))])
+    common.table(f"From {title} ({result.parameters['split']} split, {n} examples)", headings, rows)
+    common.console.print()
+
+
+def _show_ratios(result: Any) -> None:
+    rows = [row for row in result.rows() if row["ratio"]]
+    if rows:
+        cells = [(f"{r['ratio']} of {', '.join(r['members'])}", r["space"], *_estimates(r)) for r in rows]
+        common.table("Weighted mixtures", ("ratio", "space", "accuracy", "loss"), cells)
+        common.console.print()
+
+
+def _estimates(row: dict[str, Any]) -> tuple[str, str]:
+    return tuple(common.estimate(row[m], row[f"{m}_low"], row[f"{m}_high"]) for m in ("accuracy", "loss"))  # type: ignore[return-value]
+
+
+def _show_barriers(result: Any) -> None:
+    found: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in result.summary["barriers"]:
+        key = (" – ".join(row["members"]), row["space"], row["metric"])
+        found.setdefault(key, {})[row["barrier"]] = common.estimate(row["value"], row["low"], row["high"])
+    names = ("frankle", "entezari", "max_end", "midpoint")
+    rows = [
+        (f"{pair}: {space}, {metric}", *(cells[name] for name in names))
+        for (pair, space, metric), cells in found.items()
+    ]
+    common.table("Barriers (error = 1 − accuracy), 95 % intervals", ("line", *names), rows)
+    common.console.print()
+
+
+def _show_shrinkage(result: Any) -> None:
+    for row in result.summary.get("shrinkage", []):
+        if row["metric"] != "error":
+            continue
+        pair = " – ".join(row["members"])
+        height, stays, removed = (
+            common.estimate(row[name], row[f"{name}_low"], row[f"{name}_high"])
+            for name in ("barrier", "stays", "removed")
+        )
+        share = f", {row['share']:.0%} of it" if row["share"] is not None and row["barrier_low"] > 0 else ""
+        common.console.print(
+            f"{pair}: error barrier on the factor line {height}; norm-matched, {removed}{share} goes, {stays} stays."
+        )

@@ -1,0 +1,123 @@
+"""Several trainings side by side, a process and a thread each."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_lab.errors import OptionError
+from lora_lab.files import refuse_existing
+from lora_lab.result import Result
+
+if TYPE_CHECKING:
+    from lora_lab.train import Recipe
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training and where its adapter goes."""
+
+    task: Mapping[str, Any]
+    """The task's record."""
+    recipe: Recipe
+    path: Path
+    device: str | None = None
+
+    @property
+    def beside(self) -> tuple[Path, Path, Path]:
+        """The log of the run and its figure."""
+        stem = self.path.name.removesuffix(".safetensors")
+        json, pdf, png = (self.path.with_name(f"{stem}.train.{ending}") for ending in ("json", "pdf", "png"))
+        return json, pdf, png
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of its Trainer checkpoints."""
+        return self.path.with_name(self.path.name.removesuffix(".safetensors") + ".checkpoints")
+
+
+def train_all(
+    jobs: Sequence[Job], *, workers: int | None = None, force: bool = False, progress: Progress | None = None
+) -> list[Result]:
+    """Train every job and save its adapter, log and figure; the logs, in the order of the jobs.
+
+    Nothing starts if an output exists and `force` does not allow to replace it. A single job runs in this
+    process. `progress` gets optimiser steps over all jobs.
+    """
+    if workers is not None and workers < 1:
+        raise OptionError(f"{workers} jobs side by side; at least 1 is needed")
+    paths = [job.path for job in jobs]
+    if len(set(paths)) < len(paths):
+        raise OptionError("two of these runs would write the same file")
+    for job in jobs:
+        refuse_existing(job.path, *job.beside, force=force)
+    workers = min(workers or os.cpu_count() or 1, len(jobs))
+    if workers == 1:
+        return [_run(job, force, _Total(progress, len(jobs), i)) for i, job in enumerate(jobs)]
+    # spawn, not fork: torch's threads do not survive a fork
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, ProcessPoolExecutor(workers, mp_context=context) as pool:
+        done = manager.dict()
+        futures = [pool.submit(_run_in_worker, job, force, done, i) for i, job in enumerate(jobs)]
+        try:
+            while wait(futures, timeout=0.5).not_done:
+                if progress and done:
+                    steps = list(done.values())
+                    progress(sum(step for step, _ in steps), steps[0][1] * len(jobs))
+                if any(future.done() and future.exception() for future in futures):
+                    break
+            return [future.result() for future in futures]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Total:
+    """Progress of one job within all of them."""
+
+    def __init__(self, progress: Progress | None, jobs: int, index: int) -> None:
+        self._progress, self._jobs, self._index = progress, jobs, index
+
+    def __call__(self, step: int, steps: int) -> None:
+        if self._progress:
+            self._progress(self._index * steps + step, self._jobs * steps)
+
+
+def _run_in_worker(job: Job, force: bool, done: Any, index: int) -> Result:
+    import torch
+
+    torch.set_num_threads(1)
+
+    def report(step: int, steps: int) -> None:
+        if step % 10 == 0 or step == steps:
+            done[index] = (step, steps)
+
+    return _run(job, force, report)
+
+
+def _run(job: Job, force: bool, progress: Progress) -> Result:
+    import torch
+
+    from lora_lab import plot, task
+    from lora_lab.train import train
+
+    chosen = task.from_record(job.task)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(chosen.threads or threads)
+    try:
+        adapter, log = train(
+            chosen, job.recipe, device=task.resolve_device(job.device), checkpoints=job.checkpoints, progress=progress
+        )
+    finally:
+        torch.set_num_threads(threads)
+    adapter.save(job.path, force=force)
+    json, *figures = job.beside
+    log.save(json)
+    plot.save(plot.figure([log]), *figures, force=True)
+    return log
