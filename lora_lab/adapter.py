@@ -133,13 +133,18 @@ class Adapter:
 
 def from_updates(updates: Mapping[str, LowRank], *, like: Adapter, source: str) -> Adapter:
     """See `Adapter.with_updates`; layouts (embedding, convolution, fan_in_fan_out) follow `like`'s sites."""
+    if not updates:
+        raise AdapterError("an adapter needs at least one module")
     names = sorted(updates)
     ranks = {name: updates[name].rank for name in names}
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     uneven = {peft_format.anchored(name): rank for name, rank in ranks.items() if rank != common}
-    dotted = all("." in name for name in names)
+    # PEFT takes listed names as endings, so a list must hold none that another module's name ends in.
+    endings = {name[i + 1 :] for name in {*names, *like.sites} for i, letter in enumerate(name) if letter == "."}
+    listable = all("." in name for name in names) and endings.isdisjoint(names)
     config = {
-        **{key: value for key, value in like.config.items() if key not in _DROPPED},
+        **{key: value for key, value in like.config.items() if key in _KEPT},
+        "peft_type": "LORA",
         "r": common,
         "lora_alpha": common,
         "rank_pattern": uneven,
@@ -147,21 +152,19 @@ def from_updates(updates: Mapping[str, LowRank], *, like: Adapter, source: str) 
         "use_rslora": False,
         "lora_dropout": 0.0,
         "init_lora_weights": True,
-        # A bare name would also match every module whose name ends in it.
-        "target_modules": names if dotted else f"^({'|'.join(map(re.escape, names))})$",
+        "target_modules": names if listable else f"^({'|'.join(map(re.escape, names))})$",
     }
     tensors: dict[str, Tensor] = {}
     sites = {}
     for name in names:
-        old = like.sites.get(name)
-        kind = old.kind if old else "linear"
+        kind = _kind(updates[name], like.sites.get(name))
         site = Site(name, kind, {}, ranks[name], 1.0)
         A, B = _stored(updates[name], kind, bool(config.get("fan_in_fan_out")))
         ends = ("", "") if kind == "embedding" else (".weight", ".weight")
         keys = {part: f"{PREFIX}{name}.{part}{end}" for part, end in zip(site.pair, ends, strict=True)}
         tensors |= dict(zip(keys.values(), (A, B), strict=True))
         sites[name] = replace(site, keys=keys)
-    tensors |= {key: like.tensors[key] for key in like.others}
+    tensors |= {key: like.tensors[key] for key in like.others if key.startswith(PREFIX)}
     return Adapter(tensors, config, sites, like.record, source)
 
 
@@ -315,14 +318,16 @@ def _record(metadata: Mapping[str, str]) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-# Fields that a new set of modules, ranks and factors makes void.
-_DROPPED = frozenset(
+# What stays true of a new set of modules, ranks and factors: all but these.
+_KEPT = peft_format.LORA_FIELDS.difference(
+    peft_format.VARIANTS,
     {
+        "lora_bias",
+        "velora_config",
         "use_dora",
         "layers_to_transform",
         "layers_pattern",
         "exclude_modules",
-        "layer_replication",
         "loftq_config",
         "eva_config",
         "corda_config",
@@ -331,8 +336,14 @@ _DROPPED = frozenset(
         "target_parameters",
         "peft_version",
         "auto_mapping",
-    }
+    },
 )
+
+
+def _kind(update: LowRank, old: Site | None) -> str:
+    if len(update.shape) > 2:
+        return f"conv{len(update.shape) - 2}d"
+    return "embedding" if old and old.kind == "embedding" else "linear"
 
 
 def _stored(update: LowRank, kind: str, fan_in_fan_out: bool) -> tuple[Tensor, Tensor]:

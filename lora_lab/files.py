@@ -15,10 +15,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lab.errors import FileError
+from lora_lab.errors import FileError, some
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md"}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -120,7 +123,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     copies = {  # of their own, since safetensors refuses tensors that share memory
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
     }
-    write_bytes(path, save(copies, dict(metadata)))
+    write_bytes(path, _with_sorted_header(save(copies, dict(metadata))))
 
 
 def write_json(path: Path, content: object) -> None:
@@ -162,10 +165,16 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def refuse_existing(*paths: Path, force: bool) -> None:
-    """FileError if one of the outputs is there already and `force` does not allow to replace it."""
+    """FileError if one of the outputs is there already and `force` does not allow to replace it.
+
+    A folder that holds anything but one adapter is refused in any case, since replacing it would lose the rest.
+    """
     for path in paths:
         if path.exists() and not force:
             raise FileError(f"{path}: exists already; --force replaces it")
+        odd = sorted(p.name for p in path.iterdir() if p.name not in _ADAPTER_FILES) if path.is_dir() else []
+        if odd:
+            raise FileError(f"{path}: holds more than an adapter ({some(odd)}), not replaced")
 
 
 def file_hash(path: Path) -> str:
@@ -178,6 +187,16 @@ def file_hash(path: Path) -> str:
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror})") from error
     return digest.hexdigest()[:16]
+
+
+def _with_sorted_header(data: bytes) -> bytes:
+    """The same file with its metadata in order, which safetensors shuffles: one content, one hash."""
+    end = 8 + struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
+    return struct.pack("<Q", len(text)) + text + data[end:]
 
 
 def _check_safetensors_size(path: Path) -> dict[str, str]:

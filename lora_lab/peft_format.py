@@ -25,7 +25,7 @@ PREFIX = "base_model.model."
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 _LEADING = re.compile(r"^(?:module\.|base_model\.model\.)")
 _BASE_CHANGING = re.compile(r"^(pissa|olora|corda|loftq|lora_ga)")
-_VARIANTS = ("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
+VARIANTS = ("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
 
 _PLAIN = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"})
 
@@ -148,7 +148,7 @@ def why_not_additive(config: Mapping[str, Any], sites: Collection[Site]) -> str 
             f"init_lora_weights={init!r} ({'PiSSA' if init.startswith('pissa') else init}) changes the base weights, "
             "so ΔW is not B A; convert it with PEFT's path_initial_model_for_weight_conversion"
         )
-    for variant in _VARIANTS:
+    for variant in VARIANTS:
         if config.get(variant):
             return f"{variant} makes it a LoRA variant whose ΔW is no plain product B A"
     if any(part.endswith(".bias") for site in sites for part in site.keys):
@@ -403,7 +403,7 @@ def complete_config(
         if config.get("lora_alpha") is None:
             config["lora_alpha"] = 8
             notes.append("the config gives no lora_alpha: PEFT's default of 8 is used")
-        foreign = sorted(key for key in config if key not in _LORA_FIELDS and key not in _LEGACY and config[key])
+        foreign = sorted(key for key in config if key not in LORA_FIELDS and key not in _LEGACY and config[key])
         if foreign:
             notes.append(f"config fields that this version does not know, and ignores: {some(foreign, 6)}")
     return config, notes
@@ -449,7 +449,7 @@ def anchored(name: str) -> str:
 
 
 # Fields of PEFT's LoraConfig, 0.3 to 0.21, that are known to keep ΔW = scale · B A or are checked above.
-_LORA_FIELDS = frozenset(
+LORA_FIELDS = frozenset(
     {
         "alora_invocation_tokens",
         "alpha_pattern",

@@ -19,6 +19,11 @@ settings.register_profile("lora-lab", deadline=None, max_examples=60, derandomiz
 settings.load_profile("lora-lab")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pass what PEFT 0.21 itself calls in transformers 5 whenever a model is wrapped."""
+    config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
 def _bert() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 

@@ -176,6 +176,11 @@ def test_existing_outputs_are_refused_unless_forced(tmp_path):
     there.mkdir()
     files.refuse_existing(free, force=False)
     files.refuse_existing(free, there, force=True)
+    (there / "README.md").touch()
+    files.refuse_existing(there, force=True)
+    (there / "thesis.tex").touch()
+    with pytest.raises(FileError, match=r"there: holds more than an adapter \(thesis.tex\), not replaced"):
+        files.refuse_existing(free, there, force=True)
     with pytest.raises(FileError, match=r"there: exists already; --force replaces it"):
         files.refuse_existing(free, there, force=False)
 
