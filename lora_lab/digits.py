@@ -49,6 +49,7 @@ class Digits(Task):
     """One of the digit tasks; the head stays frozen, or adapters would be redundant."""
 
     target_modules = r"vit\..*\.(q_proj|k_proj|v_proj|o_proj|fc1|fc2)"
+    base = "lora-lab/digits-vit"
     learning_rate = 3e-3
     rank = 4
     batch_size = 100  # fits the caches of a core
@@ -77,7 +78,6 @@ class Digits(Task):
             nn.init.zeros_(head.bias)
             model.classifier = head
             model.config.num_labels = model.num_labels = self.labels
-        model.name_or_path = "lora-lab/digits-vit"
         frozen: nn.Module = model.requires_grad_(False).eval()
         return frozen
 

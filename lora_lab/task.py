@@ -65,6 +65,8 @@ class Task(ABC):
 
     name: str
     about: str
+    base: str
+    """Name of the base model, which adapters record."""
     labels: int
     batch_size = 250
     """Examples per batch when scoring."""

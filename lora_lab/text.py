@@ -67,6 +67,7 @@ class TextClassification(Task):
         self.settings = settings
         self.name = name
         self.about = f"{settings.label} of {settings.text}"
+        self.base = settings.base
         self.target_modules = settings.target_modules
         self.learning_rate = settings.learning_rate
         self.steps = settings.steps

@@ -161,8 +161,11 @@ def tuners() -> dict[str, Tuner]:
     return found
 
 
-# AdaLoRA needs a budget allocator in the loop, the others are no adapters of single modules.
-_UNTRAINABLE = frozenset({"ADALORA", "POLY", "XLORA", "TRAINABLE_TOKENS", "SHADOW", "OSF"})
+# AdaLoRA needs a budget allocator in the loop; SHiRA and UniLoRA keep parameters outside of what PEFT saves by
+# module; the others are no adapters of single modules.
+_UNTRAINABLE = frozenset(
+    {"ADALORA", "SHIRA", "UNILORA", "POLY", "XLORA", "TRAINABLE_TOKENS", "SHADOW", "OSF", "ADAPTION_PROMPT"}
+)
 
 
 def train(
@@ -182,10 +185,11 @@ def train(
     recipe = recipe.for_task(task)
     began = time.perf_counter()
     record = {"task": task.record, "method": recipe.method, "seed": recipe.seed, "recipe": _recipe_record(recipe)}
+    base = {"base_model_name_or_path": task.base, "inference_mode": True}
     with _isolated_randomness(), _quiet(), contextlib.ExitStack() as stack:
         model = _with_adapter(task, recipe)
         initial = _principal_part(model)
-        callbacks = _callbacks(model, recipe, record)
+        callbacks = _callbacks(recipe, record, base)
         log = _Log(progress)
         keep = checkpoints if recipe.save_every else None
         resume = _last_checkpoint(keep, record) if keep else None
@@ -202,7 +206,7 @@ def train(
         cpu_began = time.process_time()
         trainer.train(resume_from_checkpoint=resume)
         cpu_s = time.process_time() - cpu_began
-        adapter = _extract(model, record, initial)
+        adapter = _extract(model, record, base, initial)
     scores = score(task, adapter, "validation", device=device)
     metrics = {"validation": {"accuracy": scores.accuracy, "loss": scores.mean_loss, "examples": len(scores)}}
     adapter = dataclasses.replace(adapter, record={**record, "metrics": metrics})
@@ -267,7 +271,7 @@ def _peft_config(recipe: Recipe) -> Any:
         raise OptionError(f"PEFT refuses this {recipe.peft} configuration: {_first_line(error)}") from error
 
 
-def _callbacks(model: nn.Module, recipe: Recipe, record: Mapping[str, Any]) -> list[TrainerCallback]:
+def _callbacks(recipe: Recipe, record: Mapping[str, Any], base: Mapping[str, Any]) -> list[TrainerCallback]:
     method = METHODS[recipe.method]
     callbacks: list[TrainerCallback] = []
     if method.law:
@@ -275,7 +279,7 @@ def _callbacks(model: nn.Module, recipe: Recipe, record: Mapping[str, Any]) -> l
     if method.progressive:
         callbacks.append(DropoutRamp(recipe.dropout, recipe.schedule))
     if recipe.save_every:
-        callbacks.append(_StampCheckpoints(record))
+        callbacks.append(_StampCheckpoints(record, base))
     return callbacks
 
 
@@ -288,7 +292,7 @@ def _arguments(recipe: Recipe, folder: Path, device: torch.device | None) -> Any
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.accumulate,
-        gradient_checkpointing=recipe.checkpointing,
+        **{_CHECKPOINTING: recipe.checkpointing},
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": decay, "decay_type": "linear"},
@@ -310,6 +314,14 @@ def _arguments(recipe: Recipe, folder: Path, device: torch.device | None) -> Any
         report_to="none",
         disable_tqdm=True,
     )
+
+
+# transformers has renamed the option
+_CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
 
 
 class _Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -375,8 +387,8 @@ class _Log(TrainerCallback):  # type: ignore[misc]
 class _StampCheckpoints(TrainerCallback):  # type: ignore[misc]
     """Puts the record into every Trainer checkpoint, so that it can be analysed like a finished adapter."""
 
-    def __init__(self, record: Mapping[str, Any]) -> None:
-        self._record = record
+    def __init__(self, record: Mapping[str, Any], base: Mapping[str, Any]) -> None:
+        self._record, self._base = record, base
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Rewrite the header of the checkpoint's adapter."""
@@ -384,10 +396,12 @@ class _StampCheckpoints(TrainerCallback):  # type: ignore[misc]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             adapter = Adapter.load(folder)
-        stamped = dataclasses.replace(adapter, record={**self._record, "step": state.global_step})
+        stamped = dataclasses.replace(
+            adapter, record={**self._record, "step": state.global_step}, config={**adapter.config, **self._base}
+        )
         with tempfile.TemporaryDirectory(dir=folder) as beside:
-            written = stamped.save(Path(beside) / "adapter")
-            (written / "adapter_model.safetensors").replace(folder / "adapter_model.safetensors")
+            for file in stamped.save(Path(beside) / "adapter").iterdir():
+                file.replace(folder / file.name)
 
 
 def _last_checkpoint(folder: Path, record: Mapping[str, Any]) -> str | None:
@@ -415,9 +429,13 @@ def _principal_part(model: nn.Module) -> dict[str, LowRank] | None:
         }
 
 
-def _extract(model: nn.Module, record: Mapping[str, Any], initial: Mapping[str, LowRank] | None) -> Adapter:
+def _extract(
+    model: nn.Module, record: Mapping[str, Any], base: Mapping[str, Any], initial: Mapping[str, LowRank] | None
+) -> Adapter:
     """The trained adapter; for PiSSA and its like as plain LoRA on the untouched base, exact at twice the rank."""
-    adapter = dataclasses.replace(_read(model), record=record, source=f"{record['method']}-s{record['seed']}")
+    adapter = _read(model)
+    source = f"{record['method']}-s{record['seed']}"
+    adapter = dataclasses.replace(adapter, record=record, source=source, config={**adapter.config, **base})
     if initial is None:
         return adapter
     trained = {name: peft_format.update(site, adapter.tensors, adapter.config) for name, site in adapter.sites.items()}
@@ -433,7 +451,6 @@ def _read(model: Any) -> Adapter:
     parsed = peft_format.parse(state, config, "the trained adapter")
     if parsed.problems:
         raise LoraLabError("; ".join(parsed.problems[:3]))
-    config |= {"base_model_name_or_path": model.get_base_model().name_or_path or None, "inference_mode": True}
     return Adapter(parsed.tensors, config, parsed.sites)
 
 

@@ -1,0 +1,185 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+from lora_lab.adapter import Adapter
+from lora_lab.attach import attach, load_peft, weight_deltas
+from lora_lab.digits import Digits
+from lora_lab.errors import MismatchError, TunerError
+from lora_lab.train import tuners
+
+CASES = Path(__file__).parent / "cases"
+
+
+def snapshot(model):
+    return (
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        [(name, type(module), module.training) for name, module in model.named_modules()],
+        {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        set(vars(model)),
+        [id(module) for module in model.modules()],
+    )
+
+
+def assert_unchanged(model, before):
+    weights, *rest = before
+    now, *rest_now = snapshot(model)
+    assert rest == rest_now
+    assert list(now) == list(weights)
+    assert all(torch.equal(now[name], weights[name]) for name in weights)
+
+
+def peft_folder(tmp_path, config_class, options, name="adapter"):
+    """An adapter of random weights, saved by PEFT, and the scores that PEFT's own model gets."""
+    task = Digits("relabel")
+    torch.manual_seed(1)
+    model = get_peft_model(task.build_model(), config_class(**options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(tmp_path / name)
+    return tmp_path / name, task.score(model, "validation")
+
+
+_OPTIONS = {
+    "ia3": {"feedforward_modules": []},
+    "c3a": {"block_size": 16},
+    "vblora": {"vector_length": 16},
+    "oft": {"oft_block_size": 4},
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", sorted(tuners()))
+def test_an_attached_adapter_scores_as_in_peft_and_leaves_no_trace(name, tmp_path):
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    tuner = tuners()[name]
+    cls = next(c for kind, c in PEFT_TYPE_TO_CONFIG_MAPPING.items() if kind.name == tuner.peft_type)
+    options = {"target_modules": r"vit\.layers\.[01]\..*(q_proj|fc1)", **tuner.preset, **_OPTIONS.get(name, {})}
+    folder, expected = peft_folder(tmp_path, cls, options)
+    task = Digits("relabel")
+    model = task.build_model()
+    before, base = snapshot(model), task.score(model, "validation")
+    with attach(model, Adapter.load(folder)) as attached:
+        found = task.score(attached.model, "validation")
+        assert len(attached.layers) == 4
+    assert found.loss == pytest.approx(expected.loss, abs=1e-5)
+    assert abs(found.loss - base.loss).max() > 1e-4
+    assert_unchanged(model, before)
+
+
+def test_a_model_is_restored_after_an_error(tmp_path):
+    folder, _ = peft_folder(tmp_path, LoraConfig, {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]})
+    model = Digits("relabel").build_model()
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="inside"), attach(model, Adapter.load(folder)):
+        raise RuntimeError("inside")
+    assert_unchanged(model, before)
+
+
+def test_heads_in_modules_to_save_are_used_and_taken_off_again(tmp_path):
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["classifier"], "init_lora_weights": False}
+    folder, expected = peft_folder(tmp_path, LoraConfig, options)
+    task = Digits("relabel")
+    model = task.build_model()
+    before = snapshot(model)
+    adapter = Adapter.load(folder)
+    assert len(adapter.others) == 2
+    with attach(model, adapter) as attached:
+        assert task.score(attached.model, "validation").loss == pytest.approx(expected.loss, abs=1e-6)
+    assert_unchanged(model, before)
+
+
+def test_weights_change_in_place_and_modules_stay(tmp_path):
+    options = {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    adapters, scores = [], []
+    for i, rank in enumerate((2, 5)):
+        folder, expected = peft_folder(tmp_path, LoraConfig, {**options, "r": rank, "lora_alpha": 3 + i}, name=str(i))
+        adapters.append(Adapter.load(folder))
+        scores.append(expected.loss)
+    task = Digits("relabel")
+    with attach(task.build_model(), *adapters) as attached:
+        modules = [id(module) for module in attached.model.modules()]
+        for index in (0, 1, 0):
+            attached.set(adapters[index])
+            assert (task.score(attached.model, "validation").loss == scores[index]).all()
+        assert modules == [id(module) for module in attached.model.modules()]
+
+
+def test_modules_that_an_adapter_lacks_are_bypassed(tmp_path):
+    options = {"init_lora_weights": False}
+    both, _ = peft_folder(tmp_path, LoraConfig, {**options, "target_modules": ["q_proj", "v_proj"]}, "both")
+    one, expected = peft_folder(tmp_path, LoraConfig, {**options, "target_modules": ["q_proj"]}, "one")
+    task = Digits("relabel")
+    with attach(task.build_model(), Adapter.load(both)) as attached:
+        attached.set(Adapter.load(one))
+        assert (task.score(attached.model, "validation").loss == expected.loss).all()
+
+
+@pytest.mark.parametrize(
+    ("case", "folder"),
+    [
+        ("R28_dora", "adapter"),
+        ("R28_dora", "adapter_weight_suffix"),
+        ("K10_pissa_olora_init", "adapter"),
+        ("R25_gpt2_conv1d_fan_in_fan_out", "adapter"),
+        ("R01_rslora_scaling", "adapter"),
+    ],
+)
+def test_the_delta_against_the_base_is_exact_for_every_tuner(case, folder):
+    from transformers import AutoModelForCausalLM
+
+    about = json.loads((CASES / case / "expected.json").read_text())
+    base = "gpt2_tiny" if "gpt2" in case else "llama_tiny"
+    model = AutoModelForCausalLM.from_pretrained(CASES / "_bases" / base)
+    before = snapshot(model)
+    deltas = weight_deltas(model, Adapter.load(CASES / case / folder))
+    expected = load_file(CASES / case / "expected_delta.safetensors")
+    assert set(deltas) == set(expected)
+    for name, delta in expected.items():
+        assert torch.allclose(deltas[name], delta, rtol=10 * about["rtol"], atol=1e-6), name
+    assert_unchanged(model, before)
+
+
+def test_a_lone_file_loads_in_peft(tmp_path):
+    folder, expected = peft_folder(tmp_path, LoraConfig, {"target_modules": ["q_proj"], "init_lora_weights": False})
+    path = Adapter.load(folder).save(tmp_path / "lone.safetensors")
+    task = Digits("relabel")
+    assert (task.score(load_peft(task.build_model(), path), "validation").loss == expected.loss).all()
+
+
+def test_an_adapter_of_another_model_is_refused_by_module():
+    adapter = Adapter.load(CASES / "R01_rslora_scaling/adapter")
+    with (
+        pytest.raises(MismatchError, match=r"another base model\? this one has no module model.layers.0.self_attn"),
+        attach(Digits("relabel").build_model(), adapter),
+    ):
+        pass
+
+
+def test_a_shape_that_does_not_fit_is_named(tmp_path):
+    folder, _ = peft_folder(tmp_path, LoraConfig, {"target_modules": ["fc1"], "init_lora_weights": False})
+    adapter = Adapter.load(folder)
+    model = Digits("relabel").build_model()
+    model.vit.layers[2].mlp.fc1 = torch.nn.Linear(64, 96)
+    before = snapshot(model)
+    with (
+        pytest.raises(MismatchError, match=r"vit.layers.2.mlp.fc1 is \(96, 64\) in this model, its ΔW is \(128, 64\)"),
+        attach(model, adapter),
+    ):
+        pass
+    assert_unchanged(model, before)
+
+
+def test_a_tuner_without_layers_is_refused(tmp_path):
+    adapter = Adapter.load(CASES / "R01_rslora_scaling/adapter")
+    prompt = Adapter({}, {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2, "task_type": "CAUSAL_LM"}, {})
+    with pytest.raises(TunerError, match="PROMPT_TUNING has no layers"), attach(torch.nn.Linear(2, 2), prompt):
+        pass
+    assert adapter.sites
