@@ -178,7 +178,7 @@ def from_record(record: Mapping[str, Any], *, base: Path | None = None, where: s
     if kind is None:
         raise OptionError(f"{where}: no kind of task; there are: {', '.join(KINDS)}")
     if kind not in KINDS:
-        raise unknown("kind of task", str(kind), KINDS)
+        raise unknown(f"kind of task in {where}:", str(kind), KINDS)
     return KINDS[kind](record, base or Path(), where)
 
 

@@ -1,0 +1,118 @@
+import pytest
+import torch
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+from lora_lab import task
+from lora_lab.errors import FileError, LoraLabError, OptionError, TaskError
+from lora_lab.evaluate import score, task_of
+from lora_lab.train import Recipe, train
+
+WORDS = ["good", "fine", "great", "bad", "poor", "awful", "film", "book", "the", "a"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A tiny BERT with its tokenizer, and a table of 200 reviews in which one word decides."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        num_labels=2,
+        initializer_range=0.3,
+    )
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "base")
+    lines = ["text,label"]
+    for i in range(200):
+        lines.append(f"the {WORDS[6 + i % 2]} {WORDS[i % 6]},{'positive' if i % 6 < 3 else 'negative'}")
+    (tmp_path / "reviews.csv").write_text("\n".join(lines) + "\n")
+    write(tmp_path, "")
+    return tmp_path
+
+
+def write(folder, more, data='"reviews.csv"', label="label"):
+    keys = f'kind = "text-classification"\nbase = "base"\ndata = {data}\ntext = "text"\nlabel = "{label}"\n'
+    (folder / "my.toml").write_text(keys + more)
+    return folder / "my.toml"
+
+
+def test_a_task_file_trains_scores_and_is_remembered_by_the_adapter(folder):
+    built = task.from_name(str(folder / "my.toml"))
+    assert built.labels == 2
+    assert {split: len(built.split(split)) for split in task.SPLITS} == {"train": 140, "validation": 20, "test": 40}
+    adapter, _ = train(built, Recipe(method="lora", steps=60, learning_rate=1e-2))
+    base, trained = score(built, None), score(built, adapter)
+    assert trained.mean_loss < base.mean_loss - 0.1
+    assert trained.accuracy > 0.9
+    again = task_of(adapter)
+    assert (score(again, adapter).loss == trained.loss).all()
+    assert adapter.base_model == built.base
+
+
+def test_splits_may_be_files_of_their_own(folder):
+    table = (folder / "reviews.csv").read_text().splitlines()
+    (folder / "dev.csv").write_text("\n".join([table[0], *table[1:9]]) + "\n")
+    path = write(folder, "limit = 50\n", data='{train = "reviews.csv", validation = "dev.csv"}')
+    built = task.from_name(str(path))
+    assert len(built.split("train")) == 50
+    assert len(built.split("validation")) == 8
+    with pytest.raises(TaskError, match="no test data; its data has train, validation"):
+        built.split("test")
+
+
+@pytest.mark.parametrize(
+    ("more", "label", "error", "text"),
+    [
+        ("", "lable", TaskError, "no column 'lable'; there are: text, label"),
+        ('labels = ["positive"]\n', "label", TaskError, "label 'negative' is none of 'positive'"),
+        ("max_length = 3\nkinds = 1\n", "label", OptionError, "unknown key in"),
+    ],
+)
+def test_what_does_not_fit_is_named(folder, more, label, error, text):
+    path = write(folder, more, label=label)
+    with pytest.raises(error, match=text):
+        task.from_name(str(path)).split("train")
+
+
+def test_numbers_beyond_the_models_outputs_are_out_of_range(folder):
+    rows = "\n".join(f"the film,{i % 4}" for i in range(40))
+    (folder / "reviews.csv").write_text("text,label\n" + rows + "\n")
+    with pytest.raises(TaskError, match="labels go from 0 to 1"):
+        task.from_name(str(folder / "my.toml")).split("train")
+
+
+def test_labels_that_are_fractions_are_refused(folder):
+    (folder / "reviews.csv").write_text("text,label\nthe film,0.5\nthe book,1.5\n")
+    with pytest.raises(TaskError, match=r"label 0\.5 is a float|label 1\.5 is a float"):
+        task.from_name(str(folder / "my.toml")).split("train")
+
+
+def test_missing_data_and_missing_bases_are_named(folder):
+    path = folder / "my.toml"
+    text = path.read_text()
+    path.write_text(text.replace('"base"', '"bsae/model"'))
+    with pytest.raises(LoraLabError, match="its base 'bsae/model' cannot be loaded"):
+        task.from_name(str(path)).build_model()
+    path.write_text(text)
+    (folder / "reviews.csv").unlink()
+    with pytest.raises(FileError, match=r"its data .*reviews.csv is missing"):
+        task.from_name(str(path)).split("train")
+
+
+def test_the_example_file_is_valid_and_names_every_key(tmp_path):
+    import tomllib
+    from dataclasses import fields
+
+    from lora_lab.text import EXAMPLE, Settings
+
+    assert tomllib.loads(EXAMPLE)["kind"] == "text-classification"
+    uncommented = "\n".join(line.removeprefix("# ") for line in EXAMPLE.splitlines()[1:] if "data = {" not in line)
+    assert set(tomllib.loads(uncommented)) == {field.name for field in fields(Settings)}
+    with pytest.raises(OptionError, match="did you mean"):
+        task.example("text-clasification")
