@@ -315,14 +315,14 @@ def evaluate(
     """Scores by `Point.key`, every different point once, on one attached model whose weights change in place."""
     unique = {point.key: point for point in points}
     log = Journal(journal, run_id(mixer.adapters, task, split=split)) if journal else None
-    scores = {key: unpack(log[key]) for key in unique if log and key in log}
+    scores = {key: unpack(log[key]) for key in unique if log is not None and key in log}
     model = task.build_model().to(device or resolve_device())
     with attach(model, mixer.adapters[0], *mixer.adapters[1:]) as attached:
         for key, point in unique.items():
             if key not in scores:
                 attached.set(mixer.mix(point.weights, point.space))
                 scores[key] = task.score(attached.model, split)
-                if log:
+                if log is not None:
                     log.add(key, pack(scores[key]))
             if progress:
                 progress(len(scores), len(unique))

@@ -73,10 +73,10 @@ class Digits(Task):
         model: Any = load_base()
         if LABELLINGS[self.labelling].own_head:
             generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
-            head = nn.Linear(model.config.hidden_size, self.labels)
-            nn.init.normal_(head.weight, std=model.config.initializer_range, generator=generator)
-            nn.init.zeros_(head.bias)
-            model.classifier = head
+            weight = torch.randn(self.labels, model.config.hidden_size, generator=generator)
+            model.classifier = nn.utils.skip_init(nn.Linear, model.config.hidden_size, self.labels)
+            nn.init.zeros_(model.classifier.bias)
+            model.classifier.weight.data = model.config.initializer_range * weight
             model.config.num_labels = model.num_labels = self.labels
         frozen: nn.Module = model.requires_grad_(False).eval()
         return frozen
@@ -141,7 +141,8 @@ def load_base() -> Any:
     from transformers import ViTForImageClassification
 
     weights = load(package_files("lora_lab").joinpath(CHECKPOINT).read_bytes())
-    model = ViTForImageClassification(config())
+    with torch.random.fork_rng():  # its initial weights are drawn, and then replaced
+        model = ViTForImageClassification(config())
     model.load_state_dict({key: tensor.float() for key, tensor in weights.items()})
     return model
 

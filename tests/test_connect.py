@@ -1,0 +1,336 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import HiraConfig, LoraConfig, get_peft_model
+
+from lora_lab.adapter import Adapter
+from lora_lab.connect import BARRIERS, SPACES, Mixer, Point, evaluate, interpolate, pack, parse_ratios, unpack
+from lora_lab.digits import Digits
+from lora_lab.errors import MismatchError, OptionError, TunerError
+from lora_lab.evaluate import score
+from lora_lab.lowrank import LowRank
+from lora_lab.task import Scores
+
+CASES = Path(__file__).parent / "cases"
+TARGETS = r"vit\.layers\.[0-3]\..*(q_proj|v_proj|fc1)"
+
+
+def random_adapter(seed, tmp, config=None, scale=0.06, record=None):
+    """An adapter of random weights on the digits base, read back from what PEFT saves."""
+    task = Digits("relabel")
+    torch.manual_seed(seed)
+    model = get_peft_model(task.build_model(), config or LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += scale * torch.randn_like(parameter)
+    model.save_pretrained(tmp / f"r{seed}")
+    adapter = Adapter.load(tmp / f"r{seed}")
+    return replace(adapter, record=record or {"task": task.record, "method": "lora", "seed": seed})
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    return [random_adapter(seed, folder) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def result(adapters):
+    return interpolate(adapters[:2], Digits("relabel"), points=5, spaces=("factors", "delta", "aligned"))
+
+
+def dense(adapter):
+    return {name: update.delta().double() for name, update in adapter.updates.items()}
+
+
+@pytest.mark.parametrize("weights", [(0.3, 0.7, 0.0), (0.2, 0.3, 0.5), (1.0, -0.5, 0.25)])
+def test_every_space_is_its_dense_definition(adapters, weights):
+    mixer = Mixer(adapters)
+    delta, factors, matched = (dense(mixer.mix(weights, space)) for space in ("delta", "factors", "matched"))
+    for name in adapters[0].sites:
+        updates = [adapter.updates[name] for adapter in adapters]
+        expected = sum(w * u.delta().double() for w, u in zip(weights, updates, strict=True))
+        assert torch.allclose(delta[name], expected, atol=1e-6)
+        A = sum(w * u.A.double() for w, u in zip(weights, updates, strict=True))
+        B = sum(w * u.B.double() for w, u in zip(weights, updates, strict=True))
+        assert torch.allclose(factors[name], B @ A, atol=1e-6)
+        target = sum(w * u.delta().double().norm() for w, u in zip(weights, updates, strict=True))
+        assert matched[name].norm() == pytest.approx(float(abs(target)), rel=1e-5)
+        assert torch.allclose(matched[name], (B @ A) * target / (B @ A).norm(), atol=1e-5)
+
+
+def test_factors_minus_delta_is_the_cross_term(adapters):
+    mixer, t = Mixer(adapters[:2]), 0.3
+    factors, delta = dense(mixer.mix((1 - t, t), "factors")), dense(mixer.mix((1 - t, t), "delta"))
+    for name in adapters[0].sites:
+        a, b = (adapter.updates[name] for adapter in adapters[:2])
+        cross = -t * (1 - t) * (a.B - b.B).double() @ (a.A - b.A).double()
+        assert torch.allclose(factors[name] - delta[name], cross, atol=1e-6)
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("weights", [(0.5, 0.5, 0.0), (0.2, 0.3, 0.5), (0.0, 1.0, 0.0)])
+def test_norms_from_cores_are_the_dense_norms(adapters, space, weights):
+    mixer = Mixer(adapters)
+    expected = torch.stack([delta.norm() for delta in dense(mixer.mix(weights, space)).values()]).norm()
+    assert mixer.norm(weights, space) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_an_adapter_with_all_the_weight_is_returned_itself(adapters):
+    mixer = Mixer(adapters)
+    for space in SPACES:
+        assert mixer.mix((0.0, 1.0, 0.0), space) is adapters[1]
+
+
+def test_mixing_leaves_the_inputs_alone(adapters):
+    before = [{key: tensor.clone() for key, tensor in adapter.tensors.items()} for adapter in adapters]
+    for space in SPACES:
+        Mixer(adapters).mix((0.4, 0.4, 0.2), space)
+    for adapter, tensors in zip(adapters, before, strict=True):
+        assert all(torch.equal(adapter.tensors[key], tensor) for key, tensor in tensors.items())
+
+
+def test_a_gauge_twin_is_flat_in_delta_and_has_the_known_false_barrier_in_factors():
+    expected = json.loads((CASES / "L01_gauge_twin_interpolation/expected.json").read_text())
+    a, twin = (Adapter.load(CASES / "L01_gauge_twin_interpolation" / name) for name in ("a", "twin"))
+    mixer = Mixer([a, twin])
+    middle, own = dense(mixer.mix((0.5, 0.5), "delta")), dense(a)
+    for name in own:
+        assert torch.allclose(middle[name], own[name], atol=1e-6)
+    assert mixer.norm((0.5, 0.5), "delta") == pytest.approx(expected["total_delta_fro"], rel=1e-5)
+    assert mixer.norm((0.5, 0.5), "factors") == pytest.approx(expected["factor_mid_total"], rel=1e-5)
+    false = dense(mixer.mix((0.5, 0.5), "factors"))
+    off = torch.stack([(false[name] - own[name]).norm() for name in own]).norm() / a.total_norm
+    assert float(off) == pytest.approx(expected["factor_mid_rel_err"], rel=1e-4)
+
+
+def test_alignment_undoes_the_gauge_of_a_twin():
+    a, twin = (Adapter.load(CASES / "L01_gauge_twin_interpolation" / name) for name in ("a", "twin"))
+    middle, own = dense(Mixer([a, twin]).mix((0.5, 0.5), "aligned")), dense(a)
+    for name in own:
+        assert torch.allclose(middle[name], own[name], atol=1e-5)
+
+
+def test_a_twin_on_the_digits_has_a_barrier_in_factors_only(adapters):
+    a = adapters[0]
+    generator = torch.Generator().manual_seed(0)
+    updates = {}
+    for name, update in a.updates.items():
+        R = torch.linalg.qr(torch.randn(update.rank, update.rank, generator=generator))[0]
+        updates[name] = LowRank(R.T @ update.A, update.B @ R, update.shape)
+    twin = a.with_updates(updates, source="twin")
+    found = interpolate([a, twin], Digits("relabel"), points=3, spaces=("factors", "delta", "aligned"), split="validation")
+    height = {
+        row["space"]: row["value"]
+        for row in found.summary["barriers"]
+        if row["metric"] == "loss" and row["barrier"] == "entezari"
+    }
+    assert height["delta"] == pytest.approx(0, abs=1e-5)
+    assert height["aligned"] == pytest.approx(0, abs=1e-4)
+    assert abs(found.rows(space="factors", t=0.5)[0]["loss"] - found.rows(space="factors", t=0.0)[0]["loss"]) > 1e-3
+
+
+def test_end_points_equal_the_adapters_own_scores_exactly(adapters, result):
+    for t, adapter in ((0.0, adapters[0]), (1.0, adapters[1])):
+        own = score(Digits("relabel"), adapter)
+        for row in result.rows(t=t):
+            assert row["loss"] == own.mean_loss
+            assert row["accuracy"] == pytest.approx(own.accuracy, abs=1e-12)
+
+
+def test_points_between_equal_a_model_with_the_dense_delta_added(adapters, result):
+    task = Digits("relabel")
+    for space in ("factors", "delta"):
+        model = task.build_model()
+        for name, delta in dense(Mixer(adapters[:2]).mix((0.5, 0.5), space)).items():
+            model.get_submodule(name).weight.data += delta.float()
+        expected = task.score(model)
+        assert result.rows(space=space, t=0.5)[0]["loss"] == pytest.approx(expected.mean_loss, abs=1e-4)
+
+
+def test_factors_bring_the_matched_curve_and_norms_along(result):
+    assert result.parameters["spaces"] == ["factors", "matched", "delta", "aligned"]
+    rows = {space: result.rows(space=space) for space in result.parameters["spaces"]}
+    ends = rows["factors"][0]["norm"], rows["factors"][-1]["norm"]
+    assert rows["factors"][2]["norm"] < 0.75 * sum(ends) / 2
+    # matched by module, so the total is at most the mean of the totals and close to it
+    assert rows["matched"][2]["norm"] == pytest.approx(sum(ends) / 2, rel=1e-3)
+    assert all(row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"] for row in result.rows())
+
+
+def test_barriers_follow_their_definitions():
+    t = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
+    L = np.array([1.0, 1.5, 4.0, 3.0, 2.0])[:, None]
+    assert BARRIERS["frankle"](L, t)[0] == 4 - 1.5
+    assert BARRIERS["entezari"](L, t)[0] == 4 - 1.5
+    assert BARRIERS["max_end"](L, t)[0] == 4 - 2
+    assert BARRIERS["midpoint"](L, t)[0] == 4
+    tilted = np.array([0.0, 3.0, 3.5, 3.8, 4.0])[:, None]
+    assert BARRIERS["frankle"](tilted, t)[0] == 2
+    assert BARRIERS["entezari"](tilted, t)[0] == 2
+    assert BARRIERS["max_end"](tilted, t)[0] == 0
+    assert np.isnan(BARRIERS["midpoint"](L[:4], t[:4])[0])
+
+
+def test_shrinkage_splits_the_barrier_into_what_goes_and_what_stays(result):
+    heights = {
+        (row["space"], row["metric"]): row["value"] for row in result.summary["barriers"] if row["barrier"] == "entezari"
+    }
+    for row in result.summary["shrinkage"]:
+        assert row["barrier"] == heights["factors", row["metric"]]
+        assert row["stays"] == heights["matched", row["metric"]]
+        assert row["removed"] == pytest.approx(row["barrier"] - row["stays"])
+        assert row["removed_low"] <= row["removed"] <= row["removed_high"]
+
+
+def test_the_same_run_gives_the_same_result(adapters, result):
+    again = interpolate(adapters[:2], Digits("relabel"), points=5, spaces=("factors", "delta", "aligned"))
+    assert again.columns == result.columns
+    assert again.summary == result.summary
+    assert again.provenance["run"] == result.provenance["run"]
+
+
+def test_three_adapters_give_every_pair_a_matrix_and_ratios(adapters):
+    ratios = parse_ratios("0:1,1:2,1:1:1", 3)
+    found = interpolate(adapters, Digits("relabel"), points=3, spaces=("delta",), ratios=ratios, split="validation")
+    assert {tuple(row["indices"]) for row in found.rows(ratio=None)} == {(0, 1), (0, 2), (1, 2)}
+    matrix = np.array(found.summary["matrix"]["delta"]["loss"])
+    assert (matrix == matrix.T).all()
+    assert (np.diag(matrix) == 0).all()
+    thirds = found.rows(ratio="1:1:1")
+    assert len(thirds) == 1
+    assert thirds[0]["weights"] == pytest.approx([1 / 3] * 3)
+    assert len(found.rows(ratio="1:2")) == 3
+    own = score(Digits("relabel"), adapters[1], "validation")
+    assert found.rows(ratio="0:1", indices=[0, 1])[0]["loss"] == own.mean_loss
+    over = {(row["space"], row["metric"], row["barrier"]): row for row in found.summary["over_pairs"]}
+    assert over["delta", "loss", "entezari"]["mean"] == pytest.approx(matrix[np.triu_indices(3, 1)].mean())
+
+
+def test_a_killed_run_goes_on_with_the_same_numbers(adapters, tmp_path):
+    task, journal = Digits("relabel"), tmp_path / "journal"
+    options = {"points": 4, "spaces": ("factors",), "split": "validation"}
+    whole = interpolate(adapters[:2], task, **options)
+
+    def kill(done, total):
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interpolate(adapters[:2], task, **options, journal=journal, progress=kill)
+    assert len(journal.read_text().splitlines()) == 5
+    seen = []
+    resumed = interpolate(adapters[:2], task, **options, journal=journal, progress=lambda *n: seen.append(n))
+    assert resumed.columns == whole.columns
+    assert resumed.summary == whole.summary
+
+
+def test_points_that_are_one_model_are_evaluated_once(adapters):
+    points = [Point((1.0, 0.0), space) for space in SPACES] + [Point((0.5, 0.5), "delta")] * 2
+    found = evaluate(Mixer(adapters[:2]), Digits("relabel"), points, split="validation")
+    assert list(found) == ["own:0", "delta:0=0.5,1=0.5"]
+
+
+def test_packed_scores_come_back_bit_by_bit():
+    generator = np.random.default_rng(0)
+    scores = Scores(generator.random(13).astype(np.float32).astype(np.float64), generator.random(13) < 0.5)
+    again = unpack(pack(scores))
+    assert (again.loss == scores.loss).all()
+    assert (again.correct == scores.correct).all()
+
+
+def test_the_factor_line_works_for_tuners_without_a_delta(tmp_path):
+    config = HiraConfig(r=3, target_modules=TARGETS)
+    pair = [random_adapter(seed, tmp_path, config, scale=0.3) for seed in (0, 1)]
+    found = interpolate(pair, Digits("relabel"), points=3, split="validation")
+    assert found.parameters["spaces"] == ["factors"]
+    assert [row["norm"] for row in found.rows()] == [None] * 3
+    middle = Mixer(pair).mix((0.5, 0.5), "factors")
+    for key, tensor in middle.tensors.items():
+        assert torch.allclose(tensor, (pair[0].tensors[key] + pair[1].tensors[key]) / 2)
+    with pytest.raises(TunerError, match="HIRA"):
+        interpolate(pair, Digits("relabel"), points=3, spaces=("delta",))
+
+
+def test_different_ranks_have_a_delta_line_and_no_factor_line(adapters, tmp_path):
+    other = random_adapter(7, tmp_path, LoraConfig(r=2, target_modules=TARGETS))
+    task = Digits("relabel")
+    found = interpolate([adapters[0], other], task, points=3, spaces=("delta",), split="validation")
+    assert len(found.rows()) == 3
+    with pytest.raises(MismatchError, match=r"different shapes.*lora_A.weight is \[4, 64\] and \[2, 64\].*--space delta"):
+        interpolate([adapters[0], other], task, points=3)
+
+
+def test_different_scales_are_folded_in_before_factors_are_averaged(adapters, tmp_path):
+    a = adapters[0]
+    rescaled = replace(
+        a,
+        config={**a.config, "lora_alpha": 12},
+        sites={name: replace(site, scale=3.0) for name, site in a.sites.items()},
+    )
+    mixed = Mixer([a, rescaled]).mix((0.5, 0.5), "factors")
+    for name, update in mixed.updates.items():
+        assert torch.allclose(update.delta(), a.updates[name].delta() * 1.5, atol=1e-6)
+
+
+def test_heads_are_averaged_with_the_rest(tmp_path):
+    config = LoraConfig(r=2, target_modules=TARGETS, modules_to_save=["classifier"], init_lora_weights=False)
+    pair = [random_adapter(seed, tmp_path, config) for seed in (0, 1)]
+    for space in ("factors", "delta"):
+        mixed = Mixer(pair).mix((0.25, 0.75), space)
+        key = next(key for key in mixed.others if key.endswith("classifier.weight"))
+        assert torch.allclose(mixed.tensors[key], 0.25 * pair[0].tensors[key] + 0.75 * pair[1].tensors[key])
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"config": {"peft_type": "LORA", "base_model_name_or_path": "other"}}, "different base models"),
+        ({"config": {"peft_type": "LOHA"}}, "different tuners: LORA and LOHA"),
+        ({"config": {"peft_type": "LORA", "use_dora": True}}, "different tuners: plain LoRA, against DoRA"),
+    ],
+)
+def test_adapters_that_do_not_fit_together_are_refused(adapters, change, text):
+    base = {"base_model_name_or_path": adapters[0].base_model} if "base" not in str(change) else {}
+    config = {**adapters[0].config, **base, **change["config"]}
+    if "other" in str(change):
+        first = replace(adapters[0], config={**adapters[0].config, "base_model_name_or_path": "one"})
+    else:
+        first = adapters[0]
+    with pytest.raises(MismatchError, match=text):
+        Mixer([first, replace(adapters[1], config=config)])
+
+
+def test_different_modules_are_named(adapters):
+    sites = dict(list(adapters[1].sites.items())[:-2])
+    with pytest.raises(MismatchError, match=r"update different modules: vit.layers.3"):
+        Mixer([adapters[0], replace(adapters[1], sites=sites)])
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("1:x", "ratio '1:x': numbers"),
+        ("1", "has 1 weights; with 2 adapters"),
+        ("1:1:1", "has 3 weights; with 2 adapters"),
+        ("0:0", "not all of them 0"),
+        ("-1:2", "weights of 0 or more"),
+    ],
+)
+def test_ratios_that_cannot_be_are_refused(text, match):
+    with pytest.raises(OptionError, match=match):
+        parse_ratios(text, 2)
+
+
+def test_too_few_points_or_adapters_are_refused(adapters):
+    with pytest.raises(OptionError, match="1 points on a line"):
+        interpolate(adapters[:2], Digits("relabel"), points=1)
+    with pytest.raises(OptionError, match="two adapters"):
+        interpolate(adapters[:1], Digits("relabel"))
+    with pytest.raises(OptionError, match="unknown space 'delat'"):
+        interpolate(adapters[:2], Digits("relabel"), spaces=("delat",))
