@@ -74,7 +74,8 @@ class Digits(Task):
         if LABELLINGS[self.labelling].own_head:
             generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
             weight = torch.randn(self.labels, model.config.hidden_size, generator=generator)
-            model.classifier = nn.utils.skip_init(nn.Linear, model.config.hidden_size, self.labels)
+            with torch.random.fork_rng():
+                model.classifier = nn.Linear(model.config.hidden_size, self.labels)
             nn.init.zeros_(model.classifier.bias)
             model.classifier.weight.data = model.config.initializer_range * weight
             model.config.num_labels = model.num_labels = self.labels

@@ -1,0 +1,61 @@
+"""Results as figures ready for a paper. Nothing is computed here that the results do not hold, and torch stays out."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from lora_lab import files, plot_line, plot_style, plot_train
+from lora_lab.errors import OptionError, some, unknown
+from lora_lab.plot_style import WIDTHS
+from lora_lab.result import Result
+
+__all__ = ["PLOTS", "WIDTHS", "figure", "save"]
+
+_FORMATS = (".pdf", ".png", ".svg")
+
+
+def figure(results: Sequence[Result], *, kind: str | None = None, width: str = "double") -> Figure:
+    """The figure of some results of one kind; `kind` chooses another view of them (see PLOTS)."""
+    if not results:
+        raise OptionError("no results to draw")
+    kinds = sorted({result.kind for result in results})
+    if len(kinds) > 1:
+        raise OptionError(f"results of different kinds cannot share a figure: {some(kinds)}")
+    views = [name for name in PLOTS if name.partition(":")[0] == kinds[0]]
+    chosen = kind or kinds[0]
+    if not views:
+        raise OptionError(f"there is no figure for results of kind {kinds[0]!r}; there are: {', '.join(PLOTS)}")
+    if chosen not in views:
+        raise unknown(f"figure of {kinds[0]} results", chosen, views)
+    if width not in WIDTHS:
+        raise unknown("width", width, WIDTHS)
+    with plot_style.styled():
+        return PLOTS[chosen](results, width)
+
+
+def save(drawn: Figure, *paths: Path, force: bool = False) -> None:
+    """Write a figure as .pdf, .png or .svg; equal figures give equal bytes."""
+    for path in paths:
+        if path.suffix not in _FORMATS:
+            raise OptionError(f"{path}: figures are written as {', '.join(_FORMATS)}")
+    files.refuse_existing(*paths, force=force)
+    with plot_style.styled():
+        for path in paths:
+            buffer = io.BytesIO()
+            dates = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}, ".png": {}}
+            drawn.savefig(buffer, format=path.suffix[1:], metadata=dates[path.suffix])
+            files.write_bytes(path, buffer.getvalue())
+
+
+PLOTS: dict[str, Callable[[Sequence[Result], str], Figure]] = {
+    "interpolate": plot_line.draw_accuracy,
+    "interpolate:loss": plot_line.draw_loss,
+    "interpolate:matrix": plot_line.draw_matrix,
+    "interpolate:ratios": plot_line.draw_ratios,
+    "train": plot_train.draw,
+}
+"""Kind of result, and after a colon the view → function (results, width) → figure."""

@@ -1,0 +1,79 @@
+"""The looks that all figures share: column widths, type sizes, colours that everyone can tell apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from lora_lab.errors import unknown
+
+WIDTHS = {"single": 3.25, "double": 6.75}
+"""Inches: one and two columns of the usual conference templates."""
+
+STYLE: dict[str, Any] = {
+    "pdf.fonttype": 42,  # TrueType, embedded: what publishers ask for
+    "ps.fonttype": 42,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lora-lab",
+    "font.family": "DejaVu Sans",  # ships with matplotlib, so figures look alike everywhere
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e5e5e5",
+    "grid.linewidth": 0.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 3.5,
+    "legend.frameon": False,
+    "savefig.dpi": 300,
+}
+
+# Okabe & Ito's palette, which colour-blind readers can tell apart; markers and dashes say it again in grey.
+CYCLE = [
+    {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    {"color": "#D55E00", "marker": "s", "linestyle": "--"},
+    {"color": "#009E73", "marker": "^", "linestyle": "-."},
+    {"color": "#CC79A7", "marker": "D", "linestyle": ":"},
+    {"color": "#E69F00", "marker": "v", "linestyle": "-"},
+    {"color": "#56B4E9", "marker": "P", "linestyle": "--"},
+    {"color": "#333333", "marker": "X", "linestyle": "-."},
+]
+
+METHODS = {
+    "lora": "LoRA",
+    "coto": "CoTo",
+    "coto-h": "CoTo-H",
+    "coto-l": "CoTo-L",
+    "dropout": "Dropout",
+    "progressive-dropout": "Progressive dropout",
+    "stochastic-depth": "Stochastic depth",
+}
+"""Training methods as papers write them."""
+
+
+def new(width: str, height: float) -> Figure:
+    """An empty figure of a column width, `height` inches high, that lays itself out."""
+    if width not in WIDTHS:
+        raise unknown("width", width, WIDTHS)
+    return Figure(figsize=(WIDTHS[width], height), layout="constrained")
+
+
+def styled() -> Any:
+    """The style, as a context to draw and save in."""
+    return rc_context(STYLE)
+
+
+def method_name(method: str | None) -> str:
+    """How a figure writes a method."""
+    return METHODS.get(method or "", method or "adapters")
