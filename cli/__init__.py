@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 import warnings
 from typing import Any
 
 import typer
 
-from ..errors import LoraLabError, LoraLabWarning
+from ..errors import LoraLabError, LoraLabWarning, nearest
 from . import evaluate, figure, inspect, interpolate, quickstart, tasks, train
 
 _EPILOG = "Start with `lora-lab quickstart`: two minutes from nothing to a first figure."
@@ -27,6 +26,7 @@ app = typer.Typer(
 for verb in (quickstart, train, interpolate, evaluate, inspect, tasks, figure):
     app.command(verb.__name__.rpartition(".")[2])(verb.command)
 
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 # typer may carry its own copy of click, so the class is taken from what typer itself raises
 _UsageError: Any = typer.BadParameter.__mro__[1]
 
@@ -47,10 +47,12 @@ def main(arguments: list[str] | None = None) -> None:
         text, unknown = _usage(error)
         _fail(text, code=1 if unknown else 2)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; nothing half-written was left", code=130)
+        code = _INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    if code == _INTERRUPTED:  # typer returns it, or raises, by its version
+        _fail("interrupted; nothing half-written was left", code=_INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -64,15 +66,14 @@ def _usage(error: Any) -> tuple[str, bool]:
     text = str(error.format_message()).rstrip(".")
     kind = type(error).__name__
     if kind == "NoSuchOption":
-        near = difflib.get_close_matches(error.option_name, _option_names(error.ctx), n=1)
-        return f"no such option {error.option_name}" + (f" (did you mean {near[0]}?)" if near else ""), True
+        close = nearest(error.option_name, _option_names(error.ctx))
+        return f"no such option {error.option_name}" + (f" (did you mean {close}?)" if close else ""), True
     if text.startswith("No such command"):
         name = text.split("'")[1]
         verbs = [command.name or "" for command in app.registered_commands]
-        near = difflib.get_close_matches(name, verbs, n=1)
-        return f"no such command {name!r}" + (
-            f" (did you mean {near[0]}?)" if near else f"; there are: {', '.join(verbs)}"
-        ), True
+        close = nearest(name, verbs)
+        hint = f" (did you mean {close}?)" if close else f"; there are: {', '.join(verbs)}"
+        return f"no such command {name!r}{hint}", True
     where = f" (see `{error.ctx.command_path} --help`)" if error.ctx else ""
     return text[:1].lower() + text[1:] + where, False
 

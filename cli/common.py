@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,8 @@ from ..files import refuse_existing
 if TYPE_CHECKING:
     from ..result import Result
 
-console = Console(highlight=False, soft_wrap=True)
+# In a pipe or a file there is no width to keep to, and a cut table would lose numbers.
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 messages = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -64,9 +66,9 @@ def print_json(content: object) -> None:
 
 def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table on standard output; the first column is text, the others are set right."""
-    shown = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    shown = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1), header_style="bold")
     for i, heading in enumerate(headings):
-        shown.add_column(heading, justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="fold")
+        shown.add_column(heading, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
         shown.add_row(*(cell if isinstance(cell, str) else number(cell) for cell in row))
     console.print(shown)

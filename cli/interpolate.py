@@ -63,6 +63,7 @@ def command(
         "split": split,
         "seed": seed,
     }
+    connect.check(loaded, points=points, spaces=_SPACES[space])
     chosen = task_of(*loaded, given=task)
     result = outputs.earlier(connect.run_id(loaded, chosen, **options), force=force)
     if result is None:
@@ -93,10 +94,14 @@ def show(result: Any) -> None:
 def _show_line(result: Any, indices: list[int], title: str, n: int) -> None:
     spaces = result.parameters["spaces"]
     lines = [result.rows(ratio=None, indices=indices, space=space) for space in spaces]
-    headings = ["t", *(f"{name} {space}" for space in spaces for name in ("acc.", "loss", "‖ΔW‖"))]
-    rows = []
-    for cells in zip(*lines, strict=True):
-        rows.append([f"{cells[0]['t']:.2f}", *(c[name] for c in cells for name in ("accuracy", "loss", "norm"))])
+    metrics = {"accuracy": "accuracy", "loss": "loss", "‖ΔW‖": "norm"}
+    if lines[0][0]["norm"] is None:
+        del metrics["‖ΔW‖"]
+    headings = ["\nt", *(f"{metric}\n{space}" for metric in metrics for space in spaces)]
+    rows = [
+        [f"{cells[0]['t']:.2f}", *(cell[name] for name in metrics.values() for cell in cells)]
+        for cells in zip(*lines, strict=True)
+    ]
     common.table(f"From {title} ({result.parameters['split']} split, {n} examples)", headings, rows)
     common.console.print()
 
@@ -114,16 +119,18 @@ def _estimates(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def _show_barriers(result: Any) -> None:
-    found: dict[tuple[str, str, str], dict[str, str]] = {}
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row in result.summary["barriers"]:
-        key = (" – ".join(row["members"]), row["space"], row["metric"])
-        found.setdefault(key, {})[row["barrier"]] = common.estimate(row["value"], row["low"], row["high"])
-    names = ("frankle", "entezari", "max_end", "midpoint")
-    rows = [
-        (f"{pair}: {space}, {metric}", *(cells[name] for name in names))
-        for (pair, space, metric), cells in found.items()
-    ]
-    common.table("Barriers (error = 1 − accuracy), 95 % intervals", ("line", *names), rows)
+        key = (" – ".join(row["members"]), row["metric"], row["space"])
+        found.setdefault(key, {})[row["barrier"]] = row
+    rows = []
+    for (pair, metric, space), cells in found.items():
+        main, *others = (cells[name] for name in ("entezari", "frankle", "max_end", "midpoint"))
+        estimate = common.estimate(main["value"], main["low"], main["high"])
+        rows.append((f"{pair}, {space}", metric, estimate, *(other["value"] for other in others)))
+    headings = ("line", "metric", "above the chord", "above mean end", "above worse end", "value at ½")
+    title = "Barriers (error = 1 − accuracy; 95 % intervals of all are in the JSON)"
+    common.table(title, headings, rows)
     common.console.print()
 
 
@@ -132,11 +139,9 @@ def _show_shrinkage(result: Any) -> None:
         if row["metric"] != "error":
             continue
         pair = " – ".join(row["members"])
-        height, stays, removed = (
-            common.estimate(row[name], row[f"{name}_low"], row[f"{name}_high"])
-            for name in ("barrier", "stays", "removed")
-        )
-        share = f", {row['share']:.0%} of it" if row["share"] is not None and row["barrier_low"] > 0 else ""
+        names = ("barrier", "removed", "stays")
+        height, removed, stays = (common.estimate(row[n], row[f"{n}_low"], row[f"{n}_high"]) for n in names)
+        share = f" ({row['share']:.0%})" if row["share"] is not None and row["barrier_low"] > 0 else ""
         common.console.print(
-            f"{pair}: error barrier on the factor line {height}; norm-matched, {removed}{share} goes, {stays} stays."
+            f"{pair}: error barrier of the factor line {height}; matching ‖ΔW‖ removes {removed}{share}, {stays} stays."
         )

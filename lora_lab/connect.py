@@ -237,15 +237,10 @@ def interpolate(
     weights for the first adapters of every combination, normalised to sum 1. End points are the adapters
     themselves. With `journal`, a killed run goes on where it was.
     """
-    if len(adapters) < 2:
-        raise OptionError("a line needs two adapters or more")
-    if points < 2:
-        raise OptionError(f"{points} points on a line; at least 2 are needed (its ends)")
+    check(adapters, points=points, spaces=spaces)
     mixer = Mixer(adapters)
     run = run_id(adapters, task, points=points, spaces=list(spaces), ratios=ratios, split=split, seed=seed)
     spaces = _with_matched(mixer, spaces)
-    for space in spaces:
-        mixer.check(space)
     began = time.perf_counter()
     grid = np.linspace(0, 1, points)
     pairs = list(itertools.combinations(range(len(adapters)), 2))
@@ -294,6 +289,17 @@ def interpolate(
             dtype="float32",
         ),
     )
+
+
+def check(adapters: Sequence[Adapter], *, points: int, spaces: Sequence[str]) -> None:
+    """Raise what `interpolate` would raise for these adapters, before anything is computed."""
+    if len(adapters) < 2:
+        raise OptionError("a line needs two adapters or more")
+    if points < 2:
+        raise OptionError(f"{points} points on a line; at least 2 are needed (its ends)")
+    mixer = Mixer(adapters)
+    for space in _with_matched(mixer, spaces):
+        mixer.check(space)
 
 
 def run_id(adapters: Sequence[Adapter], task: Task, **options: Any) -> str:

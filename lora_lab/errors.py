@@ -61,6 +61,12 @@ def some(names: Iterable[object], limit: int = 3) -> str:
 
 def unknown(kind: str, name: str, known: Collection[str]) -> OptionError:
     """The error for a name that is not in `known`, with the nearest one and the whole list."""
-    near = difflib.get_close_matches(name.lower(), [option.lower() for option in known], n=1, cutoff=0.5)
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    close = nearest(name, known)
+    hint = f" (did you mean {close!r}?)" if close else ""
     return OptionError(f"unknown {kind} {name!r}{hint}; there are: {', '.join(known)}")
+
+
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """The known name that was most likely meant: letters swapped, or else the closest spelling."""
+    swapped = [option for option in known if sorted(option) == sorted(name.lower())]
+    return next(iter([*swapped, *difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)]), None)

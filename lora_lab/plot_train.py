@@ -35,8 +35,8 @@ def full_from(result: Result) -> int:
 
 def smoothed(loss: Floats, window: int = 15) -> Floats:
     """Centred running mean, shorter at the ends."""
-    sums = np.convolve(loss, np.ones(window), "same")
-    counts = np.convolve(np.ones_like(loss), np.ones(window), "same")
+    kernel = np.ones(min(window, len(loss)))
+    sums, counts = np.convolve(loss, kernel, "same"), np.convolve(np.ones_like(loss), kernel, "same")
     return np.asarray(sums / counts)
 
 

@@ -124,7 +124,9 @@ def test_a_twin_on_the_digits_has_a_barrier_in_factors_only(adapters):
         R = torch.linalg.qr(torch.randn(update.rank, update.rank, generator=generator))[0]
         updates[name] = LowRank(R.T @ update.A, update.B @ R, update.shape)
     twin = a.with_updates(updates, source="twin")
-    found = interpolate([a, twin], Digits("relabel"), points=3, spaces=("factors", "delta", "aligned"), split="validation")
+    found = interpolate(
+        [a, twin], Digits("relabel"), points=3, spaces=("factors", "delta", "aligned"), split="validation"
+    )
     height = {
         row["space"]: row["value"]
         for row in found.summary["barriers"]
@@ -179,7 +181,9 @@ def test_barriers_follow_their_definitions():
 
 def test_shrinkage_splits_the_barrier_into_what_goes_and_what_stays(result):
     heights = {
-        (row["space"], row["metric"]): row["value"] for row in result.summary["barriers"] if row["barrier"] == "entezari"
+        (row["space"], row["metric"]): row["value"]
+        for row in result.summary["barriers"]
+        if row["barrier"] == "entezari"
     }
     for row in result.summary["shrinkage"]:
         assert row["barrier"] == heights["factors", row["metric"]]
@@ -262,7 +266,9 @@ def test_different_ranks_have_a_delta_line_and_no_factor_line(adapters, tmp_path
     task = Digits("relabel")
     found = interpolate([adapters[0], other], task, points=3, spaces=("delta",), split="validation")
     assert len(found.rows()) == 3
-    with pytest.raises(MismatchError, match=r"different shapes.*lora_A.weight is \[4, 64\] and \[2, 64\].*--space delta"):
+    with pytest.raises(
+        MismatchError, match=r"different shapes.*lora_A.weight is \[4, 64\] and \[2, 64\].*--space delta"
+    ):
         interpolate([adapters[0], other], task, points=3)
 
 

@@ -55,7 +55,9 @@ def test_a_head_is_seeded_by_the_task():
     one, two = Digits("mod3").build_model(), Digits("mod3").build_model()
     assert torch.equal(one.classifier.weight, two.classifier.weight)
     assert one.classifier.weight.shape == (3, 64)
-    assert not torch.equal(Digits("mod5").build_model().classifier.weight, Digits("div2").build_model().classifier.weight)
+    assert not torch.equal(
+        Digits("mod5").build_model().classifier.weight, Digits("div2").build_model().classifier.weight
+    )
     assert torch.equal(Digits("relabel").build_model().classifier.weight, digits.load_base().classifier.weight)
 
 

@@ -89,7 +89,9 @@ def test_the_record_finds_the_task_again_and_survives_saving(coto, tmp_path):
     assert "test" not in again.record["metrics"]
 
 
-@pytest.mark.parametrize("peft", ["lora", "rslora", "dora", "pissa", "olora", "hira", "loha", "lokr", "oft", "vera", "ln_tuning"])
+@pytest.mark.parametrize(
+    "peft", ["lora", "rslora", "dora", "pissa", "olora", "hira", "loha", "lokr", "oft", "vera", "ln_tuning"]
+)
 def test_every_tuner_trains_saves_and_scores_the_same_when_read_back(peft, tmp_path):
     recipe = Recipe(method="coto", peft=peft, **SHORT)
     adapter, _ = train(task, recipe)
@@ -114,7 +116,9 @@ def test_rank_alpha_and_modules_are_set():
     adapter, _ = train(task, Recipe(rank=2, alpha=7, target_modules=["q_proj"], method="lora", **SHORT))
     assert {(site.rank, site.scale) for site in adapter.sites.values()} == {(2, 3.5)}
     assert len(adapter.sites) == 6
-    configured, _ = train(task, Recipe(peft_config={"r": 3, "lora_alpha": 3, "use_rslora": True}, method="lora", **SHORT))
+    configured, _ = train(
+        task, Recipe(peft_config={"r": 3, "lora_alpha": 3, "use_rslora": True}, method="lora", **SHORT)
+    )
     assert {site.rank for site in configured.sites.values()} == {3}
 
 
@@ -178,7 +182,9 @@ def test_checkpoints_are_adapters_that_know_their_task(tmp_path):
 
 
 def test_jobs_side_by_side_give_what_they_give_alone(tmp_path, coto):
-    jobs = [Job(task.record, Recipe(method="coto", seed=seed, **SHORT), tmp_path / f"{seed}.safetensors") for seed in (0, 1)]
+    jobs = [
+        Job(task.record, Recipe(method="coto", seed=seed, **SHORT), tmp_path / f"{seed}.safetensors") for seed in (0, 1)
+    ]
     seen = []
     logs = train_all(jobs, workers=2, progress=lambda *n: seen.append(n))
     assert same(Adapter.load(jobs[0].path), coto[0])

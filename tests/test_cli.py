@@ -1,0 +1,261 @@
+import json
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+
+CASES = Path(__file__).parent / "cases"
+SHORT = ["--steps", "6", "--batch-size", "8"]
+
+
+@pytest.fixture
+def lora_lab(monkeypatch, capsys, tmp_path):
+    """The installed command: arguments → (exit code, standard output, standard error), in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    main = next(iter(entry_points(group="console_scripts", name="lora-lab"))).load()
+
+    def run(*arguments):
+        import warnings
+
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return ended.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two short CoTo runs, made by the command itself in processes of their own."""
+    folder = tmp_path_factory.mktemp("pair")
+    command = [Path(sys.executable).with_name("lora-lab"), "train", "--seeds", "0-1", "-o", folder, *SHORT, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert [run["summary"]["steps"] for run in json.loads(done.stdout)] == [6, 6]
+    return [folder / "coto-s0.safetensors", folder / "coto-s1.safetensors"]
+
+
+def one_line(result, *words, code=1):
+    found, out, err = result
+    assert found == code, err
+    lines = [line for line in err.splitlines() if not line.startswith("warning:") and line.strip()]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0], (word, lines[0])
+    assert not out
+
+
+def test_help_and_drawing_load_no_torch():
+    code = (
+        "import sys; from lora_lab.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "import lora_lab.plot\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'sklearn', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "interpolate" in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["quickstart", "train", "interpolate", "evaluate", "inspect", "tasks", "figure"])
+def test_every_verb_has_help_with_an_example(lora_lab, verb):
+    code, out, _ = lora_lab(verb, "--help")
+    assert code == 0
+    assert f"lora-lab {verb}" in out.partition("Example:")[2]
+
+
+def test_from_training_to_figure_as_the_readme_says(lora_lab, pair, tmp_path):
+    code, out, err = lora_lab("interpolate", *pair, "--points", 3, "--ratios", "0:1,1:1")
+    assert code == 0, err
+    assert "error barrier of the factor line" in out
+    assert "1:1 of coto-s0, coto-s1" in out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        f"interpolate.{end}" for end in ("json", "pdf", "png")
+    }
+    again, out2, err = lora_lab("interpolate", *pair, "--points", 3, "--ratios", "0:1,1:1")
+    assert (again, out2) == (0, out)
+    assert "this very result is there already" in err
+    one_line(lora_lab("interpolate", *pair, "--points", 5), "interpolate.json: exists already; --force replaces it")
+    code, out, _ = lora_lab("interpolate", *pair, "--points", 3, "-o", "other", "--json")
+    assert json.loads(out)["parameters"]["spaces"] == ["factors", "matched", "delta"]
+    code, _, err = lora_lab(
+        "figure", "out/interpolate.json", "other/interpolate.json", "-o", "x.pdf", "--width", "single"
+    )
+    assert code == 0
+    assert b"/FontFile2" in (tmp_path / "x.pdf").read_bytes()
+    one_line(lora_lab("figure", "out/interpolate.json", "-o", "x.pdf"), "x.pdf: exists already")
+
+
+def test_evaluate_shows_intervals_and_writes_json(lora_lab, pair, tmp_path):
+    code, out, _ = lora_lab("evaluate", *pair, "--split", "validation", "-o", "scores.json")
+    assert code == 0
+    assert "(base model alone)" in out
+    rows = json.loads((tmp_path / "scores.json").read_text())["columns"]
+    assert rows["adapter"] == ["(base model alone)", "coto-s0", "coto-s1"]
+
+
+def test_training_one_adapter_writes_it_with_its_log_and_figure(lora_lab, tmp_path):
+    code, out, err = lora_lab("train", "--method", "lora", "-o", "a.safetensors", *SHORT)
+    assert code == 0, err
+    assert "a.safetensors" in out
+    names = {"a.safetensors", "a.train.json", "a.train.pdf", "a.train.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    one_line(lora_lab("train", "-o", "a.safetensors", *SHORT), "a.safetensors: exists already; --force replaces it")
+    code, _, _ = lora_lab("train", "-o", "folder", *SHORT, "--group", "all=.")
+    assert (tmp_path / "folder" / "adapter_config.json").exists()
+    groups = json.loads((tmp_path / "folder.train.json").read_text())["parameters"]["groups"]
+    assert list(groups) == ["all"]
+
+
+def test_inspect_as_json_has_the_promised_shape(lora_lab, pair):
+    code, out, _ = lora_lab("inspect", pair[0], "--json")
+    found = json.loads(out)
+    assert code == 0
+    expected = {"path", "format", "tuner", "base_model", "modules", "other_tensors", "warnings", "total_norm", "record"}
+    assert set(found) == expected
+    assert set(found["modules"][0]) == {"name", "type", "rank", "scale", "dtype", "shape", "norm", "effective_rank"}
+    assert len(found["modules"]) == 36
+    assert found["total_norm"] == pytest.approx(sum(m["norm"] ** 2 for m in found["modules"]) ** 0.5)
+    assert found["record"]["method"] == "coto"
+    code, out, _ = lora_lab("inspect", pair[0])
+    assert "36 modules, ranks 4" in out
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("R18_nan_inf_weights/adapter", ["model.layers.0.self_attn.v_proj", "non-finite"]),
+        ("R21_unpaired_lora_A/adapter", ["model.layers.1.self_attn.v_proj", "lora_B"]),
+        ("R22_rank_differs_from_config/adapter", ["rank 4", "8 in the config"]),
+        ("R28_dora/adapter", ["DoRA"]),
+        ("K10_pissa_olora_init/adapter", ["pissa"]),
+        ("K15_all_zero_B/adapter_all_zero", ["4 of 4 modules have zero delta (untrained?)"]),
+        ("R14_adapter_name_inside_keys/adapter_two_in_one_file", ["one", "two"]),
+        ("K03_single_file_no_config/adapter_only.safetensors", ["alpha"]),
+    ],
+)
+def test_inspect_reports_on_what_other_verbs_refuse(lora_lab, case, words):
+    code, out, _ = lora_lab("inspect", CASES / case, "--json")
+    assert code == 0
+    warnings = " ".join(json.loads(out)["warnings"])
+    for word in words:
+        assert word in warnings
+    code, out, err = lora_lab("inspect", CASES / case)
+    assert code == 0
+    assert words[0] in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--method", "cotoo"], ["unknown method 'cotoo'", "did you mean 'coto'"]),
+        (["train", "--task", "digits/relable"], ["did you mean 'digits/relabel'"]),
+        (["train", "--peft", "lroa"], ["unknown tuner 'lroa'", "did you mean 'lora'"]),
+        (["train", "--sed", "1"], ["no such option --sed", "did you mean --seed"]),
+        (["train", "--seeds", "0-x"], ["seeds '0-x'"]),
+        (["train", "--seeds", "3,3"], ["different seeds"]),
+        (["train", "--ramp", "liner"], ["did you mean 'linear'"]),
+        (["train", "--group", "a=(", *SHORT], ["not a regular expression"]),
+        (["train", "--group", "=x", *SHORT], ["NAME=REGEX"]),
+        (["train", "--peft-config", "none.json"], ["none.json"]),
+        (["train", "--jobs", "0"], ["0 jobs side by side"]),
+        (["trian"], ["no such command 'trian'", "did you mean train"]),
+        (["interpolate", "a.safetensors", "b.safetensors"], ["a.safetensors: no such file"]),
+        (["interpolate", CASES / "R01_rslora_scaling/adapter", CASES / "R01_rslora_scaling/adapter"], ["--task"]),
+        (["interpolate", CASES / "R01_rslora_scaling/adapter"], ["two adapters"]),
+        (["evaluate", "org/name"], ["org/name: no such file or folder here", "hub"]),
+        (["inspect", CASES / "R05_config_is_lfs_pointer/adapter"], ["adapter_config.json", "LFS"]),
+        (["inspect", CASES / "R07_truncated_safetensors/adapter_cut_data"], ["truncated", "3064"]),
+        (["figure", "none.json", "-o", "x.pdf"], ["none.json: no such file"]),
+        (["tasks", "--example", "text"], ["unknown kind of task 'text'"]),
+    ],
+    ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, list) else None,
+)
+def test_bad_input_gives_one_line_and_writes_nothing(lora_lab, tmp_path, arguments, words):
+    one_line(lora_lab(*arguments), *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_usage_errors_exit_with_2_in_one_line(lora_lab):
+    one_line(lora_lab("train", "--steps", "abc"), "--steps", code=2)
+    one_line(lora_lab("figure", "x.json"), "--output", code=2)
+
+
+def test_adapters_that_do_not_fit_are_refused_before_anything_is_written(lora_lab, pair, tmp_path):
+    other = CASES / "R01_rslora_scaling/adapter"
+    one_line(lora_lab("interpolate", pair[0], other, "--task", "digits/relabel"), "different base models")
+    one_line(lora_lab("interpolate", *pair, "--space", "detla"), "did you mean 'delta'")
+    one_line(lora_lab("interpolate", *pair, "--ratios", "1:1:1"), "ratio '1:1:1' has 3 weights")
+    one_line(lora_lab("interpolate", *pair, "--split", "tset", "--points", "2"), "did you mean 'test'")
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_a_bug_shows_its_traceback(lora_lab, monkeypatch, pair):
+    import lora_lab.connect as connect
+
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(connect, "interpolate", broken)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        lora_lab("interpolate", *pair)
+
+
+def test_an_interrupt_leaves_no_output_and_the_same_command_goes_on(lora_lab, monkeypatch, pair, tmp_path):
+    from lora_lab.digits import Digits
+
+    original, calls = Digits.score, []
+
+    def interrupted(self, model, split="test"):
+        calls.append(split)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(self, model, split)
+
+    monkeypatch.setattr(Digits, "score", interrupted)
+    one_line(lora_lab("interpolate", *pair, "--points", 3), "interrupted", code=130)
+    assert not list((tmp_path / "out").glob("interpolate.*"))
+    code, _, _ = lora_lab("interpolate", *pair, "--points", 3)
+    assert code == 0
+    assert len(calls) == 4 + 5 - 3
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
+
+
+def test_quickstart_makes_adapters_lines_and_one_figure(lora_lab, monkeypatch, tmp_path):
+    from lora_lab.digits import Digits
+
+    monkeypatch.setattr(Digits, "steps", 6)
+    code, _, err = lora_lab("quickstart", "-o", "q", "--jobs", "1")
+    assert code == 0, err
+    assert {path.name for path in (tmp_path / "q").glob("*.safetensors")} == {
+        f"{method}-s{seed}.safetensors" for method in ("lora", "coto") for seed in (0, 1)
+    }
+    assert (tmp_path / "q" / "line.pdf").stat().st_size > 5000
+    assert "line.png" in err
+    one_line(lora_lab("quickstart", "-o", "q"), "exists already")
+
+
+def test_no_module_called_cli_is_installed():
+    done = subprocess.run(
+        [sys.executable, "-c", "import cli"], capture_output=True, text=True, cwd=CASES, env={"PATH": ""}
+    )
+    assert "No module named 'cli'" in done.stderr
+
+
+def test_results_do_not_hang_on_the_number_of_threads(pair):
+    from lora_lab.adapter import Adapter
+    from lora_lab.evaluate import score, task_of
+
+    adapter = Adapter.load(pair[0])
+    before = score(task_of(adapter), adapter).loss
+    torch.set_num_threads(2)
+    try:
+        assert score(task_of(adapter), adapter).loss == pytest.approx(before, abs=1e-5)
+    finally:
+        torch.set_num_threads(1)
