@@ -30,7 +30,7 @@ class Switches:
 
     A layer that is off returns its base layer's output while the model trains: its branch is not computed and
     its parameters get no gradient (None, so that AdamW leaves them alone). In evaluation mode every layer is on.
-    Nothing is left switched between forward passes; leaving the context removes the hooks.
+    Leaving the context switches everything on.
 
     `groups`: "block" (one switch a transformer block), "module" (one a layer), or {name: regular expression},
     searched in the module's name, of which exactly one must match each layer.
@@ -41,34 +41,27 @@ class Switches:
         if not found:
             raise TunerError("the model has no PEFT layers to switch; add an adapter to it first")
         self.groups = group(list(found), groups)
-        self._off: set[nn.Module] = set()
         self._members = [[found[name] for name in names] for names in self.groups.values()]
-        self._handles: list[Any] = []
+        self._off: dict[nn.Module, _Bypass] = {}
 
     def __enter__(self) -> Switches:
-        self.remove()
-        for layer in (layer for members in self._members for layer in members):
-            self._handles.append(layer.register_forward_pre_hook(self._before))
-            self._handles.append(layer.register_forward_hook(self._after, always_call=True))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.remove()
-
-    def remove(self) -> None:
-        """Take the hooks off and switch everything on."""
-        self._off.clear()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self.all_on()
 
     def set(self, mask: Sequence[bool] | Mask) -> None:
         """Switch the groups, in the order of `groups`, until the next call."""
         if len(mask) != len(self._members):
             raise OptionError(f"a mask of {len(mask)} for {len(self._members)} groups")
-        self._off = {layer for on, members in zip(mask, self._members, strict=True) if not on for layer in members}
+        off = {layer for on, members in zip(mask, self._members, strict=True) if not on for layer in members}
+        for layer in [layer for layer in self._off if layer not in off]:
+            self._off.pop(layer).remove()
+        for layer in off:
+            if layer not in self._off:
+                self._off[layer] = _Bypass(layer)
 
     def draw(self, schedule: Schedule, step: int, steps: int, *, seed: int) -> Mask:
         """Set and return the schedule's mask of this optimiser step; draw once a step, not once a batch."""
@@ -77,16 +70,38 @@ class Switches:
         return mask
 
     def all_on(self) -> None:
-        """Switch every group on."""
-        self._off = set()
+        """Switch every group on, and leave nothing on the layers."""
+        for layer in list(self._off):
+            self._off.pop(layer).remove()
 
-    def _before(self, layer: Any, args: object) -> None:
-        if layer in self._off and layer.training:
-            layer._disable_adapters = True
 
-    def _after(self, layer: Any, args: object, output: object) -> None:
-        if layer in self._off:
-            layer._disable_adapters = False
+class _Bypass:
+    """Stands in for the forward of a layer that is off; layers that are on cost nothing.
+
+    PEFT's own flag is up only while the layer runs and only in training mode, so that neither an evaluation nor an
+    exception finds it set, and a checkpoint's recomputation does.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer: Any = layer
+        self._forward = layer.forward
+        self._earlier = vars(layer).get("forward")
+        vars(layer)["forward"] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._layer.training:
+            return self._forward(*args, **kwargs)
+        self._layer._disable_adapters = True
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            self._layer._disable_adapters = False
+
+    def remove(self) -> None:
+        if self._earlier is None:
+            vars(self._layer).pop("forward", None)
+        else:
+            vars(self._layer)["forward"] = self._earlier
 
 
 class CoToCallback(TrainerCallback):  # type: ignore[misc]
@@ -117,8 +132,8 @@ class CoToCallback(TrainerCallback):  # type: ignore[misc]
         """Find the layers; what a resumed run has done before is put back into the log."""
         assert model is not None
         if self._switches:
-            self._switches.remove()
-        self._switches = Switches(model, self._grouping).__enter__()
+            self._switches.all_on()
+        self._switches = Switches(model, self._grouping)
         self.log = [self._entry(step, state.max_steps) for step in range(state.global_step)]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -134,9 +149,9 @@ class CoToCallback(TrainerCallback):  # type: ignore[misc]
             self._switches.all_on()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the model without hooks."""
+        """Leave the model as it was."""
         if self._switches:
-            self._switches.remove()
+            self._switches.all_on()
 
     def _entry(self, step: int, steps: int) -> tuple[int, float, Mask]:
         mask = self.schedule.mask(step, steps, len(self.groups), self.seed)

@@ -1,3 +1,4 @@
+import copy
 import json
 from pathlib import Path
 
@@ -269,11 +270,24 @@ def test_every_tuner_is_switched_block_by_block(config):
             assert not torch.allclose(outputs[i], outputs[j])
 
 
-def test_leaving_the_context_takes_every_hook_off():
+def test_leaving_the_context_leaves_nothing_on_the_layers():
     model = llama()
+    before = {name: set(vars(layer)) for name, layer in layers(model).items()}
     with Switches(model) as switches:
         switches.draw(Schedule(p0=0), 0, 10, seed=0)
-    assert all(not layer._forward_hooks and not layer._forward_pre_hooks for layer in layers(model).values())
+        assert any(set(vars(layer)) != before[name] for name, layer in layers(model).items())
+    assert {name: set(vars(layer)) for name, layer in layers(model).items()} == before
+
+
+def test_a_copy_of_a_model_in_training_is_switched_like_its_original():
+    model, ids = llama().train(), Tokens().ids[:3]
+    with Switches(model) as switches:
+        switches.set([True, False])
+        twin = copy.deepcopy(model)
+        expected = model(input_ids=ids).logits
+        for parameter in model.parameters():
+            parameter.data.zero_()
+        assert torch.equal(twin(input_ids=ids).logits, expected)
 
 
 @pytest.mark.parametrize(
