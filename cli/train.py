@@ -42,6 +42,9 @@ def command(
     warmup: Annotated[float, typer.Option(help="Share of the steps over which the learning rate rises.")] = 0.06,
     weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
     max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm.")] = 1.0,
+    optimizer: Annotated[
+        str, typer.Option(help="A name of transformers' TrainingArguments.optim.")
+    ] = "adamw_torch_fused",
     dropout: Annotated[float, typer.Option(help="(Initial) rate for dropout and progressive-dropout.")] = 0.25,
     ramp: Annotated[str, typer.Option(help="Shape of p(t): linear, exponential or sine.")] = "linear",
     p0: Annotated[
@@ -95,6 +98,7 @@ def command(
             warmup=warmup,
             weight_decay=weight_decay,
             max_grad_norm=max_grad_norm,
+            optimizer=optimizer,
             dropout=dropout,
             ramp=ramp,
             p0=p0,

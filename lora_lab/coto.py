@@ -41,8 +41,8 @@ class Switches:
         if not found:
             raise TunerError("the model has no PEFT layers to switch; add an adapter to it first")
         self.groups = group(list(found), groups)
-        self._members = [[found[name] for name in names] for names in self.groups.values()]
-        self._off: dict[nn.Module, _Bypass] = {}
+        self._bypasses = [[_Bypass(found[name]) for name in names] for names in self.groups.values()]
+        self._mask = [True] * len(self.groups)
 
     def __enter__(self) -> Switches:
         return self
@@ -54,25 +54,23 @@ class Switches:
 
     def set(self, mask: Sequence[bool] | Mask) -> None:
         """Switch the groups, in the order of `groups`, until the next call."""
-        if len(mask) != len(self._members):
-            raise OptionError(f"a mask of {len(mask)} for {len(self._members)} groups")
-        off = {layer for on, members in zip(mask, self._members, strict=True) if not on for layer in members}
-        for layer in [layer for layer in self._off if layer not in off]:
-            self._off.pop(layer).remove()
-        for layer in off:
-            if layer not in self._off:
-                self._off[layer] = _Bypass(layer)
+        if len(mask) != len(self._mask):
+            raise OptionError(f"a mask of {len(mask)} for {len(self._mask)} groups")
+        for i, on in enumerate(mask):
+            if bool(on) != self._mask[i]:
+                self._mask[i] = bool(on)
+                for bypass in self._bypasses[i]:
+                    bypass.switch(on=bool(on))
 
     def draw(self, schedule: Schedule, step: int, steps: int, *, seed: int) -> Mask:
         """Set and return the schedule's mask of this optimiser step; draw once a step, not once a batch."""
-        mask = schedule.mask(step, steps, len(self._members), seed)
+        mask = schedule.mask(step, steps, len(self._mask), seed)
         self.set(mask)
         return mask
 
     def all_on(self) -> None:
         """Switch every group on, and leave nothing on the layers."""
-        for layer in list(self._off):
-            self._off.pop(layer).remove()
+        self.set([True] * len(self._mask))
 
 
 class _Bypass:
@@ -84,9 +82,18 @@ class _Bypass:
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer: Any = layer
-        self._forward = layer.forward
-        self._earlier = vars(layer).get("forward")
-        vars(layer)["forward"] = self
+        self._forward: Any = None
+        self._own: Any = None
+
+    def switch(self, *, on: bool) -> None:
+        """Take the place of the layer's forward, or give it back."""
+        if not on:
+            self._own, self._forward = vars(self._layer).get("forward"), self._layer.forward
+            vars(self._layer)["forward"] = self
+        elif self._own is None:
+            vars(self._layer).pop("forward", None)
+        else:
+            vars(self._layer)["forward"] = self._own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._layer.training:
@@ -96,12 +103,6 @@ class _Bypass:
             return self._forward(*args, **kwargs)
         finally:
             self._layer._disable_adapters = False
-
-    def remove(self) -> None:
-        if self._earlier is None:
-            vars(self._layer).pop("forward", None)
-        else:
-            vars(self._layer)["forward"] = self._earlier
 
 
 class CoToCallback(TrainerCallback):  # type: ignore[misc]

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging as transformers_logging
 
 from lora_lab import files, peft_format
@@ -87,6 +88,8 @@ class Recipe:
     warmup: float = 0.06
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    optimizer: str = "adamw_torch_fused"
+    """One of transformers' names, as TrainingArguments.optim."""
     dropout: float = 0.25
     ramp: str = "linear"
     p0: float | None = None
@@ -104,6 +107,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise OptionError(f"{name.replace('_', ' ')} is {value}; it must be above 0")
+        if self.optimizer not in [option.value for option in OptimizerNames]:
+            raise unknown("optimizer", self.optimizer, [option.value for option in OptimizerNames])
         for name in ("warmup", "dropout", "stage"):
             if not 0 <= getattr(self, name) <= 1:
                 raise OptionError(f"{name} is {getattr(self, name)}; a share between 0 and 1 is needed")
@@ -300,7 +305,7 @@ def _arguments(recipe: Recipe, folder: Path, device: torch.device | None) -> Any
         warmup_steps=min(round(recipe.warmup * recipe.steps), recipe.steps - decay),
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
-        optim="adamw_torch_fused",
+        optim=recipe.optimizer,
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -331,7 +336,7 @@ class _LeanTrainer(Trainer):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def _light_bookkeeping(model: nn.Module) -> Iterator[None]:
-    """Spare small models two walks over all modules a step: train() when training already, zero_grad() of the frozen."""
+    """Spare small models two walks over all modules a step: train() in training mode, zero_grad() of the frozen."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     switch = model.train
 
