@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -101,6 +101,11 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
         yield report
 
 
+CONFIG_HELP = "adapter_config.json for a file that has none in its header or beside it."
+ALPHA_HELP = "lora_alpha, where no configuration is to be had."
+NAME_HELP = "Which adapter, where the keys of a file hold several."
+
+
 def say_written(paths: Iterable[Path]) -> None:
     """Name the files written, on standard error."""
     messages.print("wrote " + ", ".join(str(path) for path in paths))
@@ -129,8 +134,3 @@ def parse_groups(given: Sequence[str]) -> str | dict[str, str]:
         if not (name and equals and pattern):
             raise OptionError(f"group {name!r}: NAME=REGEX is needed, or one of block, module alone")
     return {name: pattern for name, _, pattern in pairs}
-
-
-def as_path(text: Any) -> Path | None:
-    """A path, or None."""
-    return Path(text) if text is not None else None

@@ -13,6 +13,9 @@ from . import common
 def command(
     paths: Annotated[list[str], typer.Argument(help="Adapters.")],
     task: Annotated[str | None, typer.Option(help="Built-in task or task file; by default the adapter's own.")] = None,
+    config: Annotated[Path | None, typer.Option(help=common.CONFIG_HELP)] = None,
+    alpha: Annotated[float | None, typer.Option(help=common.ALPHA_HELP)] = None,
+    adapter_name: Annotated[str | None, typer.Option(help=common.NAME_HELP)] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     base: Annotated[bool, typer.Option(help="Score the base model without an adapter, too.")] = True,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
@@ -32,7 +35,7 @@ def command(
 
     if output:
         refuse_existing(output, force=force)
-    adapters = [Adapter.load(path) for path in paths]
+    adapters = [Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name) for path in paths]
     with common.progress("evaluating") as report:
         result = evaluate(
             adapters, given=task, split=split, base=base, seed=seed, device=resolve_device(device), progress=report

@@ -14,11 +14,9 @@ def command(
     path: Annotated[
         str, typer.Argument(help="PEFT folder, .safetensors, .bin, Trainer checkpoint, or hub id org/name.")
     ],
-    config: Annotated[
-        Path | None, typer.Option(help="adapter_config.json for a file that has none in its header or beside it.")
-    ] = None,
-    alpha: Annotated[float | None, typer.Option(help="lora_alpha, where no configuration is to be had.")] = None,
-    adapter_name: Annotated[str | None, typer.Option(help="Which adapter, where the keys hold several.")] = None,
+    config: Annotated[Path | None, typer.Option(help=common.CONFIG_HELP)] = None,
+    alpha: Annotated[float | None, typer.Option(help=common.ALPHA_HELP)] = None,
+    adapter_name: Annotated[str | None, typer.Option(help=common.NAME_HELP)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Print modules, ranks, scales, norms and everything odd; reports also on adapters that other verbs refuse.

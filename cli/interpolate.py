@@ -28,6 +28,9 @@ def command(
         str | None, typer.Option(help="Also score weighted mixtures of the adapters, e.g. 0:1,1:2,1:1,1:1:1.")
     ] = None,
     task: Annotated[str | None, typer.Option(help="Built-in task or task file; by default the adapters' own.")] = None,
+    config: Annotated[Path | None, typer.Option(help=common.CONFIG_HELP)] = None,
+    alpha: Annotated[float | None, typer.Option(help=common.ALPHA_HELP)] = None,
+    adapter_name: Annotated[str | None, typer.Option(help=common.NAME_HELP)] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda …; by default a GPU where there is one.")] = None,
@@ -55,7 +58,7 @@ def command(
     if space not in _SPACES:
         raise unknown("space", space, _SPACES)
     outputs = common.Outputs(output, "interpolate")
-    loaded = [Adapter.load(path) for path in adapters]
+    loaded = [Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name) for path in adapters]
     options: dict[str, Any] = {
         "points": points,
         "spaces": _SPACES[space],

@@ -21,7 +21,9 @@ def command(
         typer.Option(help="Draws the adapter's initial A; by default the seed. One value for all runs shares A."),
     ] = None,
     task: Annotated[str, typer.Option(help="Built-in task or task file (see `lora-lab tasks`).")] = "digits/relabel",
-    peft: Annotated[str, typer.Option(help="Tuner: lora, rslora, dora, pissa, hira, loha, lokr, oft …")] = "lora",
+    peft: Annotated[
+        str | None, typer.Option(help="Tuner: lora (the default), rslora, dora, pissa, hira, loha, lokr, oft …")
+    ] = None,
     peft_config: Annotated[
         Path | None, typer.Option(help="JSON file with fields of PEFT's configuration; they win over other options.")
     ] = None,
@@ -79,14 +81,15 @@ def command(
     from ..train import Recipe
 
     chosen = tasks.from_name(task)
+    settings = read_json(peft_config) if peft_config else {}
     wanted = common.parse_seeds(seeds) if seeds is not None else [seed]
     recipes = [
         Recipe(
             method=method,
             seed=each,
             init_seed=init_seed,
-            peft=peft,
-            peft_config=read_json(peft_config) if peft_config else {},
+            peft=peft or str(settings.get("peft_type") or "lora").lower(),
+            peft_config=settings,
             rank=rank,
             alpha=alpha,
             target_modules=_target_modules(target_modules),

@@ -50,10 +50,19 @@ class Attached:
             layer._disable_adapters = site is None
             if site is not None and site.scale is not None:
                 layer.scaling[NAME] = site.scale
+        owned = {key for site in adapter.sites.values() for key in site.keys.values()}
         for key, tensor in adapter.tensors.items():
             if key not in self._tensors:
                 raise MismatchError(f"{adapter.source}: {key.removeprefix(PREFIX)} has no place in the model")
-            self._tensors[key].data = tensor.to(self._tensors[key].device)
+            self._tensors[key].data = self._placed(tensor, self._tensors[key], own=key in owned)
+
+    @staticmethod
+    def _placed(tensor: Tensor, place: Tensor, *, own: bool) -> Tensor:
+        """On the model's device; adapter tensors in float32 or wider, as PEFT has them, heads in its dtype."""
+        if not tensor.is_floating_point() or not place.is_floating_point():
+            return tensor.to(place.device)
+        dtype = torch.promote_types(place.dtype, torch.float32) if own else place.dtype
+        return tensor.to(place.device, dtype)
 
 
 @contextlib.contextmanager

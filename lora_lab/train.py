@@ -267,14 +267,23 @@ def _peft_config(recipe: Recipe) -> Any:
         if name is None or (method.progressive and name == "module_dropout"):
             raise TunerError(f"{recipe.peft} has no dropout inside that {recipe.method} could set")
         options[name] = recipe.dropout
+    said = recipe.peft_config.get("peft_type")
+    if said and str(said).upper() != tuner.peft_type:
+        raise OptionError(f"the configuration is for {said}, the tuner asked for is {recipe.peft}")
     wrong = sorted(set(recipe.peft_config) - set(fields))
     if wrong:
         raise unknown(f"field of {cls.__name__}", wrong[0], sorted(fields))
-    given = {key: value for key, value in recipe.peft_config.items() if key not in ("peft_type", "peft_version")}
+    given = {key: value for key, value in recipe.peft_config.items() if key not in _NOT_SETTINGS}
     try:
         return cls(**{**options, **given})
     except (TypeError, ValueError) as error:
         raise OptionError(f"PEFT refuses this {recipe.peft} configuration: {_first_line(error)}") from error
+
+
+# What a saved configuration says of the adapter that it came with, not of the one to be trained.
+_NOT_SETTINGS = frozenset(
+    {"peft_type", "peft_version", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping"}
+)
 
 
 def _callbacks(recipe: Recipe, record: Mapping[str, Any], base: Mapping[str, Any]) -> list[TrainerCallback]:

@@ -1,9 +1,10 @@
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from lora_lab.adapter import Adapter
@@ -110,6 +111,29 @@ def test_weights_change_in_place_and_modules_stay(tmp_path):
             attached.set(adapters[index])
             assert (task.score(attached.model, "validation").loss == scores[index]).all()
         assert modules == [id(module) for module in attached.model.modules()]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_files_are_computed_in_float32_as_in_peft(dtype, tmp_path):
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["classifier"], "init_lora_weights": False}
+    folder, _ = peft_folder(tmp_path, LoraConfig, options)
+    adapter = Adapter.load(folder)
+    half = dataclasses.replace(adapter, tensors={key: t.to(dtype) for key, t in adapter.tensors.items()})
+    half.save(tmp_path / "half")
+    task = Digits("relabel")
+    expected = task.score(PeftModel.from_pretrained(task.build_model(), tmp_path / "half"), "validation")
+    with attach(task.build_model(), Adapter.load(tmp_path / "half")) as attached:
+        assert (task.score(attached.model, "validation").loss == expected.loss).all()
+
+
+def test_a_float32_adapter_on_a_bfloat16_model_scores_as_in_peft(tmp_path):
+    folder, _ = peft_folder(tmp_path, LoraConfig, {"target_modules": ["q_proj"], "init_lora_weights": False})
+    task = Digits("relabel")
+    pixels = task.split("validation").inputs["pixel_values"].bfloat16()
+    wrapped = PeftModel.from_pretrained(task.build_model().bfloat16(), folder)
+    expected = wrapped(pixel_values=pixels).logits
+    with attach(task.build_model().bfloat16(), Adapter.load(folder)) as attached:
+        assert torch.equal(attached.model(pixel_values=pixels).logits, expected)
 
 
 def test_modules_that_an_adapter_lacks_are_bypassed(tmp_path):

@@ -182,6 +182,27 @@ def test_bad_input_gives_one_line_and_writes_nothing(lora_lab, tmp_path, argumen
     assert not list(tmp_path.iterdir())
 
 
+def test_a_lone_file_without_a_configuration_takes_one_by_option(lora_lab, pair, tmp_path):
+    from lora_lab.adapter import Adapter
+
+    files = []
+    for i, path in enumerate(pair):
+        adapter = Adapter.load(path)
+        adapter.save(tmp_path / f"folder{i}")
+        (tmp_path / str(i)).mkdir()
+        files.append(
+            (tmp_path / f"folder{i}" / "adapter_model.safetensors").rename(tmp_path / str(i) / "x.safetensors")
+        )
+    config = tmp_path / "folder0" / "adapter_config.json"
+    options = ["--task", "digits/relabel", "--json"]
+    _, own, _ = lora_lab("evaluate", *pair, *options)
+    code, out, err = lora_lab("evaluate", *files, "--config", config, *options)
+    assert code == 0, err
+    assert json.loads(out)["columns"]["loss"] == json.loads(own)["columns"]["loss"]
+    code, out, _ = lora_lab("inspect", files[0], "--alpha", "8", "--json")
+    assert {module["scale"] for module in json.loads(out)["modules"]} == {2.0}
+
+
 def test_usage_errors_exit_with_2_in_one_line(lora_lab):
     one_line(lora_lab("train", "--steps", "abc"), "--steps", code=2)
     one_line(lora_lab("figure", "x.json"), "--output", code=2)

@@ -122,6 +122,15 @@ def test_rank_alpha_and_modules_are_set():
     assert {site.rank for site in configured.sites.values()} == {3}
 
 
+def test_a_saved_configuration_trains_another_adapter_of_its_kind(tmp_path):
+    first, _ = train(task, Recipe(peft="loha", rank=3, method="lora", **SHORT))
+    config = dict(first.config)
+    again, _ = train(task, Recipe(peft="loha", peft_config=config, method="lora", **SHORT))
+    assert same(first, again)
+    with pytest.raises(OptionError, match="the configuration is for LOHA, the tuner asked for is lora"):
+        train(task, Recipe(peft="lora", peft_config=config, method="lora", **SHORT))
+
+
 def test_dropout_falls_to_nothing_along_the_ramp():
     from lora_lab.coto import DropoutRamp
 
