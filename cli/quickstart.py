@@ -22,11 +22,10 @@ def command(
 
     Example:  lora-lab quickstart -o quickstart
     """
-    from .. import connect, plot
-    from .. import task as tasks
+    from .. import connect, plot, tasks
     from ..adapter import Adapter
     from ..parallel import Job, train_all
-    from ..train import Recipe
+    from ..recipe import Recipe
 
     began = time.perf_counter()
     chosen = tasks.from_name("digits/relabel")

@@ -19,20 +19,21 @@ def command(
 
     Example:  lora-lab tasks --example text-classification > my-task.toml
     """
-    from .. import task
+    from .. import tasks
+    from ..task import SPLITS
 
     if example is not None:
-        print(task.example(example), end="")
+        print(tasks.example(example), end="")
         return
     rows = [
-        {"name": t.name, "labels": t.labels, "about": t.about, **{s: len(t.split(s)) for s in task.SPLITS}}
-        for t in task.iterate()
+        {"name": t.name, "labels": t.labels, "about": t.about, **{s: len(t.split(s)) for s in SPLITS}}
+        for t in tasks.iterate()
     ]
     if json:
         common.print_json(rows)
         return
-    headings = ("task", "labels", *task.SPLITS, "what is asked")
+    headings = ("task", "labels", *SPLITS, "what is asked")
     common.table(
-        "Built-in tasks", headings, [[r["name"], r["labels"], *(r[s] for s in task.SPLITS), r["about"]] for r in rows]
+        "Built-in tasks", headings, [[r["name"], r["labels"], *(r[s] for s in SPLITS), r["about"]] for r in rows]
     )
-    common.console.print(f"Kinds of task files: {', '.join(task.KINDS)} (--example KIND prints one)")
+    common.console.print(f"Kinds of task files: {', '.join(tasks.KINDS)} (--example KIND prints one)")

@@ -75,10 +75,10 @@ def command(
 
     Example:  lora-lab train --method coto --seed 0 -o a.safetensors
     """
-    from .. import task as tasks
+    from .. import tasks
     from ..files import read_json
     from ..parallel import Job, train_all
-    from ..train import Recipe
+    from ..recipe import Recipe
 
     chosen = tasks.from_name(task)
     settings = read_json(peft_config) if peft_config else {}

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_lab import task as tasks
+from lora_lab import tasks
 from lora_lab.adapter import Adapter
 from lora_lab.attach import attach
 from lora_lab.errors import MismatchError
 from lora_lab.result import Result, columns, provenance
 from lora_lab.stats import Sampled
-from lora_lab.task import Scores, Task
+from lora_lab.task import Scores, Task, resolve_device
 
 TASK_HELP = (
     "say on which with --task NAME (`lora-lab tasks` lists them) or --task FILE.toml, a file such as: "
@@ -27,7 +27,7 @@ TASK_HELP = (
 
 def score(task: Task, adapter: Adapter | None, split: str = "test", *, device: torch.device | None = None) -> Scores:
     """Per-example scores of the task's base model with the adapter on (None: the base alone)."""
-    model = task.build_model().to(device or tasks.resolve_device())
+    model = task.build_model().to(device or resolve_device())
     if adapter is None:
         return task.score(model, split)
     with attach(model, adapter) as attached:

@@ -15,7 +15,7 @@ from lora_lab.files import refuse_existing
 from lora_lab.result import Result
 
 if TYPE_CHECKING:
-    from lora_lab.train import Recipe
+    from lora_lab.recipe import Recipe
 
 Progress = Callable[[int, int], None]
 
@@ -104,15 +104,16 @@ def _run_in_worker(job: Job, force: bool, done: Any, index: int) -> Result:
 def _run(job: Job, force: bool, progress: Progress) -> Result:
     import torch
 
-    from lora_lab import plot, task
+    from lora_lab import plot, tasks
+    from lora_lab.task import resolve_device
     from lora_lab.train import train
 
-    chosen = task.from_record(job.task)
+    chosen = tasks.from_record(job.task)
     threads = torch.get_num_threads()
     torch.set_num_threads(chosen.threads or threads)
     try:
         adapter, log = train(
-            chosen, job.recipe, device=task.resolve_device(job.device), checkpoints=job.checkpoints, progress=progress
+            chosen, job.recipe, device=resolve_device(job.device), checkpoints=job.checkpoints, progress=progress
         )
     finally:
         torch.set_num_threads(threads)

@@ -6,10 +6,9 @@ Adapters record the task that they were trained on, so that later commands need 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from lora_lab.errors import FileError, OptionError, TaskError, unknown
+from lora_lab.errors import OptionError, TaskError, unknown
 
 SPLITS = ("train", "validation", "test")
 
@@ -146,42 +145,6 @@ class Task(ABC):
         return Scores(loss, torch.cat(correct).cpu().numpy())
 
 
-def from_name(name: str) -> Task:
-    """A built-in task by its name, or the task that a TOML file describes."""
-    if name.endswith(".toml"):
-        return from_file(Path(name))
-    if name not in TASKS:
-        if Path(name).is_file():
-            return from_file(Path(name))
-        raise unknown("task", name, TASKS)
-    return TASKS[name]()
-
-
-def from_file(path: Path) -> Task:
-    """The task described in a TOML file (`lora-lab tasks --example` prints one)."""
-    import tomllib
-
-    try:
-        content = tomllib.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise FileError(f"{path}: no such task file") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise FileError(f"{path}: not a TOML file ({error})") from error
-    return from_record(content, base=path.parent, where=str(path))
-
-
-def from_record(record: Mapping[str, Any], *, base: Path | None = None, where: str = "the record") -> Task:
-    """The task that an adapter's record or a task file describes; relative paths are taken from `base`."""
-    if "name" in record and "kind" not in record:
-        return from_name(str(record["name"]))
-    kind = record.get("kind")
-    if kind is None:
-        raise OptionError(f"{where}: no kind of task; there are: {', '.join(KINDS)}")
-    if kind not in KINDS:
-        raise unknown(f"kind of task in {where}:", str(kind), KINDS)
-    return KINDS[kind](record, base or Path(), where)
-
-
 def resolve_device(name: str | None = None) -> torch.device:
     """The device by name; without one a GPU where there is one, else the CPU."""
     if name is None:
@@ -192,51 +155,3 @@ def resolve_device(name: str | None = None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise OptionError(f"device {name!r} is not to be had here: {str(error).partition(chr(10))[0]}") from error
     return device
-
-
-def _digits(labelling: str) -> Callable[[], Task]:
-    def build() -> Task:
-        from lora_lab.digits import Digits
-
-        return Digits(labelling)
-
-    return build
-
-
-def _text_classification(record: Mapping[str, Any], base: Path, where: str) -> Task:
-    from lora_lab.text import TextClassification
-
-    return TextClassification.from_record(record, base, where)
-
-
-TASKS: dict[str, Callable[[], Task]] = {
-    "digits/relabel": _digits("relabel"),
-    "digits/rot90": _digits("rot90"),
-    "digits/invert": _digits("invert"),
-    "digits/rot4": _digits("rot4"),
-    "digits/identity": _digits("identity"),
-    "digits/mod3": _digits("mod3"),
-    "digits/mod5": _digits("mod5"),
-    "digits/div2": _digits("div2"),
-}
-"""Built-in tasks, each on the base model that is shipped in the package."""
-
-KINDS: dict[str, Callable[[Mapping[str, Any], Path, str], Task]] = {
-    "text-classification": _text_classification,
-}
-"""Kinds of tasks that a file can describe."""
-
-
-def example(kind: str) -> str:
-    """A commented task file of this kind."""
-    if kind not in KINDS:
-        raise unknown("kind of task", kind, KINDS)
-    from lora_lab.text import EXAMPLE
-
-    return EXAMPLE
-
-
-def iterate(tasks: Mapping[str, Callable[[], Task]] = TASKS) -> Iterator[Task]:
-    """Every built-in task."""
-    for build in tasks.values():
-        yield build()

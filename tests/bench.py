@@ -19,10 +19,12 @@ from transformers import BertConfig, BertForSequenceClassification, get_wsd_sche
 
 from lora_lab.adapter import Adapter
 from lora_lab.attach import attach
-from lora_lab.connect import Mixer, Point, evaluate
+from lora_lab.connect import Point, evaluate
 from lora_lab.digits import Digits
+from lora_lab.mix import Mixer
+from lora_lab.recipe import Recipe
 from lora_lab.task import Split, Task
-from lora_lab.train import Recipe, train
+from lora_lab.train import train
 
 
 def side_by_side(ours: Callable[[], float], theirs: Callable[[], float], repeats: int) -> tuple[float, float, float]:

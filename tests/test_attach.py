@@ -11,7 +11,7 @@ from lora_lab.adapter import Adapter
 from lora_lab.attach import attach, load_peft, weight_deltas
 from lora_lab.digits import Digits
 from lora_lab.errors import MismatchError, TunerError
-from lora_lab.train import tuners
+from lora_lab.recipe import tuners
 
 CASES = Path(__file__).parent / "cases"
 

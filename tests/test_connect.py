@@ -8,11 +8,12 @@ import torch
 from peft import HiraConfig, LoraConfig, get_peft_model
 
 from lora_lab.adapter import Adapter
-from lora_lab.connect import BARRIERS, SPACES, Mixer, Point, evaluate, interpolate, pack, parse_ratios, unpack
+from lora_lab.connect import BARRIERS, Point, evaluate, interpolate, pack, parse_ratios, run_id, unpack
 from lora_lab.digits import Digits
 from lora_lab.errors import MismatchError, OptionError, TunerError
 from lora_lab.evaluate import score
 from lora_lab.lowrank import LowRank
+from lora_lab.mix import SPACES, Mixer
 from lora_lab.task import Scores
 
 CASES = Path(__file__).parent / "cases"
@@ -232,6 +233,25 @@ def test_a_killed_run_goes_on_with_the_same_numbers(adapters, tmp_path):
     resumed = interpolate(adapters[:2], task, **options, journal=journal, progress=lambda *n: seen.append(n))
     assert resumed.columns == whole.columns
     assert resumed.summary == whole.summary
+
+
+def test_runs_are_told_apart_by_every_bit_of_their_inputs(adapters, tmp_path):
+    task, options = Digits("relabel"), {"split": "test", "points": 3}
+    name, update = next(iter(adapters[0].updates.items()))
+    turned = LowRank(update.A.flip(0), update.B.flip(1))
+    twin = adapters[0].with_updates({**adapters[0].updates, name: turned}, source=adapters[0].source)
+    same = adapters[0].with_updates(adapters[0].updates, source=adapters[0].source)
+    ids = [
+        run_id([same, adapters[1]], task, **options),
+        run_id([twin, adapters[1]], task, **options),
+        run_id([same, adapters[1]], task, split="test", points=5),
+        run_id([same, adapters[1]], task, split="validation", points=3),
+        run_id([same, adapters[1]], Digits("invert"), **options),
+    ]
+    assert len(set(ids)) == 5
+    path = same.save(tmp_path / "x.safetensors")
+    again = replace(Adapter.load(path), source=same.source)
+    assert run_id([again, adapters[1]], task, **options) == ids[0]
 
 
 def test_points_that_are_one_model_are_evaluated_once(adapters):

@@ -16,14 +16,20 @@ LAYERS = [
     {"files", "lowrank", "schedule", "stats", "plot_style"},
     {"result", "peft_format"},
     {"adapter", "plot_line", "plot_train"},
-    {"task", "attach", "plot"},
-    {"coto", "digits", "text", "evaluate"},
-    {"train", "connect"},
+    {"task", "attach", "plot", "mix"},
+    {"coto", "digits", "text", "recipe"},
+    {"tasks"},
+    {"evaluate", "connect"},
+    {"train"},
     {"parallel"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(LAYERS) for name in names}
-# task.py builds the kinds of tasks by name, each imported only when it is asked for.
-DEFERRED = {("task", "digits"), ("task", "text"), ("parallel", "train")}
+DEFERRED = {
+    ("parallel", "train"),
+    ("parallel", "plot"),
+    ("parallel", "tasks"),
+    ("parallel", "task"),
+}  # kept out of --help
 
 
 def imports(path):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_lab import digits, task
+from lora_lab import digits, task, tasks
 from lora_lab.digits import Digits
 from lora_lab.errors import FileError, LoraLabError, OptionError, TaskError
 from lora_lab.task import Split
@@ -28,16 +28,16 @@ def test_the_shipped_base_knows_its_digits():
     assert (model(pixel_values=pixels).logits.argmax(-1) == y).double().mean() > 0.95
 
 
-@pytest.mark.parametrize("name", list(task.TASKS))
+@pytest.mark.parametrize("name", list(tasks.TASKS))
 def test_a_task_scores_its_base_below_what_training_reaches(name):
-    built = task.from_name(name)
+    built = tasks.from_name(name)
     model = built.build_model()
     scores = built.score(model, "validation")
     assert len(scores) == 297
     assert scores.accuracy < 0.6
     assert scores.mean_loss == pytest.approx(scores.loss.mean())
     assert not any(p.requires_grad for p in model.parameters())
-    assert task.from_record(built.record).name == name
+    assert tasks.from_record(built.record).name == name
 
 
 def test_labels_are_as_described():
@@ -96,7 +96,7 @@ def test_a_model_that_gives_nan_is_refused():
 )
 def test_unknown_tasks_are_named(name, text):
     with pytest.raises(LoraLabError, match=text):
-        task.from_name(name)
+        tasks.from_name(name)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_task_file_that_is_wrong_says_where(tmp_path, content, error, text):
     path = tmp_path / "my.toml"
     path.write_text(content)
     with pytest.raises(error, match=text) as found:
-        task.from_name(str(path))
+        tasks.from_name(str(path))
     assert "my.toml" in str(found.value)
 
 

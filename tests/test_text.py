@@ -2,10 +2,11 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
-from lora_lab import task
+from lora_lab import task, tasks
 from lora_lab.errors import FileError, LoraLabError, OptionError, TaskError
 from lora_lab.evaluate import score, task_of
-from lora_lab.train import Recipe, train
+from lora_lab.recipe import Recipe
+from lora_lab.train import train
 
 WORDS = ["good", "fine", "great", "bad", "poor", "awful", "film", "book", "the", "a"]
 
@@ -43,7 +44,7 @@ def write(folder, more, data='"reviews.csv"', label="label"):
 
 
 def test_a_task_file_trains_scores_and_is_remembered_by_the_adapter(folder):
-    built = task.from_name(str(folder / "my.toml"))
+    built = tasks.from_name(str(folder / "my.toml"))
     assert built.labels == 2
     assert {split: len(built.split(split)) for split in task.SPLITS} == {"train": 140, "validation": 20, "test": 40}
     adapter, _ = train(built, Recipe(method="lora", steps=60, learning_rate=1e-2))
@@ -59,7 +60,7 @@ def test_splits_may_be_files_of_their_own(folder):
     table = (folder / "reviews.csv").read_text().splitlines()
     (folder / "dev.csv").write_text("\n".join([table[0], *table[1:9]]) + "\n")
     path = write(folder, "limit = 50\n", data='{train = "reviews.csv", validation = "dev.csv"}')
-    built = task.from_name(str(path))
+    built = tasks.from_name(str(path))
     assert len(built.split("train")) == 50
     assert len(built.split("validation")) == 8
     with pytest.raises(TaskError, match="no test data; its data has train, validation"):
@@ -77,20 +78,20 @@ def test_splits_may_be_files_of_their_own(folder):
 def test_what_does_not_fit_is_named(folder, more, label, error, text):
     path = write(folder, more, label=label)
     with pytest.raises(error, match=text):
-        task.from_name(str(path)).split("train")
+        tasks.from_name(str(path)).split("train")
 
 
 def test_numbers_beyond_the_models_outputs_are_out_of_range(folder):
     rows = "\n".join(f"the film,{i % 4}" for i in range(40))
     (folder / "reviews.csv").write_text("text,label\n" + rows + "\n")
     with pytest.raises(TaskError, match="labels go from 0 to 1"):
-        task.from_name(str(folder / "my.toml")).split("train")
+        tasks.from_name(str(folder / "my.toml")).split("train")
 
 
 def test_labels_that_are_fractions_are_refused(folder):
     (folder / "reviews.csv").write_text("text,label\nthe film,0.5\nthe book,1.5\n")
     with pytest.raises(TaskError, match=r"label 0\.5 is a float|label 1\.5 is a float"):
-        task.from_name(str(folder / "my.toml")).split("train")
+        tasks.from_name(str(folder / "my.toml")).split("train")
 
 
 def test_missing_data_and_missing_bases_are_named(folder):
@@ -98,11 +99,11 @@ def test_missing_data_and_missing_bases_are_named(folder):
     text = path.read_text()
     path.write_text(text.replace('"base"', '"bsae/model"'))
     with pytest.raises(LoraLabError, match="its base 'bsae/model' cannot be loaded"):
-        task.from_name(str(path)).build_model()
+        tasks.from_name(str(path)).build_model()
     path.write_text(text)
     (folder / "reviews.csv").unlink()
     with pytest.raises(FileError, match=r"its data .*reviews.csv is missing"):
-        task.from_name(str(path)).split("train")
+        tasks.from_name(str(path)).split("train")
 
 
 def test_the_example_file_is_valid_and_names_every_key(tmp_path):
@@ -115,4 +116,4 @@ def test_the_example_file_is_valid_and_names_every_key(tmp_path):
     uncommented = "\n".join(line.removeprefix("# ") for line in EXAMPLE.splitlines()[1:] if "data = {" not in line)
     assert set(tomllib.loads(uncommented)) == {field.name for field in fields(Settings)}
     with pytest.raises(OptionError, match="did you mean"):
-        task.example("text-clasification")
+        tasks.example("text-clasification")

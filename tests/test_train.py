@@ -12,8 +12,9 @@ from lora_lab.digits import Digits
 from lora_lab.errors import FileError, LoraLabError, OptionError, TaskError, TunerError
 from lora_lab.evaluate import evaluate, score, task_of
 from lora_lab.parallel import Job, train_all
+from lora_lab.recipe import METHODS, Recipe, tuners
 from lora_lab.schedule import Schedule
-from lora_lab.train import METHODS, Recipe, train, tuners
+from lora_lab.train import train
 
 SHORT = {"steps": 12, "batch_size": 8}
 task = Digits("relabel")

@@ -1,0 +1,160 @@
+"""Adapters mixed by weights: in the factors, in ΔW, at matched norm, or aligned first (see connect.py)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lora_lab import peft_format
+from lora_lab.adapter import Adapter, same_modules
+from lora_lab.errors import MismatchError, OptionError
+from lora_lab.lowrank import LowRank, combine, combine_factors
+
+
+class Mixer:
+    """Points in the span of some adapters: `mix(weights, space)` is a new adapter, the inputs stay as they are."""
+
+    def __init__(self, adapters: Sequence[Adapter]) -> None:
+        same_modules(adapters)
+        reasons = [peft_format.why_not_additive(a.config, a.sites.values()) for a in adapters]
+        if len(set(reasons)) > 1:
+            odd = next(i for i, reason in enumerate(reasons) if reason != reasons[0])
+            raise MismatchError(
+                f"{adapters[0].source} and {adapters[odd].source} are of different tuners: "
+                f"{reasons[0] or 'plain LoRA'}, against {reasons[odd] or 'plain LoRA'}"
+            )
+        self.adapters = list(adapters)
+        self.additive = reasons[0] is None
+
+    def check(self, space: str) -> None:
+        """Raise what `mix` in this space would raise, before anything is computed."""
+        if space not in SPACES:
+            raise OptionError(f"unknown space {space!r}; there are: {', '.join(SPACES)}")
+        if space != "factors" and not self.additive:
+            self.adapters[0].require_additive()
+        if space != "delta":
+            self._check_factors()
+
+    def mix(self, weights: Sequence[float], space: str) -> Adapter:
+        """The adapter at these weights; one that has all the weight is returned itself."""
+        if weights.count(1.0) == 1 and weights.count(0.0) == len(weights) - 1:
+            return self.adapters[weights.index(1.0)]
+        if not self.additive:
+            return self._mix_tensors(weights)
+        used = [i for i, weight in enumerate(weights) if weight]
+        chosen = [weights[i] for i in used]
+        source = SPACES[space]
+        updates = {
+            name: source([self._updates(space)[i][name] for i in used], chosen) for name in self.adapters[0].sites
+        }
+        mixed = self.adapters[0].with_updates(updates, source=f"{space} {self._label(weights)}")
+        return replace(mixed, tensors={**mixed.tensors, **self._mix_others(weights)})
+
+    def norm(self, weights: Sequence[float], space: str) -> float | None:
+        """‖ΔW‖_F over all modules at these weights, from rank × rank cores; None where there is no ΔW."""
+        if not self.additive:
+            return None
+        w = torch.tensor(weights, dtype=torch.float64)
+        if space == "delta" or torch.count_nonzero(w) == 1:
+            squares = torch.einsum("i,j,mij->m", w, w, self._inner)
+        elif space == "matched":
+            squares = (self._inner.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() @ w).square()
+        else:
+            A, B = self._grams(space)
+            A, B = torch.einsum("i,j,mijrs->mrs", w, w, A), torch.einsum("i,j,mijrs->mrs", w, w, B)
+            squares = torch.einsum("mrs,mrs->m", A, B)
+        return math.sqrt(max(0.0, float(squares.sum())))
+
+    def _updates(self, space: str) -> list[dict[str, LowRank]]:
+        return self._aligned if space == "aligned" else [adapter.updates for adapter in self.adapters]
+
+    @cached_property
+    def _aligned(self) -> list[dict[str, LowRank]]:
+        balanced = [{name: update.balanced() for name, update in a.updates.items()} for a in self.adapters]
+        first = balanced[0]
+        return [first, *({name: u.rotated_to(first[name]) for name, u in each.items()} for each in balanced[1:])]
+
+    @cached_property
+    def _inner(self) -> Tensor:
+        """⟨ΔW_i, ΔW_j⟩ by module, [modules, adapters, adapters], float64."""
+        updates = [adapter.updates for adapter in self.adapters]
+        values = [[[a[name].inner(b[name]) for b in updates] for a in updates] for name in self.adapters[0].sites]
+        return torch.tensor(values, dtype=torch.float64)
+
+    @cached_property
+    def _gram_cache(self) -> dict[str, tuple[Tensor, Tensor]]:
+        return {}
+
+    def _grams(self, space: str) -> tuple[Tensor, Tensor]:
+        """A_i A_jᵀ and B_iᵀ B_j by module, [modules, adapters, adapters, rank, rank], zero-padded to one rank."""
+        if space not in self._gram_cache:
+            updates = self._updates(space)
+            rank = max(u.rank for u in updates[0].values())
+            shape = (len(self.adapters[0].sites), len(updates), len(updates), rank, rank)
+            A, B = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+            for m, name in enumerate(self.adapters[0].sites):
+                for i, j in itertools.product(range(len(updates)), repeat=2):
+                    a, b = updates[i][name], updates[j][name]
+                    A[m, i, j, : a.rank, : b.rank] = a.A.double() @ b.A.double().T
+                    B[m, i, j, : a.rank, : b.rank] = a.B.double().T @ b.B.double()
+            self._gram_cache[space] = A, B
+        return self._gram_cache[space]
+
+    def _check_factors(self) -> None:
+        first = self.adapters[0]
+        for other in self.adapters[1:]:
+            for key, tensor in first.tensors.items():
+                if key not in other.tensors or other.tensors[key].shape != tensor.shape:
+                    shape = list(other.tensors[key].shape) if key in other.tensors else "missing"
+                    raise MismatchError(
+                        f"{first.source} and {other.source} have factors of different shapes, not to be averaged: "
+                        f"{key.removeprefix(peft_format.PREFIX)} is {list(tensor.shape)} and {shape}"
+                        + ("; ΔW can be: --space delta" if self.additive else "")
+                    )
+
+    def _mix_tensors(self, weights: Sequence[float]) -> Adapter:
+        """Every tensor of a tuner that has no ΔW algebra, averaged: the factor curve of any tuner."""
+        scales = [{name: site.scale for name, site in a.sites.items()} for a in self.adapters]
+        if any(each != scales[0] for each in scales):
+            raise MismatchError("these adapters have different scales, and their tuner allows no folding of them")
+        tensors = {key: self._mix_key(key, weights) for key in self.adapters[0].tensors}
+        return replace(self.adapters[0], tensors=tensors, source=f"factors {self._label(weights)}")
+
+    def _mix_others(self, weights: Sequence[float]) -> dict[str, Tensor]:
+        return {key: self._mix_key(key, weights) for key in self.adapters[0].others}
+
+    def _mix_key(self, key: str, weights: Sequence[float]) -> Tensor:
+        tensors = [adapter.tensors[key] for adapter in self.adapters]
+        if not tensors[0].is_floating_point():
+            return tensors[0]
+        wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+        total = torch.zeros_like(tensors[0], dtype=wide)
+        for tensor, weight in zip(tensors, weights, strict=True):
+            total += tensor.to(wide) * weight
+        return total.to(tensors[0].dtype)
+
+    def _label(self, weights: Sequence[float]) -> str:
+        return " + ".join(f"{w:g}·{a.label}" for w, a in zip(weights, self.adapters, strict=True) if w)
+
+
+def matched(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    """The factor average, rescaled to the weighted mean of the norms (0 stays 0)."""
+    mixed = combine_factors(updates, weights)
+    norm = math.sqrt(max(0.0, mixed.inner(mixed)))
+    target = sum(weight * math.sqrt(max(0.0, u.inner(u))) for u, weight in zip(updates, weights, strict=True))
+    return mixed * (target / norm) if norm else mixed
+
+
+SPACES: dict[str, Callable[[Sequence[LowRank], Sequence[float]], LowRank]] = {
+    "factors": combine_factors,
+    "matched": matched,
+    "delta": combine,
+    "aligned": combine_factors,
+}
+"""How updates of one module are mixed: function (updates, weights) → update."""

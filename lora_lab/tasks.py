@@ -1,0 +1,74 @@
+"""The tasks that there are: built in by name, or described in a file or in an adapter's record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lora_lab.digits import LABELLINGS, Digits
+from lora_lab.errors import FileError, OptionError, unknown
+from lora_lab.task import Task
+from lora_lab.text import EXAMPLE, TextClassification
+
+
+def from_name(name: str) -> Task:
+    """A built-in task by its name, or the task that a TOML file describes."""
+    if name.endswith(".toml"):
+        return from_file(Path(name))
+    if name not in TASKS:
+        if Path(name).is_file():
+            return from_file(Path(name))
+        raise unknown("task", name, TASKS)
+    return TASKS[name]()
+
+
+def from_file(path: Path) -> Task:
+    """The task described in a TOML file (`lora-lab tasks --example` prints one)."""
+    import tomllib
+
+    try:
+        content = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise FileError(f"{path}: no such task file") from error
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise FileError(f"{path}: not a TOML file ({error})") from error
+    return from_record(content, base=path.parent, where=str(path))
+
+
+def from_record(record: Mapping[str, Any], *, base: Path | None = None, where: str = "the record") -> Task:
+    """The task that an adapter's record or a task file describes; relative paths are taken from `base`."""
+    if "name" in record and "kind" not in record:
+        return from_name(str(record["name"]))
+    kind = record.get("kind")
+    if kind is None:
+        raise OptionError(f"{where}: no kind of task; there are: {', '.join(KINDS)}")
+    if kind not in KINDS:
+        raise unknown(f"kind of task in {where}:", str(kind), KINDS)
+    return KINDS[kind](record, base or Path(), where)
+
+
+def example(kind: str) -> str:
+    """A commented task file of this kind."""
+    if kind not in KINDS:
+        raise unknown("kind of task", kind, KINDS)
+    return EXAMPLES[kind]
+
+
+def iterate() -> Iterator[Task]:
+    """Every built-in task."""
+    for build in TASKS.values():
+        yield build()
+
+
+TASKS: dict[str, Callable[[], Task]] = {f"digits/{name}": partial(Digits, name) for name in LABELLINGS}
+"""Built-in tasks, each on the base model that is shipped in the package."""
+
+KINDS: dict[str, Callable[[Mapping[str, Any], Path, str], Task]] = {
+    "text-classification": TextClassification.from_record,
+}
+"""Kinds of tasks that a file can describe: function (keys, folder of relative paths, where they stand) → task."""
+
+EXAMPLES: dict[str, str] = {"text-classification": EXAMPLE}
+"""A commented file of each kind."""
