@@ -1,0 +1,55 @@
+"""What the README says, done."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from lora_lab.digits import Digits
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_ten_lines_of_python_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = BLOCKS[0].replace("steps=100", "steps=6")
+    assert code != BLOCKS[0]
+    assert len([line for line in BLOCKS[0].splitlines() if line.strip()]) <= 12
+    exec(compile(code, "README.md", "exec"), {})
+    assert float(capsys.readouterr().out) > 0
+    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "line.pdf"}
+
+
+def test_the_callback_and_the_context_manager_run_as_shown(tmp_path):
+    task = Digits("relabel")
+    torch.manual_seed(0)
+    model = get_peft_model(task.build_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    inputs = task.split("validation").inputs
+    data = [{name: tensor[i] for name, tensor in inputs.items()} for i in range(8)]
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        dataloader_pin_memory=False,
+    )
+    names = {"Trainer": Trainer, "peft_model": model, "args": args, "data": data, "steps": 3}
+    exec(compile(BLOCKS[1], "README.md", "exec"), names)
+    names["trainer"].train()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\(([^)]+\.png)\)", README))
+def test_every_picture_is_there(path):
+    assert (Path(__file__).parent.parent / path).stat().st_size > 10_000
+
+
+def test_the_file_tree_names_every_module():
+    package = Path(__file__).parent.parent / "lora_lab"
+    for path in package.glob("*.py"):
+        assert path.name in README or path.stem == "__init__", path.name
