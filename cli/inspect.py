@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,12 +74,12 @@ def describe(listing: Any) -> dict[str, Any]:
         entry: dict[str, Any] = {"name": name, "type": site.kind, "rank": site.rank, "scale": site.scale}
         entry["dtype"] = str(tensors[0].dtype).removeprefix("torch.")
         entry |= {"shape": None, "norm": None, "effective_rank": None}
-        if site.scale is not None and not reason:
-            try:
+        if site.scale is not None:
+            with contextlib.suppress(LoraLabError, RuntimeError):  # an SVD of NaN; the warnings name the tensor
                 update = peft_format.update(site, adapter.tensors, adapter.config)
-                entry |= {"shape": list(update.shape), "norm": update.norm(), "effective_rank": update.effective_rank()}
-            except (LoraLabError, RuntimeError):  # an SVD of NaN; the warnings name the tensor
-                pass
+                entry["shape"] = list(update.shape)
+                if not reason:
+                    entry |= {"norm": update.norm(), "effective_rank": update.effective_rank()}
         modules.append(entry)
         total += (entry["norm"] or 0.0) ** 2
     known = bool(modules) and all(entry["norm"] is not None for entry in modules)
