@@ -164,7 +164,12 @@ def from_updates(updates: Mapping[str, LowRank], *, like: Adapter, source: str) 
         keys = {part: f"{PREFIX}{name}.{part}{end}" for part, end in zip(site.pair, ends, strict=True)}
         tensors |= dict(zip(keys.values(), (A, B), strict=True))
         sites[name] = replace(site, keys=keys)
-    tensors |= {key: like.tensors[key] for key in like.others if key.startswith(PREFIX)}
+    for key in like.others:
+        if key.startswith(PREFIX):
+            module = key.removeprefix(PREFIX).rpartition(".base_layer.")[0]
+            # an embedding saved along with its adapter, which is no PEFT layer any more without one
+            own = key if module in sites or not module else key.replace(".base_layer.", ".")
+            tensors[own] = like.tensors[key]
     return Adapter(tensors, config, sites, like.record, source)
 
 
