@@ -220,7 +220,8 @@ def _check_fit(model: nn.Module, *adapters: Adapter) -> None:
         if why_not_additive(adapter.config, adapter.sites.values()) is None:
             for name, update in adapter.updates.items():
                 weight = getattr(known[name], "weight", None)
-                if weight is not None and tuple(weight.shape) != update.shape:
+                # PEFT sets fan_in_fan_out by the layer that it meets, whatever the file says
+                if weight is not None and tuple(weight.shape) not in (update.shape, update.shape[::-1]):
                     raise MismatchError(
                         f"{adapter.source}: {name} is {tuple(weight.shape)} in this model, its ΔW is {update.shape}"
                     )

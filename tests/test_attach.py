@@ -201,6 +201,18 @@ def test_a_shape_that_does_not_fit_is_named(tmp_path):
     assert_unchanged(model, before)
 
 
+def test_a_conv1d_adapter_whose_config_lacks_fan_in_fan_out_scores_as_in_peft():
+    from transformers import AutoModelForCausalLM
+
+    adapter = Adapter.load(CASES / "R25_gpt2_conv1d_fan_in_fan_out/adapter")
+    ids, logits = torch.arange(6)[None], []
+    for config in (adapter.config, {**adapter.config, "fan_in_fan_out": False}):
+        model = AutoModelForCausalLM.from_pretrained(CASES / "_bases/gpt2_tiny")
+        with attach(model, dataclasses.replace(adapter, config=config)) as attached:
+            logits.append(attached.model(input_ids=ids).logits)
+    assert torch.equal(*logits)
+
+
 def test_a_tuner_without_layers_is_refused(tmp_path):
     adapter = Adapter.load(CASES / "R01_rslora_scaling/adapter")
     prompt = Adapter({}, {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2, "task_type": "CAUSAL_LM"}, {})
