@@ -18,7 +18,7 @@ def command(
     adapter_name: Annotated[str | None, typer.Option(help=common.NAME_HELP)] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
     base: Annotated[bool, typer.Option(help="Score the base model without an adapter, too.")] = True,
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.", min=0)] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda …; by default a GPU where there is one.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the result to this JSON file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
@@ -29,12 +29,15 @@ def command(
     Example:  lora-lab evaluate a.safetensors b.safetensors
     """
     from ..adapter import Adapter
+    from ..errors import OptionError
     from ..evaluate import evaluate
     from ..files import refuse_existing
     from ..task import resolve_device
 
     if output:
         refuse_existing(output, force=force)
+        if any(output.resolve() == Path(path).resolve() for path in paths):
+            raise OptionError(f"{output}: one of the adapters; the result needs a file of its own")
     adapters = [Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name) for path in paths]
     with common.progress("evaluating") as report:
         result = evaluate(

@@ -32,7 +32,7 @@ def command(
     alpha: Annotated[float | None, typer.Option(help=common.ALPHA_HELP)] = None,
     adapter_name: Annotated[str | None, typer.Option(help=common.NAME_HELP)] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.", min=0)] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda …; by default a GPU where there is one.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for interpolate.json, .pdf and .png.")] = Path(
         "out"

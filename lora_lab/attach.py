@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -34,8 +35,8 @@ class Attached:
                 *tuner.named_parameters(remove_duplicate=False),
                 *tuner.named_buffers(remove_duplicate=False),
             )
-            if NAME in name.split(".")
         }
+        self._replaced: dict[str, Tensor] = {}
 
     def set(self, adapter: Adapter) -> None:
         """Give the model this adapter's weights: the same tuner, and no module that is not attached.
@@ -50,10 +51,14 @@ class Attached:
             layer._disable_adapters = site is None
             if site is not None and site.scale is not None:
                 layer.scaling[NAME] = site.scale
+        for key in [key for key in self._replaced if key not in adapter.tensors]:
+            self._tensors[key].data = self._replaced.pop(key)
         owned = {key for site in adapter.sites.values() for key in site.keys.values()}
         for key, tensor in adapter.tensors.items():
             if key not in self._tensors:
                 raise MismatchError(f"{adapter.source}: {key.removeprefix(PREFIX)} has no place in the model")
+            if key not in owned:  # a head or another whole tensor, which the next adapter may lack
+                self._replaced.setdefault(key, self._tensors[key].data)
             self._tensors[key].data = self._placed(tensor, self._tensors[key], own=key in owned)
 
     @staticmethod
@@ -93,7 +98,17 @@ def inject(model: nn.Module, adapter: Adapter, *others: Adapter) -> nn.Module:
         warnings.simplefilter("ignore")  # PEFT comments on its own initialisation, which is overwritten
         try:
             tuner: nn.Module = PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type](model, {NAME: settings}, NAME)
-        except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError, RuntimeError) as error:
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            NotImplementedError,
+            AttributeError,
+            RuntimeError,
+            IndexError,
+            ImportError,
+            re.error,
+        ) as error:
             raise MismatchError(f"{adapter.source}: PEFT cannot put it on this model: {error}") from error
     return tuner
 
@@ -132,7 +147,7 @@ def layers(model: nn.Module) -> dict[str, Any]:
     return {
         name.removeprefix(PREFIX): module
         for name, module in model.named_modules()
-        if isinstance(module, BaseTunerLayer)
+        if isinstance(module, BaseTunerLayer) and not name.endswith(".token_adapter")  # trained tokens are no site
     }
 
 
@@ -197,7 +212,8 @@ def load_peft(model: nn.Module, path: str | os.PathLike[str]) -> Any:
     from peft.utils import set_peft_model_state_dict
 
     adapter = Adapter.load(path)
-    wrapped: PeftModel = get_peft_model(model, peft_config(adapter))
+    with torch.random.fork_rng():
+        wrapped: PeftModel = get_peft_model(model, peft_config(adapter))
     result = set_peft_model_state_dict(wrapped, dict(adapter.tensors))
     if result.unexpected_keys:
         raise MismatchError(f"{path}: PEFT has no place for {some(result.unexpected_keys)}")
@@ -212,6 +228,10 @@ def _changes_base(adapter: Adapter) -> bool:
 def _check_fit(model: nn.Module, *adapters: Adapter) -> None:
     known = dict(model.named_modules())
     for adapter in adapters:
+        if adapter.config.get("layer_replication"):
+            raise TunerError(
+                f"{adapter.source}: layer_replication builds another model, which cannot be attached to this one"
+            )
         missing = [name for name in adapter.sites if name not in known and not name.endswith(".base_layer")]
         if missing:
             raise MismatchError(

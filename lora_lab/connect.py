@@ -95,6 +95,8 @@ def interpolate(
     """
     check(adapters, points=points, spaces=spaces)
     mixer = Mixer(adapters)
+    if ratios and not set(RATIO_SPACES) & set(spaces):
+        raise OptionError(f"mixtures are scored in {' and '.join(RATIO_SPACES)}; name one of them as the space, too")
     run = run_id(adapters, task, points=points, spaces=list(spaces), ratios=ratios, split=split, seed=seed)
     spaces = _with_matched(mixer, spaces)
     began = time.perf_counter()
@@ -142,7 +144,7 @@ def interpolate(
             evaluations=len(scores),
             run=run,
             device=str(device or resolve_device()),
-            dtype="float32",
+            dtype=task.dtype,
         ),
     )
 
@@ -162,7 +164,7 @@ def run_id(adapters: Sequence[Adapter], task: Task, *, split: str, **options: An
     """What a run's result hangs on, hashed: the adapters' every bit, the examples, and the options."""
     hashed = [[_described(a), a.config, sorted(a.tensors), _digest(a.tensors.values())] for a in adapters]
     examples = _digest(task.split(split).inputs.values())
-    return fingerprint([task.record, split, examples, hashed, options])
+    return fingerprint([task.record, task.base_digest, split, examples, hashed, options])
 
 
 def evaluate(
@@ -219,7 +221,7 @@ def parse_ratios(text: str, adapters: int) -> list[list[float]]:
             raise OptionError(
                 f"ratio {part!r} has {len(ratio)} weights; with {adapters} adapters, 2 to {adapters} are possible"
             )
-        if sum(ratio) <= 0 or min(ratio) < 0 or not all(map(math.isfinite, ratio)):
+        if min(ratio) < 0 or not 0 < sum(ratio) < math.inf:
             raise OptionError(f"ratio {part!r}: weights of 0 or more are needed, not all of them 0")
         ratios.append(ratio)
     return ratios

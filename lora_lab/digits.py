@@ -5,6 +5,7 @@ The base model is shipped as data/digits_vit.safetensors; `python -m lora_lab.di
 
 from __future__ import annotations
 
+import hashlib
 import zlib
 from dataclasses import dataclass
 from functools import cache
@@ -62,6 +63,11 @@ class Digits(Task):
         self.name = f"digits/{labelling}"
         self.about = LABELLINGS[labelling].about
         self.labels = LABELLINGS[labelling].labels
+
+    @property
+    def base_digest(self) -> str:
+        """The shipped checkpoint's own hash."""
+        return hashlib.sha256(package_files("lora_lab").joinpath(CHECKPOINT).read_bytes()).hexdigest()
 
     @property
     def record(self) -> dict[str, Any]:

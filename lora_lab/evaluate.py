@@ -14,7 +14,7 @@ from lora_lab import tasks
 from lora_lab.adapter import Adapter
 from lora_lab.attach import attach
 from lora_lab.errors import MismatchError
-from lora_lab.result import Result, columns, provenance
+from lora_lab.result import Result, columns, fingerprint, provenance
 from lora_lab.stats import Sampled
 from lora_lab.task import Scores, Task, resolve_device
 
@@ -47,9 +47,9 @@ def evaluate(
     """Every adapter on its own task (or the one given), and every base model alone, with 95 % intervals."""
     began = time.perf_counter()
     found = [task_of(adapter, given=given) for adapter in adapters]
-    shared = {task.name: task for task in reversed(found)}
+    shared = {fingerprint(task.record): task for task in reversed(found)}  # equal tasks load their data once
     runs: list[tuple[Adapter | None, Task]] = [*((None, task) for task in shared.values() if base)]
-    runs += [(adapter, shared[task.name]) for adapter, task in zip(adapters, found, strict=True)]
+    runs += [(adapter, shared[fingerprint(task.record)]) for adapter, task in zip(adapters, found, strict=True)]
     rows = []
     for i, (adapter, task) in enumerate(runs):
         scores = score(task, adapter, split, device=device)

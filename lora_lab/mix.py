@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lora_lab import peft_format
 from lora_lab.adapter import Adapter, same_modules
-from lora_lab.errors import MismatchError, OptionError
+from lora_lab.errors import MismatchError, OptionError, some
 from lora_lab.lowrank import LowRank, combine, combine_factors
 
 
@@ -29,6 +29,8 @@ class Mixer:
                 f"{adapters[0].source} and {adapters[odd].source} are of different tuners: "
                 f"{reasons[0] or 'plain LoRA'}, against {reasons[odd] or 'plain LoRA'}"
             )
+        if adapters[0].tuner != "LORA":
+            _same_settings(adapters)
         self.adapters = list(adapters)
         self.additive = reasons[0] is None
 
@@ -38,6 +40,7 @@ class Mixer:
             raise OptionError(f"unknown space {space!r}; there are: {', '.join(SPACES)}")
         if space != "factors" and not self.additive:
             self.adapters[0].require_additive()
+        self._check_others()
         if space != "delta":
             self._check_factors()
 
@@ -106,6 +109,16 @@ class Mixer:
             self._gram_cache[space] = A, B
         return self._gram_cache[space]
 
+    def _check_others(self) -> None:
+        """Heads and other whole tensors are averaged in every space, so all adapters must have the same."""
+        first = {key: self.adapters[0].tensors[key].shape for key in self.adapters[0].others}
+        for other in self.adapters[1:]:
+            theirs = {key: other.tensors[key].shape for key in other.others}
+            odd = sorted(key for key in first.keys() | theirs.keys() if first.get(key) != theirs.get(key))
+            if odd:
+                names = some(key.removeprefix(peft_format.PREFIX) for key in odd)
+                raise MismatchError(f"{self.adapters[0].source} and {other.source} differ in whole tensors: {names}")
+
     def _check_factors(self) -> None:
         first = self.adapters[0]
         for other in self.adapters[1:]:
@@ -141,6 +154,40 @@ class Mixer:
 
     def _label(self, weights: Sequence[float]) -> str:
         return " + ".join(f"{w:g}·{a.label}" for w, a in zip(weights, self.adapters, strict=True) if w)
+
+
+def _same_settings(adapters: Sequence[Adapter]) -> None:
+    """Tuners other than LoRA compute from settings that cannot be folded into their tensors: all must be equal."""
+    first = adapters[0].config
+    for other in adapters[1:]:
+        for name in sorted((first.keys() | other.config.keys()) - _HARMLESS):
+            if (first.get(name) or None) != (other.config.get(name) or None):
+                raise MismatchError(
+                    f"{adapters[0].source} and {other.source} cannot be mixed: {name} is {first.get(name)!r} and "
+                    f"{other.config.get(name)!r}, which {adapters[0].tuner} computes with"
+                )
+
+
+# Settings that say where an adapter goes or how it was trained, not what it computes.
+_HARMLESS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "exclude_modules",
+        "inference_mode",
+        "init_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "module_dropout",
+        "modules_to_save",
+        "peft_version",
+        "rank_dropout",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+    }
+)
 
 
 def matched(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lora_lab import plot_style
-from lora_lab.errors import OptionError
+from lora_lab.errors import OptionError, some
 from lora_lab.result import Result
 
 Floats = npt.NDArray[np.float64]
@@ -29,6 +29,7 @@ def curves(results: Sequence[Result], metric: str) -> dict[str, dict[str, tuple[
 
     One pair: the value with its interval over the examples. Several: mean and one standard deviation over pairs.
     """
+    _comparable(results)
     found: dict[str, dict[str, list[list[dict[str, Any]]]]] = {}
     for result in results:
         for indices in _pairs(result):
@@ -129,7 +130,7 @@ def _draw_norms(ax: Axes, norms: Mapping[str, Mapping[str, tuple[Floats, Floats,
     for i, (group, spaces) in enumerate(norms.items()):
         for space, (t, value, low, high) in spaces.items():
             if space != "matched":
-                ends = (1 - t) * value[0] + t * value[-1]
+                ends = np.maximum((1 - t) * value[0] + t * value[-1], np.finfo(float).tiny)
                 style = {**SPACES[space], "linestyle": plot_style.CYCLE[i]["linestyle"], "label": f"{group} {space}"}
                 _line(ax, (t, value / ends, low / ends, high / ends), **style)
     ax.axhline(1, color=SPACES["matched"]["color"], linestyle="--", linewidth=1)
@@ -151,7 +152,7 @@ def _line(ax: Axes, band: tuple[Floats, Floats, Floats, Floats], **style: Any) -
 
 def _band(lines: Sequence[Sequence[Mapping[str, Any]]], metric: str) -> tuple[Floats, Floats, Floats, Floats]:
     t = np.array([row["t"] for row in lines[0]])
-    values = np.array([[row[metric] for row in line] for line in lines if len(line) == len(t)], dtype=float)
+    values = np.array([[row[metric] for row in line] for line in lines], dtype=float)
     mean = values.mean(0)
     if len(values) > 1:
         spread = values.std(0, ddof=1)
@@ -161,15 +162,32 @@ def _band(lines: Sequence[Sequence[Mapping[str, Any]]], metric: str) -> tuple[Fl
     return t, mean, low, high
 
 
+def _comparable(results: Sequence[Result]) -> None:
+    """Only lines of one task, split and grid share axes."""
+    for name in ("task", "split", "points"):
+        values = [result.parameters.get(name) for result in results]
+        if any(value != values[0] for value in values):
+            raise OptionError(
+                f"these results cannot share a figure: {name} is {some(map(str, dict.fromkeys(map(str, values))))}"
+            )
+
+
 def _pairs(result: Result) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(tuple(row["indices"]) for row in result.rows(ratio=None)))
 
 
 def _caption(results: Sequence[Result], between: str) -> str:
-    pairs = sum(len(_pairs(result)) for result in results)
     parameters, n = results[0].parameters, results[0].provenance.get("examples")
-    groups = len({row["method"] for result in results for row in result.rows(ratio=None)})
-    band = "±1 s.d. over pairs" if pairs > groups else "95 % interval over examples"
+    pairs: dict[str, int] = {}
+    for result in results:
+        for indices in _pairs(result):
+            name = plot_style.method_name(result.rows(ratio=None, indices=list(indices))[0]["method"])
+            pairs[name] = pairs.get(name, 0) + 1
+    kinds = {
+        name: "±1 s.d. over pairs" if count > 1 else "95 % interval over examples" for name, count in pairs.items()
+    }
+    same = len(set(kinds.values())) == 1
+    band = next(iter(kinds.values())) if same else ", ".join(f"{name} {kind}" for name, kind in kinds.items())
     task = parameters["task"].get("name", "task")
     return f"{task}, {parameters['split']} split, n = {n}{between}bands: {band}"
 

@@ -85,6 +85,10 @@ class Recipe:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise OptionError(f"{name.replace('_', ' ')} is {value}; it must be above 0")
+        for name in ("seed", "init_seed"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 2**32:
+                raise OptionError(f"{name.replace('_', ' ')} is {value}; it must be from 0 to {2**32 - 1}")
         if self.optimizer not in [option.value for option in OptimizerNames]:
             raise unknown("optimizer", self.optimizer, [option.value for option in OptimizerNames])
         for name in ("warmup", "dropout", "stage"):

@@ -104,7 +104,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, run: str) -> None:
-        self.path = path
+        self.path, self._run = path, run
         self._done: dict[str, Any] = {}
         if path.exists() and self._read(run):
             return
@@ -124,7 +124,7 @@ class Journal:
         self._done[key] = value
         try:
             with self.path.open("a") as file:
-                file.write(json.dumps({"key": key, "value": value}, allow_nan=False) + "\n")
+                file.write(json.dumps({"run": self._run, "key": key, "value": value}, allow_nan=False) + "\n")
         except OSError as error:
             raise FileError(f"{self.path}: cannot be written ({error.strerror})") from error
 
@@ -144,6 +144,8 @@ class Journal:
         for line in lines[1:]:
             try:
                 entry = json.loads(line)
+                if entry["run"] != run:  # another run that shares the folder
+                    continue
                 self._done[entry["key"]] = entry["value"]
             except (json.JSONDecodeError, KeyError, TypeError):
                 break  # cut off in mid-line when the run was killed

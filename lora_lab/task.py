@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,8 @@ class Task(ABC):
     labels: int
     batch_size = 250
     """Examples per batch when scoring."""
+    dtype: str | None = None
+    """The model's, known once it has been scored."""
     threads: int | None = None
     """Threads that training uses best; None leaves torch's own choice."""
 
@@ -83,6 +86,15 @@ class Task(ABC):
     @abstractmethod
     def record(self) -> dict[str, Any]:
         """All that `from_record` needs to build the task again, in JSON types."""
+
+    @property
+    def base_digest(self) -> str:
+        """Changes when the base model's files do: of a folder, names, sizes and times; of a hub id, the id."""
+        folder = Path(self.base)
+        if not folder.is_dir():
+            return self.base
+        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir()) if p.is_file()]
+        return repr(stats)
 
     @abstractmethod
     def build_model(self) -> nn.Module:
@@ -131,6 +143,7 @@ class Task(ABC):
         """Loss and correctness of every example of the split; the model is put into evaluation mode."""
         model.eval()
         device = next(model.parameters()).device
+        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         losses, correct = [], []
         for batch in self.batches(split, device):
             inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
@@ -151,7 +164,7 @@ def resolve_device(name: str | None = None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise OptionError(f"device {name!r} is not to be had here: {str(error).partition(chr(10))[0]}") from error
     return device

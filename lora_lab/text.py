@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -59,7 +60,7 @@ class Settings:
 
 
 class TextClassification(Task):
-    """A frozen sequence classifier with its own head; adapters go into the encoder."""
+    """A frozen sequence classifier; adapters go where `target_modules` says, by default into all linear layers."""
 
     batch_size = 64
 
@@ -84,7 +85,10 @@ class TextClassification(Task):
             raise OptionError(f"{where}: no {missing[0]}; a text-classification task needs base, data, text and label")
         data = record["data"]
         placed = {k: _place(v, base) for k, v in data.items()} if isinstance(data, dict) else _place(str(data), base)
-        settings = Settings(**{**record, "data": placed, "base": _place(str(record["base"]), base)})
+        beside = base / str(record["base"])
+        found = _place(str(record["base"]), base) if beside.exists() else str(record["base"])
+        settings = Settings(**{**record, "data": placed, "base": found})
+        _check_values(settings, where)
         return cls(settings, name=Path(where).stem if where.endswith(".toml") else f"text/{settings.label}")
 
     @property
@@ -105,9 +109,11 @@ class TextClassification(Task):
 
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model: nn.Module = self._pretrained(AutoModelForSequenceClassification, num_labels=self.labels)
-        model.requires_grad_(False).eval()
-        return model
+            model: Any = self._pretrained(AutoModelForSequenceClassification, num_labels=self.labels)
+        if getattr(model.config, "pad_token_id", None) is None:
+            model.config.pad_token_id = self._tokenizer.pad_token_id  # by which decoders find a text's last token
+        frozen: nn.Module = model.requires_grad_(False).eval()
+        return frozen
 
     def _load(self, split: str) -> Split:
         table = self._table(split)
@@ -142,7 +148,11 @@ class TextClassification(Task):
         if self.settings.labels is not None:
             return list(self.settings.labels)
         values = self._table("train")[self.settings.label]
-        return sorted(set(values)) if all(isinstance(value, str) for value in values) else None
+        if not all(isinstance(value, str) for value in values):
+            return None
+        trained = [self._config.id2label[i] for i in range(self._config.num_labels)]
+        # a finished classifier knows the order of its outputs
+        return trained if set(trained) == set(values) else sorted(set(values))
 
     def _table(self, split: str) -> dict[str, list[Any]]:
         data = self.settings.data
@@ -188,7 +198,12 @@ class TextClassification(Task):
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return self._pretrained(AutoTokenizer)
+        tokenizer = self._pretrained(AutoTokenizer)
+        if tokenizer.pad_token is None:
+            if tokenizer.eos_token is None:
+                raise TaskError(f"task {self.name}: the tokenizer of {self.settings.base!r} has no padding token")
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
 
     @cached_property
     def _config(self) -> Any:
@@ -209,11 +224,28 @@ class TextClassification(Task):
             ) from error
 
 
+def _check_values(settings: Settings, where: str) -> None:
+    """Refuse values of the wrong type or range, naming the key."""
+    whole = {"max_length": 1, "limit": 1, "split_seed": 0, "steps": 1}
+    for name, least in whole.items():
+        value = getattr(settings, name)
+        if value is None and name == "limit":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise OptionError(f"{where}: {name} is {value!r}; a whole number of at least {least} is needed")
+    rate = settings.learning_rate
+    if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate < math.inf:
+        raise OptionError(f"{where}: learning_rate is {rate!r}; a number above 0 is needed")
+    for name in ("text", "label"):
+        if not isinstance(getattr(settings, name), str):
+            raise OptionError(f"{where}: {name} is {getattr(settings, name)!r}; the name of a column is needed")
+    if settings.labels is not None and not all(isinstance(label, str) for label in settings.labels):
+        raise OptionError(f"{where}: labels is {settings.labels!r}; a list of names is needed")
+
+
 def _place(text: str, base: Path) -> str:
-    """A path next to the task file, relative to the current folder where it lies below; a hub id stays."""
+    """A path next to the task file, relative to the current folder where it lies below."""
     path = base / text
-    if not path.exists():
-        return text if not base.parts or ("/" in text and "." not in Path(text).suffix) else str(path)
     try:
         return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path.resolve())
     except ValueError:

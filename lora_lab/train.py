@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import random
+import re
 import tempfile
 import time
 import warnings
@@ -70,8 +71,11 @@ def train(
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         cpu_began = time.process_time()
-        with _light_bookkeeping(model):
-            trainer.train(resume_from_checkpoint=resume)
+        try:
+            with _light_bookkeeping(model):
+                trainer.train(resume_from_checkpoint=resume)
+        except ImportError as error:
+            raise OptionError(f"optimizer {recipe.optimizer}: {_first_line(error)}") from error
         cpu_s = time.process_time() - cpu_began
         adapter = _extract(model, record, base, initial)
     scores = score(task, adapter, "validation", device=device)
@@ -96,7 +100,7 @@ def _with_adapter(task: Task, recipe: Recipe) -> Any:
     config = _peft_config(recipe)
     try:
         model = get_peft_model(model, config)
-    except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError) as error:
+    except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError, ImportError, re.error) as error:
         raise TunerError(f"PEFT cannot put a {recipe.peft} adapter on {task.name}: {_first_line(error)}") from error
     if not layers(model):
         raise TunerError(f"{recipe.peft} has no layers that can be trained one by one")
@@ -319,9 +323,10 @@ def _last_checkpoint(folder: Path, record: Mapping[str, Any]) -> str | None:
     mark = folder / "run.json"
     if mark.exists():
         if files.read_json(mark) != finite(record):
-            raise FileError(f"{folder}: holds the checkpoints of another run; --force replaces them")
+            raise FileError(f"{folder}: holds the checkpoints of another run; remove it, or give another output name")
         steps = [int(p.name[11:]) for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
-        return str(folder / f"checkpoint-{max(steps)}") if steps else None
+        unfinished = [step for step in steps if step < int(finite(record)["recipe"]["steps"])]
+        return str(folder / f"checkpoint-{max(unfinished)}") if unfinished else None
     files.write_json(mark, finite(record))
     return None
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from lora_lab.adapter import Adapter
 from lora_lab.attach import attach, load_peft, weight_deltas
+from lora_lab.coto import Switches
 from lora_lab.digits import Digits
 from lora_lab.errors import MismatchError, TunerError
 from lora_lab.recipe import tuners
@@ -211,6 +212,74 @@ def test_a_conv1d_adapter_whose_config_lacks_fan_in_fan_out_scores_as_in_peft():
         with attach(model, dataclasses.replace(adapter, config=config)) as attached:
             logits.append(attached.model(input_ids=ids).logits)
     assert torch.equal(*logits)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2, 3]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=["trained tokens", "embedding", "head", "whole head"],
+)
+def test_what_lies_beside_the_layers_acts_as_in_peft_and_goes_again(options, base_model, tmp_path):
+    torch.manual_seed(0)
+    model = get_peft_model(base_model("llama"), LoraConfig(r=2, init_lora_weights=False, **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    model.eval().save_pretrained(tmp_path / "a")
+    ids = torch.arange(8)[None]
+    base, expected = base_model("llama"), model(input_ids=ids).logits
+    before, plain = snapshot(base), base(input_ids=ids).logits
+    with attach(base, Adapter.load(tmp_path / "a")) as attached:
+        assert torch.equal(attached.model(input_ids=ids).logits, expected)
+    assert_unchanged(base, before)
+    assert torch.equal(base(input_ids=ids).logits, plain)
+    if "trainable_token_indices" in options:
+        assert not any(name.endswith("token_adapter") for names in Switches(model).groups.values() for name in names)
+
+
+def test_biases_are_used_and_taken_off_again(tmp_path):
+    options = {"target_modules": ["q_proj"], "bias": "all", "init_lora_weights": False}
+    folder, expected = peft_folder(tmp_path, LoraConfig, options)
+    task = Digits("relabel")
+    model = task.build_model()
+    before = snapshot(model)
+    with attach(model, Adapter.load(folder)) as attached:
+        assert (task.score(attached.model, "validation").loss == expected.loss).all()
+    assert_unchanged(model, before)
+
+
+def test_an_adapter_without_a_head_does_not_keep_the_last_ones(tmp_path):
+    options = {"target_modules": ["q_proj"], "init_lora_weights": False}
+    headed, _ = peft_folder(tmp_path, LoraConfig, {**options, "modules_to_save": ["classifier"]}, "headed")
+    plain, expected = peft_folder(tmp_path, LoraConfig, options, "plain")
+    task = Digits("relabel")
+    with attach(task.build_model(), Adapter.load(headed)) as attached:
+        attached.set(Adapter.load(plain))
+        assert (task.score(attached.model, "validation").loss == expected.loss).all()
+
+
+def test_replicated_layers_are_refused_by_name():
+    adapter = Adapter.load(CASES / "R01_rslora_scaling/adapter")
+    replicated = dataclasses.replace(adapter, config={**adapter.config, "layer_replication": [[0, 2], [1, 2]]})
+    with pytest.raises(TunerError, match="layer_replication"), attach(torch.nn.Linear(2, 2), replicated):
+        pass
+
+
+def test_a_broken_pattern_in_the_config_is_one_line():
+    from transformers import AutoModelForCausalLM
+
+    adapter = Adapter.load(CASES / "R01_rslora_scaling/adapter")
+    broken = dataclasses.replace(adapter, config={**adapter.config, "modules_to_save": ["(("]})
+    model = AutoModelForCausalLM.from_pretrained(CASES / "_bases/llama_tiny")
+    with pytest.raises(MismatchError, match="PEFT cannot put it on this model"), attach(model, broken):
+        pass
 
 
 def test_a_tuner_without_layers_is_refused(tmp_path):

@@ -332,6 +332,28 @@ def test_adapters_that_do_not_fit_together_are_refused(adapters, change, text):
         Mixer([first, replace(adapters[1], config=config)])
 
 
+def test_tuners_without_a_delta_are_not_mixed_across_settings_they_compute_with(tmp_path):
+    from peft import LoHaConfig
+
+    pair = [random_adapter(i, tmp_path, LoHaConfig(r=2, alpha=8 + 24 * i, target_modules=TARGETS)) for i in (0, 1)]
+    with pytest.raises(MismatchError, match="cannot be mixed: alpha is 8 and 32, which LOHA computes with"):
+        Mixer(pair)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("space", ["factors", "delta"])
+def test_a_head_in_one_adapter_only_is_refused_before_anything_runs(adapters, tmp_path, swapped, space):
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, modules_to_save=["classifier"])
+    pair = [adapters[0], random_adapter(9, tmp_path, config)]
+    with pytest.raises(MismatchError, match=r"differ in whole tensors: classifier.bias, classifier.weight"):
+        interpolate(pair[::-1] if swapped else pair, Digits("relabel"), points=3, spaces=(space,))
+
+
+def test_mixtures_need_a_space_they_are_scored_in(adapters):
+    with pytest.raises(OptionError, match="mixtures are scored in factors and delta"):
+        interpolate(adapters[:2], Digits("relabel"), spaces=("aligned",), ratios=[[1, 1]])
+
+
 def test_different_modules_are_named(adapters):
     sites = dict(list(adapters[1].sites.items())[:-2])
     with pytest.raises(MismatchError, match=r"update different modules: vit.layers.3"):
@@ -346,6 +368,7 @@ def test_different_modules_are_named(adapters):
         ("1:1:1", "has 3 weights; with 2 adapters"),
         ("0:0", "not all of them 0"),
         ("-1:2", "weights of 0 or more"),
+        ("1e308:1e308", "weights of 0 or more"),
     ],
 )
 def test_ratios_that_cannot_be_are_refused(text, match):

@@ -93,6 +93,19 @@ def test_a_line_figure_draws_every_curve_and_says_what_its_bands_are():
     assert several.get_supxlabel().endswith("bands: ±1 s.d. over pairs")
 
 
+def test_results_of_different_tasks_or_splits_do_not_share_a_figure():
+    one = line()
+    for name, value in (("task", {"name": "digits/mod3"}), ("split", "validation")):
+        other = Result(one.kind, one.columns, {**one.parameters, name: value}, one.summary, one.provenance)
+        with pytest.raises(OptionError, match=f"cannot share a figure: {name} is"):
+            plot.figure([one, other])
+
+
+def test_a_mixed_figure_says_whose_bands_are_what():
+    caption = plot.figure([line("lora", pairs=((0, 1), (0, 2))), line("coto")]).get_supxlabel()
+    assert caption.endswith("bands: LoRA ±1 s.d. over pairs, CoTo 95 % interval over examples")
+
+
 def test_a_line_without_norms_has_no_norm_panel():
     bare = line("coto", spaces=("factors",))
     rows = [{**row, "norm": None} for row in bare.rows()]

@@ -71,6 +71,16 @@ def test_another_runs_journal_is_not_taken_over(tmp_path):
     assert len(Journal(tmp_path / "j", "two")) == 0
 
 
+def test_two_runs_that_share_a_journal_do_not_mix(tmp_path):
+    one = Journal(tmp_path / "j", "one")
+    two = Journal(tmp_path / "j", "two")
+    one.add("a", "from one")
+    two.add("b", "from two")
+    again = Journal(tmp_path / "j", "two")
+    assert "a" not in again
+    assert again["b"] == "from two"
+
+
 def test_a_journal_that_is_rubbish_is_started_anew(tmp_path):
     (tmp_path / "j").write_bytes(b"\xff\xfe rubbish")
     assert len(Journal(tmp_path / "j", "one")) == 0

@@ -1,10 +1,12 @@
+import dataclasses
+
 import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
 from lora_lab import task, tasks
 from lora_lab.errors import FileError, LoraLabError, OptionError, TaskError
-from lora_lab.evaluate import score, task_of
+from lora_lab.evaluate import evaluate, score, task_of
 from lora_lab.recipe import Recipe
 from lora_lab.train import train
 
@@ -54,6 +56,54 @@ def test_a_task_file_trains_scores_and_is_remembered_by_the_adapter(folder):
     again = task_of(adapter)
     assert (score(again, adapter).loss == trained.loss).all()
     assert adapter.base_model == built.base
+
+
+def test_tasks_that_share_a_name_are_scored_apart(folder):
+    first = tasks.from_name(str(folder / "my.toml"))
+    adapter, _ = train(first, Recipe(method="lora", steps=30, learning_rate=1e-2))
+    flipped = (folder / "reviews.csv").read_text().replace("positive", "x").replace("negative", "positive")
+    (folder / "flipped.csv").write_text(flipped.replace(",x", ",negative"))
+    (folder / "two.toml").write_text((folder / "my.toml").read_text().replace("reviews.csv", "flipped.csv"))
+    second = tasks.from_name(str(folder / "two.toml"))
+    other = dataclasses.replace(adapter, record={**adapter.record, "task": second.record})
+    found = evaluate([adapter, other], base=False)
+    assert found.columns["loss"] == [score(first, adapter).mean_loss, score(second, adapter).mean_loss]
+    assert found.columns["loss"][0] != found.columns["loss"][1]
+
+
+def test_a_finished_classifier_keeps_the_order_of_its_labels(folder):
+    import json
+
+    config = json.loads((folder / "base" / "config.json").read_text())
+    config["id2label"] = {"0": "positive", "1": "negative"}
+    config["label2id"] = {"positive": 0, "negative": 1}
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+    built = tasks.from_name(str(folder / "my.toml"))
+    table = built._table("test")
+    expected = [0 if label == "positive" else 1 for label in table["label"]]
+    assert built.split("test").inputs["labels"].tolist() == expected
+
+
+def test_another_base_is_another_run(folder):
+    built = tasks.from_name(str(folder / "my.toml"))
+    before = built.base_digest
+    (folder / "base" / "config.json").write_text((folder / "base" / "config.json").read_text() + " ")
+    assert built.base_digest != before
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ('max_length = "abc"', "max_length is 'abc'; a whole number"),
+        ("limit = -5", "limit is -5; a whole number of at least 1"),
+        ('learning_rate = "1e-3"', "learning_rate is '1e-3'; a number"),
+        ("split_seed = -1", "split_seed is -1"),
+        ("labels = [0, 1]", "labels is"),
+    ],
+)
+def test_values_of_the_wrong_type_are_named(folder, more, text):
+    with pytest.raises(OptionError, match=text):
+        tasks.from_name(str(write(folder, more + "\n")))
 
 
 def test_splits_may_be_files_of_their_own(folder):

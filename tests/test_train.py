@@ -183,6 +183,23 @@ def test_a_killed_run_resumes_to_the_result_of_an_uninterrupted_one(tmp_path):
         train(task, dataclasses.replace(recipe, seed=1), checkpoints=tmp_path / "cut")
 
 
+def test_a_finished_run_is_not_trained_beyond_its_steps(tmp_path):
+    recipe = Recipe(method="lora", save_every=4, **SHORT)
+    first, _ = train(task, recipe, checkpoints=tmp_path)
+    again, _ = train(task, recipe, checkpoints=tmp_path)
+    assert same(first, again)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-12",
+        "checkpoint-4",
+        "checkpoint-8",
+    ]
+
+
+def test_biases_may_be_trained():
+    adapter, _ = train(task, Recipe(method="coto", peft_config={"bias": "lora_only"}, **SHORT))
+    assert any(key.endswith("bias") for key in adapter.others)
+
+
 def test_checkpoints_are_adapters_that_know_their_task(tmp_path):
     train(task, Recipe(method="coto", save_every=6, **SHORT), checkpoints=tmp_path)
     adapter = Adapter.load(tmp_path / "checkpoint-6")
@@ -214,6 +231,8 @@ def test_jobs_side_by_side_give_what_they_give_alone(tmp_path, coto):
         ({"learning_rate": -1.0}, "learning rate is -1.0"),
         ({"warmup": 2}, "warmup is 2; a share"),
         ({"ramp": "lin"}, "unknown ramp 'lin'"),
+        ({"seed": -1}, "seed is -1; it must be from 0"),
+        ({"init_seed": 2**32}, "init seed is"),
         ({"p0": 3.0}, "p0 is 3.0"),
     ],
 )
@@ -230,6 +249,7 @@ def test_recipes_that_cannot_be_are_refused(options, text):
         ({"peft": "ln_tuning", "rank": 3}, OptionError, "ln_tuning has no rank"),
         ({"peft": "ia3", "method": "dropout"}, TunerError, "ia3 has no dropout"),
         ({"groups": {"a": "layers.0"}}, OptionError, "matches no group"),
+        ({"target_modules": "(("}, TunerError, "cannot put a lora adapter"),
         ({"learning_rate": 1e30}, TaskError, "diverged|not finite"),
     ],
 )
