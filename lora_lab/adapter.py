@@ -6,7 +6,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -139,9 +139,6 @@ def from_updates(updates: Mapping[str, LowRank], *, like: Adapter, source: str) 
     ranks = {name: updates[name].rank for name in names}
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     uneven = {peft_format.anchored(name): rank for name, rank in ranks.items() if rank != common}
-    # PEFT takes listed names as endings, so a list must hold none that another module's name ends in.
-    endings = {name[i + 1 :] for name in {*names, *like.sites} for i, letter in enumerate(name) if letter == "."}
-    listable = all("." in name for name in names) and endings.isdisjoint(names)
     config = {
         **{key: value for key, value in like.config.items() if key in _KEPT},
         "peft_type": "LORA",
@@ -152,25 +149,40 @@ def from_updates(updates: Mapping[str, LowRank], *, like: Adapter, source: str) 
         "use_rslora": False,
         "lora_dropout": 0.0,
         "init_lora_weights": True,
-        "target_modules": names if listable else f"^({'|'.join(map(re.escape, names))})$",
+        "target_modules": exact_targets(names, like.sites),
     }
     tensors: dict[str, Tensor] = {}
     sites = {}
     for name in names:
         kind = _kind(updates[name], like.sites.get(name))
         site = Site(name, kind, {}, ranks[name], 1.0)
-        A, B = _stored(updates[name], kind, bool(config.get("fan_in_fan_out")))
+        A, B = stored(updates[name], kind, bool(config.get("fan_in_fan_out")))
         ends = ("", "") if kind == "embedding" else (".weight", ".weight")
         keys = {part: f"{PREFIX}{name}.{part}{end}" for part, end in zip(site.pair, ends, strict=True)}
         tensors |= dict(zip(keys.values(), (A, B), strict=True))
         sites[name] = replace(site, keys=keys)
-    for key in like.others:
-        if key.startswith(PREFIX):
-            module = key.removeprefix(PREFIX).rpartition(".base_layer.")[0]
-            # an embedding saved along with its adapter, which is no PEFT layer any more without one
-            own = key if module in sites or not module else key.replace(".base_layer.", ".")
-            tensors[own] = like.tensors[key]
+    tensors |= {key: tensor for key, tensor in other_tensors(like, sites).items() if key.startswith(PREFIX)}
     return Adapter(tensors, config, sites, like.record, source)
+
+
+def exact_targets(names: Iterable[str], known: Iterable[str]) -> list[str] | str:
+    """What target_modules says for these modules and no other one of `known`: their names, or else a pattern."""
+    names = sorted(names)
+    # PEFT takes listed names as endings, so a list must hold none that another module's name ends in.
+    endings = {name[i + 1 :] for name in {*names, *known} for i, letter in enumerate(name) if letter == "."}
+    listable = all("." in name for name in names) and endings.isdisjoint(names)
+    return names if listable else f"^({'|'.join(map(re.escape, names))})$"
+
+
+def other_tensors(adapter: Adapter, modules: Container[str]) -> dict[str, Tensor]:
+    """The tensors of `adapter.others` under the keys that they have when only these modules stay adapted."""
+    tensors = {}
+    for key in adapter.others:
+        module = key.removeprefix(PREFIX).rpartition(".base_layer.")[0]
+        # an embedding saved along with its adapter, which is no PEFT layer any more without one
+        own = key if module in modules or not module else key.replace(".base_layer.", ".")
+        tensors[own] = adapter.tensors[key]
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -351,7 +363,7 @@ def _kind(update: LowRank, old: Site | None) -> str:
     return "embedding" if old and old.kind == "embedding" else "linear"
 
 
-def _stored(update: LowRank, kind: str, fan_in_fan_out: bool) -> tuple[Tensor, Tensor]:
+def stored(update: LowRank, kind: str, fan_in_fan_out: bool) -> tuple[Tensor, Tensor]:
     """A and B as PEFT keeps them for this kind of layer."""
     if kind == "embedding" or (kind == "linear" and fan_in_fan_out):
         return update.B.T.contiguous(), update.A.T.contiguous()

@@ -78,12 +78,17 @@ def attach(model: nn.Module, adapter: Adapter, *others: Adapter) -> Iterator[Att
     works. Raises MismatchError where modules or shapes do not fit the model, naming them.
     """
     with restored(model, copy_weights=_changes_base(adapter)):
-        attached = Attached(model, inject(model, adapter, *others))
-        if not attached.layers:
-            raise TunerError(f"{adapter.source}: {adapter.tuner} has no layers that can be switched off one by one")
-        attached.set(adapter)
-        model.eval()
-        yield attached
+        yield put_on(model, adapter, *others)
+
+
+def put_on(model: nn.Module, adapter: Adapter, *others: Adapter) -> Attached:
+    """Like `attach`, for good: for a model that is nobody else's."""
+    attached = Attached(model, inject(model, adapter, *others))
+    if not attached.layers:
+        raise TunerError(f"{adapter.source}: {adapter.tuner} has no layers that can be switched off one by one")
+    attached.set(adapter)
+    model.eval()
+    return attached
 
 
 def inject(model: nn.Module, adapter: Adapter, *others: Adapter) -> nn.Module:

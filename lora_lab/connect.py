@@ -14,23 +14,21 @@ onto a's (orthogonal Procrustes), which takes the arbitrary part of the gauge aw
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lora_lab.adapter import Adapter
 from lora_lab.attach import attach
-from lora_lab.errors import OptionError, TunerError
+from lora_lab.errors import OptionError
+from lora_lab.evaluate import described, examples_of, identity, pack, unpack
 from lora_lab.mix import Mixer
 from lora_lab.result import Journal, Result, columns, fingerprint, finite, provenance
 from lora_lab.stats import Floats, Sampled, mean_and_spread
@@ -132,7 +130,7 @@ def interpolate(
             "split": split,
             "points": points,
             "spaces": list(spaces),
-            "adapters": [_described(adapter) for adapter in adapters],
+            "adapters": [described(adapter) for adapter in adapters],
             "ratios": [":".join(f"{w:g}" for w in ratio) for ratio in ratios],
             "seed": seed,
         },
@@ -161,10 +159,8 @@ def check(adapters: Sequence[Adapter], *, points: int, spaces: Sequence[str]) ->
 
 
 def run_id(adapters: Sequence[Adapter], task: Task, *, split: str, **options: Any) -> str:
-    """What a run's result hangs on, hashed: the adapters' every bit, the examples, and the options."""
-    hashed = [[_described(a), a.config, sorted(a.tensors), _digest(a.tensors.values())] for a in adapters]
-    examples = _digest(task.split(split).inputs.values())
-    return fingerprint([task.record, task.base_digest, split, examples, hashed, options])
+    """What a run's result hangs on: the adapters, the examples, and the options."""
+    return fingerprint([[identity(a) for a in adapters], examples_of(task, split), options])
 
 
 def evaluate(
@@ -192,21 +188,6 @@ def evaluate(
             if progress:
                 progress(len(scores), len(unique))
     return scores
-
-
-def pack(scores: Scores) -> dict[str, str]:
-    """Scores as text; the loss was computed in float32, so nothing is lost."""
-    return {
-        "loss": base64.b64encode(scores.loss.astype("<f4").tobytes()).decode(),
-        "correct": base64.b64encode(np.packbits(scores.correct).tobytes()).decode(),
-    }
-
-
-def unpack(text: Mapping[str, str]) -> Scores:
-    """The inverse of `pack`."""
-    loss = np.frombuffer(base64.b64decode(text["loss"]), "<f4").astype(np.float64)
-    bits = np.frombuffer(base64.b64decode(text["correct"]), np.uint8)
-    return Scores(loss, np.unpackbits(bits, count=len(loss)).astype(np.bool_))
 
 
 def parse_ratios(text: str, adapters: int) -> list[list[float]]:
@@ -368,26 +349,3 @@ def _over_pairs(barriers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         | {"pairs": len(values)}
         for key, values in groups.items()
     ]
-
-
-def _described(adapter: Adapter) -> dict[str, Any]:
-    return {
-        "label": adapter.label,
-        "method": adapter.record.get("method"),
-        "seed": adapter.record.get("seed"),
-        "norm": _norm(adapter),
-    }
-
-
-def _norm(adapter: Adapter) -> float | None:
-    try:
-        return adapter.total_norm
-    except TunerError:
-        return None
-
-
-def _digest(tensors: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

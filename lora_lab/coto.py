@@ -10,7 +10,6 @@ In a Trainer, one line: ``Trainer(…, callbacks=[CoToCallback()])``. In a loop 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -19,10 +18,9 @@ from torch import nn
 from transformers import TrainerCallback
 
 from lora_lab.attach import layers
-from lora_lab.errors import OptionError, TunerError, some
+from lora_lab.errors import OptionError, TunerError
+from lora_lab.players import group
 from lora_lab.schedule import Mask, Schedule
-
-_NESTED_LISTS = ("blocks", "attentions", "resnets", "transformer_blocks")
 
 
 class Switches:
@@ -184,43 +182,3 @@ class DropoutRamp(TrainerCallback):  # type: ignore[misc]
         rate = self.rate * (1 - self.schedule.progress(state.global_step, state.max_steps))
         for dropout in self._dropouts:
             dropout.p = rate
-
-
-def group(names: Sequence[str], by: str | Mapping[str, str] = "block") -> dict[str, list[str]]:
-    """Group name → module names, in the order in which the groups first appear."""
-    groups: dict[str, list[str]] = {}
-    if isinstance(by, str):
-        if by not in ("block", "module"):
-            raise OptionError(f"unknown grouping {by!r}; there are: block, module, or NAME=REGEX for each group")
-        for name in names:
-            groups.setdefault(block(name) if by == "block" else name, []).append(name)
-        return groups
-    groups = {label: [] for label in by}
-    try:
-        patterns = {label: re.compile(pattern) for label, pattern in by.items()}
-    except re.error as error:
-        raise OptionError(f"not a regular expression: {error.pattern!r} ({error})") from error
-    for name in names:
-        fits = [label for label, pattern in patterns.items() if pattern.search(name)]
-        if len(fits) != 1:
-            raise OptionError(f"{name} matches {some(fits) if fits else 'no group'}; each module needs exactly one")
-        groups[fits[0]].append(name)
-    empty = [label for label, members in groups.items() if not members]
-    if empty:
-        raise OptionError(f"group {empty[0]!r} matches no module; there are: {some(names, 6)}")
-    return groups
-
-
-def block(name: str) -> str:
-    """The transformer block of a module: its path up to the block's index, or the module itself outside of any.
-
-    The first index counts, save where lists of blocks are nested (Swin stages, U-Nets): model.layers.3.mlp.up →
-    model.layers.3; encoder.layers.1.blocks.0.attn → encoder.layers.1.blocks.0; experts stay within their block.
-    """
-    parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    if at is None:
-        return name
-    while at + 2 < len(parts) and parts[at + 1] in _NESTED_LISTS and parts[at + 2].isdigit():
-        at += 2
-    return ".".join(parts[: at + 1])

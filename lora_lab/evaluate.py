@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from lora_lab import tasks
 from lora_lab.adapter import Adapter
 from lora_lab.attach import attach
-from lora_lab.errors import MismatchError
+from lora_lab.errors import MismatchError, TunerError
 from lora_lab.result import Result, columns, fingerprint, provenance
 from lora_lab.stats import Sampled
 from lora_lab.task import Scores, Task, resolve_device
@@ -80,6 +84,62 @@ def _estimates(scores: Scores, seed: int) -> dict[str, float]:
         value, low, high = sampled[[i]].estimate(lambda means: means[0])
         cells |= {name: value, f"{name}_low": low, f"{name}_high": high}
     return cells
+
+
+def described(adapter: Adapter) -> dict[str, Any]:
+    """What a result's parameters say of an adapter: label, method, seed, ‖ΔW‖ (None where there is no ΔW)."""
+    try:
+        norm = adapter.total_norm
+    except TunerError:
+        norm = None
+    return {
+        "label": adapter.label,
+        "method": adapter.record.get("method"),
+        "seed": adapter.record.get("seed"),
+        "norm": norm,
+    }
+
+
+def identity(adapter: Adapter) -> list[Any]:
+    """All that an adapter's scores hang on, every bit of it hashed; for run ids."""
+    return [described(adapter), adapter.config, sorted(adapter.tensors), _digest(adapter.tensors.values())]
+
+
+def examples_of(task: Task, split: str) -> list[Any]:
+    """All that scores hang on besides the adapter: the task, its base model and its examples; for run ids."""
+    return [task.record, task.base_digest, split, _digest(task.split(split).inputs.values())]
+
+
+def pack(scores: Scores) -> dict[str, Any]:
+    """Scores as text; losses and margins were computed in float32, so nothing is lost."""
+    text = {"loss": _floats(scores.loss), "margin": _floats(scores.margin)}
+    text["correct"] = base64.b64encode(np.packbits(scores.correct).tobytes()).decode()
+    if scores.logits is not None:
+        text["logits"] = _floats(scores.logits)
+    return text
+
+
+def unpack(text: Mapping[str, str]) -> Scores:
+    """The inverse of `pack`."""
+    loss, margin = _from_text(text["loss"]), _from_text(text["margin"])
+    bits = np.frombuffer(base64.b64decode(text["correct"]), np.uint8)
+    logits = _from_text(text["logits"]).astype(np.float32).reshape(len(loss), -1) if "logits" in text else None
+    return Scores(loss, np.unpackbits(bits, count=len(loss)).astype(np.bool_), margin, logits)
+
+
+def _floats(values: npt.NDArray[Any]) -> str:
+    return base64.b64encode(values.astype("<f4").tobytes()).decode()
+
+
+def _from_text(text: str) -> npt.NDArray[np.float64]:
+    return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float64)
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def task_of(*adapters: Adapter, given: str | None = None) -> Task:

@@ -113,7 +113,7 @@ def parse(
     if clashes[chosen]:
         parsed.problems.append(f"{where}: two tensors each for {some(clashes[chosen])}")
     found = by_name.get(chosen, {})
-    for module in sorted(found, key=_natural):
+    for module in sorted(found, key=natural):
         _add_site(parsed, module, found[module], config, tuner, where)
     _check_ranks(parsed, config, where)
     _add_others(parsed, loose, chosen, by_name, config)
@@ -421,7 +421,7 @@ def assumed_config(
         "lora_alpha": common if alpha is None else alpha,
         "rank_pattern": uneven,
         "alpha_pattern": dict(uneven) if alpha is None else {},
-        "target_modules": sorted(modules, key=_natural),
+        "target_modules": sorted(modules, key=natural),
     }
     if any("lora_magnitude_vector" in key for key in tensors):
         config["use_dora"] = True
@@ -497,5 +497,6 @@ LORA_FIELDS = frozenset(
 )
 
 
-def _natural(name: str) -> list[tuple[int, int | str]]:
+def natural(name: str) -> list[tuple[int, int | str]]:
+    """A key that sorts paths by their numbers' values."""
     return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]

@@ -6,7 +6,7 @@ Adapters record the task that they were trained on, so that later commands need 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,23 @@ class Scores:
     """How a model did on each example of a split, in the split's order."""
 
     loss: npt.NDArray[np.float64]
+    """Cross-entropy in nats."""
     correct: npt.NDArray[np.bool_]
+    margin: npt.NDArray[np.float64]
+    """Logit of the right answer minus the highest of the others."""
+    logits: npt.NDArray[np.float32] | None = None
+    """[examples, labels], where they were asked for."""
+
+    @classmethod
+    def join(cls, parts: Sequence[Scores]) -> Scores:
+        """Scores of consecutive batches as one."""
+        with_logits = all(part.logits is not None for part in parts)
+        return cls(
+            np.concatenate([part.loss for part in parts]),
+            np.concatenate([part.correct for part in parts]),
+            np.concatenate([part.margin for part in parts]),
+            np.concatenate([part.logits for part in parts if part.logits is not None]) if with_logits else None,
+        )
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -51,6 +67,16 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.inputs["labels"])
+
+    def subset(self, examples: int | None, seed: int = 0) -> Split:
+        """So many examples drawn without replacement, in the split's order; all of them for None."""
+        n = len(self)
+        if examples is None or examples >= n:
+            return self
+        if examples < 1:
+            raise OptionError(f"{examples} examples; at least 1 is needed")
+        chosen = torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(n)[:examples]))
+        return Split({name: tensor[chosen] for name, tensor in self.inputs.items()})
 
     def batches(self, size: int) -> list[dict[str, Tensor]]:
         """Consecutive batches."""
@@ -140,22 +166,30 @@ class Task(ABC):
 
     @torch.inference_mode()
     def score(self, model: nn.Module, split: str = "test") -> Scores:
-        """Loss and correctness of every example of the split; the model is put into evaluation mode."""
+        """Scores of every example of the split; the model is put into evaluation mode."""
         model.eval()
         device = next(model.parameters()).device
-        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        losses, correct = [], []
-        for batch in self.batches(split, device):
-            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-            logits = model(**inputs).logits.float()
-            losses.append(nn.functional.cross_entropy(logits, batch["labels"], reduction="none"))
-            correct.append(logits.argmax(-1) == batch["labels"])
-        loss = torch.cat(losses).double().cpu().numpy()
-        if not np.isfinite(loss).all():
+        scores = Scores.join([self.judge(model, batch) for batch in self.batches(split, device)])
+        if not np.isfinite(scores.loss).all():
             raise TaskError(
-                f"task {self.name}: the model's loss is not finite on {int((~np.isfinite(loss)).sum())} examples"
+                f"task {self.name}: the model's loss is not finite on {int((~np.isfinite(scores.loss)).sum())} examples"
             )
-        return Scores(loss, torch.cat(correct).cpu().numpy())
+        return scores
+
+    def judge(self, model: nn.Module, batch: Mapping[str, Tensor], *, keep_logits: bool = False) -> Scores:
+        """Scores of one batch, finite or not; the model must be in evaluation mode."""
+        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        labels = batch["labels"]
+        logits: Tensor = model(**inputs).logits.float()
+        right = logits.gather(1, labels[:, None])[:, 0]
+        others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+        return Scores(
+            nn.functional.cross_entropy(logits, labels, reduction="none").double().cpu().numpy(),
+            (logits.argmax(-1) == labels).cpu().numpy(),
+            (right - others).double().cpu().numpy(),
+            logits.cpu().numpy() if keep_logits else None,
+        )
 
 
 def resolve_device(name: str | None = None) -> torch.device:

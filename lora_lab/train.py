@@ -23,10 +23,11 @@ from transformers.utils import logging as transformers_logging
 from lora_lab import files, peft_format
 from lora_lab.adapter import Adapter
 from lora_lab.attach import layers
-from lora_lab.coto import CoToCallback, DropoutRamp, group
+from lora_lab.coto import CoToCallback, DropoutRamp
 from lora_lab.errors import FileError, LoraLabError, OptionError, TaskError, TunerError, unknown
 from lora_lab.evaluate import score
 from lora_lab.lowrank import LowRank, combine
+from lora_lab.players import group
 from lora_lab.recipe import METHODS, Recipe, tuners
 from lora_lab.result import Result, finite, provenance
 from lora_lab.task import Split, Task

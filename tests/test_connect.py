@@ -8,10 +8,10 @@ import torch
 from peft import HiraConfig, LoraConfig, get_peft_model
 
 from lora_lab.adapter import Adapter
-from lora_lab.connect import BARRIERS, Point, evaluate, interpolate, pack, parse_ratios, run_id, unpack
+from lora_lab.connect import BARRIERS, Point, evaluate, interpolate, parse_ratios, run_id
 from lora_lab.digits import Digits
 from lora_lab.errors import MismatchError, OptionError, TunerError
-from lora_lab.evaluate import score
+from lora_lab.evaluate import pack, score, unpack
 from lora_lab.lowrank import LowRank
 from lora_lab.mix import SPACES, Mixer
 from lora_lab.task import Scores
@@ -262,10 +262,11 @@ def test_points_that_are_one_model_are_evaluated_once(adapters):
 
 def test_packed_scores_come_back_bit_by_bit():
     generator = np.random.default_rng(0)
-    scores = Scores(generator.random(13).astype(np.float32).astype(np.float64), generator.random(13) < 0.5)
+    loss, margin = generator.random((2, 13)).astype(np.float32).astype(np.float64)
+    scores = Scores(loss, generator.random(13) < 0.5, margin, generator.random((13, 3)).astype(np.float32))
     again = unpack(pack(scores))
-    assert (again.loss == scores.loss).all()
-    assert (again.correct == scores.correct).all()
+    for name in ("loss", "correct", "margin", "logits"):
+        assert (getattr(again, name) == getattr(scores, name)).all()
 
 
 def test_the_factor_line_works_for_tuners_without_a_delta(tmp_path):

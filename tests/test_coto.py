@@ -9,8 +9,9 @@ from peft import HiraConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from lora_lab.attach import layers
-from lora_lab.coto import CoToCallback, Switches, block, group
+from lora_lab.coto import CoToCallback, Switches
 from lora_lab.errors import OptionError, TunerError
+from lora_lab.players import block, group
 from lora_lab.schedule import Schedule
 
 CASES = Path(__file__).parent / "cases"
@@ -325,7 +326,7 @@ def test_groups_may_be_modules_or_regular_expressions():
         ("layer", "unknown grouping 'layer'"),
         ({"a": r"q$"}, r"layers.0.v matches no group"),
         ({"a": r"q$", "b": "layers"}, r"layers.0.q matches a, b"),
-        ({"a": "layers", "b": "^x"}, r"group 'b' matches no module; there are: layers.0.q"),
+        ({"a": "layers", "b": "^x"}, r"group 'b' \('\^x'\) matches no module; there are: layers.0.q"),
         ({"a": "("}, "not a regular expression"),
     ],
 )

@@ -13,14 +13,15 @@ PACKAGE = ROOT / "lora_lab"
 
 LAYERS = [
     {"__init__", "errors"},
-    {"files", "lowrank", "schedule", "stats", "plot_style"},
+    {"files", "lowrank", "schedule", "stats", "plot_style", "estimators"},
     {"result", "peft_format"},
     {"adapter", "plot_line", "plot_train"},
-    {"task", "attach", "plot", "mix"},
-    {"coto", "digits", "text", "recipe"},
+    {"task", "attach", "plot", "mix", "players", "prune"},
+    {"coto", "digits", "text", "recipe", "variants", "patterns"},
     {"tasks"},
-    {"evaluate", "connect"},
-    {"train"},
+    {"evaluate"},
+    {"connect", "game"},
+    {"train", "shapley"},
     {"parallel"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(LAYERS) for name in names}

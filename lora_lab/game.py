@@ -1,0 +1,264 @@
+"""The game on an adapter: which of its parts are on, and what is the model worth then?
+
+Dropout stability, structured pruning and Shapley values are three questions put to one `Game`. It is called as shapiq
+calls games: coalitions bool [n, players] → worths float [n].
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from lora_lab.adapter import Adapter
+from lora_lab.attach import put_on
+from lora_lab.errors import LoraLabWarning, OptionError, TunerError, some, unknown
+from lora_lab.evaluate import examples_of, identity, pack, unpack
+from lora_lab.players import Players
+from lora_lab.result import Journal, fingerprint
+from lora_lab.stats import Floats
+from lora_lab.task import Scores, Task, resolve_device
+from lora_lab.variants import State, Variant, Variants
+
+Bools = npt.NDArray[np.bool_]
+
+Progress = Callable[[int, int], None]
+"""Called with (coalitions done, coalitions in all)."""
+
+WORTHS: dict[str, Callable[[Scores], Floats]] = {
+    "accuracy": lambda scores: scores.correct.astype(np.float64),
+    "loss": lambda scores: -scores.loss,
+    "log-likelihood": lambda scores: -scores.loss,
+    "margin": lambda scores: scores.margin,
+}
+"""Name → worth of each example, signed so that what helps is positive.
+
+In classification the loss is the negative log-likelihood of the right label, so that the two are one number here.
+"""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What is still to be computed."""
+
+    variants: int
+    """Not known yet."""
+    block_evaluations: int
+    """On whole batches."""
+    naive_block_evaluations: int
+    seconds: float
+
+
+class Outcomes:
+    """Per-example scores of an adapter's variants: each computed once, kept in a journal, shared by all questions.
+
+    The journal lies in the folder `cache`, under a name made from the adapter's bits, the task and the examples; so
+    another question about them finds what is known, and a killed run goes on. `examples` draws so many with seed 0.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        task: Task,
+        *,
+        split: str = "test",
+        examples: int | None = None,
+        device: torch.device | None = None,
+        cache: Path | None = None,
+        share: bool = True,
+        progress: Progress | None = None,
+    ) -> None:
+        self.adapter, self.task, self.split = adapter, task, split
+        self.device = device or resolve_device()
+        self.progress = progress
+        self._data = task.split(split).subset(examples)
+        self.run = fingerprint([identity(adapter), examples_of(task, split), len(self._data), self.device.type])
+        self._journal = Journal(cache / f"{self.run}.jsonl", self.run) if cache else None
+        self._known: dict[str, Scores] = {}
+        self._share = share
+        self._pace: float | None = None
+        self.evaluated = 0
+
+    @property
+    def examples(self) -> int:
+        """Examples that every variant is scored on."""
+        return len(self._data)
+
+    @property
+    def batches(self) -> int:
+        """Batches that every variant is scored on."""
+        return len(self._batches)
+
+    @property
+    def names(self) -> list[str]:
+        """The adapted modules, in the order of a variant's states."""
+        return self.variants.names
+
+    @cached_property
+    def variants(self) -> Variants:
+        """The engine, on a model of its own that wears the adapter."""
+        model = self.task.build_model().to(self.device)
+        return Variants(put_on(model, self.adapter), share=self._share)
+
+    def keeping(self, modules: Collection[str], factor: float = 1.0) -> Variant:
+        """The variant with exactly these modules on, their updates scaled by `factor`."""
+        missing = sorted(set(modules) - set(self.names))
+        if missing:
+            raise OptionError(f"{self.adapter.source}: adapts no module {some(missing)}; there are: {some(self.names)}")
+        return tuple(factor if name in modules else 0.0 for name in self.names)
+
+    def of(self, variants: Sequence[Variant], *, logits: bool = False) -> list[Scores]:
+        """Scores of every variant (with logits on request), computing what is not known yet."""
+        keys = [_key(variant) for variant in variants]
+        missing = {
+            key: variant for key, variant in zip(keys, variants, strict=True) if not self._find(key, logits=logits)
+        }
+        if missing:
+            self._compute(missing, logits=logits)
+        return [self._known[key] for key in keys]
+
+    def cost(self, variants: Iterable[Variant], *, logits: bool = False) -> Cost:
+        """What `of` would compute for these variants; the seconds are extrapolated from one timed batch."""
+        missing = [v for k, v in {_key(v): v for v in variants}.items() if not self._find(k, logits=logits)]
+        batches = len(self._batches)
+        blocks, naive = self.variants.cost(missing) * batches, self.variants.blocks * len(missing) * batches
+        per_pass = self.pace * batches
+        share = blocks / naive if naive else 1.0
+        return Cost(len(missing), blocks, naive, len(missing) * per_pass * share)
+
+    @property
+    def pace(self) -> float:
+        """Seconds of a forward pass on one batch with everything on, timed once."""
+        if self._pace is None:
+            plain = Variants(self.variants.attached, share=False)
+            for _ in range(2):  # the first one warms up
+                began = time.perf_counter()
+                list(plain.run([plain.all_on()], self._batches[:1], self.task.judge))
+                self._pace = time.perf_counter() - began
+        assert self._pace is not None
+        return self._pace
+
+    def _find(self, key: str, *, logits: bool) -> bool:
+        """Whether the variant is known, in memory or in the journal."""
+        if key not in self._known and self._journal is not None:
+            for name in (f"{key} logits", key):
+                if name in self._journal:
+                    self._known[key] = unpack(self._journal[name])
+                    break
+        return key in self._known and (not logits or self._known[key].logits is not None)
+
+    def _compute(self, missing: Mapping[str, Variant], *, logits: bool) -> None:
+        keys = list(missing)
+
+        def judge(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> Scores:
+            return self.task.judge(model, batch, keep_logits=logits)
+
+        for done, (i, scores) in enumerate(self.variants.run(list(missing.values()), self._batches, judge)):
+            self._known[keys[i]] = scores
+            self.evaluated += 1
+            if self._journal is not None:
+                self._journal.add(keys[i] + (" logits" if logits else ""), pack(scores))
+            if self.progress:
+                self.progress(done + 1, len(keys))
+
+    @cached_property
+    def _batches(self) -> list[dict[str, torch.Tensor]]:
+        batches = self._data.batches(self.task.batch_size)
+        return [{name: tensor.to(self.device) for name, tensor in batch.items()} for batch in batches]
+
+
+class Game:
+    """Players of an adapter and the worth of their coalitions: bool [n, players] → float [n], a mean over examples.
+
+    Modules of no player are always on, and so are heads. With `rescale` the updates of a coalition of k of n players
+    are multiplied by n/k. A worth that is not finite comes out as NaN, with a warning that names the coalition; the
+    others keep theirs.
+    """
+
+    def __init__(self, outcomes: Outcomes, players: Players, *, worth: str = "accuracy", rescale: bool = False) -> None:
+        if worth not in WORTHS:
+            raise unknown("worth", worth, WORTHS)
+        if rescale and any(site.scale is None for site in outcomes.adapter.sites.values()):
+            raise TunerError(f"{outcomes.adapter.source}: {outcomes.adapter.tuner} has no scale to multiply")
+        self.outcomes, self.players, self.worth, self.rescale = outcomes, players, worth, rescale
+        self.n_players = len(players)
+        self.player_names = players.names
+
+    def __call__(self, coalitions: Bools) -> Floats:
+        """Worth of each coalition."""
+        means: Floats = self.per_example(coalitions).mean(1)
+        bad = np.flatnonzero(~np.isfinite(means))
+        if len(bad):
+            named = "; ".join(self.name_of(np.atleast_2d(coalitions)[i]) for i in bad[:3])
+            warnings.warn(
+                f"{self.worth} is not finite for {len(bad)} of {len(means)} coalitions, which are left out: {named}",
+                LoraLabWarning,
+                stacklevel=2,
+            )
+            means[bad] = np.nan
+        return means
+
+    def per_example(self, coalitions: Bools) -> Floats:
+        """Worth of each coalition on each example, [n, examples]; NaN where the loss is not finite."""
+        worth = WORTHS[self.worth]
+        scores = self.scores(coalitions)
+        return np.stack([np.where(np.isfinite(s.loss), worth(s), np.nan) for s in scores])
+
+    def scores(self, coalitions: Bools, *, logits: bool = False) -> list[Scores]:
+        """Scores of each coalition."""
+        return self.outcomes.of([self.variant(row) for row in np.atleast_2d(coalitions)], logits=logits)
+
+    def cost(self, coalitions: Bools, *, logits: bool = False) -> Cost:
+        """What calling the game with these coalitions would compute."""
+        return self.outcomes.cost([self.variant(row) for row in np.atleast_2d(coalitions)], logits=logits)
+
+    def variant(self, coalition: Bools) -> Variant:
+        """The states that a coalition means."""
+        if len(coalition) != self.n_players:
+            raise OptionError(f"a coalition of {len(coalition)} places for {self.n_players} players")
+        factor = self.n_players / max(1, int(coalition.sum())) if self.rescale else 1.0
+        switched: dict[str, State] = {}
+        ranks: dict[str, list[bool]] = {}
+        for on, units in zip(coalition, self.players.units.values(), strict=True):
+            for name, rank in units:
+                if rank is None:
+                    switched[name] = factor if on else 0.0
+                else:
+                    ranks.setdefault(name, []).append(bool(on))
+        switched |= {name: _ranks(mask) for name, mask in ranks.items()}
+        return tuple(switched.get(name, 1.0) for name in self.outcomes.names)
+
+    def name_of(self, coalition: Bools) -> str:
+        """A coalition in words."""
+        if coalition.all():
+            return "all players"
+        return some([n for n, on in zip(self.player_names, coalition, strict=True) if on], 6) or "no player"
+
+
+def all_coalitions(n: int) -> Bools:
+    """The 2^n coalitions; row i holds the binary digits of i, the first player as the lowest."""
+    return (np.arange(2**n)[:, None] >> np.arange(n) & 1).astype(np.bool_)
+
+
+def _ranks(mask: Sequence[bool]) -> State:
+    if all(mask) or not any(mask):
+        return float(all(mask))
+    return tuple(mask)
+
+
+def _key(variant: Variant) -> str:
+    """A short text that equal variants share: a letter a module (x: scaled), and the factor where there is one."""
+    factors = sorted({state for state in variant if not isinstance(state, tuple)} - {0.0, 1.0})
+    letters = [f"({_bits(s)})" if isinstance(s, tuple) else {0.0: "0", 1.0: "1"}.get(s, "x") for s in variant]
+    return "".join(letters) + "".join(f"*{factor!r}" for factor in factors)
+
+
+def _bits(mask: Sequence[bool]) -> str:
+    return "".join("01"[on] for on in mask)

@@ -1,0 +1,385 @@
+"""What does each part of an adapter contribute? Shapley values of its players, with all their uncertainties."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_lab import estimators
+from lora_lab.adapter import Adapter
+from lora_lab.errors import OptionError, unknown
+from lora_lab.estimators import EXACT_LIMIT, Estimate, Floats
+from lora_lab.evaluate import described, examples_of, identity
+from lora_lab.game import Cost, Game, Outcomes, Progress, all_coalitions
+from lora_lab.players import players
+from lora_lab.result import Result, columns, fingerprint, finite, provenance
+from lora_lab.stats import mean_and_spread
+from lora_lab.task import Task, resolve_device
+
+_Z = 1.959964  # of the normal distribution, for 95 %
+SHAPIQ = "shapiq:"
+
+
+def shapley(
+    adapters: Sequence[Adapter],
+    task: Task,
+    *,
+    by: str | Mapping[str, str] = "layer",
+    worth: str = "accuracy",
+    estimator: str | None = None,
+    samples: int = 200,
+    until_se: float | None = None,
+    budget: int | None = None,
+    order: int = 1,
+    split: str = "test",
+    examples: int | None = None,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    device: torch.device | None = None,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+    confirm: Callable[[Cost], None] | None = None,
+) -> Result:
+    """Shapley values of every adapter's players (see `players`), each from its own game.
+
+    Without an `estimator`, all coalitions are enumerated where that takes fewer block evaluations than `samples`
+    antithetic orders, which are taken otherwise. Every value has the standard error of its choice of coalitions (0
+    for exact values), that of the examples, and a 95 % interval from both. `order` 2 adds pairwise interactions.
+    `confirm` is told the cost before anything is computed.
+    """
+    check(adapters, by=by, estimator=estimator, order=order)
+    began = time.perf_counter()
+    if confirm:
+        first = _game(adapters[0], task, by, worth, split, examples, device, cache, None)
+        cost = first.cost(_planned(first, estimator, samples, budget, order, seed, options or {}))
+        confirm(Cost(*(getattr(cost, name) * len(adapters) for name in Cost.__dataclass_fields__)))
+    rows, summaries = [], []
+    for adapter in adapters:
+        game = _game(adapter, task, by, worth, split, examples, device, cache, progress)
+        chosen = estimator or choose(game, samples=samples, budget=budget, seed=seed)
+        found = _estimate(game, chosen, samples, until_se, budget, seed, options or {})
+        second = _second_opinion(found)
+        rows += _rows(adapter, game, found, second)
+        summaries.append(_summary(adapter, game, found, second))
+        if order == 2:
+            summaries[-1]["interactions"] = _interactions(game, chosen, samples, seed)
+    return Result(
+        "shapley",
+        finite(columns(rows)),
+        {
+            "task": task.record,
+            "split": split,
+            "players": by if isinstance(by, str) else dict(by),
+            "worth": worth,
+            "estimator": estimator,
+            "samples": samples,
+            "until_se": until_se,
+            "budget": budget,
+            "order": order,
+            "options": dict(options or {}),
+            "seed": seed,
+            "adapters": [described(adapter) for adapter in adapters],
+        },
+        finite({"adapters": summaries, "by_method": _by_method(summaries)}),
+        provenance(
+            inputs=[Path(a.source) for a in adapters],
+            elapsed_s=time.perf_counter() - began,
+            examples=game.outcomes.examples,
+            run=run_id(
+                adapters,
+                task,
+                split=split,
+                by=by if isinstance(by, str) else dict(by),
+                worth=worth,
+                estimator=estimator,
+                samples=samples,
+                until_se=until_se,
+                budget=budget,
+                order=order,
+                examples=examples,
+                seed=seed,
+                options=dict(options or {}),
+            ),
+            device=str(game.outcomes.device),
+            dtype=task.dtype,
+        ),
+    )
+
+
+def check(
+    adapters: Sequence[Adapter], *, by: str | Mapping[str, str], estimator: str | None = None, order: int = 1
+) -> None:
+    """Raise what `shapley` would raise for these options, before anything is computed."""
+    if not adapters:
+        raise OptionError("no adapter was given")
+    if order not in (1, 2):
+        raise OptionError(f"order {order}: 1 (values) or 2 (pairwise interactions too) can be had")
+    if estimator is not None and estimator.startswith(SHAPIQ):
+        _approximator(estimator, 3, 0)
+    elif estimator is not None and estimator not in ("exact", *estimators.ESTIMATORS):
+        raise unknown("estimator", estimator, ["exact", *estimators.ESTIMATORS, "shapiq:NAME"])
+    for adapter in adapters:
+        players(adapter, by)
+
+
+def run_id(adapters: Sequence[Adapter], task: Task, *, split: str, **options: Any) -> str:
+    """What a run's result hangs on: the adapters, the examples, and the options."""
+    return fingerprint(["shapley", [identity(a) for a in adapters], examples_of(task, split), options])
+
+
+def choose(game: Game, *, samples: int, budget: int | None = None, seed: int = 0) -> str:
+    """ "exact" where all coalitions take no more block evaluations than `samples` antithetic orders do."""
+    n = game.n_players
+    if n > EXACT_LIMIT or 2**n > 8 * (samples * n + 2) or (budget is not None and 2**n > budget):
+        return "antithetic"
+    sampled = _coalitions(estimators.plan(n, estimator="antithetic", samples=samples, seed=seed, budget=budget))
+    exact_cost = _blocks(game, all_coalitions(n))
+    return "exact" if exact_cost <= _blocks(game, sampled) else "antithetic"
+
+
+def newest_adapter(folder: Path) -> Path | None:
+    """The adapter file or folder below `folder` that was written last; hidden folders are left out."""
+    import json
+
+    found: list[tuple[int, str, Path]] = []
+    for path in folder.rglob("*.safetensors"):
+        if any(part.startswith(".") or part == "site-packages" for part in path.relative_to(folder).parts):
+            continue
+        if path.name == "adapter_model.safetensors":
+            found.append((path.stat().st_mtime_ns, str(path.parent), path.parent))
+            continue
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            head = file.read(size) if size < 1 << 26 else b""
+        try:
+            header = json.loads(head)
+        except ValueError:
+            continue
+        if isinstance(header, dict) and "lora_lab.config" in (header.get("__metadata__") or {}):
+            found.append((path.stat().st_mtime_ns, str(path), path))
+    return max(found)[2] if found else None
+
+
+def _game(
+    adapter: Adapter,
+    task: Task,
+    by: str | Mapping[str, str],
+    worth: str,
+    split: str,
+    examples: int | None,
+    device: torch.device | None,
+    cache: Path | None,
+    progress: Progress | None,
+) -> Game:
+    outcomes = Outcomes(
+        adapter,
+        task,
+        split=split,
+        examples=examples,
+        device=device or resolve_device(),
+        cache=cache,
+        progress=progress,
+    )
+    return Game(outcomes, players(adapter, by), worth=worth)
+
+
+def _estimate(
+    game: Game,
+    estimator: str,
+    samples: int,
+    until_se: float | None,
+    budget: int | None,
+    seed: int,
+    options: Mapping[str, Any],
+) -> Estimate:
+    n = game.n_players
+    if estimator.startswith(SHAPIQ):
+        return _by_shapiq(game, estimator, budget or samples * (n - 1) + 2, seed)
+    return estimators.estimate(
+        game, n, estimator=estimator, samples=samples, seed=seed, until_se=until_se, budget=budget, **options
+    )
+
+
+def _planned(
+    game: Game,
+    estimator: str | None,
+    samples: int,
+    budget: int | None,
+    order: int,
+    seed: int,
+    options: Mapping[str, Any],
+) -> Any:
+    """All coalitions that the run will at most ask for."""
+    n = game.n_players
+    chosen = estimator or choose(game, samples=samples, budget=budget, seed=seed)
+    if chosen == "exact":
+        if n > EXACT_LIMIT:
+            raise OptionError(f"2^{n} coalitions are too many to enumerate; --estimator antithetic samples them")
+        return all_coalitions(n)
+    name = "antithetic" if chosen.startswith(SHAPIQ) else chosen
+    draws = estimators.plan(n, estimator=name, samples=samples, seed=seed, budget=budget, **options)
+    asked = [_coalitions(draws)]
+    if order == 2:
+        asked.append(estimators.interaction_coalitions(n, samples=samples, seed=seed))
+    return np.concatenate(asked)
+
+
+def _coalitions(draws: Sequence[estimators.Draw]) -> Any:
+    return np.unique(np.concatenate([draw.coalitions for draw in draws]), axis=0)
+
+
+def _blocks(game: Game, coalitions: Any) -> int:
+    """Block evaluations a batch if nothing were known."""
+    return game.outcomes.variants.cost([game.variant(row) for row in coalitions])
+
+
+def _second_opinion(found: Estimate) -> Estimate | None:
+    """Another estimate from the same coalitions."""
+    if found.estimator in ("exact", "regression") or not len(found.coalitions):
+        return None
+    return estimators.fit_pairs(found.coalitions, found.worths)
+
+
+def _rows(adapter: Adapter, game: Game, found: Estimate, second: Estimate | None) -> list[dict[str, Any]]:
+    by_examples = np.full(game.n_players, np.nan)
+    if len(found.coalitions):
+        values = found.weights @ game.per_example(found.coalitions)
+        if values.shape[1] > 1:
+            by_examples = values.std(1, ddof=1) / math.sqrt(values.shape[1])
+    spread = np.sqrt(found.se**2 + by_examples**2)
+    rows = []
+    for i, (name, units) in enumerate(game.players.units.items()):
+        place = game.players.places.get(name)
+        rows.append(
+            {
+                "adapter": adapter.label,
+                "method": adapter.record.get("method"),
+                "seed": adapter.record.get("seed"),
+                "player": name,
+                "encoder": place.encoder if place else None,
+                "type": place.type if place else None,
+                "layer": place.layer if place else None,
+                "modules": len(units),
+                "value": found.values[i],
+                "low": found.values[i] - _Z * spread[i],
+                "high": found.values[i] + _Z * spread[i],
+                "se": found.se[i],
+                "se_examples": by_examples[i],
+                "second": second.values[i] if second else None,
+                "second_se": second.se[i] if second else None,
+            }
+        )
+    return rows
+
+
+def _summary(adapter: Adapter, game: Game, found: Estimate, second: Estimate | None) -> dict[str, Any]:
+    n = game.n_players
+    empty, full = game(np.array([[False] * n, [True] * n]))
+    outcomes = game.outcomes
+    summary = {
+        "adapter": adapter.label,
+        "method": adapter.record.get("method"),
+        "seed": adapter.record.get("seed"),
+        "estimator": found.estimator,
+        "draws": found.draws,
+        "evaluations": len(found.coalitions),
+        "bias": found.bias,
+        "full": full,
+        "empty": empty,
+        "efficiency_gap": abs(float(found.values.sum()) - (full - empty)),
+        "largest_se": float(np.nanmax(found.se)) if np.isfinite(found.se).any() else None,
+        "trace": found.trace,
+        "always_on": list(game.players.left_out),
+        **balance(found.values),
+        "engine": {
+            "block_evaluations": outcomes.variants.computed,
+            "naive_block_evaluations": outcomes.evaluated * outcomes.variants.blocks * outcomes.batches,
+            "kept_bytes": outcomes.variants.kept_bytes,
+            "why_not_shared": outcomes.variants.why_not,
+        },
+    }
+    if second:
+        difference = np.abs(second.values - found.values)
+        summary["disagreement"] = {
+            "estimator": second.estimator,
+            "largest": float(difference.max()),
+            "player": game.player_names[int(difference.argmax())],
+        }
+    return summary
+
+
+def balance(values: Floats) -> dict[str, float]:
+    """How evenly contributions are spread: coefficient of variation, and the share of the largest third.
+
+    The share is of the sum of magnitudes, so that negative contributions count as contributions.
+    """
+    total = float(np.abs(values).sum())
+    mean = float(values.mean())
+    third = max(1, round(len(values) / 3))
+    return {
+        "variation": float(values.std()) / abs(mean) if mean else math.nan,
+        "top_third": float(np.sort(np.abs(values))[::-1][:third].sum()) / total if total else math.nan,
+    }
+
+
+def _by_method(summaries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over the adapters of each method."""
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    for summary in summaries:
+        groups.setdefault(summary["method"], []).append(summary)
+    rows = []
+    for method, members in groups.items():
+        row: dict[str, Any] = {"method": method, "adapters": len(members)}
+        for name in ("variation", "top_third", "full", "empty"):
+            row[name], row[f"{name}_spread"] = mean_and_spread(np.array([m[name] for m in members]))
+        rows.append(row)
+    return rows
+
+
+def _interactions(game: Game, estimator: str, samples: int, seed: int) -> dict[str, Any]:
+    whole = estimator == "exact"
+    values, se = estimators.interactions(game, game.n_players, samples=samples, seed=seed, every=whole)
+    return {"players": game.player_names, "values": values.tolist(), "se": se.tolist(), "exact": whole}
+
+
+def _by_shapiq(game: Game, estimator: str, budget: int, seed: int) -> Estimate:
+    """Values by one of shapiq's approximators, which tell neither weights nor standard errors."""
+    n = game.n_players
+    budget = min(budget, 2**n) if n <= 62 else budget
+    before = game.outcomes.evaluated
+    found = _approximator(estimator, n, seed).approximate(budget=budget, game=game)
+    values = np.array([float(found[(i,)]) for i in range(n)])
+    nothing = np.zeros((0, n), np.bool_)
+    asked = game.outcomes.evaluated - before
+    return Estimate(
+        estimator, values, np.full(n, np.nan), nothing, np.zeros((n, 0)), np.zeros(0), asked, [], "unknown to lora-lab"
+    )
+
+
+def _approximator(estimator: str, n: int, seed: int) -> Any:
+    try:
+        import shapiq
+        from shapiq.approximator import Approximator
+    except ImportError as error:
+        raise OptionError(f"{estimator} needs shapiq: pip install 'lora-lab[shapiq]'") from error
+    name = estimator.removeprefix(SHAPIQ)
+    known = {
+        key: cls
+        for key, cls in vars(shapiq).items()
+        if isinstance(cls, type) and issubclass(cls, Approximator) and cls is not Approximator
+    }
+    if name not in known:
+        raise unknown("estimator of shapiq", name, sorted(known))
+    options: dict[str, Any] = {"n": n, "random_state": seed}
+    for extra in ({}, {"index": "SV", "max_order": 1}, {"index": "SII", "max_order": 1}, {"max_order": 1}):
+        try:
+            return known[name](**options, **extra)
+        except (TypeError, ValueError):
+            continue
+    raise OptionError(f"{estimator} gives no Shapley values")
