@@ -10,13 +10,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..errors import FileError, OptionError
 from ..files import refuse_existing
 
 if TYPE_CHECKING:
+    from ..game import Cost
     from ..result import Result
 
 # In a pipe or a file there is no width to keep to, and a cut table would lose numbers.
@@ -33,6 +36,8 @@ class Outputs:
         self.folder = folder
         self.json, self.pdf, self.png = (folder / f"{verb}.{ending}" for ending in ("json", "pdf", "png"))
         self.journal = folder / f".{verb}.journal"
+        self.cache = folder / ".outcomes"
+        """Per-example scores, by adapter and data, that every later question below this folder finds again."""
 
     def earlier(self, run: str, *, force: bool) -> Result | None:
         """The result of this very run, if it is there already; another run's is in the way unless forced."""
@@ -66,11 +71,13 @@ def print_json(content: object) -> None:
 
 def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """A table on standard output; the first column is text, the others are set right."""
-    shown = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 1), header_style="bold")
+    shown = Table(
+        title=escape(title), title_justify="left", box=None, pad_edge=False, padding=(0, 1), header_style="bold"
+    )
     for i, heading in enumerate(headings):
         shown.add_column(heading, justify="left" if i == 0 else "right", overflow="fold")
     for row in rows:
-        shown.add_row(*(cell if isinstance(cell, str) else number(cell) for cell in row))
+        shown.add_row(*(escape(cell) if isinstance(cell, str) else number(cell) for cell in row))
     console.print(shown)
 
 
@@ -134,3 +141,67 @@ def parse_groups(given: Sequence[str]) -> str | dict[str, str]:
         if not (name and equals and pattern):
             raise OptionError(f"group {name!r}: NAME=REGEX is needed, or one of block, module alone")
     return {name: pattern for name, _, pattern in pairs}
+
+
+PLAYERS_HELP = "layer, module, type, type-layer, encoder-type-layer, rank, or NAME=REGEX (repeatable)."
+EXAMPLES_HELP = "Score on so many examples of the split, drawn with seed 0."
+YES_HELP = "Go on without asking, however long it takes."
+
+_LONG = 600.0  # seconds from which a run is asked about first
+
+
+def confirm(yes: bool) -> Callable[[Cost], None]:
+    """Tells what a run will cost; one of more than ten minutes is asked about, or refused where nobody can answer."""
+
+    def ask(cost: Cost) -> None:
+        shared = f" of {cost.naive_block_evaluations} without sharing" if cost.naive_block_evaluations else ""
+        messages.print(
+            f"to be computed: {cost.variants} variants, {cost.block_evaluations} block evaluations{shared}, "
+            f"about {_duration(cost.seconds)}"
+        )
+        if cost.seconds <= _LONG or yes:
+            return
+        if not sys.stdin.isatty():
+            raise OptionError(
+                f"this will take about {_duration(cost.seconds)}; --yes goes ahead, --examples and --samples shorten it"
+            )
+        typer.confirm("go ahead?", abort=True, err=True)
+
+    return ask
+
+
+def parse_players(given: Sequence[str] | None) -> str | dict[str, str]:
+    """['type'] → 'type'; ['attention=attn', …] → {name: regular expression}."""
+    if not given:
+        return "layer"
+    return parse_groups(given)
+
+
+def parse_set(given: Sequence[str] | None, function: Callable[..., object], what: str) -> dict[str, int | float | str]:
+    """['nodes=5'] → {'nodes': 5}, names and types from the keyword-only options of a function."""
+    import inspect
+
+    from ..errors import unknown
+
+    options = {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    found: dict[str, int | float | str] = {}
+    for text in given or []:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise OptionError(f"--set {text!r}: NAME=VALUE is needed")
+        if name not in options:
+            if not options:
+                raise OptionError(f"{what} has no options to set")
+            raise unknown(f"option of {what}", name, list(options))
+        kind = type(options[name])
+        try:
+            found[name] = kind(value)
+        except ValueError as error:
+            raise OptionError(f"--set {text!r}: {name} is a {kind.__name__}") from error
+    return found
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -55,6 +55,12 @@ class Cost:
     naive_block_evaluations: int
     seconds: float
 
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(*(times * part for part in astuple(self)))
+
 
 class Outcomes:
     """Per-example scores of an adapter's variants: each computed once, kept in a journal, shared by all questions.
@@ -92,6 +98,12 @@ class Outcomes:
         return len(self._data)
 
     @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """The right label of every example."""
+        labels: npt.NDArray[np.int64] = self._data.inputs["labels"].cpu().numpy()
+        return labels
+
+    @property
     def batches(self) -> int:
         """Batches that every variant is scored on."""
         return len(self._batches)
@@ -123,6 +135,24 @@ class Outcomes:
         if missing:
             self._compute(missing, logits=logits)
         return [self._known[key] for key in keys]
+
+    def of_other(self, key: str, make: Callable[[], Adapter | None]) -> Scores:
+        """Scores of another adapter in this one's place (None: of the base), known by a key of the caller's.
+
+        It must be of the same tuner and adapt no other modules; ranks may differ.
+        """
+        if not self._find(f"other:{key}", logits=False):
+            other = make()
+            if other is None:
+                return self.of([self.keeping([])])[0]
+            self.variants.attached.set(other)
+            try:
+                with torch.inference_mode():
+                    batches = [self.task.judge(self.variants.model, batch) for batch in self._batches]
+            finally:
+                self.variants.attached.set(self.adapter)
+            self._keep(f"other:{key}", Scores.join(batches))
+        return self._known[f"other:{key}"]
 
     def cost(self, variants: Iterable[Variant], *, logits: bool = False) -> Cost:
         """What `of` would compute for these variants; the seconds are extrapolated from one timed batch."""
@@ -161,12 +191,15 @@ class Outcomes:
             return self.task.judge(model, batch, keep_logits=logits)
 
         for done, (i, scores) in enumerate(self.variants.run(list(missing.values()), self._batches, judge)):
-            self._known[keys[i]] = scores
-            self.evaluated += 1
-            if self._journal is not None:
-                self._journal.add(keys[i] + (" logits" if logits else ""), pack(scores))
+            self._keep(keys[i], scores)
             if self.progress:
                 self.progress(done + 1, len(keys))
+
+    def _keep(self, key: str, scores: Scores) -> None:
+        self._known[key] = scores
+        self.evaluated += 1
+        if self._journal is not None:
+            self._journal.add(key + (" logits" if scores.logits is not None else ""), pack(scores))
 
     @cached_property
     def _batches(self) -> list[dict[str, torch.Tensor]]:
@@ -178,8 +211,8 @@ class Game:
     """Players of an adapter and the worth of their coalitions: bool [n, players] → float [n], a mean over examples.
 
     Modules of no player are always on, and so are heads. With `rescale` the updates of a coalition of k of n players
-    are multiplied by n/k. A worth that is not finite comes out as NaN, with a warning that names the coalition; the
-    others keep theirs.
+    are multiplied by n/k. A worth is NaN where the loss is not finite, and a warning names the coalition; the others
+    keep theirs.
     """
 
     def __init__(self, outcomes: Outcomes, players: Players, *, worth: str = "accuracy", rescale: bool = False) -> None:
@@ -194,26 +227,25 @@ class Game:
     def __call__(self, coalitions: Bools) -> Floats:
         """Worth of each coalition."""
         means: Floats = self.per_example(coalitions).mean(1)
-        bad = np.flatnonzero(~np.isfinite(means))
-        if len(bad):
-            named = "; ".join(self.name_of(np.atleast_2d(coalitions)[i]) for i in bad[:3])
-            warnings.warn(
-                f"{self.worth} is not finite for {len(bad)} of {len(means)} coalitions, which are left out: {named}",
-                LoraLabWarning,
-                stacklevel=2,
-            )
-            means[bad] = np.nan
         return means
 
     def per_example(self, coalitions: Bools) -> Floats:
         """Worth of each coalition on each example, [n, examples]; NaN where the loss is not finite."""
-        worth = WORTHS[self.worth]
-        scores = self.scores(coalitions)
-        return np.stack([np.where(np.isfinite(s.loss), worth(s), np.nan) for s in scores])
+        return np.stack([_finite(WORTHS[self.worth](s), s) for s in self.scores(coalitions)])
 
     def scores(self, coalitions: Bools, *, logits: bool = False) -> list[Scores]:
-        """Scores of each coalition."""
-        return self.outcomes.of([self.variant(row) for row in np.atleast_2d(coalitions)], logits=logits)
+        """Scores of each coalition; those whose loss is not finite are named in a warning."""
+        rows = np.atleast_2d(coalitions)
+        found = self.outcomes.of([self.variant(row) for row in rows], logits=logits)
+        bad = [self.name_of(row) for row, s in zip(rows, found, strict=True) if not np.isfinite(s.loss).all()]
+        if bad:
+            warnings.warn(
+                f"{self.outcomes.adapter.label}: the loss is not finite for {len(bad)} of {len(found)} coalitions, "
+                f"which are left out: {'; '.join(bad[:3])}",
+                LoraLabWarning,
+                stacklevel=3,
+            )
+        return found
 
     def cost(self, coalitions: Bools, *, logits: bool = False) -> Cost:
         """What calling the game with these coalitions would compute."""
@@ -237,14 +269,20 @@ class Game:
 
     def name_of(self, coalition: Bools) -> str:
         """A coalition in words."""
-        if coalition.all():
-            return "all players"
-        return some([n for n, on in zip(self.player_names, coalition, strict=True) if on], 6) or "no player"
+        on = [name for name, is_on in zip(self.player_names, coalition, strict=True) if is_on]
+        off = [name for name in self.player_names if name not in on]
+        if not on or not off:
+            return "no player" if off else "all players"
+        return some(on, 6) if len(on) <= len(off) else f"all but {some(off, 6)}"
 
 
 def all_coalitions(n: int) -> Bools:
     """The 2^n coalitions; row i holds the binary digits of i, the first player as the lowest."""
     return (np.arange(2**n)[:, None] >> np.arange(n) & 1).astype(np.bool_)
+
+
+def _finite(worth: Floats, scores: Scores) -> Floats:
+    return np.where(np.isfinite(scores.loss), worth, np.nan)
 
 
 def _ranks(mask: Sequence[bool]) -> State:

@@ -66,10 +66,16 @@ def fixed(choice: Choice) -> dict[str, list[str]]:
     layers = {place.layer for place in choice.places.values()} - {None}
     if len(layers) < 3:
         specs = ["all", "even", "odd"] if len(layers) == 2 else ["all"]
-    types = list(dict.fromkeys(place.type for place in choice.places.values()))
+    types = sorted({str(place.type) for place in choice.places.values()}, key=_type_order)
     if len(types) > 1:
         specs += [f"type:{name}" for name in types]
     return {spec: keep(choice, spec) for spec in specs}
+
+
+def _type_order(name: str) -> tuple[int, str]:
+    """In the order of TYPES, unknown ones last."""
+    known = list(TYPES.values())
+    return next((i for i, names in enumerate(known) if name in names), len(known)), name
 
 
 def _by_layer(wanted: Callable[[int, Sequence[int]], bool]) -> Callable[[Choice, str], Collection[str]]:

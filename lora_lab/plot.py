@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from lora_lab import files, plot_line, plot_style, plot_train
+from lora_lab import files, plot_line, plot_shapley, plot_stability, plot_style, plot_sweep, plot_train
 from lora_lab.errors import OptionError, some, unknown
 from lora_lab.plot_style import WIDTHS
 from lora_lab.result import Result
@@ -56,6 +56,18 @@ PLOTS: dict[str, Callable[[Sequence[Result], str], Figure]] = {
     "interpolate:loss": plot_line.draw_loss,
     "interpolate:matrix": plot_line.draw_matrix,
     "interpolate:ratios": plot_line.draw_ratios,
+    "shapley": plot_shapley.draw,
+    "shapley:bars": plot_shapley.draw_bars,
+    "shapley:heatmap": plot_shapley.draw_heatmap,
+    "shapley:convergence": plot_shapley.draw_convergence,
+    "shapley:interactions": plot_shapley.draw_interactions,
+    "stability": plot_stability.draw,
+    "stability:p": plot_stability.draw_p,
+    "stability:leave-one-out": plot_stability.draw_leave_one_out,
+    "sweep": plot_sweep.draw,
+    "sweep:structured": plot_sweep.draw_structured,
+    "sweep:unstructured": plot_sweep.draw_unstructured,
+    "sweep:rank": plot_sweep.draw_rank,
     "train": plot_train.draw,
 }
 """Kind of result, and after a colon the view → function (results, width) → figure."""

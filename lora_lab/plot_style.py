@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib import rc_context
@@ -77,3 +78,32 @@ def styled() -> Any:
 def method_name(method: str | None) -> str:
     """How a figure writes a method."""
     return METHODS.get(method or "", method or "adapters")
+
+
+def grouped(adapters: Sequence[list[dict[str, Any]]]) -> dict[str, list[list[dict[str, Any]]]]:
+    """Rows of adapters by label; by method instead, where methods have several seeds."""
+    methods = [rows[0]["method"] for rows in adapters]
+    several = len(adapters) > 2 and None not in methods and len(set(methods)) < len(methods)
+    found: dict[str, list[list[dict[str, Any]]]] = {}
+    for rows in adapters:
+        label = method_name(rows[0]["method"]) if several else rows[0]["adapter"]
+        while not several and label in found:  # two files of one name are two adapters
+            label += "′"
+        found.setdefault(label, []).append(rows)
+    return found
+
+
+def look(label: str, place: int) -> dict[str, Any]:
+    """Colour, marker and dashes of a group: a method's own everywhere, else by its place."""
+    names = list(METHODS.values())
+    return dict(CYCLE[(names.index(label) if label in names else place) % len(CYCLE)])
+
+
+def hatch(label: str, place: int) -> str:
+    """What tells bars of a group apart in grey."""
+    return ["", "//", "..", "xx", "--", "\\\\", "++"][CYCLE.index(look(label, place))]
+
+
+def caption(figure: Figure, width: str, text: str) -> None:
+    """A grey line below the figure that says what it was measured on; in one column, a line for each part."""
+    figure.supxlabel(text.replace("; ", "\n") if width == "single" else text, fontsize=7, color="#555555")

@@ -74,7 +74,8 @@ _BY_NAMES_ONLY = ("exclude_modules", "layers_pattern", "layers_to_transform")
 # Tuners that look a module's own settings up as `peft_format.pattern_value` does: pattern → the default's field.
 _PATTERNS = {"rank_pattern": ("r",), "alpha_pattern": ("lora_alpha", "alpha"), "lambda_pattern": ("delora_lambda",)}
 _PATTERNED = {"LORA", "LOHA", "LOKR", "HIRA", "DELORA"}
-_PLACED_OTHERWISE = {"ADAPTION_PROMPT", "SHADOW", "XLORA"}
+# Tuners that are no layers, or whose layers are drawn or decomposed together: fewer of them are others
+_TOGETHER = {"ADAPTION_PROMPT", "FROD", "SHADOW", "TINYLORA", "UNILORA", "XLORA"}
 _SHARED_BY_SIZE = {"VERA", "PVERA", "RANDLORA"}
 
 
@@ -84,8 +85,8 @@ def _check_removable(adapter: Adapter, kept: Mapping[str, Site]) -> None:
             f"{adapter.label}: target_parameters names parameters by their endings, so no module can be left out; "
             "all of them must be kept"
         )
-    if adapter.tuner in _PLACED_OTHERWISE:
-        raise TunerError(f"{adapter.label}: {adapter.tuner} is not placed module by module, so none can be left out")
+    if adapter.tuner in _TOGETHER:
+        raise TunerError(f"{adapter.label}: {adapter.tuner} sets its modules up together, so none can be left out")
     if adapter.tuner not in _SHARED_BY_SIZE:
         return
     shared = [key for key in adapter.others if not key.startswith(peft_format.PREFIX)]

@@ -58,7 +58,7 @@ def shapley(
     if confirm:
         first = _game(adapters[0], task, by, worth, split, examples, device, cache, None)
         cost = first.cost(_planned(first, estimator, samples, budget, order, seed, options or {}))
-        confirm(Cost(*(getattr(cost, name) * len(adapters) for name in Cost.__dataclass_fields__)))
+        confirm(cost * len(adapters))
     rows, summaries = [], []
     for adapter in adapters:
         game = _game(adapter, task, by, worth, split, examples, device, cache, progress)
@@ -141,6 +141,42 @@ def choose(game: Game, *, samples: int, budget: int | None = None, seed: int = 0
     sampled = _coalitions(estimators.plan(n, estimator="antithetic", samples=samples, seed=seed, budget=budget))
     exact_cost = _blocks(game, all_coalitions(n))
     return "exact" if exact_cost <= _blocks(game, sampled) else "antithetic"
+
+
+def values_of(
+    adapter: Adapter,
+    task: Task,
+    *,
+    by: str | Mapping[str, str] = "layer",
+    worth: str = "accuracy",
+    samples: int = 200,
+    split: str = "validation",
+    examples: int | None = None,
+    seed: int = 0,
+    device: torch.device | None = None,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """Player → Shapley value, by the default estimator; on the validation split, as for choosing."""
+    game = _game(adapter, task, by, worth, split, examples, device, cache, progress)
+    found = _estimate(game, choose(game, samples=samples, seed=seed), samples, None, None, seed, {})
+    return dict(zip(game.player_names, found.values.tolist(), strict=True))
+
+
+def forecast(
+    adapter: Adapter,
+    task: Task,
+    *,
+    by: str | Mapping[str, str] = "layer",
+    samples: int = 200,
+    split: str = "validation",
+    examples: int | None = None,
+    device: torch.device | None = None,
+    cache: Path | None = None,
+) -> Cost:
+    """What `values_of` would cost."""
+    game = _game(adapter, task, by, "accuracy", split, examples, device, cache, None)
+    return game.cost(_planned(game, None, samples, None, 1, 0, {}))
 
 
 def newest_adapter(folder: Path) -> Path | None:

@@ -15,13 +15,14 @@ LAYERS = [
     {"__init__", "errors"},
     {"files", "lowrank", "schedule", "stats", "plot_style", "estimators"},
     {"result", "peft_format"},
-    {"adapter", "plot_line", "plot_train"},
+    {"adapter", "plot_line", "plot_train", "plot_shapley", "plot_stability", "plot_sweep"},
     {"task", "attach", "plot", "mix", "players", "prune"},
     {"coto", "digits", "text", "recipe", "variants", "patterns"},
     {"tasks"},
     {"evaluate"},
     {"connect", "game"},
-    {"train", "shapley"},
+    {"train", "shapley", "stability"},
+    {"sweep"},
     {"parallel"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,191 @@
+"""`lora-lab shapley`: what each part of an adapter contributes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import common
+
+
+def command(
+    adapters: Annotated[
+        list[str] | None,
+        typer.Argument(help="Adapters; without one, the newest below this folder, or else one is trained on digits."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Marginal contributions a player; for permutations, orders.")] = 200,
+    players: Annotated[list[str] | None, typer.Option(help=common.PLAYERS_HELP)] = None,
+    worth: Annotated[str, typer.Option(help="accuracy, loss, log-likelihood or margin; what helps is positive.")] = (
+        "accuracy"
+    ),
+    estimator: Annotated[
+        str | None,
+        typer.Option(
+            help="exact, antithetic, permutation, stratified, owen, regression, or shapiq:NAME; by default exact where "
+            "that is cheaper, else antithetic."
+        ),
+    ] = None,
+    until_se: Annotated[
+        float | None, typer.Option(help="Stop once every standard error is this small (in units of the worth).")
+    ] = None,
+    budget: Annotated[int | None, typer.Option(help="Ask for at most so many different coalitions.")] = None,
+    order: Annotated[int, typer.Option(help="2 adds pairwise interactions.")] = 1,
+    option: Annotated[list[str] | None, typer.Option("--set", help="Option of the estimator, e.g. nodes=5.")] = None,
+    examples: Annotated[int | None, typer.Option(help=common.EXAMPLES_HELP)] = None,
+    task: Annotated[str | None, typer.Option(help="Built-in task or task file; by default the adapters' own.")] = None,
+    config: Annotated[Path | None, typer.Option(help=common.CONFIG_HELP)] = None,
+    alpha: Annotated[float | None, typer.Option(help=common.ALPHA_HELP)] = None,
+    adapter_name: Annotated[str | None, typer.Option(help=common.NAME_HELP)] = None,
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    seed: Annotated[int, typer.Option(help="Draws the coalitions.", min=0)] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda …; by default a GPU where there is one.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help=common.YES_HELP)] = False,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for shapley.json, .pdf and .png.")] = Path(
+        "out"
+    ),
+    force: Annotated[bool, typer.Option("--force", help="Replace the results that are there.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")] = False,
+) -> None:
+    """Shapley values: how much of the worth each layer's adapter (or module, type, rank …) contributes.
+
+    A player's value is what it adds on joining, averaged over all orders of joining; together they add up to what the
+    whole adapter is worth above the base. **exact** asks for all 2^n coalitions. **antithetic** walks random orders
+    forth and back: unbiased, with honest standard errors. **regression** fits pairs of coalitions: usually the smallest
+    error for the same work, with a slight bias that vanishes. Every coalition is kept in the output folder, so another
+    question about the same adapter starts from there, and so does a run that was killed.
+
+    Example:  lora-lab shapley a.safetensors --players type-layer --samples 50 --worth loss
+    """
+    from .. import estimators, shapley
+    from ..adapter import Adapter
+    from ..evaluate import task_of
+    from ..task import resolve_device
+
+    outputs = common.Outputs(output, "shapley")
+    loaded = [
+        Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name)
+        for path in adapters or [_found_or_trained()]
+    ]
+    by = common.parse_players(players)
+    shapley.check(loaded, by=by, estimator=estimator, order=order)
+    source = estimators.ESTIMATORS.get(estimator or "", shapley.choose)
+    options = common.parse_set(option, source, estimator or "the default estimator") if option else {}
+    settings: dict[str, Any] = {
+        "by": by,
+        "worth": worth,
+        "estimator": estimator,
+        "samples": samples,
+        "until_se": until_se,
+        "budget": budget,
+        "order": order,
+        "examples": examples,
+        "seed": seed,
+        "options": options,
+    }
+    chosen = task_of(*loaded, given=task)
+    result = outputs.earlier(shapley.run_id(loaded, chosen, split=split, **settings), force=force)
+    if result is None:
+        ask = common.confirm(yes)
+        with common.progress("asking for coalitions") as report:
+            result = shapley.shapley(
+                loaded,
+                chosen,
+                split=split,
+                **settings,
+                device=resolve_device(device),
+                cache=outputs.cache,
+                progress=report,
+                confirm=ask,
+            )
+        common.say_written(outputs.save(result))
+    if json:
+        common.print_json(result.to_json())
+    else:
+        show(result)
+
+
+def show(result: Any) -> None:
+    """The result as tables."""
+    n, worth = result.provenance["examples"], result.parameters["worth"]
+    for i, summary in enumerate(result.summary["adapters"]):
+        size = len(result.rows()) // len(result.summary["adapters"])
+        rows = result.rows()[i * size : (i + 1) * size]
+        second = summary.get("disagreement", {}).get("estimator")
+        headings = ["player", "value [95 %]", "s.e. of sampling", "s.e. of examples", *([second] if second else [])]
+        cells = [
+            (
+                row["player"],
+                common.estimate(row["value"], row["low"], row["high"]),
+                row["se"],
+                row["se_examples"],
+                *([row["second"]] if second else []),
+            )
+            for row in rows
+        ]
+        title = f"Shapley values of {summary['adapter']}: {worth}, {result.parameters['split']} split, {n} examples"
+        common.table(title, headings, cells)
+        _show_summary(summary)
+        common.console.print()
+    _show_interactions(result)
+
+
+def _show_summary(summary: dict[str, Any]) -> None:
+    say = common.console.print
+    engine = summary["engine"]
+    say(
+        f"{summary['estimator']}, {summary['evaluations']} coalitions: worth {summary['empty']:.3f} with nothing on, "
+        f"{summary['full']:.3f} with everything; efficiency gap {summary['efficiency_gap']:.1e}"
+    )
+    if summary["bias"]:
+        say(f"biased by {summary['bias']}")
+    if "disagreement" in summary:
+        other = summary["disagreement"]
+        differs = f"differs by up to {other['largest']:.3f} ({other['player']})"
+        say(f"{other['estimator']} from the same coalitions {differs}")
+    if summary["variation"] is not None:
+        share = f", largest third holds {summary['top_third']:.0%}" if summary["top_third"] is not None else ""
+        say(f"coefficient of variation {summary['variation']:.2f}{share}")
+    if engine["naive_block_evaluations"]:
+        saved = 1 - engine["block_evaluations"] / engine["naive_block_evaluations"]
+        why = f" ({engine['why_not_shared']})" if engine["why_not_shared"] else ""
+        say(f"{engine['block_evaluations']} block evaluations, {saved:.0%} saved by shared prefixes{why}")
+    if summary["always_on"]:
+        say(f"always on: {', '.join(summary['always_on'][:6])}{' …' if len(summary['always_on']) > 6 else ''}")
+
+
+def _show_interactions(result: Any) -> None:
+    for summary in result.summary["adapters"]:
+        found = summary.get("interactions")
+        if not found:
+            continue
+        names = found["players"]
+        pairs = [
+            (abs(found["values"][i][j]), f"{names[i]} with {names[j]}", found["values"][i][j], found["se"][i][j])
+            for i in range(len(names))
+            for j in range(i)
+            if found["values"][i][j] is not None and found["se"][i][j] is not None
+        ]
+        rows = [row[1:] for row in sorted(pairs, reverse=True)[:10]]
+        title = f"Strongest interactions in {summary['adapter']} (above 0: more together than apart)"
+        common.table(title, ("pair", "interaction", "s.e."), rows)
+        common.console.print()
+
+
+def _found_or_trained() -> str:
+    """The newest adapter below this folder, or one trained on the embedded digits."""
+    from .. import shapley, tasks
+    from ..parallel import Job, train_all
+    from ..recipe import Recipe
+
+    found = shapley.newest_adapter(Path())
+    if found is not None:
+        common.messages.print(f"no adapter given: the newest one below this folder is {found}")
+        return str(found)
+    recipe = Recipe(method="coto", seed=0)
+    path = Path("coto-s0.safetensors")
+    common.messages.print(f"no adapter given and none below this folder: training {path} on digits/relabel first")
+    with common.progress("training") as report:
+        train_all([Job(tasks.from_name("digits/relabel").record, recipe, path)], progress=report)
+    return str(path)

@@ -1,0 +1,436 @@
+"""Is an adapter stable when parts of it are dropped?
+
+Working definition, after Kuditipudi et al. 2019 (arXiv:1906.06247): θ is ε-stable over a family of keep-sets if
+max_S [L(θ_S) − L(θ)] ≤ ε, with only the players in S on. The family matters, so every ε says of which it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_lab import patterns
+from lora_lab.adapter import Adapter
+from lora_lab.errors import OptionError, TaskError
+from lora_lab.evaluate import described, examples_of, identity
+from lora_lab.game import Bools, Cost, Game, Outcomes, Progress, all_coalitions
+from lora_lab.players import players
+from lora_lab.result import Result, columns, fingerprint, finite, provenance
+from lora_lab.stats import Floats, Sampled, mean_and_spread
+from lora_lab.task import Scores, Task, resolve_device
+
+GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Probabilities of the p-curve."""
+
+METRICS = ("loss", "error")
+_AFFORDABLE = 2.0
+"""All keep-sets are enumerated if that takes at most so many times the block evaluations of sampling."""
+_Z = 1.959964  # of the normal distribution, for 95 %
+
+
+def stability(
+    adapters: Sequence[Adapter],
+    task: Task,
+    *,
+    by: str | Mapping[str, str] = "layer",
+    samples: int = 50,
+    grid: Sequence[float] = GRID,
+    rescale: bool = True,
+    every: bool | None = None,
+    split: str = "test",
+    examples: int | None = None,
+    seed: int = 0,
+    device: torch.device | None = None,
+    cache: Path | None = None,
+    progress: Progress | None = None,
+    confirm: Callable[[Cost], None] | None = None,
+) -> Result:
+    """Loss and error over families of keep-sets: by size, by probability, one left out, one alone, fixed patterns.
+
+    By size: all keep-sets, or `samples` different ones of each size k (`every` forces or forbids enumeration). By
+    probability: the same keep-sets, weighted by Binomial(G, p). With `rescale` everything comes a second time with the
+    updates multiplied by G/k. Every mean has a 95 % interval for the choice of keep-sets and of examples together.
+    """
+    check(adapters, by=by, samples=samples, grid=grid)
+    began = time.perf_counter()
+    factors = [False, True] if rescale and all(_scalable(adapter) for adapter in adapters) else [False]
+    if confirm:
+        first = _lab(adapters[0], task, by, split, examples, device, cache, None)
+        sets = _sets(first, samples, seed, every)
+        games = [Game(first.outcomes, first.game.players, rescale=rescaled) for rescaled in factors]
+        costs = [game.cost(sets, logits=True) * len(adapters) for game in games]
+        confirm(sum(costs[1:], costs[0]))
+    rows: list[dict[str, Any]] = []
+    summaries = []
+    for adapter in adapters:
+        lab = _lab(adapter, task, by, split, examples, device, cache, progress)
+        chosen = _sets(lab, samples, seed, every)
+        for rescaled in factors:
+            seen = _Seen(lab, Game(lab.outcomes, lab.game.players, rescale=rescaled), chosen, seed)
+            who = {"adapter": adapter.label, "method": adapter.record.get("method"), "seed": adapter.record.get("seed")}
+            rows += [{**who, "rescaled": rescaled, **row} for row in seen.rows(grid)]
+            summaries.append({**who, "rescaled": rescaled, **seen.summary(grid)})
+    settings = {
+        "players": by if isinstance(by, str) else dict(by),
+        "samples": samples,
+        "grid": list(grid),
+        "rescale": rescale,
+        "every": every,
+        "examples": examples,
+        "seed": seed,
+    }
+    return Result(
+        "stability",
+        finite(columns(rows)),
+        {
+            "task": task.record,
+            "split": split,
+            **settings,
+            "player_names": lab.game.player_names,
+            "adapters": [described(adapter) for adapter in adapters],
+        },
+        finite({"adapters": summaries, "by_method": _by_method(summaries)}),
+        provenance(
+            inputs=[Path(a.source) for a in adapters],
+            elapsed_s=time.perf_counter() - began,
+            examples=lab.outcomes.examples,
+            run=run_id(adapters, task, split=split, by=settings.pop("players"), **settings),
+            device=str(lab.outcomes.device),
+            dtype=task.dtype,
+        ),
+    )
+
+
+def check(adapters: Sequence[Adapter], *, by: str | Mapping[str, str], samples: int, grid: Sequence[float]) -> None:
+    """Raise what `stability` would raise for these options, before anything is computed."""
+    if not adapters:
+        raise OptionError("no adapter was given")
+    if samples < 2:
+        raise OptionError(f"{samples} keep-sets of each size; at least 2 are needed")
+    wrong = [p for p in grid if not 0 <= p <= 1]
+    if wrong:
+        raise OptionError(f"p = {wrong[0]} is no probability; numbers from 0 to 1 are needed")
+    for adapter in adapters:
+        players(adapter, by)
+
+
+def run_id(adapters: Sequence[Adapter], task: Task, *, split: str, **options: Any) -> str:
+    """What a run's result hangs on: the adapters, the examples, and the options."""
+    return fingerprint(["stability", [identity(a) for a in adapters], examples_of(task, split), options])
+
+
+def keep_sets(n: int, samples: int, seed: int = 0) -> Bools:
+    """Different keep-sets of every size from 0 to n: `samples` of each drawn evenly, or all where there are no more."""
+    generator = np.random.default_rng(seed)
+    found: list[Bools] = []
+    for k in range(n + 1):
+        if math.comb(n, k) <= samples:
+            found.append(_of_size(n, k))
+            continue
+        drawn: dict[bytes, Bools] = {}
+        while len(drawn) < samples:
+            row = np.zeros(n, np.bool_)
+            row[generator.permutation(n)[:k]] = True
+            drawn[row.tobytes()] = row
+        found.append(np.array(list(drawn.values())))
+    return np.concatenate(found)
+
+
+def binomial(n: int, p: float) -> Floats:
+    """Probabilities of 0 … n players being on, each with probability p."""
+    return np.array([math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)])
+
+
+@dataclass(frozen=True)
+class _Lab:
+    game: Game
+    fixed: Mapping[str, list[str]]
+    """Fixed pattern → modules kept."""
+
+    @property
+    def outcomes(self) -> Outcomes:
+        return self.game.outcomes
+
+
+def _lab(
+    adapter: Adapter,
+    task: Task,
+    by: str | Mapping[str, str],
+    split: str,
+    examples: int | None,
+    device: torch.device | None,
+    cache: Path | None,
+    progress: Progress | None,
+) -> _Lab:
+    outcomes = Outcomes(
+        adapter,
+        task,
+        split=split,
+        examples=examples,
+        device=device or resolve_device(),
+        cache=cache,
+        progress=progress,
+    )
+    fixed = patterns.fixed(patterns.choice_of(adapter))
+    return _Lab(Game(outcomes, players(adapter, by), worth="loss"), {k: v for k, v in fixed.items() if k != "all"})
+
+
+def _scalable(adapter: Adapter) -> bool:
+    return all(site.scale is not None for site in adapter.sites.values())
+
+
+def _sets(lab: _Lab, samples: int, seed: int, every: bool | None) -> Bools:
+    """The keep-sets to look at: all, or a sample of every size together with all that lack or have one player."""
+    n = lab.game.n_players
+    drawn = keep_sets(n, samples, seed)
+    if every is False or (every is None and (n > 16 or len(drawn) * 16 < 2**n)):
+        return drawn
+    if n > 20:
+        raise OptionError(f"2^{n} keep-sets are too many to enumerate; leave out --every")
+    whole = all_coalitions(n)
+    if every is None:
+        costs = [lab.outcomes.variants.cost([lab.game.variant(row) for row in sets]) for sets in (whole, drawn)]
+        return whole if costs[0] <= _AFFORDABLE * costs[1] else drawn
+    return whole
+
+
+class _Seen:
+    """What the keep-sets of one adapter came to, with or without rescaling."""
+
+    def __init__(self, lab: _Lab, game: Game, chosen: Bools, seed: int) -> None:
+        n = game.n_players
+        ends = np.concatenate([~np.eye(n, dtype=np.bool_), np.eye(n, dtype=np.bool_)])
+        known = {row.tobytes() for row in chosen}
+        self._game, self._seed = game, seed
+        self._sampled = len(chosen)
+        self._sets = np.concatenate([chosen, np.array([r for r in ends if r.tobytes() not in known]).reshape(-1, n)])
+        self._scores = game.scores(self._sets, logits=True)
+        self._size = self._sets.sum(1)
+        self._good = [bool(np.isfinite(s.loss).all()) for s in self._scores]
+        self._fixed = self._score_fixed(lab) if not game.rescale else {}
+        self._full = self._scores[int(np.flatnonzero(self._size == n)[0])]
+        if not np.isfinite(self._full.loss).all():
+            raise TaskError(f"{lab.outcomes.adapter.source}: its loss is not finite with everything on")
+
+    def rows(self, grid: Sequence[float]) -> list[dict[str, Any]]:
+        """One row for every family of keep-sets."""
+        n = self._game.n_players
+        sizes = [k for k in range(n + 1) if self._of_size(k)]
+        rows = [self._row("k-of-G", str(k), k / n, self._of_size(k), exhaustive=self._whole(k)) for k in sizes]
+        rows += [self._p_row(p) for p in grid]
+        for family, size, wanted in (("leave-one-out", n - 1, False), ("one-alone", 1, True)):
+            for i, name in enumerate(self._game.player_names):
+                one = [j for j, row in enumerate(self._sets) if self._size[j] == size and row[i] == wanted]
+                if self._good[one[0]]:
+                    rows.append(self._row(family, name, size / n, one[:1], exhaustive=True))
+        for name, (share, scores) in self._fixed.items():
+            rows.append(self._cells("fixed", name, share, [scores], [name], exhaustive=True))
+        return rows
+
+    def summary(self, grid: Sequence[float]) -> dict[str, Any]:
+        """ε by family and metric, and both sides of the progressive-optimisation inequality."""
+        n = self._game.n_players
+        proper = [i for i in range(self._sampled) if 0 < self._size[i] < n and self._good[i]]
+        lacking_one = [i for i, size in enumerate(self._size) if size == n - 1 and self._good[i]]
+        families = {
+            "non-empty keep-sets": (proper, self._enumerated),
+            "half or more kept": ([i for i in proper if 2 * self._size[i] >= n], self._enumerated),
+            "leave-one-out": (lacking_one, True),
+        }
+        epsilon = [
+            self._epsilon(family, metric, [self._scores[i] for i in chosen], [self._name(i) for i in chosen], whole)
+            for family, (chosen, whole) in families.items()
+            if chosen
+            for metric in METRICS
+        ]
+        if self._fixed:
+            scores, names = [s for _, s in self._fixed.values()], list(self._fixed)
+            epsilon += [self._epsilon("fixed patterns", metric, scores, names, True) for metric in METRICS]
+        return {
+            "keep_sets": self._sampled,
+            "exhaustive": self._enumerated,
+            "loss": self._full.mean_loss,
+            "error": 1 - self._full.accuracy,
+            "epsilon": epsilon,
+            "inequality": self._inequality(grid),
+            "always_on": list(self._game.players.left_out),
+        }
+
+    @property
+    def _enumerated(self) -> bool:
+        return bool(self._sampled == 2**self._game.n_players)
+
+    def _score_fixed(self, lab: _Lab) -> dict[str, tuple[float, Scores]]:
+        variants = [lab.outcomes.keeping(modules) for modules in lab.fixed.values()]
+        total = len(lab.outcomes.names)
+        found = lab.outcomes.of(variants)
+        return {
+            name: (len(kept) / total, scores) for (name, kept), scores in zip(lab.fixed.items(), found, strict=True)
+        }
+
+    def _of_size(self, k: int) -> list[int]:
+        """The keep-sets of a size with finite losses, without those added to leave each player out once."""
+        return [i for i in range(self._sampled) if self._size[i] == k and self._good[i]]
+
+    def _whole(self, k: int) -> bool:
+        return len(self._of_size(k)) == math.comb(self._game.n_players, k)
+
+    def _name(self, i: int) -> str:
+        return self._game.name_of(self._sets[i])
+
+    def _row(self, family: str, label: str, share: float, chosen: list[int], *, exhaustive: bool) -> dict[str, Any]:
+        scores, names = [self._scores[i] for i in chosen], [self._name(i) for i in chosen]
+        return self._cells(family, label, share, scores, names, exhaustive=exhaustive)
+
+    def _cells(
+        self,
+        family: str,
+        label: str,
+        share: float,
+        scores: Sequence[Scores],
+        names: Sequence[str],
+        *,
+        exhaustive: bool,
+    ) -> dict[str, Any]:
+        row: dict[str, Any] = {"family": family, "label": label, "share": share, "sets": len(scores)}
+        row["exhaustive"] = exhaustive
+        for metric in METRICS:
+            values = np.stack([_values(s, metric) for s in scores])
+            means = values.mean(1)
+            by_sets = 0.0 if exhaustive or len(means) < 2 else float(means.std(ddof=1)) / math.sqrt(len(means))
+            row |= _interval(metric, float(means.mean()), by_sets, _by_examples(values.mean(0)))
+            row[f"{metric}_spread"] = float(means.std(ddof=1)) if len(means) > 1 else 0.0
+            row[f"{metric}_worst"] = float(means.max())
+            row[f"{metric}_worst_set"] = names[int(means.argmax())]
+        return row
+
+    def _p_row(self, p: float) -> dict[str, Any]:
+        weights = self._weights(p)
+        row: dict[str, Any] = {"family": "p", "label": f"{p:g}", "share": p, "sets": self._sampled}
+        row["exhaustive"] = self._enumerated
+        for metric in METRICS:
+            mean, variance, second = np.zeros(len(self._full)), 0.0, 0.0
+            worst, worst_set = -math.inf, ""
+            for k in weights:
+                chosen = self._of_size(k)
+                values = np.stack([_values(self._scores[i], metric) for i in chosen])
+                means = values.mean(1)
+                mean = mean + weights[k] * values.mean(0)
+                second += weights[k] * float((means**2).mean())
+                if not self._whole(k) and len(means) > 1:
+                    variance += weights[k] ** 2 * float(means.var(ddof=1)) / len(means)
+                if means.max() > worst:
+                    worst, worst_set = float(means.max()), self._name(chosen[int(means.argmax())])
+            row |= _interval(metric, float(mean.mean()), math.sqrt(variance), _by_examples(mean))
+            row[f"{metric}_spread"] = math.sqrt(max(0.0, second - float(mean.mean()) ** 2))
+            row[f"{metric}_worst"], row[f"{metric}_worst_set"] = worst, worst_set
+        return row
+
+    def _weights(self, p: float) -> dict[int, float]:
+        """Probability of each size at p, over the sizes of which there is a keep-set."""
+        every = binomial(self._game.n_players, p)
+        there = [k for k in range(len(every)) if self._of_size(k)]
+        return {k: float(every[k] / every[there].sum()) for k in there}
+
+    def _epsilon(
+        self, family: str, metric: str, scores: Sequence[Scores], names: Sequence[str], whole: bool
+    ) -> dict[str, Any]:
+        """max over the family of the rise above the whole adapter; of a sample, a lower bound of the family's."""
+        values = np.stack([_values(self._full, metric), *(_values(s, metric) for s in scores)])
+        sampled = Sampled.of(values, seed=self._seed)
+        value, low, high = sampled.estimate(lambda L: (L[1:] - L[0]).max(0))
+        worst = int((sampled.means[1:] - sampled.means[0]).argmax())
+        return {
+            "family": family,
+            "metric": metric,
+            "value": value,
+            "low": low,
+            "high": high,
+            "worst_set": names[worst],
+            "sets": len(scores),
+            "lower_bound": not whole,
+        }
+
+    def _inequality(self, grid: Sequence[float]) -> list[dict[str, Any]]:
+        """E_δ[ℓ(ŷ)] ≥ Σ_j C(G,j) p^j (1−p)^{G−j} ℓ(ỹ_j) with ỹ_j the mean output of j active players (CoTo, Thm 3.1).
+
+        Both sides from the same keep-sets; cross-entropy is convex in the logits, so the left one is never smaller.
+        """
+        labels = self._game.outcomes.labels
+        left, right = {}, {}
+        for k in self._weights(0.5):
+            chosen = self._of_size(k)
+            left[k] = np.mean([self._scores[i].loss for i in chosen], axis=0)
+            right[k] = _cross_entropy(np.mean([_logits(self._scores[i]) for i in chosen], axis=0), labels)
+        rows = []
+        for p in grid:
+            weights = self._weights(p)
+            sides = {
+                name: sum((weights[k] * values[k] for k in values), np.zeros(len(labels)))
+                for name, values in (("left", left), ("right", right))
+            }
+            row: dict[str, Any] = {"p": p}
+            for name, values in sides.items():
+                row |= _interval(name, float(values.mean()), 0.0, _by_examples(values))
+            row |= _interval("gap", row["left"] - row["right"], 0.0, _by_examples(sides["left"] - sides["right"]))
+            rows.append(row)
+        return rows
+
+
+def _values(scores: Scores, metric: str) -> Floats:
+    return scores.loss if metric == "loss" else np.where(np.isfinite(scores.loss), 1.0 - scores.correct, np.nan)
+
+
+def _logits(scores: Scores) -> Floats:
+    assert scores.logits is not None
+    return scores.logits.astype(np.float64)
+
+
+def _cross_entropy(logits: Floats, labels: Any) -> Floats:
+    top = logits.max(1, keepdims=True)
+    log_total = top[:, 0] + np.log(np.exp(logits - top).sum(1))
+    right: Floats = log_total - logits[np.arange(len(labels)), labels]
+    return right
+
+
+def _by_examples(values: Floats) -> float:
+    """Standard error of a mean over examples."""
+    return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def _interval(name: str, value: float, *errors: float) -> dict[str, float]:
+    half = _Z * math.hypot(*errors)
+    low, high = value - half, value + half
+    if name == "error":
+        low, high = max(0.0, low), min(1.0, high)
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
+
+
+def _of_size(n: int, k: int) -> Bools:
+    rows = np.zeros((math.comb(n, k), n), np.bool_)
+    for row, members in zip(rows, itertools.combinations(range(n), k), strict=True):
+        row[list(members)] = True
+    return rows
+
+
+def _by_method(summaries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """ε over the adapters of each method: mean and standard deviation."""
+    groups: dict[tuple[Any, ...], list[float]] = {}
+    for summary in summaries:
+        for row in summary["epsilon"]:
+            key = (summary["method"], summary["rescaled"], row["family"], row["metric"])
+            groups.setdefault(key, []).append(row["value"])
+    return [
+        dict(zip(("method", "rescaled", "family", "metric"), key, strict=True))
+        | dict(zip(("mean", "spread"), mean_and_spread(np.array(values)), strict=True))
+        | {"adapters": len(values)}
+        for key, values in groups.items()
+    ]

@@ -1,0 +1,298 @@
+"""How much of an adapter can be pruned away? All patterns, sparsities and ranks, each beside a random control."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_lab import patterns, prune
+from lora_lab.adapter import Adapter
+from lora_lab.errors import AdapterError, OptionError, TunerError, unknown
+from lora_lab.evaluate import described, examples_of, identity
+from lora_lab.game import Cost, Outcomes, Progress
+from lora_lab.patterns import Choice
+from lora_lab.result import Result, columns, fingerprint, finite, provenance
+from lora_lab.shapley import forecast, values_of
+from lora_lab.stats import Sampled, mean_and_spread
+from lora_lab.task import Scores, Task, resolve_device
+from lora_lab.variants import Variant
+
+KINDS = ("structured", "unstructured", "rank")
+SPARSITIES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+CRITERIA = ("magnitude", "random")
+
+Row = dict[str, Any]
+Piece = tuple[Row, list[Callable[[], Scores]]]
+"""What a row says of itself, and how to get the scores of each of its draws."""
+
+
+def sweep(
+    adapters: Sequence[Adapter],
+    task: Task,
+    *,
+    kinds: Sequence[str] = KINDS,
+    sparsities: Sequence[float] = SPARSITIES,
+    criteria: Sequence[str] = CRITERIA,
+    per_matrix: bool = False,
+    draws: int = 5,
+    split: str = "test",
+    examples: int | None = None,
+    seed: int = 0,
+    device: torch.device | None = None,
+    folder: Path | None = None,
+    progress: Progress | None = None,
+    confirm: Callable[[Cost], None] | None = None,
+) -> Result:
+    """Accuracy and loss of every adapter pruned in every way; several adapters are summed up by method.
+
+    structured: patterns of modules kept (fixed ones; half of the layers by norm, and by Shapley values computed on the
+    validation split; as many random layers). unstructured: `criteria` at `sparsities`. rank: each lower rank by
+    SVD, by the largest units, and random units. Random rows are means over `draws`; every number has a 95 % interval.
+    """
+    check(adapters, kinds=kinds, sparsities=sparsities, criteria=criteria, draws=draws)
+    began = time.perf_counter()
+    rows: list[Row] = []
+    done = 0
+    for a, adapter in enumerate(adapters):
+        outcomes = Outcomes(
+            adapter, task, split=split, examples=examples, device=device or resolve_device(), cache=folder
+        )
+        shapley = _on_validation(adapter, task, examples, device, folder)
+        choice = replace(patterns.choice_of(adapter, seed=seed), shapley=shapley)
+        pieces: list[Piece] = []
+        if "structured" in kinds:
+            pieces += _structured(outcomes, choice, draws)
+        if "unstructured" in kinds:
+            pieces += _unstructured(outcomes, sparsities, criteria, per_matrix, draws, seed)
+        if "rank" in kinds:
+            pieces += _ranks(outcomes, draws, seed)
+        total = sum(len(made) for _, made in pieces) * len(adapters)
+        if confirm and a == 0:
+            passes = total * outcomes.batches
+            blocks = passes * outcomes.variants.blocks
+            plain = Cost(total, blocks, blocks, passes * outcomes.pace)
+            chosen = forecast(adapter, task, split="validation", examples=examples, device=device, cache=folder)
+            confirm(plain + chosen * len(adapters) if "structured" in kinds else plain)
+        for head, made in pieces:
+            scores = []
+            for make in made:
+                scores.append(make())
+                done += 1
+                if progress:
+                    progress(done, total)
+            who = {"adapter": adapter.label, "method": adapter.record.get("method"), "seed": adapter.record.get("seed")}
+            rows.append({**who, **head, "draws": len(scores), **_cells(scores, seed)})
+    settings = {
+        "kinds": list(kinds),
+        "sparsities": list(sparsities),
+        "criteria": list(criteria),
+        "per_matrix": per_matrix,
+        "draws": draws,
+        "examples": examples,
+        "seed": seed,
+    }
+    return Result(
+        "sweep",
+        finite(columns(rows)),
+        {"task": task.record, "split": split, **settings, "adapters": [described(adapter) for adapter in adapters]},
+        finite({"by_method": _by_method(rows)}),
+        provenance(
+            inputs=[Path(a.source) for a in adapters],
+            elapsed_s=time.perf_counter() - began,
+            examples=outcomes.examples,
+            run=run_id(adapters, task, split=split, **settings),
+            device=str(outcomes.device),
+            dtype=task.dtype,
+        ),
+    )
+
+
+def check(
+    adapters: Sequence[Adapter],
+    *,
+    kinds: Sequence[str],
+    sparsities: Sequence[float],
+    criteria: Sequence[str],
+    draws: int,
+) -> None:
+    """Raise what `sweep` would raise for these options, before anything is computed."""
+    if not adapters:
+        raise OptionError("no adapter was given")
+    for kind in kinds:
+        if kind not in KINDS:
+            raise unknown("kind of pruning", kind, KINDS)
+    for name in criteria:
+        if name not in prune.WEIGHTS:
+            raise unknown("criterion", name, prune.WEIGHTS)
+    wrong = [s for s in sparsities if not 0 <= s <= 1]
+    if wrong:
+        raise OptionError(f"sparsity {wrong[0]} is outside of 0 to 1")
+    if draws < 1:
+        raise OptionError(f"{draws} random draws; at least 1 is needed")
+    if "rank" in kinds and len(kinds) == 1:
+        for adapter in adapters:
+            adapter.require_additive()
+
+
+def run_id(adapters: Sequence[Adapter], task: Task, *, split: str, **options: Any) -> str:
+    """What a run's result hangs on: the adapters, the examples, and the options."""
+    return fingerprint(["sweep", [identity(a) for a in adapters], examples_of(task, split), options])
+
+
+def _on_validation(
+    adapter: Adapter, task: Task, examples: int | None, device: torch.device | None, folder: Path | None
+) -> Callable[[], Mapping[str, float]]:
+    def values() -> Mapping[str, float]:
+        return values_of(adapter, task, split="validation", examples=examples, device=device, cache=folder)
+
+    return values
+
+
+def _structured(outcomes: Outcomes, choice: Choice, draws: int) -> list[Piece]:
+    fixed = patterns.fixed(choice)
+    count, total = len(choice.players), len(outcomes.names)
+    picks = {name: [modules] for name, modules in fixed.items()}
+    if count > 1:
+        half, third = count // 2, max(1, count // 3)
+        if _additive(choice.adapter):
+            picks[f"top-norm:{half}"] = [patterns.keep(choice, f"top-norm:{half}")]
+        for size in dict.fromkeys((half, third)):
+            others = [replace(choice, seed=choice.seed + i) for i in range(draws)]
+            picks[f"random:{size}"] = [patterns.keep(other, f"random:{size}") for other in others]
+
+    @cache
+    def together() -> dict[Variant, Scores]:
+        variants = [outcomes.keeping(modules) for made in picks.values() for modules in made]
+        return dict(zip(variants, outcomes.of(variants), strict=True))
+
+    def scored(modules: Sequence[str]) -> Callable[[], Scores]:
+        return lambda: together()[outcomes.keeping(modules)]
+
+    def by_shapley() -> Scores:
+        return outcomes.of([outcomes.keeping(patterns.keep(choice, f"top-shapley:{half}"))])[0]
+
+    pieces: list[Piece] = []
+    for name, made in picks.items():
+        share = float(np.mean([len(modules) for modules in made])) / total
+        pieces.append((_head("structured", name.partition(":")[0], name, share), [scored(m) for m in made]))
+    if count > 1 and choice.shapley:
+        pieces.append((_head("structured", "top-shapley", f"top-shapley:{half}", half / count), [by_shapley]))
+    return pieces
+
+
+def _unstructured(
+    outcomes: Outcomes, sparsities: Sequence[float], criteria: Sequence[str], per_matrix: bool, draws: int, seed: int
+) -> list[Piece]:
+    adapter = outcomes.adapter
+
+    def scored(sparsity: float, by: str, draw: int) -> Callable[[], Scores]:
+        def pruned() -> Adapter | None:
+            try:
+                found = prune.prune_weights(adapter, sparsity=sparsity, by=by, per_matrix=per_matrix, seed=seed + draw)
+            except AdapterError as error:
+                if isinstance(error, TunerError):
+                    raise
+                return None  # nothing is left of it
+            return found.adapter
+
+        scope = "matrix" if per_matrix else "global"
+        return lambda: outcomes.of_other(f"{by}:{scope}:{sparsity!r}:{seed + draw if by == 'random' else 0}", pruned)
+
+    return [
+        (
+            _head("unstructured", by, f"{sparsity:g}", 1 - sparsity),
+            [scored(sparsity, by, draw) for draw in range(draws if by == "random" else 1)],
+        )
+        for by in criteria
+        for sparsity in sparsities
+    ]
+
+
+def _ranks(outcomes: Outcomes, draws: int, seed: int) -> list[Piece]:
+    adapter = outcomes.adapter
+    if not _additive(adapter):
+        return []
+    top = max(site.rank or 0 for site in adapter.sites.values())
+    total = sum(site.rank or 0 for site in adapter.sites.values())
+
+    def scored(rank: int, by: str, draw: int) -> Callable[[], Scores]:
+        if by == "random":
+            return lambda: outcomes.of_other(
+                f"rank:random:{rank}:{seed + draw}", lambda: _random_units(adapter, rank, seed + draw)
+            )
+        return lambda: outcomes.of_other(
+            f"rank:{by}:{rank}", lambda: prune.prune_rank(adapter, rank=rank, by=by).adapter
+        )
+
+    return [
+        (
+            _head("rank", by, str(rank), sum(min(rank, site.rank or 0) for site in adapter.sites.values()) / total),
+            [scored(rank, by, draw) for draw in range(draws if by == "random" else 1)],
+        )
+        for by in [*prune.RANKS, "random"]
+        for rank in _some_ranks(top)
+    ]
+
+
+def _random_units(adapter: Adapter, rank: int, seed: int) -> Adapter:
+    generator = np.random.default_rng(seed)
+    kept = {}
+    for name in sorted(adapter.sites):
+        own = adapter.sites[name].rank or 0
+        kept[name] = sorted(int(i) for i in generator.permutation(own)[:rank])
+    return prune.keep_ranks(adapter, kept)
+
+
+def _some_ranks(top: int) -> list[int]:
+    """1, 2, 4 … and the whole rank; all of them up to 8."""
+    return list(range(1, top + 1)) if top <= 8 else sorted({2**i for i in range(top.bit_length())} | {top})
+
+
+def _additive(adapter: Adapter) -> bool:
+    try:
+        adapter.require_additive()
+    except TunerError:
+        return False
+    return True
+
+
+def _head(kind: str, criterion: str, label: str, kept: float) -> Row:
+    return {"kind": kind, "criterion": criterion, "label": label, "kept": kept}
+
+
+def _cells(scores: Sequence[Scores], seed: int) -> Row:
+    """Mean over draws; its interval is a bootstrap over examples, widened by the spread of the draws."""
+    row: Row = {}
+    for metric in ("accuracy", "loss"):
+        values = np.stack([s.correct.astype(np.float64) if metric == "accuracy" else s.loss for s in scores])
+        value, low, high = Sampled.of(values.mean(0, keepdims=True), seed=seed).estimate(lambda means: means[0])
+        spread = float(values.mean(1).std(ddof=1)) if len(values) > 1 else 0.0
+        by_draws = 1.959964 * spread / math.sqrt(len(values))
+        ends = (value - math.hypot(value - low, by_draws), value + math.hypot(high - value, by_draws))
+        if metric == "accuracy":
+            ends = (max(0.0, ends[0]), min(1.0, ends[1]))
+        row |= {metric: value, f"{metric}_low": ends[0], f"{metric}_high": ends[1], f"{metric}_spread": spread}
+    return row
+
+
+def _by_method(rows: Sequence[Row]) -> list[Row]:
+    """Mean and standard deviation over the adapters of each method."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["kind"], row["criterion"], row["label"]), []).append(row)
+    found = []
+    for key, members in groups.items():
+        row = dict(zip(("method", "kind", "criterion", "label"), key, strict=True))
+        row |= {"kept": float(np.mean([m["kept"] for m in members])), "adapters": len(members)}
+        for metric in ("accuracy", "loss"):
+            row[metric], row[f"{metric}_spread"] = mean_and_spread(np.array([m[metric] for m in members]))
+        found.append(row)
+    return found
