@@ -180,7 +180,7 @@ def estimate(
         trace.append({"draws": upto, "evaluations": asked, "values": values.tolist(), "se": se.tolist()})
     found = _fitted(drawn, worths) if estimator == "regression" and n > 1 else _averaged(estimator, drawn, worths)
     if found is None:
-        raise OptionError(f"{len(drawn)} pairs of coalitions are too few for a fit to {n} players; more --samples")
+        raise OptionError(f"{len(drawn) - 1} pairs of coalitions are too few for a fit to {n} players; more --samples")
     return replace(found, trace=trace, bias=_bias(estimator, n, options))
 
 
@@ -229,7 +229,8 @@ def exact(game: Game, n: int) -> Estimate:
     joined = share[np.maximum(size - 1, 0)][:, None] * coalitions
     stayed = share[np.minimum(size, n - 1)][:, None] * ~coalitions
     weights = (joined - stayed).T
-    return Estimate("exact", weights @ worths, np.zeros(n), coalitions, weights, worths, 1)
+    values = weights @ (worths - worths[0])  # the weights sum to 0: this only makes equal worths exactly 0
+    return Estimate("exact", values, np.zeros(n), coalitions, weights, worths, 1)
 
 
 def fit_pairs(coalitions: Bools, worths: Floats) -> Estimate | None:

@@ -368,8 +368,9 @@ class _Seen:
         left, right = {}, {}
         for k in self._weights(0.5):
             chosen = self._of_size(k)
-            left[k] = np.mean([self._scores[i].loss for i in chosen], axis=0)
-            right[k] = _cross_entropy(np.mean([_logits(self._scores[i]) for i in chosen], axis=0), labels)
+            logits = [_logits(self._scores[i]) for i in chosen]
+            left[k] = np.mean([_cross_entropy(each, labels) for each in logits], axis=0)
+            right[k] = _cross_entropy(np.mean(logits, axis=0), labels)
         rows = []
         for p in grid:
             weights = self._weights(p)

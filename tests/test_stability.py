@@ -1,0 +1,164 @@
+from math import comb
+
+import numpy as np
+import pytest
+from peft import LoHaConfig
+from test_game import TARGETS, random_adapter
+
+from lora_lab.digits import Digits
+from lora_lab.errors import LoraLabWarning, OptionError
+from lora_lab.game import Game, Outcomes, all_coalitions
+from lora_lab.players import players
+from lora_lab.stability import binomial, check, keep_sets, stability
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    return random_adapter(tmp_path_factory.mktemp("stability") / "a", scale=0.1)
+
+
+@pytest.fixture(scope="module")
+def result(adapter, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    return stability([adapter], Digits("relabel"), split="validation", grid=(0.0, 0.3, 0.5, 1.0), cache=folder)
+
+
+@pytest.fixture(scope="module")
+def scores(adapter):
+    game = Game(Outcomes(adapter, Digits("relabel"), split="validation"), players(adapter))
+    return game.scores(all_coalitions(4), logits=True), game.outcomes.labels
+
+
+SIZES = all_coalitions(4).sum(1)
+
+
+def test_the_curve_by_size_averages_all_keep_sets(result, scores):
+    losses = np.array([s.mean_loss for s in scores[0]])
+    for k in range(5):
+        (row,) = result.rows(rescaled=False, family="k-of-G", label=str(k))
+        own = losses[k == SIZES]
+        assert row["sets"] == len(own)
+        assert row["loss"] == pytest.approx(own.mean(), abs=1e-6)
+        assert row["loss_worst"] == pytest.approx(own.max(), abs=1e-6)
+        assert row["loss_spread"] == pytest.approx(own.std(ddof=1) if len(own) > 1 else 0, abs=1e-6)
+
+
+def test_the_curve_by_probability_is_the_expectation_over_independent_coins(result, scores):
+    errors = np.array([1 - s.accuracy for s in scores[0]])
+    for p in (0.0, 0.3, 0.5, 1.0):
+        weights = p**SIZES * (1 - p) ** (4 - SIZES)
+        (row,) = result.rows(rescaled=False, family="p", label=f"{p:g}")
+        assert row["error"] == pytest.approx(weights @ errors, abs=1e-6)
+
+
+def test_leaving_one_out_and_one_alone(result, scores):
+    losses = np.array([s.mean_loss for s in scores[0]])
+    for family, places in (("leave-one-out", [15 - 2**i for i in range(4)]), ("one-alone", [2**i for i in range(4)])):
+        rows = result.rows(rescaled=False, family=family)
+        assert [row["loss"] for row in rows] == pytest.approx(losses[places], abs=1e-6)
+        assert [row["label"] for row in rows] == [f"vit.layers.{i}" for i in range(4)]
+
+
+def test_epsilon_is_the_largest_rise_and_names_its_keep_set(result, scores):
+    losses = np.array([s.mean_loss for s in scores[0]])
+    rise = losses - losses[15]
+    found = {(row["family"], row["metric"]): row for row in result.summary["adapters"][0]["epsilon"]}
+    proper = found["non-empty keep-sets", "loss"]
+    assert proper["value"] == pytest.approx(rise[1:15].max(), abs=1e-6)
+    assert proper["low"] <= proper["value"] <= proper["high"]
+    assert not proper["lower_bound"]
+    worst = 1 + int(rise[1:15].argmax())
+    assert all((f"vit.layers.{i}" in proper["worst_set"]) == bool(worst >> i & 1) for i in range(4)) or (
+        "all but" in proper["worst_set"]
+    )
+    one = found["leave-one-out", "loss"]
+    assert one["value"] == pytest.approx(max(rise[15 - 2**i] for i in range(4)), abs=1e-6)
+
+
+def test_both_sides_of_the_inequality_and_the_inequality(result, scores):
+    found, labels = scores
+    for row, p in zip(result.summary["adapters"][0]["inequality"], (0.0, 0.3, 0.5, 1.0), strict=True):
+        weights = p**SIZES * (1 - p) ** (4 - SIZES)
+        assert row["left"] == pytest.approx(weights @ [s.mean_loss for s in found], abs=1e-5)
+        right = 0.0
+        for k in range(5):
+            logits = np.mean([s.logits for s, size in zip(found, SIZES, strict=True) if size == k], axis=0)
+            log_total = np.log(np.exp(logits).sum(1))
+            mean = (log_total - logits[np.arange(len(labels)), labels]).mean()
+            right += comb(4, k) * p**k * (1 - p) ** (4 - k) * mean
+        assert row["right"] == pytest.approx(right, abs=1e-5)
+        assert row["gap"] >= -1e-9
+        assert (row["gap"] > 1e-4) == (0 < p < 1)
+
+
+def test_rescaled_keep_sets_have_their_updates_multiplied(adapter, result):
+    game = Game(Outcomes(adapter, Digits("relabel"), split="validation"), players(adapter), worth="loss", rescale=True)
+    expected = -game(all_coalitions(4)[SIZES == 2]).mean()
+    (row,) = result.rows(rescaled=True, family="k-of-G", label="2")
+    assert row["loss"] == pytest.approx(expected, abs=1e-6)
+    assert row["loss"] != pytest.approx(result.rows(rescaled=False, family="k-of-G", label="2")[0]["loss"], abs=1e-3)
+
+
+def test_fixed_patterns_are_scored(adapter, result):
+    outcomes = Outcomes(adapter, Digits("relabel"), split="validation")
+    even = [name for name in outcomes.names if ".0." in name or ".2." in name]
+    (row,) = result.rows(family="fixed", label="even")
+    assert row["loss"] == pytest.approx(outcomes.of([outcomes.keeping(even)])[0].mean_loss, abs=1e-6)
+
+
+def test_sampled_keep_sets_estimate_the_enumerated_ones(adapter):
+    by = {f"{kind}{i}": rf"layers\.{i}\..*{kind}" for i in range(4) for kind in ("proj", "fc1")}
+    every, some = (
+        stability([adapter], Digits("relabel"), by=by, samples=20, every=flag, rescale=False, examples=60)
+        for flag in (True, False)
+    )
+    assert every.summary["adapters"][0]["exhaustive"]
+    assert not some.summary["adapters"][0]["exhaustive"]
+    inside = []
+    for row in some.rows(family="k-of-G"):
+        (truth,) = every.rows(family="k-of-G", label=row["label"])
+        inside.append(row["loss_low"] <= truth["loss"] <= row["loss_high"])
+        assert row["loss_high"] - row["loss_low"] >= truth["loss_high"] - truth["loss_low"] - 0.3
+    assert np.mean(inside) > 0.9
+    assert some.summary["adapters"][0]["epsilon"][0]["lower_bound"]
+
+
+def test_tuners_without_a_scale_are_not_rescaled(tmp_path):
+    loha = random_adapter(tmp_path / "l", LoHaConfig(r=2, target_modules=TARGETS), scale=0.2)
+    found = stability([loha], Digits("relabel"), examples=20)
+    assert {row["rescaled"] for row in found.rows()} == {False}
+
+
+def test_a_keep_set_whose_loss_is_not_finite_is_named_and_left_out(adapter):
+    import dataclasses
+
+    import torch
+
+    key = adapter.sites["vit.layers.1.mlp.fc1"].keys["lora_B"]
+    lone = {**adapter.tensors, key: torch.full_like(adapter.tensors[key], torch.finfo(torch.float32).max)}
+    broken = dataclasses.replace(adapter, tensors=lone)
+    with pytest.warns(LoraLabWarning, match="not finite"), pytest.raises(Exception, match="with everything on"):
+        stability([broken], Digits("relabel"), examples=20, rescale=False)
+
+
+@pytest.mark.parametrize(("n", "samples"), [(4, 100), (7, 10), (40, 6)])
+def test_keep_sets_of_a_size_are_different_and_as_many_as_there_are(n, samples):
+    found = keep_sets(n, samples, seed=1)
+    assert len(np.unique(found, axis=0)) == len(found)
+    sizes = np.bincount(found.sum(1), minlength=n + 1)
+    assert sizes.tolist() == [min(samples, comb(n, k)) for k in range(n + 1)]
+    assert (found == keep_sets(n, samples, seed=1)).all()
+
+
+def test_binomial_weights():
+    assert binomial(3, 0.25) == pytest.approx([27 / 64, 27 / 64, 9 / 64, 1 / 64])
+    assert binomial(5, 0.0).tolist() == [1, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [({"samples": 1}, "1 keep-sets"), ({"grid": (0.2, 1.5)}, "p = 1.5"), ({"by": "x"}, "unknown set of players")],
+)
+def test_options_that_cannot_be_are_refused(adapter, options, text):
+    with pytest.raises(OptionError, match=text):
+        check([adapter], **{"by": "layer", "samples": 5, "grid": (0.5,), **options})
