@@ -69,7 +69,7 @@ def command(
         for path in adapters or [_found_or_trained()]
     ]
     by = common.parse_players(players)
-    shapley.check(loaded, by=by, estimator=estimator, order=order)
+    shapley.check(loaded, by=by, estimator=estimator, order=order, samples=samples, until_se=until_se, budget=budget)
     source = estimators.ESTIMATORS.get(estimator or "", shapley.choose)
     options = common.parse_set(option, source, estimator or "the default estimator") if option else {}
     settings: dict[str, Any] = {

@@ -162,9 +162,17 @@ def estimate(
     coalitions as so many orders have). It stops earlier once every standard error is at most `until_se`, or before
     the different coalitions asked for would exceed `budget`. Draws with a worth that is NaN are left out.
     """
-    _check(n, estimator, samples, until_se, budget)
+    if estimator not in ("exact", *ESTIMATORS):
+        raise unknown("estimator", estimator, ["exact", *ESTIMATORS])
+    check(n, samples=samples, until_se=until_se, budget=budget)
     if estimator == "exact":
         return exact(game, n)
+    if n <= EXACT_LIMIT and samples > 2**n:
+        warnings.warn(
+            f"{samples} samples, but there are only {2**n} coalitions of {n} players: --estimator exact is cheaper",
+            LoraLabWarning,
+            stacklevel=2,
+        )
     drawn: list[Draw] = []
     worths: dict[bytes, float] = {}
     planned = plan(n, estimator=estimator, samples=samples, seed=seed, budget=budget, **options)
@@ -334,21 +342,14 @@ def _orders_of(n: int, samples: int, seed: int) -> list[npt.NDArray[Any]]:
     return [generator.permutation(n) for _ in range(samples)]
 
 
-def _check(n: int, estimator: str, samples: int, until_se: float | None, budget: int | None) -> None:
-    if estimator not in ("exact", *ESTIMATORS):
-        raise unknown("estimator", estimator, ["exact", *ESTIMATORS])
+def check(n: int, *, samples: int, until_se: float | None = None, budget: int | None = None) -> None:
+    """Raise what `estimate` would raise for these numbers."""
     if samples < 1:
         raise OptionError(f"{samples} samples; at least 1 is needed")
     if until_se is not None and not until_se > 0:
         raise OptionError(f"a standard error of {until_se} can not be reached; a number above 0 is needed")
     if budget is not None and budget < n + 1:
         raise OptionError(f"a budget of {budget} coalitions; one order of {n} players alone needs {n + 1}")
-    if estimator != "exact" and n <= EXACT_LIMIT and samples > 2**n:
-        warnings.warn(
-            f"{samples} samples, but there are only {2**n} coalitions of {n} players: --estimator exact is cheaper",
-            LoraLabWarning,
-            stacklevel=3,
-        )
 
 
 def _orders(orders: list[npt.NDArray[Any]]) -> Draw:

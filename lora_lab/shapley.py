@@ -53,7 +53,7 @@ def shapley(
     for exact values), that of the examples, and a 95 % interval from both. `order` 2 adds pairwise interactions.
     `confirm` is told the cost before anything is computed.
     """
-    check(adapters, by=by, estimator=estimator, order=order)
+    check(adapters, by=by, estimator=estimator, order=order, samples=samples, until_se=until_se, budget=budget)
     began = time.perf_counter()
     if confirm:
         first = _game(adapters[0], task, by, worth, split, examples, device, cache, None)
@@ -113,7 +113,14 @@ def shapley(
 
 
 def check(
-    adapters: Sequence[Adapter], *, by: str | Mapping[str, str], estimator: str | None = None, order: int = 1
+    adapters: Sequence[Adapter],
+    *,
+    by: str | Mapping[str, str],
+    estimator: str | None = None,
+    order: int = 1,
+    samples: int = 1,
+    until_se: float | None = None,
+    budget: int | None = None,
 ) -> None:
     """Raise what `shapley` would raise for these options, before anything is computed."""
     if not adapters:
@@ -125,7 +132,7 @@ def check(
     elif estimator is not None and estimator not in ("exact", *estimators.ESTIMATORS):
         raise unknown("estimator", estimator, ["exact", *estimators.ESTIMATORS, "shapiq:NAME"])
     for adapter in adapters:
-        players(adapter, by)
+        estimators.check(len(players(adapter, by)), samples=samples, until_se=until_se, budget=budget)
 
 
 def run_id(adapters: Sequence[Adapter], task: Task, *, split: str, **options: Any) -> str:

@@ -7,21 +7,26 @@ medians and the median of the ratios. Absolute times say more about the machine 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import time
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, get_wsd_schedule
 
+from lora_lab import estimators
 from lora_lab.adapter import Adapter
 from lora_lab.attach import attach
 from lora_lab.connect import Point, evaluate
 from lora_lab.digits import Digits
+from lora_lab.game import Game, Outcomes, all_coalitions
 from lora_lab.mix import Mixer
+from lora_lab.players import players
 from lora_lab.recipe import Recipe
 from lora_lab.task import Split, Task
 from lora_lab.train import train
@@ -42,23 +47,32 @@ def cpu(work: Callable[[], Any]) -> float:
 
 
 class Random(Task):
-    """A BERT of 6 × 384, the shape of MiniLM, on random tokens."""
+    """A BERT on random tokens; 6 × 384 is the shape of MiniLM."""
 
-    name = about = base = "bert-6x384"
     labels = 2
     steps, train_batch_size, learning_rate = 6, 16, 1e-4
 
     record: dict[str, Any] = {"name": "bench"}  # noqa: RUF012 (never changed)
 
+    def __init__(self, layers: int = 6, width: int = 384) -> None:
+        self.name = self.about = self.base = f"bert-{layers}x{width}"
+        self.layers, self.width = layers, width
+
     def build_model(self) -> torch.nn.Module:
         torch.manual_seed(0)
         config = BertConfig(
-            vocab_size=1000, hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+            vocab_size=1000,
+            hidden_size=self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.width // 32,
+            intermediate_size=4 * self.width,
         )
         return BertForSequenceClassification(config).requires_grad_(False).eval()
 
     def _load(self, split: str) -> Split:
-        tokens = torch.randint(0, 1000, (96 if split == "train" else 4, 32), generator=torch.Generator().manual_seed(0))
+        tokens = torch.randint(
+            0, 1000, (96 if split == "train" else 16, 32), generator=torch.Generator().manual_seed(0)
+        )
         return Split({"input_ids": tokens, "labels": tokens[:, 0] % 2})
 
 
@@ -170,6 +184,131 @@ def bench_training(repeats: int) -> None:
     report("BERT 6×384: CoTo / LoRA training", "", found)
 
 
+def random_adapter(task: Task, folder: Any, targets: list[str]) -> Adapter:
+    """An adapter of random weights on the task's base."""
+    torch.manual_seed(0)
+    model = get_peft_model(task.build_model(), LoraConfig(r=8, lora_alpha=16, target_modules=targets))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.02 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return Adapter.load(folder)
+
+
+def bench_sharing(repeats: int, folder: Any) -> None:
+    """Coalitions with shared prefixes against one whole pass each."""
+    task = Random(12, 384)
+    adapter = random_adapter(task, folder / "wide", ["query", "key", "value"])
+    some = np.random.default_rng(0).random((200, 12)) < 0.5
+    report_sharing(
+        "BERT 12×384: 200 random coalitions, shared / one pass each", "at most 0.5", task, adapter, some, repeats
+    )
+    small = Random(12, 128)
+    adapter = random_adapter(small, folder / "small", ["query", "key", "value"])
+    report_sharing(
+        "BERT 12×128: all 4096 coalitions, shared / one pass each",
+        "at most 0.25",
+        small,
+        adapter,
+        all_coalitions(12),
+        1,
+    )
+
+
+def report_sharing(name: str, goal: str, task: Task, adapter: Adapter, coalitions: Any, repeats: int) -> None:
+    """Two rows: against plain passes (of up to 256 coalitions, scaled up), and against the same blocks bare."""
+    computed, kept = [], []
+
+    def asked(rows: Any, share: bool) -> float:
+        game = Game(Outcomes(adapter, task, share=share), players(adapter))
+        game.cost(rows[:1])  # builds the model
+        seconds = cpu(lambda: game(rows))
+        if share:
+            computed.append(game.outcomes.variants.computed)
+            kept.append(game.outcomes.variants.kept_bytes)
+        return seconds
+
+    subset = coalitions[:: max(1, len(coalitions) // 256)]
+    times = len(coalitions) / len(subset)
+    found = side_by_side(lambda: asked(coalitions, True), lambda: times * asked(subset, False), repeats)
+    report(name, goal, found)
+    share = computed[0] / (12 * len(coalitions))
+    report(
+        "  the same, to bare passes over the same blocks", "at most 1.1", (found[0], found[1] * share, found[2] / share)
+    )
+    print(f"  {share:.2f} of the blocks; activations kept: {kept[0] / 2**20:.1f} MiB", flush=True)
+
+
+def saturating(n: int, total: float = 4.0) -> tuple[Any, Any]:
+    """v(S) = 1 − exp(−Σ a) for lognormal a, and its Shapley values in closed form (multilinear extension)."""
+    a = np.random.default_rng(0).lognormal(0, 1, n)
+    a *= total / a.sum()
+    x, w = np.polynomial.legendre.leggauss(n)
+    values = np.zeros(n)
+    for p, share in zip((x + 1) / 2, w / 2, strict=True):
+        others = 1 - p * (1 - np.exp(-a))
+        values += share * (1 - np.exp(-a)) * others.prod() / others
+    return (lambda coalitions: 1 - np.exp(-(coalitions.astype(float) @ a))), values
+
+
+def real_game(worth: str, outcomes: Outcomes) -> tuple[Any, Any]:
+    """Twelve adapters of a trained LoRA (attention and MLP of six layers), all coalitions known."""
+    halves = {"attention": "[qkvo]_proj", "mlp": "fc[12]"}
+    by = {f"{name}{i}": rf"layers\.{i}\..*{pattern}" for i in range(6) for name, pattern in halves.items()}
+    worths = Game(outcomes, players(outcomes.adapter, by), worth=worth)(all_coalitions(12))
+
+    def look_up(coalitions: Any) -> Any:
+        return worths[coalitions @ (1 << np.arange(12))]
+
+    return look_up, estimators.exact(look_up, 12).values
+
+
+SHAPIQ = (
+    "KernelSHAP",
+    "PermutationSamplingSV",
+    "OwenSamplingSV",
+    "UnbiasedKernelSHAP",
+    "SVARM",
+    "StratifiedSamplingSV",
+)
+
+
+def bench_estimators(seeds: int = 20) -> None:
+    """Relative L2 error at equal evaluations, mean over seeds, beside shapiq's estimators."""
+    import shapiq
+
+    outcomes = Outcomes(train(Digits("relabel"), Recipe(method="lora"))[0], Digits("relabel"))
+    games = {
+        "12 real adapters, loss": (12, *real_game("loss", outcomes)),
+        "12 real adapters, accuracy": (12, *real_game("accuracy", outcomes)),
+        "32, saturating": (32, *saturating(32)),
+        "64, saturating": (64, *saturating(64)),
+    }
+    print(f"relative L2 error, mean of {seeds} seeds; evaluations 5n / 10n / 20n", flush=True)
+    for title, (n, game, truth) in games.items():
+        print(title, flush=True)
+
+        def ours(name: str, budget: int, seed: int, n: int = n, game: Any = game) -> Any:
+            samples = budget / (n - 1) if name == "regression" else 10**6
+            return estimators.estimate(
+                game, n, estimator=name, samples=math.ceil(samples), seed=seed, budget=budget
+            ).values
+
+        def theirs(name: str, budget: int, seed: int, n: int = n, game: Any = game) -> Any:
+            found = getattr(shapiq, name)(n=n, random_state=seed).approximate(budget=budget, game=game)
+            return np.array([found[(i,)] for i in range(n)])
+
+        rows = [("ours: " + name, ours, name) for name in ("permutation", "antithetic", "regression")]
+        rows += [("shapiq: " + name, theirs, name) for name in SHAPIQ]
+        for label, run, name in rows:
+            errors = []
+            for times in (5, 10, 20):
+                each = [np.linalg.norm(run(name, times * n, s) - truth) / np.linalg.norm(truth) for s in range(seeds)]
+                errors.append(f"{np.mean(each):.3f}")
+            print(f"  {label:<32} {' / '.join(errors)}", flush=True)
+
+
 def main() -> None:
     """Print the table."""
     import tempfile
@@ -177,16 +316,21 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", choices=["curves", "training"])
+    parser.add_argument("--only", choices=["curves", "training", "sharing", "estimators"])
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     print(f"{'one thread, CPU seconds, medians':<66} {'ours':>11} {'other':>11} {'ratio':>8}  goal")
-    if chosen.only != "training":
-        with tempfile.TemporaryDirectory() as folder:
-            bench_curves(chosen.repeats, Path(folder))
-    if chosen.only != "curves":
-        bench_training(chosen.repeats)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        benches = {
+            "curves": lambda: bench_curves(chosen.repeats, folder),
+            "training": lambda: bench_training(chosen.repeats),
+            "sharing": lambda: bench_sharing(chosen.repeats, folder),
+            "estimators": bench_estimators,
+        }
+        for each in [chosen.only] if chosen.only else benches:
+            benches[each]()
 
 
 if __name__ == "__main__":

@@ -63,7 +63,22 @@ def test_help_and_drawing_load_no_torch():
     assert "interpolate" in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["quickstart", "train", "interpolate", "evaluate", "inspect", "tasks", "figure"])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "quickstart",
+        "train",
+        "interpolate",
+        "stability",
+        "shapley",
+        "prune",
+        "sweep",
+        "evaluate",
+        "inspect",
+        "tasks",
+        "figure",
+    ],
+)
 def test_every_verb_has_help_with_an_example(lora_lab, verb):
     code, out, _ = lora_lab(verb, "--help")
     assert code == 0
@@ -90,6 +105,117 @@ def test_from_training_to_figure_as_the_readme_says(lora_lab, pair, tmp_path):
     assert code == 0
     assert b"/FontFile2" in (tmp_path / "x.pdf").read_bytes()
     one_line(lora_lab("figure", "out/interpolate.json", "-o", "x.pdf"), "x.pdf: exists already")
+
+
+FEW = ["--examples", 30]
+
+
+def test_shapley_without_an_adapter_takes_the_newest_or_trains_one(lora_lab, tmp_path, monkeypatch):
+    from lora_lab.digits import Digits
+
+    monkeypatch.setattr(Digits, "steps", 6)
+    code, out, err = lora_lab("shapley", "--samples", 200, *FEW)
+    assert code == 0, err
+    assert "no adapter given and none below this folder: training coto-s0.safetensors" in err
+    assert "exact, 64 coalitions" in out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        ".outcomes",
+        *(f"shapley.{end}" for end in ("json", "pdf", "png")),
+    }
+    code, out2, err = lora_lab("shapley", "--samples", 200, *FEW)
+    assert (code, out2) == (0, out)
+    assert "the newest one below this folder is coto-s0.safetensors" in err
+    assert "this very result is there already" in err
+    code, out, err = lora_lab("shapley", "--worth", "loss", *FEW, "--force", "--json")
+    assert json.loads(out)["parameters"]["worth"] == "loss"
+    assert "to be computed: 0 variants" in err
+    code, _, err = lora_lab("shapley", *FEW)
+    assert code == 1
+    assert "error: out/shapley.json: exists already; --force replaces it" in err
+
+
+def test_shapley_of_several_adapters_with_every_option(lora_lab, pair):
+    options = ["--players", "type-layer", "--estimator", "antithetic", "--samples", 2, "--order", 2, *FEW]
+    code, out, err = lora_lab("shapley", *pair, *options)
+    assert code == 0, err
+    assert "regression from the same coalitions differs by up to" in out or "biased" not in out
+    assert "Shapley values of coto-s1" in out
+    for kind in ("shapley:heatmap", "shapley:bars", "shapley:interactions"):
+        code, _, err = lora_lab("figure", "out/shapley.json", "--kind", kind, "-o", f"{kind[8:]}.pdf")
+        assert code == 0, err
+    code, out, err = lora_lab(
+        "shapley", pair[0], "--estimator", "owen", "--set", "nodes=2", "--samples", 8, "-o", "owen", *FEW
+    )
+    assert code == 0, err
+    assert "biased by the grid of 2 probabilities" in out
+
+
+def test_stability_shows_curves_epsilon_and_the_inequality(lora_lab, pair, tmp_path):
+    code, out, err = lora_lab("stability", pair[0], "--p", "0.25,0.75", *FEW)
+    assert code == 0, err
+    for words in ("k-of-G 3", "p 0.75", "leave-one-out vit.layers.5", "fixed even", "E[loss] ≥ Σ", "half or more kept"):
+        assert words in out
+    assert (tmp_path / "out" / "stability.pdf").stat().st_size > 5000
+    for kind in ("stability:p", "stability:leave-one-out"):
+        assert lora_lab("figure", "out/stability.json", "--kind", kind, "-o", f"{kind[10:]}.pdf")[0] == 0
+
+
+def test_sweep_shows_patterns_sparsities_and_ranks(lora_lab, pair, tmp_path):
+    options = ["--sparsities", "0,0.5", "--draws", 2, *FEW]
+    code, out, err = lora_lab("sweep", *pair, *options)
+    assert code == 0, err
+    for words in ("top-shapley:3", "magnitude 0.5", "svd 2", "mean ± s.d. over adapters"):
+        assert words in out
+    code, out, err = lora_lab("sweep", pair[0], "--rank", *options, "-o", "rank")
+    assert code == 0
+    assert "structured" not in out
+    assert "to be computed: 16 variants" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "modules", "words"),
+    [
+        (["--keep", "every-other"], 18, "18 of 36"),
+        (["--keep", "type:q,v"], 12, "12 of 36"),
+        (["--keep", "top-norm:2"], 12, "67% saved"),
+        (["--keep", "top-shapley:1", "--split", "validation"], 6, "6 of 36"),
+        (["--keep", "random:2", "--seed", "3"], 12, "12 of 36"),
+        (["--rank", "2"], 36, "72 of 144"),
+        (["--energy", "0.9"], 36, "relative error"),
+        (["--method", "delta-magnitude", "--sparsity", "0.3"], 36, "30.0%"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_pruned_adapters_are_smaller_and_load_again(lora_lab, pair, tmp_path, options, modules, words):
+    from peft import PeftModel
+
+    from lora_lab.adapter import Adapter
+    from lora_lab.digits import Digits
+    from lora_lab.evaluate import score
+
+    code, out, err = lora_lab("prune", pair[0], *options, "-o", "small")
+    assert code == 0, err
+    assert words in out
+    found = Adapter.load(tmp_path / "small")
+    assert len(found.sites) == modules
+    assert found.record["pruned"]
+    task = Digits("relabel")
+    theirs = task.score(PeftModel.from_pretrained(task.build_model(), tmp_path / "small"))
+    assert score(task, found).loss == pytest.approx(theirs.loss, abs=1e-5)
+    one_line(lora_lab("prune", pair[0], *options, "-o", "small"), "small: exists already")
+
+
+def test_a_long_run_is_asked_about_first(lora_lab, pair, monkeypatch):
+    from lora_lab.game import Outcomes
+
+    monkeypatch.setattr(Outcomes, "pace", 100.0)
+    error = "error: this will take about 14.0 h; --yes goes ahead"
+    code, out, err = lora_lab("shapley", pair[0], *FEW)
+    assert code == 1
+    assert "--yes goes ahead, --examples and --samples shorten it" in err
+    assert not out
+    assert error.partition("14")[0] in err
+    assert lora_lab("shapley", pair[0], *FEW, "--yes")[0] == 0
 
 
 def test_evaluate_shows_intervals_and_writes_json(lora_lab, pair, tmp_path):
@@ -173,6 +299,13 @@ def test_inspect_reports_on_what_other_verbs_refuse(lora_lab, case, words):
         (["inspect", CASES / "R05_config_is_lfs_pointer/adapter"], ["adapter_config.json", "LFS"]),
         (["inspect", CASES / "R07_truncated_safetensors/adapter_cut_data"], ["truncated", "3064"]),
         (["figure", "none.json", "-o", "x.pdf"], ["none.json: no such file"]),
+        (["shapley", "none.safetensors"], ["none.safetensors: no such file"]),
+        (["prune", "x", "-o", "y"], ["in one way: --keep, --method with --sparsity, or --rank"]),
+        (["prune", "x", "--keep", "even", "--rank", "2", "-o", "y"], ["in one way"]),
+        (["prune", "x", "--method", "random", "-o", "y"], ["--method random needs --sparsity"]),
+        (["prune", "x", "--keep", "even"], ["-o names the adapter"]),
+        (["stability", "x", "--p", "a"], ["--p 'a'", "such as 0.25,0.5,0.75"]),
+        (["sweep", "x", "--sparsities", "half"], ["--sparsities 'half'"]),
         (["tasks", "--example", "text"], ["unknown kind of task 'text'"]),
     ],
     ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, list) else None,
@@ -215,6 +348,52 @@ def test_adapters_that_do_not_fit_are_refused_before_anything_is_written(lora_la
     one_line(lora_lab("interpolate", *pair, "--ratios", "1:1:1"), "ratio '1:1:1' has 3 weights")
     one_line(lora_lab("interpolate", *pair, "--split", "tset", "--points", "2"), "did you mean 'test'")
     assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["shapley", "--players", "layrs"], ["unknown set of players 'layrs'", "did you mean 'layer'"]),
+        (["shapley", "--players", "x=nothing"], ["player 'x' ('nothing') matches no module", "vit.layers.0"]),
+        (["shapley", "--players", "a=q_proj", "--players", "b=layers"], ["players overlap", "matches a, b"]),
+        (["shapley", "--worth", "f1"], ["unknown worth 'f1'", "accuracy"]),
+        (["shapley", "--estimator", "exct"], ["did you mean 'exact'"]),
+        (["shapley", "--estimator", "shapiq:Nothing"], ["unknown estimator of shapiq 'Nothing'"]),
+        (["shapley", "--estimator", "owen", "--set", "node=3"], ["did you mean 'nodes'"]),
+        (["shapley", "--estimator", "owen", "--set", "nodes=x"], ["nodes is a int"]),
+        (["shapley", "--set", "nodes=3"], ["unknown option of the default estimator"]),
+        (["shapley", "--samples", "0"], ["0 samples"]),
+        (["shapley", "--budget", "3", "--estimator", "antithetic"], ["a budget of 3 coalitions"]),
+        (["shapley", "--split", "tset"], ["did you mean 'test'"]),
+        (["stability", "--samples", "1"], ["1 keep-sets of each size"]),
+        (["stability", "--p", "2"], ["p = 2.0 is no probability"]),
+        (["sweep", "--criteria", "magnitud"], ["did you mean 'magnitude'"]),
+        (["sweep", "--sparsities", "1.5"], ["sparsity 1.5 is outside of 0 to 1"]),
+        (["prune", "--keep", "evn", "-o", "y"], ["did you mean 'even'"]),
+        (["prune", "--keep", "top-norm:7", "-o", "y"], ["7 of 6 players", "1 to 6 can"]),
+        (["prune", "--keep", "top-shapley:9", "-o", "y"], ["9 of 6 players"]),
+        (["prune", "--keep", "type:gate", "-o", "y"], ["no module of type 'gate'", "fc1"]),
+        (["prune", "--sparsity", "1.5", "-o", "y"], ["sparsity is 1.5", "from 0 to 1"]),
+        (["prune", "--sparsity", "1", "-o", "y"], ["nothing would be left"]),
+        (["prune", "--rank", "0", "-o", "y"], ["at least 1"]),
+        (["prune", "--rank", "2", "--energy", "0.5", "-o", "y"], ["exactly one"]),
+    ],
+    ids=lambda value: " ".join(map(str, value))[:50] if isinstance(value, list) else None,
+)
+def test_bad_options_of_analyses_give_one_line(lora_lab, pair, tmp_path, arguments, words):
+    verb, *options = arguments
+    one_line(lora_lab(verb, pair[0], *options), *words)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".json", ".pdf")]
+    assert not (tmp_path / "y").exists()
+
+
+def test_a_tuner_without_ranks_is_refused_by_name(lora_lab, tmp_path):
+    code, _, err = lora_lab("train", "--peft", "loha", "--rank", 2, "-o", "h.safetensors", *SHORT)
+    assert code == 0, err
+    one_line(lora_lab("shapley", "h.safetensors", "--players", "rank"), "LOHA has no rank-1 components")
+    one_line(lora_lab("prune", "h.safetensors", "--rank", 1, "-o", "y"), "LOHA")
+    assert lora_lab("shapley", "h.safetensors", *FEW)[0] == 0
+    assert lora_lab("prune", "h.safetensors", "--keep", "odd", "-o", "y")[0] == 0
 
 
 def test_a_bug_shows_its_traceback(lora_lab, monkeypatch, pair):
