@@ -204,10 +204,10 @@ def bench_sharing(repeats: int, folder: Any) -> None:
     report_sharing(
         "BERT 12×384: 200 random coalitions, shared / one pass each", "at most 0.5", task, adapter, some, repeats
     )
-    small = Random(12, 128)
+    small = Random(12, 256)
     adapter = random_adapter(small, folder / "small", ["query", "key", "value"])
     report_sharing(
-        "BERT 12×128: all 4096 coalitions, shared / one pass each",
+        "BERT 12×256: all 4096 coalitions, shared / one pass each",
         "at most 0.25",
         small,
         adapter,

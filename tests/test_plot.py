@@ -191,3 +191,150 @@ def test_every_script_of_the_paper_draws_without_torch(script, tmp_path):
     assert done.returncode == 0, done.stderr
     written = sorted(path.suffix for path in tmp_path.iterdir())
     assert written.count(".pdf") == written.count(".png") >= 1
+
+
+def shapley_result(labels=("lora-s0", "coto-s0"), players="type-layer", trace=5, interactions=False):
+    rows, summaries = [], []
+    for a, label in enumerate(labels):
+        names = [(t, layer) for layer in range(3) for t in ("k_proj", "q_proj", "fc1")]
+        if players == "layer":
+            names = [(None, layer) for layer in range(3)]
+        for i, (kind, layer) in enumerate(names):
+            value = 0.1 * (a + 1) + 0.01 * i - 0.02 * (i == 0)
+            rows.append(
+                {
+                    "adapter": label,
+                    "method": label.partition("-")[0],
+                    "seed": int(label[-1]),
+                    "player": f"{kind}.{layer}" if kind else f"vit.layers.{layer}",
+                    "encoder": "",
+                    "type": kind,
+                    "layer": layer,
+                    "value": value,
+                    "low": value - 0.03,
+                    "high": value + 0.03,
+                }
+            )
+        steps = [{"evaluations": 10 * 2**k, "values": [0.1 + 0.1 / 2**k], "se": [0.1 / 2**k]} for k in range(trace)]
+        summaries.append({"adapter": label, "estimator": "antithetic", "trace": steps})
+        if interactions:
+            table = [[0.0, 0.2, None], [0.2, 0.0, -0.1], [None, -0.1, 0.0]]
+            summaries[-1]["interactions"] = {"players": ["a.0", "a.1", "a.2"], "values": table}
+    parameters = {"worth": "accuracy", "players": players, "task": {"name": "digits/relabel"}, "split": "test"}
+    return Result("shapley", columns(rows), parameters, {"adapters": summaries}, {"examples": 500})
+
+
+def test_a_heat_map_holds_the_values_by_type_and_layer_under_one_colour_bar():
+    figure = plot.figure([shapley_result()])
+    panels = [ax for ax in figure.axes if ax.images]
+    assert [ax.get_title() for ax in panels] == ["lora-s0", "coto-s0"]
+    assert [text.get_text() for text in panels[0].get_yticklabels()] == ["q_proj", "k_proj", "fc1"]
+    table = panels[1].images[0].get_array()
+    assert table[0] == pytest.approx([0.21, 0.24, 0.27])  # q_proj of the second adapter
+    assert {image.get_clim() for ax in panels for image in ax.images} == {(0, pytest.approx(0.28))}
+    assert len(figure.axes) == 3
+
+
+def test_negative_contributions_get_a_diverging_map_around_zero():
+    result = shapley_result()
+    result.columns["value"][0] = -0.4
+    image = plot.figure([result]).axes[0].images[0]
+    assert image.norm(0.0) == pytest.approx(0.5)
+
+
+def test_bars_show_values_and_intervals_and_several_seeds_as_means():
+    ax = plot.figure([shapley_result(players="layer")]).axes[0]
+    assert [bar.get_height() for bar in ax.patches[:3]] == pytest.approx([0.08, 0.11, 0.12])
+    labels = ("lora-s0", "lora-s1", "coto-s0", "coto-s1")
+    figure = plot.figure([shapley_result(labels, "layer")])
+    assert [bar.get_height() for bar in figure.axes[0].patches[:3]] == pytest.approx([0.13, 0.16, 0.17])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["LoRA", "CoTo"]
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["0", "1", "2"]
+
+
+def test_convergence_is_that_of_the_trace_and_enumerated_values_have_none():
+    line, distance, *_ = plot.figure([shapley_result()], kind="shapley:convergence").axes[0].lines
+    assert line.get_ydata() == pytest.approx([0.1 / 2**k for k in range(5)])
+    assert distance.get_ydata() == pytest.approx([0.1 / 2**k - 0.1 / 16 for k in range(4)])
+    with pytest.raises(OptionError, match="enumerated"):
+        plot.figure([shapley_result(trace=1)], kind="shapley:convergence")
+
+
+def test_interactions_are_drawn_around_zero():
+    figure = plot.figure([shapley_result(interactions=True)], kind="shapley:interactions", width="single")
+    image = figure.axes[0].images[0]
+    assert image.get_clim() == (-0.2, 0.2)
+    with pytest.raises(OptionError, match="--order 2"):
+        plot.figure([shapley_result()], kind="shapley:interactions")
+
+
+def stability_result(labels=("lora-s0", "coto-s0"), rescaled=(False, True)):
+    rows = []
+    for a, label in enumerate(labels):
+        for scaled in rescaled:
+            who = {"adapter": label, "method": label[:4], "seed": a, "rescaled": scaled}
+            for family, count in (("k-of-G", 4), ("p", 3), ("leave-one-out", 3), ("one-alone", 3)):
+                for k in range(count):
+                    error = 0.8 - 0.2 * k + 0.05 * a
+                    ends = {"error": error, "error_low": error - 0.1, "error_high": error + 0.1}
+                    cells = {"label": f"x.{k}", "share": k / 3, **ends, "error_worst": error + 0.05}
+                    rows.append({**who, "family": family, **cells})
+    parameters = {"players": "layer", "task": {"name": "digits/relabel"}, "split": "test"}
+    return Result("stability", columns(rows), parameters, {}, {"examples": 500})
+
+
+def test_stability_curves_show_mean_band_and_worst():
+    figure = plot.figure([stability_result()])
+    plain, scaled = figure.axes
+    assert [plain.get_title(), scaled.get_title()] == ["as they are", "updates × G/k"]
+    mean, worst, *_ = plain.lines
+    assert mean.get_ydata() == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert worst.get_ydata() == pytest.approx([0.15, 0.35, 0.55, 0.75])
+    several = plot.figure([stability_result(("lora-s0", "lora-s1", "coto-s0"))], kind="stability:p", width="single")
+    assert several.axes[0].lines[0].get_ydata() == pytest.approx([0.175, 0.375, 0.575])
+    alone = plot.figure([stability_result(rescaled=(False,))], kind="stability:leave-one-out")
+    assert [ax.get_title() for ax in alone.axes] == ["each player left out", "each player alone"]
+
+
+def sweep_result(labels=("lora-s0", "coto-s0")):
+    rows = []
+    for a, label in enumerate(labels):
+        who = {"adapter": label, "method": label[:4], "seed": a}
+        cells = [("structured", "all", "all"), ("structured", "even", "even"), ("structured", "random", "random:3")]
+        cells += [("unstructured", c, s) for c in ("magnitude", "random") for s in ("0", "0.5", "0.9")]
+        cells += [("rank", c, r) for c in ("svd", "random") for r in ("1", "2")]
+        for i, (kind, criterion, place) in enumerate(cells):
+            accuracy = 0.9 - 0.03 * i + 0.05 * a
+            ends = {"accuracy": accuracy, "accuracy_low": accuracy - 0.02, "accuracy_high": accuracy + 0.02}
+            rows.append({**who, "kind": kind, "criterion": criterion, "label": place, **ends})
+    parameters = {"task": {"name": "digits/relabel"}, "split": "test"}
+    return Result("sweep", columns(rows), parameters, {}, {"examples": 500})
+
+
+@pytest.mark.parametrize("width", ["single", "double"])
+def test_a_sweep_has_bars_for_patterns_and_curves_for_the_rest(width):
+    bars, sparsity, rank = plot.figure([sweep_result()], width=width).axes
+    assert [text.get_text() for text in bars.get_xticklabels()] == ["all", "even", "random:3"]
+    assert [patch.get_height() for patch in bars.patches[:3]] == pytest.approx([0.9, 0.87, 0.84])
+    assert sparsity.lines[0].get_xdata() == pytest.approx([0, 0.5, 0.9])
+    assert sparsity.lines[0].get_ydata() == pytest.approx([0.81, 0.78, 0.75])
+    assert rank.lines[0].get_xdata() == pytest.approx([1, 2])
+    for kind in ("structured", "unstructured", "rank"):
+        assert len(plot.figure([sweep_result()], kind=f"sweep:{kind}", width=width).axes) == 1
+
+
+def test_a_kind_that_was_not_swept_is_asked_for_by_name():
+    result = sweep_result()
+    only = [row for row in result.rows() if row["kind"] == "structured"]
+    with pytest.raises(OptionError, match="lora-lab sweep --rank"):
+        plot.figure([Result("sweep", columns(only), result.parameters, {}, {})], kind="sweep:rank")
+
+
+def test_a_method_has_its_colour_whatever_the_order():
+    from matplotlib.colors import to_hex
+
+    labels = ("coto-s0", "coto-s1", "lora-s0", "lora-s1")
+    bars = plot.figure([sweep_result(labels)], kind="sweep:structured").axes[0].patches
+    assert to_hex(bars[0].get_facecolor()) == "#d55e00"
+    bars = plot.figure([sweep_result(labels[::-1])], kind="sweep:structured").axes[0].patches
+    assert to_hex(bars[0].get_facecolor()) == "#0072b2"
