@@ -26,7 +26,7 @@ def draw(results: Sequence[Result], width: str) -> Figure:
     curves = [kind for kind in kinds if kind != "structured"]
     if "structured" not in kinds or not curves:
         return _draw_structured(results, width) if "structured" in kinds else _draw_curves(results, width, curves)
-    figure = plot_style.new(width, 4.9 if width == "double" else 2.6 + 2.1 * len(curves))
+    figure = plot_style.new(width, 5.3 if width == "double" else 2.6 + 2.5 * len(curves))
     if width == "double":
         grid = figure.add_gridspec(2, len(curves), height_ratios=[1.1, 1])
         top, below = figure.add_subplot(grid[0, :]), [figure.add_subplot(grid[1, i]) for i in range(len(curves))]
@@ -39,7 +39,7 @@ def draw(results: Sequence[Result], width: str) -> Figure:
     handles, labels = top.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=4 if width == "double" else 2)
     for ax in below:
-        ax.legend(fontsize=6, handlelength=3)
+        _legend(ax)
     plot_style.caption(figure, width, _caption(results))
     return figure
 
@@ -73,11 +73,11 @@ def _draw_curves(results: Sequence[Result], width: str, kinds: Sequence[str]) ->
     for kind in kinds:
         _need(results, kind)
     shape = (1, len(kinds)) if width == "double" else (len(kinds), 1)
-    figure = plot_style.new(width, 2.6 if width == "double" else 0.6 + 2.1 * len(kinds))
+    figure = plot_style.new(width, 3.0 if width == "double" else 0.6 + 2.5 * len(kinds))
     axes = figure.subplots(*shape, squeeze=False).ravel()
     for ax, kind in zip(axes, kinds, strict=True):
         _curve(ax, results, kind)
-        ax.legend(fontsize=6, handlelength=3)
+        _legend(ax)
     plot_style.caption(figure, width, _caption(results))
     return figure
 
@@ -116,6 +116,11 @@ def _curve(ax: Axes, results: Sequence[Result], kind: str) -> None:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel(_AXIS[kind])
     ax.set_ylabel("accuracy")
+
+
+def _legend(ax: Axes) -> None:
+    """Below the axes: curves leave no corner free."""
+    ax.legend(fontsize=6, handlelength=3, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.28))
 
 
 def _values(

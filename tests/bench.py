@@ -296,7 +296,9 @@ def bench_estimators(seeds: int = 20) -> None:
             ).values
 
         def theirs(name: str, budget: int, seed: int, n: int = n, game: Any = game) -> Any:
-            found = getattr(shapiq, name)(n=n, random_state=seed).approximate(budget=budget, game=game)
+            found = getattr(shapiq, name)(n=n, random_state=seed).approximate(
+                budget=budget, game=lambda coalitions: game(np.atleast_2d(coalitions))
+            )
             return np.array([found[(i,)] for i in range(n)])
 
         rows = [("ours: " + name, ours, name) for name in ("permutation", "antithetic", "regression")]

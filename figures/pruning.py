@@ -1,0 +1,13 @@
+"""What survives pruning: patterns of modules, sparsities and ranks, LoRA against CoTo, mean and spread over seeds."""
+
+import sys
+from pathlib import Path
+
+from lora_lab import plot
+from lora_lab.result import Result
+
+HERE = Path(__file__).parent
+OUT = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
+
+drawn = plot.figure([Result.load(HERE / "results" / "sweep.json")])
+plot.save(drawn, OUT / "pruning.pdf", OUT / "pruning.png", force=True)
