@@ -86,6 +86,15 @@ def _estimates(scores: Scores, seed: int) -> dict[str, float]:
     return cells
 
 
+def labels_of(adapters: Sequence[Adapter]) -> list[str]:
+    """A different name for each adapter: its label, with the folder before it where labels are the same."""
+    labels = [adapter.label for adapter in adapters]
+    for i, adapter in enumerate(adapters):
+        if [a.label for a in adapters].count(adapter.label) > 1:
+            labels[i] = "/".join(Path(adapter.source).parts[-2:]).removesuffix(".safetensors")
+    return [f"{label} ({i})" if labels.count(label) > 1 else label for i, label in enumerate(labels)]
+
+
 def described(adapter: Adapter) -> dict[str, Any]:
     """What a result's parameters say of an adapter: label, method, seed, ‖ΔW‖ (None where there is no ΔW)."""
     try:

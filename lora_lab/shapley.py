@@ -15,7 +15,7 @@ from lora_lab import estimators
 from lora_lab.adapter import Adapter
 from lora_lab.errors import OptionError, unknown
 from lora_lab.estimators import EXACT_LIMIT, Estimate, Floats
-from lora_lab.evaluate import described, examples_of, identity
+from lora_lab.evaluate import described, examples_of, identity, labels_of
 from lora_lab.game import Cost, Game, Outcomes, Progress, all_coalitions
 from lora_lab.players import players
 from lora_lab.result import Result, columns, fingerprint, finite, provenance
@@ -60,13 +60,13 @@ def shapley(
         cost = first.cost(_planned(first, estimator, samples, budget, order, seed, options or {}))
         confirm(cost * len(adapters))
     rows, summaries = [], []
-    for adapter in adapters:
+    for adapter, label in zip(adapters, labels_of(adapters), strict=True):
         game = _game(adapter, task, by, worth, split, examples, device, cache, progress)
         chosen = estimator or choose(game, samples=samples, budget=budget, seed=seed)
         found = _estimate(game, chosen, samples, until_se, budget, seed, options or {})
         second = _second_opinion(found)
-        rows += _rows(adapter, game, found, second)
-        summaries.append(_summary(adapter, game, found, second))
+        rows += _rows(adapter, label, game, found, second)
+        summaries.append(_summary(adapter, label, game, found, second))
         if order == 2:
             summaries[-1]["interactions"] = _interactions(game, chosen, samples, seed)
     return Result(
@@ -289,7 +289,7 @@ def _second_opinion(found: Estimate) -> Estimate | None:
     return estimators.fit_pairs(found.coalitions, found.worths)
 
 
-def _rows(adapter: Adapter, game: Game, found: Estimate, second: Estimate | None) -> list[dict[str, Any]]:
+def _rows(adapter: Adapter, label: str, game: Game, found: Estimate, second: Estimate | None) -> list[dict[str, Any]]:
     by_examples = np.full(game.n_players, np.nan)
     if len(found.coalitions):
         values = found.weights @ game.per_example(found.coalitions)
@@ -301,7 +301,7 @@ def _rows(adapter: Adapter, game: Game, found: Estimate, second: Estimate | None
         place = game.players.places.get(name)
         rows.append(
             {
-                "adapter": adapter.label,
+                "adapter": label,
                 "method": adapter.record.get("method"),
                 "seed": adapter.record.get("seed"),
                 "player": name,
@@ -321,12 +321,12 @@ def _rows(adapter: Adapter, game: Game, found: Estimate, second: Estimate | None
     return rows
 
 
-def _summary(adapter: Adapter, game: Game, found: Estimate, second: Estimate | None) -> dict[str, Any]:
+def _summary(adapter: Adapter, label: str, game: Game, found: Estimate, second: Estimate | None) -> dict[str, Any]:
     n = game.n_players
     empty, full = game(np.array([[False] * n, [True] * n]))
     outcomes = game.outcomes
     summary = {
-        "adapter": adapter.label,
+        "adapter": label,
         "method": adapter.record.get("method"),
         "seed": adapter.record.get("seed"),
         "estimator": found.estimator,

@@ -20,7 +20,7 @@ import torch
 from lora_lab import patterns
 from lora_lab.adapter import Adapter
 from lora_lab.errors import OptionError, TaskError
-from lora_lab.evaluate import described, examples_of, identity
+from lora_lab.evaluate import described, examples_of, identity, labels_of
 from lora_lab.game import Bools, Cost, Game, Outcomes, Progress, all_coalitions
 from lora_lab.players import players
 from lora_lab.result import Result, columns, fingerprint, finite, provenance
@@ -70,12 +70,12 @@ def stability(
         confirm(sum(costs[1:], costs[0]))
     rows: list[dict[str, Any]] = []
     summaries = []
-    for adapter in adapters:
+    for adapter, label in zip(adapters, labels_of(adapters), strict=True):
         lab = _lab(adapter, task, by, split, examples, device, cache, progress)
         chosen = _sets(lab, samples, seed, every)
         for rescaled in factors:
             seen = _Seen(lab, Game(lab.outcomes, lab.game.players, rescale=rescaled), chosen, seed)
-            who = {"adapter": adapter.label, "method": adapter.record.get("method"), "seed": adapter.record.get("seed")}
+            who = {"adapter": label, "method": adapter.record.get("method"), "seed": adapter.record.get("seed")}
             rows += [{**who, "rescaled": rescaled, **row} for row in seen.rows(grid)]
             summaries.append({**who, "rescaled": rescaled, **seen.summary(grid)})
     settings = {
@@ -410,8 +410,8 @@ def _by_examples(values: Floats) -> float:
 def _interval(name: str, value: float, *errors: float) -> dict[str, float]:
     half = _Z * math.hypot(*errors)
     low, high = value - half, value + half
-    if name == "error":
-        low, high = max(0.0, low), min(1.0, high)
+    if name != "gap":  # the others cannot be negative
+        low, high = max(0.0, low), min(1.0, high) if name == "error" else high
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 

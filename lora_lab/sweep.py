@@ -16,7 +16,7 @@ import torch
 from lora_lab import patterns, prune
 from lora_lab.adapter import Adapter
 from lora_lab.errors import AdapterError, OptionError, TunerError, unknown
-from lora_lab.evaluate import described, examples_of, identity
+from lora_lab.evaluate import described, examples_of, identity, labels_of
 from lora_lab.game import Cost, Outcomes, Progress
 from lora_lab.patterns import Choice
 from lora_lab.result import Result, columns, fingerprint, finite, provenance
@@ -61,7 +61,7 @@ def sweep(
     began = time.perf_counter()
     rows: list[Row] = []
     done = 0
-    for a, adapter in enumerate(adapters):
+    for adapter, label in zip(adapters, labels_of(adapters), strict=True):
         outcomes = Outcomes(
             adapter, task, split=split, examples=examples, device=device or resolve_device(), cache=folder
         )
@@ -75,7 +75,7 @@ def sweep(
         if "rank" in kinds:
             pieces += _ranks(outcomes, draws, seed)
         total = sum(len(made) for _, made in pieces) * len(adapters)
-        if confirm and a == 0:
+        if confirm and not rows:
             passes = total * outcomes.batches
             blocks = passes * outcomes.variants.blocks
             plain = Cost(total, blocks, blocks, passes * outcomes.pace)
@@ -88,7 +88,7 @@ def sweep(
                 done += 1
                 if progress:
                     progress(done, total)
-            who = {"adapter": adapter.label, "method": adapter.record.get("method"), "seed": adapter.record.get("seed")}
+            who = {"adapter": label, "method": adapter.record.get("method"), "seed": adapter.record.get("seed")}
             rows.append({**who, **head, "draws": len(scores), **_cells(scores, seed)})
     settings = {
         "kinds": list(kinds),

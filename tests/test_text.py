@@ -167,3 +167,27 @@ def test_the_example_file_is_valid_and_names_every_key(tmp_path):
     assert set(tomllib.loads(uncommented)) == {field.name for field in fields(Settings)}
     with pytest.raises(OptionError, match="did you mean"):
         tasks.example("text-clasification")
+
+
+def test_coalitions_and_pruning_work_on_texts_too(folder):
+    from lora_lab.shapley import shapley
+    from lora_lab.stability import stability
+    from lora_lab.sweep import sweep
+
+    built = tasks.from_name(str(folder / "my.toml"))
+    adapter, _ = train(built, Recipe(method="lora", steps=60, learning_rate=1e-2, rank=2))
+    for by in ("layer", "type", "rank"):
+        found = shapley([adapter], built, by=by, estimator="regression" if by == "rank" else None, samples=3)
+        summary = found.summary["adapters"][0]
+        assert sum(row["value"] for row in found.rows()) == pytest.approx(summary["full"] - summary["empty"])
+        assert summary["full"] == pytest.approx(score(built, adapter).accuracy)
+        assert summary["engine"]["why_not_shared"] is None
+    found = stability([adapter, adapter], built)
+    assert len({row["adapter"] for row in found.rows()}) == 2
+    (row,) = found.rows(family="k-of-G", label="0", rescaled=False, adapter=found.columns["adapter"][0])
+    assert row["loss"] == pytest.approx(score(built, None).mean_loss, abs=1e-6)
+    found = sweep([adapter], built, sparsities=(0.0, 1.0), draws=2)
+    assert found.rows(label="1", criterion="magnitude")[0]["loss"] == pytest.approx(
+        score(built, None).mean_loss, abs=1e-6
+    )
+    assert {row["label"] for row in found.rows(kind="structured")} >= {"even", "odd", "type:query"}
