@@ -170,6 +170,19 @@ def confirm(yes: bool) -> Callable[[Cost], None]:
     return ask
 
 
+def computed(
+    outputs: Outputs, run: str, what: str, compute: Callable[..., Result], *, force: bool, yes: bool
+) -> Result:
+    """The result of this very run if it is there, else computed (asking first if it is long), saved and named."""
+    result = outputs.earlier(run, force=force)
+    if result is None:
+        ask = confirm(yes)
+        with progress(what) as report:
+            result = compute(cache=outputs.cache, progress=report, confirm=ask)
+        say_written(outputs.save(result))
+    return result
+
+
 def parse_players(given: Sequence[str] | None) -> str | dict[str, str]:
     """['type'] → 'type'; ['attention=attn', …] → {name: regular expression}."""
     if not given:

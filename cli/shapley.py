@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,21 +86,9 @@ def command(
         "options": options,
     }
     chosen = task_of(*loaded, given=task)
-    result = outputs.earlier(shapley.run_id(loaded, chosen, split=split, **settings), force=force)
-    if result is None:
-        ask = common.confirm(yes)
-        with common.progress("asking for coalitions") as report:
-            result = shapley.shapley(
-                loaded,
-                chosen,
-                split=split,
-                **settings,
-                device=resolve_device(device),
-                cache=outputs.cache,
-                progress=report,
-                confirm=ask,
-            )
-        common.say_written(outputs.save(result))
+    compute = partial(shapley.shapley, loaded, chosen, split=split, **settings, device=resolve_device(device))
+    run = shapley.run_id(loaded, chosen, split=split, **settings)
+    result = common.computed(outputs, run, "asking for coalitions", compute, force=force, yes=yes)
     if json:
         common.print_json(result.to_json())
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,21 +73,9 @@ def command(
     }
     stability.check(loaded, by=settings["by"], samples=samples, grid=probabilities)
     chosen = task_of(*loaded, given=task)
-    result = outputs.earlier(stability.run_id(loaded, chosen, split=split, **settings), force=force)
-    if result is None:
-        ask = common.confirm(yes)
-        with common.progress("dropping layers") as report:
-            result = stability.stability(
-                loaded,
-                chosen,
-                split=split,
-                **settings,
-                device=resolve_device(device),
-                cache=outputs.cache,
-                progress=report,
-                confirm=ask,
-            )
-        common.say_written(outputs.save(result))
+    compute = partial(stability.stability, loaded, chosen, split=split, **settings, device=resolve_device(device))
+    run = stability.run_id(loaded, chosen, split=split, **settings)
+    result = common.computed(outputs, run, "dropping layers", compute, force=force, yes=yes)
     if json:
         common.print_json(result.to_json())
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,21 +74,9 @@ def command(
     names = ("kinds", "sparsities", "criteria", "draws")
     sweep.check(loaded, **{name: settings[name] for name in names})
     task_chosen = task_of(*loaded, given=task)
-    result = outputs.earlier(sweep.run_id(loaded, task_chosen, split=split, **settings), force=force)
-    if result is None:
-        ask = common.confirm(yes)
-        with common.progress("pruning") as report:
-            result = sweep.sweep(
-                loaded,
-                task_chosen,
-                split=split,
-                **settings,
-                device=resolve_device(device),
-                folder=outputs.cache,
-                progress=report,
-                confirm=ask,
-            )
-        common.say_written(outputs.save(result))
+    compute = partial(sweep.sweep, loaded, task_chosen, split=split, **settings, device=resolve_device(device))
+    run = sweep.run_id(loaded, task_chosen, split=split, **settings)
+    result = common.computed(outputs, run, "pruning", compute, force=force, yes=yes)
     if json:
         common.print_json(result.to_json())
     else:

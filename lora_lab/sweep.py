@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def sweep(
     examples: int | None = None,
     seed: int = 0,
     device: torch.device | None = None,
-    folder: Path | None = None,
+    cache: Path | None = None,
     progress: Progress | None = None,
     confirm: Callable[[Cost], None] | None = None,
 ) -> Result:
@@ -63,9 +63,9 @@ def sweep(
     done = 0
     for adapter, label in zip(adapters, labels_of(adapters), strict=True):
         outcomes = Outcomes(
-            adapter, task, split=split, examples=examples, device=device or resolve_device(), cache=folder
+            adapter, task, split=split, examples=examples, device=device or resolve_device(), cache=cache
         )
-        shapley = _on_validation(adapter, task, examples, device, folder)
+        shapley = _on_validation(adapter, task, examples, device, cache)
         choice = replace(patterns.choice_of(adapter, seed=seed), shapley=shapley)
         pieces: list[Piece] = []
         if "structured" in kinds:
@@ -79,7 +79,7 @@ def sweep(
             passes = total * outcomes.batches
             blocks = passes * outcomes.variants.blocks
             plain = Cost(total, blocks, blocks, passes * outcomes.pace)
-            chosen = forecast(adapter, task, split="validation", examples=examples, device=device, cache=folder)
+            chosen = forecast(adapter, task, split="validation", examples=examples, device=device, cache=cache)
             confirm(plain + chosen * len(adapters) if "structured" in kinds else plain)
         for head, made in pieces:
             scores = []
@@ -148,10 +148,10 @@ def run_id(adapters: Sequence[Adapter], task: Task, *, split: str, **options: An
 
 
 def _on_validation(
-    adapter: Adapter, task: Task, examples: int | None, device: torch.device | None, folder: Path | None
+    adapter: Adapter, task: Task, examples: int | None, device: torch.device | None, cache: Path | None
 ) -> Callable[[], Mapping[str, float]]:
     def values() -> Mapping[str, float]:
-        return values_of(adapter, task, split="validation", examples=examples, device=device, cache=folder)
+        return values_of(adapter, task, split="validation", examples=examples, device=device, cache=cache)
 
     return values
 
@@ -168,7 +168,7 @@ def _structured(outcomes: Outcomes, choice: Choice, draws: int) -> list[Piece]:
             others = [replace(choice, seed=choice.seed + i) for i in range(draws)]
             picks[f"random:{size}"] = [patterns.keep(other, f"random:{size}") for other in others]
 
-    @cache
+    @functools.cache
     def together() -> dict[Variant, Scores]:
         variants = [outcomes.keeping(modules) for made in picks.values() for modules in made]
         return dict(zip(variants, outcomes.of(variants), strict=True))

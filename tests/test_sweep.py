@@ -27,7 +27,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(adapters, cache):
-    return sweep(adapters, Digits("relabel"), folder=cache, **OPTIONS)
+    return sweep(adapters, Digits("relabel"), cache=cache, **OPTIONS)
 
 
 def own(adapter):
@@ -84,7 +84,7 @@ def test_adapters_of_one_method_are_summed_up(result):
 
 def test_a_second_sweep_costs_nothing_and_says_the_same(adapters, cache, result, monkeypatch):
     monkeypatch.setattr(Digits, "judge", lambda *a, **k: pytest.fail("computed again"))
-    again = sweep(adapters, Digits("relabel"), folder=cache, **OPTIONS)
+    again = sweep(adapters, Digits("relabel"), cache=cache, **OPTIONS)
     assert again.columns == result.columns
 
 
