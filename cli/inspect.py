@@ -54,6 +54,9 @@ def command(
     common.console.print(f"{len(rows)} modules, ranks {', '.join(map(str, ranks)) or '–'}, total ‖ΔW‖ {total}")
     if content["record"]:
         common.console.print(f"trained: {_record(content['record'])}")
+        for step in content["record"].get("pruned", []):
+            options = ", ".join(f"{name} {value}" for name, value in step.items() if name != "from")
+            common.console.print(f"pruned since (what was measured then is of the whole): {options}")
     for warning in content["warnings"]:
         common.messages.print(f"warning: {warning}")
 

@@ -396,7 +396,10 @@ def _by_shapiq(game: Game, estimator: str, budget: int, seed: int) -> Estimate:
     n = game.n_players
     budget = min(budget, 2**n) if n <= 62 else budget
     before = game.outcomes.evaluated
-    found = _approximator(estimator, n, seed).approximate(budget=budget, game=game)
+    try:
+        found = _approximator(estimator, n, seed).approximate(budget=budget, game=game)
+    except (ValueError, ImportError, IndexError) as error:
+        raise OptionError(f"{estimator} fails with {budget} coalitions: {str(error).partition(chr(10))[0]}") from error
     values = np.array([float(found[(i,)]) for i in range(n)])
     nothing = np.zeros((0, n), np.bool_)
     asked = game.outcomes.evaluated - before
@@ -419,10 +422,14 @@ def _approximator(estimator: str, n: int, seed: int) -> Any:
     }
     if name not in known:
         raise unknown("estimator of shapiq", name, sorted(known))
-    options: dict[str, Any] = {"n": n, "random_state": seed}
-    for extra in ({}, {"index": "SV", "max_order": 1}, {"index": "SII", "max_order": 1}, {"max_order": 1}):
+    for options in ({"index": "SV", "max_order": 1}, {"index": "SII", "max_order": 1}, {"max_order": 1}, {}):
         try:
-            return known[name](**options, **extra)
+            made = known[name](n=n, random_state=seed, **options)
         except (TypeError, ValueError):
             continue
-    raise OptionError(f"{estimator} gives no Shapley values")
+        except ImportError as error:
+            raise OptionError(f"{estimator}: {str(error).partition(chr(10))[0]}") from error
+        # of interaction indices, order 1 alone is the Shapley value only where nothing of higher order is taken out
+        if made.index == "SV" or (made.index in ("SII", "k-SII") and made.max_order == 1):
+            return made
+    raise OptionError(f"{estimator} estimates other indices than the Shapley value")

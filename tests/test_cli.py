@@ -199,6 +199,7 @@ def test_pruned_adapters_are_smaller_and_load_again(lora_lab, pair, tmp_path, op
     found = Adapter.load(tmp_path / "small")
     assert len(found.sites) == modules
     assert found.record["pruned"]
+    assert "pruned since" in lora_lab("inspect", "small")[1]
     task = Digits("relabel")
     theirs = task.score(PeftModel.from_pretrained(task.build_model(), tmp_path / "small"))
     assert score(task, found).loss == pytest.approx(theirs.loss, abs=1e-5)

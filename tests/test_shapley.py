@@ -82,9 +82,10 @@ def test_the_cost_is_told_before_anything_is_computed(adapters):
     assert forecast(adapters[0], Digits("relabel")).variants == 16
 
 
-def test_shapiq_estimates_on_the_same_game(adapters, exact):
+@pytest.mark.parametrize("name", ["KernelSHAP", "SHAPIQ", "SVARMIQ", "KernelSHAPIQ", "UnbiasedKernelSHAP"])
+def test_shapiq_estimates_on_the_same_game(adapters, exact, name):
     found = shapley(
-        adapters[:1], Digits("relabel"), worth="loss", split="validation", estimator="shapiq:KernelSHAP", budget=16
+        adapters[:1], Digits("relabel"), worth="loss", split="validation", estimator=f"shapiq:{name}", budget=16
     )
     assert [row["value"] for row in found.rows()] == pytest.approx([row["value"] for row in exact.rows()[:4]], abs=1e-6)
     assert [row["se"] for row in found.rows()] == [None] * 4
@@ -125,6 +126,8 @@ def test_the_newest_adapter_below_a_folder_is_found(tmp_path, adapters):
     [
         ({"order": 3}, "order 3: 1"),
         ({"estimator": "exct"}, r"did you mean 'exact'\?"),
+        ({"estimator": "shapiq:RegressionFBII"}, "other indices than the Shapley value"),
+        ({"estimator": "shapiq:PermutationSamplingSTII"}, "other indices than the Shapley value"),
         ({"estimator": "shapiq:Kernel"}, "unknown estimator of shapiq 'Kernel'.*KernelSHAP"),
         ({"by": "layrs"}, "unknown set of players 'layrs'"),
     ],
