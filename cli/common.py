@@ -156,14 +156,14 @@ def confirm(yes: bool) -> Callable[[Cost], None]:
     def ask(cost: Cost) -> None:
         shared = f" of {cost.naive_block_evaluations} without sharing" if cost.naive_block_evaluations else ""
         messages.print(
-            f"to be computed: {cost.variants} variants, {cost.block_evaluations} block evaluations{shared}, "
+            f"to be computed: up to {cost.variants} variants, {cost.block_evaluations} block evaluations{shared}, "
             f"about {_duration(cost.seconds)}"
         )
         if cost.seconds <= _LONG or yes:
             return
         if not sys.stdin.isatty():
             raise OptionError(
-                f"this will take about {_duration(cost.seconds)}; --yes goes ahead, --examples and --samples shorten it"
+                f"this may take {_duration(cost.seconds)}; --yes goes ahead, --examples and --samples shorten it"
             )
         typer.confirm("go ahead?", abort=True, err=True)
 

@@ -249,7 +249,8 @@ def fit_pairs(coalitions: Bools, worths: Floats) -> Estimate | None:
     does wherever a worth saturates. The values of the fit are known in closed form. The weights are the Shapley
     kernel over each size's share of coalitions seen; the linear terms carry next to no penalty, so with all pairs
     the values are exact whatever the game (Witter et al. 2025 adjust by other models). Standard errors are
-    those of a sandwich estimator (HC3) with a finite-population correction. None where there are too few pairs.
+    those of a sandwich estimator (HC3) with a finite-population correction, NaN from fewer than 2n pairs. None where
+    there are fewer pairs than players.
     """
     n = coalitions.shape[1]
     index = {row.tobytes(): i for i, row in enumerate(coalitions)}
@@ -285,6 +286,8 @@ def fit_pairs(coalitions: Bools, worths: Floats) -> Estimate | None:
     residual = odd - A[:-1] @ ((solve @ np.append(odd, value_of_top)) / scale)
     leverage = np.einsum("ij,ji->i", X[:-1], solve[:, :-1])
     se = np.sqrt(((L[:, :-1] * (residual / (1 - leverage).clip(min=0.05))) ** 2 * (1 - seen)).sum(1))
+    if len(k) < 2 * n and (seen < 1).any():  # fewer pairs than features leave no residual to judge by
+        se = np.full(n, np.nan)
     weights = np.zeros((n, len(coalitions)))
     weights[:, some], weights[:, others] = L[:, :-1] / 2, -L[:, :-1] / 2
     weights[:, ends[0]], weights[:, ends[1]] = L[:, -1] / 2, -L[:, -1] / 2

@@ -128,7 +128,7 @@ def test_shapley_without_an_adapter_takes_the_newest_or_trains_one(lora_lab, tmp
     assert "this very result is there already" in err
     code, out, err = lora_lab("shapley", "--worth", "loss", *FEW, "--force", "--json")
     assert json.loads(out)["parameters"]["worth"] == "loss"
-    assert "to be computed: 0 variants" in err
+    assert "to be computed: up to 0 variants" in err
     code, _, err = lora_lab("shapley", *FEW)
     assert code == 1
     assert "error: out/shapley.json: exists already; --force replaces it" in err
@@ -169,7 +169,7 @@ def test_sweep_shows_patterns_sparsities_and_ranks(lora_lab, pair, tmp_path):
     code, out, err = lora_lab("sweep", pair[0], "--rank", *options, "-o", "rank")
     assert code == 0
     assert "structured" not in out
-    assert "to be computed: 16 variants" in err
+    assert "to be computed: up to 16 variants" in err
 
 
 @pytest.mark.parametrize(
@@ -210,12 +210,11 @@ def test_a_long_run_is_asked_about_first(lora_lab, pair, monkeypatch):
     from lora_lab.game import Outcomes
 
     monkeypatch.setattr(Outcomes, "pace", 100.0)
-    error = "error: this will take about 14.0 h; --yes goes ahead"
     code, out, err = lora_lab("shapley", pair[0], *FEW)
     assert code == 1
     assert "--yes goes ahead, --examples and --samples shorten it" in err
     assert not out
-    assert error.partition("14")[0] in err
+    assert "error: this may take" in err
     assert lora_lab("shapley", pair[0], *FEW, "--yes")[0] == 0
 
 

@@ -178,6 +178,16 @@ def test_the_fit_is_exact_from_few_pairs_where_the_game_is_additive():
     assert found.values == pytest.approx(weights, rel=1e-3)
 
 
+def test_too_few_pairs_give_no_standard_error_and_stop_nothing():
+    n = 12
+    game, truth = saturating(n)
+    few = estimate(game, n, estimator="regression", samples=3, seed=0)
+    assert np.isnan(few.se).all()
+    stopped = estimate(game, n, estimator="regression", samples=200, seed=0, until_se=1e6)
+    assert len(stopped.coalitions) >= 2 * 2 * n
+    assert (np.abs(stopped.values - truth) <= 4 * stopped.se.max()).all()
+
+
 def test_the_fit_beats_orders_on_a_saturating_game():
     n = 24
     game, truth = saturating(n)
