@@ -57,8 +57,9 @@ class Outputs:
         """Write the result and its figure."""
         from .. import plot
 
+        drawn = plot.figure([result], kind=kind)  # first: a result that cannot be drawn is not left behind alone
         result.save(self.json)
-        plot.save(plot.figure([result], kind=kind), self.pdf, self.png, force=True)
+        plot.save(drawn, self.pdf, self.png, force=True)
         return [self.json, self.pdf, self.png]
 
 

@@ -71,7 +71,7 @@ def command(
     ]
     by = common.parse_players(players)
     shapley.check(loaded, by=by, estimator=estimator, order=order, samples=samples, until_se=until_se, budget=budget)
-    source = estimators.ESTIMATORS.get(estimator or "", shapley.choose)
+    source = estimators.ESTIMATORS.get(estimator or "", estimators.exact)
     options = common.parse_set(option, source, estimator or "the default estimator") if option else {}
     settings: dict[str, Any] = {
         "by": by,
@@ -98,9 +98,8 @@ def command(
 def show(result: Any) -> None:
     """The result as tables."""
     n, worth = result.provenance["examples"], result.parameters["worth"]
-    for i, summary in enumerate(result.summary["adapters"]):
-        size = len(result.rows()) // len(result.summary["adapters"])
-        rows = result.rows()[i * size : (i + 1) * size]
+    for summary in result.summary["adapters"]:
+        rows = result.rows(adapter=summary["adapter"])
         second = summary.get("disagreement", {}).get("estimator")
         headings = ["player", "value [95 %]", "s.e. of sampling", "s.e. of examples", *([second] if second else [])]
         cells = [

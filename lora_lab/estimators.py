@@ -7,6 +7,7 @@ gives values by example, and intervals over examples, for nothing.
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ EXACT_LIMIT = 20
 """Players up to which all coalitions can be enumerated."""
 
 _RIDGE = 0.01
+_FEW = 4096
 
 
 @dataclass(frozen=True)
@@ -119,20 +121,29 @@ def regression(n: int, generator: np.random.Generator) -> Iterator[Draw]:
 
     The values come from one fit to all pairs, see `fit_pairs`; a draw alone carries no weights.
     """
-    sizes: list[int] = []
+    left = {k: _pairs_of(n, k) for k in range(1, n // 2 + 1)}
+    rest: dict[int, list[npt.NDArray[Any]]] = {}
     seen: set[bytes] = set()
-    while True:
-        if not sizes:
-            sizes = list(generator.permutation(np.arange(1, n)))
-        coalition = np.zeros(n, dtype=np.bool_)
-        for _ in range(50):
-            coalition[:] = False
-            coalition[generator.permutation(n)[: sizes[-1]]] = True
-            if coalition.tobytes() not in seen:
-                break
-        sizes.pop()
-        seen |= {coalition.tobytes(), (~coalition).tobytes()}
-        yield Draw(np.stack([coalition, ~coalition]), np.zeros((n, 2)), 1)
+    while any(left.values()):
+        for size in generator.permutation(np.arange(1, n)):
+            k = min(int(size), n - int(size))
+            if not left[k]:
+                continue
+            coalition = np.zeros(n, dtype=np.bool_)
+            if math.comb(n, k) <= _FEW:  # of few, every one gets its turn
+                if k not in rest:
+                    every = list(itertools.combinations(range(n), k))
+                    rest[k] = [np.array(every[i]) for i in generator.permutation(len(every))]
+                while coalition.tobytes() in seen or not coalition.any():
+                    coalition[:] = False
+                    coalition[rest[k].pop()] = True
+            else:
+                while coalition.tobytes() in seen or not coalition.any():
+                    coalition[:] = False
+                    coalition[generator.permutation(n)[:k]] = True
+            left[k] -= 1
+            seen |= {coalition.tobytes(), (~coalition).tobytes()}
+            yield Draw(np.stack([coalition, ~coalition]), np.zeros((n, 2)), 1)
 
 
 ESTIMATORS: dict[str, Callable[..., Iterator[Draw]]] = {
@@ -164,7 +175,7 @@ def estimate(
     """
     if estimator not in ("exact", *ESTIMATORS):
         raise unknown("estimator", estimator, ["exact", *ESTIMATORS])
-    check(n, samples=samples, until_se=until_se, budget=budget)
+    check(n, samples=samples, estimator=estimator, until_se=until_se, budget=budget)
     if estimator == "exact":
         return exact(game, n)
     if n <= EXACT_LIMIT and samples > 2**n:
@@ -188,7 +199,8 @@ def estimate(
         trace.append({"draws": upto, "evaluations": asked, "values": values.tolist(), "se": se.tolist()})
     found = _fitted(drawn, worths) if estimator == "regression" and n > 1 else _averaged(estimator, drawn, worths)
     if found is None:
-        raise OptionError(f"{len(drawn) - 1} pairs of coalitions are too few for a fit to {n} players; more --samples")
+        more = "--samples" if budget is None else "--budget"
+        raise OptionError(f"{len(drawn) - 1} pairs of coalitions are too few for a fit to {n} players; more {more}")
     return replace(found, trace=trace, bias=_bias(estimator, n, options))
 
 
@@ -207,14 +219,17 @@ def plan(
     if estimator == "regression":  # an order of n players asks for n − 1 coalitions besides the empty and the full
         draws.append(Draw(np.array([[False] * n, [True] * n]), np.zeros((n, 2)), 0))
         samples = math.ceil(samples * (n - 1) / 2)
-        samples = min(samples, 2 ** (n - 1) - 1) if n <= EXACT_LIMIT else samples
-    while marginals < samples:
-        draw = next(source)
+    least = len(draws)
+    for draw in source:
         asked |= {row.tobytes() for row in draw.coalitions}
-        if budget is not None and len(asked) > budget and draws:
+        if budget is not None and len(asked) > budget:
             break
         draws.append(draw)
         marginals += draw.marginals
+        if marginals >= samples:
+            break
+    if len(draws) == least:
+        raise OptionError(f"a budget of {budget} coalitions; one draw of {estimator} alone asks for {len(asked)}")
     return draws
 
 
@@ -345,7 +360,14 @@ def _orders_of(n: int, samples: int, seed: int) -> list[npt.NDArray[Any]]:
     return [generator.permutation(n) for _ in range(samples)]
 
 
-def check(n: int, *, samples: int, until_se: float | None = None, budget: int | None = None) -> None:
+def check(
+    n: int,
+    *,
+    samples: int,
+    estimator: str | None = None,
+    until_se: float | None = None,
+    budget: int | None = None,
+) -> None:
     """Raise what `estimate` would raise for these numbers."""
     if samples < 1:
         raise OptionError(f"{samples} samples; at least 1 is needed")
@@ -353,6 +375,8 @@ def check(n: int, *, samples: int, until_se: float | None = None, budget: int | 
         raise OptionError(f"a standard error of {until_se} can not be reached; a number above 0 is needed")
     if budget is not None and budget < n + 1:
         raise OptionError(f"a budget of {budget} coalitions; one order of {n} players alone needs {n + 1}")
+    if estimator == "exact" and budget is not None and budget < 2**n:
+        raise OptionError(f"a budget of {budget} coalitions; exact values of {n} players need {2**n}")
 
 
 def _orders(orders: list[npt.NDArray[Any]]) -> Draw:

@@ -6,6 +6,7 @@ calls games: coalitions bool [n, players] → worths float [n].
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -28,6 +29,9 @@ from lora_lab.task import Scores, Task, resolve_device
 from lora_lab.variants import State, Variant, Variants
 
 Bools = npt.NDArray[np.bool_]
+
+_FORMAT = 1
+"""Of the journal's entries: another one is another journal."""
 
 Progress = Callable[[int, int], None]
 """Called with (coalitions done, coalitions in all)."""
@@ -85,7 +89,9 @@ class Outcomes:
         self.device = device or resolve_device()
         self.progress = progress
         self._data = task.split(split).subset(examples)
-        self.run = fingerprint([identity(adapter), examples_of(task, split), len(self._data), self.device.type])
+        self.run = fingerprint(
+            [_FORMAT, identity(adapter), examples_of(task, split), len(self._data), self.device.type]
+        )
         self._journal = Journal(cache / f"{self.run}.jsonl", self.run) if cache else None
         self._known: dict[str, Scores] = {}
         self._share = share
@@ -180,8 +186,9 @@ class Outcomes:
         if key not in self._known and self._journal is not None:
             for name in (f"{key} logits", key):
                 if name in self._journal:
-                    self._known[key] = unpack(self._journal[name])
-                    break
+                    with contextlib.suppress(KeyError, TypeError, ValueError):  # a damaged line: computed again
+                        self._known[key] = unpack(self._journal[name])
+                        break
         return key in self._known and (not logits or self._known[key].logits is not None)
 
     def _compute(self, missing: Mapping[str, Variant], *, logits: bool) -> None:
@@ -264,7 +271,7 @@ class Game:
                     switched[name] = factor if on else 0.0
                 else:
                     ranks.setdefault(name, []).append(bool(on))
-        switched |= {name: _ranks(mask) for name, mask in ranks.items()}
+        switched |= {name: _ranks(mask, factor) for name, mask in ranks.items()}
         return tuple(switched.get(name, 1.0) for name in self.outcomes.names)
 
     def name_of(self, coalition: Bools) -> str:
@@ -285,18 +292,19 @@ def _finite(worth: Floats, scores: Scores) -> Floats:
     return np.where(np.isfinite(scores.loss), worth, np.nan)
 
 
-def _ranks(mask: Sequence[bool]) -> State:
+def _ranks(mask: Sequence[bool], factor: float) -> State:
     if all(mask) or not any(mask):
-        return float(all(mask))
-    return tuple(mask)
+        return factor if all(mask) else 0.0
+    return tuple(factor if on else 0.0 for on in mask)
 
 
 def _key(variant: Variant) -> str:
     """A short text that equal variants share: a letter a module (x: scaled), and the factor where there is one."""
-    factors = sorted({state for state in variant if not isinstance(state, tuple)} - {0.0, 1.0})
+    states = [part for state in variant for part in (state if isinstance(state, tuple) else (state,))]
+    factors = sorted(set(states) - {0.0, 1.0})
     letters = [f"({_bits(s)})" if isinstance(s, tuple) else {0.0: "0", 1.0: "1"}.get(s, "x") for s in variant]
     return "".join(letters) + "".join(f"*{factor!r}" for factor in factors)
 
 
-def _bits(mask: Sequence[bool]) -> str:
-    return "".join("01"[on] for on in mask)
+def _bits(mask: Sequence[float]) -> str:
+    return "".join("01"[on != 0] for on in mask)

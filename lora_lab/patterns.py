@@ -69,7 +69,9 @@ def fixed(choice: Choice) -> dict[str, list[str]]:
     types = sorted({str(place.type) for place in choice.places.values()}, key=_type_order)
     if len(types) > 1:
         specs += [f"type:{name}" for name in types]
-    return {spec: keep(choice, spec) for spec in specs}
+    parities = {(place.layer or 0) % 2 for place in choice.places.values() if place.layer is not None}
+    absent = {"even", "odd"} if len(parities) < 2 else set()  # one keeps everything, the other nothing
+    return {spec: keep(choice, spec) for spec in specs if spec not in absent}
 
 
 def _type_order(name: str) -> tuple[int, str]:
@@ -107,6 +109,8 @@ def _type(choice: Choice, argument: str) -> list[str]:
     for part in argument.split(","):
         names = {part, *TYPES.get(part, ())}
         found = [name for name, place in places.items() if place.type in names]
+        # self- and cross-attention have modules of one last name, told apart by their path
+        found = found or [name for name in places if name.rpartition(".")[2] in names]
         if not found:
             raise OptionError(f"no module of type {part!r} in {choice.adapter.label}; there are: {some(there, 12)}")
         kept += found

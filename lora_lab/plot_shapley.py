@@ -160,12 +160,9 @@ def draw_interactions(results: Sequence[Result], width: str) -> Figure:
 
 def _adapters(results: Sequence[Result]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Label and rows of every adapter of all results."""
-    found = []
-    for result in results:
-        rows, count = result.rows(), len(result.summary["adapters"])
-        size = len(rows) // count
-        found += [(rows[i * size]["adapter"], rows[i * size : (i + 1) * size]) for i in range(count)]
-    return found
+    return [
+        (label, result.rows(adapter=label)) for result in results for label in dict.fromkeys(result.columns["adapter"])
+    ]
 
 
 def _groups(results: Sequence[Result]) -> dict[str, list[list[dict[str, Any]]]]:

@@ -544,3 +544,8 @@ def _recorded(before: Adapter, after: Adapter, options: Mapping[str, Any]) -> Ad
     entries = list(earlier) if isinstance(earlier, list | tuple) else [earlier]
     record = {**before.record, "pruned": [*entries, {**options, "from": before.label}]}
     return replace(after, record=record, source=f"pruned {before.label}")
+
+
+def needs_delta(criterion: str) -> bool:
+    """Whether a criterion of WEIGHTS looks at ΔW, which only plain LoRA has."""
+    return WEIGHTS[criterion][0] is _in_deltas

@@ -16,7 +16,7 @@ from lora_lab.adapter import Adapter
 from lora_lab.errors import OptionError, unknown
 from lora_lab.estimators import EXACT_LIMIT, Estimate, Floats
 from lora_lab.evaluate import described, examples_of, identity, labels_of
-from lora_lab.game import Cost, Game, Outcomes, Progress, all_coalitions
+from lora_lab.game import Bools, Cost, Game, Outcomes, Progress, all_coalitions
 from lora_lab.players import players
 from lora_lab.result import Result, columns, fingerprint, finite, provenance
 from lora_lab.stats import mean_and_spread
@@ -131,8 +131,11 @@ def check(
         _approximator(estimator, 3, 0)
     elif estimator is not None and estimator not in ("exact", *estimators.ESTIMATORS):
         raise unknown("estimator", estimator, ["exact", *estimators.ESTIMATORS, "shapiq:NAME"])
+    if order == 2 and budget is not None and estimator != "exact":
+        raise OptionError("a budget holds for values alone; leave out --budget or --order 2")
     for adapter in adapters:
-        estimators.check(len(players(adapter, by)), samples=samples, until_se=until_se, budget=budget)
+        count = len(players(adapter, by))
+        estimators.check(count, samples=samples, estimator=estimator, until_se=until_se, budget=budget)
 
 
 def run_id(adapters: Sequence[Adapter], task: Task, *, split: str, **options: Any) -> str:
@@ -193,6 +196,8 @@ def newest_adapter(folder: Path) -> Path | None:
     found: list[tuple[int, str, Path]] = []
     for path in folder.rglob("*.safetensors"):
         if any(part.startswith(".") or part == "site-packages" for part in path.relative_to(folder).parts):
+            continue
+        if not path.is_file():
             continue
         if path.name == "adapter_model.safetensors":
             found.append((path.stat().st_mtime_ns, str(path.parent), path.parent))
@@ -291,7 +296,7 @@ def _second_opinion(found: Estimate) -> Estimate | None:
 
 def _rows(adapter: Adapter, label: str, game: Game, found: Estimate, second: Estimate | None) -> list[dict[str, Any]]:
     by_examples = np.full(game.n_players, np.nan)
-    if len(found.coalitions):
+    if found.weights.any():
         values = found.weights @ game.per_example(found.coalitions)
         if values.shape[1] > 1:
             by_examples = values.std(1, ddof=1) / math.sqrt(values.shape[1])
@@ -395,17 +400,21 @@ def _by_shapiq(game: Game, estimator: str, budget: int, seed: int) -> Estimate:
     """Values by one of shapiq's approximators, which tell neither weights nor standard errors."""
     n = game.n_players
     budget = min(budget, 2**n) if n <= 62 else budget
-    before = game.outcomes.evaluated
+    asked: dict[bytes, Bools] = {}
+
+    def counted(coalitions: Bools) -> Floats:
+        asked.update((row.tobytes(), row) for row in np.atleast_2d(coalitions).astype(np.bool_))
+        return game(coalitions)
+
     try:
-        found = _approximator(estimator, n, seed).approximate(budget=budget, game=game)
+        found = _approximator(estimator, n, seed).approximate(budget=budget, game=counted)
     except (ValueError, ImportError, IndexError) as error:
         raise OptionError(f"{estimator} fails with {budget} coalitions: {str(error).partition(chr(10))[0]}") from error
     values = np.array([float(found[(i,)]) for i in range(n)])
-    nothing = np.zeros((0, n), np.bool_)
-    asked = game.outcomes.evaluated - before
-    return Estimate(
-        estimator, values, np.full(n, np.nan), nothing, np.zeros((n, 0)), np.zeros(0), asked, [], "unknown to lora-lab"
-    )
+    coalitions = np.array(list(asked.values()))
+    unknown_weights = np.zeros((n, len(coalitions)))
+    nothing = np.full(n, np.nan)
+    return Estimate(estimator, values, nothing, coalitions, unknown_weights, game(coalitions), 1)
 
 
 def _approximator(estimator: str, n: int, seed: int) -> Any:

@@ -19,7 +19,7 @@ import torch
 
 from lora_lab import patterns
 from lora_lab.adapter import Adapter
-from lora_lab.errors import OptionError, TaskError
+from lora_lab.errors import OptionError, TaskError, some
 from lora_lab.evaluate import described, examples_of, identity, labels_of
 from lora_lab.game import Bools, Cost, Game, Outcomes, Progress, all_coalitions
 from lora_lab.players import players
@@ -118,8 +118,9 @@ def check(adapters: Sequence[Adapter], *, by: str | Mapping[str, str], samples: 
     wrong = [p for p in grid if not 0 <= p <= 1]
     if wrong:
         raise OptionError(f"p = {wrong[0]} is no probability; numbers from 0 to 1 are needed")
-    for adapter in adapters:
-        players(adapter, by)
+    counts = [len(players(adapter, by)) for adapter in adapters]
+    if len(set(counts)) > 1:
+        raise OptionError(f"these adapters have {some(sorted(set(counts)), 9)} players; look at them one by one")
 
 
 def run_id(adapters: Sequence[Adapter], task: Task, *, split: str, **options: Any) -> str:
@@ -215,7 +216,7 @@ class _Seen:
         self._scores = game.scores(self._sets, logits=True)
         self._size = self._sets.sum(1)
         self._good = [bool(np.isfinite(s.loss).all()) for s in self._scores]
-        self._fixed = self._score_fixed(lab) if not game.rescale else {}
+        self._fixed = self._score_fixed(lab, rescaled=game.rescale)
         self._full = self._scores[int(np.flatnonzero(self._size == n)[0])]
         if not np.isfinite(self._full.loss).all():
             raise TaskError(f"{lab.outcomes.adapter.source}: its loss is not finite with everything on")
@@ -268,9 +269,10 @@ class _Seen:
     def _enumerated(self) -> bool:
         return bool(self._sampled == 2**self._game.n_players)
 
-    def _score_fixed(self, lab: _Lab) -> dict[str, tuple[float, Scores]]:
-        variants = [lab.outcomes.keeping(modules) for modules in lab.fixed.values()]
-        total = len(lab.outcomes.names)
+    def _score_fixed(self, lab: _Lab, *, rescaled: bool) -> dict[str, tuple[float, Scores]]:
+        total = len(lab.outcomes.names)  # G and k are modules here
+        factors = [total / len(kept) if rescaled else 1.0 for kept in lab.fixed.values()]
+        variants = [lab.outcomes.keeping(kept, f) for kept, f in zip(lab.fixed.values(), factors, strict=True)]
         found = lab.outcomes.of(variants)
         return {
             name: (len(kept) / total, scores) for (name, kept), scores in zip(lab.fixed.items(), found, strict=True)

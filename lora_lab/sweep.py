@@ -135,9 +135,16 @@ def check(
     wrong = [s for s in sparsities if not 0 <= s <= 1]
     if wrong:
         raise OptionError(f"sparsity {wrong[0]} is outside of 0 to 1")
+    if "unstructured" in kinds and 1 in sparsities:
+        for adapter in adapters:
+            if not _additive(adapter):
+                raise OptionError(
+                    f"{adapter.source}: at sparsity 1 nothing of {adapter.tuner} is left; a lower one is needed"
+                )
     if draws < 1:
         raise OptionError(f"{draws} random draws; at least 1 is needed")
-    if "rank" in kinds and len(kinds) == 1:
+    needs_delta = "unstructured" in kinds and any(prune.needs_delta(name) for name in criteria)
+    if needs_delta or list(kinds) == ["rank"]:
         for adapter in adapters:
             adapter.require_additive()
 
@@ -176,15 +183,19 @@ def _structured(outcomes: Outcomes, choice: Choice, draws: int) -> list[Piece]:
     def scored(modules: Sequence[str]) -> Callable[[], Scores]:
         return lambda: together()[outcomes.keeping(modules)]
 
-    def by_shapley() -> Scores:
-        return outcomes.of([outcomes.keeping(patterns.keep(choice, f"top-shapley:{half}"))])[0]
-
     pieces: list[Piece] = []
     for name, made in picks.items():
         share = float(np.mean([len(modules) for modules in made])) / total
         pieces.append((_head("structured", name.partition(":")[0], name, share), [scored(m) for m in made]))
     if count > 1 and choice.shapley:
-        pieces.append((_head("structured", "top-shapley", f"top-shapley:{half}", half / count), [by_shapley]))
+        head = _head("structured", "top-shapley", f"top-shapley:{half}", math.nan)
+
+        def by_shapley() -> Scores:
+            kept = patterns.keep(choice, f"top-shapley:{half}")  # computed only now
+            head["kept"] = len(kept) / total
+            return outcomes.of([outcomes.keeping(kept)])[0]
+
+        pieces.append((head, [by_shapley]))
     return pieces
 
 
@@ -198,9 +209,9 @@ def _unstructured(
             try:
                 found = prune.prune_weights(adapter, sparsity=sparsity, by=by, per_matrix=per_matrix, seed=seed + draw)
             except AdapterError as error:
-                if isinstance(error, TunerError):
-                    raise
-                return None  # nothing is left of it
+                if isinstance(error, TunerError) or not _additive(adapter):
+                    raise  # only of a sum is nothing left the base
+                return None
             return found.adapter
 
         scope = "matrix" if per_matrix else "global"

@@ -23,8 +23,8 @@ from lora_lab.errors import TunerError
 from lora_lab.players import block
 from lora_lab.task import Scores
 
-State = float | tuple[bool, ...]
-"""Of one adapted module: 0 off, 1 on, another number a factor on its scale; or which of its ranks are on."""
+State = float | tuple[float, ...]
+"""Of one adapted module: 0 off, 1 on, another number a factor on its update; or such a number for each of its ranks."""
 
 Variant = tuple[State, ...]
 """A state for every adapted module, in the order of `Variants.names`."""
@@ -180,14 +180,14 @@ class Variants:
         if ranks is not None or self._factors[i] is not None:
             self._mask_ranks(i, ranks)
 
-    def _mask_ranks(self, i: int, ranks: tuple[bool, ...] | None) -> None:
+    def _mask_ranks(self, i: int, ranks: tuple[float, ...] | None) -> None:
         A = _factor(self._layers[i])
         if A is None:
             raise TunerError(f"{self.names[i]}: its tuner has no ranks")
         if self._factors[i] is None:
             self._factors[i] = A.data
         whole = self._factors[i]
-        if ranks is None or all(ranks):
+        if ranks is None or all(rank == 1 for rank in ranks):
             A.data = whole
         else:
             mask = torch.tensor(ranks, dtype=whole.dtype, device=whole.device)
@@ -356,6 +356,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _sortable(segments: Sequence[tuple[State, ...]]) -> list[list[tuple[bool, ...] | tuple[float]]]:
+def _sortable(segments: Sequence[tuple[State, ...]]) -> list[list[tuple[float, ...]]]:
     """States that compare with each other, numbers with rank masks too."""
     return [[state if isinstance(state, tuple) else (float(state),) for state in own] for own in segments]

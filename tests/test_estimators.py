@@ -236,10 +236,11 @@ def test_the_seed_decides(name):
 @pytest.mark.parametrize("name", ["antithetic", "regression"])
 def test_it_stops_at_the_standard_error_asked_for(name):
     game, _ = saturating(10)
-    whole = estimate(game, 10, estimator=name, samples=600, seed=0)
-    early = estimate(game, 10, estimator=name, samples=600, seed=0, until_se=4 * whole.se.max())
+    samples = 600 if name == "antithetic" else 80  # as many as leave pairs unseen
+    whole = estimate(game, 10, estimator=name, samples=samples, seed=0)
+    early = estimate(game, 10, estimator=name, samples=samples, seed=0, until_se=4 * whole.se.max())
     assert early.se.max() <= 4 * whole.se.max()
-    assert early.draws < whole.draws / 2
+    assert early.draws < 0.7 * whole.draws
 
 
 @pytest.mark.parametrize("name", ["permutation", "antithetic", "regression"])
@@ -253,6 +254,33 @@ def test_a_budget_is_kept(name):
 
     estimate(counting, 9, estimator=name, samples=500, budget=70)
     assert 40 < len(asked) <= 70
+
+
+def test_the_pairs_of_the_fit_are_all_different_and_in_the_end_all():
+    game = table_game(np.random.default_rng(1).normal(size=64))
+    with pytest.warns(LoraLabWarning, match="exact is cheaper"):
+        found = estimate(game, 6, estimator="regression", samples=200)
+    assert len(found.coalitions) == 64
+    assert found.values == pytest.approx(exact(game, 6).values, abs=1e-6)
+    some = plan(12, estimator="regression", samples=20)
+    rows = {row.tobytes() for draw in some for row in draw.coalitions}
+    assert len(rows) == 2 * len(some)
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "text"),
+    [
+        ("antithetic", 7, "one draw of antithetic alone asks for 12"),
+        ("stratified", 10, "one draw of stratified alone asks for"),
+        ("owen", 10, "one draw of owen alone asks for"),
+        ("exact", 10, "exact values of 6 players need 64"),
+        ("regression", 10, "too few for a fit to 6 players; more --budget"),
+    ],
+)
+def test_a_budget_too_small_is_refused_with_the_number_needed(name, budget, text):
+    game, _ = saturating(6)
+    with pytest.raises(OptionError, match=text):
+        estimate(game, 6, estimator=name, samples=20, budget=budget)
 
 
 def test_what_is_planned_is_what_is_asked_for():

@@ -85,6 +85,31 @@ def test_rescaling_multiplies_the_updates_by_n_over_k(adapter):
     assert game.scores(coalition)[0].loss == pytest.approx(expected.loss, abs=1e-5)
 
 
+def test_single_ranks_are_rescaled_too(adapter):
+    game = game_of(adapter, "rank", rescale=True, examples=50)
+    coalition = np.arange(game.n_players) % 2 == 0  # the first rank of each module of two
+    tensors = {key: tensor.clone() for key, tensor in adapter.tensors.items()}
+    for site in adapter.sites.values():
+        B = tensors[site.keys["lora_B"]]
+        B[:, 1] = 0
+        B *= 2
+    doubled = Outcomes(
+        Adapter(tensors, adapter.config, adapter.sites), Digits("relabel"), split="validation", examples=50
+    )
+    expected = doubled.of([doubled.keeping(doubled.names)])[0]
+    assert game.scores(coalition)[0].loss == pytest.approx(expected.loss, abs=1e-5)
+
+
+def test_a_damaged_entry_of_the_journal_is_computed_again(adapter, tmp_path):
+    first = game_of(adapter, cache=tmp_path, examples=20)
+    worths = first(all_coalitions(4))
+    (journal,) = tmp_path.glob("*.jsonl")
+    journal.write_text(journal.read_text().replace('"margin"', '"margn"'))
+    again = game_of(adapter, cache=tmp_path, examples=20)
+    assert (again(all_coalitions(4)) == worths).all()
+    assert again.outcomes.evaluated == 16
+
+
 def test_modules_of_no_player_stay_on_and_are_not_rescaled(adapter):
     game = game_of(adapter, {"first": r"layers\.0", "second": r"layers\.1"}, rescale=True)
     variant = dict(zip(game.outcomes.names, game.variant(np.array([True, False])), strict=True))

@@ -52,6 +52,13 @@ def test_types_go_by_their_own_name_or_the_usual_letter(choice):
     assert sorted(keep(choice, "type:q,k")) == sorted(NAMES)
 
 
+def test_types_that_attention_shares_are_found_by_their_last_name(tmp_path):
+    names = [f"encoder.block.0.layer.{i}.{kind}.q" for i, kind in enumerate(("SelfAttention", "EncDecAttention"))]
+    tensors = {**lora(names[0]), **lora(names[1], seed=1), **lora("encoder.block.0.layer.0.SelfAttention.v", seed=2)}
+    choice = choice_of(Adapter.load(write(tmp_path / "t5", tensors)))
+    assert sorted(keep(choice, "type:q")) == sorted(names)
+
+
 def test_the_largest_norms_are_kept(choice):
     updates = choice.adapter.updates
     norms = {p: sum(updates[n].norm() ** 2 for n, _ in units) for p, units in choice.players.units.items()}

@@ -104,6 +104,25 @@ def test_values_for_choosing_come_from_the_validation_split(adapters, exact):
     assert list(found.values()) == pytest.approx([row["value"] for row in exact.rows()[:4]])
 
 
+def test_adapters_with_different_players_keep_their_own_values(adapters, exact):
+    from lora_lab import plot_shapley
+    from lora_lab.prune import keep_modules
+
+    few = keep_modules(adapters[1], [name for name in adapters[1].sites if ".1." in name])
+    found = shapley([adapters[0], few], Digits("relabel"), worth="loss", split="validation")
+    shown = dict(plot_shapley._adapters([found]))
+    assert [len(rows) for rows in shown.values()] == [4, 1]
+    assert [row["value"] for row in shown["s0"]] == pytest.approx([row["value"] for row in exact.rows()[:4]])
+
+
+def test_what_shapiq_asked_for_is_counted_whatever_is_known(adapters, tmp_path):
+    options = {"estimator": "shapiq:PermutationSamplingSV", "budget": 10, "examples": 20, "cache": tmp_path}
+    counts = [
+        shapley(adapters[:1], Digits("relabel"), **options).summary["adapters"][0]["evaluations"] for _ in range(2)
+    ]
+    assert counts[0] == counts[1] > 4
+
+
 def test_balance_of_equal_and_of_single_contributions():
     assert balance(np.full(6, 2.0)) == {"variation": 0.0, "top_third": pytest.approx(1 / 3)}
     assert balance(np.array([1.0, 0, 0]))["top_third"] == 1
@@ -116,6 +135,8 @@ def test_the_newest_adapter_below_a_folder_is_found(tmp_path, adapters):
     time.sleep(0.02)
     adapters[0].save(tmp_path / "new")
     time.sleep(0.02)
+    (tmp_path / "dangling.safetensors").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "folder.safetensors").mkdir()
     adapters[0].save(tmp_path / ".hidden" / "newest.safetensors")
     (tmp_path / "model.safetensors").write_bytes((8).to_bytes(8, "little") + json.dumps({"a": 1}).encode())
     assert newest_adapter(tmp_path) == tmp_path / "new"
@@ -125,6 +146,7 @@ def test_the_newest_adapter_below_a_folder_is_found(tmp_path, adapters):
     ("options", "text"),
     [
         ({"order": 3}, "order 3: 1"),
+        ({"order": 2, "budget": 99}, "a budget holds for values alone"),
         ({"estimator": "exct"}, r"did you mean 'exact'\?"),
         ({"estimator": "shapiq:RegressionFBII"}, "other indices than the Shapley value"),
         ({"estimator": "shapiq:PermutationSamplingSTII"}, "other indices than the Shapley value"),

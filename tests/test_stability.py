@@ -102,8 +102,25 @@ def test_rescaled_keep_sets_have_their_updates_multiplied(adapter, result):
 def test_fixed_patterns_are_scored(adapter, result):
     outcomes = Outcomes(adapter, Digits("relabel"), split="validation")
     even = [name for name in outcomes.names if ".0." in name or ".2." in name]
-    (row,) = result.rows(family="fixed", label="even")
+    (row,) = result.rows(family="fixed", label="even", rescaled=False)
     assert row["loss"] == pytest.approx(outcomes.of([outcomes.keeping(even)])[0].mean_loss, abs=1e-6)
+
+
+def test_fixed_patterns_are_rescaled_too(adapter, result):
+    outcomes = Outcomes(adapter, Digits("relabel"), split="validation")
+    low = [name for name in outcomes.names if ".0." in name or ".1." in name]
+    (row,) = result.rows(family="fixed", label="low", rescaled=True)
+    assert row["loss"] == pytest.approx(outcomes.of([outcomes.keeping(low, 2.0)])[0].mean_loss, abs=1e-6)
+
+
+def test_adapters_of_one_parity_and_of_different_players(adapter):
+    from lora_lab.prune import keep_modules
+
+    even = keep_modules(adapter, [name for name in adapter.sites if ".0." in name or ".2." in name])
+    found = stability([even], Digits("relabel"), examples=20, rescale=False)
+    assert "odd" not in {row["label"] for row in found.rows(family="fixed")}
+    with pytest.raises(OptionError, match="2, 4 players; look at them one by one"):
+        stability([adapter, even], Digits("relabel"), examples=20)
 
 
 def test_sampled_keep_sets_estimate_the_enumerated_ones(adapter):

@@ -41,6 +41,8 @@ def own(adapter):
 
 def test_patterns_are_the_adapter_without_the_others(adapters, result):
     scored = own(adapters[0])
+    (chosen,) = result.rows(adapter="s0", kind="structured", criterion="top-shapley")
+    assert chosen["kept"] == 0.5
     for label in ("even", "middle", "type:fc1", "top-norm:2"):
         (row,) = result.rows(adapter="s0", kind="structured", label=label)
         kept = prune.keep_modules(adapters[0], keep(choice_of(adapters[0]), label), source=label)
@@ -93,10 +95,15 @@ def test_a_second_sweep_costs_nothing_and_says_the_same(adapters, cache, result,
 
 def test_tuners_without_ranks_are_swept_without(tmp_path):
     loha = random_adapter(tmp_path / "l", LoHaConfig(r=2, target_modules=TARGETS), scale=0.3)
-    found = sweep([loha], Digits("relabel"), **OPTIONS)
+    with pytest.raises(OptionError, match="at sparsity 1 nothing of LOHA is left"):
+        sweep([loha], Digits("relabel"), **OPTIONS)
+    with pytest.raises(TunerError, match="LOHA"):
+        check([loha], kinds=["unstructured"], sparsities=(0.5,), criteria=["delta-magnitude"], draws=1)
+    options = {**OPTIONS, "sparsities": (0.0, 0.5)}
+    found = sweep([loha], Digits("relabel"), **options)
     assert {row["kind"] for row in found.rows()} == {"structured", "unstructured"}
     with pytest.raises(TunerError, match="LOHA"):
-        sweep([loha], Digits("relabel"), kinds=["rank"], **OPTIONS)
+        sweep([loha], Digits("relabel"), kinds=["rank"], **options)
 
 
 def test_whole_scores_are_those_of_evaluate(adapters):
