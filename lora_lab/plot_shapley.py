@@ -77,8 +77,10 @@ def draw_bars(results: Sequence[Result], width: str) -> Figure:
         color, hatch = plot_style.look(label, i)["color"], plot_style.hatch(label, i)
         error = np.stack([value - low, high - value]).clip(min=0)
         ax.bar(place, value, 0.8 / len(groups), label=label, color=color, hatch=hatch, edgecolor="white", linewidth=0.3)
-        if np.isfinite(error).all():
-            ax.errorbar(place, value, error, fmt="none", ecolor="#333333", elinewidth=0.7, capsize=1.5)
+        known = np.isfinite(error).all(0)
+        if known.any():
+            ends = {"fmt": "none", "ecolor": "#333333", "elinewidth": 0.7, "capsize": 1.5}
+            ax.errorbar(place[known], value[known], error[:, known], **ends)
     ax.axhline(0, color="#333333", linewidth=0.6)
     many = len(names) > 12 or max(map(len, labels)) > 6
     ax.set_xticks(range(len(names)), labels, rotation=60 if many else 0, ha="right" if many else "center")

@@ -260,6 +260,13 @@ def test_bars_show_values_and_intervals_and_several_seeds_as_means():
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["0", "1", "2"]
 
 
+def test_a_player_that_one_adapter_lacks_leaves_the_other_bars_their_intervals():
+    result = shapley_result(players="layer")
+    lacking = Result("shapley", columns(result.rows()[:5]), result.parameters, result.summary, result.provenance)
+    ax = plot.figure([lacking]).axes[0]
+    assert [len(lines.get_segments()) for lines in ax.collections] == [3, 2]
+
+
 def test_convergence_is_that_of_the_trace_and_enumerated_values_have_none():
     line, distance, *_ = plot.figure([shapley_result()], kind="shapley:convergence").axes[0].lines
     assert line.get_ydata() == pytest.approx([0.1 / 2**k for k in range(5)])
