@@ -79,7 +79,7 @@ def draw_bars(results: Sequence[Result], width: str) -> Figure:
         ax.bar(place, value, 0.8 / len(groups), label=label, color=color, hatch=hatch, edgecolor="white", linewidth=0.3)
         known = np.isfinite(error).all(0)
         if known.any():
-            ends = {"fmt": "none", "ecolor": "#333333", "elinewidth": 0.7, "capsize": 1.5}
+            ends: dict[str, Any] = {"fmt": "none", "ecolor": "#333333", "elinewidth": 0.7, "capsize": 1.5}
             ax.errorbar(place[known], value[known], error[:, known], **ends)
     ax.axhline(0, color="#333333", linewidth=0.6)
     many = len(names) > 12 or max(map(len, labels)) > 6
