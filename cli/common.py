@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -109,9 +109,23 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
         yield report
 
 
-CONFIG_HELP = "adapter_config.json for a file that has none in its header or beside it."
-ALPHA_HELP = "lora_alpha, where no configuration is to be had."
-NAME_HELP = "Which adapter, where the keys of a file hold several."
+# Options that several verbs share, to the word.
+TaskOption = Annotated[str | None, typer.Option(help="Built-in task or task file; by default the adapters' own.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option(help="adapter_config.json for a file that has none in its header or beside it.")
+]
+AlphaOption = Annotated[float | None, typer.Option(help="lora_alpha, where no configuration is to be had.")]
+NameOption = Annotated[str | None, typer.Option(help="Which adapter, where the keys of a file hold several.")]
+SplitOption = Annotated[str, typer.Option(help="train, validation or test.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda …; by default a GPU where there is one.")]
+PlayersOption = Annotated[
+    list[str] | None,
+    typer.Option(help="layer, module, type, type-layer, encoder-type-layer, rank, or NAME=REGEX (repeatable)."),
+]
+ExamplesOption = Annotated[int | None, typer.Option(help="Score on so many examples of the split, drawn with seed 0.")]
+YesOption = Annotated[bool, typer.Option("--yes", help="Go on without asking, however long it takes.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace the results that are there.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")]
 
 
 def say_written(paths: Iterable[Path]) -> None:
@@ -143,10 +157,6 @@ def parse_groups(given: Sequence[str]) -> str | dict[str, str]:
             raise OptionError(f"group {name!r}: NAME=REGEX is needed, or one of block, module alone")
     return {name: pattern for name, _, pattern in pairs}
 
-
-PLAYERS_HELP = "layer, module, type, type-layer, encoder-type-layer, rank, or NAME=REGEX (repeatable)."
-EXAMPLES_HELP = "Score on so many examples of the split, drawn with seed 0."
-YES_HELP = "Go on without asking, however long it takes."
 
 _LONG = 600.0  # seconds from which a run is asked about first
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -15,9 +14,9 @@ def command(
     path: Annotated[
         str, typer.Argument(help="PEFT folder, .safetensors, .bin, Trainer checkpoint, or hub id org/name.")
     ],
-    config: Annotated[Path | None, typer.Option(help=common.CONFIG_HELP)] = None,
-    alpha: Annotated[float | None, typer.Option(help=common.ALPHA_HELP)] = None,
-    adapter_name: Annotated[str | None, typer.Option(help=common.NAME_HELP)] = None,
+    config: common.ConfigOption = None,
+    alpha: common.AlphaOption = None,
+    adapter_name: common.NameOption = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Print modules, ranks, scales, norms and everything odd; reports also on adapters that other verbs refuse.

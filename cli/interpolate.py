@@ -27,18 +27,18 @@ def command(
     ratios: Annotated[
         str | None, typer.Option(help="Also score weighted mixtures of the adapters, e.g. 0:1,1:2,1:1,1:1:1.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="Built-in task or task file; by default the adapters' own.")] = None,
-    config: Annotated[Path | None, typer.Option(help=common.CONFIG_HELP)] = None,
-    alpha: Annotated[float | None, typer.Option(help=common.ALPHA_HELP)] = None,
-    adapter_name: Annotated[str | None, typer.Option(help=common.NAME_HELP)] = None,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    task: common.TaskOption = None,
+    config: common.ConfigOption = None,
+    alpha: common.AlphaOption = None,
+    adapter_name: common.NameOption = None,
+    split: common.SplitOption = "test",
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.", min=0)] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda …; by default a GPU where there is one.")] = None,
+    device: common.DeviceOption = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for interpolate.json, .pdf and .png.")] = Path(
         "out"
     ),
-    force: Annotated[bool, typer.Option("--force", help="Replace the results that are there.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")] = False,
+    force: common.ForceOption = False,
+    json: common.JsonOption = False,
 ) -> None:
     """Loss and accuracy along the straight line between adapters, and the barriers on it.
 

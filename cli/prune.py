@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,9 +38,9 @@ def command(
     samples: Annotated[int, typer.Option(help="For top-shapley: marginal contributions a player.")] = 200,
     task: Annotated[str | None, typer.Option(help="For top-shapley: the task; by default the adapter's own.")] = None,
     split: Annotated[str, typer.Option(help="For top-shapley: the split to choose on.")] = "validation",
-    config: Annotated[Path | None, typer.Option(help=common.CONFIG_HELP)] = None,
-    alpha: Annotated[float | None, typer.Option(help=common.ALPHA_HELP)] = None,
-    adapter_name: Annotated[str | None, typer.Option(help=common.NAME_HELP)] = None,
+    config: common.ConfigOption = None,
+    alpha: common.AlphaOption = None,
+    adapter_name: common.NameOption = None,
     seed: Annotated[int, typer.Option(help="Of random choices.", min=0)] = 0,
     device: Annotated[str | None, typer.Option(help="For top-shapley: cpu, cuda …")] = None,
     output: Annotated[
@@ -54,11 +57,10 @@ def command(
 
     Example:  lora-lab prune a.safetensors --keep every-other -o small
     """
-    from dataclasses import replace
-
     from .. import patterns, prune
     from ..adapter import Adapter
     from ..errors import OptionError
+    from ..evaluate import task_of
     from ..files import refuse_existing
 
     ways = [keep is not None, sparsity is not None or method is not None, rank is not None or energy is not None]
@@ -71,15 +73,17 @@ def command(
     refuse_existing(output, force=force)
     loaded = Adapter.load(adapter, config=config, alpha=alpha, adapter_name=adapter_name)
     if keep is not None:
-        choice = patterns.choice_of(loaded, by=common.parse_players(players), seed=seed)
+        by = common.parse_players(players)
+        choice = patterns.choice_of(loaded, by=by, seed=seed)
         if keep.startswith("top-shapley"):
-            choice = replace(choice, shapley=_shapley(loaded, choice, task, split, worth, samples, seed, device))
-        pruned = prune.structured(loaded, patterns.keep(choice, keep))
-        pruned = replace(pruned, adapter=replace(pruned.adapter, record=_noted(pruned.adapter.record, keep)))
+            chosen = partial(task_of, loaded, given=task)
+            options = {"by": by, "worth": worth, "samples": samples, "split": split, "seed": seed}
+            choice = replace(choice, shapley=partial(_shapley, loaded, chosen, device, options))
+        pruned = prune.structured(loaded, patterns.keep(choice, keep), pattern=keep)
     elif ways[1]:
         assert sparsity is not None
-        by = method or "magnitude"
-        pruned = prune.prune_weights(loaded, sparsity=sparsity, by=by, per_matrix=per_matrix, seed=seed)
+        criterion = method or "magnitude"
+        pruned = prune.prune_weights(loaded, sparsity=sparsity, by=criterion, per_matrix=per_matrix, seed=seed)
     else:
         pruned = prune.prune_rank(loaded, rank=rank, energy=energy, by=rank_by)
     pruned.adapter.save(output, force=force)
@@ -90,36 +94,13 @@ def command(
         show(report)
 
 
-def _shapley(
-    loaded: Any, choice: Any, task: str | None, split: str, worth: str, samples: int, seed: int, device: str | None
-) -> Any:
+def _shapley(loaded: Any, task: Callable[[], Any], device: str | None, options: dict[str, Any]) -> dict[str, float]:
     """Shapley values on the task's validation split, computed when they are asked for."""
     from .. import shapley
-    from ..evaluate import task_of
     from ..task import resolve_device
 
-    def values() -> dict[str, float]:
-        with common.progress("asking for coalitions") as report:
-            return shapley.values_of(
-                loaded,
-                task_of(loaded, given=task),
-                by={
-                    name: "|".join(f"^{module}$" for module, _ in units) for name, units in choice.players.units.items()
-                },
-                worth=worth,
-                samples=samples,
-                split=split,
-                seed=seed,
-                device=resolve_device(device),
-                progress=report,
-            )
-
-    return values
-
-
-def _noted(record: Any, keep: str) -> dict[str, Any]:
-    *before, last = record.get("pruned", [{}])
-    return {**record, "pruned": [*before, {**last, "keep": keep}]}
+    with common.progress("asking for coalitions") as report:
+        return shapley.values_of(loaded, task(), **options, device=resolve_device(device), progress=report)
 
 
 def _report(output: Path, pruned: Any) -> dict[str, Any]:

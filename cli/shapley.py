@@ -17,7 +17,7 @@ def command(
         typer.Argument(help="Adapters; without one, the newest below this folder, or else one is trained on digits."),
     ] = None,
     samples: Annotated[int, typer.Option(help="Marginal contributions a player; for permutations, orders.")] = 200,
-    players: Annotated[list[str] | None, typer.Option(help=common.PLAYERS_HELP)] = None,
+    players: common.PlayersOption = None,
     worth: Annotated[str, typer.Option(help="accuracy, loss, log-likelihood or margin; what helps is positive.")] = (
         "accuracy"
     ),
@@ -34,20 +34,20 @@ def command(
     budget: Annotated[int | None, typer.Option(help="Ask for at most so many different coalitions.")] = None,
     order: Annotated[int, typer.Option(help="2 adds pairwise interactions.")] = 1,
     option: Annotated[list[str] | None, typer.Option("--set", help="Option of the estimator, e.g. nodes=5.")] = None,
-    examples: Annotated[int | None, typer.Option(help=common.EXAMPLES_HELP)] = None,
-    task: Annotated[str | None, typer.Option(help="Built-in task or task file; by default the adapters' own.")] = None,
-    config: Annotated[Path | None, typer.Option(help=common.CONFIG_HELP)] = None,
-    alpha: Annotated[float | None, typer.Option(help=common.ALPHA_HELP)] = None,
-    adapter_name: Annotated[str | None, typer.Option(help=common.NAME_HELP)] = None,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    examples: common.ExamplesOption = None,
+    task: common.TaskOption = None,
+    config: common.ConfigOption = None,
+    alpha: common.AlphaOption = None,
+    adapter_name: common.NameOption = None,
+    split: common.SplitOption = "test",
     seed: Annotated[int, typer.Option(help="Draws the coalitions.", min=0)] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda …; by default a GPU where there is one.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help=common.YES_HELP)] = False,
+    device: common.DeviceOption = None,
+    yes: common.YesOption = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for shapley.json, .pdf and .png.")] = Path(
         "out"
     ),
-    force: Annotated[bool, typer.Option("--force", help="Replace the results that are there.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")] = False,
+    force: common.ForceOption = False,
+    json: common.JsonOption = False,
 ) -> None:
     """Shapley values: how much of the worth each layer's adapter (or module, type, rank …) contributes.
 

@@ -13,7 +13,7 @@ from . import common
 
 def command(
     adapters: Annotated[list[str], typer.Argument(help="Adapters.")],
-    players: Annotated[list[str] | None, typer.Option(help=common.PLAYERS_HELP)] = None,
+    players: common.PlayersOption = None,
     samples: Annotated[int, typer.Option(help="Keep-sets of each size, where there are more.")] = 50,
     grid: Annotated[str, typer.Option("--p", help="Probabilities of the p-curve, with commas.")] = (
         "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9"
@@ -25,20 +25,20 @@ def command(
         bool | None,
         typer.Option(help="All 2^G keep-sets or only samples; by default all where that costs little more."),
     ] = None,
-    examples: Annotated[int | None, typer.Option(help=common.EXAMPLES_HELP)] = None,
-    task: Annotated[str | None, typer.Option(help="Built-in task or task file; by default the adapters' own.")] = None,
-    config: Annotated[Path | None, typer.Option(help=common.CONFIG_HELP)] = None,
-    alpha: Annotated[float | None, typer.Option(help=common.ALPHA_HELP)] = None,
-    adapter_name: Annotated[str | None, typer.Option(help=common.NAME_HELP)] = None,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    examples: common.ExamplesOption = None,
+    task: common.TaskOption = None,
+    config: common.ConfigOption = None,
+    alpha: common.AlphaOption = None,
+    adapter_name: common.NameOption = None,
+    split: common.SplitOption = "test",
     seed: Annotated[int, typer.Option(help="Draws the keep-sets and the bootstrap.", min=0)] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda …; by default a GPU where there is one.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help=common.YES_HELP)] = False,
+    device: common.DeviceOption = None,
+    yes: common.YesOption = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for stability.json, .pdf and .png.")] = Path(
         "out"
     ),
-    force: Annotated[bool, typer.Option("--force", help="Replace the results that are there.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")] = False,
+    force: common.ForceOption = False,
+    json: common.JsonOption = False,
 ) -> None:
     """Accuracy and loss with only some layers' adapters on: by number, by probability, one left out, fixed patterns.
 

@@ -26,18 +26,18 @@ def command(
         bool, typer.Option("--per-matrix/--global", help="That share of every matrix, or of all entries together.")
     ] = False,
     draws: Annotated[int, typer.Option(help="Draws of every random control.")] = 5,
-    examples: Annotated[int | None, typer.Option(help=common.EXAMPLES_HELP)] = None,
-    task: Annotated[str | None, typer.Option(help="Built-in task or task file; by default the adapters' own.")] = None,
-    config: Annotated[Path | None, typer.Option(help=common.CONFIG_HELP)] = None,
-    alpha: Annotated[float | None, typer.Option(help=common.ALPHA_HELP)] = None,
-    adapter_name: Annotated[str | None, typer.Option(help=common.NAME_HELP)] = None,
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    examples: common.ExamplesOption = None,
+    task: common.TaskOption = None,
+    config: common.ConfigOption = None,
+    alpha: common.AlphaOption = None,
+    adapter_name: common.NameOption = None,
+    split: common.SplitOption = "test",
     seed: Annotated[int, typer.Option(help="Of random controls and the bootstrap.", min=0)] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda …; by default a GPU where there is one.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help=common.YES_HELP)] = False,
+    device: common.DeviceOption = None,
+    yes: common.YesOption = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for sweep.json, .pdf and .png.")] = Path("out"),
-    force: Annotated[bool, typer.Option("--force", help="Replace the results that are there.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of a table.")] = False,
+    force: common.ForceOption = False,
+    json: common.JsonOption = False,
 ) -> None:
     """Accuracy and loss of pruned adapters: all patterns, sparsities and ranks (or those named), with random controls.
 

@@ -61,7 +61,7 @@ def command(
         int | None, typer.Option(help="Keep a checkpoint every N steps; a killed run resumes there.")
     ] = None,
     jobs: Annotated[int | None, typer.Option(help="Runs side by side, a process each; by default one a core.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda …; by default a GPU where there is one.")] = None,
+    device: common.DeviceOption = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="NAME.safetensors, or a name for a PEFT folder.")
     ] = None,

@@ -94,11 +94,20 @@ class Adapter:
         self.require_additive()
         return {name: peft_format.update(site, self.tensors, self.config) for name, site in self.sites.items()}
 
+    @cached_property
+    def why_not_additive(self) -> str | None:
+        """Why ΔW is not scale · B A, or None where it is."""
+        return peft_format.why_not_additive(self.config, self.sites.values())
+
     def require_additive(self) -> None:
         """Raise TunerError if ΔW is not scale · B A."""
-        reason = peft_format.why_not_additive(self.config, self.sites.values())
-        if reason:
-            raise TunerError(f"{self.source or 'adapter'}: no ΔW from the factors alone: {reason}")
+        if self.why_not_additive:
+            raise TunerError(f"{self.source or 'adapter'}: no ΔW from the factors alone: {self.why_not_additive}")
+
+    @property
+    def scalable(self) -> bool:
+        """Whether every module has a scale by which its update can be multiplied."""
+        return all(site.scale is not None for site in self.sites.values())
 
     @property
     def total_norm(self) -> float:

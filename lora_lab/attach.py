@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapter import Adapter
 from lora_lab.errors import AdapterError, MismatchError, TunerError, some
-from lora_lab.peft_format import PREFIX, anchored, tuner_of, why_not_additive
+from lora_lab.peft_format import PREFIX, anchored, tuner_of
 
 NAME = "default"
 """The name under which PEFT keeps our one adapter."""
@@ -226,7 +226,7 @@ def load_peft(model: nn.Module, path: str | os.PathLike[str]) -> Any:
 
 
 def _changes_base(adapter: Adapter) -> bool:
-    reason = why_not_additive(adapter.config, adapter.sites.values()) or ""
+    reason = adapter.why_not_additive or ""
     return "init_lora_weights" in reason or tuner_of(adapter.config) == "OSF"
 
 
@@ -242,7 +242,7 @@ def _check_fit(model: nn.Module, *adapters: Adapter) -> None:
             raise MismatchError(
                 f"{adapter.source}: trained on another base model? this one has no module {some(missing)}"
             )
-        if why_not_additive(adapter.config, adapter.sites.values()) is None:
+        if adapter.why_not_additive is None:
             for name, update in adapter.updates.items():
                 weight = getattr(known[name], "weight", None)
                 # PEFT sets fan_in_fan_out by the layer that it meets, whatever the file says

@@ -30,7 +30,7 @@ from lora_lab.attach import attach
 from lora_lab.errors import OptionError
 from lora_lab.evaluate import described, examples_of, identity, pack, unpack
 from lora_lab.mix import Mixer
-from lora_lab.result import Journal, Result, columns, fingerprint, finite, provenance
+from lora_lab.result import Journal, Result, columns, fingerprint, finite, grouped, provenance
 from lora_lab.stats import Floats, Sampled, mean_and_spread
 from lora_lab.task import Scores, Task, resolve_device
 
@@ -339,13 +339,8 @@ def _matrix(count: int, barriers: Sequence[Mapping[str, Any]]) -> dict[str, dict
 
 def _over_pairs(barriers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Mean and standard deviation of every barrier over the pairs of one method (pairs share adapters)."""
-    groups: dict[tuple[Any, ...], list[float]] = {}
-    for row in barriers:
-        key = (row["method"], row["space"], row["metric"], row["barrier"])
-        groups.setdefault(key, []).append(row["value"])
-    return [
-        dict(zip(("method", "space", "metric", "barrier"), key, strict=True))
-        | dict(zip(("mean", "spread"), mean_and_spread(np.array(values)), strict=True))
-        | {"pairs": len(values)}
-        for key, values in groups.items()
-    ]
+    found = []
+    for head, rows in grouped(barriers, "method", "space", "metric", "barrier"):
+        mean, spread = mean_and_spread(np.array([row["value"] for row in rows]))
+        found.append({**head, "mean": mean, "spread": spread, "pairs": len(rows)})
+    return found

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_lab.errors import LoraLabWarning, OptionError, unknown
+from lora_lab.stats import Floats
 
-Floats = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 Game = Callable[[Bools], Floats]
 """Coalitions bool [m, n] → worths [m]; NaN where there is none."""
@@ -27,8 +27,8 @@ Game = Callable[[Bools], Floats]
 EXACT_LIMIT = 20
 """Players up to which all coalitions can be enumerated."""
 
-_RIDGE = 0.01
-_FEW = 4096
+_RIDGE = 0.01  # per player, on features of unit size: enough to hold 2n unknowns to n pairs, little beside 10n
+_FEW = 4096  # coalitions of one size that are listed rather than drawn until a new one comes
 
 
 @dataclass(frozen=True)
@@ -129,18 +129,13 @@ def regression(n: int, generator: np.random.Generator) -> Iterator[Draw]:
             k = min(int(size), n - int(size))
             if not left[k]:
                 continue
+            if k not in rest and math.comb(n, k) <= _FEW:
+                every = list(itertools.combinations(range(n), k))
+                rest[k] = [np.array(every[i]) for i in generator.permutation(len(every))]
             coalition = np.zeros(n, dtype=np.bool_)
-            if math.comb(n, k) <= _FEW:  # of few, every one gets its turn
-                if k not in rest:
-                    every = list(itertools.combinations(range(n), k))
-                    rest[k] = [np.array(every[i]) for i in generator.permutation(len(every))]
-                while coalition.tobytes() in seen or not coalition.any():
-                    coalition[:] = False
-                    coalition[rest[k].pop()] = True
-            else:
-                while coalition.tobytes() in seen or not coalition.any():
-                    coalition[:] = False
-                    coalition[generator.permutation(n)[:k]] = True
+            while coalition.tobytes() in seen or not coalition.any():
+                coalition[:] = False
+                coalition[rest[k].pop() if k in rest else generator.permutation(n)[:k]] = True
             left[k] -= 1
             seen |= {coalition.tobytes(), (~coalition).tobytes()}
             yield Draw(np.stack([coalition, ~coalition]), np.zeros((n, 2)), 1)
@@ -233,13 +228,18 @@ def plan(
     return draws
 
 
+def all_coalitions(n: int) -> Bools:
+    """The 2^n coalitions; row i holds the binary digits of i, the first player as the lowest."""
+    return (np.arange(2**n)[:, None] >> np.arange(n) & 1).astype(np.bool_)
+
+
 def exact(game: Game, n: int) -> Estimate:
     """All 2^n coalitions; efficiency, symmetry, null player and linearity hold to rounding."""
     if n > EXACT_LIMIT:
         raise OptionError(
             f"2^{n} coalitions are too many to enumerate (at most 2^{EXACT_LIMIT}); --estimator antithetic"
         )
-    coalitions = (np.arange(2**n)[:, None] >> np.arange(n) & 1).astype(np.bool_)
+    coalitions = all_coalitions(n)
     worths = game(coalitions)
     bad = np.flatnonzero(~np.isfinite(worths))
     if len(bad):
@@ -270,13 +270,11 @@ def fit_pairs(coalitions: Bools, worths: Floats) -> Estimate | None:
     n = coalitions.shape[1]
     index = {row.tobytes(): i for i, row in enumerate(coalitions)}
     size = coalitions.sum(1)
-    pairs = [
-        (i, index[(~row).tobytes()])
-        for i, row in enumerate(coalitions)
-        if 0 < size[i] <= n / 2
-        and (~row).tobytes() in index
-        and not (2 * size[i] == n and index[(~row).tobytes()] < i)
-        and np.isfinite(worths[[i, index[(~row).tobytes()]]]).all()
+    partners = [index.get((~row).tobytes()) for row in coalitions]
+    pairs = [  # each once, the smaller coalition first; the empty and the full one are not fitted but kept to
+        (i, j)
+        for i, j in enumerate(partners)
+        if j is not None and size[i] > 0 and (size[i], i) < (size[j], j) and np.isfinite(worths[[i, j]]).all()
     ]
     ends = [index.get(np.full(n, on).tobytes()) for on in (True, False)]
     if n < 2 or len(pairs) < min(n, 2 ** (n - 1) - 1) or None in ends or not np.isfinite(worths[ends]).all():  # type: ignore[index]
@@ -512,8 +510,7 @@ def _design(coalitions: Bools, n: int) -> tuple[Floats, Floats]:
 def _exact_interactions(game: Game, n: int) -> Floats:
     if n > EXACT_LIMIT:
         raise OptionError(f"2^{n} coalitions are too many to enumerate (at most 2^{EXACT_LIMIT})")
-    ids = np.arange(2**n)
-    coalitions = (ids[:, None] >> np.arange(n) & 1).astype(np.bool_)
+    ids, coalitions = np.arange(2**n), all_coalitions(n)
     worths, size = game(coalitions), coalitions.sum(1)
     share = np.array([1 / ((n - 1) * math.comb(n - 2, k)) for k in range(n - 1)])
     found = np.zeros((n, n))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,14 +22,13 @@ import torch
 from lora_lab.adapter import Adapter
 from lora_lab.attach import put_on
 from lora_lab.errors import LoraLabWarning, OptionError, TunerError, some, unknown
+from lora_lab.estimators import Bools
 from lora_lab.evaluate import examples_of, identity, pack, unpack
-from lora_lab.players import Players
-from lora_lab.result import Journal, fingerprint
+from lora_lab.players import Players, players
+from lora_lab.result import Journal, fingerprint, provenance
 from lora_lab.stats import Floats
 from lora_lab.task import Scores, Task, resolve_device
 from lora_lab.variants import State, Variant, Variants
-
-Bools = npt.NDArray[np.bool_]
 
 _FORMAT = 1
 """Of the journal's entries: another one is another journal."""
@@ -85,7 +85,7 @@ class Outcomes:
         share: bool = True,
         progress: Progress | None = None,
     ) -> None:
-        self.adapter, self.task, self.split = adapter, task, split
+        self.adapter, self.task = adapter, task
         self.device = device or resolve_device()
         self.progress = progress
         self._data = task.split(split).subset(examples)
@@ -225,7 +225,7 @@ class Game:
     def __init__(self, outcomes: Outcomes, players: Players, *, worth: str = "accuracy", rescale: bool = False) -> None:
         if worth not in WORTHS:
             raise unknown("worth", worth, WORTHS)
-        if rescale and any(site.scale is None for site in outcomes.adapter.sites.values()):
+        if rescale and not outcomes.adapter.scalable:
             raise TunerError(f"{outcomes.adapter.source}: {outcomes.adapter.tuner} has no scale to multiply")
         self.outcomes, self.players, self.worth, self.rescale = outcomes, players, worth, rescale
         self.n_players = len(players)
@@ -258,6 +258,10 @@ class Game:
         """What calling the game with these coalitions would compute."""
         return self.outcomes.cost([self.variant(row) for row in np.atleast_2d(coalitions)], logits=logits)
 
+    def blocks(self, coalitions: Bools) -> int:
+        """Block evaluations a batch for these coalitions, if nothing were known."""
+        return self.outcomes.variants.cost([self.variant(row) for row in coalitions])
+
     def variant(self, coalition: Bools) -> Variant:
         """The states that a coalition means."""
         if len(coalition) != self.n_players:
@@ -283,9 +287,23 @@ class Game:
         return some(on, 6) if len(on) <= len(off) else f"all but {some(off, 6)}"
 
 
-def all_coalitions(n: int) -> Bools:
-    """The 2^n coalitions; row i holds the binary digits of i, the first player as the lowest."""
-    return (np.arange(2**n)[:, None] >> np.arange(n) & 1).astype(np.bool_)
+def game_of(
+    adapter: Adapter, task: Task, by: str | Mapping[str, str], *, worth: str = "accuracy", **options: Any
+) -> Game:
+    """The game of an adapter's players (see `players`) on a task; `options` are those of `Outcomes`."""
+    return Game(Outcomes(adapter, task, **options), players(adapter, by), worth=worth)
+
+
+def measured(outcomes: Outcomes, adapters: Sequence[Adapter], *, began: float, run: str) -> dict[str, Any]:
+    """The provenance of what was asked of these adapters since `began` (time.perf_counter)."""
+    return provenance(
+        inputs=[Path(adapter.source) for adapter in adapters],
+        elapsed_s=time.perf_counter() - began,
+        examples=outcomes.examples,
+        run=run,
+        device=str(outcomes.device),
+        dtype=outcomes.task.dtype,
+    )
 
 
 def _finite(worth: Floats, scores: Scores) -> Floats:

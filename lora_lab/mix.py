@@ -22,7 +22,7 @@ class Mixer:
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         same_modules(adapters)
-        reasons = [peft_format.why_not_additive(a.config, a.sites.values()) for a in adapters]
+        reasons = [a.why_not_additive for a in adapters]
         if len(set(reasons)) > 1:
             odd = next(i for i, reason in enumerate(reasons) if reason != reasons[0])
             raise MismatchError(

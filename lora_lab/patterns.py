@@ -62,16 +62,17 @@ def keep(choice: Choice, spec: str) -> list[str]:
 
 def fixed(choice: Choice) -> dict[str, list[str]]:
     """The patterns that need no choice: all, both parities, the thirds, and every type of module that is there."""
-    specs = ["all", "even", "odd", "low", "middle", "high"]
-    layers = {place.layer for place in choice.places.values()} - {None}
-    if len(layers) < 3:
-        specs = ["all", "even", "odd"] if len(layers) == 2 else ["all"]
-    types = sorted({str(place.type) for place in choice.places.values()}, key=_type_order)
+    places = choice.places.values()
+    layers = {place.layer for place in places if place.layer is not None}
+    types = sorted({str(place.type) for place in places}, key=_type_order)
+    specs = ["all"]
+    if len({layer % 2 for layer in layers}) == 2:
+        specs += ["even", "odd"]
+    if len(layers) >= 3:
+        specs += ["low", "middle", "high"]
     if len(types) > 1:
         specs += [f"type:{name}" for name in types]
-    parities = {(place.layer or 0) % 2 for place in choice.places.values() if place.layer is not None}
-    absent = {"even", "odd"} if len(parities) < 2 else set()  # one keeps everything, the other nothing
-    return {spec: keep(choice, spec) for spec in specs if spec not in absent}
+    return {spec: keep(choice, spec) for spec in specs}
 
 
 def _type_order(name: str) -> tuple[int, str]:
@@ -159,10 +160,12 @@ def _modules(choice: Choice, chosen: Collection[str]) -> list[str]:
     return [*switched, *choice.players.left_out]
 
 
+_even = _by_layer(lambda layer, layers: layer % 2 == 0)
+
 KEEPS: dict[str, Callable[[Choice, str], Collection[str]]] = {
     "all": lambda choice, argument: list(choice.adapter.sites),
-    "every-other": _by_layer(lambda layer, layers: layer % 2 == 0),
-    "even": _by_layer(lambda layer, layers: layer % 2 == 0),
+    "every-other": _even,
+    "even": _even,
     "odd": _by_layer(lambda layer, layers: layer % 2 == 1),
     "low": _by_layer(_third(0)),
     "middle": _by_layer(_third(1)),

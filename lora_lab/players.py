@@ -47,7 +47,7 @@ class Players:
 
 
 def players(adapter: Adapter, by: str | Mapping[str, str] = "layer") -> Players:
-    """The players of an adapter, by a name in PLAYERS or {name: regular expression}.
+    """The players of an adapter, by a name in PLAYERS, by "rank", or by {name: regular expression}.
 
     A layer is a transformer block; a type is a module's name within its block (query, fc1 …); `type-layer` joins
     the encoders of a model that has several, `encoder-type-layer` keeps them apart. A regular expression is searched
@@ -59,10 +59,10 @@ def players(adapter: Adapter, by: str | Mapping[str, str] = "layer") -> Players:
         raise OptionError(f"{adapter.source or 'adapter'}: adapts no module, so there is no player")
     if not isinstance(by, str):
         return _by_pattern(names, by)
-    if by not in PLAYERS:
-        raise unknown("set of players", by, [*PLAYERS, "NAME=REGEX"])
     if by == "rank":
         return _by_rank(adapter, names)
+    if by not in PLAYERS:
+        raise unknown("set of players", by, [*PLAYERS, "rank", "NAME=REGEX"])
     key = PLAYERS[by]
     places = locate(names)
     units: dict[str, tuple[Unit, ...]] = {}
@@ -72,23 +72,18 @@ def players(adapter: Adapter, by: str | Mapping[str, str] = "layer") -> Players:
     return Players(by, units, {label: _common([places[name] for name, _ in own]) for label, own in units.items()})
 
 
-def _layer_of(name: str, place: Place) -> str:
-    return block(name)
-
-
 def _type_layer(name: str, place: Place) -> str:
     return f"{place.type}.{place.layer}" if place.layer is not None else str(place.type)
 
 
 PLAYERS: dict[str, Callable[[str, Place], str]] = {
-    "layer": _layer_of,
+    "layer": lambda name, place: block(name),
     "module": lambda name, place: name,
     "type": lambda name, place: str(place.type),
     "type-layer": _type_layer,
     "encoder-type-layer": lambda name, place: f"{place.encoder}.{_type_layer(name, place)}".removeprefix("."),
-    "rank": lambda name, place: name,
 }
-"""Name of a set of players → function (module, its place) → player."""
+"""Name of a set of players → function (module, its place) → player; "rank" has players within modules."""
 
 
 def locate(names: Sequence[str]) -> dict[str, Place]:

@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter
 
 from lora_lab import plot_style
 from lora_lab.errors import OptionError
-from lora_lab.result import Result
+from lora_lab.result import Result, by_adapter
 
 Floats = npt.NDArray[np.float64]
 
@@ -33,7 +33,8 @@ def draw(results: Sequence[Result], width: str) -> Figure:
 def draw_heatmap(results: Sequence[Result], width: str) -> Figure:
     """Type × layer for every encoder, a panel an adapter, one colour bar over all of them."""
     panels = []
-    for label, rows in _adapters(results):
+    for rows in by_adapter(results):
+        label = rows[0]["adapter"]
         for encoder in dict.fromkeys(row["encoder"] for row in rows):
             panels.append((f"{label}, {encoder}" if encoder else label, [r for r in rows if r["encoder"] == encoder]))
     tables = [(title, *_table(rows)) for title, rows in panels]
@@ -41,11 +42,7 @@ def draw_heatmap(results: Sequence[Result], width: str) -> Figure:
         raise OptionError("a heat map needs players with a type and a layer: --players type-layer")
     top = max(float(np.nanmax(values)) for *_, values in tables)
     low = min(0.0, *(float(np.nanmin(values)) for *_, values in tables))
-    columns = 1 if width == "single" else min(2, len(tables))
-    lines = -(-len(tables) // columns)
-    height = 0.5 + sum(0.32 + 0.19 * max(len(t[1]) for t in tables) for _ in range(lines))
-    figure = plot_style.new(width, height)
-    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    figure, axes, columns = _panels(width, len(tables), 0.32 + 0.19 * max(len(t[1]) for t in tables), more=0.5)
     norm = TwoSlopeNorm(0.0, min(low, -1e-9 * max(top, 1e-9)), max(top, 1e-9)) if low < 0 else None
     for ax, (title, types, layers, values) in zip(axes, tables, strict=False):
         options: dict[str, Any] = (
@@ -56,8 +53,6 @@ def draw_heatmap(results: Sequence[Result], width: str) -> Figure:
         ax.set_yticks(range(len(types)), types)
         ax.set_xticks(range(len(layers)), [str(layer) for layer in layers])
         ax.grid(visible=False)
-    for ax in axes[len(tables) :]:
-        ax.set_axis_off()
     for ax in axes[max(0, len(tables) - columns) : len(tables)]:
         ax.set_xlabel("layer")
     figure.colorbar(image, ax=list(axes), label=f"Shapley value,\n{_unit(results)}", shrink=0.9)
@@ -66,7 +61,7 @@ def draw_heatmap(results: Sequence[Result], width: str) -> Figure:
 
 def draw_bars(results: Sequence[Result], width: str) -> Figure:
     """Every player's value with its 95 % interval, adapters side by side; of several seeds, means and their spread."""
-    groups = _groups(results)
+    groups = plot_style.grouped(by_adapter(results))
     names = list(dict.fromkeys(row["player"] for rows in groups.values() for lines in rows for row in lines))
     labels = _short(names)
     figure = plot_style.new(width, 2.5 if max(map(len, labels)) < 12 else 3.0)
@@ -142,10 +137,7 @@ def draw_interactions(results: Sequence[Result], width: str) -> Figure:
         raise OptionError("these results hold no interactions; compute them with `lora-lab shapley --order 2`")
     tables = [np.array(each["values"], dtype=float) for _, each in found]
     top = max(float(np.nanmax(np.abs(table))) for table in tables) or 1.0
-    columns = 1 if width == "single" else min(2, len(found))
-    lines = -(-len(found) // columns)
-    figure = plot_style.new(width, 2.9 * lines)
-    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    figure, axes, _ = _panels(width, len(found), 2.9)
     for ax, (label, each), table in zip(axes, found, tables, strict=False):
         names = _short(each["players"])
         image = ax.imshow(table, vmin=-top, vmax=top, cmap="PuOr")
@@ -154,21 +146,19 @@ def draw_interactions(results: Sequence[Result], width: str) -> Figure:
         ax.set_xticks(range(len(names)), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size)
         ax.set_yticks(range(len(names)), names, fontsize=size)
         ax.grid(visible=False)
-    for ax in axes[len(found) :]:
-        ax.set_axis_off()
     figure.colorbar(image, ax=list(axes), label=f"interaction, {_unit(results)}", shrink=0.85)
     return figure
 
 
-def _adapters(results: Sequence[Result]) -> list[tuple[str, list[dict[str, Any]]]]:
-    """Label and rows of every adapter of all results."""
-    return [
-        (label, result.rows(adapter=label)) for result in results for label in dict.fromkeys(result.columns["adapter"])
-    ]
-
-
-def _groups(results: Sequence[Result]) -> dict[str, list[list[dict[str, Any]]]]:
-    return plot_style.grouped([rows for _, rows in _adapters(results)])
+def _panels(width: str, count: int, height: float, *, more: float = 0.0) -> tuple[Figure, Any, int]:
+    """A figure of panels `height` inches high (and `more` in all), one or two a line; its axes, and how many a line."""
+    columns = 1 if width == "single" else min(2, count)
+    lines = -(-count // columns)
+    figure = plot_style.new(width, lines * height + more)
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for ax in axes[count:]:
+        ax.set_axis_off()
+    return figure, axes, columns
 
 
 def _bars(

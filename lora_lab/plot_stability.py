@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from lora_lab import plot_style
 from lora_lab.errors import OptionError
-from lora_lab.result import Result
+from lora_lab.result import Result, by_adapter
 
 Floats = npt.NDArray[np.float64]
 
@@ -86,13 +86,10 @@ def _line(ax: Axes, x: Floats, accuracy: Floats, rows: Sequence[dict[str, Any]],
 
 def _groups(results: Sequence[Result], *, rescaled: bool) -> dict[str, list[list[dict[str, Any]]]]:
     """Label → rows of each adapter; by method where a method has several seeds."""
-    adapters: dict[tuple[int, str, Any], list[dict[str, Any]]] = {}
-    for i, result in enumerate(results):
-        for row in result.rows(rescaled=rescaled):
-            adapters.setdefault((i, row["adapter"], row["seed"]), []).append(row)
-    if len({len(rows) for rows in adapters.values()}) > 1:
+    adapters = by_adapter(results, rescaled=rescaled)
+    if len({len(rows) for rows in adapters}) > 1:
         raise OptionError("results with different players or probabilities cannot share a figure")
-    return plot_style.grouped(list(adapters.values()))
+    return plot_style.grouped(adapters)
 
 
 def _caption(results: Sequence[Result]) -> str:

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lora_lab import plot_style
 from lora_lab.errors import OptionError
-from lora_lab.result import Result
+from lora_lab.result import Result, by_adapter
 
 Floats = npt.NDArray[np.float64]
 
@@ -83,7 +83,7 @@ def _draw_curves(results: Sequence[Result], width: str, kinds: Sequence[str]) ->
 
 
 def _bars(ax: Axes, results: Sequence[Result]) -> None:
-    groups = _groups(results, "structured")
+    groups = plot_style.grouped(by_adapter(results, kind="structured"))
     names = list(dict.fromkeys(row["label"] for adapters in groups.values() for rows in adapters for row in rows))
     for i, (label, adapters) in enumerate(groups.items()):
         mean, low, high = _values(adapters, [(None, name) for name in names])
@@ -99,7 +99,7 @@ def _bars(ax: Axes, results: Sequence[Result]) -> None:
 
 
 def _curve(ax: Axes, results: Sequence[Result], kind: str) -> None:
-    groups = _groups(results, kind)
+    groups = plot_style.grouped(by_adapter(results, kind=kind))
     criteria = list(dict.fromkeys(row["criterion"] for adapters in groups.values() for r in adapters for row in r))
     lines = ["-", "--", ":", "-."]
     for i, (label, adapters) in enumerate(groups.items()):
@@ -143,15 +143,6 @@ def _values(
     return mean, np.array(line(adapters[0], "accuracy_low")), np.array(line(adapters[0], "accuracy_high"))
 
 
-def _groups(results: Sequence[Result], kind: str) -> dict[str, list[list[dict[str, Any]]]]:
-    """Label → rows of each adapter; by method where a method has several seeds."""
-    adapters: dict[tuple[int, str, Any], list[dict[str, Any]]] = {}
-    for i, result in enumerate(results):
-        for row in result.rows(kind=kind):
-            adapters.setdefault((i, row["adapter"], row["seed"]), []).append(row)
-    return plot_style.grouped(list(adapters.values()))
-
-
 def _kinds(results: Sequence[Result]) -> list[str]:
     return [kind for kind in ("structured", "unstructured", "rank") if any(r.rows(kind=kind) for r in results)]
 
@@ -163,7 +154,11 @@ def _need(results: Sequence[Result], kind: str) -> None:
 
 def _caption(results: Sequence[Result]) -> str:
     first = results[0]
-    several = any(len(rows) > 1 for kind in _kinds(results) for rows in _groups(results, kind).values())
+    several = any(
+        len(rows) > 1
+        for kind in _kinds(results)
+        for rows in plot_style.grouped(by_adapter(results, kind=kind)).values()
+    )
     band = "±1 s.d. over seeds" if several else "95 % interval"
     task, n = first.parameters["task"].get("name", "task"), first.provenance.get("examples")
     return f"{task}, {first.parameters['split']} split, n = {n}; bands and bars: {band}"

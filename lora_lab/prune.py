@@ -41,9 +41,10 @@ class Pruned:
 # whole modules
 
 
-def structured(adapter: Adapter, names: Collection[str]) -> Pruned:
-    """The adapter with these modules only; see `keep_modules`."""
-    return _measured(adapter, keep_modules(adapter, names), {"modules": sorted(set(names))})
+def structured(adapter: Adapter, names: Collection[str], *, pattern: str | None = None) -> Pruned:
+    """The adapter with these modules only, see `keep_modules`; `pattern` is noted as what chose them."""
+    options = {"modules": sorted(set(names))} | ({"keep": pattern} if pattern else {})
+    return _measured(adapter, keep_modules(adapter, names), options)
 
 
 def keep_modules(adapter: Adapter, names: Collection[str], *, source: str | None = None) -> Adapter:
@@ -171,7 +172,7 @@ def keep_ranks(adapter: Adapter, kept: Mapping[str, Sequence[int]]) -> Adapter:
 
 
 def _require_ranks(adapter: Adapter) -> None:
-    reason = peft_format.why_not_additive(adapter.config, adapter.sites.values())
+    reason = adapter.why_not_additive
     if reason:
         raise TunerError(f"{adapter.label}: this {adapter.tuner} adapter has no ranks to be removed: {reason}")
 
@@ -363,7 +364,7 @@ def _in_tensors(
         total += mask.numel()
     _check_left(adapter, zeros < total or not sparsity, sparsity)
     changed = replace(adapter, tensors=tensors, source=f"pruned {adapter.label}")
-    if sparsity and peft_format.why_not_additive(adapter.config, adapter.sites.values()) is None:
+    if sparsity and adapter.why_not_additive is None:
         alive = {name: _alive(changed, site) for name, site in adapter.sites.items()}
         _check_left(adapter, any(alive.values()), sparsity)
         changed = replace(keep_ranks(changed, alive), source=changed.source)
@@ -500,7 +501,7 @@ def _measured(
     lost: tuple[Mapping[str, float], Mapping[str, float]] | None = None,
 ) -> Pruned:
     """`after` with its record (for given options) and its cost; `lost` are ‖lost‖² and ‖ΔW‖² by module, if known."""
-    if lost is None and peft_format.why_not_additive(before.config, before.sites.values()) is None:
+    if lost is None and before.why_not_additive is None:
         whole = {name: update.norm() ** 2 for name, update in before.updates.items()}
         lost = {name: _lost(name, before, after) for name in whole}, whole
     gone, all_of_it = lost or ({}, {})

@@ -8,7 +8,7 @@ import math
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -73,6 +73,21 @@ class Result:
 def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Rows as columns; the first row names them."""
     return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+
+
+def grouped(rows: Iterable[Mapping[str, Any]], *names: str) -> list[tuple[dict[str, Any], list[Mapping[str, Any]]]]:
+    """Rows that agree in the named columns: (these columns, the rows), in the order of their first."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return [(dict(zip(names, key, strict=True)), members) for key, members in groups.items()]
+
+
+def by_adapter(results: Iterable[Result], **where: Any) -> list[list[dict[str, Any]]]:
+    """The rows of every adapter of all results, those only whose columns equal the values given."""
+    return [
+        [dict(row) for row in members] for result in results for _, members in grouped(result.rows(**where), "adapter")
+    ]
 
 
 def provenance(

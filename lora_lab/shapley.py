@@ -14,15 +14,14 @@ import torch
 from lora_lab import estimators
 from lora_lab.adapter import Adapter
 from lora_lab.errors import OptionError, unknown
-from lora_lab.estimators import EXACT_LIMIT, Estimate, Floats
+from lora_lab.estimators import EXACT_LIMIT, Bools, Estimate, all_coalitions
 from lora_lab.evaluate import described, examples_of, identity, labels_of
-from lora_lab.game import Bools, Cost, Game, Outcomes, Progress, all_coalitions
+from lora_lab.game import Cost, Game, Progress, game_of, measured
 from lora_lab.players import players
-from lora_lab.result import Result, columns, fingerprint, finite, provenance
-from lora_lab.stats import mean_and_spread
-from lora_lab.task import Task, resolve_device
+from lora_lab.result import Result, columns, fingerprint, finite, grouped
+from lora_lab.stats import Floats, Z, mean_and_spread
+from lora_lab.task import Task
 
-_Z = 1.959964  # of the normal distribution, for 95 %
 SHAPIQ = "shapiq:"
 
 
@@ -55,14 +54,25 @@ def shapley(
     """
     check(adapters, by=by, estimator=estimator, order=order, samples=samples, until_se=until_se, budget=budget)
     began = time.perf_counter()
-    if confirm:
-        first = _game(adapters[0], task, by, worth, split, examples, device, cache, None)
-        cost = first.cost(_planned(first, estimator, samples, budget, order, seed, options or {}))
-        confirm(cost * len(adapters))
-    rows, summaries = [], []
+    settings: dict[str, Any] = {
+        "by": by if isinstance(by, str) else dict(by),
+        "worth": worth,
+        "estimator": estimator,
+        "samples": samples,
+        "until_se": until_se,
+        "budget": budget,
+        "order": order,
+        "options": dict(options or {}),
+        "seed": seed,
+    }
+    data = {"split": split, "examples": examples, "device": device, "cache": cache, "progress": progress}
+    rows: list[dict[str, Any]] = []
+    summaries: list[dict[str, Any]] = []
     for adapter, label in zip(adapters, labels_of(adapters), strict=True):
-        game = _game(adapter, task, by, worth, split, examples, device, cache, progress)
+        game = game_of(adapter, task, by, worth=worth, **data)
         chosen = estimator or choose(game, samples=samples, budget=budget, seed=seed)
+        if confirm and not summaries:
+            confirm(game.cost(_planned(game, chosen, samples, budget, order, seed, options or {})) * len(adapters))
         found = _estimate(game, chosen, samples, until_se, budget, seed, options or {})
         second = _second_opinion(found)
         rows += _rows(adapter, label, game, found, second)
@@ -75,39 +85,13 @@ def shapley(
         {
             "task": task.record,
             "split": split,
-            "players": by if isinstance(by, str) else dict(by),
-            "worth": worth,
-            "estimator": estimator,
-            "samples": samples,
-            "until_se": until_se,
-            "budget": budget,
-            "order": order,
-            "options": dict(options or {}),
-            "seed": seed,
+            "players": settings["by"],
+            **{name: value for name, value in settings.items() if name != "by"},
             "adapters": [described(adapter) for adapter in adapters],
         },
         finite({"adapters": summaries, "by_method": _by_method(summaries)}),
-        provenance(
-            inputs=[Path(a.source) for a in adapters],
-            elapsed_s=time.perf_counter() - began,
-            examples=game.outcomes.examples,
-            run=run_id(
-                adapters,
-                task,
-                split=split,
-                by=by if isinstance(by, str) else dict(by),
-                worth=worth,
-                estimator=estimator,
-                samples=samples,
-                until_se=until_se,
-                budget=budget,
-                order=order,
-                examples=examples,
-                seed=seed,
-                options=dict(options or {}),
-            ),
-            device=str(game.outcomes.device),
-            dtype=task.dtype,
+        measured(
+            game.outcomes, adapters, began=began, run=run_id(adapters, task, split=split, examples=examples, **settings)
         ),
     )
 
@@ -149,8 +133,7 @@ def choose(game: Game, *, samples: int, budget: int | None = None, seed: int = 0
     if n > EXACT_LIMIT or 2**n > 8 * (samples * n + 2) or (budget is not None and 2**n > budget):
         return "antithetic"
     sampled = _coalitions(estimators.plan(n, estimator="antithetic", samples=samples, seed=seed, budget=budget))
-    exact_cost = _blocks(game, all_coalitions(n))
-    return "exact" if exact_cost <= _blocks(game, sampled) else "antithetic"
+    return "exact" if game.blocks(all_coalitions(n)) <= game.blocks(sampled) else "antithetic"
 
 
 def values_of(
@@ -161,14 +144,14 @@ def values_of(
     worth: str = "accuracy",
     samples: int = 200,
     split: str = "validation",
-    examples: int | None = None,
     seed: int = 0,
-    device: torch.device | None = None,
-    cache: Path | None = None,
-    progress: Progress | None = None,
+    **data: Any,
 ) -> dict[str, float]:
-    """Player → Shapley value, by the default estimator; on the validation split, as for choosing."""
-    game = _game(adapter, task, by, worth, split, examples, device, cache, progress)
+    """Player → Shapley value, by the default estimator; on the validation split, as for choosing.
+
+    `data` are the further options of `Outcomes`.
+    """
+    game = game_of(adapter, task, by, worth=worth, split=split, **data)
     found = _estimate(game, choose(game, samples=samples, seed=seed), samples, None, None, seed, {})
     return dict(zip(game.player_names, found.values.tolist(), strict=True))
 
@@ -180,13 +163,11 @@ def forecast(
     by: str | Mapping[str, str] = "layer",
     samples: int = 200,
     split: str = "validation",
-    examples: int | None = None,
-    device: torch.device | None = None,
-    cache: Path | None = None,
+    **data: Any,
 ) -> Cost:
     """What `values_of` would cost."""
-    game = _game(adapter, task, by, "accuracy", split, examples, device, cache, None)
-    return game.cost(_planned(game, None, samples, None, 1, 0, {}))
+    game = game_of(adapter, task, by, split=split, **data)
+    return game.cost(_planned(game, choose(game, samples=samples), samples, None, 1, 0, {}))
 
 
 def newest_adapter(folder: Path) -> Path | None:
@@ -214,29 +195,6 @@ def newest_adapter(folder: Path) -> Path | None:
     return max(found)[2] if found else None
 
 
-def _game(
-    adapter: Adapter,
-    task: Task,
-    by: str | Mapping[str, str],
-    worth: str,
-    split: str,
-    examples: int | None,
-    device: torch.device | None,
-    cache: Path | None,
-    progress: Progress | None,
-) -> Game:
-    outcomes = Outcomes(
-        adapter,
-        task,
-        split=split,
-        examples=examples,
-        device=device or resolve_device(),
-        cache=cache,
-        progress=progress,
-    )
-    return Game(outcomes, players(adapter, by), worth=worth)
-
-
 def _estimate(
     game: Game,
     estimator: str,
@@ -256,7 +214,7 @@ def _estimate(
 
 def _planned(
     game: Game,
-    estimator: str | None,
+    chosen: str,
     samples: int,
     budget: int | None,
     order: int,
@@ -265,7 +223,6 @@ def _planned(
 ) -> Any:
     """All coalitions that the run will at most ask for."""
     n = game.n_players
-    chosen = estimator or choose(game, samples=samples, budget=budget, seed=seed)
     if chosen == "exact":
         if n > EXACT_LIMIT:
             raise OptionError(f"2^{n} coalitions are too many to enumerate; --estimator antithetic samples them")
@@ -280,11 +237,6 @@ def _planned(
 
 def _coalitions(draws: Sequence[estimators.Draw]) -> Any:
     return np.unique(np.concatenate([draw.coalitions for draw in draws]), axis=0)
-
-
-def _blocks(game: Game, coalitions: Any) -> int:
-    """Block evaluations a batch if nothing were known."""
-    return game.outcomes.variants.cost([game.variant(row) for row in coalitions])
 
 
 def _second_opinion(found: Estimate) -> Estimate | None:
@@ -315,8 +267,8 @@ def _rows(adapter: Adapter, label: str, game: Game, found: Estimate, second: Est
                 "layer": place.layer if place else None,
                 "modules": len(units),
                 "value": found.values[i],
-                "low": found.values[i] - _Z * spread[i],
-                "high": found.values[i] + _Z * spread[i],
+                "low": found.values[i] - Z * spread[i],
+                "high": found.values[i] + Z * spread[i],
                 "se": found.se[i],
                 "se_examples": by_examples[i],
                 "second": second.values[i] if second else None,
@@ -378,12 +330,9 @@ def balance(values: Floats) -> dict[str, float]:
 
 def _by_method(summaries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Mean and standard deviation over the adapters of each method."""
-    groups: dict[Any, list[Mapping[str, Any]]] = {}
-    for summary in summaries:
-        groups.setdefault(summary["method"], []).append(summary)
     rows = []
-    for method, members in groups.items():
-        row: dict[str, Any] = {"method": method, "adapters": len(members)}
+    for head, members in grouped(summaries, "method"):
+        row: dict[str, Any] = {**head, "adapters": len(members)}
         for name in ("variation", "top_third", "full", "empty"):
             row[name], row[f"{name}_spread"] = mean_and_spread(np.array([m[name] for m in members]))
         rows.append(row)

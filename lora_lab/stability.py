@@ -10,7 +10,6 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,13 @@ import torch
 from lora_lab import patterns
 from lora_lab.adapter import Adapter
 from lora_lab.errors import OptionError, TaskError, some
+from lora_lab.estimators import Bools, all_coalitions
 from lora_lab.evaluate import described, examples_of, identity, labels_of
-from lora_lab.game import Bools, Cost, Game, Outcomes, Progress, all_coalitions
+from lora_lab.game import Cost, Game, Progress, game_of, measured
 from lora_lab.players import players
-from lora_lab.result import Result, columns, fingerprint, finite, provenance
-from lora_lab.stats import Floats, Sampled, mean_and_spread
-from lora_lab.task import Scores, Task, resolve_device
+from lora_lab.result import Result, columns, fingerprint, finite, grouped
+from lora_lab.stats import Floats, Sampled, Z, mean_and_spread
+from lora_lab.task import Scores, Task
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Probabilities of the p-curve."""
@@ -33,7 +33,6 @@ GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 METRICS = ("loss", "error")
 _AFFORDABLE = 2.0
 """All keep-sets are enumerated if that takes at most so many times the block evaluations of sampling."""
-_Z = 1.959964  # of the normal distribution, for 95 %
 
 
 def stability(
@@ -61,20 +60,22 @@ def stability(
     """
     check(adapters, by=by, samples=samples, grid=grid)
     began = time.perf_counter()
-    factors = [False, True] if rescale and all(_scalable(adapter) for adapter in adapters) else [False]
-    if confirm:
-        first = _lab(adapters[0], task, by, split, examples, device, cache, None)
-        sets = _sets(first, samples, seed, every)
-        games = [Game(first.outcomes, first.game.players, rescale=rescaled) for rescaled in factors]
-        costs = [game.cost(sets, logits=True) * len(adapters) for game in games]
-        confirm(sum(costs[1:], costs[0]))
+    factors = [False, True] if rescale and all(adapter.scalable for adapter in adapters) else [False]
+    data = {"split": split, "examples": examples, "device": device, "cache": cache, "progress": progress}
     rows: list[dict[str, Any]] = []
     summaries = []
     for adapter, label in zip(adapters, labels_of(adapters), strict=True):
-        lab = _lab(adapter, task, by, split, examples, device, cache, progress)
-        chosen = _sets(lab, samples, seed, every)
-        for rescaled in factors:
-            seen = _Seen(lab, Game(lab.outcomes, lab.game.players, rescale=rescaled), chosen, seed)
+        game = game_of(adapter, task, by, worth="loss", **data)
+        games = [Game(game.outcomes, game.players, rescale=rescaled) for rescaled in factors]
+        chosen = _sets(game, samples, seed, every)
+        if confirm and not rows:
+            costs = [each.cost(chosen, logits=True) * len(adapters) for each in games]
+            confirm(sum(costs[1:], costs[0]))
+        fixed = patterns.fixed(patterns.choice_of(adapter))
+        del fixed["all"]
+        for each in games:
+            rescaled = each.rescale
+            seen = _Seen(each, chosen, fixed, seed)
             who = {"adapter": label, "method": adapter.record.get("method"), "seed": adapter.record.get("seed")}
             rows += [{**who, "rescaled": rescaled, **row} for row in seen.rows(grid)]
             summaries.append({**who, "rescaled": rescaled, **seen.summary(grid)})
@@ -94,17 +95,15 @@ def stability(
             "task": task.record,
             "split": split,
             **settings,
-            "player_names": lab.game.player_names,
+            "player_names": game.player_names,
             "adapters": [described(adapter) for adapter in adapters],
         },
         finite({"adapters": summaries, "by_method": _by_method(summaries)}),
-        provenance(
-            inputs=[Path(a.source) for a in adapters],
-            elapsed_s=time.perf_counter() - began,
-            examples=lab.outcomes.examples,
+        measured(
+            game.outcomes,
+            adapters,
+            began=began,
             run=run_id(adapters, task, split=split, by=settings.pop("players"), **settings),
-            device=str(lab.outcomes.device),
-            dtype=task.dtype,
         ),
     )
 
@@ -150,47 +149,9 @@ def binomial(n: int, p: float) -> Floats:
     return np.array([math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)])
 
 
-@dataclass(frozen=True)
-class _Lab:
-    game: Game
-    fixed: Mapping[str, list[str]]
-    """Fixed pattern → modules kept."""
-
-    @property
-    def outcomes(self) -> Outcomes:
-        return self.game.outcomes
-
-
-def _lab(
-    adapter: Adapter,
-    task: Task,
-    by: str | Mapping[str, str],
-    split: str,
-    examples: int | None,
-    device: torch.device | None,
-    cache: Path | None,
-    progress: Progress | None,
-) -> _Lab:
-    outcomes = Outcomes(
-        adapter,
-        task,
-        split=split,
-        examples=examples,
-        device=device or resolve_device(),
-        cache=cache,
-        progress=progress,
-    )
-    fixed = patterns.fixed(patterns.choice_of(adapter))
-    return _Lab(Game(outcomes, players(adapter, by), worth="loss"), {k: v for k, v in fixed.items() if k != "all"})
-
-
-def _scalable(adapter: Adapter) -> bool:
-    return all(site.scale is not None for site in adapter.sites.values())
-
-
-def _sets(lab: _Lab, samples: int, seed: int, every: bool | None) -> Bools:
+def _sets(game: Game, samples: int, seed: int, every: bool | None) -> Bools:
     """The keep-sets to look at: all, or a sample of every size together with all that lack or have one player."""
-    n = lab.game.n_players
+    n = game.n_players
     drawn = keep_sets(n, samples, seed)
     if every is False or (every is None and (n > 16 or len(drawn) * 16 < 2**n)):
         return drawn
@@ -198,7 +159,7 @@ def _sets(lab: _Lab, samples: int, seed: int, every: bool | None) -> Bools:
         raise OptionError(f"2^{n} keep-sets are too many to enumerate; leave out --every")
     whole = all_coalitions(n)
     if every is None:
-        costs = [lab.outcomes.variants.cost([lab.game.variant(row) for row in sets]) for sets in (whole, drawn)]
+        costs = [game.blocks(sets) for sets in (whole, drawn)]
         return whole if costs[0] <= _AFFORDABLE * costs[1] else drawn
     return whole
 
@@ -206,7 +167,7 @@ def _sets(lab: _Lab, samples: int, seed: int, every: bool | None) -> Bools:
 class _Seen:
     """What the keep-sets of one adapter came to, with or without rescaling."""
 
-    def __init__(self, lab: _Lab, game: Game, chosen: Bools, seed: int) -> None:
+    def __init__(self, game: Game, chosen: Bools, fixed: Mapping[str, list[str]], seed: int) -> None:
         n = game.n_players
         ends = np.concatenate([~np.eye(n, dtype=np.bool_), np.eye(n, dtype=np.bool_)])
         known = {row.tobytes() for row in chosen}
@@ -216,16 +177,22 @@ class _Seen:
         self._scores = game.scores(self._sets, logits=True)
         self._size = self._sets.sum(1)
         self._good = [bool(np.isfinite(s.loss).all()) for s in self._scores]
-        self._fixed = self._score_fixed(lab, rescaled=game.rescale)
+        self._by_size: dict[int, list[int]] = {}
+        """Size → the keep-sets with finite losses, without those added to leave each player out once."""
+        for i in range(self._sampled):
+            if self._good[i]:
+                self._by_size.setdefault(int(self._size[i]), []).append(i)
+        self._moments = {(metric, k): self._averaged(metric, k) for metric in METRICS for k in self._by_size}
+        self._fixed = self._score_fixed(fixed)
         self._full = self._scores[int(np.flatnonzero(self._size == n)[0])]
         if not np.isfinite(self._full.loss).all():
-            raise TaskError(f"{lab.outcomes.adapter.source}: its loss is not finite with everything on")
+            raise TaskError(f"{game.outcomes.adapter.source}: its loss is not finite with everything on")
 
     def rows(self, grid: Sequence[float]) -> list[dict[str, Any]]:
         """One row for every family of keep-sets."""
         n = self._game.n_players
-        sizes = [k for k in range(n + 1) if self._of_size(k)]
-        rows = [self._row("k-of-G", str(k), k / n, self._of_size(k), exhaustive=self._whole(k)) for k in sizes]
+        sizes = sorted(self._by_size.items())
+        rows = [self._row("k-of-G", str(k), k / n, chosen, exhaustive=self._whole(k)) for k, chosen in sizes]
         rows += [self._p_row(p) for p in grid]
         for family, size, wanted in (("leave-one-out", n - 1, False), ("one-alone", 1, True)):
             for i, name in enumerate(self._game.player_names):
@@ -269,21 +236,23 @@ class _Seen:
     def _enumerated(self) -> bool:
         return bool(self._sampled == 2**self._game.n_players)
 
-    def _score_fixed(self, lab: _Lab, *, rescaled: bool) -> dict[str, tuple[float, Scores]]:
-        total = len(lab.outcomes.names)  # G and k are modules here
-        factors = [total / len(kept) if rescaled else 1.0 for kept in lab.fixed.values()]
-        variants = [lab.outcomes.keeping(kept, f) for kept, f in zip(lab.fixed.values(), factors, strict=True)]
-        found = lab.outcomes.of(variants)
-        return {
-            name: (len(kept) / total, scores) for (name, kept), scores in zip(lab.fixed.items(), found, strict=True)
-        }
+    def _score_fixed(self, fixed: Mapping[str, list[str]]) -> dict[str, tuple[float, Scores]]:
+        """Pattern → share of the modules kept, which is k/G here, and the scores."""
+        outcomes = self._game.outcomes
+        shares = [len(kept) / len(outcomes.names) for kept in fixed.values()]
+        variants = [
+            outcomes.keeping(kept, 1 / share if self._game.rescale else 1.0)
+            for kept, share in zip(fixed.values(), shares, strict=True)
+        ]
+        return dict(zip(fixed, zip(shares, outcomes.of(variants), strict=True), strict=True))
 
-    def _of_size(self, k: int) -> list[int]:
-        """The keep-sets of a size with finite losses, without those added to leave each player out once."""
-        return [i for i in range(self._sampled) if self._size[i] == k and self._good[i]]
+    def _averaged(self, metric: str, k: int) -> tuple[Floats, Floats]:
+        """Of the keep-sets of a size: means over the sets, by example, and means over the examples, by set."""
+        values = np.stack([_values(self._scores[i], metric) for i in self._by_size[k]])
+        return values.mean(0), values.mean(1)
 
     def _whole(self, k: int) -> bool:
-        return len(self._of_size(k)) == math.comb(self._game.n_players, k)
+        return len(self._by_size[k]) == math.comb(self._game.n_players, k)
 
     def _name(self, i: int) -> str:
         return self._game.name_of(self._sets[i])
@@ -322,15 +291,13 @@ class _Seen:
             mean, variance, second = np.zeros(len(self._full)), 0.0, 0.0
             worst, worst_set = -math.inf, ""
             for k in weights:
-                chosen = self._of_size(k)
-                values = np.stack([_values(self._scores[i], metric) for i in chosen])
-                means = values.mean(1)
-                mean = mean + weights[k] * values.mean(0)
+                by_example, means = self._moments[metric, k]
+                mean = mean + weights[k] * by_example
                 second += weights[k] * float((means**2).mean())
                 if not self._whole(k) and len(means) > 1:
                     variance += weights[k] ** 2 * float(means.var(ddof=1)) / len(means)
                 if means.max() > worst:
-                    worst, worst_set = float(means.max()), self._name(chosen[int(means.argmax())])
+                    worst, worst_set = float(means.max()), self._name(self._by_size[k][int(means.argmax())])
             row |= _interval(metric, float(mean.mean()), math.sqrt(variance), _by_examples(mean))
             row[f"{metric}_spread"] = math.sqrt(max(0.0, second - float(mean.mean()) ** 2))
             row[f"{metric}_worst"], row[f"{metric}_worst_set"] = worst, worst_set
@@ -339,7 +306,7 @@ class _Seen:
     def _weights(self, p: float) -> dict[int, float]:
         """Probability of each size at p, over the sizes of which there is a keep-set."""
         every = binomial(self._game.n_players, p)
-        there = [k for k in range(len(every)) if self._of_size(k)]
+        there = sorted(self._by_size)
         return {k: float(every[k] / every[there].sum()) for k in there}
 
     def _epsilon(
@@ -369,7 +336,7 @@ class _Seen:
         labels = self._game.outcomes.labels
         left, right = {}, {}
         for k in self._weights(0.5):
-            chosen = self._of_size(k)
+            chosen = self._by_size[k]
             logits = [_logits(self._scores[i]) for i in chosen]
             left[k] = np.mean([_cross_entropy(each, labels) for each in logits], axis=0)
             right[k] = _cross_entropy(np.mean(logits, axis=0), labels)
@@ -410,7 +377,7 @@ def _by_examples(values: Floats) -> float:
 
 
 def _interval(name: str, value: float, *errors: float) -> dict[str, float]:
-    half = _Z * math.hypot(*errors)
+    half = Z * math.hypot(*errors)
     low, high = value - half, value + half
     if name != "gap":  # the others cannot be negative
         low, high = max(0.0, low), min(1.0, high) if name == "error" else high
@@ -426,14 +393,9 @@ def _of_size(n: int, k: int) -> Bools:
 
 def _by_method(summaries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """ε over the adapters of each method: mean and standard deviation."""
-    groups: dict[tuple[Any, ...], list[float]] = {}
-    for summary in summaries:
-        for row in summary["epsilon"]:
-            key = (summary["method"], summary["rescaled"], row["family"], row["metric"])
-            groups.setdefault(key, []).append(row["value"])
-    return [
-        dict(zip(("method", "rescaled", "family", "metric"), key, strict=True))
-        | dict(zip(("mean", "spread"), mean_and_spread(np.array(values)), strict=True))
-        | {"adapters": len(values)}
-        for key, values in groups.items()
-    ]
+    rows = [{**row, "method": s["method"], "rescaled": s["rescaled"]} for s in summaries for row in s["epsilon"]]
+    found = []
+    for head, members in grouped(rows, "method", "rescaled", "family", "metric"):
+        mean, spread = mean_and_spread(np.array([row["value"] for row in members]))
+        found.append({**head, "mean": mean, "spread": spread, "adapters": len(members)})
+    return found

@@ -12,6 +12,8 @@ Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 1000
 LEVEL = 0.95
+Z = 1.959964
+"""Half width of a 95 % interval in standard errors, for means that are about normal."""
 
 
 def resampled_means(values: Floats, *, seed: int, resamples: int = RESAMPLES) -> Floats:

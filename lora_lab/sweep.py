@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from lora_lab import patterns, prune
 from lora_lab.adapter import Adapter
 from lora_lab.errors import AdapterError, OptionError, TunerError, unknown
 from lora_lab.evaluate import described, examples_of, identity, labels_of
-from lora_lab.game import Cost, Outcomes, Progress
+from lora_lab.game import Cost, Outcomes, Progress, measured
 from lora_lab.patterns import Choice
-from lora_lab.result import Result, columns, fingerprint, finite, provenance
+from lora_lab.result import Result, columns, fingerprint, finite, grouped
 from lora_lab.shapley import forecast, values_of
-from lora_lab.stats import Sampled, mean_and_spread
-from lora_lab.task import Scores, Task, resolve_device
+from lora_lab.stats import Sampled, Z, mean_and_spread
+from lora_lab.task import Scores, Task
 from lora_lab.variants import Variant
 
 KINDS = ("structured", "unstructured", "rank")
@@ -59,13 +59,12 @@ def sweep(
     """
     check(adapters, kinds=kinds, sparsities=sparsities, criteria=criteria, draws=draws)
     began = time.perf_counter()
+    data: dict[str, Any] = {"examples": examples, "device": device, "cache": cache}
     rows: list[Row] = []
     done = 0
     for adapter, label in zip(adapters, labels_of(adapters), strict=True):
-        outcomes = Outcomes(
-            adapter, task, split=split, examples=examples, device=device or resolve_device(), cache=cache
-        )
-        shapley = _on_validation(adapter, task, examples, device, cache)
+        outcomes = Outcomes(adapter, task, split=split, **data)
+        shapley = functools.partial(values_of, adapter, task, **data)  # on the validation split
         choice = replace(patterns.choice_of(adapter, seed=seed), shapley=shapley)
         pieces: list[Piece] = []
         if "structured" in kinds:
@@ -79,8 +78,8 @@ def sweep(
             passes = total * outcomes.batches
             blocks = passes * outcomes.variants.blocks
             plain = Cost(total, blocks, blocks, passes * outcomes.pace)
-            chosen = forecast(adapter, task, split="validation", examples=examples, device=device, cache=cache)
-            confirm(plain + chosen * len(adapters) if "structured" in kinds else plain)
+            choosing = forecast(adapter, task, **data) * len(adapters) if "structured" in kinds else plain * 0
+            confirm(plain + choosing)
         for head, made in pieces:
             scores = []
             for make in made:
@@ -104,14 +103,7 @@ def sweep(
         finite(columns(rows)),
         {"task": task.record, "split": split, **settings, "adapters": [described(adapter) for adapter in adapters]},
         finite({"by_method": _by_method(rows)}),
-        provenance(
-            inputs=[Path(a.source) for a in adapters],
-            elapsed_s=time.perf_counter() - began,
-            examples=outcomes.examples,
-            run=run_id(adapters, task, split=split, **settings),
-            device=str(outcomes.device),
-            dtype=task.dtype,
-        ),
+        measured(outcomes, adapters, began=began, run=run_id(adapters, task, split=split, **settings)),
     )
 
 
@@ -137,7 +129,7 @@ def check(
         raise OptionError(f"sparsity {wrong[0]} is outside of 0 to 1")
     if "unstructured" in kinds and 1 in sparsities:
         for adapter in adapters:
-            if not _additive(adapter):
+            if adapter.why_not_additive:
                 raise OptionError(
                     f"{adapter.source}: at sparsity 1 nothing of {adapter.tuner} is left; a lower one is needed"
                 )
@@ -154,22 +146,13 @@ def run_id(adapters: Sequence[Adapter], task: Task, *, split: str, **options: An
     return fingerprint(["sweep", [identity(a) for a in adapters], examples_of(task, split), options])
 
 
-def _on_validation(
-    adapter: Adapter, task: Task, examples: int | None, device: torch.device | None, cache: Path | None
-) -> Callable[[], Mapping[str, float]]:
-    def values() -> Mapping[str, float]:
-        return values_of(adapter, task, split="validation", examples=examples, device=device, cache=cache)
-
-    return values
-
-
 def _structured(outcomes: Outcomes, choice: Choice, draws: int) -> list[Piece]:
     fixed = patterns.fixed(choice)
     count, total = len(choice.players), len(outcomes.names)
     picks = {name: [modules] for name, modules in fixed.items()}
     if count > 1:
         half, third = count // 2, max(1, count // 3)
-        if _additive(choice.adapter):
+        if choice.adapter.why_not_additive is None:
             picks[f"top-norm:{half}"] = [patterns.keep(choice, f"top-norm:{half}")]
         for size in dict.fromkeys((half, third)):
             others = [replace(choice, seed=choice.seed + i) for i in range(draws)]
@@ -209,7 +192,7 @@ def _unstructured(
             try:
                 found = prune.prune_weights(adapter, sparsity=sparsity, by=by, per_matrix=per_matrix, seed=seed + draw)
             except AdapterError as error:
-                if isinstance(error, TunerError) or not _additive(adapter):
+                if isinstance(error, TunerError) or adapter.why_not_additive:
                     raise  # only of a sum is nothing left the base
                 return None
             return found.adapter
@@ -229,7 +212,7 @@ def _unstructured(
 
 def _ranks(outcomes: Outcomes, draws: int, seed: int) -> list[Piece]:
     adapter = outcomes.adapter
-    if not _additive(adapter):
+    if adapter.why_not_additive:
         return []
     top = max(site.rank or 0 for site in adapter.sites.values())
     total = sum(site.rank or 0 for site in adapter.sites.values())
@@ -267,14 +250,6 @@ def _some_ranks(top: int) -> list[int]:
     return list(range(1, top + 1)) if top <= 8 else sorted({2**i for i in range(top.bit_length())} | {top})
 
 
-def _additive(adapter: Adapter) -> bool:
-    try:
-        adapter.require_additive()
-    except TunerError:
-        return False
-    return True
-
-
 def _head(kind: str, criterion: str, label: str, kept: float) -> Row:
     return {"kind": kind, "criterion": criterion, "label": label, "kept": kept}
 
@@ -286,7 +261,7 @@ def _cells(scores: Sequence[Scores], seed: int) -> Row:
         values = np.stack([s.correct.astype(np.float64) if metric == "accuracy" else s.loss for s in scores])
         value, low, high = Sampled.of(values.mean(0, keepdims=True), seed=seed).estimate(lambda means: means[0])
         spread = float(values.mean(1).std(ddof=1)) if len(values) > 1 else 0.0
-        by_draws = 1.959964 * spread / math.sqrt(len(values))
+        by_draws = Z * spread / math.sqrt(len(values))
         ends = (value - math.hypot(value - low, by_draws), value + math.hypot(high - value, by_draws))
         if metric == "accuracy":
             ends = (max(0.0, ends[0]), min(1.0, ends[1]))
@@ -296,12 +271,8 @@ def _cells(scores: Sequence[Scores], seed: int) -> Row:
 
 def _by_method(rows: Sequence[Row]) -> list[Row]:
     """Mean and standard deviation over the adapters of each method."""
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["method"], row["kind"], row["criterion"], row["label"]), []).append(row)
     found = []
-    for key, members in groups.items():
-        row = dict(zip(("method", "kind", "criterion", "label"), key, strict=True))
+    for row, members in grouped(rows, "method", "kind", "criterion", "label"):
         row |= {"kept": float(np.mean([m["kept"] for m in members])), "adapters": len(members)}
         for metric in ("accuracy", "loss"):
             row[metric], row[f"{metric}_spread"] = mean_and_spread(np.array([m[metric] for m in members]))

@@ -11,6 +11,7 @@ outputs are bitwise those of the plain way: on an encoder, a decoder, or two enc
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,6 +57,8 @@ class Variants:
         self._state: list[State] = [1.0] * len(self.names)
         self._blocks = _blocks(self.model, self.names)
         self._members = _members(self.names, self._blocks)
+        inside = {i for own in self._members for i in own}
+        self._outside = [i for i in range(len(self.names)) if i not in inside]
         self.why_not = None if self._blocks else "no repeated list of blocks was found around the adapted modules"
         if not share:
             self.why_not = "it was not asked for"
@@ -76,37 +79,35 @@ class Variants:
                 self._set_one(i, state)
                 self._state[i] = state
 
-    def order(self, variants: Sequence[Variant]) -> list[int]:
-        """The indices of the variants, lexicographically by the blocks in the model's order."""
-        return sorted(range(len(variants)), key=lambda i: _sortable(self._segments(variants[i])))
-
     def cost(self, variants: Sequence[Variant]) -> int:
         """Block evaluations for these variants on one batch, by the prefixes that they share.
 
         An upper bound where blocks' own outputs agree by chance, or a model has encoders side by side.
         """
+        return self._walk(variants)[1]
+
+    def _walk(self, variants: Sequence[Variant]) -> tuple[list[int], int]:
+        """The variants' indices, lexicographically by the blocks in the model's order, and what that order costs."""
         if self.why_not is not None:
-            return self.blocks * len(variants)
-        total, before = 0, None
-        for i in self.order(variants):
-            segments = self._segments(variants[i])
-            total += self.blocks if before is None else self._recomputed(before, segments)
-            before = segments
-        return total
+            return list(range(len(variants))), self.blocks * len(variants)
+        segments = [self._segments(variant) for variant in variants]
+        order = sorted(range(len(variants)), key=lambda i: _sortable(segments[i]))
+        again = sum(self._recomputed(segments[i], segments[j]) for i, j in itertools.pairwise(order))
+        return order, again + (self.blocks if variants else 0)
 
     def run(
         self, variants: Sequence[Variant], batches: Sequence[Mapping[str, Tensor]], judge: Judge
     ) -> Iterator[tuple[int, Scores]]:
-        """(Index, scores over all batches) of every variant, in the order of `order`, each once.
+        """(Index, scores over all batches) of every variant, each once, those that share most beside each other.
 
         Where the activations of all batches fit into memory, a variant is finished before the next begins;
         otherwise some dozens of variants go through each batch together.
         """
         if not variants:
             return
-        order = self.order(variants)
+        order, cost = self._walk(variants)
         # Where next to nothing is shared, comparing arguments would cost more than it saves.
-        worthwhile = self.why_not is None and self.cost(variants) < 0.97 * self.blocks * len(variants)
+        worthwhile = cost < 0.97 * self.blocks * len(variants)
         with self._remembering(share=worthwhile) as memory:
             size = self._fitting(memory, variants[order[0]], batches, judge)
             for start in range(0, len(order), size):
@@ -196,8 +197,7 @@ class Variants:
     def _segments(self, variant: Variant) -> list[tuple[State, ...]]:
         """States by segment: modules outside of blocks first, then each block's."""
         inside = [tuple(variant[i] for i in own) for own in self._members]
-        taken = {i for own in self._members for i in own}
-        return [tuple(state for i, state in enumerate(variant) if i not in taken), *inside]
+        return [tuple(variant[i] for i in self._outside), *inside]
 
     def _recomputed(self, before: list[tuple[State, ...]], now: list[tuple[State, ...]]) -> int:
         first = next((k for k, (a, b) in enumerate(zip(before, now, strict=True)) if a != b), len(now))

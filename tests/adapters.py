@@ -1,12 +1,17 @@
-"""Adapter files written by hand, for tests."""
+"""Adapters for tests: files written by hand, and random weights on a task's base."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
+
+from lora_lab.adapter import Adapter
+from lora_lab.task import Task
 
 PREFIX = "base_model.model."
 
@@ -44,3 +49,20 @@ def write(folder: Path, tensors: Mapping[str, Tensor], **config: object) -> Path
     settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, **config}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def perturbed(task: Task, config: Any, *, seed: int, scale: float) -> Any:
+    """The task's base in PEFT, every trained parameter moved by noise of this scale."""
+    torch.manual_seed(seed)
+    model = get_peft_model(task.build_model(), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += scale * torch.randn_like(parameter)
+    return model
+
+
+def random_adapter(task: Task, folder: Path, config: Any, *, seed: int = 0, scale: float) -> Adapter:
+    """A random adapter as PEFT saves it, read back."""
+    perturbed(task, config, seed=seed, scale=scale).save_pretrained(folder)
+    return Adapter.load(folder)

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from adapters import random_adapter
+from games import saturating, table_game
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, get_wsd_schedule
 
@@ -24,7 +26,8 @@ from lora_lab.adapter import Adapter
 from lora_lab.attach import attach
 from lora_lab.connect import Point, evaluate
 from lora_lab.digits import Digits
-from lora_lab.game import Game, Outcomes, all_coalitions
+from lora_lab.estimators import all_coalitions
+from lora_lab.game import Game, Outcomes
 from lora_lab.mix import Mixer
 from lora_lab.players import players
 from lora_lab.recipe import Recipe
@@ -184,22 +187,11 @@ def bench_training(repeats: int) -> None:
     report("BERT 6×384: CoTo / LoRA training", "", found)
 
 
-def random_adapter(task: Task, folder: Any, targets: list[str]) -> Adapter:
-    """An adapter of random weights on the task's base."""
-    torch.manual_seed(0)
-    model = get_peft_model(task.build_model(), LoraConfig(r=8, lora_alpha=16, target_modules=targets))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.02 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    return Adapter.load(folder)
-
-
 def bench_sharing(repeats: int, folder: Any) -> None:
     """Coalitions with shared prefixes against one whole pass each."""
     task = Random(12, 384)
-    adapter = random_adapter(task, folder / "wide", ["query", "key", "value"])
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["query", "key", "value"])
+    adapter = random_adapter(task, folder / "wide", config, scale=0.02)
     some = np.random.default_rng(0).random((200, 12)) < 0.5
     report_sharing(
         "BERT 12×384: 200 random coalitions, shared / one pass each", "at most 0.5", task, adapter, some, repeats
@@ -232,28 +224,14 @@ def report_sharing(name: str, goal: str, task: Task, adapter: Adapter, coalition
     print(f"  {share:.2f} of the blocks; activations kept: {kept[0] / 2**20:.1f} MiB", flush=True)
 
 
-def saturating(n: int, total: float = 4.0) -> tuple[Any, Any]:
-    """v(S) = 1 − exp(−Σ a) for lognormal a, and its Shapley values in closed form (multilinear extension)."""
-    a = np.random.default_rng(0).lognormal(0, 1, n)
-    a *= total / a.sum()
-    x, w = np.polynomial.legendre.leggauss(n)
-    values = np.zeros(n)
-    for p, share in zip((x + 1) / 2, w / 2, strict=True):
-        others = 1 - p * (1 - np.exp(-a))
-        values += share * (1 - np.exp(-a)) * others.prod() / others
-    return (lambda coalitions: 1 - np.exp(-(coalitions.astype(float) @ a))), values
-
-
 def real_game(worth: str, outcomes: Outcomes) -> tuple[Any, Any]:
     """Twelve adapters of a trained LoRA (attention and MLP of six layers), all coalitions known."""
     halves = {"attention": "[qkvo]_proj", "mlp": "fc[12]"}
     by = {f"{name}{i}": rf"layers\.{i}\..*{pattern}" for i in range(6) for name, pattern in halves.items()}
     worths = Game(outcomes, players(outcomes.adapter, by), worth=worth)(all_coalitions(12))
 
-    def look_up(coalitions: Any) -> Any:
-        return worths[coalitions @ (1 << np.arange(12))]
-
-    return look_up, estimators.exact(look_up, 12).values
+    game = table_game(worths)
+    return game, estimators.exact(game, 12).values
 
 
 SHAPIQ = (
@@ -274,8 +252,8 @@ def bench_estimators(seeds: int = 20) -> None:
     games = {
         "12 real adapters, loss": (12, *real_game("loss", outcomes)),
         "12 real adapters, accuracy": (12, *real_game("accuracy", outcomes)),
-        "32, saturating": (32, *saturating(32)),
-        "64, saturating": (64, *saturating(64)),
+        "32, saturating": (32, *saturating(32, total=4.0)),
+        "64, saturating": (64, *saturating(64, total=4.0)),
     }
     print(f"relative L2 error, mean of {seeds} seeds; evaluations 5n / 10n / 20n", flush=True)
     for title, (n, game, truth) in games.items():

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import perturbed
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -38,12 +39,7 @@ def assert_unchanged(model, before):
 def peft_folder(tmp_path, config_class, options, name="adapter"):
     """An adapter of random weights, saved by PEFT, and the scores that PEFT's own model gets."""
     task = Digits("relabel")
-    torch.manual_seed(1)
-    model = get_peft_model(task.build_model(), config_class(**options))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.05 * torch.randn_like(parameter)
+    model = perturbed(task, config_class(**options), seed=1, scale=0.05)
     model.save_pretrained(tmp_path / name)
     return tmp_path / name, task.score(model, "validation")
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import HiraConfig, LoraConfig, get_peft_model
+from adapters import random_adapter as from_noise
+from peft import HiraConfig, LoraConfig
 
 from lora_lab.adapter import Adapter
 from lora_lab.connect import BARRIERS, Point, evaluate, interpolate, parse_ratios, run_id
@@ -23,14 +24,8 @@ TARGETS = r"vit\.layers\.[0-3]\..*(q_proj|v_proj|fc1)"
 def random_adapter(seed, tmp, config=None, scale=0.06, record=None):
     """An adapter of random weights on the digits base, read back from what PEFT saves."""
     task = Digits("relabel")
-    torch.manual_seed(seed)
-    model = get_peft_model(task.build_model(), config or LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += scale * torch.randn_like(parameter)
-    model.save_pretrained(tmp / f"r{seed}")
-    adapter = Adapter.load(tmp / f"r{seed}")
+    config = config or LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS)
+    adapter = from_noise(task, tmp / f"r{seed}", config, seed=seed, scale=scale)
     return replace(adapter, record=record or {"task": task.record, "method": "lora", "seed": seed})
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from games import saturating, table_game
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,13 +14,6 @@ from lora_lab.estimators import ESTIMATORS, estimate, exact, fit_pairs, interact
 
 CASE = json.loads((Path(__file__).parent / "cases/S01_exact_shapley_table/coalitions.json").read_text())
 EXPECTED = json.loads((Path(__file__).parent / "cases/S01_exact_shapley_table/expected.json").read_text())
-
-
-def table_game(table):
-    """Worths of all coalitions, the first player as the lowest bit."""
-    table = np.asarray(table, dtype=float)
-    n = int(math.log2(len(table)))
-    return lambda coalitions: table[coalitions @ (1 << np.arange(n))]
 
 
 def by_definition(game, n):
@@ -31,18 +25,6 @@ def by_definition(game, n):
             row[place + 1 :, player] = True
         total[list(order)] += np.diff(game(row))
     return total / math.factorial(n)
-
-
-def saturating(n, seed=0, total=3.0):
-    """v(S) = 1 − exp(−Σ a), and its values by the multilinear extension in closed form."""
-    a = np.random.default_rng(seed).lognormal(0, 1, n)
-    a *= total / a.sum()
-    x, w = np.polynomial.legendre.leggauss(n)
-    values = np.zeros(n)
-    for p, share in zip((x + 1) / 2, w / 2, strict=True):
-        others = 1 - p * (1 - np.exp(-a))
-        values += share * (1 - np.exp(-a)) * others.prod() / others
-    return (lambda coalitions: 1 - np.exp(-(coalitions @ a))), values
 
 
 tables = st.integers(2, 5).flatmap(

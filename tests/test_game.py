@@ -4,31 +4,26 @@ import subprocess
 import sys
 import time
 
+import adapters
 import numpy as np
 import pytest
 import torch
-from peft import LoHaConfig, LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig
 
 from lora_lab.adapter import Adapter
 from lora_lab.digits import Digits
 from lora_lab.errors import LoraLabWarning, OptionError, TunerError
+from lora_lab.estimators import all_coalitions
 from lora_lab.evaluate import score
-from lora_lab.game import WORTHS, Game, Outcomes, all_coalitions
+from lora_lab.game import WORTHS, Game, Outcomes
 from lora_lab.players import players
 
 TARGETS = r"vit\.layers\.[0-3]\..*(q_proj|v_proj|fc1)"
 
 
 def random_adapter(folder, config=None, scale=0.06, seed=0):
-    task = Digits("relabel")
-    torch.manual_seed(seed)
-    model = get_peft_model(task.build_model(), config or LoraConfig(r=2, lora_alpha=4, target_modules=TARGETS))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += scale * torch.randn_like(parameter)
-    model.save_pretrained(folder)
-    return Adapter.load(folder)
+    config = config or LoraConfig(r=2, lora_alpha=4, target_modules=TARGETS)
+    return adapters.random_adapter(Digits("relabel"), folder, config, seed=seed, scale=scale)
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +231,8 @@ def test_a_killed_run_goes_on_with_the_same_numbers(adapter, tmp_path):
         "import sys, numpy as np, torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
         "from lora_lab.adapter import Adapter; from lora_lab.digits import Digits\n"
-        "from lora_lab.game import Game, Outcomes, all_coalitions; from lora_lab.players import players\n"
+        "from lora_lab.estimators import all_coalitions\n"
+        "from lora_lab.game import Game, Outcomes; from lora_lab.players import players\n"
         "adapter = Adapter.load(sys.argv[1])\n"
         "outcomes = Outcomes(adapter, Digits('relabel'), cache=Path(sys.argv[2]))\n"
         "Game(outcomes, players(adapter, 'module'))(all_coalitions(12)[::8])\n"

@@ -13,8 +13,8 @@ PACKAGE = ROOT / "lora_lab"
 
 LAYERS = [
     {"__init__", "errors"},
-    {"files", "lowrank", "schedule", "stats", "plot_style", "estimators"},
-    {"result", "peft_format"},
+    {"files", "lowrank", "schedule", "stats", "plot_style"},
+    {"result", "peft_format", "estimators"},
     {"adapter", "plot_line", "plot_train", "plot_shapley", "plot_stability", "plot_sweep"},
     {"task", "attach", "plot", "mix", "players", "prune"},
     {"coto", "digits", "text", "recipe", "variants", "patterns"},

@@ -8,7 +8,8 @@ from test_game import random_adapter
 from lora_lab import estimators
 from lora_lab.digits import Digits
 from lora_lab.errors import LoraLabWarning, OptionError
-from lora_lab.game import Game, Outcomes, all_coalitions
+from lora_lab.estimators import all_coalitions
+from lora_lab.game import Game, Outcomes
 from lora_lab.players import players
 from lora_lab.shapley import balance, check, choose, forecast, newest_adapter, shapley, values_of
 
@@ -105,12 +106,12 @@ def test_values_for_choosing_come_from_the_validation_split(adapters, exact):
 
 
 def test_adapters_with_different_players_keep_their_own_values(adapters, exact):
-    from lora_lab import plot_shapley
     from lora_lab.prune import keep_modules
+    from lora_lab.result import by_adapter
 
     few = keep_modules(adapters[1], [name for name in adapters[1].sites if ".1." in name])
     found = shapley([adapters[0], few], Digits("relabel"), worth="loss", split="validation")
-    shown = dict(plot_shapley._adapters([found]))
+    shown = {rows[0]["adapter"]: rows for rows in by_adapter([found])}
     assert [len(rows) for rows in shown.values()] == [4, 1]
     assert [row["value"] for row in shown["s0"]] == pytest.approx([row["value"] for row in exact.rows()[:4]])
 

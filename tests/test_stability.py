@@ -7,7 +7,8 @@ from test_game import TARGETS, random_adapter
 
 from lora_lab.digits import Digits
 from lora_lab.errors import LoraLabWarning, OptionError
-from lora_lab.game import Game, Outcomes, all_coalitions
+from lora_lab.estimators import all_coalitions
+from lora_lab.game import Game, Outcomes
 from lora_lab.players import players
 from lora_lab.stability import binomial, check, keep_sets, stability
 
