@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -70,13 +70,13 @@ def print_json(content: object) -> None:
     print(json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False))
 
 
-def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A table on standard output; the first column is text, the others are set right."""
+def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]], *, texts: int = 1) -> None:
+    """A table on standard output; the first column (or so many) is text, the others are set right."""
     shown = Table(
         title=escape(title), title_justify="left", box=None, pad_edge=False, padding=(0, 1), header_style="bold"
     )
     for i, heading in enumerate(headings):
-        shown.add_column(heading, justify="left" if i == 0 else "right", overflow="fold")
+        shown.add_column(heading, justify="left" if i < texts else "right", overflow="fold")
     for row in rows:
         shown.add_row(*(escape(cell) if isinstance(cell, str) else number(cell) for cell in row))
     console.print(shown)
@@ -111,6 +111,10 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 # Options that several verbs share, to the word.
 TaskOption = Annotated[str | None, typer.Option(help="Built-in task or task file; by default the adapters' own.")]
+TasksOption = Annotated[
+    list[str] | None,
+    typer.Option("--task", help="Built-in task or task file, for all adapters or once for each; by default their own."),
+]
 ConfigOption = Annotated[
     Path | None, typer.Option(help="adapter_config.json for a file that has none in its header or beside it.")
 ]
@@ -201,28 +205,49 @@ def parse_players(given: Sequence[str] | None) -> str | dict[str, str]:
     return parse_groups(given)
 
 
-def parse_set(given: Sequence[str] | None, function: Callable[..., object], what: str) -> dict[str, int | float | str]:
-    """['nodes=5'] → {'nodes': 5}, names and types from the keyword-only options of a function."""
-    import inspect
-
+def parse_set(given: Sequence[str] | None, known: Mapping[str, object], what: str) -> dict[str, int | float | str]:
+    """['nodes=5'] → {'nodes': 5}; `known` has the options' defaults, whose types they get."""
     from ..errors import unknown
 
-    options = {p.name: p.default for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
     found: dict[str, int | float | str] = {}
+    for name, value in pairs(given).items():
+        if name not in known:
+            if not known:
+                raise OptionError(f"{what} has no options to set")
+            raise unknown(f"option of {what}", name, list(known))
+        default = known[name]
+        kind = _literal(value) if default is None else type(default)
+        try:
+            found[name] = kind(value)  # type: ignore[call-arg]
+        except ValueError as error:
+            raise OptionError(f"--set {name}={value}: {name} is a {kind.__name__}") from error
+    return found
+
+
+def pairs(given: Sequence[str] | None) -> dict[str, str]:
+    """['nodes=5'] → {'nodes': '5'}."""
+    found = {}
     for text in given or []:
         name, equals, value = text.partition("=")
         if not equals:
             raise OptionError(f"--set {text!r}: NAME=VALUE is needed")
-        if name not in options:
-            if not options:
-                raise OptionError(f"{what} has no options to set")
-            raise unknown(f"option of {what}", name, list(options))
-        kind = type(options[name])
-        try:
-            found[name] = kind(value)
-        except ValueError as error:
-            raise OptionError(f"--set {text!r}: {name} is a {kind.__name__}") from error
+        if name in found:
+            raise OptionError(f"--set {name} is given twice")
+        found[name] = value
     return found
+
+
+def keywords(function: Callable[..., object]) -> dict[str, object]:
+    """The keyword-only options of a function, with their defaults."""
+    import inspect
+
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def _literal(text: str) -> type[int] | type[float]:
+    """The type of an option that has no default: a whole number where it is written as one."""
+    return int if text.lstrip("+-").isdigit() else float
 
 
 def _duration(seconds: float) -> str:

@@ -52,7 +52,7 @@ def command(
     total = common.number(content["total_norm"])
     common.console.print(f"{len(rows)} modules, ranks {', '.join(map(str, ranks)) or '–'}, total ‖ΔW‖ {total}")
     if content["record"]:
-        common.console.print(f"trained: {_record(content['record'])}")
+        common.console.print(_record(content["record"]))
         for step in content["record"].get("pruned", []):
             options = ", ".join(f"{name} {value}" for name, value in step.items() if name != "from")
             common.console.print(f"pruned since (what was measured then is of the whole): {options}")
@@ -98,7 +98,11 @@ def describe(listing: Any) -> dict[str, Any]:
 
 
 def _record(record: dict[str, Any]) -> str:
+    if "merge" in record:
+        made = record["merge"]
+        inputs = ", ".join(str(entry["adapter"]) for entry in made["inputs"])
+        return f"merged by {made['method']} (relative error of ΔW {made['error']:.3g}) from: {inputs}"
     task = record.get("task", {}).get("name", "?")
     metrics = record.get("metrics", {}).get("validation", {})
-    text = f"{record.get('method')} on {task}, seed {record.get('seed')}"
+    text = f"trained: {record.get('method')} on {task}, seed {record.get('seed')}"
     return text + (f", validation accuracy {metrics['accuracy']:.3f}" if metrics else "")

@@ -72,7 +72,7 @@ def command(
     by = common.parse_players(players)
     shapley.check(loaded, by=by, estimator=estimator, order=order, samples=samples, until_se=until_se, budget=budget)
     source = estimators.ESTIMATORS.get(estimator or "", estimators.exact)
-    options = common.parse_set(option, source, estimator or "the default estimator") if option else {}
+    options = common.parse_set(option, common.keywords(source), estimator or "the default estimator") if option else {}
     settings: dict[str, Any] = {
         "by": by,
         "worth": worth,

@@ -17,7 +17,7 @@ from torch import Tensor
 from lora_lab import tasks
 from lora_lab.adapter import Adapter
 from lora_lab.attach import attach
-from lora_lab.errors import MismatchError, TunerError
+from lora_lab.errors import MismatchError, OptionError, TunerError
 from lora_lab.result import Result, columns, fingerprint, provenance
 from lora_lab.stats import Sampled
 from lora_lab.task import Scores, Task, resolve_device
@@ -149,6 +149,20 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def tasks_of(adapters: Sequence[Adapter], given: Sequence[str] = ()) -> list[Task]:
+    """A task for each adapter: its own, or the one that is given for all, or one given for each of them."""
+    if len(given) > 1 and len(given) != len(adapters):
+        raise OptionError(f"{len(adapters)} adapters and {len(given)} tasks; one for all, or one an adapter")
+    names: list[str | None] = [*given] or [None]
+    names = names * len(adapters) if len(names) == 1 else names
+    built: dict[str, Task] = {}  # equal tasks load their data once
+    found = []
+    for adapter, name in zip(adapters, names, strict=True):
+        task = task_of(adapter, given=name)
+        found.append(built.setdefault(fingerprint(task.record), task))
+    return found
 
 
 def task_of(*adapters: Adapter, given: str | None = None) -> Task:

@@ -13,15 +13,15 @@ PACKAGE = ROOT / "lora_lab"
 
 LAYERS = [
     {"__init__", "errors"},
-    {"files", "lowrank", "schedule", "stats", "plot_style"},
-    {"result", "peft_format", "estimators"},
+    {"files", "lowrank", "models", "rules", "schedule", "stats", "plot_style"},
+    {"result", "peft_format", "estimators", "subspaces"},
     {"adapter", "plot_line", "plot_train", "plot_shapley", "plot_stability", "plot_sweep"},
     {"task", "attach", "plot", "mix", "players", "prune"},
-    {"coto", "digits", "text", "recipe", "variants", "patterns"},
-    {"tasks"},
-    {"evaluate"},
-    {"connect", "game"},
-    {"train", "shapley", "stability"},
+    {"coto", "digits", "text", "recipe", "variants", "patterns", "sources"},
+    {"tasks", "panel"},
+    {"evaluate", "fitted"},
+    {"connect", "game", "merge"},
+    {"train", "shapley", "stability", "tune"},
     {"sweep"},
     {"parallel"},
 ]

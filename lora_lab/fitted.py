@@ -1,0 +1,313 @@
+"""Merges that look at data: what the weights of a module are worth to each task, or which coefficients do best.
+
+Every function takes the sources and gives (module, merged ΔW) pairs. What it reads is named in its first lines; none
+ever looks at a test split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lora_lab.attach import NAME, Attached, put_on
+from lora_lab.errors import OptionError, TunerError
+from lora_lab.lowrank import LowRank, combine
+from lora_lab.panel import Panel, mean_loss
+from lora_lab.sources import Sources
+
+Merged = Iterator[tuple[str, LowRank | Tensor]]
+
+
+def fisher(sources: Sources, *, examples: int = 256, floor: float = 1e-6, scale: float = 1.0, seed: int = 0) -> Merged:
+    """Entries weighted by their Fisher information on each task.
+
+    Σ wᵢFᵢ∘ΔWᵢ / Σ wᵢFᵢ (Matena & Raffel 2021, arXiv:2111.09832), Fᵢ diagonal, from `examples` of each training split
+    without their labels: the mean of p(y|x) (∂ log p(y|x)/∂W)² over all labels y. `floor`, times the mean
+    information, is added, so that entries that no task depends on are averaged. Takes as much memory as T copies of
+    the adapted weights.
+    """
+    panel = Panel(sources)
+    found = [_information(panel, i, examples, seed) for i in range(len(sources.adapters))]
+    for name in sources.modules:
+        information = torch.stack([each[name] for each in found])
+        information += floor * information.mean() + torch.finfo(information.dtype).tiny
+        weights = torch.tensor(sources.weights_of(name), dtype=information.dtype)
+        information *= weights.reshape(-1, *[1] * (information.ndim - 1))
+        deltas = torch.stack([u.delta().flatten(1) for u in sources.updates_of(name)])
+        merged = scale * (information * deltas).sum(0) / information.sum(0)
+        yield name, merged.reshape(sources.shapes[name])
+
+
+def regmean(
+    sources: Sources,
+    *,
+    examples: int = 256,
+    off_diagonal: float = 0.9,
+    ridge: float = 1e-6,
+    scale: float = 1.0,
+    seed: int = 0,
+) -> Merged:
+    """The ΔW nearest to each one on its own task's inputs.
+
+    Σ ΔWᵢwᵢGᵢ (Σ wᵢGᵢ)⁻¹ with Gᵢ = XᵢᵀXᵢ of each layer (Jin et al. 2022, arXiv:2212.09849). From the inputs of
+    `examples` of each training split, without their labels. Entries of G off the diagonal are multiplied by
+    `off_diagonal`; `ridge` times its mean diagonal is added, so that directions that no task uses are averaged. Exact
+    in factor space: Bᵢ stays, Aᵢ becomes AᵢwᵢGᵢ (ΣwᵢGᵢ)⁻¹.
+    """
+    if not 0 <= off_diagonal <= 1:
+        raise OptionError(f"off_diagonal is {off_diagonal:g}; a share from 0 to 1 is needed")
+    panel = Panel(sources)
+    found = [_grams(panel, i, examples, seed) for i in range(len(sources.adapters))]
+    for name in sources.modules:
+        stored_transposed = found[0][name][1]
+        grams = []
+        for each, weight in zip(found, sources.weights_of(name), strict=True):
+            G = each[name][0]
+            diagonal = G.diagonal().clone()
+            G = off_diagonal * G
+            G.diagonal().copy_(diagonal)
+            grams.append(weight * (G + (ridge * diagonal.mean() + 1e-300) * torch.eye(len(G), dtype=G.dtype)))
+        total = torch.stack(grams).sum(0)
+        updates = [_turned(u) if stored_transposed else u for u in sources.updates_of(name)]
+        # A G total⁻¹ = (total⁻¹ G Aᵀ)ᵀ: both are symmetric
+        A = torch.cat([u.A.double() @ G for u, G in zip(updates, grams, strict=True)])
+        A = torch.linalg.solve(total, A.T).T
+        B = scale * torch.cat([u.B.double() for u in updates], dim=1)
+        merged = LowRank(A, B, updates[0].shape)
+        yield name, _turned(merged) if stored_transposed else merged
+
+
+def lorahub(
+    sources: Sources,
+    *,
+    evaluations: int = 60,
+    bound: float = 1.5,
+    penalty: float = 0.05,
+    scale: float = 1.0,
+) -> Merged:
+    """Σ cᵢwᵢΔWᵢ, c found without gradients on validation data.
+
+    After Huang et al. 2023, arXiv:2307.13269: the lowest mean loss over the tasks plus `penalty` · mean |c|, c within
+    ±`bound`, at most `evaluations` of them (COBYLA, from 1/T each). The paper mixes the factors; this mixes ΔW.
+    """
+    from scipy.optimize import minimize
+
+    if evaluations < 1 or bound <= 0:
+        raise OptionError(f"evaluations is {evaluations} and bound {bound:g}; both must be above 0")
+    panel, count = Panel(sources), len(sources.adapters)
+    updates = {name: sources.updates_of(name) for name in sources.modules}
+
+    def mixed(coefficients: Sequence[float]) -> dict[str, LowRank]:
+        return {
+            name: combine(own, [float(c) * w for c, w in zip(coefficients, sources.weights_of(name), strict=True)])
+            for name, own in updates.items()
+        }
+
+    best: tuple[float, list[float]] = (float("inf"), [1 / count] * count)
+
+    def cost(coefficients: Any) -> float:
+        nonlocal best
+        chosen = np.clip(coefficients, -bound, bound)
+        made = mixed(chosen)
+        found = mean_loss([panel.scores(seat, made, "validation") for seat in panel.seats])
+        found += penalty * float(np.abs(chosen).mean())
+        best = min(best, (found, chosen.tolist()))
+        return found
+
+    minimize(
+        cost,
+        best[1],
+        method="COBYLA",
+        bounds=[(-bound, bound)] * count,
+        options={"maxiter": evaluations, "rhobeg": 0.3},
+    )
+    for name, update in mixed(best[1]).items():
+        yield name, scale * update
+
+
+def adamerging(
+    sources: Sources,
+    *,
+    steps: int = 200,
+    learning_rate: float = 5e-3,
+    start: float = 0.3,
+    batch_size: int = 16,
+    scale: float = 1.0,
+    seed: int = 0,
+) -> Merged:
+    """Σ λᵢwᵢΔWᵢ, a λ per module that makes predictions certain.
+
+    Yang et al. 2023, arXiv:2310.02575, layer-wise: Adam minimises the summed entropy of the predictions on unlabelled
+    validation examples of every task, from `start`. The paper takes test inputs, 500 steps and a rate of 1e-3.
+    """
+    if steps < 1 or batch_size < 1:
+        raise OptionError(f"steps is {steps} and batch_size {batch_size}; both must be at least 1")
+    panel, count = Panel(sources), len(sources.adapters)
+    joined = {name: combine(sources.updates_of(name), sources.weights_of(name)) for name in sources.modules}
+    ranks = {name: torch.tensor([u.rank for u in sources.updates_of(name)]) for name in sources.modules}
+    coefficients = torch.full((len(joined), count), start, requires_grad=True)
+    optimizer = torch.optim.Adam([coefficients], lr=learning_rate, betas=(0.9, 0.999))
+    places = {seat: _wear_joined(panel, seat, joined) for seat in panel.seats}
+    generator = torch.Generator().manual_seed(seed)
+    batches = {seat: _unlabelled(panel, seat, batch_size, generator) for seat in panel.seats}
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for seat in panel.seats:
+            batch = next(batches[seat])
+            swapped = {}
+            for m, name in enumerate(joined):
+                key, B = places[seat][name]
+                each = coefficients[m].repeat_interleave(ranks[name]).to(B)
+                swapped[key] = B * each.reshape(1, -1, *[1] * (B.ndim - 2))
+            logits = functional_call(panel.model(seat), swapped, kwargs=batch).logits
+            entropy = torch.special.entr(logits.float().softmax(-1)).sum(-1).mean()
+            entropy.backward()
+        optimizer.step()
+    found = coefficients.detach()
+    for m, name in enumerate(joined):
+        chosen = (found[m].double() * torch.tensor(sources.weights_of(name), dtype=torch.float64)).tolist()
+        yield name, scale * combine(sources.updates_of(name), chosen)
+
+
+def _wear_joined(panel: Panel, seat: int, joined: Mapping[str, LowRank]) -> dict[str, tuple[str, Tensor]]:
+    """Module → the live name of PEFT's B in the model (its second dimension is the rank), and its value."""
+    panel.wear(seat, joined)
+    named = dict(panel.model(seat).named_parameters())
+    places = {}
+    for name in joined:
+        embedded = f"{name}.lora_embedding_B.{NAME}"
+        key = embedded if embedded in named else f"{name}.lora_B.{NAME}.weight"
+        places[name] = key, named[key].detach().clone()
+    return places
+
+
+def _unlabelled(panel: Panel, seat: int, size: int, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+    """Batches of validation inputs, shuffled anew every time they have run out."""
+    inputs = panel.tasks[seat].split("validation").inputs
+    count = len(inputs["labels"])
+    order: list[int] = []
+    while True:
+        if len(order) < min(size, count):
+            order = torch.randperm(count, generator=generator).tolist()
+        chosen, order = order[:size], order[size:]
+        yield {name: tensor[chosen].to(panel.sources.device) for name, tensor in inputs.items() if name != "labels"}
+
+
+def _worn_by_source(panel: Panel, index: int) -> tuple[nn.Module, Attached]:
+    model = panel.tasks[index].build_model().to(panel.sources.device)
+    return model, put_on(model, panel.sources.adapters[index])
+
+
+def _information(panel: Panel, index: int, examples: int, seed: int) -> dict[str, Tensor]:
+    """Module → diagonal Fisher information [rows, columns] of its weight, in the layout in which it is stored."""
+    sources, task = panel.sources, panel.tasks[index]
+    model, _ = _worn_by_source(panel, index)
+    data = task.split("train").subset(examples, seed)
+    found = {name: torch.zeros(shape[0], shape[1:].numel()) for name, shape in sources.shapes.items()}
+    with _watched(model, sources.modules, gradients=True) as seen:
+        for batch in data.batches(min(32, task.batch_size)):
+            inputs = {name: tensor.to(sources.device) for name, tensor in batch.items() if name != "labels"}
+            seen.clear()
+            logits = model(**inputs).logits.float()
+            logs = logits.log_softmax(-1)
+            for label in range(logits.shape[-1]):
+                _backward(logs[:, label].sum(), seen, keep=label + 1 < logits.shape[-1])
+                chance = logs[:, label].detach().exp()
+                for name, (layer, x, g, _) in seen.items():
+                    gradient = torch.einsum("nti,nto->noi", *_tokens(layer, x, g))
+                    squares = torch.einsum("n,noi->oi", chance, gradient.square()).cpu()
+                    found[name] += squares.T if _transposed(layer) else squares
+    return {name: each / len(data) for name, each in found.items()}
+
+
+def _backward(loss: Tensor, seen: Mapping[str, list[Any]], *, keep: bool) -> None:
+    outputs = [entry[3] for entry in seen.values()]
+    found = torch.autograd.grad(loss, outputs, retain_graph=keep, allow_unused=True)
+    for entry, gradient in zip(seen.values(), found, strict=True):
+        entry[2] = torch.zeros_like(entry[3]) if gradient is None else gradient
+
+
+def _grams(panel: Panel, index: int, examples: int, seed: int) -> dict[str, tuple[Tensor, bool]]:
+    """Module → XᵀX of its inputs (float64), and whether the model stores its weight as [in, out]."""
+    sources, task = panel.sources, panel.tasks[index]
+    model, _ = _worn_by_source(panel, index)
+    data = task.split("train").subset(examples, seed)
+    found: dict[str, tuple[Tensor, bool]] = {}
+    model.eval()
+    with _watched(model, sources.modules, gradients=False) as seen, torch.inference_mode():
+        for batch in data.batches(task.batch_size):
+            seen.clear()
+            model(**{name: tensor.to(sources.device) for name, tensor in batch.items() if name != "labels"})
+            for name, (layer, x, _, _) in seen.items():
+                rows = _tokens(layer, x, None)[0].flatten(0, 1).double().cpu()
+                known = found[name][0] if name in found else 0.0
+                found[name] = known + rows.T @ rows, _transposed(layer)
+    return {name: (G.clone(), turned) for name, (G, turned) in found.items()}
+
+
+@contextmanager
+def _watched(model: nn.Module, names: Sequence[str], *, gradients: bool) -> Iterator[dict[str, list[Any]]]:
+    """While it lasts, module → [base layer, last input, None, last output], filled by every forward pass."""
+    seen: dict[str, list[Any]] = {}
+    handles = []
+
+    def watch(name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if name in seen:
+                raise TunerError(
+                    f"{name} is used several times in one pass, which fisher and regmean cannot tell apart"
+                )
+            if gradients and not output.requires_grad:
+                output = output.detach().requires_grad_()
+            seen[name] = [_base_layer(module), args[0].detach(), None, output]
+            return output
+
+        return hook
+
+    for name in names:
+        layer = model.get_submodule(name)
+        base = _base_layer(layer)
+        if isinstance(base, nn.Embedding):
+            raise TunerError(f"{name} is an embedding; fisher and regmean look at the inputs of linear layers only")
+        handles.append(layer.register_forward_hook(watch(name)))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _base_layer(layer: Any) -> nn.Module:
+    base: nn.Module = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    return base
+
+
+def _tokens(layer: nn.Module, x: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Inputs [examples, places, in] and gradients of the outputs [examples, places, out] of a layer."""
+    if isinstance(layer, nn.Conv1d | nn.Conv2d):
+        if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+            raise TunerError("fisher and regmean know plain convolutions only (one group, zeros around)")
+        flat = isinstance(layer, nn.Conv1d)  # as a convolution of one row
+        kernel, dilation, stride = (
+            (1, *size) if flat else size for size in (layer.kernel_size, layer.dilation, layer.stride)
+        )
+        padding = (0, *layer.padding) if flat else layer.padding
+        x = nn.functional.unfold(x[:, :, None] if flat else x, kernel, dilation, padding, stride).transpose(1, 2)
+        return x, torch.empty(0) if g is None else g.flatten(2).transpose(1, 2)
+    x = x.reshape(len(x), -1, x.shape[-1])
+    return x, torch.empty(0) if g is None else g.reshape(len(g), -1, g.shape[-1])
+
+
+def _transposed(layer: nn.Module) -> bool:
+    """Whether the weight is stored as [in, out] (GPT-2's Conv1D)."""
+    return type(layer).__name__ == "Conv1D"
+
+
+def _turned(update: LowRank) -> LowRank:
+    return LowRank(update.B.T, update.A.T)

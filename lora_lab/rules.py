@@ -1,0 +1,244 @@
+"""Rules that merge matrices of one shape, entry by entry or as a sum: matrices and a weight each → a matrix.
+
+They merge ΔW itself, one module at a time, and the small matrices of KnOTS and core space (subspaces.py) alike.
+Everything random comes from `seed`. A weight scales its matrix before anything else happens; the methods that take
+means divide by the weights again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_lab.errors import OptionError
+
+Matrices = Sequence[Tensor]
+"""Of one shape; a stacked tensor will do."""
+
+# sums: coefficients of the matrices, from their inner products alone
+
+
+def task_arithmetic(gram: Tensor, weights: Sequence[float], *, scale: float = 1.0) -> list[float]:
+    """λ Σ wᵢ ΔWᵢ, λ = scale; weights may be negative.
+
+    Ilharco et al. 2023, arXiv:2212.04089.
+    """
+    return [scale * weight for weight in weights]
+
+
+def average(gram: Tensor, weights: Sequence[float], *, scale: float = 1.0) -> list[float]:
+    """λ Σ wᵢ ΔWᵢ / Σ wᵢ."""
+    return [scale * weight for weight in _shares(weights)]
+
+
+def slerp(gram: Tensor, weights: Sequence[float], *, scale: float = 1.0) -> list[float]:
+    """Mean direction on the sphere, at the mean norm.
+
+    Of two it is the point of the great circle (spherical linear interpolation), of more the Karcher mean, found by
+    Newton-like steps to 1e-12. Where a matrix is 0 or two point in opposite directions it is the linear average.
+    """
+    if min(weights) < 0:
+        raise OptionError(f"slerp has no negative weights, and {min(weights):g} was given")
+    shares = torch.tensor(_shares(weights), dtype=torch.float64)
+    norms = gram.diagonal().clamp(min=0).sqrt().double()
+    used = shares > 0
+    if not bool((norms[used] > 0).all()):
+        return (scale * shares).tolist()
+    norms = torch.where(used, norms, 1.0)
+    cosines = (gram.double() / norms[:, None] / norms).clamp(-1, 1)
+    if float(cosines[used][:, used].min()) < -1 + 1e-9:
+        return (scale * shares).tolist()
+    place = shares / (shares @ cosines @ shares).sqrt()  # coefficients of unit directions
+    for _ in range(100):
+        angles = (cosines @ place).clamp(-1, 1).arccos()
+        pull = shares * torch.where(angles > 1e-9, angles / angles.sin().clamp(min=1e-300), 1.0)
+        step = pull - (pull * angles.cos()).sum() * place
+        length = float((step @ cosines @ step).clamp(min=0).sqrt())
+        if length < 1e-12:
+            break
+        place = math.cos(length) * place + math.sin(length) / length * step
+    coefficients: list[float] = (scale * float(shares @ norms) * place / norms).tolist()
+    return coefficients
+
+
+SUMS: dict[str, Callable[..., list[float]]] = {
+    "task-arithmetic": task_arithmetic,
+    "average": average,
+    "slerp": slerp,
+}
+"""Function (inner products [n, n], weights, options) → coefficients [n]."""
+
+
+# entry by entry
+
+
+def magnitude(stack: Matrices, weights: Sequence[float], *, density: float = 0.2, scale: float = 1.0) -> Tensor:
+    """Sum of the largest entries of each, a share of `density`."""
+    _check_share("density", density)
+    return scale * _sum([matrix * _largest(matrix, _count(density, matrix)) for matrix in stack], weights)
+
+
+def ties(stack: Matrices, weights: Sequence[float], *, density: float = 0.2, scale: float = 1.0) -> Tensor:
+    """Trim to the largest entries, elect signs, average what agrees.
+
+    Yadav et al. 2023, arXiv:2306.01708, Alg. 1. Every matrix keeps the share `density` of its largest entries (of
+    entries that tie, the first). The elected sign is that of the weighted sum; where the sum is 0 it is the majority
+    of all elected signs, as in the original code.
+    """
+    _check_share("density", density)
+    trimmed = [matrix * _largest(matrix, _count(density, matrix)) for matrix in stack]
+    return scale * _elected_mean(trimmed, weights)
+
+
+def dare(
+    stack: Matrices, weights: Sequence[float], *, density: float = 0.5, scale: float = 1.0, seed: int = 0
+) -> Tensor:
+    """Sum of randomly thinned ΔW, rescaled by 1/density.
+
+    Entries stay with probability `density` and are divided by it (Yu et al. 2023, arXiv:2311.03099). Its mean over
+    seeds is task arithmetic.
+    """
+    return scale * _sum(_thinned(stack, density, seed), weights)
+
+
+def dare_ties(
+    stack: Matrices, weights: Sequence[float], *, density: float = 0.5, scale: float = 1.0, seed: int = 0
+) -> Tensor:
+    """Randomly thinned as in dare, then elected and averaged as in ties."""
+    return scale * _elected_mean(_thinned(stack, density, seed), weights)
+
+
+def della(
+    stack: Matrices,
+    weights: Sequence[float],
+    *,
+    density: float = 0.5,
+    window: float = 0.2,
+    scale: float = 1.0,
+    seed: int = 0,
+) -> Tensor:
+    """Thinned by the rank of magnitude, then elected and averaged as in ties.
+
+    Deep et al. 2024, arXiv:2406.11617. Within every row an entry's chance to stay rises with the rank of its size,
+    from density − window/2 to density + window/2; what stays is divided by its chance.
+    """
+    _check_share("density", density)
+    low, high = density - window / 2, density + window / 2
+    if window < 0 or low <= 0 or high > 1 + 1e-9:
+        raise OptionError(
+            f"density {density:g} with window {window:g} gives chances from {low:g} to {high:g}; "
+            "they must be above 0 and up to 1"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    kept = []
+    for matrix in stack:
+        order = matrix.abs().argsort(dim=-1, stable=True).argsort(dim=-1)
+        chance = low + window * order.to(matrix.dtype) / max(1, matrix.shape[-1] - 1)
+        kept.append(torch.where(_uniform(matrix, generator) < chance, matrix / chance, 0.0))
+    return scale * _elected_mean(kept, weights)
+
+
+def breadcrumbs(
+    stack: Matrices, weights: Sequence[float], *, density: float = 0.9, gamma: float = 0.01, scale: float = 1.0
+) -> Tensor:
+    """Sum without the very largest (gamma) and the smallest entries; density stays.
+
+    Davari & Belilovsky 2023, arXiv:2312.06795.
+    """
+    _check_share("density", density)
+    if not 0 <= gamma <= 1 - density + 1e-9:
+        raise OptionError(f"gamma is {gamma:g}; with density {density:g} it must be from 0 to {1 - density:g}")
+    kept = []
+    for matrix in stack:
+        top = round(gamma * matrix.numel())
+        inside = _largest(matrix, top + _count(density, matrix)) & ~_largest(matrix, top)
+        kept.append(matrix * inside)
+    return scale * _sum(kept, weights)
+
+
+def summed(coefficients: Callable[..., list[float]]) -> Callable[..., Tensor]:
+    """A sum of SUMS as a rule for matrices."""
+
+    def rule(stack: Matrices, weights: Sequence[float], **options: Any) -> Tensor:
+        flat = torch.stack([matrix.flatten() for matrix in stack]).double()
+        return _sum(stack, coefficients(flat @ flat.T, weights, **options))
+
+    rule.__wrapped__ = coefficients  # type: ignore[attr-defined]  # its options are the sum's
+    return rule
+
+
+ENTRYWISE: dict[str, Callable[..., Tensor]] = {
+    "magnitude": magnitude,
+    "ties": ties,
+    "dare": dare,
+    "dare-ties": dare_ties,
+    "della": della,
+    "breadcrumbs": breadcrumbs,
+}
+"""Function (matrices [n, …], weights, options) → […], which works on single entries."""
+
+RULES: dict[str, Callable[..., Tensor]] = {**{name: summed(each) for name, each in SUMS.items()}, **ENTRYWISE}
+"""All rules for matrices."""
+
+
+def _shares(weights: Sequence[float]) -> list[float]:
+    total = math.fsum(weights)
+    if abs(total) < 1e-12 * max(1.0, *map(abs, weights)):
+        raise OptionError(f"weights {', '.join(f'{w:g}' for w in weights)} sum to 0, so that they have no average")
+    return [weight / total for weight in weights]
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 < value <= 1:
+        raise OptionError(f"{name} is {value:g}; a share above 0 and up to 1 is needed")
+
+
+def _count(density: float, matrix: Tensor) -> int:
+    return max(1, round(density * matrix.numel()))
+
+
+def _largest(matrix: Tensor, count: int) -> Tensor:
+    """Mask of the `count` entries of largest size; of those that tie at the threshold, the first in order."""
+    size = matrix.abs().flatten()
+    if count >= size.numel():
+        return torch.ones_like(matrix, dtype=torch.bool)
+    if count <= 0:
+        return torch.zeros_like(matrix, dtype=torch.bool)
+    threshold = size.kthvalue(size.numel() - count + 1).values
+    mask = size > threshold
+    mask[(size == threshold).nonzero()[: count - int(mask.sum()), 0]] = True
+    return mask.reshape(matrix.shape)
+
+
+def _sum(matrices: Matrices, weights: Sequence[float]) -> Tensor:
+    total = torch.zeros_like(matrices[0])
+    for matrix, weight in zip(matrices, weights, strict=True):
+        total.add_(matrix, alpha=weight)
+    return total
+
+
+def _elected_mean(matrices: Matrices, weights: Sequence[float]) -> Tensor:
+    """Σ wᵢTᵢ / Σ |wᵢ| over the i whose wᵢTᵢ has the elected sign; 0 where there is none."""
+    sign = _sum(matrices, weights).sign_()
+    sign[sign == 0] = sign.sum(dtype=torch.float64).sign().to(sign.dtype)
+    total, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
+    for matrix, weight in zip(matrices, weights, strict=True):
+        agrees = (matrix * (weight * sign)) > 0
+        total.add_(matrix * agrees, alpha=weight)
+        divisor.add_(agrees, alpha=abs(weight))
+    return torch.where(divisor > 0, total / divisor.clamp(min=torch.finfo(divisor.dtype).tiny), 0.0)
+
+
+def _thinned(stack: Matrices, density: float, seed: int) -> list[Tensor]:
+    _check_share("density", density)
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.where(_uniform(matrix, generator) < density, matrix / density, 0.0) for matrix in stack]
+
+
+def _uniform(matrix: Tensor, generator: torch.Generator) -> Tensor:
+    """One number in [0, 1) an entry, the same ones on every device."""
+    return torch.rand(matrix.shape, generator=generator, dtype=torch.float32).to(matrix.device)
