@@ -9,7 +9,21 @@ from typing import Any
 import typer
 
 from ..errors import LoraLabError, LoraLabWarning, nearest
-from . import evaluate, figure, inspect, interpolate, merge, prune, quickstart, shapley, stability, sweep, tasks, train
+from . import (
+    compare_merges,
+    evaluate,
+    figure,
+    inspect,
+    interpolate,
+    merge,
+    prune,
+    quickstart,
+    shapley,
+    stability,
+    sweep,
+    tasks,
+    train,
+)
 
 _EPILOG = "Start with `lora-lab quickstart`: two minutes from nothing to a first figure."
 
@@ -23,8 +37,22 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (quickstart, train, interpolate, stability, shapley, merge, prune, sweep, evaluate, inspect, tasks, figure):
-    app.command(verb.__name__.rpartition(".")[2])(verb.command)
+for verb in (
+    quickstart,
+    train,
+    interpolate,
+    stability,
+    shapley,
+    merge,
+    compare_merges,
+    prune,
+    sweep,
+    evaluate,
+    inspect,
+    tasks,
+    figure,
+):
+    app.command(verb.__name__.rpartition(".")[2].replace("_", "-"))(verb.command)
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 # typer may carry its own copy of click, so the class is taken from what typer itself raises

@@ -170,10 +170,8 @@ def confirm(yes: bool) -> Callable[[Cost], None]:
 
     def ask(cost: Cost) -> None:
         shared = f" of {cost.naive_block_evaluations} without sharing" if cost.naive_block_evaluations else ""
-        messages.print(
-            f"to be computed: up to {cost.variants} variants, {cost.block_evaluations} block evaluations{shared}, "
-            f"about {_duration(cost.seconds)}"
-        )
+        blocks = f"{cost.block_evaluations} block evaluations{shared}, " if cost.block_evaluations else ""
+        messages.print(f"to be computed: up to {cost.variants} variants, {blocks}about {_duration(cost.seconds)}")
         if cost.seconds <= _LONG or yes:
             return
         if not sys.stdin.isatty():
@@ -222,6 +220,17 @@ def parse_set(given: Sequence[str] | None, known: Mapping[str, object], what: st
         except ValueError as error:
             raise OptionError(f"--set {name}={value}: {name} is a {kind.__name__}") from error
     return found
+
+
+def parse_numbers(text: str, option: str) -> list[float]:
+    """'0.1,1' → [0.1, 1.0]."""
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise OptionError(f"{option} {text!r}: numbers with commas between them are needed, as 0.5,1") from error
+    if not all(math.isfinite(number) for number in numbers):
+        raise OptionError(f"{option} {text!r}: finite numbers are needed")
+    return numbers
 
 
 def pairs(given: Sequence[str] | None) -> dict[str, str]:

@@ -6,6 +6,7 @@ ever looks at a test split.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from lora_lab.errors import OptionError, TunerError
 from lora_lab.lowrank import LowRank, combine
 from lora_lab.panel import Panel, mean_loss
 from lora_lab.sources import Sources
+from lora_lab.task import Task
 
 Merged = Iterator[tuple[str, LowRank | Tensor]]
 
@@ -175,6 +177,20 @@ def adamerging(
         yield name, scale * combine(sources.updates_of(name), chosen)
 
 
+def examples_read(method: str, options: Mapping[str, Any], tasks: Sequence[Task]) -> float:
+    """About how many forward passes of one example a method takes, a backward pass counted as two."""
+    known = inspect.signature(METHODS[method]).parameters
+    values = {name: options.get(name, parameter.default) for name, parameter in known.items()}
+    match method:
+        case "fisher":
+            return float(sum(values["examples"] * (1 + 3 * task.labels) for task in tasks))
+        case "regmean":
+            return float(values["examples"] * len(tasks))
+        case "lorahub":
+            return float(values["evaluations"] * sum(len(task.split("validation")) for task in tasks))
+    return float(3 * values["steps"] * values["batch_size"] * len(tasks))
+
+
 def _wear_joined(panel: Panel, seat: int, joined: Mapping[str, LowRank]) -> dict[str, tuple[str, Tensor]]:
     """Module → the live name of PEFT's B in the model (its second dimension is the rank), and its value."""
     panel.wear(seat, joined)
@@ -311,3 +327,12 @@ def _transposed(layer: nn.Module) -> bool:
 
 def _turned(update: LowRank) -> LowRank:
     return LowRank(update.B.T, update.A.T)
+
+
+METHODS: dict[str, Callable[..., Merged]] = {
+    "fisher": fisher,
+    "regmean": regmean,
+    "lorahub": lorahub,
+    "adamerging": adamerging,
+}
+"""Name → method that looks at data."""

@@ -70,29 +70,30 @@ class LowRank:
 
     def norm(self) -> float:
         """‖ΔW‖_F, from triangular cores (exact to rounding even where B A cancels)."""
-        core = self._core()[1]
-        return float(torch.linalg.matrix_norm(core))
+        return float(torch.linalg.matrix_norm(self._reduced()[0]))
 
     def singular_values(self) -> Tensor:
         """The min(rank, rows, columns) leading singular values of ΔW in float64, largest first."""
-        S: Tensor = torch.linalg.svdvals(self._core()[1])
+        S: Tensor = torch.linalg.svdvals(self._reduced()[0])
         return S
 
-    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """U [rows, k], S [k], Vh [k, columns] with ΔW = U diag(S) Vh; float64, without a dense ΔW."""
-        Q_B, core, Q_A = self._core()
+    def svd(self, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """U [rows, k], S [l], Vh [k, columns] with ΔW = U diag(S) Vh; float64, without a dense ΔW.
+
+        With `rank`, U and Vh have the leading triplets only; S is whole.
+        """
+        core, B, A = self._reduced()
         U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-        return Q_B @ U, S, Vh @ Q_A.T
+        return _times(B, U[:, :rank]), S, _times(A, Vh[:rank].T).T
 
     def truncate(self, rank: int) -> tuple[LowRank, float]:
         """The best approximation of the given rank, and its relative Frobenius error (0 for ΔW = 0)."""
         if rank < 1:
             raise OptionError(f"a rank of {rank} was asked for; it is at least 1")
-        U, S, Vh = self.svd()
+        U, S, Vh = self.svd(rank)
         root = S[:rank].sqrt()
         total, lost = float(S.square().sum()), float(S[rank:].square().sum())
-        dtype = self.A.dtype
-        kept = LowRank((root[:, None] * Vh[:rank]).to(dtype), (U[:, :rank] * root).to(dtype), self.shape)
+        kept = LowRank((root[:, None] * Vh).to(self.A.dtype), (U * root).to(self.A.dtype), self.shape)
         return kept, math.sqrt(lost / total) if total else 0.0
 
     def effective_rank(self) -> float:
@@ -131,11 +132,25 @@ class LowRank:
         R = (U @ Vh).to(self.A.dtype)
         return LowRank(R.T @ self.A, self.B @ R, self.shape)
 
-    def _core(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Q_B [rows, k], core, Q_A [columns, l] with ΔW = Q_B core Q_Aᵀ, in float64."""
-        Q_B, R_B = torch.linalg.qr(self.B.double())
-        Q_A, R_A = torch.linalg.qr(self.A.double().T)
-        return Q_B, R_B @ R_A.T, Q_A
+    def _reduced(self) -> tuple[Tensor, Reflectors, Reflectors]:
+        """The core [k, l] with ΔW = Q_B core Q_Aᵀ in float64, and Q_B and Q_A as Householder reflectors."""
+        B, A = (torch.geqrf(factor) for factor in (self.B.double(), self.A.double().T))
+        R_B, R_A = (packed[: packed.shape[1]].triu() for packed, _ in (B, A))
+        return R_B @ R_A.T, B, A
+
+
+Reflectors = tuple[Tensor, Tensor]
+"""What LAPACK's geqrf gives: an orthogonal matrix that is cheaper to apply than to write down."""
+
+
+def _times(Q: Reflectors, X: Tensor) -> Tensor:
+    """Q X for the leading columns of Q."""
+    packed, tau = Q
+    if not len(tau) or not X.shape[1]:
+        return X.new_zeros(len(packed), X.shape[1])
+    padded = torch.nn.functional.pad(X, (0, 0, 0, len(packed) - len(X)))
+    product: Tensor = torch.ormqr(packed[:, : len(tau)], tau, padded)
+    return product
 
 
 def combine(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:

@@ -74,7 +74,7 @@ def merge(
     other whole tensors where the sources differ in them: keep-own (each its own, beside the adapter), average, first.
     `trials` of a search (tune.py) go into the record.
     """
-    chosen = check(method, options or {}, len(sources.adapters))
+    chosen = check(method, options or {})
     if heads is not None and heads not in HEADS:
         raise unknown("way with heads", heads, HEADS)
     if dtype not in DTYPES:
@@ -114,7 +114,7 @@ def merge(
     return Merged(adapter, method, made["options"], made["weights"], made["error"], dict(lost), own, sources.absent)
 
 
-def check(method: str, options: Mapping[str, Any], count: int) -> dict[str, Any]:
+def check(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options to call a method with; OptionError for a method or an option that does not exist."""
     if method not in MERGES:
         raise unknown("method", method, MERGES)
@@ -356,7 +356,7 @@ def dense(rule: Callable[..., Tensor]) -> Merge:
     def method(sources: Sources, **options: Any) -> Iterator[tuple[str, Tensor]]:
         own = _keywords(rule)
         for name in sources.modules:
-            deltas = [update.delta() for update in sources.updates_of(name)]
+            deltas = (update.delta() for update in sources.updates_of(name))
             seeded = _seeded(name, options | ({"seed": options.get("seed", own["seed"])} if "seed" in own else {}))
             yield name, rule(deltas, sources.weights_of(name), **seeded)
 
@@ -426,12 +426,9 @@ MERGES: dict[str, Merge] = {
     "tsv": each(subspaces.tsv),
     "iso-c": each(subspaces.iso_c),
     "iso-cts": each(subspaces.iso_cts),
-    "fisher": fitted.fisher,
-    "regmean": fitted.regmean,
-    "lorahub": fitted.lorahub,
-    "adamerging": fitted.adamerging,
+    **fitted.METHODS,
 }
 """Name → method; its keyword-only arguments are its options, its first line says what it is."""
 
-NEEDS_DATA = ("fisher", "regmean", "lorahub", "adamerging")
+NEEDS_DATA = tuple(fitted.METHODS)
 """Methods that look at the tasks of the sources."""

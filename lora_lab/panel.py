@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,27 +12,29 @@ from lora_lab.adapter import Adapter, from_updates
 from lora_lab.attach import Attached, put_on
 from lora_lab.errors import OptionError
 from lora_lab.lowrank import LowRank
+from lora_lab.result import fingerprint
 from lora_lab.sources import Sources
 from lora_lab.task import Scores, Task
 
 
 class Panel:
-    """The tasks of some sources, each with the head of its own source, on models that wear merged updates.
+    """The tasks of some sources, on models that wear merged updates with the head of a source.
 
-    Equal tasks with equal heads are one seat. Everything is built on first use.
+    Sources of equal tasks share a model, and are one seat where their heads are equal as well. Models are built on
+    first use. Raises OptionError where the sources have no tasks.
     """
 
     def __init__(self, sources: Sources) -> None:
         if sources.tasks is None:
-            raise OptionError("this needs data: adapters that carry the record of their task, or --task")
+            raise OptionError("this looks at data: the adapters' own tasks, or --task, are needed")
         self.sources = sources
         self.tasks: list[Task] = sources.tasks
-        self._attached: dict[int, Attached] = {}
-        self._seat = [self._same(i) for i in range(len(self.tasks))]
+        self._models: dict[str, Attached] = {}
+        self._seat = [self._first_equal(i) for i in range(len(self.tasks))]
 
     @property
     def seats(self) -> list[int]:
-        """An index for every different task and head: of the first source that has them."""
+        """Indices of the sources that stand for every different task and head."""
         return sorted(set(self._seat))
 
     def seat_of(self, index: int) -> int:
@@ -41,22 +42,12 @@ class Panel:
         return self._seat[index]
 
     def model(self, seat: int) -> nn.Module:
-        """The model of a seat, wearing what it was given last."""
-        return self._worn(seat).model
+        """The model of a seat, wearing what its task's model was given last."""
+        return self._attached(seat).model
 
-    def wear(self, seat: int, updates: Mapping[str, LowRank]) -> Adapter:
-        """Give a seat's model these updates, with the head of its source; modules that are left out are bypassed."""
-        adapter = self.dressed(seat, updates)
-        self._worn(seat).set(adapter)
-        return adapter
-
-    def dressed(self, seat: int, updates: Mapping[str, LowRank]) -> Adapter:
-        """The adapter with these updates and the heads of a source."""
-        own = self.sources.adapters[seat]
-        like = replace(own, sites={**self.sources.like.sites, **own.sites})
-        merged = from_updates(updates, like=like, source="merged")
-        heads = {key: tensor for key, tensor in own.tensors.items() if key in own.others}
-        return replace(merged, tensors={**heads, **merged.tensors})
+    def wear(self, seat: int, updates: Mapping[str, LowRank]) -> None:
+        """Give a seat's model these updates and the head of its source; modules that are left out are bypassed."""
+        self._attached(seat).set(self._dressed(seat, updates))
 
     def scores(self, seat: int, updates: Mapping[str, LowRank], split: str, *, keep_logits: bool = False) -> Scores:
         """Per-example scores of these updates on a seat's task."""
@@ -67,30 +58,34 @@ class Panel:
             batches = task.batches(split, self.sources.device)
             return Scores.join([task.judge(model, batch, keep_logits=keep_logits) for batch in batches])
 
-    def _worn(self, seat: int) -> Attached:
-        if seat not in self._attached:
+    def _dressed(self, seat: int, updates: Mapping[str, LowRank]) -> Adapter:
+        own = self.sources.adapters[seat]
+        merged = from_updates(updates, like=replace(own, sites={**self.sources.like.sites, **own.sites}), source="")
+        return replace(merged, tensors={**merged.tensors, **{key: own.tensors[key] for key in own.others}})
+
+    def _attached(self, seat: int) -> Attached:
+        key = fingerprint([self.tasks[seat].record, sorted(self.sources.adapters[seat].others)])
+        if key not in self._models:
             model = self.tasks[seat].build_model().to(self.sources.device)
-            some = {name: _nothing(self.sources, name) for name in self.sources.modules}
-            self._attached[seat] = put_on(model, self.dressed(seat, some))
-        return self._attached[seat]
+            self._models[key] = put_on(model, self._dressed(seat, self._nothing))
+        return self._models[key]
 
-    def _same(self, index: int) -> int:
-        def key(i: int) -> Any:
-            return self.tasks[i].record
+    @property
+    def _nothing(self) -> dict[str, LowRank]:
+        """ΔW = 0 in all modules."""
+        shapes = self.sources.shapes.items()
+        return {n: LowRank(torch.zeros(1, s[1:].numel()), torch.zeros(s[0], 1), tuple(s)) for n, s in shapes}
 
+    def _first_equal(self, index: int) -> int:
+        mine, task = self.sources.adapters[index], self.tasks[index].record
         for other in range(index):
-            if key(other) == key(index) and _equal_heads(self.sources.adapters[other], self.sources.adapters[index]):
+            if self.tasks[other].record == task and _equal_heads(self.sources.adapters[other], mine):
                 return other
         return index
 
 
 def _equal_heads(a: Adapter, b: Adapter) -> bool:
     return set(a.others) == set(b.others) and all(torch.equal(a.tensors[key], b.tensors[key]) for key in a.others)
-
-
-def _nothing(sources: Sources, name: str) -> LowRank:
-    shape = sources.shapes[name]
-    return LowRank(torch.zeros(1, shape[1:].numel()), torch.zeros(shape[0], 1), tuple(shape))
 
 
 def mean_loss(scores: Sequence[Scores]) -> float:

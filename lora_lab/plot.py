@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from lora_lab import files, plot_line, plot_shapley, plot_stability, plot_style, plot_sweep, plot_train
+from lora_lab import files, plot_line, plot_merges, plot_shapley, plot_stability, plot_style, plot_sweep, plot_train
 from lora_lab.errors import OptionError, some, unknown
 from lora_lab.plot_style import WIDTHS
 from lora_lab.result import Result
@@ -68,6 +68,10 @@ PLOTS: dict[str, Callable[[Sequence[Result], str], Figure]] = {
     "sweep:structured": plot_sweep.draw_structured,
     "sweep:unstructured": plot_sweep.draw_unstructured,
     "sweep:rank": plot_sweep.draw_rank,
+    "compare-merges": plot_merges.draw,
+    "compare-merges:bars": plot_merges.draw_bars,
+    "compare-merges:coefficients": plot_merges.draw_coefficients,
+    "compare-merges:ratios": plot_merges.draw_ratios,
     "train": plot_train.draw,
 }
 """Kind of result, and after a colon the view → function (results, width) → figure."""

@@ -8,7 +8,7 @@ means divide by the weights again.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lora_lab.errors import OptionError
 
-Matrices = Sequence[Tensor]
-"""Of one shape; a stacked tensor will do."""
+Matrices = Iterable[Tensor]
+"""Of one shape; gone through once, so that a generator saves the memory of all of them at a time."""
 
 # sums: coefficients of the matrices, from their inner products alone
 
@@ -79,7 +79,7 @@ SUMS: dict[str, Callable[..., list[float]]] = {
 def magnitude(stack: Matrices, weights: Sequence[float], *, density: float = 0.2, scale: float = 1.0) -> Tensor:
     """Sum of the largest entries of each, a share of `density`."""
     _check_share("density", density)
-    return scale * _sum([matrix * _largest(matrix, _count(density, matrix)) for matrix in stack], weights)
+    return scale * _sum((_trimmed(matrix, density) for matrix in stack), weights)
 
 
 def ties(stack: Matrices, weights: Sequence[float], *, density: float = 0.2, scale: float = 1.0) -> Tensor:
@@ -90,8 +90,7 @@ def ties(stack: Matrices, weights: Sequence[float], *, density: float = 0.2, sca
     of all elected signs, as in the original code.
     """
     _check_share("density", density)
-    trimmed = [matrix * _largest(matrix, _count(density, matrix)) for matrix in stack]
-    return scale * _elected_mean(trimmed, weights)
+    return scale * _elected_mean([_trimmed(matrix, density) for matrix in stack], weights)
 
 
 def dare(
@@ -102,6 +101,7 @@ def dare(
     Entries stay with probability `density` and are divided by it (Yu et al. 2023, arXiv:2311.03099). Its mean over
     seeds is task arithmetic.
     """
+    _check_share("density", density)
     return scale * _sum(_thinned(stack, density, seed), weights)
 
 
@@ -109,7 +109,8 @@ def dare_ties(
     stack: Matrices, weights: Sequence[float], *, density: float = 0.5, scale: float = 1.0, seed: int = 0
 ) -> Tensor:
     """Randomly thinned as in dare, then elected and averaged as in ties."""
-    return scale * _elected_mean(_thinned(stack, density, seed), weights)
+    _check_share("density", density)
+    return scale * _elected_mean(list(_thinned(stack, density, seed)), weights)
 
 
 def della(
@@ -152,20 +153,21 @@ def breadcrumbs(
     _check_share("density", density)
     if not 0 <= gamma <= 1 - density + 1e-9:
         raise OptionError(f"gamma is {gamma:g}; with density {density:g} it must be from 0 to {1 - density:g}")
-    kept = []
-    for matrix in stack:
+
+    def inside(matrix: Tensor) -> Tensor:
         top = round(gamma * matrix.numel())
-        inside = _largest(matrix, top + _count(density, matrix)) & ~_largest(matrix, top)
-        kept.append(matrix * inside)
-    return scale * _sum(kept, weights)
+        return matrix * (_largest(matrix, top + _count(density, matrix)) & ~_largest(matrix, top))
+
+    return scale * _sum((inside(matrix) for matrix in stack), weights)
 
 
 def summed(coefficients: Callable[..., list[float]]) -> Callable[..., Tensor]:
     """A sum of SUMS as a rule for matrices."""
 
     def rule(stack: Matrices, weights: Sequence[float], **options: Any) -> Tensor:
-        flat = torch.stack([matrix.flatten() for matrix in stack]).double()
-        return _sum(stack, coefficients(flat @ flat.T, weights, **options))
+        matrices = list(stack)
+        flat = torch.stack([matrix.flatten() for matrix in matrices]).double()
+        return _sum(matrices, coefficients(flat @ flat.T, weights, **options))
 
     rule.__wrapped__ = coefficients  # type: ignore[attr-defined]  # its options are the sum's
     return rule
@@ -214,29 +216,42 @@ def _largest(matrix: Tensor, count: int) -> Tensor:
     return mask.reshape(matrix.shape)
 
 
+def _trimmed(matrix: Tensor, density: float) -> Tensor:
+    return matrix * _largest(matrix, _count(density, matrix))
+
+
 def _sum(matrices: Matrices, weights: Sequence[float]) -> Tensor:
-    total = torch.zeros_like(matrices[0])
-    for matrix, weight in zip(matrices, weights, strict=True):
-        total.add_(matrix, alpha=weight)
+    total = torch.zeros(())
+    for i, (matrix, weight) in enumerate(zip(matrices, weights, strict=True)):
+        total = matrix * weight if i == 0 else total.add_(matrix, alpha=weight)
     return total
 
 
-def _elected_mean(matrices: Matrices, weights: Sequence[float]) -> Tensor:
+def _elected_mean(matrices: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Σ wᵢTᵢ / Σ |wᵢ| over the i whose wᵢTᵢ has the elected sign; 0 where there is none."""
-    sign = _sum(matrices, weights).sign_()
-    sign[sign == 0] = sign.sum(dtype=torch.float64).sign().to(sign.dtype)
-    total, divisor = torch.zeros_like(sign), torch.zeros_like(sign)
-    for matrix, weight in zip(matrices, weights, strict=True):
-        agrees = (matrix * (weight * sign)) > 0
-        total.add_(matrix * agrees, alpha=weight)
-        divisor.add_(agrees, alpha=abs(weight))
-    return torch.where(divisor > 0, total / divisor.clamp(min=torch.finfo(divisor.dtype).tiny), 0.0)
+    merged = _sum(matrices, weights).sign_().contiguous()
+    merged.masked_fill_(merged == 0, float(merged.sum(dtype=torch.float64).sign()))
+    flat = merged.view(-1)
+    parts = [matrix.reshape(-1) for matrix in matrices]
+    for start in range(0, len(flat), _CHUNK):  # in pieces that stay in the cache
+        place = slice(start, start + _CHUNK)
+        total, divisor = torch.zeros_like(flat[place]), torch.zeros_like(flat[place])
+        for part, weight in zip(parts, weights, strict=True):
+            weighted = part[place] * weight
+            agrees = (weighted * flat[place]) > 0
+            total += weighted * agrees
+            divisor.add_(agrees, alpha=abs(weight))
+        flat[place] = torch.where(divisor > 0, total / divisor, 0.0)
+    return merged
 
 
-def _thinned(stack: Matrices, density: float, seed: int) -> list[Tensor]:
-    _check_share("density", density)
+_CHUNK = 1 << 17
+
+
+def _thinned(stack: Matrices, density: float, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return [torch.where(_uniform(matrix, generator) < density, matrix / density, 0.0) for matrix in stack]
+    for matrix in stack:
+        yield torch.where(_uniform(matrix, generator) < density, matrix / density, 0.0)
 
 
 def _uniform(matrix: Tensor, generator: torch.Generator) -> Tensor:

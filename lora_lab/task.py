@@ -35,6 +35,18 @@ class Scores:
     """[examples, labels], where they were asked for."""
 
     @classmethod
+    def of(cls, logits: Tensor, labels: Tensor, *, keep_logits: bool = False) -> Scores:
+        """Scores of a classifier's logits [examples, labels]."""
+        right = logits.gather(1, labels[:, None])[:, 0]
+        others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+        return cls(
+            nn.functional.cross_entropy(logits, labels, reduction="none").double().cpu().numpy(),
+            (logits.argmax(-1) == labels).cpu().numpy(),
+            (right - others).double().cpu().numpy(),
+            logits.cpu().numpy() if keep_logits else None,
+        )
+
+    @classmethod
     def join(cls, parts: Sequence[Scores]) -> Scores:
         """Scores of consecutive batches as one."""
         with_logits = all(part.logits is not None for part in parts)
@@ -182,14 +194,7 @@ class Task(ABC):
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         labels = batch["labels"]
         logits: Tensor = model(**inputs).logits.float()
-        right = logits.gather(1, labels[:, None])[:, 0]
-        others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
-        return Scores(
-            nn.functional.cross_entropy(logits, labels, reduction="none").double().cpu().numpy(),
-            (logits.argmax(-1) == labels).cpu().numpy(),
-            (right - others).double().cpu().numpy(),
-            logits.cpu().numpy() if keep_logits else None,
-        )
+        return Scores.of(logits, labels, keep_logits=keep_logits)
 
 
 def resolve_device(name: str | None = None) -> torch.device:

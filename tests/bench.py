@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from adapters import random_adapter
+from bench_merging import bench_merging
 from games import saturating, table_game
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import BertConfig, BertForSequenceClassification, get_wsd_schedule
@@ -288,7 +289,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", choices=["curves", "training", "sharing", "estimators"])
+    parser.add_argument("--only", choices=["curves", "training", "sharing", "estimators", "merging"])
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -300,6 +301,7 @@ def main() -> None:
             "training": lambda: bench_training(chosen.repeats),
             "sharing": lambda: bench_sharing(chosen.repeats, folder),
             "estimators": bench_estimators,
+            "merging": bench_merging,
         }
         for each in [chosen.only] if chosen.only else benches:
             benches[each]()

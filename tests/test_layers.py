@@ -15,14 +15,14 @@ LAYERS = [
     {"__init__", "errors"},
     {"files", "lowrank", "models", "rules", "schedule", "stats", "plot_style"},
     {"result", "peft_format", "estimators", "subspaces"},
-    {"adapter", "plot_line", "plot_train", "plot_shapley", "plot_stability", "plot_sweep"},
+    {"adapter", "plot_line", "plot_merges", "plot_train", "plot_shapley", "plot_stability", "plot_sweep"},
     {"task", "attach", "plot", "mix", "players", "prune"},
     {"coto", "digits", "text", "recipe", "variants", "patterns", "sources"},
     {"tasks", "panel"},
     {"evaluate", "fitted"},
     {"connect", "game", "merge"},
     {"train", "shapley", "stability", "tune"},
-    {"sweep"},
+    {"sweep", "compare"},
     {"parallel"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(LAYERS) for name in names}

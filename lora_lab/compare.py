@@ -1,0 +1,478 @@
+"""Every merge on every adapter's own task: what survives, against the adapters alone.
+
+Adapters of several tasks are merged task by task, a set for each training method and seed; adapters of one task are
+seeds, merged in several ratios. The coefficient of every merge is chosen on the validation splits, one for all tasks
+of a set, and what it does is reported on the test splits, beside the merge as it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_lab import fitted
+from lora_lab.adapter import Adapter
+from lora_lab.errors import MismatchError, OptionError, TunerError, some
+from lora_lab.evaluate import described, examples_of, identity, labels_of, pack, score, unpack
+from lora_lab.game import Cost
+from lora_lab.lowrank import LowRank
+from lora_lab.merge import MERGES, NEEDS_DATA, check, merge
+from lora_lab.panel import Panel
+from lora_lab.result import Journal, Result, columns, fingerprint, finite, grouped, provenance
+from lora_lab.sources import Sources
+from lora_lab.stats import Floats, Sampled, interval, mean_and_spread
+from lora_lab.task import Scores, Task, resolve_device
+
+COEFFICIENTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
+RATIOS = ((0.0, 1.0), (1.0, 2.0), (1.0, 1.0), (1.0, 1.0, 1.0))
+ALONE, ENSEMBLE = "alone", "ensemble of logits"
+
+_TINY = 1e-12
+
+Row = dict[str, Any]
+Judged = list[list[Scores]]
+"""For each place where a mix is judged, scores: of one merge, or of all adapters alone that share the place."""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Adapters that are merged together, by their places in the list of all."""
+
+    label: str
+    method: str | None
+    """Their training method, where it is one."""
+    seed: int | None
+    members: tuple[int, ...]
+    weights: tuple[float, ...]
+    ratio: str | None = None
+    """For seeds of one task: their weights in words."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """A merge to be compared: its name in the table, the method, and its options."""
+
+    name: str
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def compare(
+    adapters: Sequence[Adapter],
+    tasks: Sequence[Task],
+    *,
+    methods: Sequence[str] = ("all",),
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    coefficients: Sequence[float] = COEFFICIENTS,
+    ratios: Sequence[Sequence[float]] = RATIOS,
+    split: str = "test",
+    seed: int = 0,
+    base: Callable[[], torch.nn.Module] | None = None,
+    device: torch.device | None = None,
+    journal: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    confirm: Callable[[Cost], None] | None = None,
+) -> Result:
+    """Accuracy of every merge on the tasks of its adapters, each with its own head; see the module's first lines.
+
+    `methods` are names of MERGES, NAME:RULE for an inner rule, or all; `options` are theirs by name. Every number on
+    the `split` has a 95 % interval over examples (paired bootstrap with `seed`); normalised is divided by the
+    adapter's own accuracy alone. A method that cannot merge a set is left out, and the summary says why. With
+    `journal`, a killed run goes on where it was.
+    """
+    ways = ways_of(methods, options or {})
+    mixes = mixes_of(adapters, tasks, ratios)
+    grid = list(dict.fromkeys([*coefficients, 1.0]))
+    began = time.perf_counter()
+    settings = {"options": _plain(options), "coefficients": list(coefficients), "seed": seed}
+    settings["ratios"] = [_ratio(ratio) for ratio in ratios]
+    run = run_id(adapters, tasks, split=split, methods=[way.name for way in ways], **settings)
+    everyone = Sources(adapters, base=base, tasks=tasks, device=device or resolve_device())
+    court = _Court(everyone, split, Journal(journal, run) if journal else None, progress, base)
+    court.total = sum(court.passes(mix, len(ways), grid) for mix in mixes)
+    if confirm:
+        confirm(court.cost(mixes, ways))
+    names = labels_of(adapters)
+    rows: list[Row] = []
+    sets: list[Row] = []
+    skipped: list[Row] = []
+    for mix in mixes:
+        alone = court.alone(mix, "validation"), court.alone(mix, split)
+        for name, scores in _references(mix, alone[1], court):
+            cells, whole = _measured(mix, name, scores, alone[1], names, tasks, seed)
+            rows += [{**row, "coefficient": None, "chosen": True, "split": split} for row in cells]
+            sets.append({**whole, "coefficient": None, "chosen": True, "at_edge": None})
+        for way in ways if len(mix.members) > 1 else ():
+            try:
+                made = court.merged(mix, way)
+                tried = {c: court.judge(mix, way, c, "validation", made) for c in grid}
+                for coefficient, scores in tried.items():
+                    cells, _ = _measured(mix, way.name, scores, alone[0], names, tasks, seed, intervals=False)
+                    rows += [{**r, "coefficient": coefficient, "chosen": None, "split": "validation"} for r in cells]
+                best = _best(tried, alone[0])
+                for coefficient in dict.fromkeys((best, 1.0)):
+                    scores = court.judge(mix, way, coefficient, split, made)
+                    cells, whole = _measured(mix, way.name, scores, alone[1], names, tasks, seed)
+                    chosen = coefficient == best
+                    rows += [{**r, "coefficient": coefficient, "chosen": chosen, "split": split} for r in cells]
+                    at_edge = len(grid) > 1 and best in (min(grid), max(grid))
+                    sets.append({**whole, "coefficient": coefficient, "chosen": chosen, "at_edge": at_edge})
+            except (MismatchError, TunerError, OptionError) as error:
+                skipped.append({"set": mix.label, "merge": way.name, "why": str(error)})
+    if len(skipped) == sum(len(mix.members) > 1 for mix in mixes) * len(ways):
+        raise OptionError(f"no method can merge these: {skipped[0]['why']}")
+    return Result(
+        "compare-merges",
+        finite(columns(rows)),
+        {
+            "tasks": [task.record for task in {fingerprint(task.record): task for task in tasks}.values()],
+            "task_names": list(dict.fromkeys(task.name for task in tasks)),
+            "one_task": mixes[0].ratio is not None,
+            "split": split,
+            "merges": [way.name for way in ways],
+            **settings,
+            "adapters": [{**described(a), "name": n} for a, n in zip(adapters, names, strict=True)],
+        },
+        finite({"sets": sets, "by_method": _by_method(sets), "skipped": skipped}),
+        provenance(
+            inputs=[Path(a.source) for a in adapters],
+            elapsed_s=time.perf_counter() - began,
+            examples=len(tasks[0].split(split)),
+            evaluations=court.evaluated,
+            run=run,
+            device=str(everyone.device),
+            dtype=tasks[0].dtype,
+        ),
+    )
+
+
+def _references(mix: Mix, alone: Judged, court: _Court) -> Iterator[tuple[str, Judged]]:
+    """The adapters alone (of seeds: once, not in every ratio), and where there are several, their ensemble."""
+    if mix.ratio is None or len(mix.members) == 1:
+        yield ALONE, alone
+    if len(mix.members) > 1:
+        yield ENSEMBLE, court.ensemble(mix, court.split)
+
+
+def run_id(adapters: Sequence[Adapter], tasks: Sequence[Task], *, split: str, **settings: Any) -> str:
+    """What a run's result hangs on: the adapters, the examples, and the options."""
+    if "all" in settings["methods"]:
+        settings["methods"] = [way.name for way in ways_of(settings["methods"], settings["options"])]
+    settings["ratios"] = [ratio if isinstance(ratio, str) else _ratio(ratio) for ratio in settings["ratios"]]
+    different = {fingerprint(task.record): task for task in tasks}
+    examples = [examples_of(task, each) for task in different.values() for each in ("validation", split)]
+    return fingerprint(
+        ["compare-merges", [identity(a) for a in adapters], [t.record for t in tasks], examples, settings]
+    )
+
+
+def ways_of(methods: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> list[Way]:
+    """The merges that names stand for, their options checked."""
+    names = list(dict.fromkeys(name for given in methods for name in (MERGES if given == "all" else [given])))
+    for name in options:
+        if name not in names:
+            raise OptionError(f"options are given for {name}, which is not among the methods compared: {some(names)}")
+    ways = []
+    for name in names:
+        method, colon, inner = name.partition(":")
+        chosen = {**({"inner": inner} if colon else {}), **options.get(name, {})}
+        ways.append(Way(name, method, check(method, chosen)))
+    return ways
+
+
+def mixes_of(adapters: Sequence[Adapter], tasks: Sequence[Task], ratios: Sequence[Sequence[float]]) -> list[Mix]:
+    """Which adapters are merged together.
+
+    Several tasks: those of one training method and seed, each of another task. One task: the seeds of each training
+    method, in every combination of every ratio.
+    """
+    if len(adapters) < 2:
+        raise OptionError("a merge needs two adapters or more")
+    who = [
+        (a.record.get("method"), a.record.get("seed"), fingerprint(t.record))
+        for a, t in zip(adapters, tasks, strict=True)
+    ]
+    if len({task for _, _, task in who}) == 1:
+        return _seed_mixes(adapters, ratios)
+    groups: dict[Any, list[int]] = {}
+    for index, (method, seed, _) in enumerate(who):
+        groups.setdefault((method, seed), []).append(index)
+    if any(len(members) == 1 for members in groups.values()) and len({task for *_, task in who}) == len(who):
+        groups = {(_common(m for m, _, _ in who), _common(s for _, s, _ in who)): list(range(len(who)))}
+    mixes = []
+    for (method, seed), members in groups.items():
+        label = f"{method or 'adapters'}" + (f", seed {seed}" if seed is not None else "")
+        own = [who[i][2] for i in members]
+        if len(members) < 2 or len(set(own)) < len(own):
+            raise MismatchError(
+                f"it cannot be told which adapters belong together: of {label} there are "
+                f"{some(adapters[i].source for i in members)}; a set is one adapter a task, of one method and seed"
+            )
+        mixes.append(Mix(label, method, seed, tuple(members), (1.0,) * len(members)))
+    return mixes
+
+
+def _seed_mixes(adapters: Sequence[Adapter], ratios: Sequence[Sequence[float]]) -> list[Mix]:
+    groups: dict[Any, list[int]] = {}
+    for index, adapter in enumerate(adapters):
+        groups.setdefault(adapter.record.get("method"), []).append(index)
+    mixes = []
+    for method, members in groups.items():
+        for ratio in ratios:
+            if math.fsum(ratio) <= 0 or min(ratio) < 0:
+                raise OptionError(f"ratio {_ratio(ratio)}: weights of 0 or more are needed, not all of them 0")
+            shares = [weight / math.fsum(ratio) for weight in ratio if weight]
+            for chosen in itertools.combinations(members, len(shares)):
+                label = f"{method or 'adapters'} {_ratio(ratio)} of {', '.join(str(i) for i in chosen)}"
+                mixes.append(Mix(label, method, None, chosen, tuple(shares), _ratio(ratio)))
+    if not any(len(mix.members) > 1 for mix in mixes):
+        raise OptionError("no two adapters of one training method and task are among these: nothing to merge")
+    return mixes
+
+
+class _Court:
+    """Scores of the members of all mixes, each computed once and kept in the journal."""
+
+    def __init__(
+        self,
+        everyone: Sources,
+        split: str,
+        journal: Journal | None,
+        progress: Callable[[int, int], None] | None,
+        base: Callable[[], torch.nn.Module] | None,
+    ) -> None:
+        assert everyone.tasks is not None
+        self.everyone, self.tasks, self.split, self.base = everyone, everyone.tasks, split, base
+        self.panel = Panel(everyone)
+        self.total = self.done = self.evaluated = 0
+        self._journal, self._progress = journal, progress
+        self._known: dict[str, Scores] = {}
+        self._own: dict[int, dict[str, LowRank]] = {}
+
+    def alone(self, mix: Mix, split: str) -> Judged:
+        """Each member on its own task, as it is."""
+
+        def own(i: int) -> Scores:
+            adapter = self.everyone.adapters[i]
+            if adapter.why_not_additive is None:
+                return self.panel.scores(i, self._updates(i), split)
+            return score(self.tasks[i], adapter, split, device=self.everyone.device)
+
+        found = [self._scores(f"alone {i} {split}", lambda i=i: own(i)) for i in mix.members]  # type: ignore[misc]
+        return [found] if len(self._places(mix)) < len(mix.members) else [[scores] for scores in found]
+
+    def ensemble(self, mix: Mix, split: str) -> Judged:
+        """The weighted mean of all members' logits on each one's task, with its head."""
+        found = []
+        for i in self._places(mix):
+            weights = np.array(mix.weights) / sum(mix.weights)
+
+            def mean(i: int = i, weights: Floats = weights) -> Scores:
+                logits = [self._logits(i, j, split) * w for j, w in zip(mix.members, weights, strict=True)]
+                labels = self.tasks[i].split(split).inputs["labels"].cpu()
+                return Scores.of(torch.stack(logits).sum(0).float(), labels)
+
+            found.append([self._scores(f"ensemble {i} of {mix.members} {mix.weights} {split}", mean)])
+        return found
+
+    def judge(
+        self, mix: Mix, way: Way, coefficient: float, split: str, made: Callable[[], Mapping[str, LowRank]]
+    ) -> Judged:
+        """The merge, times a coefficient, on every member's task."""
+
+        def scaled(i: int) -> Scores:
+            updates = {name: coefficient * update for name, update in made().items()}
+            return self.panel.scores(i, updates, split)
+
+        key = f"{way.name} {mix.members} {mix.weights} {coefficient!r} {split}"
+        return [[self._scores(f"{key} {i}", lambda i=i: scaled(i))] for i in self._places(mix)]  # type: ignore[misc]
+
+    def merged(self, mix: Mix, way: Way) -> Callable[[], Mapping[str, LowRank]]:
+        """The merge itself, made when it is first asked for."""
+        made: dict[str, LowRank] = {}
+
+        def make() -> Mapping[str, LowRank]:
+            if not made:
+                members = [self.everyone.adapters[i] for i in mix.members]
+                tasks = [self.tasks[i] for i in mix.members]
+                sources = Sources(members, mix.weights, base=self.base, tasks=tasks, device=self.everyone.device)
+                made.update(merge(sources, way.method, options=way.options, heads="keep-own").adapter.updates)
+            return made
+
+        return make
+
+    def passes(self, mix: Mix, ways: int, grid: Sequence[float]) -> int:
+        """Evaluations that a mix asks for, at the most."""
+        ways = ways if len(mix.members) > 1 else 0
+        return len(self._places(mix)) * (ways * (len(grid) + 2) + 1) + 2 * len(mix.members)
+
+    def cost(self, mixes: Sequence[Mix], ways: Sequence[Way]) -> Cost:
+        """What all of it will take, from one timed evaluation of each split of the first task."""
+        seconds = {}
+        for split in ("validation", self.split):
+            for _ in range(2):  # the first one warms up
+                began = time.perf_counter()
+                self.panel.scores(0, self._updates(0), split)
+                seconds[split] = time.perf_counter() - began
+        whole = self.total * max(seconds.values())
+        one = seconds["validation"] / len(self.tasks[0].split("validation"))
+        for mix, way in itertools.product(mixes, ways):
+            if way.method in NEEDS_DATA:
+                whole += one * fitted.examples_read(way.method, way.options, [self.tasks[i] for i in mix.members])
+        return Cost(self.total, 0, 0, whole)
+
+    def _places(self, mix: Mix) -> tuple[int, ...]:
+        """Members on whose tasks a mix is judged: one for all of them where they share the task and the head."""
+        return mix.members[:1] if len({self.panel.seat_of(i) for i in mix.members}) == 1 else mix.members
+
+    def _logits(self, i: int, j: int, split: str) -> torch.Tensor:
+        """Logits of the j-th adapter's updates under the i-th one's head and task."""
+        scores = self.panel.scores(i, self._updates(j), split, keep_logits=True)
+        return torch.from_numpy(scores.logits)
+
+    def _updates(self, index: int) -> dict[str, LowRank]:
+        if index not in self._own:
+            names = [name for name in self.everyone.modules if name in self.everyone.adapters[index].sites]
+            self._own[index] = {name: self.everyone.updates_of(name)[index] for name in names}
+        return self._own[index]
+
+    def _scores(self, key: str, make: Callable[[], Scores]) -> Scores:
+        if key not in self._known:
+            if self._journal is not None and key in self._journal:
+                self._known[key] = unpack(self._journal[key])
+            else:
+                self._known[key] = make()
+                self.evaluated += 1
+                if self._journal is not None:
+                    self._journal.add(key, pack(self._known[key]))
+        self.done += 1
+        if self._progress:
+            self._progress(min(self.done, self.total), self.total)
+        return self._known[key]
+
+
+def _best(tried: Mapping[float, Judged], alone: Judged) -> float:
+    """The coefficient of the highest mean normalised accuracy, then of the lowest mean loss."""
+
+    def rank(coefficient: float) -> tuple[float, float]:
+        scores = tried[coefficient]
+        pairs = zip(scores, alone, strict=True)
+        shares = [_correct(s).mean() / max(_correct(own).mean(), _TINY) for s, own in pairs]
+        loss = float(np.mean([s.mean_loss for group in scores for s in group]))
+        return round(float(np.mean(shares)), 12), -loss if math.isfinite(loss) else -math.inf
+
+    return max(tried, key=rank)
+
+
+def _measured(
+    mix: Mix,
+    name: str,
+    scores: Judged,
+    alone: Judged,
+    names: Sequence[str],
+    tasks: Sequence[Task],
+    seed: int,
+    *,
+    intervals: bool = True,
+) -> tuple[list[Row], Row]:
+    """A row for each task, and the row of the mean over them."""
+    head = {"set": mix.label, "method": mix.method, "seed": mix.seed, "ratio": mix.ratio, "merge": name}
+    rows, accuracies, shares = [], [], []
+    for index, own, scored in zip(mix.members, alone, scores, strict=False):
+        both = Sampled.of(np.stack([_correct(scored), _correct(own)]), seed=seed, resamples=1000 if intervals else 1)
+        share = [each[0] / np.maximum(each[1], _TINY) for each in (both.means, both.samples)]
+        accuracies.append((both.means[0], both.samples[0]))
+        shares.append((share[0], share[1]))
+        cells = {"accuracy": (both.means[0], both.samples[0]), "normalised": (share[0], share[1])}
+        row: Row = {**head, "task": tasks[index].name, "adapter": names[index], "loss": _loss(scored)}
+        for key, (mean, samples) in cells.items():
+            low, high = interval(samples) if intervals else (None, None)
+            row |= {key: float(mean[0]), f"{key}_low": low, f"{key}_high": high}
+        rows.append(row)
+    whole: Row = {**head, "loss": float(np.mean([row["loss"] for row in rows]))}
+    for key, parts in (("accuracy", accuracies), ("normalised", shares)):
+        mean, samples = (np.mean([part[k] for part in parts], axis=0) for k in (0, 1))
+        low, high = interval(samples)
+        whole |= {key: float(mean[0]), f"{key}_low": low, f"{key}_high": high}
+    return rows, whole
+
+
+def _correct(scores: Sequence[Scores]) -> Floats:
+    """Correctness of each example, a mean over several adapters."""
+    values: Floats = np.mean([s.correct for s in scores], axis=0, dtype=np.float64)
+    return values
+
+
+def _loss(scores: Sequence[Scores]) -> float:
+    return float(np.mean([s.mean_loss for s in scores]))
+
+
+def _by_method(sets: Sequence[Row]) -> list[Row]:
+    """Mean and standard deviation over the sets of each training method: at the chosen coefficient, and at 1."""
+    found = []
+    for head, members in grouped(sets, "method", "ratio", "merge"):
+        chosen = [row for row in members if row["chosen"]]
+        plain = [row for row in members if row["coefficient"] in (None, 1.0)]
+        row = {**head, "sets": len(chosen), "at_edge": sum(bool(r["at_edge"]) for r in chosen)}
+        values = [r["coefficient"] for r in chosen]
+        row["coefficient"] = None if None in values else float(np.mean(values))
+        for key in ("accuracy", "normalised", "loss"):
+            row[key], row[f"{key}_spread"] = mean_and_spread(np.array([r[key] for r in chosen]))
+            row[f"plain_{key}"], row[f"plain_{key}_spread"] = mean_and_spread(np.array([r[key] for r in plain]))
+        found.append(row)
+    return found
+
+
+def latex(result: Result) -> str:
+    """The table of a comparison for LaTeX with booktabs: a line for each merge, columns for each training method."""
+    table = result.summary["by_method"]
+    methods = list(dict.fromkeys(row["method"] for row in table))
+    lines = [r"\begin{tabular}{l" + "rrr" * len(methods) + "}", r"\toprule"]
+    heads = [rf"\multicolumn{{3}}{{c}}{{{_escaped(method or 'adapters')}}}" for method in methods]
+    lines += [
+        " & ".join(["", *heads]) + r" \\",
+        " & ".join(["merge"] + ["accuracy", "norm.", "coef."] * len(methods)) + r" \\",
+    ]
+    lines.append(r"\midrule")
+    for head, rows in grouped(table, "merge", "ratio"):
+        cells = [_escaped(head["merge"] + (f" {head['ratio']}" if head["ratio"] else ""))]
+        for method in methods:
+            row = next((r for r in rows if r["method"] == method), None)
+            cells += _latex_cells(row) if row else ["--"] * 3
+        lines.append(" & ".join(cells) + r" \\")
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    return "\n".join(lines) + "\n"
+
+
+def _latex_cells(row: Mapping[str, Any]) -> list[str]:
+    several = row["sets"] > 1
+    cells = [
+        f"${row[key]:.3f}" + (rf" \pm {row[f'{key}_spread']:.3f}$" if several else "$")
+        for key in ("accuracy", "normalised")
+    ]
+    return [*cells, "--" if row["coefficient"] is None else f"{row['coefficient']:.2g}"]
+
+
+def _escaped(text: str) -> str:
+    return text.replace("_", r"\_").replace("%", r"\%").replace("&", r"\&")
+
+
+def _ratio(weights: Sequence[float]) -> str:
+    return ":".join(f"{weight:g}" for weight in weights)
+
+
+def _common(values: Any) -> Any:
+    different = set(values)
+    return different.pop() if len(different) == 1 else None
+
+
+def _plain(options: Mapping[str, Mapping[str, Any]] | None) -> dict[str, dict[str, Any]]:
+    return {name: dict(own) for name, own in (options or {}).items()}
