@@ -74,6 +74,7 @@ def command(
         "seed": seed,
     }
     tasks = tasks_of(loaded, task or [])
+    compare.mixes_of(loaded, tasks, settings["ratios"])  # what cannot be merged is refused first
     built = merge.base_of(loaded, base)
     run = compare.run_id(loaded, tasks, **settings)
     result = outputs.earlier(run, force=force)

@@ -71,6 +71,8 @@ def test_help_and_drawing_load_no_torch():
         "interpolate",
         "stability",
         "shapley",
+        "merge",
+        "compare-merges",
         "prune",
         "sweep",
         "evaluate",
@@ -105,6 +107,25 @@ def test_from_training_to_figure_as_the_readme_says(lora_lab, pair, tmp_path):
     assert code == 0
     assert b"/FontFile2" in (tmp_path / "x.pdf").read_bytes()
     one_line(lora_lab("figure", "out/interpolate.json", "-o", "x.pdf"), "x.pdf: exists already")
+
+
+def test_merges_are_compared_from_the_shell(lora_lab, pair, tmp_path):
+    few = ["--methods", "average,ties", "--coefficients", "0.5,1"]
+    code, out, err = lora_lab("compare-merges", *pair, *few, "--set", "ties.density=0.5", "--latex")
+    assert code == 0, err
+    assert "ensemble of logits 1:1" in out
+    assert "up to " in err
+    names = {f"compare-merges.{end}" for end in ("json", "pdf", "png", "tex")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert (tmp_path / "out" / "compare-merges.tex").read_text().startswith(r"\begin{tabular}")
+    again, out2, err = lora_lab("compare-merges", *pair, *few, "--set", "ties.density=0.5")
+    assert (again, out2) == (0, out)
+    assert "this very result is there already" in err
+    one_line(lora_lab("compare-merges", *pair, *few), "exists already")
+    one_line(lora_lab("compare-merges", pair[0]), "two adapters or more")
+    one_line(lora_lab("compare-merges", *pair, "--methods", "tise"), "did you mean 'ties'")
+    one_line(lora_lab("compare-merges", *pair, "--set", "dare.density=0.5", "--methods", "ties"), "not among")
+    one_line(lora_lab("compare-merges", *pair, "--coefficients", "a"), "numbers with commas")
 
 
 FEW = ["--examples", 30]

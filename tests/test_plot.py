@@ -46,6 +46,32 @@ def cells(accuracy, t):
     }
 
 
+def merges(methods=("lora", "coto"), names=("average", "ties"), seeds=2, ratios=(None,)):
+    rows, sets = [], []
+    for method in methods:
+        for seed in range(seeds):
+            for ratio in ratios:
+                head = {"set": f"{method} {seed} {ratio}", "method": method, "seed": seed, "ratio": ratio}
+                for name in ("alone", *names):
+                    value = 0.7 + 0.01 * seed + 0.05 * (method == "coto")
+                    ends = {"": value, "_low": value - 0.02, "_high": value + 0.03}
+                    cell = {key + end: v for key in ("accuracy", "normalised") for end, v in ends.items()}
+                    coefficient = None if name == "alone" else 1.0
+                    cell |= {"merge": name, "coefficient": coefficient, "chosen": True, "loss": 1.0}
+                    sets.append({**head, **cell, "at_edge": False})
+                    for task in ("t1", "t2"):
+                        for c in (0.1, 1.0, 3.0) if name != "alone" else (None,):
+                            rows.append({**head, **cell, "task": task, "coefficient": c, "split": "validation"})
+    table = [
+        {"method": m, "merge": n, "ratio": r, "sets": seeds, "at_edge": 0, "coefficient": 1.0, "accuracy": 0.7}
+        for m in methods
+        for n in ("alone", *names)
+        for r in ratios
+    ]
+    parameters = {"merges": list(names), "one_task": ratios != (None,), "task_names": ["t1", "t2"], "split": "test"}
+    return Result("compare-merges", columns(rows), parameters, {"sets": sets, "by_method": table}, {"examples": 500})
+
+
 def run(method="coto", steps=40):
     schedule = Schedule()
     log = {
@@ -153,6 +179,7 @@ def test_runs_of_any_length_are_drawn(steps):
 def test_every_figure_has_its_column_width_and_embeds_truetype(kind, width, tmp_path):
     made = {
         "train": run,
+        "compare-merges": lambda: merges(ratios=("0:1", "1:1") if kind.endswith("ratios") else (None,)),
         "interpolate": lambda: line(pairs=((0, 1), (0, 2)), ratios=("1:1",)),
         "shapley": lambda: shapley_result(interactions=True),
         "stability": stability_result,
@@ -353,3 +380,29 @@ def test_a_method_has_its_colour_whatever_the_order():
     assert to_hex(bars[0].get_facecolor()) == "#d55e00"
     bars = plot.figure([sweep_result(labels[::-1])], kind="sweep:structured").axes[0].patches
     assert to_hex(bars[0].get_facecolor()) == "#0072b2"
+
+
+@pytest.mark.parametrize("width", ["single", "double"])
+def test_merges_are_bars_for_each_training_method_and_curves_over_the_coefficient(width):
+    figure = plot.figure([merges()], width=width)
+    bars, *curves = figure.axes
+    heights = [patch.get_width() if width == "single" else patch.get_height() for patch in bars.patches]
+    assert heights == pytest.approx([0.705] * 2 + [0.755] * 2)
+    assert [ax.get_title() for ax in curves] == ["ties"]
+    x, y = curves[0].lines[0].get_data()
+    assert list(x) == [0.1, 1.0, 3.0]
+    assert y == pytest.approx([0.705] * 3)
+    panels = plot.figure([merges()], width=width, kind="compare-merges:coefficients").axes
+    assert [ax.get_title() for ax in panels if ax.get_title()] == ["average", "ties"]
+
+
+def test_seeds_of_one_task_are_drawn_over_their_ratios():
+    figure = plot.figure([merges(ratios=("0:1", "1:1"))])
+    assert [ax.get_title() for ax in figure.axes] == ["average", "ties"]
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["0:1", "1:1"]
+    with pytest.raises(OptionError, match="over their ratios"):
+        plot.figure([merges(ratios=("0:1", "1:1"))], kind="compare-merges:bars")
+    with pytest.raises(OptionError, match="ratios are for seeds of one"):
+        plot.figure([merges()], kind="compare-merges:ratios")
+    with pytest.raises(OptionError, match="cannot share a figure"):
+        plot.figure([merges(), merges(ratios=("1:1",))])
