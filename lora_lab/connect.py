@@ -177,7 +177,7 @@ def evaluate(
     unique = {point.key: point for point in points}
     log = Journal(journal, run_id(mixer.adapters, task, split=split)) if journal else None
     scores = {key: unpack(log[key]) for key in unique if log is not None and key in log}
-    model = task.build_model().to(device or resolve_device())
+    model = task.model_on(device or resolve_device())
     with attach(model, mixer.adapters[0], *mixer.adapters[1:]) as attached:
         for key, point in unique.items():
             if key not in scores:

@@ -31,7 +31,7 @@ TASK_HELP = (
 
 def score(task: Task, adapter: Adapter | None, split: str = "test", *, device: torch.device | None = None) -> Scores:
     """Per-example scores of the task's base model with the adapter on (None: the base alone)."""
-    model = task.build_model().to(device or resolve_device())
+    model = task.model_on(device or resolve_device())
     if adapter is None:
         return task.score(model, split)
     with attach(model, adapter) as attached:
@@ -58,6 +58,8 @@ def evaluate(
     for i, (adapter, task) in enumerate(runs):
         scores = score(task, adapter, split, device=device)
         rows.append({**_described(adapter, task), "examples": len(scores), **_estimates(scores, seed)})
+        if not task.classifies:
+            rows[-1]["perplexity"] = float(np.exp(scores.mean_loss))
         if progress:
             progress(i + 1, len(runs))
     return Result(
@@ -122,7 +124,10 @@ def examples_of(task: Task, split: str) -> list[Any]:
 def pack(scores: Scores) -> dict[str, Any]:
     """Scores as text; losses and margins were computed in float32, so nothing is lost."""
     text = {"loss": _floats(scores.loss), "margin": _floats(scores.margin)}
-    text["correct"] = base64.b64encode(np.packbits(scores.correct).tobytes()).decode()
+    if scores.correct.dtype == np.bool_:
+        text["correct"] = base64.b64encode(np.packbits(scores.correct.astype(np.bool_)).tobytes()).decode()
+    else:  # shares of tokens
+        text["shares"] = base64.b64encode(scores.correct.astype("<f8").tobytes()).decode()
     if scores.logits is not None:
         text["logits"] = _floats(scores.logits)
     return text
@@ -131,6 +136,8 @@ def pack(scores: Scores) -> dict[str, Any]:
 def unpack(text: Mapping[str, str]) -> Scores:
     """The inverse of `pack`."""
     loss, margin = _from_text(text["loss"]), _from_text(text["margin"])
+    if "shares" in text:
+        return Scores(loss, np.frombuffer(base64.b64decode(text["shares"]), "<f8").astype(np.float64), margin)
     bits = np.frombuffer(base64.b64decode(text["correct"]), np.uint8)
     logits = _from_text(text["logits"]).astype(np.float32).reshape(len(loss), -1) if "logits" in text else None
     return Scores(loss, np.unpackbits(bits, count=len(loss)).astype(np.bool_), margin, logits)

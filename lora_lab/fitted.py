@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lora_lab.attach import NAME, Attached, put_on
-from lora_lab.errors import OptionError, TunerError
+from lora_lab.errors import OptionError, TaskError, TunerError
 from lora_lab.lowrank import LowRank, combine
 from lora_lab.panel import Panel, mean_loss
 from lora_lab.sources import Sources
@@ -34,7 +34,7 @@ def fisher(sources: Sources, *, examples: int = 256, floor: float = 1e-6, scale:
     information, is added, so that entries that no task depends on are averaged. Takes as much memory as T copies of
     the adapted weights.
     """
-    panel = Panel(sources)
+    panel = _classifying(sources, "fisher")
     found = [_information(panel, i, examples, seed) for i in range(len(sources.adapters))]
     for name in sources.modules:
         information = torch.stack([each[name] for each in found])
@@ -150,7 +150,7 @@ def adamerging(
     """
     if steps < 1 or batch_size < 1:
         raise OptionError(f"steps is {steps} and batch_size {batch_size}; both must be at least 1")
-    panel, count = Panel(sources), len(sources.adapters)
+    panel, count = _classifying(sources, "adamerging"), len(sources.adapters)
     joined = {name: combine(sources.updates_of(name), sources.weights_of(name)) for name in sources.modules}
     ranks = {name: torch.tensor([u.rank for u in sources.updates_of(name)]) for name in sources.modules}
     coefficients = torch.full((len(joined), count), start, requires_grad=True)
@@ -167,7 +167,8 @@ def adamerging(
                 key, B = places[seat][name]
                 each = coefficients[m].repeat_interleave(ranks[name]).to(B)
                 swapped[key] = B * each.reshape(1, -1, *[1] * (B.ndim - 2))
-            logits = functional_call(panel.model(seat), swapped, kwargs=batch).logits
+            asked = _Asked(panel.tasks[seat], panel.model(seat))
+            logits = functional_call(asked, {f"model.{key}": B for key, B in swapped.items()}, (batch,))
             entropy = torch.special.entr(logits.float().softmax(-1)).sum(-1).mean()
             entropy.backward()
         optimizer.step()
@@ -175,6 +176,26 @@ def adamerging(
     for m, name in enumerate(joined):
         chosen = (found[m].double() * torch.tensor(sources.weights_of(name), dtype=torch.float64)).tolist()
         yield name, scale * combine(sources.updates_of(name), chosen)
+
+
+def _classifying(sources: Sources, method: str) -> Panel:
+    panel = Panel(sources)
+    for task in panel.tasks:
+        if not task.classifies:
+            raise TaskError(f"{method} looks at the chances of labels, and {task.name} has none")
+    return panel
+
+
+class _Asked(nn.Module):
+    """A model with a task's question as its forward pass."""
+
+    def __init__(self, task: Task, model: nn.Module) -> None:
+        super().__init__()
+        self.task, self.model = task, model
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The task's logits."""
+        return self.task.logits(self.model, batch)
 
 
 def examples_read(method: str, options: Mapping[str, Any], tasks: Sequence[Task]) -> float:
@@ -216,7 +237,7 @@ def _unlabelled(panel: Panel, seat: int, size: int, generator: torch.Generator) 
 
 
 def _worn_by_source(panel: Panel, index: int) -> tuple[nn.Module, Attached]:
-    model = panel.tasks[index].build_model().to(panel.sources.device)
+    model = panel.tasks[index].model_on(panel.sources.device)
     return model, put_on(model, panel.sources.adapters[index])
 
 
@@ -230,12 +251,14 @@ def _information(panel: Panel, index: int, examples: int, seed: int) -> dict[str
         for batch in data.batches(min(32, task.batch_size)):
             inputs = {name: tensor.to(sources.device) for name, tensor in batch.items() if name != "labels"}
             seen.clear()
-            logits = model(**inputs).logits.float()
+            logits = task.logits(model, inputs).float()
             logs = logits.log_softmax(-1)
             for label in range(logits.shape[-1]):
                 _backward(logs[:, label].sum(), seen, keep=label + 1 < logits.shape[-1])
                 chance = logs[:, label].detach().exp()
                 for name, (layer, x, g, _) in seen.items():
+                    if len(x) != len(logits):
+                        raise TunerError(f"fisher: {name} sees {len(x)} rows of {len(logits)} examples")
                     gradient = torch.einsum("nti,nto->noi", *_tokens(layer, x, g))
                     squares = torch.einsum("n,noi->oi", chance, gradient.square()).cpu()
                     found[name] += squares.T if _transposed(layer) else squares
@@ -259,7 +282,7 @@ def _grams(panel: Panel, index: int, examples: int, seed: int) -> dict[str, tupl
     with _watched(model, sources.modules, gradients=False) as seen, torch.inference_mode():
         for batch in data.batches(task.batch_size):
             seen.clear()
-            model(**{name: tensor.to(sources.device) for name, tensor in batch.items() if name != "labels"})
+            task.logits(model, {name: t.to(sources.device) for name, t in batch.items() if name != "labels"})
             for name, (layer, x, _, _) in seen.items():
                 rows = _tokens(layer, x, None)[0].flatten(0, 1).double().cpu()
                 known = found[name][0] if name in found else 0.0

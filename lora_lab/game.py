@@ -122,7 +122,7 @@ class Outcomes:
     @cached_property
     def variants(self) -> Variants:
         """The engine, on a model of its own that wears the adapter."""
-        model = self.task.build_model().to(self.device)
+        model = self.task.model_on(self.device)
         return Variants(put_on(model, self.adapter), share=self._share)
 
     def keeping(self, modules: Collection[str], factor: float = 1.0) -> Variant:

@@ -10,6 +10,8 @@ from torch import nn
 
 from lora_lab.errors import MismatchError, TaskError
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 def pretrained(cls: Any, name: str, *, where: str = "the model", **options: Any) -> Any:
     """`cls.from_pretrained(name)`; TaskError with one line of why not, `where` naming what asked for it."""

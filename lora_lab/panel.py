@@ -66,7 +66,7 @@ class Panel:
     def _attached(self, seat: int) -> Attached:
         key = fingerprint([self.tasks[seat].record, sorted(self.sources.adapters[seat].others)])
         if key not in self._models:
-            model = self.tasks[seat].build_model().to(self.sources.device)
+            model = self.tasks[seat].model_on(self.sources.device)
             self._models[key] = put_on(model, self._dressed(seat, self._nothing))
         return self._models[key]
 

@@ -27,8 +27,9 @@ class Scores:
     """How a model did on each example of a split, in the split's order."""
 
     loss: npt.NDArray[np.float64]
-    """Cross-entropy in nats."""
-    correct: npt.NDArray[np.bool_]
+    """Cross-entropy in nats; of a text, the mean over its tokens."""
+    correct: npt.NDArray[np.bool_] | npt.NDArray[np.float64]
+    """Whether it is; of a text, the share of its tokens that are predicted right."""
     margin: npt.NDArray[np.float64]
     """Logit of the right answer minus the highest of the others."""
     logits: npt.NDArray[np.float32] | None = None
@@ -91,15 +92,34 @@ class Split:
         return Split({name: tensor[chosen] for name, tensor in self.inputs.items()})
 
     def batches(self, size: int) -> list[dict[str, Tensor]]:
-        """Consecutive batches."""
+        """Consecutive batches, without the padding that all examples of a batch share."""
         return [
-            {name: tensor[start : start + size] for name, tensor in self.inputs.items()}
+            trimmed({name: tensor[start : start + size] for name, tensor in self.inputs.items()})
             for start in range(0, len(self), size)
         ]
 
 
+def trimmed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch of padded texts cut to the longest of them; any other batch as it is."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return batch
+    used = mask.flatten(0, -2).any(0)
+    width, whole = int(used.nonzero()[-1]) + 1 if used.any() else 1, mask.shape[-1]
+    if width == whole:
+        return batch
+    return {n: t[..., :width] if t.ndim > 1 and t.shape[-1] == whole else t for n, t in batch.items()}
+
+
+def by_length(split: Split) -> Split:
+    """The same examples, shortest first, so that batches of texts have little padding."""
+    lengths = split.inputs["attention_mask"].flatten(1).sum(1)
+    order = lengths.argsort(stable=True)
+    return Split({name: tensor[order] for name, tensor in split.inputs.items()})
+
+
 class Task(ABC):
-    """Classification with one label an example; kinds of tasks are subclasses, one a file."""
+    """A base model, data and what counts as right; kinds of tasks are subclasses, one a file."""
 
     name: str
     about: str
@@ -110,6 +130,8 @@ class Task(ABC):
     """Examples per batch when scoring."""
     dtype: str | None = None
     """The model's, known once it has been scored."""
+    classifies = True
+    """Whether an example has one label; a language model predicts every token instead."""
     threads: int | None = None
     """Threads that training uses best; None leaves torch's own choice."""
 
@@ -138,6 +160,20 @@ class Task(ABC):
     def build_model(self) -> nn.Module:
         """A fresh base model, frozen, in evaluation mode; its forward takes a batch and returns `.logits`."""
 
+    def model_on(self, device: torch.device) -> nn.Module:
+        """A fresh base model on a device, or where its own device map has put it."""
+        model = self.build_model()
+        return model if getattr(model, "hf_device_map", None) else model.to(device)
+
+    @property
+    def trained_modules(self) -> list[str]:
+        """Modules outside of the adapter that are trained along with it, such as a head."""
+        return []
+
+    def training_split(self) -> Split:
+        """What a training step sees, `labels` as the model's own loss needs them."""
+        return self.split("train")
+
     @abstractmethod
     def _load(self, split: str) -> Split:
         """The examples of a split."""
@@ -150,14 +186,22 @@ class Task(ABC):
             split = self._load(name)
             if not len(split):
                 raise TaskError(f"task {self.name}: its {name} split is empty")
-            wrong = [int(y) for y in split.inputs["labels"] if not 0 <= int(y) < self.labels]
-            if wrong:
-                raise TaskError(
-                    f"task {self.name}: label {wrong[0]} in its {name} split ({len(wrong)} such) is out of range; "
-                    f"labels go from 0 to {self.labels - 1}"
-                )
             self._splits[name] = split
+            try:
+                self._check_labels(name, split)
+            except TaskError:
+                del self._splits[name]
+                raise
         return self._splits[name]
+
+    def _check_labels(self, name: str, split: Split) -> None:
+        """TaskError for a label that the model has no output for."""
+        wrong = [int(y) for y in split.inputs["labels"] if not 0 <= int(y) < self.labels]
+        if wrong:
+            raise TaskError(
+                f"task {self.name}: label {wrong[0]} in its {name} split ({len(wrong)} such) is out of range; "
+                f"labels go from 0 to {self.labels - 1}"
+            )
 
     @cached_property
     def _splits(self) -> dict[str, Split]:
@@ -188,12 +232,16 @@ class Task(ABC):
             )
         return scores
 
+    def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the model says of a batch: [examples, labels], or of texts [examples, tokens, vocabulary]."""
+        found: Tensor = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
+        return found
+
     def judge(self, model: nn.Module, batch: Mapping[str, Tensor], *, keep_logits: bool = False) -> Scores:
         """Scores of one batch, finite or not; the model must be in evaluation mode."""
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         labels = batch["labels"]
-        logits: Tensor = model(**inputs).logits.float()
+        logits = self.logits(model, batch).float()
         return Scores.of(logits, labels, keep_logits=keep_logits)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_lab.digits import LABELLINGS, Digits
 from lora_lab.errors import FileError, OptionError, unknown
+from lora_lab.language import CAUSAL_EXAMPLE, CHOICE_EXAMPLE, CausalLM, MultipleChoice
 from lora_lab.task import Task
 from lora_lab.text import EXAMPLE, TextClassification
 
@@ -67,8 +68,14 @@ TASKS: dict[str, Callable[[], Task]] = {f"digits/{name}": partial(Digits, name) 
 
 KINDS: dict[str, Callable[[Mapping[str, Any], Path, str], Task]] = {
     "text-classification": TextClassification.from_record,
+    "causal-lm": CausalLM.from_record,
+    "multiple-choice": MultipleChoice.from_record,
 }
 """Kinds of tasks that a file can describe: function (keys, folder of relative paths, where they stand) → task."""
 
-EXAMPLES: dict[str, str] = {"text-classification": EXAMPLE}
+EXAMPLES: dict[str, str] = {
+    "text-classification": EXAMPLE,
+    "causal-lm": CAUSAL_EXAMPLE,
+    "multiple-choice": CHOICE_EXAMPLE,
+}
 """A commented file of each kind."""

@@ -2,251 +2,218 @@
 
 from __future__ import annotations
 
-import math
+import hashlib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lora_lab.errors import FileError, OptionError, TaskError, some, unknown
-from lora_lab.task import Split, Task
+from lora_lab import files
+from lora_lab.errors import OptionError, unknown
+from lora_lab.file_task import COMMON, FileTask, Settings, labels_of, names_in
+from lora_lab.task import Split, by_length
 
-EXAMPLE = """\
+HEADS = ("frozen", "trained", "probe")
+POOLS = ("own", "mean")
+
+EXAMPLE = (
+    """\
 # A task of your own: lora-lab train --task this-file.toml
 kind = "text-classification"
 
-base = "path/to/model"        # folder or hub id; AutoModelForSequenceClassification must be able to load it
-data = "reviews.csv"          # csv, json, jsonl or parquet; split at random with split_seed, or give the splits:
+base = "path/to/model"        # folder or hub id
+data = "reviews.csv"          # csv, json, jsonl, parquet, a folder, or a dataset on the hub; or a file a split:
 # data = {train = "train.csv", validation = "dev.csv", test = "test.csv"}
 text = "text"                 # column with the text
 label = "label"               # column with the label: a name, or a number from 0
 # text_pair = "hypothesis"    # second text column
 # labels = ["negative", "positive"]   # names in the order of the model's outputs; by default sorted
+# head = "frozen"             # the classifier: frozen as it is, trained along with the adapter, or a probe: fitted
+#                             # to the base's features by logistic regression, then frozen
+# pool = "own"                # what it sees: the model's own choice, or the mean of all tokens
 # max_length = 128            # tokens; longer texts are cut
-# limit = 2000                # examples used of each split
-# split_seed = 0              # for data in one file: 20 % test, 10 % validation
-# target_modules = "all-linear"
-# learning_rate = 1e-3
-# steps = 300
 """
+    + COMMON
+)
 
-_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-_TEST, _VALIDATION = 0.2, 0.1
 
-
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class Keys(Settings):
     """The keys of a task file."""
 
-    base: str
-    data: str | dict[str, str]
+    kind: str = "text-classification"
     text: str
     label: str
     text_pair: str | None = None
     labels: list[str] | None = None
+    head: str = "frozen"
+    pool: str = "own"
     max_length: int = 128
-    limit: int | None = None
-    split_seed: int = 0
-    target_modules: str | list[str] = "all-linear"
-    learning_rate: float = 1e-3
-    steps: int = 300
-    kind: str = field(default="text-classification")
+
+    columns: ClassVar[tuple[str, ...]] = ("text", "text_pair", "label")
 
 
-class TextClassification(Task):
-    """A frozen sequence classifier; adapters go where `target_modules` says, by default into all linear layers."""
+class TextClassification(FileTask):
+    """A sequence classifier; adapters go where `target_modules` says, by default into all linear layers."""
 
-    batch_size = 64
-
-    def __init__(self, settings: Settings, name: str) -> None:
-        self.settings = settings
-        self.name = name
-        self.about = f"{settings.label} of {settings.text}"
-        self.base = settings.base
-        self.target_modules = settings.target_modules
-        self.learning_rate = settings.learning_rate
-        self.steps = settings.steps
+    kind = "text-classification"
+    Keys = Keys
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any], base: Path, where: str) -> TextClassification:
-        """From a task file's or a record's keys; paths are relative to `base`."""
-        known = {f.name for f in fields(Settings)}
-        for key in record:
-            if key not in known:
-                raise unknown(f"key in {where}", key, sorted(known))
-        missing = [name for name in ("base", "data", "text", "label") if name not in record]
-        if missing:
-            raise OptionError(f"{where}: no {missing[0]}; a text-classification task needs base, data, text and label")
-        data = record["data"]
-        placed = {k: _place(v, base) for k, v in data.items()} if isinstance(data, dict) else _place(str(data), base)
-        beside = base / str(record["base"])
-        found = _place(str(record["base"]), base) if beside.exists() else str(record["base"])
-        settings = Settings(**{**record, "data": placed, "base": found})
-        _check_values(settings, where)
-        return cls(settings, name=Path(where).stem if where.endswith(".toml") else f"text/{settings.label}")
+    def _check(cls, settings: Any, where: str) -> None:
+        super()._check(settings, where)
+        if settings.head not in HEADS:
+            raise unknown(f"head in {where}:", settings.head, HEADS)
+        if settings.pool not in POOLS:
+            raise unknown(f"pool in {where}:", settings.pool, POOLS)
+        if settings.head == "probe" and settings.pool == "own":
+            raise OptionError(f'{where}: a probe needs pool = "mean"')
 
     @property
-    def record(self) -> dict[str, Any]:
-        """The task file's keys, defaults left out."""
-        every = {f.name: getattr(self.settings, f.name) for f in fields(Settings)}
-        defaults = {f.name: f.default for f in fields(Settings) if f.name != "kind"}
-        return {name: value for name, value in every.items() if value != defaults.get(name, Settings)}
+    def trained_modules(self) -> list[str]:
+        """The head, where it is trained along."""
+        return [_head_name(self._built)] if self.settings.head == "trained" else []
 
     @cached_property
     def labels(self) -> int:  # type: ignore[override]
-        """Number of labels: of the names, or of the model's outputs."""
-        return len(self._names) if self._names else int(self._config.num_labels)
+        """Number of labels: of the names, or of the model's outputs, or of the numbers in the training data."""
+        if self._names:
+            return len(self._names)
+        if self.settings.pool == "mean":
+            return int(max(self.table("train")[self.settings.label])) + 1
+        return int(self.config.num_labels)
 
     def build_model(self) -> nn.Module:
-        """The base, frozen; a head that the checkpoint lacks is drawn from seed 0."""
-        from transformers import AutoModelForSequenceClassification
-
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model: Any = self._pretrained(AutoModelForSequenceClassification, num_labels=self.labels)
-        if getattr(model.config, "pad_token_id", None) is None:
-            model.config.pad_token_id = self._tokenizer.pad_token_id  # by which decoders find a text's last token
+        """The base, frozen; a head that the checkpoint lacks is drawn from seed 0, or fitted for a probe."""
+        model = self._built_anew()
+        if self.settings.head == "probe":
+            weight, bias = self._probe
+            model.classifier.weight.data, model.classifier.bias.data = weight, bias
         frozen: nn.Module = model.requires_grad_(False).eval()
         return frozen
 
+    def _built_anew(self) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        if self.settings.pool == "mean":
+            return _mean_pooled(self)
+        model: Any = self.pretrained_model(AutoModelForSequenceClassification, num_labels=self.labels)
+        if getattr(model.config, "pad_token_id", None) is None:
+            model.config.pad_token_id = self.tokenizer.pad_token_id  # by which decoders find a text's last token
+        return model
+
+    @cached_property
+    def _built(self) -> Any:
+        return self._built_anew()
+
+    @cached_property
+    def _probe(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the logistic regression on the base's features of the training data; kept in the cache."""
+        key = hashlib.sha256(repr([self.base_digest, self.record, 1]).encode())
+        for name, tensor in sorted(self.split("train").inputs.items()):
+            key.update(name.encode() + tensor.contiguous().numpy().tobytes())
+        place = (
+            Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+            / "lora-lab"
+            / f"{key.hexdigest()[:24]}.safetensors"
+        )
+        if not place.exists():
+            weight, bias = _fit(self._built_anew().requires_grad_(False).eval(), self.split("train"), self.batch_size)
+            files.write_safetensors(place, {"weight": weight, "bias": bias}, {"format": "pt"})
+        tensors, _ = files.read_safetensors(place)
+        return tensors["weight"], tensors["bias"]
+
     def _load(self, split: str) -> Split:
-        table = self._table(split)
-        texts = [table[self.settings.text]]
-        if self.settings.text_pair:
-            texts.append(table[self.settings.text_pair])
-        tokenizer = self._tokenizer
-        encoded = tokenizer(
+        keys, table = self.settings, self.table(split)
+        texts = [table[keys.text], *([table[keys.text_pair]] if keys.text_pair else [])]
+        encoded = self.tokenizer(
             *([str(text) for text in column] for column in texts),
             truncation=True,
-            max_length=self.settings.max_length,
+            max_length=keys.max_length,
             padding=True,
             return_tensors="pt",
         )
-        labels = torch.tensor([self._label(value) for value in table[self.settings.label]], dtype=torch.long)
-        return Split({**dict(encoded.items()), "labels": labels})
-
-    def _label(self, value: object) -> int:
-        if isinstance(value, str) or self.settings.labels is not None:
-            names = self._names or []
-            if str(value) not in names:
-                raise TaskError(f"task {self.name}: label {value!r} is none of {some(map(repr, names), 8)}")
-            return names.index(str(value))
-        if isinstance(value, bool | int | np.integer):
-            return int(value)
-        raise TaskError(
-            f"task {self.name}: label {value!r} is a {type(value).__name__}; names or whole numbers are needed"
-        )
+        return by_length(Split({**dict(encoded.items()), "labels": labels_of(self, table[keys.label], self._names)}))
 
     @cached_property
     def _names(self) -> list[str] | None:
         if self.settings.labels is not None:
             return list(self.settings.labels)
-        values = self._table("train")[self.settings.label]
-        if not all(isinstance(value, str) for value in values):
+        found = names_in(self, self.settings.label)
+        if found is None:
             return None
-        trained = [self._config.id2label[i] for i in range(self._config.num_labels)]
+        trained = [self.config.id2label[i] for i in range(self.config.num_labels)]
         # a finished classifier knows the order of its outputs
-        return trained if set(trained) == set(values) else sorted(set(values))
-
-    def _table(self, split: str) -> dict[str, list[Any]]:
-        data = self.settings.data
-        if isinstance(data, dict):
-            if split not in data:
-                raise TaskError(f"task {self.name}: no {split} data; its data has {some(data)}")
-            return self._limited(self._read(Path(data[split])))
-        table = self._read(Path(data))
-        n = len(table[self.settings.label])
-        order = np.random.default_rng(self.settings.split_seed).permutation(n)
-        ends = (round(_TEST * n), round((_TEST + _VALIDATION) * n), n)
-        bounds = {"test": (0, ends[0]), "validation": (ends[0], ends[1]), "train": (ends[1], ends[2])}
-        chosen = order[slice(*bounds[split])]
-        return self._limited({name: [column[i] for i in chosen] for name, column in table.items()})
-
-    def _read(self, path: Path) -> dict[str, list[Any]]:
-        from datasets import Dataset
-        from datasets.utils import logging as datasets_logging
-
-        if not path.is_file():
-            raise FileError(f"task {self.name}: its data {path} is missing")
-        if path.suffix not in _FORMATS:
-            raise FileError(f"{path}: {some(_FORMATS, 4)} can be read")
-        datasets_logging.disable_progress_bar()
-        try:
-            table = getattr(Dataset, f"from_{_FORMATS[path.suffix]}")(str(path))
-        except Exception as error:  # the readers of datasets raise their own many kinds
-            raise FileError(f"{path}: cannot be read as a table ({str(error).partition(chr(10))[0]})") from error
-        needed = [
-            self.settings.text,
-            self.settings.label,
-            *([self.settings.text_pair] if self.settings.text_pair else []),
-        ]
-        for name in needed:
-            if name not in table.column_names:
-                raise TaskError(f"{path}: no column {name!r}; there are: {', '.join(table.column_names)}")
-        return {name: list(table[name]) for name in needed}
-
-    def _limited(self, table: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        return {name: column[: self.settings.limit] for name, column in table.items()}
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        tokenizer = self._pretrained(AutoTokenizer)
-        if tokenizer.pad_token is None:
-            if tokenizer.eos_token is None:
-                raise TaskError(f"task {self.name}: the tokenizer of {self.settings.base!r} has no padding token")
-            tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
-
-    @cached_property
-    def _config(self) -> Any:
-        from transformers import AutoConfig
-
-        return self._pretrained(AutoConfig)
-
-    def _pretrained(self, cls: Any, **options: Any) -> Any:
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_progress_bar()
-        try:
-            return cls.from_pretrained(self.settings.base, **options)
-        except (OSError, ValueError, KeyError) as error:
-            raise TaskError(
-                f"task {self.name}: its base {self.settings.base!r} cannot be loaded "
-                f"({str(error).strip().partition(chr(10))[0]}); give a folder, or a hub id where there is a network"
-            ) from error
+        return trained if set(trained) == set(found) else found
 
 
-def _check_values(settings: Settings, where: str) -> None:
-    """Refuse values of the wrong type or range, naming the key."""
-    whole = {"max_length": 1, "limit": 1, "split_seed": 0, "steps": 1}
-    for name, least in whole.items():
-        value = getattr(settings, name)
-        if value is None and name == "limit":
-            continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise OptionError(f"{where}: {name} is {value!r}; a whole number of at least {least} is needed")
-    rate = settings.learning_rate
-    if not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate < math.inf:
-        raise OptionError(f"{where}: learning_rate is {rate!r}; a number above 0 is needed")
-    for name in ("text", "label"):
-        if not isinstance(getattr(settings, name), str):
-            raise OptionError(f"{where}: {name} is {getattr(settings, name)!r}; the name of a column is needed")
-    if settings.labels is not None and not all(isinstance(label, str) for label in settings.labels):
-        raise OptionError(f"{where}: labels is {settings.labels!r}; a list of names is needed")
+class _Outputs(dict[str, Any]):
+    """What a model returns, by attribute, as transformers has it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
 
 
-def _place(text: str, base: Path) -> str:
-    """A path next to the task file, relative to the current folder where it lies below."""
-    path = base / text
-    try:
-        return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path.resolve())
-    except ValueError:
-        return str(path.resolve())
+def _mean_pooled(task: TextClassification) -> Any:
+    """The base with a linear layer on the mean of its tokens; modules are named as in transformers' classifiers."""
+    from transformers import AutoModel
+
+    base = task.pretrained_model(AutoModel)
+    prefix = base.base_model_prefix or "model"
+
+    class MeanPooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = base.config
+            setattr(self, prefix, base)
+            width = (
+                base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
+            ).hidden_size
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                self.classifier = nn.Linear(width, task.labels)
+
+        def forward(self, attention_mask: Tensor, labels: Tensor | None = None, **inputs: Tensor) -> _Outputs:
+            hidden = getattr(self, prefix)(attention_mask=attention_mask, **inputs).last_hidden_state
+            share = attention_mask[..., None].to(hidden.dtype)
+            pooled = (hidden * share).sum(1) / share.sum(1).clamp(min=1)
+            logits = self.classifier(pooled.to(self.classifier.weight.dtype))
+            loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+            return _Outputs(logits=logits, loss=loss, pooled=pooled)
+
+    return MeanPooled()
+
+
+@torch.inference_mode()
+def _fit(model: nn.Module, split: Split, size: int) -> tuple[Tensor, Tensor]:
+    from sklearn.linear_model import LogisticRegression
+
+    features, labels = [], split.inputs["labels"].numpy()
+    for batch in split.batches(size):
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        features.append(model(**inputs).pooled.double().numpy())
+    fitted = LogisticRegression(max_iter=2000).fit(np.concatenate(features), labels)
+    classifier: Any = model.classifier
+    count = int(classifier.out_features)
+    weight, bias = np.zeros((count, fitted.coef_.shape[1])), np.full(count, -30.0)  # a label that never occurs
+    if len(fitted.classes_) == 2:  # one function for two labels
+        weight[fitted.classes_], bias[fitted.classes_] = (
+            [-fitted.coef_[0] / 2, fitted.coef_[0] / 2],
+            [
+                -fitted.intercept_[0] / 2,
+                fitted.intercept_[0] / 2,
+            ],
+        )
+    else:
+        weight[fitted.classes_], bias[fitted.classes_] = fitted.coef_, fitted.intercept_
+    return torch.tensor(weight, dtype=torch.float32), torch.tensor(bias, dtype=torch.float32)
+
+
+def _head_name(model: nn.Module) -> str:
+    """The classifier's name: the last linear module outside of the blocks."""
+    return next(name for name in ("classifier", "score", "classification_head") if hasattr(model, name))

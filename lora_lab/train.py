@@ -30,7 +30,7 @@ from lora_lab.lowrank import LowRank, combine
 from lora_lab.players import group
 from lora_lab.recipe import METHODS, Recipe, tuners
 from lora_lab.result import Result, finite, provenance
-from lora_lab.task import Split, Task
+from lora_lab.task import Split, Task, trimmed
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -65,7 +65,7 @@ def train(
         trainer = _LeanTrainer(
             model=model,
             args=_arguments(recipe, folder, device),
-            train_dataset=_Batches(task.split("train")),
+            train_dataset=_Batches(task.training_split()),
             data_collator=_same,
             callbacks=[*callbacks, log],
         )
@@ -252,7 +252,7 @@ class _Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {name: tensor[index] for name, tensor in self._split.inputs.items()}
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        return {name: tensor[indices] for name, tensor in self._split.inputs.items()}
+        return trimmed({name: tensor[indices] for name, tensor in self._split.inputs.items()})
 
 
 def _same(batch: dict[str, Tensor]) -> dict[str, Tensor]:

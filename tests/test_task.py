@@ -106,7 +106,7 @@ def test_unknown_tasks_are_named(name, text):
         ("base = 'x'", OptionError, "no kind of task; there are: text-classification"),
         ("kind = 'text-clasification'", OptionError, "did you mean 'text-classification'"),
         ("kind = 'text-classification'\nbaze = 'x'", OptionError, "unknown key in .*'baze' .did you mean 'base'"),
-        ("kind = 'text-classification'\nbase = 'x'", OptionError, "no data; a text-classification task needs"),
+        ("kind = 'text-classification'\nbase = 'x'", OptionError, "no data, which a text-classification task needs"),
     ],
 )
 def test_a_task_file_that_is_wrong_says_where(tmp_path, content, error, text):

@@ -1,0 +1,383 @@
+"""What all kinds of tasks from a file share: their keys, their data as a table with three splits, their base model."""
+
+from __future__ import annotations
+
+import math
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from lora_lab.errors import FileError, OptionError, TaskError, some, unknown
+from lora_lab.models import DTYPES, pretrained
+from lora_lab.task import SPLITS, Task
+
+_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_TEST, _VALIDATION = 0.2, 0.1
+_SPELLINGS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing"),
+}
+
+COMMON = """\
+# revision = "main"           # of a base from the hub
+# dtype = "bfloat16"          # float32 (the default), bfloat16 or float16
+# device_map = "auto"         # spread the base over several GPUs
+# trust_remote_code = false   # true runs code that comes with the base: only if you have read it
+# data_config = "default"     # configuration of a dataset from the hub
+# splits = {train = "train", test = "validation"}   # names in the data; by default train, validation, test
+# limit = 2000                # examples used of each split
+# split_seed = 0              # draws 20 % test and 10 % validation from the training data where there is none
+# target_modules = "all-linear"
+# learning_rate = 1e-3
+# steps = 300
+# batch_size = 16             # examples a training step
+# rank = 8
+"""
+"""The keys of every kind, for its example file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The keys of a task file; kinds add their own. Paths are those from which they can be opened."""
+
+    kind: str
+    base: str
+    data: str | dict[str, str]
+    revision: str | None = None
+    dtype: str = "float32"
+    device_map: str | None = None
+    trust_remote_code: bool = False
+    data_config: str | None = None
+    splits: dict[str, str] | None = None
+    limit: int | None = None
+    split_seed: int = 0
+    target_modules: str | list[str] = "all-linear"
+    learning_rate: float = 1e-3
+    steps: int = 300
+    batch_size: int = 16
+    rank: int = 8
+
+    columns: ClassVar[tuple[str, ...]] = ()
+    """Keys that name columns of the data, or are templates of such."""
+
+
+LEAST = {"limit": 1, "split_seed": 0, "steps": 1, "batch_size": 1, "rank": 1, "max_length": 1}
+
+
+class FileTask(Task):
+    """A task that a TOML file describes; kinds are subclasses with their own `Settings`."""
+
+    kind: ClassVar[str]
+    Keys: ClassVar[type[Settings]]
+    batch_size = 64
+
+    def __init__(self, settings: Any, name: str) -> None:
+        self.settings = settings
+        self.name = name
+        self.about = f"{settings.kind} on {settings.base}"
+        self.base = settings.base
+        self.target_modules = settings.target_modules
+        self.learning_rate = settings.learning_rate
+        self.steps = settings.steps
+        self.train_batch_size = settings.batch_size
+        self.rank = settings.rank
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any], base: Path, where: str) -> FileTask:
+        """From a task file's or a record's keys; paths are relative to `base`, `where` names the file in errors."""
+        known = {f.name: f for f in fields(cls.Keys)}
+        for key in record:
+            if key not in known:
+                raise unknown(f"key in {where}", key, sorted(known))
+        missing = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
+        missing = [name for name in missing if name not in record]
+        if missing:
+            raise OptionError(f"{where}: no {missing[0]}, which a {cls.kind} task needs")
+        hints = typing.get_type_hints(cls.Keys)
+        for key, value in record.items():
+            _check(where, key, value, hints[key])
+        data = record["data"]
+        placed = {k: _data(v, base) for k, v in data.items()} if isinstance(data, dict) else _data(data, base)
+        named = record["base"]
+        found = _place(named, base) if (base / named).exists() else named
+        settings = cls.Keys(**{**record, "data": placed, "base": found})
+        cls._check(settings, where)
+        label = getattr(settings, "label", None)
+        name = Path(where).stem if where.endswith(".toml") else f"{cls.kind}/{label or Path(str(settings.base)).name}"
+        return cls(settings, name)
+
+    @classmethod
+    def _check(cls, settings: Any, where: str) -> None:
+        """Refuse values that cannot be; kinds add to it."""
+        if settings.dtype not in DTYPES:
+            raise unknown(f"dtype in {where}:", settings.dtype, DTYPES)
+        for name in settings.splits or {}:
+            if name not in SPLITS:
+                raise unknown(f"split in {where}:", name, SPLITS)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The task file's keys, defaults left out; paths relative to the current folder where they lie below it."""
+        every = {f.name: (getattr(self.settings, f.name), f.default) for f in fields(self.settings)}
+        always = {"kind", *(name for name, (_, default) in every.items() if default is MISSING)}
+        return {name: value for name, (value, default) in every.items() if name in always or value != default}
+
+    def table(self, split: str) -> dict[str, Sequence[Any]]:
+        """The columns of a split that the task needs; where the data has no such split, it is drawn from training."""
+        found = self._carved[split] if split in self._carved else self._tables[split]
+        limit = self.settings.limit
+        if limit is not None and limit < len(found):
+            found = found.select(range(limit))
+        if not len(found):
+            raise TaskError(f"task {self.name}: its {split} split is empty")
+        return {name: list(found[name]) for name in self._columns(found.column_names)}
+
+    def pretrained(self, cls: Any, **options: Any) -> Any:
+        """`cls` from the base, as the task's keys say."""
+        keys = self.settings
+        more = {"revision": keys.revision} if keys.revision else {}
+        return pretrained(
+            cls,
+            keys.base,
+            where=f"task {self.name}: its base",
+            trust_remote_code=keys.trust_remote_code,
+            **more,
+            **options,
+        )
+
+    def pretrained_model(self, cls: Any, **options: Any) -> Any:
+        """The base model in its dtype, on the devices that `device_map` says; what it lacks is drawn from seed 0."""
+        placed = {"device_map": self.settings.device_map} if self.settings.device_map else {}
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return self.pretrained(cls, dtype=DTYPES[self.settings.dtype], **placed, **options)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The base's tokenizer, with a padding token."""
+        from transformers import AutoTokenizer
+
+        tokenizer = self.pretrained(AutoTokenizer)
+        if tokenizer.pad_token is None:
+            if tokenizer.eos_token is None:
+                raise TaskError(f"task {self.name}: the tokenizer of {self.settings.base!r} has no padding token")
+            tokenizer.pad_token = tokenizer.eos_token
+        size = self._vocabulary
+        if size is not None and len(tokenizer) > size and max(tokenizer.get_vocab().values()) >= size:
+            raise TaskError(
+                f"task {self.name}: the tokenizer of {self.settings.base!r} has {len(tokenizer)} tokens, the model "
+                f"{size}: they do not belong together"
+            )
+        return tokenizer
+
+    @cached_property
+    def config(self) -> Any:
+        """The base's configuration."""
+        from transformers import AutoConfig
+
+        return self.pretrained(AutoConfig)
+
+    @property
+    def _vocabulary(self) -> int | None:
+        config = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
+        size = getattr(config, "vocab_size", None)
+        return int(size) if isinstance(size, int) else None
+
+    def _columns(self, there: Sequence[str]) -> list[str]:
+        """Columns that are read; TaskError for one that is not there."""
+        wanted = self._wanted()
+        for name in wanted:
+            if name not in there:
+                raise TaskError(f"{self._where}: no column {name!r}; there are: {', '.join(there)}")
+        return wanted
+
+    def _wanted(self) -> list[str]:
+        """Names of the columns that the keys ask for."""
+        return [value for key in self.settings.columns if (value := getattr(self.settings, key)) is not None]
+
+    @property
+    def _where(self) -> str:
+        data = self.settings.data
+        return str(data) if isinstance(data, str) else f"task {self.name}"
+
+    @cached_property
+    def _tables(self) -> dict[str, Any]:
+        """Split → dataset, for the splits that the data has."""
+        data = self.settings.data
+        if isinstance(data, dict):
+            for name in data:
+                if name not in SPLITS:
+                    raise unknown(f"split in the data of task {self.name}:", name, SPLITS)
+            return {name: self._file(Path(path)) for name, path in data.items()}
+        if Path(data).suffix in _FORMATS or Path(data).is_file():
+            return {"train": self._file(Path(data))}
+        found = self._dataset(data)
+        chosen = self.settings.splits or {}
+        tables = {}
+        for split, spellings in _SPELLINGS.items():
+            name = chosen.get(split) or next((each for each in spellings if each in found), None)
+            if split in chosen and name not in found:
+                raise TaskError(f"{data}: has no split {name!r}; there are: {', '.join(found)}")
+            if name is not None:
+                tables[split] = found[name]
+        if "train" not in tables:
+            raise TaskError(f"{data}: has no train split; there are: {', '.join(found)}; name it in splits")
+        return tables
+
+    @cached_property
+    def _carved(self) -> dict[str, Any]:
+        """The splits that the data lacks, drawn from its training data with `split_seed`, and what is left of that."""
+        if all(split in self._tables for split in SPLITS):
+            return {}
+        whole = self._tables.get("train")
+        if whole is None:
+            raise TaskError(f"task {self.name}: no train data; its data has {some(self._tables)}")
+        order = np.random.default_rng(self.settings.split_seed).permutation(len(whole))
+        parts, start = {}, 0
+        for split, share in (("test", _TEST), ("validation", _VALIDATION)):
+            if split not in self._tables:
+                end = start + round(share * len(order))
+                parts[split], start = whole.select(order[start:end]), end
+        parts["train"] = whole.select(order[start:])
+        return parts
+
+    def _file(self, path: Path) -> Any:
+        from datasets import Dataset
+
+        if not path.is_file():
+            raise FileError(f"task {self.name}: its data {path} is missing")
+        if path.suffix not in _FORMATS:
+            raise FileError(f"{path}: {some(_FORMATS, 4)} can be read")
+        with _silent():
+            try:
+                return getattr(Dataset, f"from_{_FORMATS[path.suffix]}")(str(path))
+            except Exception as error:  # the readers of datasets raise their own many kinds
+                raise FileError(f"{path}: cannot be read as a table ({_first_line(error)})") from error
+
+    def _dataset(self, name: str) -> Any:
+        """A folder (of images, of tables, or saved by datasets), or a dataset from the hub."""
+        from datasets import DatasetDict, load_dataset, load_from_disk
+
+        folder = Path(name)
+        with _silent():
+            try:
+                if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+                    found = load_from_disk(name)
+                else:
+                    found = load_dataset(name, self.settings.data_config)
+            except Exception as error:  # as above, and the hub client's
+                if folder.exists():
+                    raise FileError(f"{name}: cannot be read as a dataset ({_first_line(error)})") from error
+                raise FileError(
+                    f"task {self.name}: its data {name!r} is no file or folder here, and the Hugging Face hub gave no "
+                    f"such dataset ({_first_line(error)}); give a local folder or file where there is no network"
+                ) from error
+        return found if isinstance(found, DatasetDict) else {"train": found}
+
+
+class _silent:  # noqa: N801  (a context)
+    """datasets without its progress bars."""
+
+    def __enter__(self) -> None:
+        from datasets.utils import logging as datasets_logging
+
+        datasets_logging.disable_progress_bar()
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+
+def labels_of(task: FileTask, values: Sequence[Any], names: Sequence[str] | None) -> torch.Tensor:
+    """Labels as numbers from 0: places in `names`, or whole numbers as they are; TaskError naming the first other."""
+    if len(values) and all(value is None or (isinstance(value, int) and value == -1) for value in values):
+        raise TaskError(
+            f"task {task.name}: a split without labels (all of them are {values[0]}); name another one in splits"
+        )
+    return torch.tensor([_label(task, value, names) for value in values], dtype=torch.long)
+
+
+def _label(task: FileTask, value: object, names: Sequence[str] | None) -> int:
+    if isinstance(value, str) and names is None:
+        raise TaskError(f"task {task.name}: label {value!r} is a name where numbers are expected")
+    if isinstance(value, str):
+        assert names is not None
+        if value not in names:
+            raise TaskError(f"task {task.name}: label {value!r} is none of {some(map(repr, names), 8)}")
+        return list(names).index(value)
+    if isinstance(value, bool | int | np.integer):
+        return int(value)
+    raise TaskError(f"task {task.name}: label {value!r} is a {type(value).__name__}; names or whole numbers are needed")
+
+
+def names_in(task: FileTask, column: str) -> list[str] | None:
+    """Names of the labels in a column: as the dataset declares them, or sorted where they are text."""
+    train = task._carved.get("train") or task._tables["train"]
+    task._columns(train.column_names)
+    feature = train.features[column]
+    if getattr(feature, "names", None):
+        return list(feature.names)
+    values = train[column]
+    if not all(isinstance(value, str) for value in values):
+        return None
+    return sorted(set(values))
+
+
+def _check(where: str, key: str, value: object, hint: Any) -> None:
+    """Refuse a value of another type than the key's, or a number out of range."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    plain = tuple(typing.get_origin(kind) or kind for kind in kinds)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = isinstance(value, plain) and (bool in plain or not isinstance(value, bool))
+    if float in plain and is_number:
+        fits = True
+    if dict in plain and isinstance(value, dict):
+        fits = all(isinstance(part, str) for part in value.values())
+    if list in plain and isinstance(value, list):
+        fits = all(isinstance(part, str) for part in value)
+    if key in LEAST and fits and value is not None:
+        assert isinstance(value, int)
+        fits = value >= LEAST[key]
+    if key == "learning_rate" and fits:
+        assert isinstance(value, int | float)
+        fits = 0 < value < math.inf
+    if not fits:
+        raise OptionError(f"{where}: {key} is {value!r}; {_needed(key, plain)} is needed")
+
+
+def _needed(key: str, plain: Sequence[type]) -> str:
+    if key in LEAST:
+        return f"a whole number of at least {LEAST[key]}"
+    if key == "learning_rate":
+        return "a number above 0"
+    if plain == (str,) and key not in ("base", "data", "dtype"):
+        return "the name of a column" if key in ("text", "label", "image") else "a text"
+    words = {str: "a text", bool: "true or false", list: "a list of names", dict: "a table of texts", float: "a number"}
+    return " or ".join(words[kind] for kind in plain if kind in words)
+
+
+def _data(text: str, base: Path) -> str:
+    """A path beside the task file; the name of a dataset on the hub stays as it is."""
+    looks_like_file = Path(text).suffix in _FORMATS
+    return _place(text, base) if looks_like_file or (base / text).exists() else text
+
+
+def _place(text: str, base: Path) -> str:
+    """A path next to the task file, relative to the current folder where it lies below."""
+    path = base / text
+    try:
+        return os.path.relpath(path) if path.resolve().is_relative_to(Path.cwd()) else str(path.resolve())
+    except ValueError:
+        return str(path.resolve())
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).partition("\n")[0]
