@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lora_lab.adapter import Adapter
 from lora_lab.errors import AdapterError, MismatchError, TunerError, some
 from lora_lab.peft_format import PREFIX, anchored, tuner_of
+from lora_lab.result import fingerprint
 
 NAME = "default"
 """The name under which PEFT keeps our one adapter."""
@@ -145,6 +146,20 @@ def peft_config(adapter: Adapter, *others: Adapter) -> Any:
         raise AdapterError(f"{adapter.source}: PEFT refuses its configuration: {error}") from error
 
 
+_NAMES_LABELS = ("id2label", "label2id", "num_labels", "problem_type", "pad_token_id", "use_cache")
+
+
+def config_hash(model: nn.Module) -> str | None:
+    """A short hash of the base's configuration, without names, versions and labels; None where it has none."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
+    if not isinstance(config, dict):
+        return None
+    kept = {k: v for k, v in config.items() if not k.startswith(("_", "transformers", "torch_dtype", "dtype"))}
+    return fingerprint({k: v for k, v in kept.items() if k not in _NAMES_LABELS})
+
+
 def layers(model: nn.Module) -> dict[str, Any]:
     """Module name in the base model → PEFT layer, found by type, in the model's order."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -232,7 +247,14 @@ def _changes_base(adapter: Adapter) -> bool:
 
 def _check_fit(model: nn.Module, *adapters: Adapter) -> None:
     known = dict(model.named_modules())
+    found = config_hash(model)
     for adapter in adapters:
+        trained_on = adapter.record.get("base_config")
+        if trained_on and found and trained_on != found:
+            raise MismatchError(
+                f"{adapter.source}: trained on a base whose configuration has the hash {trained_on}; this one's is "
+                f"{found} ({type(model).__name__}): another model, or another version of it"
+            )
         if adapter.config.get("layer_replication"):
             raise TunerError(
                 f"{adapter.source}: layer_replication builds another model, which cannot be attached to this one"

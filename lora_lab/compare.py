@@ -85,8 +85,8 @@ def compare(
 
     `methods` are names of MERGES, NAME:RULE for an inner rule, or all; `options` are theirs by name. Every number on
     the `split` has a 95 % interval over examples (paired bootstrap with `seed`); normalised is divided by the
-    adapter's own accuracy alone. A method that cannot merge a set is left out, and the summary says why. With
-    `journal`, a killed run goes on where it was.
+    adapter's own accuracy alone. The summary has the validation curves over the coefficients. A method that cannot
+    merge a set is left out, and the summary says why. With `journal`, a killed run goes on where it was.
     """
     ways = ways_of(methods, options or {})
     mixes = mixes_of(adapters, tasks, ratios)
@@ -103,26 +103,25 @@ def compare(
     names = labels_of(adapters)
     rows: list[Row] = []
     sets: list[Row] = []
+    curves: list[Row] = []
     skipped: list[Row] = []
     for mix in mixes:
         alone = court.alone(mix, "validation"), court.alone(mix, split)
         for name, scores in _references(mix, alone[1], court):
             cells, whole = _measured(mix, name, scores, alone[1], names, tasks, seed)
-            rows += [{**row, "coefficient": None, "chosen": True, "split": split} for row in cells]
+            rows += [{**row, "coefficient": None, "chosen": True} for row in cells]
             sets.append({**whole, "coefficient": None, "chosen": True, "at_edge": None})
         for way in ways if len(mix.members) > 1 else ():
             try:
                 made = court.merged(mix, way)
                 tried = {c: court.judge(mix, way, c, "validation", made) for c in grid}
-                for coefficient, scores in tried.items():
-                    cells, _ = _measured(mix, way.name, scores, alone[0], names, tasks, seed, intervals=False)
-                    rows += [{**r, "coefficient": coefficient, "chosen": None, "split": "validation"} for r in cells]
-                best = _best(tried, alone[0])
+                curves.append({**_head(mix, way.name), **_curve(tried, alone[0])})
+                best = _best(curves[-1])
                 for coefficient in dict.fromkeys((best, 1.0)):
                     scores = court.judge(mix, way, coefficient, split, made)
                     cells, whole = _measured(mix, way.name, scores, alone[1], names, tasks, seed)
                     chosen = coefficient == best
-                    rows += [{**r, "coefficient": coefficient, "chosen": chosen, "split": split} for r in cells]
+                    rows += [{**r, "coefficient": coefficient, "chosen": chosen} for r in cells]
                     at_edge = len(grid) > 1 and best in (min(grid), max(grid))
                     sets.append({**whole, "coefficient": coefficient, "chosen": chosen, "at_edge": at_edge})
             except (MismatchError, TunerError, OptionError) as error:
@@ -141,7 +140,7 @@ def compare(
             **settings,
             "adapters": [{**described(a), "name": n} for a, n in zip(adapters, names, strict=True)],
         },
-        finite({"sets": sets, "by_method": _by_method(sets), "skipped": skipped}),
+        finite({"sets": sets, "by_method": _by_method(sets), "curves": curves, "skipped": skipped}),
         provenance(
             inputs=[Path(a.source) for a in adapters],
             elapsed_s=time.perf_counter() - began,
@@ -359,17 +358,33 @@ class _Court:
         return self._known[key]
 
 
-def _best(tried: Mapping[float, Judged], alone: Judged) -> float:
+def _head(mix: Mix, merge: str) -> Row:
+    return {"set": mix.label, "method": mix.method, "seed": mix.seed, "ratio": mix.ratio, "merge": merge}
+
+
+def _curve(tried: Mapping[float, Judged], alone: Judged) -> Row:
+    """Means over the tasks at every coefficient, on the validation splits."""
+    coefficients = sorted(tried)
+    groups = [tried[c] for c in coefficients]
+    accuracies = np.array([[_correct(scores).mean() for scores in group] for group in groups])
+    own = np.array([_correct(scores).mean() for scores in alone])
+    return {
+        "coefficient": coefficients,
+        "accuracy": accuracies.mean(1).tolist(),
+        "normalised": (accuracies / np.maximum(own, _TINY)).mean(1).tolist(),
+        "loss": [float(np.mean([_loss(scores) for scores in group])) for group in groups],
+    }
+
+
+def _best(curve: Row) -> float:
     """The coefficient of the highest mean normalised accuracy, then of the lowest mean loss."""
 
-    def rank(coefficient: float) -> tuple[float, float]:
-        scores = tried[coefficient]
-        pairs = zip(scores, alone, strict=True)
-        shares = [_correct(s).mean() / max(_correct(own).mean(), _TINY) for s, own in pairs]
-        loss = float(np.mean([s.mean_loss for group in scores for s in group]))
-        return round(float(np.mean(shares)), 12), -loss if math.isfinite(loss) else -math.inf
+    def rank(i: int) -> tuple[float, float]:
+        loss = curve["loss"][i]
+        return round(curve["normalised"][i], 12), -loss if math.isfinite(loss) else -math.inf
 
-    return max(tried, key=rank)
+    best: float = curve["coefficient"][max(range(len(curve["coefficient"])), key=rank)]
+    return best
 
 
 def _measured(
@@ -380,21 +395,19 @@ def _measured(
     names: Sequence[str],
     tasks: Sequence[Task],
     seed: int,
-    *,
-    intervals: bool = True,
 ) -> tuple[list[Row], Row]:
     """A row for each task, and the row of the mean over them."""
-    head = {"set": mix.label, "method": mix.method, "seed": mix.seed, "ratio": mix.ratio, "merge": name}
+    head = _head(mix, name)
     rows, accuracies, shares = [], [], []
     for index, own, scored in zip(mix.members, alone, scores, strict=False):
-        both = Sampled.of(np.stack([_correct(scored), _correct(own)]), seed=seed, resamples=1000 if intervals else 1)
+        both = Sampled.of(np.stack([_correct(scored), _correct(own)]), seed=seed)
         share = [each[0] / np.maximum(each[1], _TINY) for each in (both.means, both.samples)]
         accuracies.append((both.means[0], both.samples[0]))
         shares.append((share[0], share[1]))
         cells = {"accuracy": (both.means[0], both.samples[0]), "normalised": (share[0], share[1])}
         row: Row = {**head, "task": tasks[index].name, "adapter": names[index], "loss": _loss(scored)}
         for key, (mean, samples) in cells.items():
-            low, high = interval(samples) if intervals else (None, None)
+            low, high = interval(samples)
             row |= {key: float(mean[0]), f"{key}_low": low, f"{key}_high": high}
         rows.append(row)
     whole: Row = {**head, "loss": float(np.mean([row["loss"] for row in rows]))}

@@ -130,15 +130,13 @@ def _bars(ax: Axes, results: Sequence[Result], *, horizontal: bool) -> None:
 
 
 def _coefficient_curve(ax: Axes, results: Sequence[Result], name: str) -> None:
-    rows = [row for result in results for row in result.rows(merge=name, split="validation")]
-    for i, (head, own) in enumerate(grouped(rows, "method")):
+    curves = [curve for result in results for curve in result.summary["curves"] if curve["merge"] == name]
+    for i, (head, own) in enumerate(grouped(curves, "method")):
         label = plot_style.method_name(head["method"])
-        coefficients = sorted({row["coefficient"] for row in own})
-        at = {c: [row for row in own if row["coefficient"] == c] for c in coefficients}
-        values = [[_mean(group) for _, group in grouped(at[c], "set")] for c in coefficients]
-        _curve(ax, np.array(coefficients), values, label, i)
+        values = np.array([curve["accuracy"] for curve in own]).T
+        _curve(ax, np.array(own[0]["coefficient"]), values.tolist(), label, i)
     ax.set_xscale("log")
-    ticks = [tick for tick in (0.1, 0.3, 1, 3, 10) if not rows or tick <= 1.05 * max(r["coefficient"] for r in rows)]
+    ticks = [tick for tick in (0.1, 0.3, 1, 3, 10) if not curves or tick <= 1.05 * curves[0]["coefficient"][-1]]
     ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))
     ax.xaxis.set_minor_locator(NullLocator())
@@ -180,10 +178,6 @@ def _band(rows: Sequence[Row], key: str) -> tuple[float, float, float]:
         return rows[0][key], rows[0][f"{key}_low"], rows[0][f"{key}_high"]
     values = np.array([row[key] for row in rows])
     return values.mean(), values.mean() - values.std(ddof=1), values.mean() + values.std(ddof=1)
-
-
-def _mean(rows: Sequence[Any]) -> float:
-    return float(np.mean([row["accuracy"] for row in rows]))
 
 
 def _merged(result: Result) -> list[str]:

@@ -68,6 +68,10 @@ class Recipe:
     max_grad_norm: float = 1.0
     optimizer: str = "adamw_torch_fused"
     """One of transformers' names, as TrainingArguments.optim."""
+    lora_plus: float | None = None
+    """LoRA+: the learning rate of B is so many times that of A (Hayou et al. 2024, arXiv:2402.12354)."""
+    bf16: bool = False
+    """Train in bfloat16 mixed precision; the adapter's own weights stay float32."""
     dropout: float = 0.25
     ramp: str = "linear"
     p0: float | None = None
@@ -81,7 +85,7 @@ class Recipe:
             raise unknown("method", self.method, METHODS)
         if self.peft not in tuners():
             raise unknown("tuner", self.peft, tuners())
-        for name in ("rank", "steps", "batch_size", "accumulate", "save_every", "learning_rate", "alpha"):
+        for name in ("rank", "steps", "batch_size", "accumulate", "save_every", "learning_rate", "alpha", "lora_plus"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise OptionError(f"{name.replace('_', ' ')} is {value}; it must be above 0")

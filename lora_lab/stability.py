@@ -69,7 +69,7 @@ def stability(
         games = [Game(game.outcomes, game.players, rescale=rescaled) for rescaled in factors]
         chosen = _sets(game, samples, seed, every)
         if confirm and not rows:
-            costs = [each.cost(chosen, logits=True) * len(adapters) for each in games]
+            costs = [each.cost(chosen, logits=task.classifies) * len(adapters) for each in games]
             confirm(sum(costs[1:], costs[0]))
         fixed = patterns.fixed(patterns.choice_of(adapter))
         del fixed["all"]
@@ -174,7 +174,7 @@ class _Seen:
         self._game, self._seed = game, seed
         self._sampled = len(chosen)
         self._sets = np.concatenate([chosen, np.array([r for r in ends if r.tobytes() not in known]).reshape(-1, n)])
-        self._scores = game.scores(self._sets, logits=True)
+        self._scores = game.scores(self._sets, logits=game.outcomes.task.classifies)
         self._size = self._sets.sum(1)
         self._good = [bool(np.isfinite(s.loss).all()) for s in self._scores]
         self._by_size: dict[int, list[int]] = {}
@@ -333,6 +333,8 @@ class _Seen:
 
         Both sides from the same keep-sets; cross-entropy is convex in the logits, so the left one is never smaller.
         """
+        if not self._game.outcomes.task.classifies:  # a vocabulary of logits for every token is not kept
+            return []
         labels = self._game.outcomes.labels
         left, right = {}, {}
         for k in self._weights(0.5):

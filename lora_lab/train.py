@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import random
 import re
+import sys
 import tempfile
 import time
 import warnings
@@ -22,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from lora_lab import files, peft_format
 from lora_lab.adapter import Adapter
-from lora_lab.attach import layers
+from lora_lab.attach import config_hash, layers
 from lora_lab.coto import CoToCallback, DropoutRamp
 from lora_lab.errors import FileError, LoraLabError, OptionError, TaskError, TunerError, unknown
 from lora_lab.evaluate import score
@@ -30,7 +32,7 @@ from lora_lab.lowrank import LowRank, combine
 from lora_lab.players import group
 from lora_lab.recipe import METHODS, Recipe, tuners
 from lora_lab.result import Result, finite, provenance
-from lora_lab.task import Split, Task, trimmed
+from lora_lab.task import Split, Task, resolve_device, trimmed
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -42,13 +44,15 @@ def train(
     *,
     device: torch.device | None = None,
     checkpoints: Path | None = None,
+    report_to: str = "none",
     progress: Progress | None = None,
 ) -> tuple[Adapter, Result]:
     """Train one adapter; it comes with its record, and with the log of the run (p, mask, loss, rate of each step).
 
     `checkpoints` is a folder for Trainer checkpoints (with `recipe.save_every`); a killed run of the same recipe
-    goes on from the last one there, with the masks and results of an uninterrupted run. Global random state is
-    left as it was.
+    goes on from the last one there, with the masks and results of an uninterrupted run. `report_to` names what the
+    Trainer logs to (tensorboard, wandb …). Started by torchrun, all processes train one adapter together: a batch of
+    the recipe is shared out among them, and all draw the same masks. Global random state is left as it was.
     """
     recipe = recipe.for_task(task)
     began = time.perf_counter()
@@ -57,18 +61,25 @@ def train(
     with _isolated_randomness(), _quiet(), contextlib.ExitStack() as stack:
         model = _with_adapter(task, recipe)
         initial = _principal_part(model)
+        record |= {"base_config": config_hash(model)}
         callbacks = _callbacks(recipe, record, base)
         log = _Log(progress)
         keep = checkpoints if recipe.save_every else None
         resume = _last_checkpoint(keep, record) if keep else None
         folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        trainer = _LeanTrainer(
-            model=model,
-            args=_arguments(recipe, folder, device),
-            train_dataset=_Batches(task.training_split()),
-            data_collator=_same,
-            callbacks=[*callbacks, log],
-        )
+        try:
+            trainer = _LeanTrainer(
+                model=model,
+                args=_arguments(recipe, folder, device, report_to),
+                train_dataset=_Batches(task.training_split()),
+                data_collator=_same,
+                callbacks=[*callbacks, log],
+            )
+        except (RuntimeError, ValueError) as error:  # a logger that is not installed or not known
+            if report_to == "none":
+                raise
+            raise OptionError(f"--report-to {report_to}: {_first_line(error)}") from error
+        trainer.lora_plus = recipe.lora_plus
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         cpu_began = time.process_time()
@@ -99,6 +110,8 @@ def _with_adapter(task: Task, recipe: Recipe) -> Any:
     torch.manual_seed(recipe.init_seed or 0)
     model = task.build_model()
     config = _peft_config(recipe)
+    if task.trained_modules:
+        config.modules_to_save = [*(config.modules_to_save or []), *task.trained_modules]
     try:
         model = get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError, ImportError, re.error) as error:
@@ -164,14 +177,26 @@ def _callbacks(recipe: Recipe, record: Mapping[str, Any], base: Mapping[str, Any
     return callbacks
 
 
-def _arguments(recipe: Recipe, folder: Path, device: torch.device | None) -> Any:
-    assert recipe.steps is not None
+def processes() -> int:
+    """How many processes train together, as torchrun and accelerate say it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _arguments(recipe: Recipe, folder: Path, device: torch.device | None, report_to: str) -> Any:
+    assert recipe.steps is not None and recipe.batch_size is not None  # noqa: PT018
+    if recipe.batch_size % processes():
+        raise OptionError(f"a batch of {recipe.batch_size} cannot be shared out evenly among {processes()} processes")
     # The rate is constant until the masks end and then falls: the phase that trains all adapters needs a rate.
     decay = max(1, round((1 - recipe.stage) * recipe.steps))
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
+        per_device_train_batch_size=recipe.batch_size // processes(),
         gradient_accumulation_steps=recipe.accumulate,
         **{_CHECKPOINTING: recipe.checkpointing},
         learning_rate=recipe.learning_rate,
@@ -188,17 +213,36 @@ def _arguments(recipe: Recipe, folder: Path, device: torch.device | None) -> Any
         save_steps=recipe.save_every or recipe.steps,
         seed=recipe.seed,
         data_seed=recipe.seed,
-        use_cpu=device is not None and device.type == "cpu",
+        use_cpu=(device or resolve_device()).type == "cpu",
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         label_names=["labels"],
-        report_to="none",
+        report_to=report_to,
+        run_name=f"{recipe.method}-s{recipe.seed}",
         disable_tqdm=True,
+        bf16=recipe.bf16,
+        ddp_find_unused_parameters=True if processes() > 1 else None,  # adapters that are off have no gradient
     )
 
 
 class _LeanTrainer(Trainer):  # type: ignore[misc]
     """The Trainer without two walks over all modules at every step, which cost a small model as much as its maths."""
+
+    lora_plus: float | None = None
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """With LoRA+, parameter groups for A and B with learning rates of their own."""
+        known: Any = getattr(self, "optimizer", None)
+        if self.lora_plus is None or known is not None:
+            return super().create_optimizer(*args, **kwargs)
+        from peft.optimizers import create_loraplus_optimizer
+
+        cls, options = self.get_optimizer_cls_and_kwargs(self.args)
+        model = self.accelerator.unwrap_model(self.model)
+        self.optimizer = create_loraplus_optimizer(
+            model, cls, loraplus_lr_ratio=self.lora_plus, loraplus_weight_decay=self.args.weight_decay, **options
+        )
+        return self.optimizer
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted."""
@@ -406,3 +450,10 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(level)
+
+
+if __name__ == "__main__":  # torchrun --nproc-per-node 2 -m lora_lab.train --method coto …
+    from importlib.metadata import entry_points
+
+    (command,) = entry_points(group="console_scripts", name="lora-lab")
+    command.load()(["train", *sys.argv[1:]])

@@ -95,35 +95,30 @@ def test_alone_is_the_adapter_on_its_own_task(sets, result):
 
 
 def test_a_merge_is_scored_as_the_merged_adapter_itself_on_each_task(sets, result):
-    merged = merge(Sources(sets[:2], tasks=tasks_of(sets[:2])), "ties", coefficient=2.0).adapter
-    for index, labelling in enumerate(TASKS):
-        rows = result.rows(set="lora, seed 0", merge="ties", split="validation", coefficient=2.0)
-        assert rows[index]["task"] == f"digits/{labelling}"
-        own = score(Few(labelling), merged, "validation")
-        assert rows[index]["accuracy"] == pytest.approx(own.accuracy)
-        assert rows[index]["loss"] == pytest.approx(own.mean_loss, abs=1e-5)
+    sources = Sources(sets[:2], tasks=tasks_of(sets[:2]))
+    (curve,) = [c for c in result.summary["curves"] if (c["set"], c["merge"]) == ("lora, seed 0", "ties")]
+    assert curve["coefficient"] == [0.5, 1.0, 2.0]
+    for i, coefficient in enumerate(curve["coefficient"]):
+        merged = merge(sources, "ties", coefficient=coefficient).adapter
+        own = [score(Few(labelling), merged, "validation") for labelling in TASKS]
+        assert curve["accuracy"][i] == pytest.approx(np.mean([s.accuracy for s in own]))
+        assert curve["loss"][i] == pytest.approx(np.mean([s.mean_loss for s in own]), abs=1e-5)
+    for labelling in TASKS:
+        (row,) = result.rows(set="lora, seed 0", merge="ties", chosen=True, task=f"digits/{labelling}")
+        merged = merge(sources, "ties", coefficient=row["coefficient"]).adapter
+        own = score(Few(labelling), merged)
+        assert row["accuracy"] == pytest.approx(own.accuracy)
+        assert row["loss"] == pytest.approx(own.mean_loss, abs=1e-5)
 
 
 def test_the_coefficient_is_chosen_on_validation_and_reported_on_test(result):
-    for mix in {row["set"] for row in result.rows()}:
-        for name in METHODS:
-            alone = [score_of(result, mix, task) for task in ("digits/identity", "digits/mod3")]
-            shares = {}
-            for coefficient in (0.5, 1.0, 2.0):
-                rows = result.rows(set=mix, merge=name, split="validation", coefficient=coefficient)
-                assert [row["chosen"] for row in rows] == [None, None]
-                share = np.mean([row["accuracy"] / own for row, own in zip(rows, alone, strict=True)])
-                shares[coefficient] = (round(share, 9), -np.mean([row["loss"] for row in rows]))
-            best = max(shares, key=lambda c: shares[c])
-            tested = result.rows(set=mix, merge=name, split="test")
-            assert {row["coefficient"] for row in tested if row["chosen"]} == {best}
-            assert {row["coefficient"] for row in tested} == {best, 1.0}
-
-
-def score_of(result, mix, task):
-    """The accuracy of the adapter alone on the validation split, from what normalised validation rows say."""
-    rows = [r for r in result.rows(set=mix, task=task, split="validation") if r["accuracy"] and r["normalised"]]
-    return rows[0]["accuracy"] / rows[0]["normalised"]
+    assert len(result.summary["curves"]) == 4 * len(METHODS)
+    for curve in result.summary["curves"]:
+        ranked = [(round(n, 9), -loss) for n, loss in zip(curve["normalised"], curve["loss"], strict=True)]
+        best = curve["coefficient"][ranked.index(max(ranked))]
+        tested = result.rows(set=curve["set"], merge=curve["merge"])
+        assert {row["coefficient"] for row in tested if row["chosen"]} == {best}
+        assert {row["coefficient"] for row in tested} == {best, 1.0}
 
 
 def test_the_ensemble_averages_logits_under_each_head(sets, result):
@@ -148,7 +143,7 @@ def _logits(task, adapter):
 
 
 def test_every_number_on_the_test_split_has_an_interval_around_it(result):
-    for row in result.rows(split="test"):
+    for row in result.rows():
         for key in ("accuracy", "normalised"):
             assert row[f"{key}_low"] <= row[key] <= row[f"{key}_high"]
     for row in result.summary["sets"]:
@@ -233,7 +228,7 @@ def test_seeds_of_one_task_are_merged_in_every_combination_of_every_ratio(tmp_pa
         ("1:1:1", ENSEMBLE): 1,
         ("1:1:1", "average"): 1,
     }
-    (row,) = result.rows(ratio="1:1:1", merge="average", split="test")
+    (row,) = result.rows(ratio="1:1:1", merge="average")
     mean = merge(Sources(seeds), "average").adapter
     own = score(Few("identity"), mean)
     assert row["accuracy"] == pytest.approx(own.accuracy)
@@ -259,7 +254,7 @@ def test_each_source_brings_its_own_head(tmp_path):
             tensors={**merged.adapter.tensors, **heads},
             config={**merged.adapter.config, "modules_to_save": ["classifier"]},
         )
-        (row,) = result.rows(merge="average", task=task.name, split="test")
+        (row,) = result.rows(merge="average", task=task.name)
         assert row["loss"] == pytest.approx(score(task, whole).mean_loss, abs=1e-5)
 
 

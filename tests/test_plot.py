@@ -47,7 +47,7 @@ def cells(accuracy, t):
 
 
 def merges(methods=("lora", "coto"), names=("average", "ties"), seeds=2, ratios=(None,)):
-    rows, sets = [], []
+    rows, sets, curves = [], [], []
     for method in methods:
         for seed in range(seeds):
             for ratio in ratios:
@@ -59,9 +59,10 @@ def merges(methods=("lora", "coto"), names=("average", "ties"), seeds=2, ratios=
                     coefficient = None if name == "alone" else 1.0
                     cell |= {"merge": name, "coefficient": coefficient, "chosen": True, "loss": 1.0}
                     sets.append({**head, **cell, "at_edge": False})
-                    for task in ("t1", "t2"):
-                        for c in (0.1, 1.0, 3.0) if name != "alone" else (None,):
-                            rows.append({**head, **cell, "task": task, "coefficient": c, "split": "validation"})
+                    rows.append({**head, **cell, "task": "t1"})
+                    if name != "alone":
+                        points = {"coefficient": [0.1, 1.0, 3.0], "accuracy": [value] * 3}
+                        curves.append({**head, "merge": name, **points})
     table = [
         {"method": m, "merge": n, "ratio": r, "sets": seeds, "at_edge": 0, "coefficient": 1.0, "accuracy": 0.7}
         for m in methods
@@ -69,7 +70,13 @@ def merges(methods=("lora", "coto"), names=("average", "ties"), seeds=2, ratios=
         for r in ratios
     ]
     parameters = {"merges": list(names), "one_task": ratios != (None,), "task_names": ["t1", "t2"], "split": "test"}
-    return Result("compare-merges", columns(rows), parameters, {"sets": sets, "by_method": table}, {"examples": 500})
+    return Result(
+        "compare-merges",
+        columns(rows),
+        parameters,
+        {"sets": sets, "by_method": table, "curves": curves},
+        {"examples": 500},
+    )
 
 
 def run(method="coto", steps=40):
