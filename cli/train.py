@@ -27,39 +27,48 @@ def command(
     peft_config: Annotated[
         Path | None, typer.Option(help="JSON file with fields of PEFT's configuration; they win over other options.")
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="r; by default the task's.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="lora_alpha; by default twice the rank.")] = None,
+    rank: Annotated[str | None, typer.Option(help="r; by default the task's. ☰")] = None,
+    alpha: Annotated[str | None, typer.Option(help="lora_alpha; by default twice the rank. ☰")] = None,
     target_modules: Annotated[
         str | None, typer.Option(help="Names with commas, a regular expression, or all-linear; by default the task's.")
     ] = None,
     learning_rate: Annotated[
-        float | None, typer.Option("--lr", help="Peak learning rate; by default the task's.")
+        str | None, typer.Option("--lr", help="Peak learning rate; by default the task's. ☰")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps; by default the task's.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples per batch; by default the task's.")] = None,
+    lora_plus: Annotated[
+        str | None, typer.Option(help="LoRA+: the learning rate of B is so many times that of A. ☰")
+    ] = None,
+    steps: Annotated[str | None, typer.Option(help="Optimiser steps; by default the task's. ☰")] = None,
+    batch_size: Annotated[
+        str | None, typer.Option(help="Examples per batch, of all processes together; by default the task's. ☰")
+    ] = None,
     accumulate: Annotated[int, typer.Option(help="Batches per optimiser step.")] = 1,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Recompute activations to save memory.")
     ] = False,
-    warmup: Annotated[float, typer.Option(help="Share of the steps over which the learning rate rises.")] = 0.06,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's weight decay.")] = 0.0,
-    max_grad_norm: Annotated[float, typer.Option(help="Gradients are clipped to this norm.")] = 1.0,
+    warmup: Annotated[str, typer.Option(help="Share of the steps over which the learning rate rises. ☰")] = "0.06",
+    weight_decay: Annotated[str, typer.Option(help="AdamW's weight decay. ☰")] = "0.0",
+    max_grad_norm: Annotated[str, typer.Option(help="Gradients are clipped to this norm. ☰")] = "1.0",
+    bf16: Annotated[bool, typer.Option("--bf16", help="Train in bfloat16 mixed precision.")] = False,
     optimizer: Annotated[
         str, typer.Option(help="A name of transformers' TrainingArguments.optim.")
     ] = "adamw_torch_fused",
-    dropout: Annotated[float, typer.Option(help="(Initial) rate for dropout and progressive-dropout.")] = 0.25,
+    dropout: Annotated[str, typer.Option(help="(Initial) rate for dropout and progressive-dropout. ☰")] = "0.25",
     ramp: Annotated[str, typer.Option(help="Shape of p(t): linear, exponential or sine.")] = "linear",
     p0: Annotated[
-        float | None,
-        typer.Option(help="p at the first step (0.1); for stochastic-depth the last block's survival (0.5)."),
+        str | None,
+        typer.Option(help="p at the first step (0.1); for stochastic-depth the last block's survival (0.5). ☰"),
     ] = None,
-    stage: Annotated[float, typer.Option(help="Share of the steps after which every adapter is on.")] = 0.75,
+    stage: Annotated[str, typer.Option(help="Share of the steps after which every adapter is on. ☰")] = "0.75",
     group: Annotated[
         list[str] | None, typer.Option(help="What is switched together: block, module, or NAME=REGEX (repeatable).")
     ] = None,
     save_every: Annotated[
         int | None, typer.Option(help="Keep a checkpoint every N steps; a killed run resumes there.")
     ] = None,
+    report_to: Annotated[
+        str, typer.Option(help="Where the Trainer logs to: tensorboard, wandb … (which must be installed).")
+    ] = "none",
     jobs: Annotated[int | None, typer.Option(help="Runs side by side, a process each; by default one a core.")] = None,
     device: common.DeviceOption = None,
     output: Annotated[
@@ -73,9 +82,14 @@ def command(
     CoTo switches the adapters of each block on with a probability p(t) that grows from 0.1 to 1 over the first
     three quarters of the steps; the rest is plain training. The adapter carries the record of how it was made.
 
+    Options with ☰ take several values with commas (--lr 1e-3,2e-3,3e-3): each combination is trained, and the one with
+    the best validation accuracy, a mean over the seeds, is kept; its record tells of all, and they lie in tried/.
+
     Example:  lora-lab train --method coto --seed 0 -o a.safetensors
     """
-    from .. import tasks
+    import dataclasses
+
+    from .. import tasks, tuning
     from ..files import read_json
     from ..parallel import Job, train_all
     from ..recipe import Recipe
@@ -83,6 +97,11 @@ def command(
     chosen = tasks.from_name(task)
     settings = read_json(peft_config) if peft_config else {}
     wanted = common.parse_seeds(seeds) if seeds is not None else [seed]
+    whole = {"rank": rank, "steps": steps, "batch_size": batch_size}
+    real = {"alpha": alpha, "learning_rate": learning_rate, "lora_plus": lora_plus, "warmup": warmup}
+    real |= {"weight_decay": weight_decay, "max_grad_norm": max_grad_norm, "dropout": dropout, "p0": p0, "stage": stage}
+    values = {name: tuning.parse_values(text, _option(name), int) for name, text in whole.items()}
+    values |= {name: tuning.parse_values(text, _option(name), float) for name, text in real.items()}
     recipes = [
         Recipe(
             method=method,
@@ -90,36 +109,41 @@ def command(
             init_seed=init_seed,
             peft=peft or str(settings.get("peft_type") or "lora").lower(),
             peft_config=settings,
-            rank=rank,
-            alpha=alpha,
             target_modules=_target_modules(target_modules),
-            learning_rate=learning_rate,
-            steps=steps,
-            batch_size=batch_size,
             accumulate=accumulate,
             checkpointing=checkpointing,
-            warmup=warmup,
-            weight_decay=weight_decay,
-            max_grad_norm=max_grad_norm,
+            bf16=bf16,
             optimizer=optimizer,
-            dropout=dropout,
             ramp=ramp,
-            p0=p0,
-            stage=stage,
             groups=common.parse_groups(group) if group else "block",
             save_every=save_every,
+            **{name: each_value[0] for name, each_value in values.items()},
         )
         for each in wanted
     ]
     paths = [_path(output, recipe, folder=seeds is not None) for recipe in recipes]
-    todo = [Job(chosen.record, recipe, path, device) for recipe, path in zip(recipes, paths, strict=True)]
+    settings = tuning.settings_of(values)
+    tried: list[dict[str, Any]] = []
     with common.progress("training") as report:
-        results = train_all(todo, workers=jobs, force=force, progress=report)
+        if len(settings) > 1:
+            for setting in settings:  # refused before anything is trained
+                dataclasses.replace(recipes[0], **setting)
+            results, tried = tuning.train_best(
+                chosen.record, recipes, settings, paths, device=device, workers=jobs, force=force, progress=report
+            )
+        else:
+            todo = [Job(chosen.record, r, path, device, report_to) for r, path in zip(recipes, paths, strict=True)]
+            results = train_all(todo, workers=jobs, force=force, progress=report)
     if json:
         common.print_json(
             [{"path": str(path), **result.to_json()} for path, result in zip(paths, results, strict=True)]
         )
         return
+    if tried:
+        names = [name for name in tried[0] if name not in ("accuracy", "loss", "chosen")]
+        rows = [[*(row[n] for n in names), row["accuracy"], row["loss"], "✓" if row["chosen"] else ""] for row in tried]
+        common.table("Tried, means over the seeds", [*names, "validation accuracy", "validation loss", ""], rows)
+        common.console.print()
     show(paths, results)
 
 
@@ -133,6 +157,10 @@ def show(paths: list[Path], results: list[Any]) -> None:
         )
     headings = ("adapter", "method", "seed", "validation accuracy", "validation loss", "training CPU s")
     common.table("Trained adapters", headings, rows)
+
+
+def _option(name: str) -> str:
+    return "--lr" if name == "learning_rate" else "--" + name.replace("_", "-")
 
 
 def _target_modules(text: str | None) -> str | list[str] | None:

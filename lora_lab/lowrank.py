@@ -84,7 +84,7 @@ class LowRank:
         """
         core, B, A = self._reduced()
         U, S, Vh = torch.linalg.svd(core, full_matrices=False)
-        return _times(B, U[:, :rank]), S, _times(A, Vh[:rank].T).T
+        return B.times(U[:, :rank]), S, A.times(Vh[:rank].T).T
 
     def truncate(self, rank: int) -> tuple[LowRank, float]:
         """The best approximation of the given rank, and its relative Frobenius error (0 for ΔW = 0)."""
@@ -132,25 +132,47 @@ class LowRank:
         R = (U @ Vh).to(self.A.dtype)
         return LowRank(R.T @ self.A, self.B @ R, self.shape)
 
-    def _reduced(self) -> tuple[Tensor, Reflectors, Reflectors]:
-        """The core [k, l] with ΔW = Q_B core Q_Aᵀ in float64, and Q_B and Q_A as Householder reflectors."""
-        B, A = (torch.geqrf(factor) for factor in (self.B.double(), self.A.double().T))
-        R_B, R_A = (packed[: packed.shape[1]].triu() for packed, _ in (B, A))
-        return R_B @ R_A.T, B, A
+    def _reduced(self) -> tuple[Tensor, Basis, Basis]:
+        """The core [k, l] with ΔW = Q_B core Q_Aᵀ in float64, and what Q_B and Q_A are."""
+        B, A = Basis(self.B.double()), Basis(self.A.double().T)
+        return B.R @ A.R.T, B, A
 
 
-Reflectors = tuple[Tensor, Tensor]
-"""What LAPACK's geqrf gives: an orthogonal matrix that is cheaper to apply than to write down."""
+class Basis:
+    """Q R of a tall matrix X, with Q never written down: `times` applies it.
+
+    Well-conditioned columns go through the Cholesky factor of XᵀX, which costs a third; its error grows with the
+    square of the condition, so all others (`_CONDITION`) go through Householder reflectors.
+    """
+
+    def __init__(self, X: Tensor) -> None:
+        self._X = X
+        self._tau: Tensor | None = None
+        if X.shape[0] >= 2 * X.shape[1] > 0:
+            gram = X.T @ X
+            size = gram.diagonal().sqrt()
+            L, failed = torch.linalg.cholesky_ex(gram / size / size[:, None])
+            if not int(failed) and float(L.diagonal().min()) > _CONDITION:
+                self.R = L.T * size
+                return
+        self._X, self._tau = torch.geqrf(X)
+        self.R = self._X[: X.shape[1]].triu()
+
+    def times(self, Y: Tensor) -> Tensor:
+        """Q Y."""
+        if not Y.shape[1] or not self._X.shape[1]:
+            return Y.new_zeros(len(self._X), Y.shape[1])
+        product: Tensor
+        if self._tau is None:
+            product = self._X @ torch.linalg.solve_triangular(self.R, Y, upper=True)
+        else:
+            padded = torch.nn.functional.pad(Y, (0, 0, 0, len(self._X) - len(Y)))
+            product = torch.ormqr(self._X[:, : len(self._tau)], self._tau, padded)
+        return product
 
 
-def _times(Q: Reflectors, X: Tensor) -> Tensor:
-    """Q X for the leading columns of Q."""
-    packed, tau = Q
-    if not len(tau) or not X.shape[1]:
-        return X.new_zeros(len(packed), X.shape[1])
-    padded = torch.nn.functional.pad(X, (0, 0, 0, len(packed) - len(X)))
-    product: Tensor = torch.ormqr(packed[:, : len(tau)], tau, padded)
-    return product
+_CONDITION = 1e-3
+"""The least distance of a unit column from the span of those before it: errors stay below 1e-9."""
 
 
 def combine(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lab.errors import OptionError
+from lora_lab.errors import OptionError, TaskError
 from lora_lab.files import refuse_existing
 from lora_lab.result import Result
 
@@ -29,6 +29,9 @@ class Job:
     recipe: Recipe
     path: Path
     device: str | None = None
+    report_to: str = "none"
+    may_diverge: bool = False
+    """Whether a training whose loss is no number is a result (with `summary["diverged"]`), and no error."""
 
     @property
     def beside(self) -> tuple[Path, Path, Path]:
@@ -53,10 +56,12 @@ def train_all(
     """
     if workers is not None and workers < 1:
         raise OptionError(f"{workers} jobs side by side; at least 1 is needed")
+    if _processes() > 1:  # torchrun's: all of them train one job after the other, together
+        workers = 1
     paths = [job.path for job in jobs]
     if len(set(paths)) < len(paths):
         raise OptionError("two of these runs would write the same file")
-    for job in jobs:
+    for job in jobs if _is_first() else ():
         refuse_existing(job.path, *job.beside, force=force)
     workers = min(workers or os.cpu_count() or 1, len(jobs))
     if workers == 1:
@@ -76,6 +81,16 @@ def train_all(
             return [future.result() for future in futures]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _processes() -> int:
+    """How many processes train together, as torchrun and accelerate say it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 class _Total:
@@ -113,10 +128,21 @@ def _run(job: Job, force: bool, progress: Progress) -> Result:
     torch.set_num_threads(chosen.threads or threads)
     try:
         adapter, log = train(
-            chosen, job.recipe, device=resolve_device(job.device), checkpoints=job.checkpoints, progress=progress
+            chosen,
+            job.recipe,
+            device=resolve_device(job.device),
+            checkpoints=job.checkpoints,
+            report_to=job.report_to,
+            progress=progress,
         )
+    except TaskError as error:
+        if not job.may_diverge or "diverged" not in str(error):
+            raise
+        return Result("train", {}, {"recipe": job.recipe.method}, {"diverged": str(error)})
     finally:
         torch.set_num_threads(threads)
+    if not _is_first():
+        return log
     adapter.save(job.path, force=force)
     json, *figures = job.beside
     log.save(json)

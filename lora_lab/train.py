@@ -56,7 +56,7 @@ def train(
     """
     recipe = recipe.for_task(task)
     began = time.perf_counter()
-    record = {"task": task.record, "method": recipe.method, "seed": recipe.seed, "recipe": _recipe_record(recipe)}
+    record = {"task": task.record, "method": recipe.method, "seed": recipe.seed, "recipe": recipe_record(recipe)}
     base = {"base_model_name_or_path": task.base, "inference_mode": True}
     with _isolated_randomness(), _quiet(), contextlib.ExitStack() as stack:
         model = _with_adapter(task, recipe)
@@ -180,11 +180,6 @@ def _callbacks(recipe: Recipe, record: Mapping[str, Any], base: Mapping[str, Any
 def processes() -> int:
     """How many processes train together, as torchrun and accelerate say it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_first() -> bool:
-    """Whether this process is the one that writes."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _arguments(recipe: Recipe, folder: Path, device: torch.device | None, report_to: str) -> Any:
@@ -414,7 +409,8 @@ def _read(model: Any) -> Adapter:
     return Adapter(parsed.tensors, config, parsed.sites)
 
 
-def _recipe_record(recipe: Recipe) -> dict[str, Any]:
+def recipe_record(recipe: Recipe) -> dict[str, Any]:
+    """A recipe in JSON types, without what the record has beside it."""
     record: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe), default=_jsonable))
     return {key: value for key, value in record.items() if key not in ("method", "seed")}
 

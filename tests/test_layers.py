@@ -25,6 +25,7 @@ LAYERS = [
     {"train", "shapley", "stability", "tune"},
     {"sweep", "compare"},
     {"parallel"},
+    {"tuning"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(LAYERS) for name in names}
 DEFERRED = {
@@ -32,6 +33,9 @@ DEFERRED = {
     ("parallel", "plot"),
     ("parallel", "tasks"),
     ("parallel", "task"),
+    ("tuning", "adapter"),
+    ("tuning", "plot"),
+    ("tuning", "train"),
 }  # kept out of --help
 
 

@@ -1,0 +1,140 @@
+"""Trainings at several settings; the best is chosen on validation data, so that methods meet at their own best."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_lab.errors import FileError, OptionError, TaskError
+from lora_lab.files import refuse_existing
+from lora_lab.parallel import Job, train_all
+from lora_lab.result import Result, fingerprint, finite
+
+if TYPE_CHECKING:
+    from lora_lab.recipe import Recipe
+
+Setting = Mapping[str, Any]
+"""Field of the recipe → value."""
+
+
+def settings_of(given: Mapping[str, Sequence[Any]]) -> list[Setting]:
+    """All combinations of the values given for some fields; one, empty, where there is one value each."""
+    names = [name for name, values in given.items() if len(values) > 1]
+    return [dict(zip(names, values, strict=True)) for values in itertools.product(*(given[name] for name in names))]
+
+
+def train_best(
+    task: Mapping[str, Any],
+    recipes: Sequence[Recipe],
+    settings: Sequence[Setting],
+    paths: Sequence[Path],
+    *,
+    device: str | None = None,
+    workers: int | None = None,
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[Result], list[dict[str, Any]]]:
+    """Train every recipe (a seed each) at every setting and keep the best; its logs, and a row for each setting.
+
+    Best is the setting of the highest validation accuracy, a mean over the recipes (then of the lowest loss). Its
+    adapters go to `paths`, with all that was tried in their records; the others stay in the folder `tried` beside them,
+    from which a killed run goes on. A setting whose training diverges is kept as a row and never chosen.
+    """
+    for path in paths:
+        refuse_existing(path, force=force)
+    jobs = [
+        Job(task, dataclasses.replace(recipe, **setting), _tried(path, setting), device, may_diverge=True)
+        for setting in settings
+        for recipe, path in zip(recipes, paths, strict=True)
+    ]
+    known = {i: log for i, job in enumerate(jobs) if (log := _known(job)) is not None}
+    left = [i for i in range(len(jobs)) if i not in known]
+    if left:
+        done = train_all([jobs[i] for i in left], workers=workers, force=True, progress=progress)
+        known |= dict(zip(left, done, strict=True))
+    rows = []
+    for k, setting in enumerate(settings):
+        logs = [known[k * len(recipes) + i] for i in range(len(recipes))]
+        rows.append({**setting, **_validated(logs)})
+    able = [k for k, row in enumerate(rows) if row["accuracy"] is not None]
+    if not able:
+        raise TaskError(f"training diverged at every setting: {_words(settings)}; lower the learning rates")
+    best = max(able, key=lambda k: (round(rows[k]["accuracy"], 12), -rows[k]["loss"]))
+    for k, row in enumerate(rows):
+        row["chosen"] = k == best
+    chosen = jobs[best * len(recipes) : (best + 1) * len(recipes)]
+    logs = [known[best * len(recipes) + i] for i in range(len(recipes))]
+    for job, log, path in zip(chosen, logs, paths, strict=True):
+        _keep(job, log, path, rows, force)
+    return logs, rows
+
+
+def _tried(path: Path, setting: Setting) -> Path:
+    words = "-".join(f"{name}={value}" for name, value in setting.items())
+    stem = path.name.removesuffix(".safetensors")
+    return path.parent / "tried" / f"{stem}-{words}.safetensors"
+
+
+def _known(job: Job) -> Result | None:
+    """The log of this very training, if an earlier run has finished it."""
+    from lora_lab.adapter import Adapter
+    from lora_lab.train import recipe_record
+
+    if not job.path.exists() or not job.beside[0].exists():
+        return None
+    try:
+        record, log = Adapter.load(job.path).record, Result.load(job.beside[0])
+    except (FileError, ValueError):
+        return None
+    same = [record.get("task"), record.get("method"), record.get("seed")] == [
+        finite(job.task),
+        job.recipe.method,
+        job.recipe.seed,
+    ]
+    wanted = recipe_record(job.recipe)
+    recorded = record.get("recipe", {})
+    fixed = {name for name, value in wanted.items() if value is not None}  # the task's defaults are filled in later
+    agree = fingerprint({n: wanted[n] for n in fixed}) == fingerprint({n: recorded.get(n) for n in fixed})
+    return log if same and agree else None
+
+
+def _validated(logs: Sequence[Result]) -> dict[str, Any]:
+    """Means over the seeds, None where one of them diverged."""
+    if any("diverged" in log.summary for log in logs):
+        return {"accuracy": None, "loss": None}
+    found = [log.summary["validation"] for log in logs]
+    return {name: float(np.mean([each[name] for each in found])) for name in ("accuracy", "loss")}
+
+
+def _keep(job: Job, log: Result, path: Path, rows: Sequence[Mapping[str, Any]], force: bool) -> None:
+    from lora_lab import plot
+    from lora_lab.adapter import Adapter
+
+    adapter = Adapter.load(job.path)
+    record = {**adapter.record, "tuning": [dict(row) for row in rows]}
+    dataclasses.replace(adapter, record=record).save(path, force=force)
+    json, *figures = dataclasses.replace(job, path=path).beside
+    log.save(json)
+    plot.save(plot.figure([log]), *figures, force=True)
+
+
+def _words(settings: Sequence[Setting]) -> str:
+    return "; ".join(", ".join(f"{name} {value}" for name, value in setting.items()) for setting in settings)
+
+
+def parse_values(text: str | None, name: str, kind: Callable[[str], Any]) -> list[Any]:
+    """'1e-3,2e-3' → [0.001, 0.002]; [None] where nothing was given."""
+    if text is None:
+        return [None]
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise OptionError(f"{name} {text!r}: a number is needed, or several with commas between them") from error
+    if len(set(values)) < len(values):
+        raise OptionError(f"{name} {text!r}: a value is given twice")
+    return values
