@@ -71,6 +71,13 @@ def main(arguments: list[str] | None = None) -> None:
         code = app(arguments, standalone_mode=False)
     except LoraLabError as error:
         _fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        _fail(
+            "out of memory; fewer --examples, a smaller --batch-size or a base in bfloat16 (`dtype` in the task file) "
+            f"take less ({str(error).strip().partition(chr(10))[0][:120]})"
+        )
     except _UsageError as error:
         text, unknown = _usage(error)
         _fail(text, code=1 if unknown else 2)
@@ -87,6 +94,12 @@ def main(arguments: list[str] | None = None) -> None:
 def _fail(text: str, code: int = 1) -> None:
     print("error:", " ".join(text.split()), file=sys.stderr)
     sys.exit(code)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    words = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or any(word in text.lower() for word in words)
 
 
 def _usage(error: Any) -> tuple[str, bool]:

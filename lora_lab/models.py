@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,29 @@ def pretrained(cls: Any, name: str, *, where: str = "the model", **options: Any)
             f"{where} {name!r} cannot be loaded ({str(error).strip().partition(chr(10))[0]}); "
             "give a folder, or a hub id where there is a network"
         ) from error
+
+
+def check_memory(name: str, dtype: torch.dtype, *, where: str) -> None:
+    """TaskError where the weights in a folder, in this dtype, would not fit into the free memory."""
+    import psutil
+
+    files = [*Path(name).glob("*.safetensors")] or [*Path(name).glob("pytorch_model*.bin")]
+    if not files:
+        return  # a hub id, whose size is not known before it is loaded
+    stored = 4
+    if files[0].suffix == ".safetensors":
+        with files[0].open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        kinds = [entry["dtype"] for key, entry in header.items() if key != "__metadata__"]
+        stored = 2 if kinds and max(kinds, key=kinds.count) in ("F16", "BF16") else 4
+    needed = sum(file.stat().st_size for file in files) * dtype.itemsize / stored
+    free = psutil.virtual_memory().available
+    if needed > free:
+        half = 'dtype = "bfloat16" takes half of it, ' if dtype.itemsize == 4 else ""
+        raise TaskError(
+            f"{where} {name!r} takes {needed / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}, and "
+            f'{free / 2**30:.1f} GiB are free; {half}device_map = "auto" spreads it over several devices'
+        )
 
 
 def base_model(name: str, modules: Sequence[str] = ()) -> nn.Module:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_lab.errors import OptionError, unknown
-from lora_lab.lowrank import LowRank, combine
+from lora_lab.lowrank import Basis, LowRank, combine
 from lora_lab.rules import RULES
 
 Updates = Sequence[LowRank]
@@ -135,12 +135,12 @@ def _inner(name: str) -> Any:
 
 def _columns(updates: Updates) -> Tensor:
     """Left singular vectors [rows, k] of [ΔW₁ … ΔW_T], a sign each so that the largest entry is positive."""
-    Q, R = torch.linalg.qr(torch.cat([u.B.double() for u in updates], dim=1))
+    basis = Basis(torch.cat([u.B.double() for u in updates], dim=1))
     cores = []
-    for R_B, update in zip(R.split([u.rank for u in updates], dim=1), updates, strict=True):
-        cores.append(R_B @ torch.linalg.qr(update.A.double().T).R.T)
+    for R_B, update in zip(basis.R.split([u.rank for u in updates], dim=1), updates, strict=True):
+        cores.append(R_B @ Basis(update.A.double().T).R.T)
     U, S, _ = torch.linalg.svd(torch.cat(cores, dim=1), full_matrices=False)
-    U = Q @ U[:, _real(S, updates[0].A.dtype)]
+    U = basis.times(U[:, _real(S, updates[0].A.dtype)])
     sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign() if U.numel() else 1.0
     signed: Tensor = U * sign
     return signed

@@ -117,7 +117,7 @@ def llama(method: str, rank: int | None) -> Callable[[], object]:
 JOBS: dict[str, Callable[[], Callable[[], object]]] = {
     f"{job.__name__} {rows} {columns}": lambda job=job, rows=rows, columns=columns: job(rows, columns)  # type: ignore[misc]
     for job in (ours_svd, ours_ties, peft_svd, peft_ties, ours_knots, dense_knots)
-    for rows, columns in ((1024, 1024), (2048, 2048), (4096, 4096), LARGE)
+    for rows, columns in ((2048, 2048), (4096, 4096), LARGE)
 } | {"llama task-arithmetic": lambda: llama("task-arithmetic", RANK)}
 
 
@@ -148,7 +148,7 @@ def bench_merging(large: bool = True) -> None:
     for rows, columns in sizes:
         at = f"{rows} {columns}"
         pair(f"SVD merge of 4, rank 16, {rows} × {columns}: PEFT / ours", "≥ 500", f"ours_svd {at}", f"peft_svd {at}")
-    for rows, columns in ((1024, 1024), (2048, 2048)):
+    for rows, columns in ((2048, 2048), (4096, 4096)):
         at = f"{rows} {columns}"
         title = f"KnOTS of 4, rank 16, {rows} × {columns}: dense / ours"
         pair(title, "≥ 500", f"ours_knots {at}", f"dense_knots {at}")

@@ -1,0 +1,68 @@
+"""Training by several processes together, as torchrun starts them."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lora_lab.adapter import Adapter
+from lora_lab.digits import Digits
+from lora_lab.errors import OptionError
+from lora_lab.recipe import Recipe
+from lora_lab.result import Result
+from lora_lab.train import train
+
+STEPS = 16
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def test_two_processes_train_as_one_with_the_same_batch(tmp_path):
+    path = tmp_path / "two.safetensors"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    run = ["-m", "lora_lab.train", "--method", "coto", "--steps", str(STEPS), "--device", "cpu", "-o", str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *run], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    together = Result.load(path.with_name("two.train.json"))
+    alone, log = train(Digits("relabel"), Recipe(method="coto", steps=STEPS))
+    assert list(together.columns["mask"]) == list(log.columns["mask"])
+    assert np.allclose(together.columns["loss"], log.columns["loss"], rtol=1e-4)
+    both = Adapter.load(path)
+    for name, update in alone.updates.items():
+        assert (both.updates[name] - update).norm() <= 1e-3 * max(update.norm(), 1e-3)
+    assert both.record["recipe"] == alone.record["recipe"]
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(OptionError, match="a batch of 16 cannot be shared out evenly among 3 processes"):
+        train(Digits("relabel"), Recipe(method="lora", steps=2))
+
+
+def test_a_logger_that_is_not_there_is_named():
+    with pytest.raises(OptionError, match="--report-to nonsense"):
+        train(Digits("relabel"), Recipe(method="lora", steps=2), report_to="nonsense")
+
+
+def test_lora_plus_gives_b_its_own_rate_and_bf16_trains():
+    plain, fast, half = (
+        train(Digits("relabel"), Recipe(method="lora", steps=8, **options))[0]
+        for options in ({}, {"lora_plus": 8.0}, {"bf16": True})
+    )
+
+    def size_of_b(adapter):
+        return sum(float(t.norm()) for key, t in adapter.tensors.items() if "lora_B" in key)
+
+    assert size_of_b(fast) > 2 * size_of_b(plain)
+    assert size_of_b(half) == pytest.approx(size_of_b(plain), rel=0.2)
+    assert fast.record["recipe"]["lora_plus"] == 8.0
+    with pytest.raises(OptionError, match="lora plus is -1"):
+        Recipe(lora_plus=-1)

@@ -1,0 +1,107 @@
+import json
+import math
+
+import pytest
+
+from lora_lab import tuning
+from lora_lab.adapter import Adapter
+from lora_lab.digits import Digits
+from lora_lab.errors import FileError, OptionError, TaskError
+from lora_lab.evaluate import score
+from lora_lab.recipe import Recipe
+from lora_lab.tuning import parse_values, settings_of, train_best
+
+TASK = Digits("relabel")
+
+
+def recipes(seeds=(0, 1)):
+    return [Recipe(method="lora", seed=seed, steps=12, batch_size=8) for seed in seeds]
+
+
+def test_settings_are_all_combinations_of_what_has_several_values():
+    assert settings_of({"rank": [2], "steps": [5]}) == [{}]
+    found = settings_of({"rank": [2, 4], "steps": [5], "learning_rate": [0.1, 0.2]})
+    assert found == [
+        {"rank": 2, "learning_rate": 0.1},
+        {"rank": 2, "learning_rate": 0.2},
+        {"rank": 4, "learning_rate": 0.1},
+        {"rank": 4, "learning_rate": 0.2},
+    ]
+
+
+def test_the_best_by_mean_validation_accuracy_is_kept_and_the_rest_recorded(tmp_path, monkeypatch):
+    paths = [tmp_path / f"lora-s{seed}.safetensors" for seed in (0, 1)]
+    settings = settings_of({"learning_rate": [1e-5, 1e-2]})
+    logs, rows = train_best(TASK.record, recipes(), settings, paths, workers=1)
+    assert [row["learning_rate"] for row in rows] == [1e-5, 1e-2]
+    assert [row["chosen"] for row in rows] == [row["accuracy"] == max(r["accuracy"] for r in rows) for row in rows]
+    kept = [Adapter.load(path) for path in paths]
+    own = [score(TASK, adapter, "validation") for adapter in kept]
+    best = next(row for row in rows if row["chosen"])
+    assert best["accuracy"] == pytest.approx(sum(s.accuracy for s in own) / 2)
+    assert best["loss"] == pytest.approx(sum(s.mean_loss for s in own) / 2, abs=1e-5)
+    for adapter, log in zip(kept, logs, strict=True):
+        assert adapter.record["tuning"] == rows
+        assert adapter.record["recipe"]["learning_rate"] == best["learning_rate"]
+        assert log.summary["validation"]["accuracy"] in [s.accuracy for s in own]
+    assert len(list((tmp_path / "tried").glob("*.safetensors"))) == 4
+
+    def never(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr(tuning, "train_all", never)
+    with pytest.raises(FileError, match="exists already"):
+        train_best(TASK.record, recipes(), settings, paths)
+    _, again = train_best(TASK.record, recipes(), settings, paths, force=True)
+    assert again == rows
+
+
+def test_a_killed_run_trains_only_what_is_left(tmp_path, monkeypatch):
+    paths = [tmp_path / "lora-s0.safetensors"]
+    settings = settings_of({"learning_rate": [1e-3, 1e-2]})
+    train_best(TASK.record, recipes([0]), settings, paths, workers=1)
+    for file in (tmp_path / "tried").glob("*0.01*"):
+        file.unlink()
+    trained = []
+    true = tuning.train_all
+    monkeypatch.setattr(tuning, "train_all", lambda jobs, **k: trained.extend(jobs) or true(jobs, **k))
+    train_best(TASK.record, recipes([0]), settings, paths, workers=1, force=True)
+    assert [job.recipe.learning_rate for job in trained] == [1e-2]
+    trained.clear()
+    longer = [Recipe(method="lora", seed=0, steps=13, batch_size=8)]
+    train_best(TASK.record, longer, settings, paths, workers=1, force=True)
+    assert len(trained) == 2  # other trainings of the same name
+
+
+def test_a_setting_that_diverges_is_a_row_and_never_chosen(tmp_path):
+    paths = [tmp_path / "lora-s0.safetensors"]
+    diverging = [Recipe(method="lora", seed=0, steps=12, batch_size=8, max_grad_norm=1e30)]
+    _, rows = train_best(TASK.record, diverging, settings_of({"learning_rate": [1e-3, 1e25]}), paths, workers=1)
+    assert rows[1] == {"learning_rate": 1e25, "accuracy": None, "loss": None, "chosen": False}
+    assert rows[0]["chosen"]
+    with pytest.raises(TaskError, match="diverged at every setting"):
+        train_best(
+            TASK.record,
+            diverging,
+            settings_of({"learning_rate": [1e24, 1e25]}),
+            [tmp_path / "b.safetensors"],
+            workers=1,
+        )
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_values_are_numbers_with_commas():
+    assert parse_values("1e-3,2e-3", "--lr", float) == [1e-3, 2e-3]
+    assert parse_values(None, "--lr", float) == [None]
+    with pytest.raises(OptionError, match=r"--rank '2,x': a number is needed"):
+        parse_values("2,x", "--rank", int)
+    with pytest.raises(OptionError, match="given twice"):
+        parse_values("2,2", "--rank", int)
+
+
+def test_records_stay_strict_json(tmp_path):
+    paths = [tmp_path / "lora-s0.safetensors"]
+    train_best(TASK.record, recipes([0]), settings_of({"rank": [1, 2]}), paths, workers=1)
+    record = Adapter.load(paths[0]).record
+    assert json.loads(json.dumps(record, allow_nan=False))["tuning"][0]["rank"] == 1
+    assert all(math.isfinite(row["loss"]) for row in record["tuning"])
