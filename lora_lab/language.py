@@ -70,8 +70,18 @@ class ChoiceKeys(Settings):
     max_length: int = 512
 
 
+_FIELD = re.compile(r"{([^{}]+)}")
+"""A column's place in a prompt."""
+
+
 class _Language(FileTask):
     batch_size = 16
+
+    @classmethod
+    def _check(cls, settings: Any, where: str) -> None:
+        super()._check(settings, where)
+        if settings.max_length < 2:
+            raise OptionError(f"{where}: max_length is {settings.max_length}; at least 2 tokens are needed")
 
     def build_model(self) -> nn.Module:
         """The language model, frozen."""
@@ -122,7 +132,8 @@ class CausalLM(_Language):
     @classmethod
     def _check(cls, settings: Any, where: str) -> None:
         super()._check(settings, where)
-        if (settings.text is None) == (settings.prompt is None or settings.completion is None):
+        named = [name is not None for name in (settings.text, settings.prompt, settings.completion)]
+        if named not in ([True, False, False], [False, True, True]):
             raise OptionError(f"{where}: either text, or prompt and completion, must name columns")
 
     def _load(self, split: str) -> Split:
@@ -155,17 +166,22 @@ class CausalLM(_Language):
 
 
 def _by_example(logits: Tensor, targets: Tensor) -> Scores:
-    counted = targets != -100
     known = targets.clamp(min=0)
     right = logits.gather(-1, known[..., None])[..., 0]
-    losses = logits.logsumexp(-1) - right
     others = logits.scatter(-1, known[..., None], -torch.inf).amax(-1)
-    n = counted.sum(1).clamp(min=1)
+    means = (_losses(logits, targets), logits.argmax(-1) == targets, right - others)
+    return Scores(*(_mean(values, targets).cpu().numpy() for values in means))
 
-    def mean(values: Tensor) -> Any:
-        return ((values.double() * counted).sum(1) / n).cpu().numpy()
 
-    return Scores(mean(losses), mean(logits.argmax(-1) == targets), mean(right - others))
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of every token."""
+    return logits.logsumexp(-1) - logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+
+
+def _mean(values: Tensor, targets: Tensor) -> Tensor:
+    """Mean over an example's target tokens."""
+    counted = targets != -100
+    return (values.double() * counted).sum(1) / counted.sum(1).clamp(min=1)
 
 
 class MultipleChoice(_Language):
@@ -173,6 +189,13 @@ class MultipleChoice(_Language):
 
     kind = "multiple-choice"
     Keys = ChoiceKeys
+    rows_are_examples = False
+
+    @classmethod
+    def _check(cls, settings: Any, where: str) -> None:
+        super()._check(settings, where)
+        if isinstance(settings.options, list) and len(settings.options) < 2:
+            raise OptionError(f"{where}: options is {settings.options}; two columns or more, or one that holds lists")
 
     @property
     def labels(self) -> int:  # type: ignore[override]
@@ -182,7 +205,7 @@ class MultipleChoice(_Language):
     def _wanted(self) -> list[str]:
         keys = self.settings
         options = [keys.options] if isinstance(keys.options, str) else keys.options
-        return list(dict.fromkeys([*re.findall(r"{(\w+)}", keys.prompt), *options, keys.label]))
+        return list(dict.fromkeys([*_FIELD.findall(keys.prompt), *options, keys.label]))
 
     def _load(self, split: str) -> Split:
         examples = self._examples(split)
@@ -211,8 +234,9 @@ class MultipleChoice(_Language):
         """Mean log-likelihood per token of every option, [examples, options]; −inf where there is none."""
         ids = batch["input_ids"]
         flat = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask")}
-        scores = _by_example(model(**flat).logits[:, :-1].float(), batch["targets"].flatten(0, 1)[:, 1:])
-        found = -torch.from_numpy(scores.loss).to(ids.device, torch.float32).reshape(ids.shape[:2])
+        targets = batch["targets"].flatten(0, 1)[:, 1:]
+        losses = _mean(_losses(model(**flat).logits[:, :-1].float(), targets), targets)
+        found = -losses.float().reshape(ids.shape[:2])
         return found.masked_fill((batch["targets"] == -100).all(-1), -torch.inf)
 
     def _row(self, prompt: str, option: str) -> tuple[list[int], int]:
@@ -224,20 +248,29 @@ class MultipleChoice(_Language):
     def _examples(self, split: str) -> list[tuple[str, list[str], int]]:
         """Prompt, options and the place of the right one."""
         keys, table = self.settings, self.table(split)
-        names = re.findall(r"{(\w+)}", keys.prompt)
         found = []
         for i, right in enumerate(table[keys.label]):
-            prompt = keys.prompt
-            for name in names:
-                prompt = prompt.replace(f"{{{name}}}", str(table[name][i]))
+            prompt = _FIELD.sub(lambda name: str(table[name[1]][i]), keys.prompt)  # noqa: B023 (used at once)
             if isinstance(keys.options, str):
                 options = table[keys.options][i]
                 if not isinstance(options, list) or len(options) < 2:
-                    raise TaskError(f"task {self.name}: options {options!r} in {keys.options!r}; a list is needed")
+                    raise TaskError(
+                        f"task {self.name}: options {options!r} in {keys.options!r}; a list of two or more is needed"
+                    )
             else:
-                options = [table[name][i] for name in keys.options if table[name][i] is not None]
-            found.append((prompt, [str(option) for option in options], self._place(right, options)))
+                options = [table[name][i] for name in keys.options]
+            found.append((prompt, *self._filled_in(options, right)))
         return found
+
+    def _filled_in(self, options: Sequence[object], right: object) -> tuple[list[str], int]:
+        """The options that are not empty, and the place of the right one among them."""
+        place = self._place(right, options)
+        if options[place] is None:
+            raise TaskError(f"task {self.name}: its right answer {right!r} is an empty option")
+        there = [str(option) for option in options if option is not None]
+        if len(there) < 2:
+            raise TaskError(f"task {self.name}: options {there}; two or more are needed")
+        return there, place - sum(option is None for option in options[:place])
 
     def _place(self, right: object, options: Sequence[object]) -> int:
         if isinstance(right, str) and right in options:

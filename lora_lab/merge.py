@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from lora_lab import files, fitted, rules, subspaces
 from lora_lab.adapter import Adapter, from_updates
-from lora_lab.errors import FileError, MismatchError, OptionError, some, unknown
+from lora_lab.errors import FileError, LoraLabWarning, MismatchError, OptionError, some, unknown
 from lora_lab.evaluate import labels_of, task_of
 from lora_lab.lowrank import LowRank, combine, combine_factors, factored
 from lora_lab.models import base_model
@@ -81,11 +83,14 @@ def merge(
         raise unknown("dtype", dtype, DTYPES)
     if rank is not None and rank < 1:
         raise OptionError(f"a rank of {rank} was asked for; it is at least 1")
+    if not math.isfinite(coefficient):
+        raise OptionError(f"the coefficient is {coefficient}; a finite number is needed")
     whole, own = _heads(sources.adapters, heads)
     updates: dict[str, LowRank] = {}
     lost: dict[str, float] = {}
     norms: dict[str, float] = {}
-    for done, (name, result) in enumerate(MERGES[method](sources, **chosen), 1):
+    whole_options = {n: v for n, v in {**defaults(method, chosen), **chosen}.items() if v is not None}
+    for done, (name, result) in enumerate(MERGES[method](sources, **whole_options), 1):
         updates[name], lost[name], norms[name] = _finished(result, coefficient, rank, DTYPES[dtype], name, method)
         if progress:
             progress(done, len(sources.modules))
@@ -94,7 +99,7 @@ def merge(
     gone = math.sqrt(math.fsum((lost[name] * norms[name]) ** 2 for name in norms))
     made = {
         "method": method,
-        "options": {name: v for name, v in {**defaults(method, chosen), **chosen}.items() if v is not None},
+        "options": whole_options,
         "coefficient": coefficient,
         "weights": sources.weights.record,
         "rank": rank,
@@ -109,7 +114,8 @@ def merge(
     adapter = from_updates(updates, like=sources.like, source=f"{method} of {some(names)}")
     if own:  # PEFT would make heads anew that the file does not hold
         saved = [part for part in adapter.config.get("modules_to_save") or [] if any(f".{part}." in k for k in whole)]
-        adapter = replace(adapter, config={**adapter.config, "modules_to_save": saved or None})
+        headless: dict[str, Any] = {} if saved else {"task_type": None}  # by which PEFT would look for a head in the file
+        adapter = replace(adapter, config={**adapter.config, "modules_to_save": saved or None, **headless})
     adapter = replace(adapter, tensors={**_in_dtype(adapter, DTYPES[dtype]), **whole}, record=_record(sources, made))
     return Merged(adapter, method, made["options"], made["weights"], made["error"], dict(lost), own, sources.absent)
 
@@ -223,7 +229,9 @@ def words(weights: Any) -> str:
 
 
 def _verify(path: Path, adapter: Adapter) -> None:
-    found = Adapter.load(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LoraLabWarning)  # of modules without a change, by a name that goes away
+        found = Adapter.load(path)
     if set(found.updates) != set(adapter.updates):
         raise FileError(f"{path}: the file does not hold the modules that were written; it was not kept")
     for name, update in adapter.updates.items():
@@ -244,13 +252,19 @@ def _finished(
             update = factored(update.delta())[0]
         norm = made.norm() * abs(coefficient)
     if not math.isfinite(norm):
-        raise MismatchError(f"{method}: ΔW of {name} is not finite; are all inputs?")
+        raise MismatchError(
+            f"{method}: ΔW of {name} is not finite: an adapter, a weight or an option is too large for it"
+        )
     update = update * coefficient
     if update.rank == 0:  # nothing there, which PEFT has no rank for
         rows, columns = update.B.shape[0], update.A.shape[1]
         update = LowRank(torch.zeros(1, columns), torch.zeros(rows, 1), update.shape)
     wide = torch.float32
     kept = LowRank(update.A.to(dtype).to(wide), update.B.to(dtype).to(wide), update.shape)
+    if not (torch.isfinite(kept.A).all() and torch.isfinite(kept.B).all()):
+        raise OptionError(
+            f"{name} has entries that {str(dtype).removeprefix('torch.')} cannot hold; --dtype float32 can"
+        )
     if dtype != wide and norm:
         error = math.hypot(error, (kept - LowRank(update.A.to(wide), update.B.to(wide), update.shape)).norm() / norm)
     return kept, error, norm
@@ -263,7 +277,7 @@ def _in_dtype(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def _heads(adapters: Sequence[Adapter], how: str | None) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """Whole tensors of the merged adapter, and those of each source that are kept apart."""
-    everything = [{key: a.tensors[key] for key in a.others} for a in adapters]
+    everything = [{key: a.tensors[key] for key in a.others if key.startswith(PREFIX)} for a in adapters]
     keys = sorted({key for each in everything for key in each}, key=lambda key: (-_entries(everything, key), key))
     whole: dict[str, Tensor] = {}
     apart: dict[str, dict[str, Tensor]] = {}
@@ -315,8 +329,7 @@ def _refuse_heads(adapters: Sequence[Adapter], found: Sequence[Tensor | None], k
 
 
 def _labels(adapters: Sequence[Adapter]) -> list[str]:
-    labels = [adapter.label.replace("/", "_") for adapter in adapters]
-    return [f"{label}-{i}" if labels.count(label) > 1 else label for i, label in enumerate(labels)]
+    return [re.sub(r"[^\w.-]+", "_", label).strip("_") for label in labels_of(adapters)]
 
 
 def _brief(adapter: Adapter) -> dict[str, Any]:
@@ -341,8 +354,14 @@ def each(function: Callable[..., LowRank]) -> Merge:
     @functools.wraps(function)
     def method(sources: Sources, **options: Any) -> Iterator[tuple[str, LowRank]]:
         for name in sources.modules:
+            updates, weights = sources.updates_of(name), sources.weights_of(name)
+            used = [i for i, weight in enumerate(weights) if weight]
+            if not used:
+                yield name, 0.0 * updates[0]
+                continue
             try:
-                yield name, function(sources.updates_of(name), sources.weights_of(name), **_seeded(name, options))
+                chosen = [updates[i] for i in used], [weights[i] for i in used]
+                yield name, function(*chosen, **_seeded(name, options))
             except MismatchError as error:
                 raise MismatchError(f"{name}: {error}") from error
 
@@ -354,11 +373,9 @@ def dense(rule: Callable[..., Tensor]) -> Merge:
 
     @functools.wraps(rule)
     def method(sources: Sources, **options: Any) -> Iterator[tuple[str, Tensor]]:
-        own = _keywords(rule)
         for name in sources.modules:
             deltas = (update.delta() for update in sources.updates_of(name))
-            seeded = _seeded(name, options | ({"seed": options.get("seed", own["seed"])} if "seed" in own else {}))
-            yield name, rule(deltas, sources.weights_of(name), **seeded)
+            yield name, rule(deltas, sources.weights_of(name), **_seeded(name, options))
 
     return method
 

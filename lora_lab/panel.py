@@ -12,6 +12,7 @@ from lora_lab.adapter import Adapter, from_updates
 from lora_lab.attach import Attached, put_on
 from lora_lab.errors import OptionError
 from lora_lab.lowrank import LowRank
+from lora_lab.peft_format import PREFIX
 from lora_lab.result import fingerprint
 from lora_lab.sources import Sources
 from lora_lab.task import Scores, Task
@@ -60,8 +61,11 @@ class Panel:
 
     def _dressed(self, seat: int, updates: Mapping[str, LowRank]) -> Adapter:
         own = self.sources.adapters[seat]
-        merged = from_updates(updates, like=replace(own, sites={**self.sources.like.sites, **own.sites}), source="")
-        return replace(merged, tensors={**merged.tensors, **{key: own.tensors[key] for key in own.others}})
+        merged = from_updates(
+            updates, like=replace(own, sites={**self.sources.like.sites, **own.sites}), source=own.source
+        )
+        heads = {key: own.tensors[key] for key in own.others if key.startswith(PREFIX)}
+        return replace(merged, tensors={**merged.tensors, **heads})
 
     def _attached(self, seat: int) -> Attached:
         key = fingerprint([self.tasks[seat].record, sorted(self.sources.adapters[seat].others)])

@@ -38,8 +38,8 @@ def average(gram: Tensor, weights: Sequence[float], *, scale: float = 1.0) -> li
 def slerp(gram: Tensor, weights: Sequence[float], *, scale: float = 1.0) -> list[float]:
     """Mean direction on the sphere, at the mean norm.
 
-    Of two it is the point of the great circle (spherical linear interpolation), of more the Karcher mean, found by
-    Newton-like steps to 1e-12. Where a matrix is 0 or two point in opposite directions it is the linear average.
+    Of two it is the point of the great circle (spherical linear interpolation), of more the Karcher mean, found to
+    1e-12. Where a matrix is 0, two point in opposite directions, or all cancel, it is the linear average.
     """
     if min(weights) < 0:
         raise OptionError(f"slerp has no negative weights, and {min(weights):g} was given")
@@ -50,17 +50,22 @@ def slerp(gram: Tensor, weights: Sequence[float], *, scale: float = 1.0) -> list
         return (scale * shares).tolist()
     norms = torch.where(used, norms, 1.0)
     cosines = (gram.double() / norms[:, None] / norms).clamp(-1, 1)
-    if float(cosines[used][:, used].min()) < -1 + 1e-9:
+    length = float(shares @ cosines @ shares)
+    if float(cosines[used][:, used].min()) < -1 + 1e-9 or length < 1e-12:
         return (scale * shares).tolist()
-    place = shares / (shares @ cosines @ shares).sqrt()  # coefficients of unit directions
-    for _ in range(100):
+    place = shares / math.sqrt(length)  # coefficients of unit directions
+    pace, before = 1.0, math.inf
+    for _ in range(1000):
         angles = (cosines @ place).clamp(-1, 1).arccos()
         pull = shares * torch.where(angles > 1e-9, angles / angles.sin().clamp(min=1e-300), 1.0)
         step = pull - (pull * angles.cos()).sum() * place
         length = float((step @ cosines @ step).clamp(min=0).sqrt())
         if length < 1e-12:
             break
-        place = math.cos(length) * place + math.sin(length) / length * step
+        pace = pace / 2 if length > before else pace  # directions that are far apart can be overshot
+        before = length
+        place = math.cos(pace * length) * place + math.sin(pace * length) / length * step
+        place = place / (place @ cosines @ place).sqrt()
     coefficients: list[float] = (scale * float(shares @ norms) * place / norms).tolist()
     return coefficients
 
@@ -129,7 +134,7 @@ def della(
     """
     _check_share("density", density)
     low, high = density - window / 2, density + window / 2
-    if window < 0 or low <= 0 or high > 1 + 1e-9:
+    if not (window >= 0 and low > 0 and high <= 1 + 1e-9):
         raise OptionError(
             f"density {density:g} with window {window:g} gives chances from {low:g} to {high:g}; "
             "they must be above 0 and up to 1"
@@ -137,8 +142,9 @@ def della(
     generator = torch.Generator().manual_seed(seed)
     kept = []
     for matrix in stack:
-        order = matrix.abs().argsort(dim=-1, stable=True).argsort(dim=-1)
-        chance = low + window * order.to(matrix.dtype) / max(1, matrix.shape[-1] - 1)
+        rows = matrix.flatten(1) if matrix.ndim > 1 else matrix  # of a kernel, too, a row is an output
+        order = rows.abs().argsort(dim=-1, stable=True).argsort(dim=-1)
+        chance = (low + window * order.to(matrix.dtype) / max(1, rows.shape[-1] - 1)).reshape(matrix.shape)
         kept.append(torch.where(_uniform(matrix, generator) < chance, matrix / chance, 0.0))
     return scale * _elected_mean(kept, weights)
 

@@ -102,7 +102,7 @@ class Sources:
             weights = (1.0,) * count
         self.weights = weights if isinstance(weights, Weights) else Weights(_checked(tuple(weights), count))
         _same_base(self.adapters)
-        self._exact = _exact(self.adapters, base)
+        self._exact, self._bases = _exact(self.adapters, base)
         self.shapes = self._shapes()
         self._layers = {name: place.layer for name, place in locate(list(self.shapes)).items()}
         for pattern in self.weights.patterns:
@@ -123,7 +123,11 @@ class Sources:
     def like(self) -> Adapter:
         """The first adapter's configuration, with the sites of all: what a merged adapter is made like."""
         sites = {name: a.sites[name] for a in reversed(self.adapters) for name in a.sites}
-        return replace(self.adapters[0], sites=sites)
+        sites |= {name: replace(sites[name], kind=kind) for name, kind in self._bases.items() if kind != "conv1d-gpt"}
+        like = replace(self.adapters[0], sites=sites)
+        if "conv1d-gpt" in self._bases.values():
+            like = replace(like, config={**like.config, "fan_in_fan_out": True})
+        return like
 
     def weights_of(self, name: str) -> list[float]:
         """The adapters' weights in a module."""
@@ -159,29 +163,53 @@ class Sources:
         return {name: shapes[name][0] for name in sorted(shapes, key=natural)}
 
 
-def _exact(adapters: Sequence[Adapter], base: Callable[[], nn.Module] | None) -> dict[int, dict[str, LowRank]]:
-    """Index → exact updates of the adapters whose ΔW is no plain product."""
-    found = {}
+def _exact(
+    adapters: Sequence[Adapter], base: Callable[[], nn.Module] | None
+) -> tuple[dict[int, dict[str, LowRank]], dict[str, str]]:
+    """Index → exact updates of the adapters whose ΔW is no plain product, and the kinds of the layers they adapt."""
+    found: dict[int, dict[str, LowRank]] = {}
+    kinds: dict[str, str] = {}
     for index, adapter in enumerate(adapters):
         if adapter.why_not_additive is None:
             continue
         if base is None:
             raise TunerError(f"{adapter.source}: {adapter.why_not_additive}; give the base model with --base")
-        if adapter.others and any(part.endswith(".bias") for s in adapter.sites.values() for part in s.keys):
+        if any(part.endswith(".bias") for site in adapter.sites.values() for part in site.keys):
             raise TunerError(f"{adapter.source}: {adapter.why_not_additive}")
-        deltas = weight_deltas(base().float(), adapter)
+        model = base().float()
+        deltas = weight_deltas(model, adapter)
+        for name, delta in deltas.items():
+            if delta.ndim < 2:
+                raise TunerError(
+                    f"{adapter.source}: {adapter.tuner} changes the vector {name}, which is no ΔW to merge"
+                )
+            kinds[name] = _kind(model.get_submodule(name))
         found[index] = {name: factored(delta)[0] for name, delta in deltas.items()}
-    return found
+    return found, kinds
+
+
+def _kind(layer: nn.Module) -> str:
+    """What a LoRA adapter of this layer is to PEFT; GPT-2's Conv1D stores its weight as [in, out]."""
+    if isinstance(layer, nn.Embedding):
+        return "embedding"
+    return "conv1d-gpt" if type(layer).__name__ == "Conv1D" else "linear"
 
 
 def _same_base(adapters: Sequence[Adapter]) -> None:
-    first = adapters[0]
-    for other in adapters[1:]:
-        pair = f"{first.source} and {other.source}"
-        if other.base_model and first.base_model and other.base_model != first.base_model:
-            raise MismatchError(f"{pair} have different base models: {first.base_model!r} and {other.base_model!r}")
-        if bool(other.config.get("fan_in_fan_out")) != bool(first.config.get("fan_in_fan_out")):
-            raise MismatchError(f"{pair} store their weights in different layouts: fan_in_fan_out is not the same")
+    named = next((adapter for adapter in adapters if adapter.base_model), adapters[0])
+    plain = next((adapter for adapter in adapters if adapter.why_not_additive is None), adapters[0])
+    for other in adapters:
+        if other.base_model and other.base_model != named.base_model:
+            raise MismatchError(
+                f"{named.source} and {other.source} have different base models: {named.base_model!r} and "
+                f"{other.base_model!r}"
+            )
+        same_layout = bool(other.config.get("fan_in_fan_out")) == bool(plain.config.get("fan_in_fan_out"))
+        if other.why_not_additive is None and not same_layout:
+            raise MismatchError(
+                f"{plain.source} and {other.source} store their weights in different layouts: fan_in_fan_out is not "
+                "the same"
+            )
 
 
 def _checked(weights: tuple[float, ...], count: int) -> tuple[float, ...]:

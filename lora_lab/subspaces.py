@@ -90,7 +90,8 @@ def iso_cts(updates: Updates, weights: Sequence[float], *, common: float = 0.8, 
     parts = [(U[:, :kept], S[:kept], Vh[:kept])]
     for update, weight in zip(updates, weights, strict=True):
         B = weight * update.B.double()
-        beside = _svd(LowRank(update.A.double(), B - U[:, :kept] @ (U[:, :kept].T @ B)), update.A.dtype)
+        size = abs(weight) * float(update.singular_values().amax(0)) if update.rank else 0.0
+        beside = _svd(LowRank(update.A.double(), B - U[:, :kept] @ (U[:, :kept].T @ B)), update.A.dtype, size)
         parts.append((beside[0][:, :own], beside[1][:own], beside[2][:own]))
     U, S, Vh = _joined(parts)
     return _product(_polar(U), scale * _flat(S), _polar(Vh.T).T, updates)
@@ -107,19 +108,21 @@ def lego(
     """
     from sklearn.cluster import KMeans
 
+    if clusters is not None and (not isinstance(clusters, int) or clusters < 1):
+        raise OptionError(f"clusters is {clusters}; a whole number of at least 1 is needed")
     rank = max(update.rank for update in updates)
     count = rank if clusters is None else clusters
     units = torch.cat([_units(update * weight) for update, weight in zip(updates, weights, strict=True)])
     units = units[units.norm(dim=1) > 0]
     if not len(units):
         return updates[0] * 0.0
-    if count < 1:
-        raise OptionError(f"clusters is {count}; at least 1 is needed")
-    count = min(count, len(units))
+    count = min(count, len(torch.unique(units, dim=0)))
     found = KMeans(count, n_init=10, random_state=seed).fit_predict(units.numpy())
     merged = []
     for cluster in range(count):
         members = units[torch.from_numpy(np.flatnonzero(found == cluster))]
+        if not len(members):
+            continue
         centre = members.mean(0)
         merged.append(centre * members.norm(dim=1).mean() / centre.norm().clamp(min=torch.finfo(centre.dtype).tiny))
     centres, columns = torch.stack(merged), updates[0].A.shape[1]
@@ -146,17 +149,19 @@ def _columns(updates: Updates) -> Tensor:
     return signed
 
 
-def _svd(update: LowRank, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular triplets of ΔW that the factors' dtype can tell from none."""
+def _svd(update: LowRank, dtype: torch.dtype | None = None, size: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular triplets of ΔW that the factors' dtype can tell from none, beside others of this size."""
     U, S, Vh = update.svd()
-    real = _real(S, dtype or update.A.dtype)
+    real = _real(S, dtype or update.A.dtype, size)
     return U[:, real], S[real], Vh[real]
 
 
-def _real(S: Tensor, dtype: torch.dtype) -> Tensor:
+def _real(S: Tensor, dtype: torch.dtype, size: float = 0.0) -> Tensor:
     if not len(S):
         return torch.zeros(0, dtype=torch.bool)
-    return (S.max() * 8 * torch.finfo(dtype).eps < S) & (S > 0)
+    threshold = max(float(S.max()), size) * 8 * torch.finfo(dtype).eps
+    real: Tensor = (threshold < S) & (S > 0)
+    return real
 
 
 def _joined(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:

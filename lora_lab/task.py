@@ -132,6 +132,8 @@ class Task(ABC):
     """The model's, known once it has been scored."""
     classifies = True
     """Whether an example has one label; a language model predicts every token instead."""
+    rows_are_examples = True
+    """Whether the rows that a layer sees are the examples of a batch; not where options or prompts are rows, too."""
     threads: int | None = None
     """Threads that training uses best; None leaves torch's own choice."""
 

@@ -12,6 +12,7 @@ from lora_lab.errors import FileError, OptionError, unknown
 from lora_lab.language import CAUSAL_EXAMPLE, CHOICE_EXAMPLE, CausalLM, MultipleChoice
 from lora_lab.task import Task
 from lora_lab.text import EXAMPLE, TextClassification
+from lora_lab.vision import CLASSIFICATION_EXAMPLE, CLIP_EXAMPLE, Clip, ImageClassification
 
 
 def from_name(name: str) -> Task:
@@ -70,6 +71,8 @@ KINDS: dict[str, Callable[[Mapping[str, Any], Path, str], Task]] = {
     "text-classification": TextClassification.from_record,
     "causal-lm": CausalLM.from_record,
     "multiple-choice": MultipleChoice.from_record,
+    "image-classification": ImageClassification.from_record,
+    "clip": Clip.from_record,
 }
 """Kinds of tasks that a file can describe: function (keys, folder of relative paths, where they stand) → task."""
 
@@ -77,5 +80,7 @@ EXAMPLES: dict[str, str] = {
     "text-classification": EXAMPLE,
     "causal-lm": CAUSAL_EXAMPLE,
     "multiple-choice": CHOICE_EXAMPLE,
+    "image-classification": CLASSIFICATION_EXAMPLE,
+    "clip": CLIP_EXAMPLE,
 }
 """A commented file of each kind."""

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from lora_lab import files
 from lora_lab.errors import OptionError, unknown
 from lora_lab.file_task import COMMON, FileTask, Settings, labels_of, names_in
+from lora_lab.probe import probe
 from lora_lab.task import Split, by_length
 
 HEADS = ("frozen", "trained", "probe")
@@ -98,13 +96,16 @@ class TextClassification(FileTask):
         return frozen
 
     def _built_anew(self) -> Any:
+        return _mean_pooled(self) if self.settings.pool == "mean" else self._classifier()
+
+    def _classifier(self) -> Any:
         from transformers import AutoModelForSequenceClassification
 
-        if self.settings.pool == "mean":
-            return _mean_pooled(self)
         model: Any = self.pretrained_model(AutoModelForSequenceClassification, num_labels=self.labels)
         if getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id  # by which decoders find a text's last token
+        *_, head = (module for module in model.modules() if isinstance(module, nn.Linear))
+        model.get_output_embeddings = lambda: head  # by which PEFT leaves it out of all linear layers
         return model
 
     @cached_property
@@ -114,19 +115,14 @@ class TextClassification(FileTask):
     @cached_property
     def _probe(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the logistic regression on the base's features of the training data; kept in the cache."""
-        key = hashlib.sha256(repr([self.base_digest, self.record, 1]).encode())
-        for name, tensor in sorted(self.split("train").inputs.items()):
-            key.update(name.encode() + tensor.contiguous().numpy().tobytes())
-        place = (
-            Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-            / "lora-lab"
-            / f"{key.hexdigest()[:24]}.safetensors"
-        )
-        if not place.exists():
-            weight, bias = _fit(self._built_anew().requires_grad_(False).eval(), self.split("train"), self.batch_size)
-            files.write_safetensors(place, {"weight": weight, "bias": bias}, {"format": "pt"})
-        tensors, _ = files.read_safetensors(place)
-        return tensors["weight"], tensors["bias"]
+        return probe([self.base_digest, self.record], self.split("train"), self.labels, self._features)
+
+    @torch.inference_mode()
+    def _features(self) -> npt.NDArray[np.float64]:
+        model = self._built_anew().requires_grad_(False).eval()
+        batches = self.split("train").batches(self.batch_size)
+        pooled = [model(**{n: t for n, t in batch.items() if n != "labels"}).pooled for batch in batches]
+        return np.concatenate([each.double().numpy() for each in pooled])
 
     def _load(self, split: str) -> Split:
         keys, table = self.settings, self.table(split)
@@ -159,6 +155,19 @@ class _Outputs(dict[str, Any]):
         return self[name]
 
 
+class _Head(nn.Module):
+    """A linear layer that PEFT does not count among all linear ones."""
+
+    def __init__(self, width: int, labels: int) -> None:
+        super().__init__()
+        linear = nn.Linear(width, labels)
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits [examples, labels]."""
+        return nn.functional.linear(features, self.weight, self.bias)
+
+
 def _mean_pooled(task: TextClassification) -> Any:
     """The base with a linear layer on the mean of its tokens; modules are named as in transformers' classifiers."""
     from transformers import AutoModel
@@ -170,13 +179,15 @@ def _mean_pooled(task: TextClassification) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.config = base.config
+            if getattr(base, "pooler", None) is not None:
+                base.pooler = nn.Identity()  # what it would make of the first token is not used
             setattr(self, prefix, base)
             width = (
                 base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
             ).hidden_size
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                self.classifier = nn.Linear(width, task.labels)
+                self.classifier = _Head(width, task.labels)
 
         def forward(self, attention_mask: Tensor, labels: Tensor | None = None, **inputs: Tensor) -> _Outputs:
             hidden = getattr(self, prefix)(attention_mask=attention_mask, **inputs).last_hidden_state
@@ -187,31 +198,6 @@ def _mean_pooled(task: TextClassification) -> Any:
             return _Outputs(logits=logits, loss=loss, pooled=pooled)
 
     return MeanPooled()
-
-
-@torch.inference_mode()
-def _fit(model: nn.Module, split: Split, size: int) -> tuple[Tensor, Tensor]:
-    from sklearn.linear_model import LogisticRegression
-
-    features, labels = [], split.inputs["labels"].numpy()
-    for batch in split.batches(size):
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        features.append(model(**inputs).pooled.double().numpy())
-    fitted = LogisticRegression(max_iter=2000).fit(np.concatenate(features), labels)
-    classifier: Any = model.classifier
-    count = int(classifier.out_features)
-    weight, bias = np.zeros((count, fitted.coef_.shape[1])), np.full(count, -30.0)  # a label that never occurs
-    if len(fitted.classes_) == 2:  # one function for two labels
-        weight[fitted.classes_], bias[fitted.classes_] = (
-            [-fitted.coef_[0] / 2, fitted.coef_[0] / 2],
-            [
-                -fitted.intercept_[0] / 2,
-                fitted.intercept_[0] / 2,
-            ],
-        )
-    else:
-        weight[fitted.classes_], bias[fitted.classes_] = fitted.coef_, fitted.intercept_
-    return torch.tensor(weight, dtype=torch.float32), torch.tensor(bias, dtype=torch.float32)
 
 
 def _head_name(model: nn.Module) -> str:

@@ -42,25 +42,31 @@ class Found:
     """Options, coefficient, and mean over the tasks of accuracy and loss on their validation splits."""
 
 
-def parse(given: Sequence[str], method: str) -> dict[str, Grid | Interval]:
-    """['density=0.1,0.2', 'coefficient=0.1..2'] → what is to be tried for each."""
-    known: dict[str, Any] = {COEFFICIENT: 1.0, **defaults(method)}
+def parse(given: Sequence[str], method: str, options: Mapping[str, Any] | None = None) -> dict[str, Grid | Interval]:
+    """['density=0.1,0.2', 'coefficient=0.1..2'] → what is to be tried for each; `options` are those that are set."""
+    known: dict[str, Any] = {COEFFICIENT: 1.0, **defaults(method, options)}
     found: dict[str, Grid | Interval] = {}
     for text in given:
         name, equals, values = text.partition("=")
         if name not in known:
             raise unknown(f"option of {method}", name, list(known))
+        if name in found:
+            raise OptionError(f"--search {name} is given twice; all its values go into one list")
         try:
             if ".." in values:
                 low, high = map(float, values.split(".."))
-                if name != COEFFICIENT or not low < high:
+                if name != COEFFICIENT or not -math.inf < low < high < math.inf:
                     raise OptionError(
                         f"--search {text!r}: an interval, low..high, can be searched for coefficient only"
                     )
                 found[name] = Interval(low, high)
             else:
-                kind = float if known[name] is None else type(known[name])
-                found[name] = Grid(tuple(kind(value) for value in values.split(",")))
+                whole = all(value.strip().lstrip("+-").isdigit() for value in values.split(","))
+                kind = (int if whole else float) if known[name] is None else type(known[name])
+                tried = tuple(kind(value) for value in values.split(","))
+                found[name] = Grid(tried)
+                if any(isinstance(value, float) and not math.isfinite(value) for value in tried):
+                    raise OptionError(f"--search {text!r}: finite numbers are needed")
         except (ValueError, TypeError) as error:
             if isinstance(error, OptionError):
                 raise

@@ -20,7 +20,15 @@ from adapters import random_adapter
 from bench_merging import bench_merging
 from games import saturating, table_game
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import BertConfig, BertForSequenceClassification, get_wsd_schedule
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    get_wsd_schedule,
+)
 
 from lora_lab import estimators
 from lora_lab.adapter import Adapter
@@ -201,6 +209,70 @@ def bench_sharing(repeats: int, folder: Any) -> None:
     report_sharing(name, "at most 0.25", task, adapter, all_coalitions(12), 1)
 
 
+SHAPES = ("ViT 6×384", "BERT 6×384", "Llama 6×384")
+
+
+class Shape(Random):
+    """A random model of a kind that people use, with examples of random content."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.name = self.about = self.base = self.kind = kind
+
+    def build_model(self) -> torch.nn.Module:
+        torch.manual_seed(0)
+        common = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+        if self.kind.startswith("ViT"):
+            config = ViTConfig(**common, image_size=96, patch_size=16, num_labels=2)
+            return ViTForImageClassification(config).requires_grad_(False).eval()
+        if self.kind.startswith("BERT"):
+            return BertForSequenceClassification(BertConfig(vocab_size=1000, **common)).requires_grad_(False).eval()
+        config = LlamaConfig(vocab_size=1000, **common, num_labels=2, pad_token_id=0)
+        return LlamaForSequenceClassification(config).requires_grad_(False).eval()
+
+    def _load(self, split: str) -> Split:
+        made = super()._load(split)
+        if self.kind.startswith("ViT"):
+            labels = made.inputs["labels"]
+            pixels = torch.randn(len(labels), 3, 96, 96, generator=torch.Generator().manual_seed(0))
+            return Split({"pixel_values": pixels, "labels": labels})
+        return made
+
+
+def bench_models(repeats: int, folder: Any) -> None:
+    """A training step of LoRA and CoTo on three architectures, and examples a second of a sweep of coalitions."""
+    for kind in SHAPES:
+        task = Shape(kind)
+        pair = [Recipe(method=method, target_modules="all-linear", steps=8) for method in ("coto", "lora")]
+        found = side_by_side(
+            lambda t=task, p=pair: our_loop(t, p[0]), lambda t=task, p=pair: our_loop(t, p[1]), repeats
+        )
+        report(f"{kind}, all-linear: CoTo / LoRA training, 8 steps of 16", "at most 1", found)
+    for kind in SHAPES:
+        task = Shape(kind)
+        config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+        adapter = random_adapter(task, folder / kind.partition(" ")[0], config, scale=0.02)
+        coalitions = np.random.default_rng(0).random((64, len(players(adapter)))) < 0.5
+        name = f"{kind}: 64 coalitions shared / a bare pass of the base each"
+        model, batches = task.build_model(), task.batches("test", torch.device("cpu"))
+
+        @torch.inference_mode()
+        def bare(model: torch.nn.Module = model, batches: Any = batches) -> None:
+            for _ in range(64):
+                for batch in batches:
+                    model(**{key: tensor for key, tensor in batch.items() if key != "labels"})
+
+        def ours(task: Task = task, adapter: Adapter = adapter, coalitions: Any = coalitions) -> float:
+            game = Game(Outcomes(adapter, task), players(adapter))
+            game.cost(coalitions[:1])  # builds the model
+            return cpu(lambda: game(coalitions))
+
+        found = side_by_side(ours, lambda b=bare: cpu(b), repeats)
+        report(name, "", found)
+        examples = 64 * len(task.split("test"))
+        print(f"  {examples / found[0]:.0f} examples/s of a CPU, bare passes {examples / found[1]:.0f}", flush=True)
+
+
 def report_sharing(name: str, goal: str, task: Task, adapter: Adapter, coalitions: Any, repeats: int) -> None:
     """Two rows: against plain passes (of up to 256 coalitions, scaled up), and against the same blocks bare."""
     computed, kept = [], []
@@ -289,7 +361,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", choices=["curves", "training", "sharing", "estimators", "merging"])
+    parser.add_argument("--only", choices=["curves", "training", "sharing", "estimators", "merging", "models"])
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -302,6 +374,7 @@ def main() -> None:
             "sharing": lambda: bench_sharing(chosen.repeats, folder),
             "estimators": bench_estimators,
             "merging": bench_merging,
+            "models": lambda: bench_models(chosen.repeats, folder),
         }
         for each in [chosen.only] if chosen.only else benches:
             benches[each]()

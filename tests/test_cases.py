@@ -10,8 +10,11 @@ import torch
 from safetensors.torch import load_file
 
 from lora_lab.adapter import Adapter
-from lora_lab.errors import LoraLabError, LoraLabWarning, TunerError
+from lora_lab.errors import FileError, LoraLabError, LoraLabWarning, MismatchError, OptionError, TunerError
 from lora_lab.lowrank import combine, combine_factors
+from lora_lab.merge import base_of, merge, save
+from lora_lab.models import base_model
+from lora_lab.sources import Sources
 
 CASES = Path(__file__).parent / "cases"
 
@@ -187,3 +190,217 @@ def test_l01_a_gauge_twin_is_far_in_factors_and_nowhere_in_delta():
     factors = [combine_factors([a[name], twin[name]], half) for name in a]
     total = math.hypot(*(update.norm() for update in factors))
     assert total == pytest.approx(expected["factor_mid_total"], rel=1e-5)
+
+
+# merging
+
+
+def sources_of(case: str, names: str = "a b", weights=None, **more) -> Sources:
+    adapters = [Adapter.load(CASES / case / name) for name in names.split()]
+    return Sources(adapters, expected_of(case).get("weights") if weights is None else weights, **more)
+
+
+def assert_deltas(adapter: Adapter, case: str, wanted=None) -> None:
+    wanted = expected_deltas(case) if wanted is None else wanted
+    assert set(adapter.updates) == set(wanted)
+    for name, update in adapter.updates.items():
+        torch.testing.assert_close(update.delta(), wanted[name], rtol=expected_of(case)["rtol"], atol=1e-6)
+
+
+def assert_peft_loads(folder: Path, case: str) -> None:
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(base_model(str(CASES / "_bases/llama_tiny")), folder)  # warnings are errors
+    for name, wanted in expected_deltas(case).items():
+        layer = model.base_model.model.get_submodule(name)
+        found = layer.get_delta_weight("default").detach()
+        torch.testing.assert_close(found, wanted, rtol=expected_of(case)["rtol"], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("case", "rank"),
+    [("M01_rslora_identity_merge", None), ("M02_linear_cross_terms", 8), ("M04_different_ranks", 12)],
+)
+def test_a_weighted_sum_of_a_case_is_exact_and_peft_loads_it(case, rank, tmp_path):
+    merged = merge(sources_of(case), "task-arithmetic")
+    assert_deltas(merged.adapter, case)
+    assert merged.error == 0
+    assert rank is None or {update.rank for update in merged.adapter.updates.values()} == {rank}
+    assert merged.adapter.total_norm == pytest.approx(expected_of(case)["total_delta_fro"], rel=1e-5)
+    save(merged, tmp_path / "merged")
+    assert_deltas(Adapter.load(tmp_path / "merged"), case)
+    assert_peft_loads(tmp_path / "merged", case)
+
+
+@pytest.mark.parametrize("method", ["task-arithmetic", "average", "cat", "slerp"])
+def test_m01_one_rslora_adapter_alone_stays_itself(method, tmp_path):
+    case = "M01_rslora_identity_merge"
+    merged = merge(sources_of(case, "a", [1.0]), method)
+    assert_deltas(merged.adapter, case)
+    save(merged, tmp_path / "merged.safetensors")
+    assert_deltas(Adapter.load(tmp_path / "merged.safetensors"), case)
+
+
+def test_m02_halves_have_no_cross_terms():
+    case = "M02_linear_cross_terms"
+    merged = merge(sources_of(case, weights=[0.5, 0.5]), "task-arithmetic")
+    assert merged.adapter.total_norm == pytest.approx(expected_of(case)["half_half_total"], rel=1e-5)
+
+
+@pytest.mark.parametrize("rank", [8, 4])
+def test_m04_a_lower_rank_has_the_best_error_that_there_is(rank):
+    case = "M04_different_ranks"
+    merged = merge(sources_of(case), "task-arithmetic", rank=rank)
+    best, total = expected_of(case)["best_error"][str(rank)], expected_of(case)["total_delta_fro"]
+    assert merged.error == pytest.approx(best / total, rel=1e-4)
+    whole = expected_deltas(case)
+    gone = [float((update.delta() - whole[name]).norm()) for name, update in merged.adapter.updates.items()]
+    assert math.hypot(*gone) == pytest.approx(best, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["task-arithmetic", "average", "cat"])
+def test_m05_ranks_that_differ_between_modules_are_in_the_file_that_peft_loads(method, tmp_path):
+    case = "M05_rank_pattern_export_reload"
+    merged = merge(sources_of(case), method)
+    assert {update.rank for update in merged.adapter.updates.values()} == {4, 8}
+    save(merged, tmp_path / "merged")
+    assert_deltas(Adapter.load(tmp_path / "merged"), case)
+    assert_peft_loads(tmp_path / "merged", case)
+
+
+def test_m08_a_wrong_number_of_weights_is_refused_with_both_counts():
+    case = "M08_weight_count_and_names"
+    with pytest.raises(OptionError) as caught:
+        sources_of(case, weights=expected_of(case)["weights_bad"])
+    assert_says(str(caught.value), case)
+    with pytest.raises(OptionError, match="2 adapters and 1 weights"):
+        sources_of(case, weights=[1.0])
+
+
+@pytest.mark.parametrize("method", ["task-arithmetic", "average", "cat", "factor-average", "slerp"])
+def test_m08_an_adapter_given_twice_at_a_half_is_itself(method):
+    case = "M08_weight_count_and_names"
+    merged = merge(sources_of(case, "a a", expected_of(case)["weights_twice"]), method, rank=4)
+    assert merged.error < 1e-5
+    assert_deltas(merged.adapter, case)
+
+
+def test_m08_what_is_there_already_stays_unless_it_is_forced(tmp_path):
+    case = "M08_weight_count_and_names"
+    merged = merge(sources_of(case, "a a", expected_of(case)["weights_twice"]))
+    there, other = tmp_path / "there", merge(sources_of(case, "a b", [1.0, 1.0]))
+    save(other, there)
+    with pytest.raises(FileError, match="there: exists already"):
+        save(merged, there)
+    assert_deltas(Adapter.load(there), case, {name: u.delta() for name, u in other.adapter.updates.items()})
+    save(merged, there, force=True)
+    assert_deltas(Adapter.load(there), case)
+    (there / "notes.txt").write_text("mine")
+    with pytest.raises(FileError, match=r"holds more than an adapter \(notes.txt\)"):
+        save(other, there, force=True)
+    assert_deltas(Adapter.load(there), case)
+
+
+def test_m10_ties_comes_out_as_by_hand():
+    case = "M10_ties_by_hand"
+    expected = expected_of(case)
+    for names, key in (("a b", "result"), ("b a", "result"), ("a_neg b_neg", "negated_majority_rule")):
+        merged = merge(sources_of(case, names), "ties", options={"density": expected["density"]})
+        assert_deltas(merged.adapter, case, {"net.lin": torch.tensor(expected[key])})
+    assert torch.equal(expected_deltas(case)["net.lin"], torch.tensor(expected["result"]))
+
+
+@pytest.mark.parametrize("method", ["dare", "magnitude"])
+def test_m11_at_density_1_nothing_is_thinned(method):
+    case = "M11_density_edges"
+    assert_deltas(merge(sources_of(case), method, options={"density": 1.0}).adapter, case)
+
+
+@pytest.mark.parametrize("density", [0.0, 1.5, -0.1, math.nan])
+@pytest.mark.parametrize("method", ["ties", "dare", "magnitude", "dare-ties", "della", "breadcrumbs"])
+def test_m11_a_density_outside_of_its_range_is_refused_by_name(method, density):
+    with pytest.raises(OptionError) as caught:
+        merge(sources_of("M11_density_edges"), method, options={"density": density})
+    assert_says(str(caught.value), "M11_density_edges")
+
+
+@pytest.mark.parametrize("heads", [None, "average"])
+def test_m13_heads_of_different_shapes_are_refused_with_their_shapes(heads):
+    with pytest.raises(MismatchError) as caught:
+        merge(sources_of("M13_heads_conflict"), heads=heads)
+    assert_says(str(caught.value), "M13_heads_conflict")
+    assert "\n" not in str(caught.value)
+
+
+def test_m13_heads_that_differ_follow_an_option_and_are_refused_without(tmp_path):
+    case = "M13_heads_conflict"
+    sources = sources_of(case, "a c")
+    with pytest.raises(MismatchError) as caught:
+        merge(sources)
+    for word in [*expected_of(case)["must_mention_ac"], "keep-own", "average", "first"]:
+        assert word in str(caught.value)
+    a, c = (adapter.tensors for adapter in sources.adapters)
+    keys = sources.adapters[0].others
+    assert any(not torch.equal(a[key], c[key]) for key in keys)
+    for how, wanted in (("first", a), ("average", {key: (a[key] + c[key]) / 2 for key in keys})):
+        made = merge(sources, heads=how)
+        assert set(made.adapter.others) == set(keys)
+        assert all(torch.allclose(made.adapter.tensors[key], wanted[key]) for key in keys)
+    save(merge(sources, heads="keep-own"), tmp_path / "kept")
+    assert not Adapter.load(tmp_path / "kept").others
+    for label, own in (("a", a), ("c", c)):
+        kept = load_file(tmp_path / "kept" / "heads" / f"{label}.safetensors")
+        assert all(torch.equal(kept[key], own[key]) for key in keys)
+
+
+def test_m13_first_takes_the_head_of_whichever_is_first():
+    for names in ("a b", "b a"):
+        sources = sources_of("M13_heads_conflict", names)
+        made, own = merge(sources, heads="first").adapter, sources.adapters[0]
+        assert all(torch.equal(made.tensors[key], own.tensors[key]) for key in own.others)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("task-arithmetic", {}),
+        ("average", {}),
+        ("magnitude", {"density": 1.0}),
+        ("core-space", {"inner": "task-arithmetic"}),
+        ("knots", {"inner": "average"}),
+    ],
+)
+def test_k16_half_precision_is_merged_in_single_precision(method, options):
+    case = "K16_half_precision_product"
+    merged = merge(sources_of(case, "adapter_bf16", [1.0]), method, options=options)
+    assert_deltas(merged.adapter, case)
+
+
+@pytest.mark.parametrize("method", ["task-arithmetic", "average", "ties", "slerp"])
+def test_k16_a_merge_whose_product_overflows_in_half_precision_is_finite(method, tmp_path):
+    case = "K16_half_precision_product"
+    options = {"density": 1.0} if method == "ties" else {}
+    sources = sources_of(case, "adapter_fp16_overflow adapter_fp16_overflow", [0.5, 0.5])
+    save(merge(sources, method, options=options), tmp_path / "merged")
+    for update in Adapter.load(tmp_path / "merged").updates.values():
+        torch.testing.assert_close(update.delta(), torch.full(update.shape, expected_of(case)["fp16_case_entry"]))
+
+
+@pytest.mark.parametrize("folder", ["adapter", "adapter_weight_suffix"])
+def test_r28_dora_is_merged_exactly_where_the_base_is_given(folder, tmp_path):
+    case = "R28_dora"
+    base = base_of([Adapter.load(CASES / case / folder)], str(CASES / expected_of(case)["base"]))
+    for names, weights in ((folder, [1.0]), (f"{folder} {folder}", [0.25, 0.75])):
+        merged = merge(sources_of(case, names, weights, base=base), "task-arithmetic")
+        assert_deltas(merged.adapter, case)
+    assert merged.adapter.why_not_additive is None
+    save(merged, tmp_path / "merged")
+    assert_peft_loads(tmp_path / "merged", case)
+
+
+def test_r28_dora_without_the_base_is_refused_by_name():
+    assert base_of([Adapter.load(CASES / "R28_dora/adapter")], None) is None
+    with pytest.raises(TunerError) as caught:
+        sources_of("R28_dora", "adapter", [1.0])
+    assert_says(str(caught.value), "R28_dora")
+    assert "--base" in str(caught.value)

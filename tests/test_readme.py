@@ -1,13 +1,19 @@
 """What the README says, done."""
 
 import re
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
+from lora_lab.coto import CoToCallback
 from lora_lab.digits import Digits
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -42,6 +48,39 @@ def test_the_callback_and_the_context_manager_run_as_shown(tmp_path):
     exec(compile(BLOCKS[1], "README.md", "exec"), names)
     names["trainer"].train()
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_the_callback_runs_in_trl_as_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TRL's own
+        from trl import SFTConfig, SFTTrainer
+
+        config = LlamaConfig(
+            vocab_size=8,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+        words = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1, "a": 2, "b": 3, "?": 4}, unk_token="?"))
+        words.pre_tokenizer = Whitespace()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+        options = {"report_to": "none", "use_cpu": True, "bf16": False, "disable_tqdm": True}
+        names = {
+            "SFTTrainer": SFTTrainer,
+            "LoraConfig": LoraConfig,
+            "CoToCallback": CoToCallback,
+            "model": LlamaForCausalLM(config),
+            "args": SFTConfig(output_dir=str(tmp_path), max_steps=3, **options),
+            "texts": Dataset.from_dict({"text": ["a b a b"] * 8}),
+            "tokenizer": tokenizer,
+        }
+        exec(compile(BLOCKS[2], "README.md", "exec"), names)
+    (callback,) = [c for c in names["trainer"].callback_handler.callbacks if isinstance(c, CoToCallback)]
+    assert [step for step, _, _ in callback.log] == [0, 1, 2]
+    assert callback.log[-1][2].all()
 
 
 @pytest.mark.parametrize("path", re.findall(r"\]\(([^)]+\.png)\)", README))
