@@ -19,6 +19,9 @@ from ..errors import FileError, OptionError
 from ..files import refuse_existing
 
 if TYPE_CHECKING:
+    import torch
+
+    from ..distribute import Pool
     from ..game import Cost
     from ..result import Result
 
@@ -109,6 +112,21 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
         yield report
 
 
+@contextlib.contextmanager
+def workers(ray: str | None, device: str | None) -> Iterator[tuple[Pool | None, torch.device]]:
+    """The workers that --ray asks for (None without it), and the device, theirs or this process's own."""
+    import torch
+
+    from ..distribute import Pool
+    from ..task import resolve_device
+
+    if ray is None:
+        yield None, resolve_device(device)
+        return
+    with Pool.open(ray, device=device) as pool:
+        yield pool, torch.device(pool.device)
+
+
 # Options that several verbs share, to the word.
 TaskOption = Annotated[str | None, typer.Option(help="Built-in task or task file; by default the adapters' own.")]
 TasksOption = Annotated[
@@ -122,6 +140,13 @@ AlphaOption = Annotated[float | None, typer.Option(help="lora_alpha, where no co
 NameOption = Annotated[str | None, typer.Option(help="Which adapter, where the keys of a file hold several.")]
 SplitOption = Annotated[str, typer.Option(help="train, validation or test.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda …; by default a GPU where there is one.")]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        help="Compute on workers of a Ray cluster: auto (the one that runs), HOST:PORT, or local:N workers of its own.",
+    ),
+]
 PlayersOption = Annotated[
     list[str] | None,
     typer.Option(help="layer, module, type, type-layer, encoder-type-layer, rank, or NAME=REGEX (repeatable)."),
@@ -184,14 +209,22 @@ def confirm(yes: bool) -> Callable[[Cost], None]:
 
 
 def computed(
-    outputs: Outputs, run: str, what: str, compute: Callable[..., Result], *, force: bool, yes: bool
+    outputs: Outputs,
+    run: str,
+    what: str,
+    compute: Callable[..., Result],
+    *,
+    force: bool,
+    yes: bool,
+    ray: str | None,
+    device: str | None,
 ) -> Result:
     """The result of this very run if it is there, else computed (asking first if it is long), saved and named."""
     result = outputs.earlier(run, force=force)
     if result is None:
         ask = confirm(yes)
-        with progress(what) as report:
-            result = compute(cache=outputs.cache, progress=report, confirm=ask)
+        with workers(ray, device) as (pool, place), progress(what) as report:
+            result = compute(cache=outputs.cache, progress=report, confirm=ask, pool=pool, device=place)
         say_written(outputs.save(result))
     return result
 

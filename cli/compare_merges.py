@@ -33,6 +33,7 @@ def command(
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.", min=0)] = 0,
     latex: Annotated[bool, typer.Option("--latex", help="Also write the table as compare-merges.tex.")] = False,
     device: common.DeviceOption = None,
+    ray: common.RayOption = None,
     yes: common.YesOption = False,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Folder for compare-merges.json, .pdf and .png.")
@@ -52,16 +53,19 @@ def command(
     from .. import compare, merge
     from ..adapter import Adapter
     from ..connect import parse_ratios
+    from ..errors import OptionError
     from ..evaluate import tasks_of
     from ..files import write_bytes
-    from ..task import resolve_device
 
     outputs = common.Outputs(output, "compare-merges")
     options: dict[str, dict[str, Any]] = {}
-    names = methods.split(",")
+    names = [name.strip() for name in methods.split(",")]
     for given, value in common.pairs(set_).items():
-        name, _, option = given.rpartition(".")
-        known = merge.defaults(name.partition(":")[0])
+        name, dot, option = given.rpartition(".")
+        if not dot:
+            raise OptionError(f"--set {given}: METHOD.OPTION=VALUE is needed here, such as ties.{given}={value}")
+        method, _, inner = name.partition(":")
+        known = merge.defaults(method, {"inner": inner} if inner else {})
         options.setdefault(name, {}).update(common.parse_set([f"{option}={value}"], known, name))
     compare.ways_of(names, options)
     loaded = [Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name) for path in adapters]
@@ -70,6 +74,7 @@ def command(
         "options": options,
         "coefficients": common.parse_numbers(coefficients, "--coefficients"),
         "ratios": parse_ratios(ratios, 99),
+        "base_name": base,
         "split": split,
         "seed": seed,
     }
@@ -79,16 +84,17 @@ def command(
     run = compare.run_id(loaded, tasks, **settings)
     result = outputs.earlier(run, force=force)
     if result is None:
-        with common.progress("merging and scoring") as report:
+        with common.workers(ray, device) as (pool, place), common.progress("merging and scoring") as report:
             result = compare.compare(
                 loaded,
                 tasks,
                 **settings,
                 base=built,
-                device=resolve_device(device),
+                device=place,
                 journal=outputs.journal,
                 progress=report,
                 confirm=common.confirm(yes),
+                pool=pool,
             )
         written = outputs.save(result)
         outputs.journal.unlink(missing_ok=True)

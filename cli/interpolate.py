@@ -34,6 +34,7 @@ def command(
     split: common.SplitOption = "test",
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.", min=0)] = 0,
     device: common.DeviceOption = None,
+    ray: common.RayOption = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for interpolate.json, .pdf and .png.")] = Path(
         "out"
     ),
@@ -53,7 +54,6 @@ def command(
     from ..adapter import Adapter
     from ..errors import unknown
     from ..evaluate import task_of
-    from ..task import resolve_device
 
     if space not in _SPACES:
         raise unknown("space", space, _SPACES)
@@ -70,9 +70,9 @@ def command(
     chosen = task_of(*loaded, given=task)
     result = outputs.earlier(connect.run_id(loaded, chosen, **options), force=force)
     if result is None:
-        with common.progress("interpolating") as report:
+        with common.workers(ray, device) as (pool, place), common.progress("interpolating") as report:
             result = connect.interpolate(
-                loaded, chosen, **options, device=resolve_device(device), journal=outputs.journal, progress=report
+                loaded, chosen, **options, device=place, journal=outputs.journal, progress=report, pool=pool
             )
         written = outputs.save(result)
         outputs.journal.unlink(missing_ok=True)

@@ -49,7 +49,8 @@ def command(
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Cut to this rank, the error is told; by default exact.")] = None,
     heads: Annotated[
-        str | None, typer.Option(help="Heads that differ: keep-own (each its own, beside it), average, or first.")
+        str | None,
+        typer.Option(help="Heads that differ: keep-own (each its own, beside it), average (a plain mean), or first."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, of the file.")] = "float32",
     base: Annotated[
@@ -90,6 +91,8 @@ def command(
         raise OptionError("-o names the adapter to write: NAME.safetensors, or a name for a PEFT folder")
     options = common.parse_set(set_, merge.defaults(method, common.pairs(set_)), method)
     spaces = tune.parse(search or [], method, options)
+    if "coefficient" in spaces and coefficient != 1:
+        raise OptionError("the coefficient is both set and searched")
     refuse_existing(output, force=force)
     parsed = parse_weights(weights or [], len(adapters))
     loaded = [Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name) for path in adapters]

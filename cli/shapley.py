@@ -42,6 +42,7 @@ def command(
     split: common.SplitOption = "test",
     seed: Annotated[int, typer.Option(help="Draws the coalitions.", min=0)] = 0,
     device: common.DeviceOption = None,
+    ray: common.RayOption = None,
     yes: common.YesOption = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for shapley.json, .pdf and .png.")] = Path(
         "out"
@@ -62,7 +63,6 @@ def command(
     from .. import estimators, shapley
     from ..adapter import Adapter
     from ..evaluate import task_of
-    from ..task import resolve_device
 
     outputs = common.Outputs(output, "shapley")
     loaded = [
@@ -86,9 +86,11 @@ def command(
         "options": options,
     }
     chosen = task_of(*loaded, given=task)
-    compute = partial(shapley.shapley, loaded, chosen, split=split, **settings, device=resolve_device(device))
+    compute = partial(shapley.shapley, loaded, chosen, split=split, **settings)
     run = shapley.run_id(loaded, chosen, split=split, **settings)
-    result = common.computed(outputs, run, "asking for coalitions", compute, force=force, yes=yes)
+    result = common.computed(
+        outputs, run, "asking for coalitions", compute, force=force, yes=yes, ray=ray, device=device
+    )
     if json:
         common.print_json(result.to_json())
     else:

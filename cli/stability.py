@@ -33,6 +33,7 @@ def command(
     split: common.SplitOption = "test",
     seed: Annotated[int, typer.Option(help="Draws the keep-sets and the bootstrap.", min=0)] = 0,
     device: common.DeviceOption = None,
+    ray: common.RayOption = None,
     yes: common.YesOption = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for stability.json, .pdf and .png.")] = Path(
         "out"
@@ -52,7 +53,6 @@ def command(
     from ..adapter import Adapter
     from ..errors import OptionError
     from ..evaluate import task_of
-    from ..task import resolve_device
 
     try:
         probabilities = [float(part) for part in grid.split(",")]
@@ -73,9 +73,9 @@ def command(
     }
     stability.check(loaded, by=settings["by"], samples=samples, grid=probabilities)
     chosen = task_of(*loaded, given=task)
-    compute = partial(stability.stability, loaded, chosen, split=split, **settings, device=resolve_device(device))
+    compute = partial(stability.stability, loaded, chosen, split=split, **settings)
     run = stability.run_id(loaded, chosen, split=split, **settings)
-    result = common.computed(outputs, run, "dropping layers", compute, force=force, yes=yes)
+    result = common.computed(outputs, run, "dropping layers", compute, force=force, yes=yes, ray=ray, device=device)
     if json:
         common.print_json(result.to_json())
     else:

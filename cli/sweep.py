@@ -34,6 +34,7 @@ def command(
     split: common.SplitOption = "test",
     seed: Annotated[int, typer.Option(help="Of random controls and the bootstrap.", min=0)] = 0,
     device: common.DeviceOption = None,
+    ray: common.RayOption = None,
     yes: common.YesOption = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for sweep.json, .pdf and .png.")] = Path("out"),
     force: common.ForceOption = False,
@@ -50,7 +51,6 @@ def command(
     from ..adapter import Adapter
     from ..errors import OptionError
     from ..evaluate import task_of
-    from ..task import resolve_device
 
     chosen_kinds = {"structured": structured, "unstructured": unstructured, "rank": rank}
     kinds = [kind for kind, wanted in chosen_kinds.items() if wanted] or list(chosen_kinds)
@@ -74,9 +74,9 @@ def command(
     names = ("kinds", "sparsities", "criteria", "draws")
     sweep.check(loaded, **{name: settings[name] for name in names})
     task_chosen = task_of(*loaded, given=task)
-    compute = partial(sweep.sweep, loaded, task_chosen, split=split, **settings, device=resolve_device(device))
+    compute = partial(sweep.sweep, loaded, task_chosen, split=split, **settings)
     run = sweep.run_id(loaded, task_chosen, split=split, **settings)
-    result = common.computed(outputs, run, "pruning", compute, force=force, yes=yes)
+    result = common.computed(outputs, run, "pruning", compute, force=force, yes=yes, ray=ray, device=device)
     if json:
         common.print_json(result.to_json())
     else:

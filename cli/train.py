@@ -71,6 +71,7 @@ def command(
     ] = "none",
     jobs: Annotated[int | None, typer.Option(help="Runs side by side, a process each; by default one a core.")] = None,
     device: common.DeviceOption = None,
+    ray: common.RayOption = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="NAME.safetensors, or a name for a PEFT folder.")
     ] = None,
@@ -124,16 +125,24 @@ def command(
     paths = [_path(output, recipe, folder=seeds is not None) for recipe in recipes]
     settings = tuning.settings_of(values)
     tried: list[dict[str, Any]] = []
-    with common.progress("training") as report:
+    with common.workers(ray, device) as (pool, _), common.progress("training") as report:
         if len(settings) > 1:
             for setting in settings:  # refused before anything is trained
                 dataclasses.replace(recipes[0], **setting)
             results, tried = tuning.train_best(
-                chosen.record, recipes, settings, paths, device=device, workers=jobs, force=force, progress=report
+                chosen.record,
+                recipes,
+                settings,
+                paths,
+                device=device,
+                workers=jobs,
+                force=force,
+                progress=report,
+                pool=pool,
             )
         else:
             todo = [Job(chosen.record, r, path, device, report_to) for r, path in zip(recipes, paths, strict=True)]
-            results = train_all(todo, workers=jobs, force=force, progress=report)
+            results = train_all(todo, workers=jobs, force=force, progress=report, pool=pool)
     if json:
         common.print_json(
             [{"path": str(path), **result.to_json()} for path, result in zip(paths, results, strict=True)]

@@ -11,58 +11,30 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from lora_lab import fitted
 from lora_lab.adapter import Adapter
-from lora_lab.errors import MismatchError, OptionError, TunerError, some
-from lora_lab.evaluate import described, examples_of, identity, labels_of, pack, score, unpack
+from lora_lab.court import CANNOT, TINY, Clerks, Court, Judged, Mix, Way, correct, loss
+from lora_lab.distribute import Pool
+from lora_lab.errors import MismatchError, OptionError, some
+from lora_lab.evaluate import described, examples_of, identity, labels_of
 from lora_lab.game import Cost
-from lora_lab.lowrank import LowRank
-from lora_lab.merge import MERGES, NEEDS_DATA, check, merge
-from lora_lab.panel import Panel
+from lora_lab.merge import MERGES, check
 from lora_lab.result import Journal, Result, columns, fingerprint, finite, grouped, provenance
 from lora_lab.sources import Sources
-from lora_lab.stats import Floats, Sampled, interval, mean_and_spread
-from lora_lab.task import Scores, Task, resolve_device
+from lora_lab.stats import Sampled, interval, mean_and_spread
+from lora_lab.task import Task, resolve_device
 
 COEFFICIENTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
 RATIOS = ((0.0, 1.0), (1.0, 2.0), (1.0, 1.0), (1.0, 1.0, 1.0))
 ALONE, ENSEMBLE = "alone", "ensemble of logits"
 
-_TINY = 1e-12
-
 Row = dict[str, Any]
-Judged = list[list[Scores]]
-"""For each place where a mix is judged, scores: of one merge, or of all adapters alone that share the place."""
-
-
-@dataclass(frozen=True)
-class Mix:
-    """Adapters that are merged together, by their places in the list of all."""
-
-    label: str
-    method: str | None
-    """Their training method, where it is one."""
-    seed: int | None
-    members: tuple[int, ...]
-    weights: tuple[float, ...]
-    ratio: str | None = None
-    """For seeds of one task: their weights in words."""
-
-
-@dataclass(frozen=True)
-class Way:
-    """A merge to be compared: its name in the table, the method, and its options."""
-
-    name: str
-    method: str
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def compare(
@@ -76,55 +48,60 @@ def compare(
     split: str = "test",
     seed: int = 0,
     base: Callable[[], torch.nn.Module] | None = None,
+    base_name: str | None = None,
     device: torch.device | None = None,
     journal: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     confirm: Callable[[Cost], None] | None = None,
+    pool: Pool | None = None,
 ) -> Result:
     """Accuracy of every merge on the tasks of its adapters, each with its own head; see the module's first lines.
 
     `methods` are names of MERGES, NAME:RULE for an inner rule, or all; `options` are theirs by name. Every number on
     the `split` has a 95 % interval over examples (paired bootstrap with `seed`); normalised is divided by the
     adapter's own accuracy alone. The summary has the validation curves over the coefficients. A method that cannot
-    merge a set is left out, and the summary says why. With `journal`, a killed run goes on where it was.
+    merge a set is left out, and the summary says why. `base_name` tells runs with different `base` apart. With
+    `journal`, a killed run goes on where it was.
     """
     ways = ways_of(methods, options or {})
     mixes = mixes_of(adapters, tasks, ratios)
     grid = list(dict.fromkeys([*coefficients, 1.0]))
     began = time.perf_counter()
     settings = {"options": _plain(options), "coefficients": list(coefficients), "seed": seed}
-    settings["ratios"] = [_ratio(ratio) for ratio in ratios]
+    settings |= {"ratios": [_ratio(ratio) for ratio in ratios], "base_name": base_name}
     run = run_id(adapters, tasks, split=split, methods=[way.name for way in ways], **settings)
-    everyone = Sources(adapters, base=base, tasks=tasks, device=device or resolve_device())
-    court = _Court(everyone, split, Journal(journal, run) if journal else None, progress, base)
+    device = device or (torch.device(pool.device) if pool else resolve_device())
+    everyone = Sources(adapters, base=base, tasks=tasks, device=device)
+    court = Court(everyone, split, base=base, journal=Journal(journal, run) if journal else None, progress=progress)
     court.total = sum(court.passes(mix, len(ways), grid) for mix in mixes)
+    clerks = Clerks(court, pool, run) if pool else None
     if confirm:
-        confirm(court.cost(mixes, ways))
+        cost = court.cost(mixes, ways, clerks.seconds() if clerks else court.seconds())
+        confirm(cost if pool is None else replace(cost, seconds=cost.seconds / pool.size))
+    if clerks:
+        clerks.prepare(mixes, ways, grid)
     names = labels_of(adapters)
     rows: list[Row] = []
     sets: list[Row] = []
     curves: list[Row] = []
     skipped: list[Row] = []
     for mix in mixes:
-        alone = court.alone(mix, "validation"), court.alone(mix, split)
-        for name, scores in _references(mix, alone[1], court):
-            cells, whole = _measured(mix, name, scores, alone[1], names, tasks, seed)
+        alone = court.alone(mix, split)
+        for name, scores in _references(mix, alone, court):
+            cells, whole = _measured(mix, name, scores, alone, names, tasks, seed)
             rows += [{**row, "coefficient": None, "chosen": True} for row in cells]
             sets.append({**whole, "coefficient": None, "chosen": True, "at_edge": None})
         for way in ways if len(mix.members) > 1 else ():
             try:
-                made = court.merged(mix, way)
-                tried = {c: court.judge(mix, way, c, "validation", made) for c in grid}
-                curves.append({**_head(mix, way.name), **_curve(tried, alone[0])})
-                best = _best(curves[-1])
-                for coefficient in dict.fromkeys((best, 1.0)):
-                    scores = court.judge(mix, way, coefficient, split, made)
-                    cells, whole = _measured(mix, way.name, scores, alone[1], names, tasks, seed)
-                    chosen = coefficient == best
+                trial = court.trial(mix, way, grid)
+                curves.append({**_head(mix, way.name), **trial.curve})
+                for coefficient, scores in trial.tested.items():
+                    cells, whole = _measured(mix, way.name, scores, alone, names, tasks, seed)
+                    chosen = coefficient == trial.best
                     rows += [{**r, "coefficient": coefficient, "chosen": chosen} for r in cells]
-                    at_edge = len(grid) > 1 and best in (min(grid), max(grid))
+                    at_edge = len(grid) > 1 and trial.best in (min(grid), max(grid))
                     sets.append({**whole, "coefficient": coefficient, "chosen": chosen, "at_edge": at_edge})
-            except (MismatchError, TunerError, OptionError) as error:
+            except CANNOT as error:
                 skipped.append({"set": mix.label, "merge": way.name, "why": str(error)})
     if len(skipped) == sum(len(mix.members) > 1 for mix in mixes) * len(ways):
         raise OptionError(f"no method can merge these: {skipped[0]['why']}")
@@ -147,17 +124,18 @@ def compare(
             examples=len(tasks[0].split(split)),
             evaluations=court.evaluated,
             run=run,
-            device=str(everyone.device),
+            device=str(device),
             dtype=tasks[0].dtype,
+            workers=pool.size if pool else None,
         ),
     )
 
 
-def _references(mix: Mix, alone: Judged, court: _Court) -> Iterator[tuple[str, Judged]]:
+def _references(mix: Mix, alone: Judged, court: Court) -> Iterator[tuple[str, Judged]]:
     """The adapters alone (of seeds: once, not in every ratio), and where there are several, their ensemble."""
     if mix.ratio is None or len(mix.members) == 1:
         yield ALONE, alone
-    if len(mix.members) > 1:
+    if len(mix.members) > 1 and court.has_ensemble(mix):
         yield ENSEMBLE, court.ensemble(mix, court.split)
 
 
@@ -237,154 +215,8 @@ def _seed_mixes(adapters: Sequence[Adapter], ratios: Sequence[Sequence[float]]) 
     return mixes
 
 
-class _Court:
-    """Scores of the members of all mixes, each computed once and kept in the journal."""
-
-    def __init__(
-        self,
-        everyone: Sources,
-        split: str,
-        journal: Journal | None,
-        progress: Callable[[int, int], None] | None,
-        base: Callable[[], torch.nn.Module] | None,
-    ) -> None:
-        assert everyone.tasks is not None
-        self.everyone, self.tasks, self.split, self.base = everyone, everyone.tasks, split, base
-        self.panel = Panel(everyone)
-        self.total = self.done = self.evaluated = 0
-        self._journal, self._progress = journal, progress
-        self._known: dict[str, Scores] = {}
-        self._own: dict[int, dict[str, LowRank]] = {}
-
-    def alone(self, mix: Mix, split: str) -> Judged:
-        """Each member on its own task, as it is."""
-
-        def own(i: int) -> Scores:
-            adapter = self.everyone.adapters[i]
-            if adapter.why_not_additive is None:
-                return self.panel.scores(i, self._updates(i), split)
-            return score(self.tasks[i], adapter, split, device=self.everyone.device)
-
-        found = [self._scores(f"alone {i} {split}", lambda i=i: own(i)) for i in mix.members]  # type: ignore[misc]
-        return [found] if len(self._places(mix)) < len(mix.members) else [[scores] for scores in found]
-
-    def ensemble(self, mix: Mix, split: str) -> Judged:
-        """The weighted mean of all members' logits on each one's task, with its head."""
-        found = []
-        for i in self._places(mix):
-            weights = np.array(mix.weights) / sum(mix.weights)
-
-            def mean(i: int = i, weights: Floats = weights) -> Scores:
-                logits = [self._logits(i, j, split) * w for j, w in zip(mix.members, weights, strict=True)]
-                labels = self.tasks[i].split(split).inputs["labels"].cpu()
-                return Scores.of(torch.stack(logits).sum(0).float(), labels)
-
-            found.append([self._scores(f"ensemble {i} of {mix.members} {mix.weights} {split}", mean)])
-        return found
-
-    def judge(
-        self, mix: Mix, way: Way, coefficient: float, split: str, made: Callable[[], Mapping[str, LowRank]]
-    ) -> Judged:
-        """The merge, times a coefficient, on every member's task."""
-
-        def scaled(i: int) -> Scores:
-            updates = {name: coefficient * update for name, update in made().items()}
-            return self.panel.scores(i, updates, split)
-
-        key = f"{way.name} {mix.members} {mix.weights} {coefficient!r} {split}"
-        return [[self._scores(f"{key} {i}", lambda i=i: scaled(i))] for i in self._places(mix)]  # type: ignore[misc]
-
-    def merged(self, mix: Mix, way: Way) -> Callable[[], Mapping[str, LowRank]]:
-        """The merge itself, made when it is first asked for."""
-        made: dict[str, LowRank] = {}
-
-        def make() -> Mapping[str, LowRank]:
-            if not made:
-                members = [self.everyone.adapters[i] for i in mix.members]
-                tasks = [self.tasks[i] for i in mix.members]
-                sources = Sources(members, mix.weights, base=self.base, tasks=tasks, device=self.everyone.device)
-                made.update(merge(sources, way.method, options=way.options, heads="keep-own").adapter.updates)
-            return made
-
-        return make
-
-    def passes(self, mix: Mix, ways: int, grid: Sequence[float]) -> int:
-        """Evaluations that a mix asks for, at the most."""
-        ways = ways if len(mix.members) > 1 else 0
-        return len(self._places(mix)) * (ways * (len(grid) + 2) + 1) + 2 * len(mix.members)
-
-    def cost(self, mixes: Sequence[Mix], ways: Sequence[Way]) -> Cost:
-        """What all of it will take, from one timed evaluation of each split of the first task."""
-        seconds = {}
-        for split in ("validation", self.split):
-            for _ in range(2):  # the first one warms up
-                began = time.perf_counter()
-                self.panel.scores(0, self._updates(0), split)
-                seconds[split] = time.perf_counter() - began
-        whole = self.total * max(seconds.values())
-        one = seconds["validation"] / len(self.tasks[0].split("validation"))
-        for mix, way in itertools.product(mixes, ways):
-            if way.method in NEEDS_DATA:
-                whole += one * fitted.examples_read(way.method, way.options, [self.tasks[i] for i in mix.members])
-        return Cost(self.total, 0, 0, whole)
-
-    def _places(self, mix: Mix) -> tuple[int, ...]:
-        """Members on whose tasks a mix is judged: one for all of them where they share the task and the head."""
-        return mix.members[:1] if len({self.panel.seat_of(i) for i in mix.members}) == 1 else mix.members
-
-    def _logits(self, i: int, j: int, split: str) -> torch.Tensor:
-        """Logits of the j-th adapter's updates under the i-th one's head and task."""
-        scores = self.panel.scores(i, self._updates(j), split, keep_logits=True)
-        return torch.from_numpy(scores.logits)
-
-    def _updates(self, index: int) -> dict[str, LowRank]:
-        if index not in self._own:
-            names = [name for name in self.everyone.modules if name in self.everyone.adapters[index].sites]
-            self._own[index] = {name: self.everyone.updates_of(name)[index] for name in names}
-        return self._own[index]
-
-    def _scores(self, key: str, make: Callable[[], Scores]) -> Scores:
-        if key not in self._known:
-            if self._journal is not None and key in self._journal:
-                self._known[key] = unpack(self._journal[key])
-            else:
-                self._known[key] = make()
-                self.evaluated += 1
-                if self._journal is not None:
-                    self._journal.add(key, pack(self._known[key]))
-        self.done += 1
-        if self._progress:
-            self._progress(min(self.done, self.total), self.total)
-        return self._known[key]
-
-
 def _head(mix: Mix, merge: str) -> Row:
     return {"set": mix.label, "method": mix.method, "seed": mix.seed, "ratio": mix.ratio, "merge": merge}
-
-
-def _curve(tried: Mapping[float, Judged], alone: Judged) -> Row:
-    """Means over the tasks at every coefficient, on the validation splits."""
-    coefficients = sorted(tried)
-    groups = [tried[c] for c in coefficients]
-    accuracies = np.array([[_correct(scores).mean() for scores in group] for group in groups])
-    own = np.array([_correct(scores).mean() for scores in alone])
-    return {
-        "coefficient": coefficients,
-        "accuracy": accuracies.mean(1).tolist(),
-        "normalised": (accuracies / np.maximum(own, _TINY)).mean(1).tolist(),
-        "loss": [float(np.mean([_loss(scores) for scores in group])) for group in groups],
-    }
-
-
-def _best(curve: Row) -> float:
-    """The coefficient of the highest mean normalised accuracy, then of the lowest mean loss."""
-
-    def rank(i: int) -> tuple[float, float]:
-        loss = curve["loss"][i]
-        return round(curve["normalised"][i], 12), -loss if math.isfinite(loss) else -math.inf
-
-    best: float = curve["coefficient"][max(range(len(curve["coefficient"])), key=rank)]
-    return best
 
 
 def _measured(
@@ -400,12 +232,12 @@ def _measured(
     head = _head(mix, name)
     rows, accuracies, shares = [], [], []
     for index, own, scored in zip(mix.members, alone, scores, strict=False):
-        both = Sampled.of(np.stack([_correct(scored), _correct(own)]), seed=seed)
-        share = [each[0] / np.maximum(each[1], _TINY) for each in (both.means, both.samples)]
+        both = Sampled.of(np.stack([correct(scored), correct(own)]), seed=seed)
+        share = [each[0] / np.maximum(each[1], TINY) for each in (both.means, both.samples)]
         accuracies.append((both.means[0], both.samples[0]))
         shares.append((share[0], share[1]))
         cells = {"accuracy": (both.means[0], both.samples[0]), "normalised": (share[0], share[1])}
-        row: Row = {**head, "task": tasks[index].name, "adapter": names[index], "loss": _loss(scored)}
+        row: Row = {**head, "task": tasks[index].name, "adapter": names[index], "loss": loss(scored)}
         for key, (mean, samples) in cells.items():
             low, high = interval(samples)
             row |= {key: float(mean[0]), f"{key}_low": low, f"{key}_high": high}
@@ -416,16 +248,6 @@ def _measured(
         low, high = interval(samples)
         whole |= {key: float(mean[0]), f"{key}_low": low, f"{key}_high": high}
     return rows, whole
-
-
-def _correct(scores: Sequence[Scores]) -> Floats:
-    """Correctness of each example, a mean over several adapters."""
-    values: Floats = np.mean([s.correct for s in scores], axis=0, dtype=np.float64)
-    return values
-
-
-def _loss(scores: Sequence[Scores]) -> float:
-    return float(np.mean([s.mean_loss for s in scores]))
 
 
 def _by_method(sets: Sequence[Row]) -> list[Row]:

@@ -26,9 +26,10 @@ import numpy as np
 import torch
 
 from lora_lab.adapter import Adapter
-from lora_lab.attach import attach
+from lora_lab.attach import put_on
+from lora_lab.distribute import Pool
 from lora_lab.errors import OptionError
-from lora_lab.evaluate import described, examples_of, identity, pack, unpack
+from lora_lab.evaluate import Examples, Sent, bare, described, examples_of, identity, pack, unpack
 from lora_lab.mix import Mixer
 from lora_lab.result import Journal, Result, columns, fingerprint, finite, grouped, provenance
 from lora_lab.stats import Floats, Sampled, mean_and_spread
@@ -83,6 +84,7 @@ def interpolate(
     device: torch.device | None = None,
     journal: Path | None = None,
     progress: Progress | None = None,
+    pool: Pool | None = None,
 ) -> Result:
     """Loss and accuracy along the line between every two of the adapters, with barriers.
 
@@ -92,6 +94,7 @@ def interpolate(
     themselves. With `journal`, a killed run goes on where it was.
     """
     check(adapters, points=points, spaces=spaces)
+    device = device or (torch.device(pool.device) if pool else resolve_device())
     mixer = Mixer(adapters)
     if ratios and not set(RATIO_SPACES) & set(spaces):
         raise OptionError(f"mixtures are scored in {' and '.join(RATIO_SPACES)}; name one of them as the space, too")
@@ -107,7 +110,8 @@ def interpolate(
     }
     mixes = _ratio_points(ratios, len(adapters), [space for space in RATIO_SPACES if space in spaces])
     wanted = [*(p for line in lines.values() for p in line), *(point for _, point in mixes)]
-    scores = evaluate(mixer, task, wanted, split=split, device=device, journal=journal, progress=progress)
+    options: dict[str, Any] = {"device": device, "journal": journal, "progress": progress, "pool": pool}
+    scores = evaluate(mixer, task, wanted, split=split, **options)
 
     sampled = {metric: _Sampled(scores, metric, seed) for metric in METRICS}
     rows = []
@@ -141,8 +145,9 @@ def interpolate(
             examples=examples,
             evaluations=len(scores),
             run=run,
-            device=str(device or resolve_device()),
+            device=str(device),
             dtype=task.dtype,
+            workers=pool.size if pool else None,
         ),
     )
 
@@ -172,22 +177,71 @@ def evaluate(
     device: torch.device | None = None,
     journal: Path | None = None,
     progress: Progress | None = None,
+    pool: Pool | None = None,
 ) -> dict[str, Scores]:
-    """Scores by `Point.key`, every different point once, on one attached model whose weights change in place."""
+    """Scores by `Point.key`, every different point once, on one attached model whose weights change in place.
+
+    With a `pool`, on one such model in each of its workers.
+    """
     unique = {point.key: point for point in points}
-    log = Journal(journal, run_id(mixer.adapters, task, split=split)) if journal else None
+    run = run_id(mixer.adapters, task, split=split)
+    log = Journal(journal, run) if journal else None
     scores = {key: unpack(log[key]) for key in unique if log is not None and key in log}
-    model = task.model_on(device or resolve_device())
-    with attach(model, mixer.adapters[0], *mixer.adapters[1:]) as attached:
-        for key, point in unique.items():
-            if key not in scores:
-                attached.set(mixer.mix(point.weights, point.space))
-                scores[key] = task.score(attached.model, split)
-                if log is not None:
-                    log.add(key, pack(scores[key]))
-            if progress:
-                progress(len(scores), len(unique))
-    return scores
+    device = device or (torch.device(pool.device) if pool else resolve_device())
+
+    def keep(batch: Sequence[Point], answer: tuple[list[Scores], str | None]) -> None:
+        found, task.dtype = answer
+        for point, each in zip(batch, found, strict=True):
+            scores[point.key] = each
+            if log is not None:
+                log.add(point.key, pack(each))
+        if progress:
+            progress(len(scores), len(unique))
+
+    missing = [point for key, point in unique.items() if key not in scores]
+    if progress and scores:
+        progress(len(scores), len(unique))
+    if missing and pool:
+        sent, on = Sent.of(task), Examples.of(task, split)
+        setup = _Setup(tuple(map(bare, mixer.adapters)), sent, on, str(device), fingerprint(["line", run, str(device)]))
+        pool.run(setup, pool.cut(missing), keep)
+    elif missing:
+        walk = _walker(mixer, task, split, device)
+        for point in missing:
+            keep([point], walk([point]))
+    return {key: scores[key] for key in unique}
+
+
+def _walker(
+    mixer: Mixer, task: Task, split: str, device: torch.device
+) -> Callable[[Sequence[Point]], tuple[list[Scores], str | None]]:
+    """What scores points, and says in which dtype, on a model of its own."""
+    attached = put_on(task.model_on(device), *mixer.adapters)
+
+    def walk(points: Sequence[Point]) -> tuple[list[Scores], str | None]:
+        found = []
+        for point in points:
+            attached.set(mixer.mix(point.weights, point.space))
+            found.append(task.score(attached.model, split))
+        return found, task.dtype
+
+    return walk
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """A walker in a worker."""
+
+    adapters: tuple[Adapter, ...]
+    task: Sent
+    on: Examples
+    device: str
+    fingerprint: str
+
+    def __call__(self) -> Callable[[Sequence[Point]], tuple[list[Scores], str | None]]:
+        task = self.task.task()
+        self.on.of_task(task)  # the same ones, or it says so
+        return _walker(Mixer(self.adapters), task, self.on.split, torch.device(self.device))
 
 
 def parse_ratios(text: str, adapters: int) -> list[list[float]]:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from torch import Tensor
 from lora_lab import tasks
 from lora_lab.adapter import Adapter
 from lora_lab.attach import attach
-from lora_lab.errors import MismatchError, OptionError, TunerError
+from lora_lab.errors import LoraLabError, MismatchError, OptionError, TunerError
 from lora_lab.result import Result, columns, fingerprint, provenance
 from lora_lab.stats import Sampled
-from lora_lab.task import Scores, Task, resolve_device
+from lora_lab.task import Scores, Split, Task, resolve_device
 
 TASK_HELP = (
     "say on which with --task NAME (`lora-lab tasks` lists them) or --task FILE.toml, a file such as: "
@@ -58,8 +59,8 @@ def evaluate(
     for i, (adapter, task) in enumerate(runs):
         scores = score(task, adapter, split, device=device)
         rows.append({**_described(adapter, task), "examples": len(scores), **_estimates(scores, seed)})
-        if not task.classifies:
-            rows[-1]["perplexity"] = float(np.exp(scores.mean_loss))
+        if any(not each.classifies for each in found):
+            rows[-1]["perplexity"] = None if task.classifies else float(np.exp(scores.mean_loss))
         if progress:
             progress(i + 1, len(runs))
     return Result(
@@ -119,6 +120,56 @@ def identity(adapter: Adapter) -> list[Any]:
 def examples_of(task: Task, split: str) -> list[Any]:
     """All that scores hang on besides the adapter: the task, its base model and its examples; for run ids."""
     return [task.record, task.base_digest, split, _digest(task.split(split).inputs.values())]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A task on its way to workers, as its record."""
+
+    record: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, task: Task) -> Sent:
+        """OptionError for a task that its record does not give again, such as one of a class of the user's own."""
+        try:
+            again = tasks.from_record(task.record)
+        except LoraLabError:
+            again = None
+        if type(again) is not type(task):
+            kind = type(task).__name__
+            raise OptionError(f"task {task.name} ({kind}) cannot be built again from its record, as workers have to")
+        return cls(task.record)
+
+    def task(self) -> Task:
+        """The task, built again."""
+        return tasks.from_record(self.record)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """So many examples of a split (all for None), and a hash by which another machine knows that it has the same."""
+
+    split: str
+    count: int | None = None
+    digest: str | None = None
+    """Of the whole split; None is not compared."""
+
+    @classmethod
+    def of(cls, task: Task, split: str, count: int | None = None) -> Examples:
+        """Those of this machine."""
+        return cls(split, count, _digest(task.split(split).inputs.values()))
+
+    def of_task(self, task: Task) -> Split:
+        """The examples themselves; MismatchError where this machine has others."""
+        whole = task.split(self.split)
+        if self.digest not in (None, _digest(whole.inputs.values())):
+            raise MismatchError(f"task {task.name}: a worker's machine has other data in the {self.split} split")
+        return whole.subset(self.count)
+
+
+def bare(adapter: Adapter) -> Adapter:
+    """The adapter without what was computed of it, each tensor with a storage of its own: small to send."""
+    return replace(adapter, tensors={key: tensor.detach().cpu().clone() for key, tensor in adapter.tensors.items()})
 
 
 def pack(scores: Scores) -> dict[str, Any]:

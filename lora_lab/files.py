@@ -178,11 +178,12 @@ def refuse_existing(*paths: Path, force: bool) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, or of all files of a folder in sorted order; 16 hex digits."""
+    """The first 16 hex digits of a file's SHA-256; of a folder, of the names and contents of its files, sorted."""
     digest = hashlib.sha256()
     try:
         for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-            digest.update(file.name.encode())
+            if path.is_dir():
+                digest.update(file.name.encode())
             digest.update(file.read_bytes())
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror})") from error

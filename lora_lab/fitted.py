@@ -35,7 +35,7 @@ def fisher(sources: Sources, *, examples: int = 256, floor: float = 1e-6, scale:
     information, is added, so that entries that no task depends on are averaged. Takes as much memory as T copies of
     the adapted weights.
     """
-    _check(examples=(examples, 1), floor=(floor, 0), scale=(scale, None))
+    _check(examples=(examples, 1), floor=(floor, 0), scale=(scale, None), seed=(seed, 0))
     _check_weights(sources, "fisher")
     panel = _classifying(sources, "fisher")
     found = [_information(panel, i, examples, seed) for i in range(len(sources.adapters))]
@@ -67,7 +67,7 @@ def regmean(
     """
     if not 0 <= off_diagonal <= 1:
         raise OptionError(f"off_diagonal is {off_diagonal:g}; a share from 0 to 1 is needed")
-    _check(examples=(examples, 1), ridge=(ridge, 0), scale=(scale, None))
+    _check(examples=(examples, 1), ridge=(ridge, 0), scale=(scale, None), seed=(seed, 0))
     _check_weights(sources, "regmean")
     panel = Panel(sources)
     found = [_grams(panel, i, examples, seed) for i in range(len(sources.adapters))]
@@ -163,12 +163,15 @@ def adamerging(
     coefficients = torch.full((len(joined), count), start, requires_grad=True)
     optimizer = torch.optim.Adam([coefficients], lr=learning_rate, betas=(0.9, 0.999))
     places = {seat: _wear_joined(panel, seat, joined) for seat in panel.seats}
+    shared = len({id(panel.model(seat)) for seat in panel.seats}) < len(panel.seats)
     generator = torch.Generator().manual_seed(seed)
     batches = {seat: _unlabelled(panel, seat, batch_size, generator) for seat in panel.seats}
     for _ in range(steps):
         optimizer.zero_grad()
         for seat in panel.seats:
             batch = next(batches[seat])
+            if shared:  # a model that several seats share has the head of the last
+                panel.wear(seat, joined)
             swapped = {}
             for m, name in enumerate(joined):
                 key, B = places[seat][name]

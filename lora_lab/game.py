@@ -20,18 +20,23 @@ import numpy.typing as npt
 import torch
 
 from lora_lab.adapter import Adapter
-from lora_lab.attach import put_on
+from lora_lab.distribute import Pool
 from lora_lab.errors import LoraLabWarning, OptionError, TunerError, some, unknown
 from lora_lab.estimators import Bools
-from lora_lab.evaluate import examples_of, identity, pack, unpack
+from lora_lab.evaluate import Examples, Sent, bare, examples_of, identity, pack, unpack
 from lora_lab.players import Players, players
 from lora_lab.result import Journal, fingerprint, provenance
+from lora_lab.scorer import Answer, Effort, Look, Make, Others, Scorer, ScorerSetup, Several
 from lora_lab.stats import Floats
 from lora_lab.task import Scores, Task, resolve_device
-from lora_lab.variants import State, Variant, Variants
+from lora_lab.variants import Layout, State, Variant, Variants
 
 _FORMAT = 1
 """Of the journal's entries: another one is another journal."""
+
+# A worker's batch is a minute's work, so that little is lost with it, but not fewer variants than these: cut into 32,
+# the coalitions of antithetic orders over 80 blocks share .50 of their blocks in place of .52; cut into 8, .45.
+_LEAST, _SECONDS = 32, 60.0
 
 Progress = Callable[[int, int], None]
 """Called with (coalitions done, coalitions in all)."""
@@ -71,6 +76,7 @@ class Outcomes:
 
     The journal lies in the folder `cache`, under a name made from the adapter's bits, the task and the examples; so
     another question about them finds what is known, and a killed run goes on. `examples` draws so many with seed 0.
+    With a `pool`, its workers do the computing, and no model is built here.
     """
 
     def __init__(
@@ -84,18 +90,22 @@ class Outcomes:
         cache: Path | None = None,
         share: bool = True,
         progress: Progress | None = None,
+        pool: Pool | None = None,
     ) -> None:
         self.adapter, self.task = adapter, task
-        self.device = device or resolve_device()
+        self.device = device or (torch.device(pool.device) if pool else resolve_device())
         self.progress = progress
+        self.pool = pool
+        self._sent = Sent.of(task) if pool else None
         self._data = task.split(split).subset(examples)
-        self.run = fingerprint(
-            [_FORMAT, identity(adapter), examples_of(task, split), len(self._data), self.device.type]
-        )
+        self._on = Examples.of(task, split, examples) if pool else Examples(split, examples)
+        who = identity(adapter)
+        self.run = fingerprint([_FORMAT, who, examples_of(task, split), len(self._data), self.device.type])
+        self._worn = fingerprint(["scorer", who, task.record, str(self.device), share])
         self._journal = Journal(cache / f"{self.run}.jsonl", self.run) if cache else None
         self._known: dict[str, Scores] = {}
         self._share = share
-        self._pace: float | None = None
+        self._effort = Effort()
         self.evaluated = 0
 
     @property
@@ -112,18 +122,27 @@ class Outcomes:
     @property
     def batches(self) -> int:
         """Batches that every variant is scored on."""
-        return len(self._batches)
+        return -(-len(self._data) // self.task.batch_size)
 
     @property
     def names(self) -> list[str]:
         """The adapted modules, in the order of a variant's states."""
-        return self.variants.names
+        return list(self.layout.names)
 
-    @cached_property
+    @property
+    def layout(self) -> Layout:
+        """The blocks of the model, and what variants share by them."""
+        return self._looked[0] if self.pool else self.variants.layout
+
+    @property
     def variants(self) -> Variants:
-        """The engine, on a model of its own that wears the adapter."""
-        model = self.task.model_on(self.device)
-        return Variants(put_on(model, self.adapter), share=self._share)
+        """The engine of this process, on a model of its own that wears the adapter."""
+        return self._scorer.variants
+
+    @property
+    def effort(self) -> Effort:
+        """What the scores took so far, here or in the workers."""
+        return self._effort if self.pool else self._scorer.effort
 
     def keeping(self, modules: Collection[str], factor: float = 1.0) -> Variant:
         """The variant with exactly these modules on, their updates scaled by `factor`."""
@@ -142,44 +161,68 @@ class Outcomes:
             self._compute(missing, logits=logits)
         return [self._known[key] for key in keys]
 
-    def of_other(self, key: str, make: Callable[[], Adapter | None]) -> Scores:
-        """Scores of another adapter in this one's place (None: of the base), known by a key of the caller's.
+    def of_others(self, makes: Mapping[str, Make], *, progress: Progress | None = None) -> dict[str, Scores]:
+        """Scores of other adapters in this one's place, by keys of the caller's that they are known by.
 
-        It must be of the same tuner and adapt no other modules; ranks may differ.
+        They must be of the same tuner and adapt no other modules; ranks may differ. With a pool, what makes them must
+        be picklable: they are made where they are scored.
         """
-        if not self._find(f"other:{key}", logits=False):
-            other = make()
-            if other is None:
-                return self.of([self.keeping([])])[0]
-            self.variants.attached.set(other)
-            try:
-                with torch.inference_mode():
-                    batches = [self.task.judge(self.variants.model, batch) for batch in self._batches]
-            finally:
-                self.variants.attached.set(self.adapter)
-            self._keep(f"other:{key}", Scores.join(batches))
-        return self._known[f"other:{key}"]
+        missing = {key: make for key, make in makes.items() if not self._find(f"other:{key}", logits=False)}
+        if missing and self.pool:
+            parts = self.pool.cut(list(missing), self._most)
+            questions = [Others(tuple(part), tuple(missing[key] for key in part), self._on) for part in parts]
+            self._ask(questions, progress, prefix="other:")
+        else:
+            for done, (key, make) in enumerate(missing.items(), 1):
+                self._keep(f"other:{key}", self._scorer.score_other(make, self._on))
+                if progress:
+                    progress(done, len(missing))
+        empty = [key for key in makes if f"other:{key}" not in self._known]
+        base = dict.fromkeys(empty, self.of([self.keeping([])])[0]) if empty else {}
+        return {key: base[key] if key in base else self._known[f"other:{key}"] for key in makes}
+
+    def of_other(self, key: str, make: Make) -> Scores:
+        """`of_others` for one."""
+        return self.of_others({key: make})[key]
 
     def cost(self, variants: Iterable[Variant], *, logits: bool = False) -> Cost:
         """What `of` would compute for these variants; the seconds are extrapolated from one timed batch."""
         missing = [v for k, v in {_key(v): v for v in variants}.items() if not self._find(k, logits=logits)]
-        batches = len(self._batches)
-        blocks, naive = self.variants.cost(missing) * batches, self.variants.blocks * len(missing) * batches
-        per_pass = self.pace * batches
+        batches = self.batches
+        blocks, naive = self.layout.cost(missing) * batches, self.layout.blocks * len(missing) * batches
         share = blocks / naive if naive else 1.0
-        return Cost(len(missing), blocks, naive, len(missing) * per_pass * share)
+        return Cost(len(missing), blocks, naive, self.seconds(len(missing)) * share)
 
-    @property
+    def seconds(self, passes: int) -> float:
+        """How long so many forward passes over all examples take, the workers side by side; one batch is timed."""
+        return passes * self.pace * self.batches / (self.pool.size if self.pool else 1)
+
+    @cached_property
     def pace(self) -> float:
         """Seconds of a forward pass on one batch with everything on, timed once."""
-        if self._pace is None:
-            plain = Variants(self.variants.attached, share=False)
-            for _ in range(2):  # the first one warms up
-                began = time.perf_counter()
-                list(plain.run([plain.all_on()], self._batches[:1], self.task.judge))
-                self._pace = time.perf_counter() - began
-        assert self._pace is not None
-        return self._pace
+        return self._looked[1] if self.pool else self._scorer.pace(self._on)
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        return Scorer(self.adapter, self.task, device=self.device, share=self._share)
+
+    @cached_property
+    def _setup(self) -> ScorerSetup:
+        assert self._sent is not None
+        return ScorerSetup(bare(self.adapter), self._sent, str(self.device), self._share, self._worn)
+
+    @cached_property
+    def _looked(self) -> tuple[Layout, float]:
+        """What a worker tells of its model."""
+        assert self.pool is not None
+        (found,) = self.pool.run(self._setup, [Look(self._on)])
+        layout, pace = found
+        self._effort = Effort(why_not=layout.why_not)
+        return layout, pace
+
+    @property
+    def _most(self) -> int:
+        return max(_LEAST, int(_SECONDS / (self.pace * self.batches)))
 
     def _find(self, key: str, *, logits: bool) -> bool:
         """Whether the variant is known, in memory or in the journal."""
@@ -192,26 +235,44 @@ class Outcomes:
         return key in self._known and (not logits or self._known[key].logits is not None)
 
     def _compute(self, missing: Mapping[str, Variant], *, logits: bool) -> None:
-        keys = list(missing)
-
-        def judge(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> Scores:
-            return self.task.judge(model, batch, keep_logits=logits)
-
-        for done, (i, scores) in enumerate(self.variants.run(list(missing.values()), self._batches, judge)):
+        keys, variants = list(missing), list(missing.values())
+        if self.pool:
+            parts = self.pool.cut(self.layout.walk(variants)[0], self._most)  # neighbours share the longest prefixes
+            questions = [
+                Several(tuple(keys[i] for i in part), tuple(variants[i] for i in part), self._on, logits)
+                for part in parts
+            ]
+            self._ask(questions, self.progress)
+            return
+        for done, (i, scores) in enumerate(self._scorer.scores(variants, self._on, logits=logits), 1):
             self._keep(keys[i], scores)
             if self.progress:
-                self.progress(done + 1, len(keys))
+                self.progress(done, len(keys))
 
-    def _keep(self, key: str, scores: Scores) -> None:
+    def _ask(self, questions: Sequence[Several | Others], progress: Progress | None, *, prefix: str = "") -> None:
+        """Put questions to the workers, and keep what comes back."""
+        total, done = sum(len(question.keys) for question in questions), 0
+
+        def keep(question: Several | Others, answer: Answer) -> None:
+            nonlocal done
+            scores, effort, self.task.dtype = answer
+            self._effort += effort
+            for key, each in zip(question.keys, scores, strict=True):
+                self._keep(prefix + key, each)
+            done += len(scores)
+            if progress:
+                progress(done, total)
+
+        assert self.pool is not None
+        self.pool.run(self._setup, questions, keep)
+
+    def _keep(self, key: str, scores: Scores | None) -> None:
+        if scores is None:  # the base, which is known as the variant with nothing on
+            return
         self._known[key] = scores
         self.evaluated += 1
         if self._journal is not None:
             self._journal.add(key + (" logits" if scores.logits is not None else ""), pack(scores))
-
-    @cached_property
-    def _batches(self) -> list[dict[str, torch.Tensor]]:
-        batches = self._data.batches(self.task.batch_size)
-        return [{name: tensor.to(self.device) for name, tensor in batch.items()} for batch in batches]
 
 
 class Game:
@@ -260,7 +321,7 @@ class Game:
 
     def blocks(self, coalitions: Bools) -> int:
         """Block evaluations a batch for these coalitions, if nothing were known."""
-        return self.outcomes.variants.cost([self.variant(row) for row in coalitions])
+        return self.outcomes.layout.cost([self.variant(row) for row in coalitions])
 
     def variant(self, coalition: Bools) -> Variant:
         """The states that a coalition means."""
@@ -303,6 +364,7 @@ def measured(outcomes: Outcomes, adapters: Sequence[Adapter], *, began: float, r
         run=run,
         device=str(outcomes.device),
         dtype=outcomes.task.dtype,
+        workers=outcomes.pool.size if outcomes.pool else None,
     )
 
 

@@ -151,10 +151,14 @@ class Basis:
         if X.shape[0] >= 2 * X.shape[1] > 0:
             gram = X.T @ X
             size = gram.diagonal().sqrt()
-            L, failed = torch.linalg.cholesky_ex(gram / size / size[:, None])
-            if not int(failed) and float(L.diagonal().min()) > _CONDITION:
-                self.R = L.T * size
-                return
+            if float(size.min()) > _TINY and float(size.max()) < 1 / _TINY:
+                L, failed = torch.linalg.cholesky_ex(gram / size / size[:, None])
+                inverse = torch.linalg.solve_triangular(
+                    L, torch.eye(len(L), dtype=L.dtype, device=L.device), upper=False
+                )
+                if not int(failed) and float(inverse.norm()) < _CONDITION:
+                    self.R, self._inverse = L.T * size, inverse.T / size[:, None]
+                    return
         self._X, self._tau = torch.geqrf(X)
         self.R = self._X[: X.shape[1]].triu()
 
@@ -164,15 +168,17 @@ class Basis:
             return Y.new_zeros(len(self._X), Y.shape[1])
         product: Tensor
         if self._tau is None:
-            product = self._X @ torch.linalg.solve_triangular(self.R, Y, upper=True)
+            product = self._X @ (self._inverse @ Y)
         else:
             padded = torch.nn.functional.pad(Y, (0, 0, 0, len(self._X) - len(Y)))
             product = torch.ormqr(self._X[:, : len(self._tau)], self._tau, padded)
         return product
 
 
-_CONDITION = 1e-3
-"""The least distance of a unit column from the span of those before it: errors stay below 1e-9."""
+_CONDITION = 1e3
+"""‖L⁻¹‖ of unit columns, and so their condition but for the root of their number: errors stay below 1e-9."""
+_TINY = 1e-100
+"""Of a column whose square would leave float64's range."""
 
 
 def combine(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:

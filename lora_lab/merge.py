@@ -114,7 +114,8 @@ def merge(
     adapter = from_updates(updates, like=sources.like, source=f"{method} of {some(names)}")
     if own:  # PEFT would make heads anew that the file does not hold
         saved = [part for part in adapter.config.get("modules_to_save") or [] if any(f".{part}." in k for k in whole)]
-        headless: dict[str, Any] = {} if saved else {"task_type": None}  # by which PEFT would look for a head in the file
+        # by its task_type, too, PEFT would look for a head in the file
+        headless: dict[str, Any] = {} if saved else {"task_type": None}
         adapter = replace(adapter, config={**adapter.config, "modules_to_save": saved or None, **headless})
     adapter = replace(adapter, tensors={**_in_dtype(adapter, DTYPES[dtype]), **whole}, record=_record(sources, made))
     return Merged(adapter, method, made["options"], made["weights"], made["error"], dict(lost), own, sources.absent)
@@ -130,6 +131,9 @@ def check(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
             if not known:
                 raise OptionError(f"{method} has no options to set")
             raise unknown(f"option of {method}", name, list(known))
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise OptionError(f"{name} is {value}; a finite number is needed")
     return dict(options)
 
 
@@ -158,6 +162,8 @@ def save(merged: Merged, path: Path, *, inputs: Sequence[Path] = (), force: bool
     A folder gets a README.md that tells how it was made, and with keep-own `heads/LABEL.safetensors` for each source.
     """
     files.refuse_existing(path, force=force)
+    if path.suffix in (".bin", ".pt", ".pth", ".json"):
+        raise OptionError(f"{path}: NAME.safetensors, or a name without an ending for a PEFT folder, is needed")
     lone = path.suffix == ".safetensors"
     if lone and merged.heads:
         raise OptionError(f"{path}: with heads kept apart, -o must name a folder, not a lone file")

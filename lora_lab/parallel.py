@@ -1,4 +1,4 @@
-"""Several trainings side by side, a process and a thread each."""
+"""Several trainings side by side, a process and a thread each, or a worker of a cluster each."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import multiprocessing
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_lab.distribute import Pool
 from lora_lab.errors import OptionError, TaskError
 from lora_lab.files import refuse_existing
-from lora_lab.result import Result
+from lora_lab.result import Result, provenance
 
 if TYPE_CHECKING:
+    from lora_lab.adapter import Adapter
     from lora_lab.recipe import Recipe
 
 Progress = Callable[[int, int], None]
@@ -47,15 +49,25 @@ class Job:
 
 
 def train_all(
-    jobs: Sequence[Job], *, workers: int | None = None, force: bool = False, progress: Progress | None = None
+    jobs: Sequence[Job],
+    *,
+    workers: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    pool: Pool | None = None,
 ) -> list[Result]:
     """Train every job and save its adapter, log and figure; the logs, in the order of the jobs.
 
     Nothing starts if an output exists and `force` does not allow to replace it. A single job runs in this
-    process. `progress` gets optimiser steps over all jobs.
+    process. `progress` gets optimiser steps over all jobs. With a `pool`, a worker trains each and sends it back to
+    be saved here, and `progress` gets jobs; checkpoints lie where the worker runs.
     """
     if workers is not None and workers < 1:
         raise OptionError(f"{workers} jobs side by side; at least 1 is needed")
+    if pool and workers is not None:
+        raise OptionError("--jobs counts processes of this machine; with --ray, the workers are the cluster's")
+    if pool and _processes() > 1:
+        raise OptionError("torchrun has several processes train one adapter, --ray several adapters: one of the two")
     if _processes() > 1:  # torchrun's: all of them train one job after the other, together
         workers = 1
     paths = [job.path for job in jobs]
@@ -63,14 +75,16 @@ def train_all(
         raise OptionError("two of these runs would write the same file")
     for job in jobs if _is_first() else ():
         refuse_existing(job.path, *job.beside, force=force)
+    if pool:
+        return _train_in(pool, jobs, force, progress)
     workers = min(workers or os.cpu_count() or 1, len(jobs))
     if workers == 1:
         return [_run(job, force, _Total(progress, len(jobs), i)) for i, job in enumerate(jobs)]
     # spawn, not fork: torch's threads do not survive a fork
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with context.Manager() as manager, ProcessPoolExecutor(workers, mp_context=context) as processes:
         done = manager.dict()
-        futures = [pool.submit(_run_in_worker, job, force, done, i) for i, job in enumerate(jobs)]
+        futures = [processes.submit(_run_in_worker, job, force, done, i) for i, job in enumerate(jobs)]
         try:
             while wait(futures, timeout=0.5).not_done:
                 if progress and done:
@@ -80,7 +94,7 @@ def train_all(
                     break
             return [future.result() for future in futures]
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            processes.shutdown(wait=False, cancel_futures=True)
 
 
 def _processes() -> int:
@@ -116,10 +130,43 @@ def _run_in_worker(job: Job, force: bool, done: Any, index: int) -> Result:
     return _run(job, force, report)
 
 
+def _train_in(pool: Pool, jobs: Sequence[Job], force: bool, progress: Progress | None) -> list[Result]:
+    logs: dict[Path, Result] = {}
+    command = provenance()["command"]
+
+    def keep(job: Job, trained: tuple[Adapter | None, Result]) -> None:
+        adapter, log = trained
+        logs[job.path] = replace(log, provenance={**log.provenance, "command": command})
+        _save(job, adapter, logs[job.path], force)
+        if progress:
+            progress(len(logs), len(jobs))
+
+    pool.run(_Trainer(), [replace(job, device=pool.device) for job in jobs], keep)
+    return [logs[job.path] for job in jobs]
+
+
+@dataclass(frozen=True)
+class _Trainer:
+    """Trains jobs in a worker."""
+
+    fingerprint: str = "train"
+
+    def __call__(self) -> Callable[[Job], tuple[Adapter | None, Result]]:
+        return lambda job: _trained(job, None)
+
+
 def _run(job: Job, force: bool, progress: Progress) -> Result:
+    adapter, log = _trained(job, progress)
+    if _is_first():
+        _save(job, adapter, log, force)
+    return log
+
+
+def _trained(job: Job, progress: Progress | None) -> tuple[Adapter | None, Result]:
+    """The adapter and its log; no adapter where the job may diverge and does."""
     import torch
 
-    from lora_lab import plot, tasks
+    from lora_lab import tasks
     from lora_lab.task import resolve_device
     from lora_lab.train import train
 
@@ -127,7 +174,7 @@ def _run(job: Job, force: bool, progress: Progress) -> Result:
     threads = torch.get_num_threads()
     torch.set_num_threads(chosen.threads or threads)
     try:
-        adapter, log = train(
+        return train(
             chosen,
             job.recipe,
             device=resolve_device(job.device),
@@ -138,13 +185,17 @@ def _run(job: Job, force: bool, progress: Progress) -> Result:
     except TaskError as error:
         if not job.may_diverge or "diverged" not in str(error):
             raise
-        return Result("train", {}, {"recipe": job.recipe.method}, {"diverged": str(error)})
+        return None, Result("train", {}, {"recipe": job.recipe.method}, {"diverged": str(error)})
     finally:
         torch.set_num_threads(threads)
-    if not _is_first():
-        return log
+
+
+def _save(job: Job, adapter: Adapter | None, log: Result, force: bool) -> None:
+    from lora_lab import plot
+
+    if adapter is None:
+        return
     adapter.save(job.path, force=force)
     json, *figures = job.beside
     log.save(json)
     plot.save(plot.figure([log]), *figures, force=True)
-    return log

@@ -133,10 +133,16 @@ def _coefficient_curve(ax: Axes, results: Sequence[Result], name: str) -> None:
     curves = [curve for result in results for curve in result.summary["curves"] if curve["merge"] == name]
     for i, (head, own) in enumerate(grouped(curves, "method")):
         label = plot_style.method_name(head["method"])
-        values = np.array([curve["accuracy"] for curve in own]).T
-        _curve(ax, np.array(own[0]["coefficient"]), values.tolist(), label, i)
+        points: dict[float, list[float]] = {}
+        for curve in own:
+            for coefficient, accuracy in zip(curve["coefficient"], curve["accuracy"], strict=True):
+                points.setdefault(coefficient, []).append(accuracy)
+        coefficients = sorted(points)
+        _curve(ax, np.array(coefficients), [points[c] for c in coefficients], label, i)
     ax.set_xscale("log")
-    ticks = [tick for tick in (0.1, 0.3, 1, 3, 10) if not curves or tick <= 1.05 * curves[0]["coefficient"][-1]]
+    ticks = [
+        tick for tick in (0.1, 0.3, 1, 3, 10) if tick <= 1.05 * max((c["coefficient"][-1] for c in curves), default=10)
+    ]
     ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))
     ax.xaxis.set_minor_locator(NullLocator())

@@ -95,7 +95,7 @@ def provenance(
 ) -> dict[str, Any]:
     """Versions, commit, command, time, and hashes of the inputs: what a reader needs to run it again."""
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "versions": versions(),
         "commit": _commit(),
         "command": " ".join(["lora-lab", *sys.argv[1:]]) if Path(sys.argv[0]).name == "lora-lab" else None,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -104,6 +104,11 @@ def provenance(
         "elapsed_s": None if elapsed_s is None else round(elapsed_s, 3),
         **more,
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Python's version and those of the packages that numbers hang on."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
 
 
 def fingerprint(content: object) -> str:

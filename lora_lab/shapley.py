@@ -13,6 +13,7 @@ import torch
 
 from lora_lab import estimators
 from lora_lab.adapter import Adapter
+from lora_lab.distribute import Pool
 from lora_lab.errors import OptionError, unknown
 from lora_lab.estimators import EXACT_LIMIT, Bools, Estimate, all_coalitions
 from lora_lab.evaluate import described, examples_of, identity, labels_of
@@ -44,6 +45,7 @@ def shapley(
     cache: Path | None = None,
     progress: Progress | None = None,
     confirm: Callable[[Cost], None] | None = None,
+    pool: Pool | None = None,
 ) -> Result:
     """Shapley values of every adapter's players (see `players`), each from its own game.
 
@@ -65,7 +67,8 @@ def shapley(
         "options": dict(options or {}),
         "seed": seed,
     }
-    data = {"split": split, "examples": examples, "device": device, "cache": cache, "progress": progress}
+    data: dict[str, Any] = {"split": split, "examples": examples, "device": device, "cache": cache}
+    data |= {"progress": progress, "pool": pool}
     rows: list[dict[str, Any]] = []
     summaries: list[dict[str, Any]] = []
     for adapter, label in zip(adapters, labels_of(adapters), strict=True):
@@ -298,10 +301,10 @@ def _summary(adapter: Adapter, label: str, game: Game, found: Estimate, second: 
         "always_on": list(game.players.left_out),
         **balance(found.values),
         "engine": {
-            "block_evaluations": outcomes.variants.computed,
-            "naive_block_evaluations": outcomes.evaluated * outcomes.variants.blocks * outcomes.batches,
-            "kept_bytes": outcomes.variants.kept_bytes,
-            "why_not_shared": outcomes.variants.why_not,
+            "block_evaluations": outcomes.effort.computed,
+            "naive_block_evaluations": outcomes.evaluated * outcomes.layout.blocks * outcomes.batches,
+            "kept_bytes": outcomes.effort.kept_bytes,
+            "why_not_shared": outcomes.effort.why_not,
         },
     }
     if second:

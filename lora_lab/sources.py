@@ -225,6 +225,8 @@ def _line(text: str) -> dict[int, float]:
     points: dict[int, float] = {}
     for part in text.split(","):
         layer, colon, value = part.partition(":")
+        if layer.isdigit() and int(layer) in points:
+            raise OptionError(f"--weights {text!r}: layer {layer} is given twice")
         try:
             points[int(layer)] = float(value)
         except ValueError as error:
@@ -262,6 +264,8 @@ def _from_file(path: Path, count: int) -> Weights:
             parsed[pattern] = _checked(tuple(float(v) for v in values), count)
         except OptionError as error:
             raise OptionError(f"{path}: {pattern!r}: {error}") from error
+        except OverflowError as error:
+            raise OptionError(f"{path}: {pattern!r} has a number that is too large") from error
         except re.error as error:
             raise OptionError(f"{path}: not a regular expression: {pattern!r} ({error})") from error
     plain = parsed.pop("default", (1.0,) * count)

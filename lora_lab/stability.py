@@ -18,6 +18,7 @@ import torch
 
 from lora_lab import patterns
 from lora_lab.adapter import Adapter
+from lora_lab.distribute import Pool
 from lora_lab.errors import OptionError, TaskError, some
 from lora_lab.estimators import Bools, all_coalitions
 from lora_lab.evaluate import described, examples_of, identity, labels_of
@@ -51,6 +52,7 @@ def stability(
     cache: Path | None = None,
     progress: Progress | None = None,
     confirm: Callable[[Cost], None] | None = None,
+    pool: Pool | None = None,
 ) -> Result:
     """Loss and error over families of keep-sets: by size, by probability, one left out, one alone, fixed patterns.
 
@@ -61,7 +63,8 @@ def stability(
     check(adapters, by=by, samples=samples, grid=grid)
     began = time.perf_counter()
     factors = [False, True] if rescale and all(adapter.scalable for adapter in adapters) else [False]
-    data = {"split": split, "examples": examples, "device": device, "cache": cache, "progress": progress}
+    data: dict[str, Any] = {"split": split, "examples": examples, "device": device, "cache": cache}
+    data |= {"progress": progress, "pool": pool}
     rows: list[dict[str, Any]] = []
     summaries = []
     for adapter, label in zip(adapters, labels_of(adapters), strict=True):

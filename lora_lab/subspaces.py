@@ -51,7 +51,8 @@ def core_space(updates: Updates, weights: Sequence[float], *, inner: str = "ties
 def tsv(updates: Updates, weights: Sequence[float], *, share: float | None = None, scale: float = 1.0) -> LowRank:
     """TSV-M: leading singular triplets of each, made orthogonal together.
 
-    Gargiulo et al. 2024, arXiv:2412.00081: the share 1/T (or `share`) of each one's triplets; U and V are replaced by
+    Gargiulo et al. 2024, arXiv:2412.00081: as many of each one's triplets as a T-th of the module's rows or columns, so
+    that all of them have room (of a low rank that is often all; or the share `share` of them); U and V are replaced by
     their polar factors. Weights scale the singular values.
     """
     if share is not None and not 0 < share <= 1:
@@ -59,10 +60,11 @@ def tsv(updates: Updates, weights: Sequence[float], *, share: float | None = Non
     parts = []
     for update, weight in zip(updates, weights, strict=True):
         U, S, Vh = _svd(update)
-        k = math.ceil((share or 1 / len(updates)) * len(S) - 1e-9)
+        room = min(update.B.shape[0], update.A.shape[1]) / len(updates)
+        k = math.ceil((room if share is None else share * len(S)) - 1e-9)
         parts.append((U[:, :k], weight * S[:k], Vh[:k]))
     U, S, Vh = _joined(parts)
-    return _product(_polar(U), scale * S, _polar(Vh.T).T, updates)
+    return _product(_polar(U, updates[0].A.dtype), scale * S, _polar(Vh.T, updates[0].A.dtype).T, updates)
 
 
 def iso_c(updates: Updates, weights: Sequence[float], *, scale: float = 1.0) -> LowRank:
@@ -85,7 +87,7 @@ def iso_cts(updates: Updates, weights: Sequence[float], *, common: float = 0.8, 
     if not 0 <= common <= 1:
         raise OptionError(f"common is {common:g}; a share from 0 to 1 is needed")
     U, S, Vh = _svd(combine(updates, weights))
-    own = round((len(S) - int(common * len(S))) / len(updates))
+    own = min(round((len(S) - int(common * len(S))) / len(updates)), len(S) // len(updates))
     kept = len(S) - own * len(updates)
     parts = [(U[:, :kept], S[:kept], Vh[:kept])]
     for update, weight in zip(updates, weights, strict=True):
@@ -94,7 +96,7 @@ def iso_cts(updates: Updates, weights: Sequence[float], *, common: float = 0.8, 
         beside = _svd(LowRank(update.A.double(), B - U[:, :kept] @ (U[:, :kept].T @ B)), update.A.dtype, size)
         parts.append((beside[0][:, :own], beside[1][:own], beside[2][:own]))
     U, S, Vh = _joined(parts)
-    return _product(_polar(U), scale * _flat(S), _polar(Vh.T).T, updates)
+    return _product(_polar(U, updates[0].A.dtype), scale * _flat(S), _polar(Vh.T, updates[0].A.dtype).T, updates)
 
 
 def lego(
@@ -169,11 +171,11 @@ def _joined(parts: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Ten
     return torch.cat(U, dim=1), torch.cat(S), torch.cat(Vh)
 
 
-def _polar(X: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal columns, P Qᵀ of X = P S Qᵀ; null directions of X are left out."""
+def _polar(X: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest matrix with orthonormal columns, P Qᵀ of X = P S Qᵀ, without what `dtype` cannot tell from null."""
     Q, R = torch.linalg.qr(X)
     U, S, Vh = torch.linalg.svd(R, full_matrices=False)
-    real = 1e-10 * S.max() < S if len(S) else torch.zeros(0, dtype=torch.bool)
+    real = _real(S, dtype)
     nearest: Tensor = Q @ U[:, real] @ Vh[real]
     return nearest
 

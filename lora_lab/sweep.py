@@ -6,7 +6,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ import torch
 
 from lora_lab import patterns, prune
 from lora_lab.adapter import Adapter
+from lora_lab.distribute import Pool
 from lora_lab.errors import AdapterError, OptionError, TunerError, unknown
 from lora_lab.evaluate import described, examples_of, identity, labels_of
 from lora_lab.game import Cost, Outcomes, Progress, measured
 from lora_lab.patterns import Choice
 from lora_lab.result import Result, columns, fingerprint, finite, grouped
+from lora_lab.scorer import Make
 from lora_lab.shapley import forecast, values_of
 from lora_lab.stats import Sampled, Z, mean_and_spread
 from lora_lab.task import Scores, Task
@@ -30,7 +32,17 @@ SPARSITIES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 CRITERIA = ("magnitude", "random")
 
 Row = dict[str, Any]
-Piece = tuple[Row, list[Callable[[], Scores]]]
+
+
+@dataclass(frozen=True)
+class _Other:
+    """A draw that is another adapter, by the key under which its scores are kept."""
+
+    key: str
+    make: Make
+
+
+Piece = tuple[Row, list[_Other | Callable[[], Scores]]]
 """What a row says of itself, and how to get the scores of each of its draws."""
 
 
@@ -50,6 +62,7 @@ def sweep(
     cache: Path | None = None,
     progress: Progress | None = None,
     confirm: Callable[[Cost], None] | None = None,
+    pool: Pool | None = None,
 ) -> Result:
     """Accuracy and loss of every adapter pruned in every way; several adapters are summed up by method.
 
@@ -59,7 +72,7 @@ def sweep(
     """
     check(adapters, kinds=kinds, sparsities=sparsities, criteria=criteria, draws=draws)
     began = time.perf_counter()
-    data: dict[str, Any] = {"examples": examples, "device": device, "cache": cache}
+    data: dict[str, Any] = {"examples": examples, "device": device, "cache": cache, "pool": pool}
     rows: list[Row] = []
     done = 0
     for adapter, label in zip(adapters, labels_of(adapters), strict=True):
@@ -70,20 +83,26 @@ def sweep(
         if "structured" in kinds:
             pieces += _structured(outcomes, choice, draws)
         if "unstructured" in kinds:
-            pieces += _unstructured(outcomes, sparsities, criteria, per_matrix, draws, seed)
+            pieces += _unstructured(sparsities, criteria, per_matrix, draws, seed)
         if "rank" in kinds:
-            pieces += _ranks(outcomes, draws, seed)
+            pieces += _ranks(adapter, draws, seed)
         total = sum(len(made) for _, made in pieces) * len(adapters)
         if confirm and not rows:
-            passes = total * outcomes.batches
-            blocks = passes * outcomes.variants.blocks
-            plain = Cost(total, blocks, blocks, passes * outcomes.pace)
+            blocks = total * outcomes.batches * outcomes.layout.blocks
+            plain = Cost(total, blocks, blocks, outcomes.seconds(total))
             choosing = forecast(adapter, task, **data) * len(adapters) if "structured" in kinds else plain * 0
             confirm(plain + choosing)
+        others = [draw for _, made in pieces for draw in made if isinstance(draw, _Other)]
+        report = functools.partial(_report, progress, done, total)
+        found = outcomes.of_others({draw.key: draw.make for draw in others}, progress=report)
+        done += len(others)
         for head, made in pieces:
             scores = []
-            for make in made:
-                scores.append(make())
+            for draw in made:
+                if isinstance(draw, _Other):
+                    scores.append(found[draw.key])
+                    continue
+                scores.append(draw())
                 done += 1
                 if progress:
                     progress(done, total)
@@ -141,6 +160,11 @@ def check(
             adapter.require_additive()
 
 
+def _report(progress: Progress | None, before: int, total: int, done: int, _: int) -> None:
+    if progress:
+        progress(before + done, total)
+
+
 def run_id(adapters: Sequence[Adapter], task: Task, *, split: str, **options: Any) -> str:
     """What a run's result hangs on: the adapters, the examples, and the options."""
     return fingerprint(["sweep", [identity(a) for a in adapters], examples_of(task, split), options])
@@ -183,60 +207,59 @@ def _structured(outcomes: Outcomes, choice: Choice, draws: int) -> list[Piece]:
 
 
 def _unstructured(
-    outcomes: Outcomes, sparsities: Sequence[float], criteria: Sequence[str], per_matrix: bool, draws: int, seed: int
+    sparsities: Sequence[float], criteria: Sequence[str], per_matrix: bool, draws: int, seed: int
 ) -> list[Piece]:
-    adapter = outcomes.adapter
-
-    def scored(sparsity: float, by: str, draw: int) -> Callable[[], Scores]:
-        def pruned() -> Adapter | None:
-            try:
-                found = prune.prune_weights(adapter, sparsity=sparsity, by=by, per_matrix=per_matrix, seed=seed + draw)
-            except AdapterError as error:
-                if isinstance(error, TunerError) or adapter.why_not_additive:
-                    raise  # only of a sum is nothing left the base
-                return None
-            return found.adapter
-
+    def other(sparsity: float, by: str, draw: int) -> _Other:
+        make = functools.partial(_pruned, sparsity=sparsity, by=by, per_matrix=per_matrix, seed=seed + draw)
         scope = "matrix" if per_matrix else "global"
-        return lambda: outcomes.of_other(f"{by}:{scope}:{sparsity!r}:{seed + draw if by == 'random' else 0}", pruned)
+        return _Other(f"{by}:{scope}:{sparsity!r}:{seed + draw if by == 'random' else 0}", make)
 
     return [
         (
             _head("unstructured", by, f"{sparsity:g}", 1 - sparsity),
-            [scored(sparsity, by, draw) for draw in range(draws if by == "random" else 1)],
+            [other(sparsity, by, draw) for draw in range(draws if by == "random" else 1)],
         )
         for by in criteria
         for sparsity in sparsities
     ]
 
 
-def _ranks(outcomes: Outcomes, draws: int, seed: int) -> list[Piece]:
-    adapter = outcomes.adapter
+def _pruned(adapter: Adapter, *, sparsity: float, by: str, per_matrix: bool, seed: int) -> Adapter | None:
+    try:
+        return prune.prune_weights(adapter, sparsity=sparsity, by=by, per_matrix=per_matrix, seed=seed).adapter
+    except AdapterError as error:
+        if isinstance(error, TunerError) or adapter.why_not_additive:
+            raise  # only of a sum is nothing left the base
+        return None
+
+
+def _ranks(adapter: Adapter, draws: int, seed: int) -> list[Piece]:
     if adapter.why_not_additive:
         return []
     top = max(site.rank or 0 for site in adapter.sites.values())
     total = sum(site.rank or 0 for site in adapter.sites.values())
 
-    def scored(rank: int, by: str, draw: int) -> Callable[[], Scores]:
+    def other(rank: int, by: str, draw: int) -> _Other:
         if by == "random":
-            return lambda: outcomes.of_other(
-                f"rank:random:{rank}:{seed + draw}", lambda: _random_units(adapter, rank, seed + draw)
-            )
-        return lambda: outcomes.of_other(
-            f"rank:{by}:{rank}", lambda: prune.prune_rank(adapter, rank=rank, by=by).adapter
-        )
+            make = functools.partial(_random_units, rank=rank, seed=seed + draw)
+            return _Other(f"rank:random:{rank}:{seed + draw}", make)
+        return _Other(f"rank:{by}:{rank}", functools.partial(_lower_rank, rank=rank, by=by))
 
     return [
         (
             _head("rank", by, str(rank), sum(min(rank, site.rank or 0) for site in adapter.sites.values()) / total),
-            [scored(rank, by, draw) for draw in range(draws if by == "random" else 1)],
+            [other(rank, by, draw) for draw in range(draws if by == "random" else 1)],
         )
         for by in [*prune.RANKS, "random"]
         for rank in _some_ranks(top)
     ]
 
 
-def _random_units(adapter: Adapter, rank: int, seed: int) -> Adapter:
+def _lower_rank(adapter: Adapter, *, rank: int, by: str) -> Adapter:
+    return prune.prune_rank(adapter, rank=rank, by=by).adapter
+
+
+def _random_units(adapter: Adapter, *, rank: int, seed: int) -> Adapter:
     generator = np.random.default_rng(seed)
     kept = {}
     for name in sorted(adapter.sites):

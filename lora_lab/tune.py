@@ -50,15 +50,17 @@ def parse(given: Sequence[str], method: str, options: Mapping[str, Any] | None =
         name, equals, values = text.partition("=")
         if name not in known:
             raise unknown(f"option of {method}", name, list(known))
+        if name in (options or {}):
+            raise OptionError(f"{name} is both set and searched")
         if name in found:
             raise OptionError(f"--search {name} is given twice; all its values go into one list")
         try:
             if ".." in values:
                 low, high = map(float, values.split(".."))
-                if name != COEFFICIENT or not -math.inf < low < high < math.inf:
-                    raise OptionError(
-                        f"--search {text!r}: an interval, low..high, can be searched for coefficient only"
-                    )
+                if name != COEFFICIENT:
+                    raise OptionError(f"--search {text!r}: an interval can be searched for coefficient only")
+                if not -math.inf < low < high < math.inf:
+                    raise OptionError(f"--search {text!r}: LOW..HIGH must be finite, LOW below HIGH")
                 found[name] = Interval(low, high)
             else:
                 whole = all(value.strip().lstrip("+-").isdigit() for value in values.split(","))

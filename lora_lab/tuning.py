@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lora_lab.distribute import Pool
 from lora_lab.errors import FileError, OptionError, TaskError
 from lora_lab.files import refuse_existing
 from lora_lab.parallel import Job, train_all
@@ -38,6 +39,7 @@ def train_best(
     workers: int | None = None,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    pool: Pool | None = None,
 ) -> tuple[list[Result], list[dict[str, Any]]]:
     """Train every recipe (a seed each) at every setting and keep the best; its logs, and a row for each setting.
 
@@ -55,7 +57,7 @@ def train_best(
     known = {i: log for i, job in enumerate(jobs) if (log := _known(job)) is not None}
     left = [i for i in range(len(jobs)) if i not in known]
     if left:
-        done = train_all([jobs[i] for i in left], workers=workers, force=True, progress=progress)
+        done = train_all([jobs[i] for i in left], workers=workers, force=True, progress=progress, pool=pool)
         known |= dict(zip(left, done, strict=True))
     rows = []
     for k, setting in enumerate(settings):

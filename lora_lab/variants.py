@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,11 +39,58 @@ MEMORY = 1 << 30
 _CHUNK = 32
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Which adapted modules lie in which block of a model, and by that what its variants share; no weights."""
+
+    names: tuple[str, ...]
+    """The adapted modules, in the order of a variant's states."""
+    members: tuple[tuple[int, ...], ...]
+    """For each block, in the model's order, its modules' places in `names`."""
+    why_not: str | None = None
+    """Why no block is shared; None where they are."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the model that one forward pass runs."""
+        return len(self.members)
+
+    def cost(self, variants: Sequence[Variant]) -> int:
+        """Block evaluations for these variants on one batch, by the prefixes that they share.
+
+        An upper bound where blocks' own outputs agree by chance, or a model has encoders side by side.
+        """
+        return self.walk(variants)[1]
+
+    def walk(self, variants: Sequence[Variant]) -> tuple[list[int], int]:
+        """The variants' indices, lexicographically by the blocks in the model's order, and what that order costs."""
+        if self.why_not is not None:
+            return list(range(len(variants))), self.blocks * len(variants)
+        segments = [self._segments(variant) for variant in variants]
+        order = sorted(range(len(variants)), key=lambda i: _sortable(segments[i]))
+        again = sum(self._recomputed(segments[i], segments[j]) for i, j in itertools.pairwise(order))
+        return order, again + (self.blocks if variants else 0)
+
+    @cached_property
+    def _outside(self) -> list[int]:
+        inside = {i for own in self.members for i in own}
+        return [i for i in range(len(self.names)) if i not in inside]
+
+    def _segments(self, variant: Variant) -> list[tuple[State, ...]]:
+        """States by segment: modules outside of blocks first, then each block's."""
+        inside = [tuple(variant[i] for i in own) for own in self.members]
+        return [tuple(variant[i] for i in self._outside), *inside]
+
+    def _recomputed(self, before: list[tuple[State, ...]], now: list[tuple[State, ...]]) -> int:
+        first = next((k for k, (a, b) in enumerate(zip(before, now, strict=True)) if a != b), len(now))
+        return self.blocks - max(0, first - 1)
+
+
 class Variants:
     """The variants of one attached adapter; states are set in place, and `run` scores many of them.
 
-    `why_not` says why no block is shared (None where they are); `computed` counts block evaluations so far, and
-    `kept_bytes` is the largest size that the remembered activations reached.
+    `layout` says what they share, or why nothing; `computed` counts block evaluations so far, and `kept_bytes` is the
+    largest size that the remembered activations reached.
     """
 
     def __init__(self, attached: Attached, *, share: bool = True, memory: int = MEMORY) -> None:
@@ -56,17 +104,20 @@ class Variants:
         self._factors: list[Any] = [None] * len(self.names)  # A as it is when all ranks are on
         self._state: list[State] = [1.0] * len(self.names)
         self._blocks = _blocks(self.model, self.names)
-        self._members = _members(self.names, self._blocks)
-        inside = {i for own in self._members for i in own}
-        self._outside = [i for i in range(len(self.names)) if i not in inside]
-        self.why_not = None if self._blocks else "no repeated list of blocks was found around the adapted modules"
+        why_not = None if self._blocks else "no repeated list of blocks was found around the adapted modules"
         if not share:
-            self.why_not = "it was not asked for"
+            why_not = "it was not asked for"
+        self.layout = Layout(tuple(self.names), _members(self.names, self._blocks), why_not)
 
     @property
     def blocks(self) -> int:
         """Blocks of the model that one forward pass runs."""
-        return len(self._blocks)
+        return self.layout.blocks
+
+    @property
+    def why_not(self) -> str | None:
+        """Why no block is shared; None where they are."""
+        return self.layout.why_not
 
     def all_on(self) -> Variant:
         """The adapter as it is."""
@@ -80,20 +131,8 @@ class Variants:
                 self._state[i] = state
 
     def cost(self, variants: Sequence[Variant]) -> int:
-        """Block evaluations for these variants on one batch, by the prefixes that they share.
-
-        An upper bound where blocks' own outputs agree by chance, or a model has encoders side by side.
-        """
-        return self._walk(variants)[1]
-
-    def _walk(self, variants: Sequence[Variant]) -> tuple[list[int], int]:
-        """The variants' indices, lexicographically by the blocks in the model's order, and what that order costs."""
-        if self.why_not is not None:
-            return list(range(len(variants))), self.blocks * len(variants)
-        segments = [self._segments(variant) for variant in variants]
-        order = sorted(range(len(variants)), key=lambda i: _sortable(segments[i]))
-        again = sum(self._recomputed(segments[i], segments[j]) for i, j in itertools.pairwise(order))
-        return order, again + (self.blocks if variants else 0)
+        """Block evaluations for these variants on one batch, see `Layout.cost`."""
+        return self.layout.cost(variants)
 
     def run(
         self, variants: Sequence[Variant], batches: Sequence[Mapping[str, Tensor]], judge: Judge
@@ -105,7 +144,7 @@ class Variants:
         """
         if not variants:
             return
-        order, cost = self._walk(variants)
+        order, cost = self.layout.walk(variants)
         # Where next to nothing is shared, comparing arguments would cost more than it saves.
         worthwhile = cost < 0.97 * self.blocks * len(variants)
         with self._remembering(share=worthwhile) as memory:
@@ -126,7 +165,7 @@ class Variants:
         memory.begin(self._state)
         scores = judge(self.model, batch)
         if memory.spoilt:  # a block or the model wrote into a tensor that had been remembered
-            self.why_not = memory.spoilt
+            self.layout = replace(self.layout, why_not=memory.spoilt)
             memory.disable()
             memory.begin(self._state)
             scores = judge(self.model, batch)
@@ -147,7 +186,7 @@ class Variants:
     @contextlib.contextmanager
     def _remembering(self, *, share: bool) -> Iterator[_Memory]:
         """Blocks remember while the context lasts; afterwards everything is on and as it was."""
-        memory = _Memory(self._members, on=share)
+        memory = _Memory(self.layout.members, on=share)
         configs = [c for c in _configs(self.model) if getattr(c, "use_cache", False)]
         own = [vars(module).get("forward") for module in self._blocks.values()]
         try:
@@ -194,15 +233,6 @@ class Variants:
             mask = torch.tensor(ranks, dtype=whole.dtype, device=whole.device)
             A.data = whole * mask.reshape(-1, *[1] * (whole.ndim - 1))
 
-    def _segments(self, variant: Variant) -> list[tuple[State, ...]]:
-        """States by segment: modules outside of blocks first, then each block's."""
-        inside = [tuple(variant[i] for i in own) for own in self._members]
-        return [tuple(variant[i] for i in self._outside), *inside]
-
-    def _recomputed(self, before: list[tuple[State, ...]], now: list[tuple[State, ...]]) -> int:
-        first = next((k for k, (a, b) in enumerate(zip(before, now, strict=True)) if a != b), len(now))
-        return self.blocks - max(0, first - 1)
-
 
 @dataclass
 class _Call:
@@ -218,7 +248,7 @@ class _Call:
 class _Memory:
     """The last call of every block, by batch."""
 
-    members: list[list[int]]
+    members: Sequence[Sequence[int]]
     """Block → its adapted modules."""
     on: bool = True
     computed: int = 0
@@ -322,9 +352,9 @@ def _blocks(model: nn.Module, adapted: Sequence[str]) -> dict[str, nn.Module]:
     return blocks
 
 
-def _members(adapted: Sequence[str], blocks: Mapping[str, nn.Module]) -> list[list[int]]:
+def _members(adapted: Sequence[str], blocks: Iterable[str]) -> tuple[tuple[int, ...], ...]:
     """Indices of the adapted modules of every block."""
-    return [[i for i, name in enumerate(adapted) if name.startswith(f"{label}.")] for label in blocks]
+    return tuple(tuple(i for i, name in enumerate(adapted) if name.startswith(f"{label}.")) for label in blocks)
 
 
 def _configs(model: nn.Module) -> list[Any]:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from adapters import random_adapter
 from bench_merging import bench_merging
+from bench_workers import bench_workers
 from games import saturating, table_game
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -361,7 +362,9 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", choices=["curves", "training", "sharing", "estimators", "merging", "models"])
+    parser.add_argument(
+        "--only", choices=["curves", "training", "sharing", "estimators", "merging", "models", "workers"]
+    )
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -375,6 +378,7 @@ def main() -> None:
             "estimators": bench_estimators,
             "merging": bench_merging,
             "models": lambda: bench_models(chosen.repeats, folder),
+            "workers": lambda: bench_workers(chosen.repeats, folder),
         }
         for each in [chosen.only] if chosen.only else benches:
             benches[each]()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_lab import lowrank
 from lora_lab.errors import OptionError
-from lora_lab.lowrank import factored
+from lora_lab.lowrank import Basis, factored
 
 SIDES = st.integers(1, 12)
 
@@ -132,3 +132,19 @@ def test_a_flat_spectrum_is_cut_to_an_error_that_is_told_truly(monkeypatch):
     assert error == pytest.approx(float((dense - update.delta()).norm() / dense.norm()), rel=1e-4)
     assert float(S[4:].norm() / S.norm()) <= error + 1e-6
     assert error < 1.01 * float(S[4:].norm() / S.norm())
+
+
+def test_a_basis_is_orthonormal_whatever_the_condition_of_its_columns():
+    generator = torch.Generator().manual_seed(0)
+    eye = torch.eye(16, dtype=torch.float64)
+    for size in (0.5, 1.0, 2.0, 4.0):
+        for _ in range(20):
+            mixing = torch.randn(16, 16, dtype=torch.float64, generator=generator).triu() * size + eye
+            X = torch.randn(64, 16, dtype=torch.float64, generator=generator) @ mixing
+            basis = Basis(X)
+            Q = basis.times(eye)
+            assert float((Q.T @ Q - eye).norm()) < 1e-9
+            assert torch.allclose(Q @ basis.R, X, atol=1e-9 * float(X.norm()))
+    tiny = Basis(torch.randn(64, 16, dtype=torch.float64, generator=generator) * 1e-160)
+    Q = tiny.times(eye)
+    assert float((Q.T @ Q - eye).norm()) < 1e-9

@@ -197,13 +197,13 @@ def test_another_adapter_can_be_scored_in_its_place(adapter, tmp_path):
     other = random_adapter(tmp_path / "b", LoraConfig(r=5, lora_alpha=3, target_modules=TARGETS), seed=3)
     outcomes = Outcomes(adapter, Digits("relabel"), split="validation", cache=tmp_path)
     whole = outcomes.of([outcomes.keeping(outcomes.names)])[0]
-    found = outcomes.of_other("b", lambda: other)
+    found = outcomes.of_other("b", lambda _: other)
     assert found.loss == pytest.approx(score(Digits("relabel"), other, "validation").loss, abs=1e-5)
     again = Outcomes(adapter, Digits("relabel"), split="validation")
     assert (again.of([again.keeping(again.names)])[0].loss == whole.loss).all()
     outcomes._known.clear()
-    assert (outcomes.of_other("b", lambda: pytest.fail("known already")).loss == found.loss).all()
-    base = outcomes.of_other("nothing", lambda: None)
+    assert (outcomes.of_other("b", lambda _: pytest.fail("known already")).loss == found.loss).all()
+    base = outcomes.of_other("nothing", lambda _: None)
     assert base.loss == pytest.approx(score(Digits("relabel"), None, "validation").loss, abs=1e-5)
 
 

@@ -15,14 +15,15 @@ LAYERS = [
     {"__init__", "errors"},
     {"files", "lowrank", "models", "rules", "schedule", "stats", "plot_style"},
     {"result", "peft_format", "estimators", "subspaces"},
-    {"adapter", "plot_line", "plot_merges", "plot_train", "plot_shapley", "plot_stability", "plot_sweep"},
+    {"adapter", "distribute", "plot_line", "plot_merges", "plot_train", "plot_shapley", "plot_stability", "plot_sweep"},
     {"task", "attach", "plot", "mix", "players", "prune"},
-    {"coto", "digits", "file_task", "recipe", "variants", "patterns", "sources"},
-    {"text", "language", "panel"},
+    {"coto", "digits", "file_task", "probe", "recipe", "variants", "patterns", "sources"},
+    {"text", "language", "vision", "panel"},
     {"tasks"},
     {"evaluate", "fitted"},
+    {"scorer"},
     {"connect", "game", "merge"},
-    {"train", "shapley", "stability", "tune"},
+    {"train", "shapley", "stability", "tune", "court"},
     {"sweep", "compare"},
     {"parallel"},
     {"tuning"},
@@ -74,7 +75,7 @@ def test_nothing_imports_the_command_line_or_the_figures():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "cli").glob("*.py")), ids=lambda path: path.stem)
 def test_verbs_import_nothing_heavy_at_the_top(path):
-    heavy = {"torch", "transformers", "peft", "datasets", "sklearn", "scipy", "matplotlib", "numpy"}
+    heavy = {"torch", "transformers", "peft", "datasets", "sklearn", "scipy", "matplotlib", "numpy", "ray"}
     for node in ast.parse(path.read_text()).body:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []

@@ -507,6 +507,19 @@ def test_random_methods_thin_modules_of_one_shape_differently(tmp_path):
     assert not torch.equal(merged["net.q_proj"].delta() != 0, merged["net.v_proj"].delta() != 0)
 
 
+def test_adamerging_sees_every_source_under_its_own_head(tmp_path):
+    config = LoraConfig(**CONFIG, modules_to_save=["classifier"])
+    task = Few("identity")
+    found = [random_adapter(task, tmp_path / f"{s}", config, seed=s, scale=0.1) for s in (0, 1)]
+
+    class Copy(Few):
+        record = {"name": "another, so that no model is shared"}  # noqa: RUF012
+
+    shared = merge(Sources(found, tasks=[task, task]), "adamerging", options={"steps": 3}, heads="keep-own")
+    apart = merge(Sources(found, tasks=[task, Copy("identity")]), "adamerging", options={"steps": 3}, heads="keep-own")
+    close(deltas(shared.adapter), deltas(apart.adapter))
+
+
 def test_progress_counts_modules(pair):
     told = []
     merging.merge(Sources(pair), "ties", progress=lambda done, total: told.append((done, total)))

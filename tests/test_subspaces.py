@@ -108,7 +108,7 @@ def dense_tsv(deltas, weights, share=None):
     parts = []
     for delta, weight in zip(deltas, weights, strict=True):
         U, S, Vh = triplets(delta)
-        k = math.ceil(len(S) * (share or 1 / len(deltas)) - 1e-9)
+        k = math.ceil((min(delta.shape) / len(deltas) if share is None else share * len(S)) - 1e-9)
         parts.append((U[:, :k], weight * S[:k], Vh[:k].T))
     U, S, V = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
     return polar(U) @ torch.diag(S) @ polar(V).T
@@ -121,7 +121,7 @@ def dense_iso_c(deltas, weights):
 
 def dense_iso_cts(deltas, weights, common=0.8):
     U, S, Vh = triplets(sum(w * d for w, d in zip(weights, deltas, strict=True)))
-    own = round((len(S) - int(common * len(S))) / len(deltas))
+    own = min(round((len(S) - int(common * len(S))) / len(deltas)), len(S) // len(deltas))
     kept = len(S) - own * len(deltas)
     P = torch.eye(len(U), dtype=F64) - U[:, :kept] @ U[:, :kept].T
     rest = [triplets(P @ (w * d)) for w, d in zip(weights, deltas, strict=True)]
@@ -200,12 +200,17 @@ def test_trimming_in_the_core_is_not_trimming_of_delta():
 # by hand
 
 
-def test_tsv_of_disjoint_diagonals_keeps_the_leading_half_of_each():
+def test_tsv_of_disjoint_diagonals_keeps_what_has_room_or_the_leading_share_of_each():
     a, b = diagonal(4, 3), diagonal(0, 0, 2, 1)
     wanted = torch.diag(torch.tensor([4, 0, 2, 0], dtype=F64))
-    assert_close(subspaces.tsv([a, b], [1.0, 1.0]), wanted)
-    assert_close(subspaces.tsv([a, b], [2.0, -0.5], scale=3.0), torch.diag(torch.tensor([24, 0, -3, 0], dtype=F64)))
-    assert_close(subspaces.tsv([a, b], [1.0, 1.0], share=1.0), torch.diag(torch.tensor([4, 3, 2, 1], dtype=F64)))
+    half = {"share": 0.5}
+    assert_close(subspaces.tsv([a, b], [1.0, 1.0], **half), wanted)
+    assert_close(
+        subspaces.tsv([a, b], [2.0, -0.5], scale=3.0, **half), torch.diag(torch.tensor([24, 0, -3, 0.0]).double())
+    )
+    assert_close(subspaces.tsv([a, b], [1.0, 1.0]), torch.diag(torch.tensor([4, 3, 2, 1], dtype=F64)))
+    full = diagonal(4, 3, 2, 1)  # with two of them, each has room for two
+    assert_close(subspaces.tsv([full, full], [1.0, 1.0]), torch.diag(torch.tensor([4, 3, 0, 0], dtype=F64)))
 
 
 def test_tsv_turns_directions_that_overlap_apart():
@@ -452,3 +457,20 @@ def test_all_options_are_named(name):
     kinds = [p.kind for p in inspect.signature(METHODS[name]).parameters.values()]
     assert kinds[:2] == [inspect.Parameter.POSITIONAL_OR_KEYWORD] * 2
     assert inspect.Parameter.POSITIONAL_OR_KEYWORD not in kinds[2:]
+
+
+def test_noise_beside_an_equal_twin_is_no_direction_to_tsv_or_iso_cts():
+    generator = torch.Generator().manual_seed(0)
+    a = LowRank(torch.randn(3, 20, generator=generator), torch.randn(24, 3, generator=generator))
+    R = torch.eye(3) + 0.3 * torch.randn(3, 3, generator=generator)
+    twin = LowRank(torch.linalg.solve(R, a.A), a.B @ R)
+    for method, options in ((subspaces.tsv, {}), (subspaces.iso_cts, {"common": 0.5}), (subspaces.iso_c, {})):
+        same, turned = method([a, a], [1.0, 1.0], **options), method([a, twin], [1.0, 1.0], **options)
+        assert float((turned - same).norm() / same.norm()) < 1e-4
+
+
+@pytest.mark.parametrize(("ranks", "common"), [((1, 2), 0.3), ((1, 1, 1, 3), 0.0)])
+def test_iso_cts_never_deals_out_more_directions_than_there_are(ranks, common):
+    S = subspaces.iso_cts(random(ranks, 0), [1.0] * len(ranks), common=common).singular_values()
+    real = S[S.max() * 1e-9 < S]
+    assert torch.allclose(real, real[0].expand_as(real))

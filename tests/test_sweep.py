@@ -36,7 +36,7 @@ def own(adapter):
     """The same examples, scored by another path."""
     outcomes = Outcomes(adapter, Digits("relabel"), split="validation", examples=80)
     keys = map(str, itertools.count())
-    return lambda other: outcomes.of_other(next(keys), lambda: other)
+    return lambda other: outcomes.of_other(next(keys), lambda _: other)
 
 
 def test_patterns_are_the_adapter_without_the_others(adapters, result):

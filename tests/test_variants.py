@@ -27,9 +27,10 @@ from transformers import (
 from lora_lab.adapter import Adapter
 from lora_lab.attach import put_on
 from lora_lab.errors import TunerError
+from lora_lab.estimators import plan
 from lora_lab.players import block
 from lora_lab.task import Scores
-from lora_lab.variants import Variants
+from lora_lab.variants import Layout, Variants
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
 TEXT = {"vocab_size": 40, "num_labels": 3}
@@ -294,3 +295,14 @@ def test_ranks_of_a_tuner_that_has_none_are_refused(tmp_path):
     engine = Variants(attached)
     with pytest.raises(TunerError, match="no ranks"):
         engine.set(((True, False), *[1.0] * (len(engine.names) - 1)))
+
+
+def test_antithetic_orders_over_eighty_blocks_share_half_of_them():
+    layout = Layout(tuple(f"layers.{i}.q_proj" for i in range(80)), tuple((i,) for i in range(80)))
+    coalitions = {
+        row.tobytes(): row for draw in plan(80, estimator="antithetic", samples=10) for row in draw.coalitions
+    }
+    variants = [tuple(row.astype(float)) for row in coalitions.values()]
+    assert len(variants) == 792
+    assert layout.cost(variants) / (80 * len(variants)) == pytest.approx(1 - 0.501, abs=5e-4)
+    assert dataclasses.replace(layout, why_not="it was not asked for").cost(variants) == 80 * len(variants)

@@ -1,0 +1,60 @@
+"""One worker against two, wall seconds: `python tests/bench.py --only workers`."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from adapters import random_adapter
+from peft import LoraConfig
+
+from lora_lab.digits import Digits
+from lora_lab.distribute import Pool
+from lora_lab.game import Game, Outcomes
+from lora_lab.players import players
+from lora_lab.scorer import Scorer
+
+COALITIONS = 1000
+
+
+def bench_workers(repeats: int, folder: Path) -> None:
+    """Coalitions of 24 modules of a digits adapter: here, with one worker and with two, which are there already."""
+    task = Digits("relabel")
+    config = LoraConfig(r=4, target_modules=r"vit\..*\.(q_proj|k_proj|v_proj|fc1)")
+    adapter = random_adapter(task, folder / "workers", config, scale=0.05)
+    coalitions = np.unique(np.random.default_rng(0).random((COALITIONS, 24)) < 0.5, axis=0)
+
+    def wall(pool: Pool | None) -> float:
+        game = Game(Outcomes(adapter, task, pool=pool), players(adapter, "module"))
+        game.cost(coalitions)  # the model is built, and the workers are there
+        if pool:
+            pool.run(game.outcomes._setup, [_nothing] * pool.size)
+        began = time.perf_counter()
+        game(coalitions)
+        return time.perf_counter() - began
+
+    found: dict[int, list[float]] = {0: [], 1: [], 2: []}
+    started: dict[int, float] = {}
+    for _ in range(repeats):
+        found[0].append(wall(None))
+        for count in (1, 2):
+            began = time.perf_counter()
+            with Pool.open(f"local:{count}") as pool:
+                started[count] = time.perf_counter() - began
+                found[count].append(wall(pool))
+    here, one, two = (statistics.median(found[count]) for count in (0, 1, 2))
+    print(
+        f"{len(coalitions)} coalitions, wall seconds on {os.cpu_count()} cores, {torch.get_num_threads()} thread each"
+    )
+    print(f"  here {here:.1f}, one worker {one:.1f}, two {two:.1f}: two are {one / two:.2f} times as fast as one")
+    print(f"  all: {found}; load average {os.getloadavg()[0]:.1f}; a cluster starts in {started[2]:.1f} s", flush=True)
+
+
+def _nothing(scorer: Scorer) -> None:
+    """Builds the model, and keeps the worker busy until the other one has come, too."""
+    assert scorer.variants.blocks
+    time.sleep(5)

@@ -1,0 +1,395 @@
+"""Language models as tasks, on tiny random models: losses by hand, what counts as a target, choices, error texts."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lora_lab import connect, tasks
+from lora_lab.errors import LoraLabError, OptionError, TaskError
+from lora_lab.evaluate import evaluate, score, task_of
+from lora_lab.merge import merge
+from lora_lab.recipe import Recipe
+from lora_lab.shapley import shapley
+from lora_lab.sources import Sources
+from lora_lab.stability import stability
+from lora_lab.train import train
+
+WORDS = [
+    "what",
+    "is",
+    "one",
+    "two",
+    "three",
+    "four",
+    "plus",
+    "and",
+    "equals",
+    "red",
+    "green",
+    "blue",
+    "a",
+    "the",
+    "colour",
+    "of",
+    "grass",
+    "sky",
+    "blood",
+    ":",
+    "?",
+]
+BASES = ("llama", "gpt2")
+
+
+def tokenizer(*, bos):
+    names = ["<pad>", "<s>", "</s>", "<unk>", *WORDS]
+    words = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    if bos:
+        words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        return PreTrainedTokenizerFast(
+            tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>")  # no padding token
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A tiny Llama whose tokenizer puts <s> before a text, and a tiny GPT-2 whose tokenizer cannot even pad."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    shape = {"vocab_size": 4 + len(WORDS), "bos_token_id": 1, "eos_token_id": 2}
+    llama = LlamaConfig(
+        **shape,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.5,
+    )
+    gpt2 = GPT2Config(**shape, n_positions=64, n_embd=16, n_layer=2, n_head=2, initializer_range=0.5)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for name, model in (("llama", LlamaForCausalLM(llama)), ("gpt2", GPT2LMHeadModel(gpt2))):
+            model.save_pretrained(tmp_path / name)
+            tokenizer(bos=name == "llama").save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def build(folder, rows, keys, base="llama"):
+    """The task on these rows, the same ones in every split."""
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    lines = [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
+    lines += [f'base = "{base}"', 'data = {train = "rows.jsonl", validation = "rows.jsonl", test = "rows.jsonl"}']
+    (folder / "my.toml").write_text("\n".join(lines) + "\n")
+    return tasks.from_name(str(folder / "my.toml"))
+
+
+TEXTS = [
+    {"text": text}
+    for text in (
+        "one plus one equals two",
+        "the colour of grass is green",
+        "red and blue",
+        "what is the colour of the sky ? blue",
+        "two plus two equals four and one plus three equals four",
+        "blood is red",
+    )
+]
+TEXT = {"kind": "causal-lm", "text": "text"}
+ANSWERS = [
+    {"question": "what is one plus one ?", "answer": "two"},
+    {"question": "one plus two ?", "answer": "three and a red sky"},
+    {"question": "the colour of blood is", "answer": "red"},
+]
+COMPLETION = {"kind": "causal-lm", "prompt": "question", "completion": "answer"}
+CHOICES = [
+    {"question": "the colour of grass", "choices": ["red and blue", "green"], "answer": 1},
+    {"question": "one plus two", "choices": ["one", "two and a red sky", "three", "four four"], "answer": 2},
+    {"question": "what is the colour of the sky and of blood", "choices": ["blue", "green", "a red"], "answer": 0},
+]
+CHOICE = {"kind": "multiple-choice", "prompt": "{question} ?", "options": "choices", "label": "answer"}
+
+
+def example(split, i, *names):
+    """The tensors of one example without its padding."""
+    length = int(split.inputs["attention_mask"][i].sum())
+    return [split.inputs[name][i : i + 1, :length] for name in ("input_ids", *names)]
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(("rows", "keys"), [(TEXTS, TEXT), (ANSWERS, COMPLETION)])
+def test_the_loss_of_an_example_is_the_models_own_and_padding_changes_nothing(folder, base, rows, keys):
+    task = build(folder, rows, keys, base)
+    model, split = task.build_model(), task.split("test")
+    scores = task.score(model)
+    assert len(scores) == len(rows)
+    assert not task.classifies
+    for i in range(len(split)):
+        ids, labels = example(split, i, "labels")
+        with torch.no_grad():
+            found = model(input_ids=ids, labels=labels)
+        assert scores.loss[i] == pytest.approx(found.loss.item(), abs=1e-5)
+        counted = labels[0, 1:] != -100
+        logits, targets = found.logits[0, :-1][counted], labels[0, 1:][counted]
+        assert scores.correct[i] == pytest.approx((logits.argmax(-1) == targets).double().mean().item())
+        others = logits.scatter(1, targets[:, None], -torch.inf).amax(1)
+        margin = (logits.gather(1, targets[:, None])[:, 0] - others).mean().item()
+        assert scores.margin[i] == pytest.approx(margin, abs=1e-5)
+    assert task.perplexity(scores) == pytest.approx(np.exp(scores.loss.mean()))
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(("rows", "keys"), [(TEXTS, TEXT), (ANSWERS, COMPLETION), (CHOICES, CHOICE)])
+def test_scores_do_not_hang_on_the_batches(folder, base, rows, keys):
+    task = build(folder, rows, keys, base)
+    whole = task.score(task.build_model())
+    for size in (1, 2):
+        again = build(folder, rows, keys, base)
+        again.batch_size = size
+        parts = again.score(again.build_model())
+        assert parts.loss == pytest.approx(whole.loss, abs=1e-5)
+        assert parts.margin == pytest.approx(whole.margin, abs=1e-5)
+        assert (parts.correct == whole.correct).all()
+
+
+def test_every_token_but_the_first_of_a_text_is_a_target(folder):
+    for base, first in (("llama", [1]), ("gpt2", [])):
+        split = build(folder, TEXTS, TEXT, base).split("test")
+        ids, labels = example(split, 0, "labels")  # the shortest
+        words = tokenizer(bos=False)("red and blue")["input_ids"]
+        assert ids[0].tolist() == [*first, *words]
+        assert labels[0].tolist() == [-100, *[*first, *words][1:]]
+        masked = split.inputs["attention_mask"] == 0
+        assert (split.inputs["labels"][masked] == -100).all()
+        assert masked.any()
+
+
+def test_only_completions_and_their_end_are_targets(folder):
+    split = build(folder, ANSWERS, COMPLETION).split("test")
+    plain = tokenizer(bos=False)
+    found = {}
+    for i in range(len(split)):
+        ids, labels = example(split, i, "labels")
+        found[plain.decode(ids[0])] = plain.decode(labels[labels != -100])
+        assert ids[0, 0] == 1
+    assert found == {
+        "<s> what is one plus one ? two </s>": "two </s>",
+        "<s> one plus two ? three and a red sky </s>": "three and a red sky </s>",
+        "<s> the colour of blood is red </s>": "red </s>",
+    }
+
+
+def test_long_prompts_lose_their_beginning_and_long_texts_their_end(folder):
+    split = build(folder, ANSWERS, {**COMPLETION, "max_length": 4}).split("test")
+    plain = tokenizer(bos=False)
+    found = {
+        plain.decode(row): plain.decode(labels[labels != -100])
+        for row, labels in zip(split.inputs["input_ids"], split.inputs["labels"], strict=True)
+    }
+    assert found == {"one ? two </s>": "two </s>", "? three and a": "three and a", "blood is red </s>": "red </s>"}
+    split = build(folder, TEXTS, {**TEXT, "max_length": 3}).split("test")
+    assert split.inputs["input_ids"].shape == (6, 3)
+    split = build(folder, CHOICES, {**CHOICE, "max_length": 3}).split("test")
+    assert split.inputs["input_ids"].shape[2] == 3
+    assert "of blood ? blue" not in plain.decode(split.inputs["input_ids"].flatten())
+    assert ((split.inputs["targets"] != -100).sum(-1) <= 2).all()
+
+
+def by_hand(model, prompt, option, *, bos):
+    """Mean log-likelihood of an option's tokens after the prompt."""
+    plain = tokenizer(bos=False)
+    given = [*([1] if bos else []), *plain(prompt)["input_ids"]]
+    answer = plain(option)["input_ids"]
+    with torch.no_grad():
+        logs = model(input_ids=torch.tensor([[*given, *answer]])).logits[0].log_softmax(-1)
+    return float(np.mean([logs[len(given) + i - 1, token].item() for i, token in enumerate(answer)]))
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_choice_is_the_option_of_the_highest_mean_likelihood(folder, base):
+    task = build(folder, CHOICES, CHOICE, base)
+    model = task.build_model()
+    (batch,) = task.split("test").batches(8)
+    scores = task.judge(model, batch, keep_logits=True)
+    assert scores.logits.shape == (3, task.labels) == (3, 4)
+    options = [int(np.isfinite(row).sum()) for row in scores.logits]
+    for row in CHOICES:
+        expected = np.array([by_hand(model, row["question"] + " ?", o, bos=base == "llama") for o in row["choices"]])
+        n, right = len(expected), row["answer"]
+        i = options.index(n)  # each of the three has another number of options
+        assert scores.logits[i, :n] == pytest.approx(expected, abs=1e-5)
+        assert (scores.logits[i, n:] == -np.inf).all()
+        assert scores.loss[i] == pytest.approx(np.log(np.exp(expected).sum()) - expected[right], abs=1e-5)
+        assert scores.correct[i] == (expected.argmax() == right)
+        assert scores.margin[i] == pytest.approx(expected[right] - np.delete(expected, right).max(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [1, 2, 0],
+        ["1", "2", "0"],
+        ["B", "C", "A"],
+        ["b", "c", "a"],
+        ["green", "three", "blue"],
+    ],
+)
+def test_answers_are_numbers_letters_or_the_options_themselves(folder, answers):
+    rows = [{**row, "answer": answer} for row, answer in zip(CHOICES, answers, strict=True)]
+    expected = build(folder, CHOICES, CHOICE).split("test").inputs["labels"]
+    assert build(folder, rows, CHOICE).split("test").inputs["labels"].tolist() == expected.tolist()
+
+
+def test_options_may_be_columns_and_some_of_them_empty(folder):
+    listed = build(folder, CHOICES, CHOICE).split("test").inputs
+    columns = ("first", "second", "third", "fourth")
+    rows = [{**row, **dict(zip(columns, [*row["choices"], None, None], strict=False))} for row in CHOICES]
+    found = build(folder, rows, {**CHOICE, "options": list(columns)}).split("test").inputs
+    for name, tensor in listed.items():
+        assert torch.equal(found[name], tensor), name
+    for row in rows:  # the same options with a hole before the last of them; the answer counts columns
+        row |= {"fifth": row["fourth"], "fourth": None}
+        if row["third"] is None:
+            row |= {"third": row["second"], "second": None, "answer": row["answer"] + (row["answer"] > 0)}
+    found = build(folder, rows, {**CHOICE, "options": [*columns, "fifth"]}).split("test").inputs
+    for name, tensor in listed.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_a_prompt_is_filled_in_once(folder):
+    rows = [{"a": "one {b}", "b": "two", "choices": ["red", "blue"], "answer": 0}]
+    ((prompt, *_),) = build(folder, rows, {**CHOICE, "prompt": "{a} plus {b} is"})._examples("test")
+    assert prompt == "one {b} plus two is"
+
+
+def test_a_choice_is_trained_on_its_right_option_alone(folder):
+    split = build(folder, CHOICES, CHOICE).training_split()
+    plain = tokenizer(bos=False)
+    found = [plain.decode(example(split, i)[0][0]) for i in range(3)]
+    targets = [plain.decode(row[row != -100]) for row in split.inputs["labels"]]
+    assert sorted(targets) == ["blue", "green", "three"]
+    assert all(text.endswith(f" ? {target}") for text, target in zip(found, targets, strict=True))
+
+
+WRONG_KEYS = [
+    ({"kind": "causal-lm"}, "either text, or prompt and completion, must name columns"),
+    ({**COMPLETION, **TEXT}, "either text, or prompt and completion, must name columns"),
+    ({**TEXT, "prompt": "question"}, "either text, or prompt and completion, must name columns"),
+    ({"kind": "causal-lm", "prompt": "question"}, "either text, or prompt and completion, must name columns"),
+    ({**CHOICE, "options": ["first"]}, r"options is \['first'\]; two columns or more, or one that holds lists"),
+    ({**TEXT, "max_length": 1}, "max_length is 1; at least 2 tokens are needed"),
+    ({"kind": "multiple-choice", "prompt": "{question}", "label": "answer"}, "no options, which a multiple-choice"),
+    ({**TEXT, "txet": "text"}, "unknown key in .*'txet' .did you mean 'text'"),
+]
+
+
+@pytest.mark.parametrize(("keys", "text"), WRONG_KEYS)
+def test_keys_that_do_not_fit_are_refused_before_anything_is_read(folder, keys, text):
+    with pytest.raises(OptionError, match=text) as found:
+        build(folder, [], keys)
+    assert "my.toml" in str(found.value)
+
+
+ROW = {"question": "the colour of grass", "choices": ["red", "green"], "answer": 1, "x": "red", "y": None}
+WRONG_ROWS = [
+    (TEXT, {"text": "red"}, "gpt2", "no text of its test split has two tokens or more"),
+    ({**TEXT, "text": "txet"}, {"text": "red blue"}, "llama", "no column 'txet'; there are: text"),
+    ({**CHOICE, "prompt": "{question text} ?"}, ROW, "llama", "no column 'question text'"),
+    (
+        CHOICE,
+        {**ROW, "choices": "red, green"},
+        "llama",
+        "options 'red, green' in 'choices'; a list of two or more is needed",
+    ),
+    (
+        CHOICE,
+        {**ROW, "choices": ["green"]},
+        "llama",
+        r"options \['green'\] in 'choices'; a list of two or more is needed",
+    ),
+    (CHOICE, {**ROW, "answer": 0.5}, "llama", "answer 0.5 is a float; a number from 0, a letter or the option itself"),
+    (CHOICE, {**ROW, "answer": None}, "llama", "answer None is a NoneType; a number from 0"),
+    (CHOICE, {**ROW, "answer": "blue"}, "llama", "answer 'blue' is a str; a number from 0"),
+    (CHOICE, {**ROW, "answer": True}, "llama", "answer True is a bool; a number from 0"),
+    (CHOICE, {**ROW, "answer": -1}, "llama", r"a split without answers \(-1\); name another one in splits"),
+    (CHOICE, {**ROW, "answer": 2}, "llama", "answer 2 of 2 options; they count from 0"),
+    (CHOICE, {**ROW, "answer": "C"}, "llama", "answer 2 of 2 options; they count from 0"),
+    ({**CHOICE, "options": ["x", "y"]}, {**ROW, "answer": 0}, "llama", r"options \['red'\]; two or more are needed"),
+    ({**CHOICE, "options": ["x", "y"]}, {**ROW, "answer": 1}, "llama", "its right answer 1 is an empty option"),
+]
+
+
+@pytest.mark.parametrize(("keys", "row", "base", "text"), WRONG_ROWS)
+def test_rows_that_do_not_fit_are_named(folder, keys, row, base, text):
+    with pytest.raises(TaskError, match=text):
+        build(folder, [row, row], keys, base).split("test")
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused(folder):
+    plain = tokenizer(bos=False)
+    plain.eos_token = None
+    plain.save_pretrained(folder / "gpt2")
+    with pytest.raises(TaskError, match=r"the tokenizer of '.*gpt2' has no padding token"):
+        build(folder, TEXTS, TEXT, "gpt2").split("test")
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder):
+    config = json.loads((folder / "llama" / "config.json").read_text())
+    (folder / "llama" / "config.json").write_text(json.dumps({**config, "vocab_size": 7}))
+    with pytest.raises(TaskError, match=r"has 25 tokens, the model 7: they do not belong together"):
+        build(folder, TEXTS, TEXT).split("test")
+
+
+RECIPE = {"method": "lora", "steps": 25, "learning_rate": 2e-2, "rank": 2, "batch_size": 4}
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(("rows", "keys"), [(TEXTS, TEXT), (ANSWERS, COMPLETION), (CHOICES, CHOICE)])
+def test_every_analysis_runs_on_language_models(folder, base, rows, keys):
+    task = build(folder, rows, keys, base)
+    adapters = [train(task, Recipe(seed=seed, **RECIPE))[0] for seed in (0, 1)]
+    before, after = score(task, None), score(task, adapters[0])
+    assert after.mean_loss < before.mean_loss - 0.3
+    again = task_of(adapters[0])
+    assert (score(again, adapters[0]).loss == after.loss).all()
+
+    found = connect.interpolate(adapters, task, points=3, spaces=["factors", "delta"])
+    first, middle, last = (row["loss"] for row in found.rows(space="delta"))
+    ends = [first, last]
+    assert ends == pytest.approx([after.mean_loss, score(task, adapters[1]).mean_loss], abs=1e-6)
+
+    found = shapley(adapters[:1], task, worth="loss")
+    summary = found.summary["adapters"][0]
+    assert sum(row["value"] for row in found.rows()) == pytest.approx(summary["full"] - summary["empty"])
+    assert summary["full"] == pytest.approx(-after.mean_loss, abs=1e-6)
+    assert summary["engine"]["why_not_shared"] is None
+
+    assert stability(adapters[:1], task).rows(family="k-of-G", label="2", rescaled=False)
+
+    merged = merge(Sources(adapters), "average").adapter
+    assert score(task, merged).mean_loss == pytest.approx(middle, abs=1e-5)
+
+    table = evaluate(adapters)
+    losses = np.array(table.columns["loss"])
+    assert losses == pytest.approx([before.mean_loss, *ends], abs=1e-6)
+    assert ("perplexity" in table.columns) == (not task.classifies)
+    if not task.classifies:
+        assert table.columns["perplexity"] == pytest.approx(np.exp(losses))
+
+
+def test_merges_that_look_at_the_chances_of_options_work_on_choices(folder):
+    task = build(folder, [{**row, "choices": row["choices"][:2], "answer": 0} for row in CHOICES], CHOICE)
+    adapters = [train(task, Recipe(seed=seed, **RECIPE))[0] for seed in (0, 1)]
+    sources = Sources(adapters, tasks=[task, task])
+    merged = merge(sources, "adamerging", options={"steps": 3}).adapter
+    assert np.isfinite(score(task, merged).loss).all()
+    texts = build(folder, TEXTS, TEXT)
+    with pytest.raises(LoraLabError, match="looks at the chances of labels, and my has none"):
+        merge(Sources(adapters, tasks=[texts, texts]), "adamerging")
