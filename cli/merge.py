@@ -79,7 +79,8 @@ def command(
 
     Example:  lora-lab merge a.safetensors b.safetensors c.safetensors --method ties --set density=0.2 -o merged
     """
-    from .. import merge, tune
+    from .. import merge
+    from .. import search as searching
     from ..adapter import Adapter
     from ..errors import OptionError
     from ..evaluate import tasks_of
@@ -90,7 +91,7 @@ def command(
     if output is None:
         raise OptionError("-o names the adapter to write: NAME.safetensors, or a name for a PEFT folder")
     options = common.parse_set(set_, merge.defaults(method, common.pairs(set_)), method)
-    spaces = tune.parse(search or [], method, options)
+    spaces = searching.parse(search or [], method, options)
     if "coefficient" in spaces and coefficient != 1:
         raise OptionError("the coefficient is both set and searched")
     refuse_existing(output, force=force)
@@ -101,7 +102,7 @@ def command(
     trials = None
     with common.progress(f"merging by {method}") as report:
         if spaces:
-            found = tune.search(sources, method, spaces, options=options, coefficient=coefficient, progress=report)
+            found = searching.search(sources, method, spaces, options=options, coefficient=coefficient, progress=report)
             options, coefficient, trials = dict(found.options), found.coefficient, found.trials
         made = merge.merge(
             sources,

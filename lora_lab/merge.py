@@ -74,7 +74,7 @@ def merge(
 
     Exact at the rank that the method needs, or cut to `rank` with its error. `heads` says what becomes of heads and
     other whole tensors where the sources differ in them: keep-own (each its own, beside the adapter), average, first.
-    `trials` of a search (tune.py) go into the record.
+    `trials` of a search (search.py) go into the record.
     """
     chosen = check(method, options or {})
     if heads is not None and heads not in HEADS:

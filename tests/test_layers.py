@@ -23,7 +23,7 @@ LAYERS = [
     {"evaluate", "fitted"},
     {"scorer"},
     {"connect", "game", "merge"},
-    {"train", "shapley", "stability", "tune", "court"},
+    {"train", "shapley", "stability", "search", "court"},
     {"sweep", "compare"},
     {"parallel"},
     {"tuning"},

@@ -15,9 +15,9 @@ from lora_lab.errors import FileError, LoraLabError, LoraLabWarning, OptionError
 from lora_lab.lowrank import LowRank
 from lora_lab.merge import MERGES, check, defaults, merge, save
 from lora_lab.rules import RULES
+from lora_lab.search import parse
 from lora_lab.sources import Sources
 from lora_lab.task import Split
-from lora_lab.tune import parse
 
 TWINS = {"layers.0.fc": (8, 6), "layers.1.fc": (8, 6)}
 RANDOM = ("dare", "dare-ties", "della")
