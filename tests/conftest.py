@@ -5,7 +5,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import warnings
 from collections.abc import Callable
+from importlib.metadata import entry_points
 
 import pytest
 import torch
@@ -76,3 +78,19 @@ def base_model() -> Callable[[str], nn.Module]:
             return _BASES[name]().double().eval()
 
     return make
+
+
+@pytest.fixture
+def lora_lab(monkeypatch, capsys, tmp_path):
+    """The installed command: arguments → (exit code, standard output, standard error), in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    main = next(iter(entry_points(group="console_scripts", name="lora-lab"))).load()
+
+    def run(*arguments):
+        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return ended.value.code or 0, out, err
+
+    return run

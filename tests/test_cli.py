@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -9,23 +8,6 @@ import torch
 
 CASES = Path(__file__).parent / "cases"
 SHORT = ["--steps", "6", "--batch-size", "8"]
-
-
-@pytest.fixture
-def lora_lab(monkeypatch, capsys, tmp_path):
-    """The installed command: arguments → (exit code, standard output, standard error), in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    main = next(iter(entry_points(group="console_scripts", name="lora-lab"))).load()
-
-    def run(*arguments):
-        import warnings
-
-        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return ended.value.code or 0, out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -358,7 +340,8 @@ def test_a_lone_file_without_a_configuration_takes_one_by_option(lora_lab, pair,
 
 
 def test_usage_errors_exit_with_2_in_one_line(lora_lab):
-    one_line(lora_lab("train", "--steps", "abc"), "--steps", code=2)
+    one_line(lora_lab("train", "--seed", "abc"), "--seed", code=2)
+    one_line(lora_lab("train", "--steps", "abc"), "--steps 'abc': a number is needed")
     one_line(lora_lab("figure", "x.json"), "--output", code=2)
 
 

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
@@ -19,24 +18,6 @@ from lora_lab.task import Split
 
 CASES = Path(__file__).parent / "cases"
 HEADS = CASES / "M13_heads_conflict"
-
-
-@pytest.fixture
-def lora_lab(monkeypatch, capsys, tmp_path):
-    """The installed command: arguments → (exit code, standard output, standard error), in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    main = next(iter(entry_points(group="console_scripts", name="lora-lab"))).load()
-
-    def run(*arguments):
-        import warnings
-
-        with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return ended.value.code or 0, out, err
-
-    return run
 
 
 @pytest.fixture
