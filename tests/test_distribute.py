@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -332,20 +333,31 @@ def test_the_module_itself_loads_neither_torch_nor_ray():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_an_interrupted_command_ends_its_cluster_and_goes_on_from_its_journal(pool, pair, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    pair[0].save("a.safetensors")
-    command = [Path(sys.executable).with_name("lora-lab"), "shapley", "a.safetensors", "--players", "module"]
-    command += ["--estimator", "exact", "--ray", "local:1"]
+def interrupted(command):
+    """Exit code, standard error and journals of a command that is interrupted once some of its work is done."""
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 120
     while not (found := list(Path("out/.outcomes").glob("*.jsonl"))) or found[0].read_text().count("\n") < 15:
         assert process.poll() is None
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    return process.returncode, err, found
+
+
+def test_an_interrupted_command_ends_its_cluster_and_goes_on_from_its_journal(pool, pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pair[0].save("a.safetensors")
+    command = [Path(sys.executable).with_name("lora-lab"), "shapley", "a.safetensors", "--players", "module"]
+    command += ["--estimator", "exact", "--ray", "local:1"]
+    code, err, found = 0, "", []
+    for _ in range(5):  # on a busy machine it may be done before it hears of the interrupt
+        shutil.rmtree("out", ignore_errors=True)
+        code, err, found = interrupted(command)
+        if code:
+            break
+    assert code == 130
     assert err.splitlines()[-1] == "error: interrupted; nothing half-written was left"
     known = found[0].read_text().count("\n") - 1
     assert 14 <= known < 256
