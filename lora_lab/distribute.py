@@ -12,6 +12,7 @@ import gc
 import logging
 import os
 import re
+import socket
 import time
 import warnings
 from collections import Counter, deque
@@ -30,7 +31,9 @@ _MOST = 64  # workers on CPUs: each of them holds a model
 _ATTEMPTS = 3  # a batch that ends so many workers is not given to another
 _PATIENCE = 300.0  # seconds to wait for a first worker
 _PER_WORKER = 4  # batches: some for balance, few for what a batch shares within
-_SPEC = re.compile(r"(?P<where>auto|local:(?P<count>\d+)|[^/\s]+:\d+)(/(?P<gpus>[1-9]\d*))?")
+_SPEC = re.compile(
+    r"(?P<where>auto|local:(?P<count>\d+)|(?P<host>(?!local:)[^/\s]+):(?P<port>\d+))(/(?P<gpus>[1-9]\d*))?"
+)
 
 
 class Setup(Protocol[Answering, Answer]):
@@ -77,7 +80,7 @@ class Pool:
             raise OptionError(f"--ray {spec!r}: auto, HOST:PORT of a running cluster, or local:N workers")
         ray = _import_ray()
         began = not ray.is_initialized()
-        if where["count"] and not began:
+        if where["where"] != "auto" and not began:
             raise OptionError(f"--ray {spec}: this process uses a Ray cluster already; auto takes that one")
         threads = torch.get_num_threads()
         pool = None
@@ -252,8 +255,10 @@ def _connect(ray: Any, spec: str, where: re.Match[str]) -> None:
         ray.init(address="local", num_cpus=int(where["count"]), include_dashboard=False, **quiet)
         return
     try:
+        if where["port"]:  # Ray itself would try for ten minutes
+            socket.create_connection((where["host"], int(where["port"])), timeout=10).close()
         ray.init(address=where["where"], **quiet)
-    except (ConnectionError, RuntimeError, ValueError, ImportError) as error:
+    except (OSError, RuntimeError, ValueError, OverflowError) as error:
         raise OptionError(
             f"--ray {spec}: no cluster to be joined ({_last_line(error)}); `ray start --head` starts one, one with a "
             "token needs RAY_AUTH_MODE=token here too, and local:N needs none"

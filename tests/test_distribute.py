@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -281,16 +282,36 @@ def test_a_cluster_that_cannot_be_is_refused(spec):
         pass
 
 
+def fake_ray(init=None, *, connected=False):
+    return SimpleNamespace(init=init, is_initialized=lambda: connected, shutdown=lambda: None)
+
+
+def test_nobody_at_the_address_is_one_line_at_once(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", fake_ray(lambda **_: pytest.fail("it would try for ten minutes")))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        text = rf"--ray 127.0.0.1:{port}: no cluster to be joined \(.*refused\)"
+        with pytest.raises(OptionError, match=text), Pool.open(f"127.0.0.1:{port}"):
+            pass
+
+
 def test_no_cluster_is_one_line(monkeypatch):
     def init(**_):
         raise ConnectionError("Could not find any running Ray instance.\n  Please specify the one to connect to.")
 
-    fake = SimpleNamespace(init=init, is_initialized=lambda: False, shutdown=lambda: None)
-    monkeypatch.setitem(sys.modules, "ray", fake)
+    monkeypatch.setitem(sys.modules, "ray", fake_ray(init))
     with (
         pytest.raises(OptionError, match=r"no cluster to be joined .*`ray start --head` starts one"),
         Pool.open("auto"),
     ):
+        pass
+
+
+@pytest.mark.parametrize("spec", ["local:2", "localhost:6379"])
+def test_a_process_has_one_cluster(monkeypatch, spec):
+    monkeypatch.setitem(sys.modules, "ray", fake_ray(connected=True))
+    with pytest.raises(OptionError, match="uses a Ray cluster already; auto takes that one"), Pool.open(spec):
         pass
 
 
