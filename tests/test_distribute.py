@@ -356,7 +356,13 @@ def test_the_module_itself_loads_neither_torch_nor_ray():
 
 def interrupted(command):
     """Exit code, standard error and journals of a command that is interrupted once some of its work is done."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell in the background has it ignored
+    )
     deadline = time.monotonic() + 120
     while not (found := list(Path("out/.outcomes").glob("*.jsonl"))) or found[0].read_text().count("\n") < 15:
         assert process.poll() is None
