@@ -179,7 +179,8 @@ def adamerging(
                 swapped[key] = B * each.reshape(1, -1, *[1] * (B.ndim - 2))
             asked = _Asked(panel.tasks[seat], panel.model(seat))
             logits = functional_call(asked, {f"model.{key}": B for key, B in swapped.items()}, (batch,))
-            entropy = torch.special.entr(logits.float().softmax(-1)).sum(-1).mean()
+            logs = logits.float().log_softmax(-1).clamp(min=torch.finfo(torch.float32).min)  # −inf: no such option
+            entropy = -(logs.exp() * logs).sum(-1).mean()
             entropy.backward()
         optimizer.step()
     found = coefficients.detach()
