@@ -34,7 +34,7 @@ COMMON = """\
 # trust_remote_code = false   # true runs code that comes with the base: only if you have read it
 # data_config = "default"     # configuration of a dataset from the hub
 # splits = {train = "train", test = "validation"}   # names in the data; by default train, validation, test
-# limit = 2000                # examples used of each split
+# limit = 2000                # examples used of each split, drawn by split_seed
 # split_seed = 0              # draws 20 % test and 10 % validation from the training data where there is none
 # target_modules = "all-linear"
 # learning_rate = 1e-3
@@ -138,7 +138,8 @@ class FileTask(Task):
         found = self._carved[split] if split in self._carved else self._tables[split]
         limit = self.settings.limit
         if limit is not None and limit < len(found):
-            found = found.select(range(limit))
+            drawn = np.random.default_rng(self.settings.split_seed).permutation(len(found))[:limit]
+            found = found.select(np.sort(drawn))  # not the first of them: tables are often sorted by label
         if not len(found):
             raise TaskError(f"task {self.name}: its {split} split is empty")
         return {name: list(found[name]) for name in self._columns(found.column_names)}

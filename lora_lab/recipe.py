@@ -115,7 +115,7 @@ class Recipe:
             init_seed=self.seed if self.init_seed is None else self.init_seed,
             rank=rank,
             alpha=2 * rank if self.alpha is None and ranked and rank else self.alpha,
-            target_modules=task.target_modules if self.target_modules is None else self.target_modules,
+            target_modules=task.targets(self.target_modules),
             learning_rate=self.learning_rate or task.learning_rate,
             steps=self.steps or task.steps,
             batch_size=self.batch_size or task.train_batch_size,

@@ -132,13 +132,15 @@ class Task(ABC):
     """The model's, known once it has been scored."""
     classifies = True
     """Whether an example has one label; a language model predicts every token instead."""
+    trains_head = False
+    """Whether the head is trained along with the adapter."""
     rows_are_examples = True
     """Whether the rows that a layer sees are the examples of a batch; not where options or prompts are rows, too."""
     threads: int | None = None
     """Threads that training uses best; None leaves torch's own choice."""
 
     # Defaults for training; every one can be set on the command line.
-    target_modules: str | list[str] = "all-linear"
+    target_modules: str | Sequence[str] = "all-linear"
     learning_rate = 1e-3
     train_batch_size = 16
     steps = 300
@@ -167,10 +169,17 @@ class Task(ABC):
         model = self.build_model()
         return model if getattr(model, "hf_device_map", None) else model.to(device)
 
-    @property
-    def trained_modules(self) -> list[str]:
-        """Modules outside of the adapter that are trained along with it, such as a head."""
-        return []
+    def heads(self, model: nn.Module) -> list[str]:
+        """Modules outside of the base within the task's model, which "all-linear" adapters leave alone."""
+        base = getattr(model, getattr(model, "base_model_prefix", ""), None)
+        if base is None:
+            return []
+        children = model.named_children()
+        return [name for name, child in children if child is not base and any(True for _ in child.parameters())]
+
+    def targets(self, asked: str | Sequence[str] | None) -> str | Sequence[str]:
+        """Where adapters go: the modules asked for, or the task's own."""
+        return self.target_modules if asked is None else asked
 
     def training_split(self) -> Split:
         """What a training step sees, `labels` as the model's own loss needs them."""

@@ -73,9 +73,9 @@ class TextClassification(FileTask):
             raise OptionError(f'{where}: a probe needs pool = "mean"')
 
     @property
-    def trained_modules(self) -> list[str]:
-        """The head, where it is trained along."""
-        return [_head_name(self._built)] if self.settings.head == "trained" else []
+    def trains_head(self) -> bool:  # type: ignore[override]
+        """Whether the head is trained along with the adapter."""
+        return bool(self.settings.head == "trained")
 
     @cached_property
     def labels(self) -> int:  # type: ignore[override]
@@ -104,13 +104,7 @@ class TextClassification(FileTask):
         model: Any = self.pretrained_model(AutoModelForSequenceClassification, num_labels=self.labels)
         if getattr(model.config, "pad_token_id", None) is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id  # by which decoders find a text's last token
-        *_, head = (module for module in model.modules() if isinstance(module, nn.Linear))
-        model.get_output_embeddings = lambda: head  # by which PEFT leaves it out of all linear layers
         return model
-
-    @cached_property
-    def _built(self) -> Any:
-        return self._built_anew()
 
     @cached_property
     def _probe(self) -> tuple[Tensor, Tensor]:
@@ -155,19 +149,6 @@ class _Outputs(dict[str, Any]):
         return self[name]
 
 
-class _Head(nn.Module):
-    """A linear layer that PEFT does not count among all linear ones."""
-
-    def __init__(self, width: int, labels: int) -> None:
-        super().__init__()
-        linear = nn.Linear(width, labels)
-        self.weight, self.bias = linear.weight, linear.bias
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Logits [examples, labels]."""
-        return nn.functional.linear(features, self.weight, self.bias)
-
-
 def _mean_pooled(task: TextClassification) -> Any:
     """The base with a linear layer on the mean of its tokens; modules are named as in transformers' classifiers."""
     from transformers import AutoModel
@@ -176,6 +157,8 @@ def _mean_pooled(task: TextClassification) -> Any:
     prefix = base.base_model_prefix or "model"
 
     class MeanPooled(nn.Module):
+        base_model_prefix = prefix
+
         def __init__(self) -> None:
             super().__init__()
             self.config = base.config
@@ -187,7 +170,7 @@ def _mean_pooled(task: TextClassification) -> Any:
             ).hidden_size
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                self.classifier = _Head(width, task.labels)
+                self.classifier = nn.Linear(width, task.labels)
 
         def forward(self, attention_mask: Tensor, labels: Tensor | None = None, **inputs: Tensor) -> _Outputs:
             hidden = getattr(self, prefix)(attention_mask=attention_mask, **inputs).last_hidden_state
@@ -198,8 +181,3 @@ def _mean_pooled(task: TextClassification) -> Any:
             return _Outputs(logits=logits, loss=loss, pooled=pooled)
 
     return MeanPooled()
-
-
-def _head_name(model: nn.Module) -> str:
-    """The classifier's name: the last linear module outside of the blocks."""
-    return next(name for name in ("classifier", "score", "classification_head") if hasattr(model, name))

@@ -110,8 +110,11 @@ def _with_adapter(task: Task, recipe: Recipe) -> Any:
     torch.manual_seed(recipe.init_seed or 0)
     model = task.build_model()
     config = _peft_config(recipe)
-    if task.trained_modules:
-        config.modules_to_save = [*(config.modules_to_save or []), *task.trained_modules]
+    heads = task.heads(model)
+    if task.trains_head:
+        config.modules_to_save = [*(config.modules_to_save or []), *heads]
+    if config.target_modules == "all-linear":  # PEFT's own reading would adapt all of a head but its last layer
+        config.target_modules = _linear(model, heads)
     try:
         model = get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError, ImportError, re.error) as error:
@@ -119,6 +122,14 @@ def _with_adapter(task: Task, recipe: Recipe) -> Any:
     if not layers(model):
         raise TunerError(f"{recipe.peft} has no layers that can be trained one by one")
     return model
+
+
+def _linear(model: nn.Module, heads: Sequence[str]) -> set[str]:
+    """Names of all linear modules outside of the heads."""
+    from transformers.pytorch_utils import Conv1D
+
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    return {name for name in linear if not any(f"{name}.".startswith(f"{head}.") for head in heads)}
 
 
 def _peft_config(recipe: Recipe) -> Any:

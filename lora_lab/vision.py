@@ -135,9 +135,6 @@ class _Images(FileTask):
         for split, table in tables.items():
             if isinstance(table.features.get(self.settings.image), datasets.Image):
                 tables[split] = table.cast_column(self.settings.image, datasets.Image(decode=False))
-            if self.settings.limit is not None:  # the first of a folder of classes would all be of one
-                order = np.random.default_rng(self.settings.split_seed).permutation(len(table))
-                tables[split] = tables[split].select(order)
         return tables
 
     def _pixels(self, split: str, values: Sequence[object]) -> Tensor:
@@ -249,9 +246,13 @@ class ImageClassification(_Images):
             raise unknown(f"head in {where}:", settings.head, HEADS)
 
     @property
-    def trained_modules(self) -> list[str]:
-        """The head, where it is trained along."""
-        return [self._head] if self.settings.head == "trained" else []
+    def trains_head(self) -> bool:  # type: ignore[override]
+        """Whether the head is trained along with the adapter."""
+        return bool(self.settings.head == "trained")
+
+    def heads(self, model: nn.Module) -> list[str]:
+        """The modules outside of the base, or the classifier of a model without such a division."""
+        return super().heads(model) or [self._head_name(model)]
 
     @cached_property
     def labels(self) -> int:  # type: ignore[override]
@@ -266,7 +267,7 @@ class ImageClassification(_Images):
         """The base, frozen; a head that the checkpoint lacks is drawn from seed 0, or fitted for a probe."""
         model = self._built_anew()
         if self.settings.head == "probe":
-            head = model.get_output_embeddings()
+            head = model.get_submodule(self._head_name(model))
             for own, fitted in zip((head.weight, head.bias), self._probe, strict=True):
                 own.data = fitted.to(own)
         frozen: nn.Module = model.requires_grad_(False).eval()
@@ -286,8 +287,7 @@ class ImageClassification(_Images):
             model: Any = self.pretrained_model(
                 AutoModelForImageClassification, num_labels=self.labels, ignore_mismatched_sizes=other
             )
-        head = model.get_submodule(_head_name(model, self.labels, self.name))
-        model.get_output_embeddings = lambda: head  # by which PEFT leaves it out of all linear layers
+        self._head_name(model)  # or TaskError
         if self._other_size and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
             model.forward = partial(model.forward, interpolate_pos_encoding=True)
         return model
@@ -297,9 +297,15 @@ class ImageClassification(_Images):
         """Whether the checkpoint has a head."""
         return any("ForImageClassification" in name for name in self.config.architectures or [])
 
-    @cached_property
-    def _head(self) -> str:
-        return _head_name(self._built_anew(), self.labels, self.name)
+    def _head_name(self, model: nn.Module) -> str:
+        """The classifier: the last linear module outside of the base and of all blocks that has an output a label."""
+        inside = f"{getattr(model, 'base_model_prefix', '')}."
+        linear = {n: module for n, module in model.named_modules() if isinstance(module, nn.Linear)}
+        name: str
+        for name in reversed(linear):
+            if linear[name].out_features == self.labels and block(name) == name and not name.startswith(inside):
+                return name
+        raise TaskError(f"task {self.name}: {type(model).__name__} has no linear head with {self.labels} outputs")
 
     @cached_property
     def _probe(self) -> tuple[Tensor, Tensor]:
@@ -310,7 +316,7 @@ class ImageClassification(_Images):
     def _features(self) -> npt.NDArray[np.float64]:
         model = self._built_anew().requires_grad_(False).eval()
         seen: list[npt.NDArray[np.float64]] = []
-        head = model.get_output_embeddings()
+        head = model.get_submodule(self._head_name(model))
         head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].double().numpy()))
         for batch in self.split("train").batches(self.batch_size):
             self.logits(model, batch)
@@ -333,7 +339,11 @@ class Clip(_Images):
 
     def __init__(self, settings: Any, name: str) -> None:
         super().__init__(settings, name)
-        self.target_modules = _within(settings.target_modules, settings.encoders)
+        self.target_modules = self.targets(settings.target_modules)
+
+    def targets(self, asked: str | Sequence[str] | None) -> str | Sequence[str]:
+        """The modules asked for, in the encoders of the task."""
+        return self.target_modules if asked is None else _within(asked, self.settings.encoders)
 
     @classmethod
     def _check(cls, settings: Any, where: str) -> None:
@@ -423,11 +433,11 @@ def _unit(embeds: Tensor) -> Tensor:
     return nn.functional.normalize(embeds, dim=-1)
 
 
-def _within(modules: str | list[str], encoders: str) -> str | list[str]:
+def _within(modules: str | Sequence[str], encoders: str) -> str | Sequence[str]:
     """Target modules of one encoder alone, or as they are for both."""
     if encoders == "both":
         return modules
-    if isinstance(modules, list):
+    if not isinstance(modules, str):
         modules = rf".*\.({'|'.join(map(re.escape, modules))})"
     elif modules == "all-linear":
         modules = _LINEAR
@@ -449,18 +459,6 @@ def _no_report() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
-
-
-def _head_name(model: nn.Module, labels: int, task: str) -> str:
-    """The classifier's name: the last linear module outside of the base and of all blocks with an output a label."""
-    inside = f"{getattr(model, 'base_model_prefix', '')}."
-    linear: dict[str, nn.Linear] = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
-    }
-    for name in reversed(linear):
-        if linear[name].out_features == labels and block(name) == name and not name.startswith(inside):
-            return name
-    raise TaskError(f"task {task}: {type(model).__name__} has no linear head with {labels} outputs")
 
 
 def _read(value: object, folder: Path, where: str) -> Image.Image:

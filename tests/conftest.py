@@ -1,7 +1,11 @@
 """What all tests share: no network, one thread a worker, tiny random base models."""
 
 import os
+import shutil
+import tempfile
 
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # nothing is left in the user's own, and nothing found there
+os.environ["HF_DATASETS_CACHE"] = os.environ["XDG_CACHE_HOME"]
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -24,6 +28,11 @@ settings.load_profile("lora-lab")
 def pytest_configure(config: pytest.Config) -> None:
     """Let pass what PEFT 0.21 itself calls in transformers 5 whenever a model is wrapped."""
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def pytest_unconfigure() -> None:
+    """Remove the caches."""
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def _bert() -> nn.Module:

@@ -2,7 +2,15 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+from peft import PeftModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    DistilBertConfig,
+    RobertaConfig,
+)
 
 from lora_lab import task, tasks
 from lora_lab.errors import FileError, LoraLabError, OptionError, TaskError
@@ -14,9 +22,8 @@ WORDS = ["good", "fine", "great", "bad", "poor", "awful", "film", "book", "the",
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path):
     """A tiny BERT with its tokenizer, and a table of 200 reviews in which one word decides."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=20,
@@ -104,6 +111,43 @@ def test_another_base_is_another_run(folder):
 def test_values_of_the_wrong_type_are_named(folder, more, text):
     with pytest.raises(OptionError, match=text):
         tasks.from_name(str(write(folder, more + "\n")))
+
+
+def test_a_limit_draws_from_all_of_a_sorted_table(folder):
+    head, *rows = (folder / "reviews.csv").read_text().splitlines()
+    (folder / "reviews.csv").write_text("\n".join([head, *sorted(rows, key=lambda row: row[-8:])]) + "\n")
+    write(folder, "limit = 20\n", data='{train = "reviews.csv", validation = "reviews.csv", test = "reviews.csv"}')
+    built = tasks.from_name(str(folder / "my.toml"))
+    labels = built.split("test").inputs["labels"]
+    assert len(labels) == 20
+    assert 3 < labels.sum() < 17
+    again = tasks.from_name(str(folder / "my.toml"))
+    assert (again.split("test").inputs["input_ids"] == built.split("test").inputs["input_ids"]).all()
+
+
+TINY = {"vocab_size": 20, "num_labels": 2, "max_position_embeddings": 20, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("config", "heads"),
+    [
+        (RobertaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, **TINY), 2),
+        (DistilBertConfig(dim=16, hidden_dim=32, n_layers=2, n_heads=2, **TINY), 2),
+    ],
+    ids=["roberta", "distilbert"],
+)
+def test_no_layer_of_a_head_is_adapted_and_all_of_them_are_trained_along(folder, config, heads):
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "base")
+    frozen, _ = train(tasks.from_name(str(folder / "my.toml")), Recipe(method="lora", steps=2))
+    assert len(frozen.sites) == 12
+    assert not [name for name in frozen.sites if "classifier" in name]
+    trained, _ = train(tasks.from_name(str(write(folder, 'head = "trained"\n'))), Recipe(method="lora", steps=2))
+    assert set(trained.sites) == set(frozen.sites)
+    assert len(trained.others) == 2 * heads
+    trained.save(folder / "adapter")
+    model = AutoModelForSequenceClassification.from_pretrained(folder / "base")
+    loaded = PeftModel.from_pretrained(model, str(folder / "adapter"))
+    assert sum("lora_A" in name for name, _ in loaded.named_parameters()) == 12
 
 
 def test_splits_may_be_files_of_their_own(folder):

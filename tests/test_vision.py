@@ -75,7 +75,6 @@ def pictures(tmp_path_factory):
 @pytest.fixture
 def built(tmp_path, bases, pictures, monkeypatch):
     """(Kind, lines to add) → the task; its file is at tmp_path."""
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def build(kind, more="", *, base=None, data=None, name="my"):
@@ -182,6 +181,13 @@ def test_adapters_go_into_the_encoders_that_are_asked_for(built, tmp_path, more,
     adapter = random_adapter(clip, tmp_path / "a", LoraConfig(r=1, target_modules=clip.target_modules), scale=0.1)
     assert {name.split(".")[0] for name in adapter.sites} == towers
     assert {name.split(".")[-1] for name in adapter.sites} == types
+
+
+def test_targets_on_the_command_line_keep_to_the_encoders(built):
+    clip = built("clip", 'encoders = "text"\n')
+    adapter, _ = train(clip, Recipe(method="lora", steps=1, target_modules=["fc1"]))
+    assert {name.split(".")[0] for name in adapter.sites} == {"text_model"}
+    assert {name.split(".")[-1] for name in adapter.sites} == {"fc1"}
 
 
 def test_shots_are_drawn_a_class_and_more_of_them_add_to_fewer(built):
