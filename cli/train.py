@@ -92,7 +92,7 @@ def command(
 
     from .. import tasks, tuning
     from ..files import read_json
-    from ..parallel import Job, train_all
+    from ..parallel import Job, is_first, train_all
     from ..recipe import Recipe
 
     chosen = tasks.from_name(task)
@@ -124,7 +124,7 @@ def command(
     ]
     paths = [_path(output, recipe, folder=seeds is not None) for recipe in recipes]
     settings = tuning.settings_of(values)
-    tried: list[dict[str, Any]] = []
+    tried = None
     with common.workers(ray, device) as (pool, _), common.progress("training") as report:
         if len(settings) > 1:
             for setting in settings:  # refused before anything is trained
@@ -136,6 +136,7 @@ def command(
                 paths,
                 device=device,
                 workers=jobs,
+                report_to=report_to,
                 force=force,
                 progress=report,
                 pool=pool,
@@ -143,17 +144,35 @@ def command(
         else:
             todo = [Job(chosen.record, r, path, device, report_to) for r, path in zip(recipes, paths, strict=True)]
             results = train_all(todo, workers=jobs, force=force, progress=report, pool=pool)
+    written = _save_tuning(tried, paths, recipes[0].method) if tried and is_first() else []
     if json:
         common.print_json(
             [{"path": str(path), **result.to_json()} for path, result in zip(paths, results, strict=True)]
         )
         return
     if tried:
-        names = [name for name in tried[0] if name not in ("accuracy", "loss", "chosen")]
-        rows = [[*(row[n] for n in names), row["accuracy"], row["loss"], "✓" if row["chosen"] else ""] for row in tried]
-        common.table("Tried, means over the seeds", [*names, "validation accuracy", "validation loss", ""], rows)
-        common.console.print()
+        _show_tuning(tried)
     show(paths, results)
+    common.say_written(written)
+
+
+def _save_tuning(tried: Any, paths: list[Path], method: str) -> list[Path]:
+    """What every setting gave, as NAME.tuning.json with its figure."""
+    from .. import plot
+
+    name = paths[0].name.removesuffix(".safetensors") if len(paths) == 1 else method
+    json, *figures = (paths[0].with_name(f"{name}.tuning.{ending}") for ending in ("json", "pdf", "png"))
+    tried.save(json)
+    plot.save(plot.figure([tried], width="single"), *figures, force=True)
+    return [json, *figures]
+
+
+def _show_tuning(tried: Any) -> None:
+    settings, names = tried.summary["settings"], tried.parameters["options"]
+    rows = [[*(row[n] for n in names), row["accuracy"], row["loss"], "✓" if row["chosen"] else ""] for row in settings]
+    headings = [*(_option(name) for name in names), "validation accuracy", "validation loss", ""]
+    common.table("Tried, means over the seeds", headings, rows)
+    common.console.print()
 
 
 def show(paths: list[Path], results: list[Any]) -> None:

@@ -73,7 +73,7 @@ def train_all(
     paths = [job.path for job in jobs]
     if len(set(paths)) < len(paths):
         raise OptionError("two of these runs would write the same file")
-    for job in jobs if _is_first() else ():
+    for job in jobs if is_first() else ():
         refuse_existing(job.path, *job.beside, force=force)
     if pool:
         return _train_in(pool, jobs, force, progress)
@@ -102,7 +102,7 @@ def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _is_first() -> bool:
+def is_first() -> bool:
     """Whether this process is the one that writes."""
     return int(os.environ.get("RANK", "0")) == 0
 
@@ -157,7 +157,7 @@ class _Trainer:
 
 def _run(job: Job, force: bool, progress: Progress) -> Result:
     adapter, log = _trained(job, progress)
-    if _is_first():
+    if is_first():
         _save(job, adapter, log, force)
     return log
 

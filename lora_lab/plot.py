@@ -73,5 +73,6 @@ PLOTS: dict[str, Callable[[Sequence[Result], str], Figure]] = {
     "compare-merges:coefficients": plot_merges.draw_coefficients,
     "compare-merges:ratios": plot_merges.draw_ratios,
     "train": plot_train.draw,
+    "tuning": plot_train.draw_tuning,
 }
 """Kind of result, and after a colon the view → function (results, width) → figure."""

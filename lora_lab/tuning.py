@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from lora_lab.distribute import Pool
 from lora_lab.errors import FileError, OptionError, TaskError
 from lora_lab.files import refuse_existing
 from lora_lab.parallel import Job, train_all
-from lora_lab.result import Result, fingerprint, finite
+from lora_lab.result import Result, columns, fingerprint, finite, provenance
 
 if TYPE_CHECKING:
     from lora_lab.recipe import Recipe
@@ -37,20 +38,26 @@ def train_best(
     *,
     device: str | None = None,
     workers: int | None = None,
+    report_to: str = "none",
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
     pool: Pool | None = None,
-) -> tuple[list[Result], list[dict[str, Any]]]:
-    """Train every recipe (a seed each) at every setting and keep the best; its logs, and a row for each setting.
+) -> tuple[list[Result], Result]:
+    """Train every recipe (a seed each) at every setting and keep the best; its logs, and what all of them gave.
 
-    Best is the setting of the highest validation accuracy, a mean over the recipes (then of the lowest loss). Its
-    adapters go to `paths`, with all that was tried in their records; the others stay in the folder `tried` beside them,
-    from which a killed run goes on. A setting whose training diverges is kept as a row and never chosen.
+    Best is the setting of the highest validation accuracy, a mean over the recipes (then of the lowest loss); of a
+    language model, of the lowest loss. Its adapters go to `paths`, with all that was tried in their records; the others
+    stay in the folder `tried` beside them, from which a killed run goes on. A setting whose training diverges is kept
+    as a row and never chosen.
     """
+    from lora_lab import tasks
+
     for path in paths:
         refuse_existing(path, force=force)
+    by_loss = not tasks.from_record(task).classifies
+    began = time.perf_counter()
     jobs = [
-        Job(task, dataclasses.replace(recipe, **setting), _tried(path, setting), device, may_diverge=True)
+        Job(task, dataclasses.replace(recipe, **setting), _tried(path, setting), device, report_to, may_diverge=True)
         for setting in settings
         for recipe, path in zip(recipes, paths, strict=True)
     ]
@@ -59,21 +66,24 @@ def train_best(
     if left:
         done = train_all([jobs[i] for i in left], workers=workers, force=True, progress=progress, pool=pool)
         known |= dict(zip(left, done, strict=True))
-    rows = []
-    for k, setting in enumerate(settings):
-        logs = [known[k * len(recipes) + i] for i in range(len(recipes))]
-        rows.append({**setting, **_validated(logs)})
+    logs = [[known[k * len(recipes) + i] for i in range(len(recipes))] for k in range(len(settings))]
+    rows = [{**setting, **_mean(each)} for setting, each in zip(settings, logs, strict=True)]
     able = [k for k, row in enumerate(rows) if row["accuracy"] is not None]
     if not able:
         raise TaskError(f"training diverged at every setting: {_words(settings)}; lower the learning rates")
-    best = max(able, key=lambda k: (round(rows[k]["accuracy"], 12), -rows[k]["loss"]))
+    best = min(able, key=lambda k: (0.0 if by_loss else -round(rows[k]["accuracy"], 12), rows[k]["loss"]))
     for k, row in enumerate(rows):
         row["chosen"] = k == best
-    chosen = jobs[best * len(recipes) : (best + 1) * len(recipes)]
-    logs = [known[best * len(recipes) + i] for i in range(len(recipes))]
-    for job, log, path in zip(chosen, logs, paths, strict=True):
+    for job, log, path in zip(jobs[best * len(recipes) :], logs[best], paths, strict=False):
         _keep(job, log, path, rows, force)
-    return logs, rows
+    found = [
+        {"method": recipe.method, "seed": recipe.seed, **setting, **_validated(log), "chosen": k == best}
+        for k, setting in enumerate(settings)
+        for recipe, log in zip(recipes, logs[k], strict=True)
+    ]
+    said = {"task": dict(task), "options": list(settings[0]), "criterion": "loss" if by_loss else "accuracy"}
+    made = provenance(elapsed_s=time.perf_counter() - began, seeds=[recipe.seed for recipe in recipes])
+    return logs[best], Result("tuning", columns(found), said, {"settings": rows}, made)
 
 
 def _tried(path: Path, setting: Setting) -> Path:
@@ -105,11 +115,17 @@ def _known(job: Job) -> Result | None:
     return log if same and agree else None
 
 
-def _validated(logs: Sequence[Result]) -> dict[str, Any]:
-    """Means over the seeds, None where one of them diverged."""
-    if any("diverged" in log.summary for log in logs):
+def _validated(log: Result) -> dict[str, Any]:
+    """A training's validation accuracy and loss, None where it diverged."""
+    found = log.summary.get("validation", {})
+    return {name: found.get(name) for name in ("accuracy", "loss")}
+
+
+def _mean(logs: Sequence[Result]) -> dict[str, Any]:
+    """The same as means over the seeds, None where one of them diverged."""
+    found = [_validated(log) for log in logs]
+    if any(each["loss"] is None for each in found):
         return {"accuracy": None, "loss": None}
-    found = [log.summary["validation"] for log in logs]
     return {name: float(np.mean([each[name] for each in found])) for name in ("accuracy", "loss")}
 
 

@@ -36,6 +36,7 @@ DEFERRED = {
     ("parallel", "task"),
     ("tuning", "adapter"),
     ("tuning", "plot"),
+    ("tuning", "tasks"),
     ("tuning", "train"),
 }  # kept out of --help
 

@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -181,11 +182,45 @@ def test_runs_of_any_length_are_drawn(steps):
     assert len(figure.axes[2].lines[1].get_ydata()) == steps
 
 
+def tried_result(method, values, **more):
+    """What some settings gave, without training: (learning rate, an accuracy a seed, whether it is chosen)."""
+    rows = [
+        {"method": method, "seed": seed, "learning_rate": rate, **more, "accuracy": value, "loss": 1.0, "chosen": best}
+        for rate, seeds, best in values
+        for seed, value in enumerate(seeds)
+    ]
+    said = {"task": {"name": "x"}, "options": ["learning_rate", *more], "criterion": "accuracy"}
+    return Result("tuning", columns(rows), said)
+
+
+def test_a_figure_overlays_methods_over_the_settings_and_leaves_gaps_where_one_diverged():
+    lora = tried_result("lora", [(1e-3, [0.6, 0.8], True), (4e-3, [0.5, None], False)])
+    coto = tried_result("coto", [(1e-3, [0.5, 0.5], False), (4e-3, [0.9, 0.7], True)])
+    (ax,) = plot.figure([lora, coto]).axes
+    lines = {container.get_label(): container[0] for container in ax.containers}
+    assert list(lines) == ["LoRA", "CoTo"]
+    assert lines["LoRA"].get_ydata() == pytest.approx([0.7, math.nan], nan_ok=True)
+    assert lines["CoTo"].get_ydata() == pytest.approx([0.5, 0.8])
+    rings = [line for line in ax.lines if line.get_markersize() == 9]
+    assert [ring.get_xdata()[0] for ring in rings] == [1e-3, 4e-3]
+    assert [ring.get_ydata()[0] for ring in rings] == pytest.approx([0.7, 0.8])
+    assert ax.get_xscale() == "log"
+    ranks = [tried_result("coto", [(1e-3, [0.5], False), (2e-3, [0.6], False)], rank=rank) for rank in (2, 4)]
+    table = columns([row for each in ranks for row in each.rows()])
+    both = Result("tuning", table, {**lora.parameters, "options": ["learning_rate", "rank"]})
+    (ax,) = plot.figure([both]).axes
+    assert [container.get_label() for container in ax.containers] == ["CoTo, rank 2", "CoTo, rank 4"]
+    other = Result("tuning", coto.columns, {**coto.parameters, "task": {"name": "y"}})
+    with pytest.raises(OptionError, match="different tasks"):
+        plot.figure([lora, other])
+
+
 @pytest.mark.parametrize("width", plot.WIDTHS)
 @pytest.mark.parametrize("kind", plot.PLOTS)
 def test_every_figure_has_its_column_width_and_embeds_truetype(kind, width, tmp_path):
     made = {
         "train": run,
+        "tuning": lambda: tried_result("coto", [(1e-3, [0.5, 0.6], False), (2e-3, [0.7, 0.8], True)]),
         "compare-merges": lambda: merges(ratios=("0:1", "1:1") if kind.endswith("ratios") else (None,)),
         "interpolate": lambda: line(pairs=((0, 1), (0, 2)), ratios=("1:1",)),
         "shapley": lambda: shapley_result(interactions=True),

@@ -1,12 +1,15 @@
 """Training by several processes together, as torchrun starts them."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
+import torch
 
 from lora_lab.adapter import Adapter
 from lora_lab.digits import Digits
@@ -24,9 +27,16 @@ def free_port():
         return found.getsockname()[1]
 
 
-def test_two_processes_train_as_one_with_the_same_batch(tmp_path):
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port"],
+    "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_train_as_one_with_the_same_batch(tmp_path, launcher):
     path = tmp_path / "two.safetensors"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    launch = [sys.executable, "-m", *LAUNCHERS[launcher], str(free_port())]
     run = ["-m", "lora_lab.train", "--method", "coto", "--steps", str(STEPS), "--device", "cpu", "-o", str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *run], capture_output=True, text=True, env=environment)
@@ -39,6 +49,25 @@ def test_two_processes_train_as_one_with_the_same_batch(tmp_path):
     for name, update in alone.updates.items():
         assert (both.updates[name] - update).norm() <= 1e-3 * max(update.norm(), 1e-3)
     assert both.record["recipe"] == alone.record["recipe"]
+
+
+def test_a_run_that_was_killed_outright_goes_on_to_the_same_adapter(tmp_path):
+    options = ["--steps", "160", "--save-every", "10", "-o", str(tmp_path / "cut.safetensors")]
+    command = [sys.executable, "-m", "lora_lab.train", "--method", "coto", "--device", "cpu", *options]
+    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "cut.checkpoints" / "checkpoint-30" / "trainer_state.json").exists():
+        assert run.poll() is None
+        time.sleep(0.05)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert not (tmp_path / "cut.safetensors").exists()
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    kept = sorted(int(p.name[11:]) for p in (tmp_path / "cut.checkpoints").glob("checkpoint-*"))
+    assert kept == list(range(10, 161, 10))
+    whole, log = train(Digits("relabel"), Recipe(method="coto", steps=160))
+    resumed = Adapter.load(tmp_path / "cut.safetensors")
+    assert all(torch.equal(tensor, resumed.tensors[key]) for key, tensor in whole.tensors.items())
+    assert Result.load(tmp_path / "cut.train.json").columns == log.columns
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch):

@@ -9,6 +9,7 @@ from lora_lab.digits import Digits
 from lora_lab.errors import FileError, OptionError, TaskError
 from lora_lab.evaluate import score
 from lora_lab.recipe import Recipe
+from lora_lab.result import Result
 from lora_lab.tuning import parse_values, settings_of, train_best
 
 TASK = Digits("relabel")
@@ -32,7 +33,8 @@ def test_settings_are_all_combinations_of_what_has_several_values():
 def test_the_best_by_mean_validation_accuracy_is_kept_and_the_rest_recorded(tmp_path, monkeypatch):
     paths = [tmp_path / f"lora-s{seed}.safetensors" for seed in (0, 1)]
     settings = settings_of({"learning_rate": [1e-5, 1e-2]})
-    logs, rows = train_best(TASK.record, recipes(), settings, paths, workers=1)
+    logs, tried = train_best(TASK.record, recipes(), settings, paths, workers=1)
+    rows = tried.summary["settings"]
     assert [row["learning_rate"] for row in rows] == [1e-5, 1e-2]
     assert [row["chosen"] for row in rows] == [row["accuracy"] == max(r["accuracy"] for r in rows) for row in rows]
     kept = [Adapter.load(path) for path in paths]
@@ -40,6 +42,11 @@ def test_the_best_by_mean_validation_accuracy_is_kept_and_the_rest_recorded(tmp_
     best = next(row for row in rows if row["chosen"])
     assert best["accuracy"] == pytest.approx(sum(s.accuracy for s in own) / 2)
     assert best["loss"] == pytest.approx(sum(s.mean_loss for s in own) / 2, abs=1e-5)
+    for row in rows:
+        seeds = tried.rows(learning_rate=row["learning_rate"])
+        assert [each["seed"] for each in seeds] == [0, 1]
+        assert row["accuracy"] == pytest.approx(sum(each["accuracy"] for each in seeds) / 2)
+        assert {each["chosen"] for each in seeds} == {row["chosen"]}
     for adapter, log in zip(kept, logs, strict=True):
         assert adapter.record["tuning"] == rows
         assert adapter.record["recipe"]["learning_rate"] == best["learning_rate"]
@@ -53,7 +60,7 @@ def test_the_best_by_mean_validation_accuracy_is_kept_and_the_rest_recorded(tmp_
     with pytest.raises(FileError, match="exists already"):
         train_best(TASK.record, recipes(), settings, paths)
     _, again = train_best(TASK.record, recipes(), settings, paths, force=True)
-    assert again == rows
+    assert again.columns == tried.columns
 
 
 def test_a_killed_run_trains_only_what_is_left(tmp_path, monkeypatch):
@@ -76,7 +83,8 @@ def test_a_killed_run_trains_only_what_is_left(tmp_path, monkeypatch):
 def test_a_setting_that_diverges_is_a_row_and_never_chosen(tmp_path):
     paths = [tmp_path / "lora-s0.safetensors"]
     diverging = [Recipe(method="lora", seed=0, steps=12, batch_size=8, max_grad_norm=1e30)]
-    _, rows = train_best(TASK.record, diverging, settings_of({"learning_rate": [1e-3, 1e25]}), paths, workers=1)
+    _, tried = train_best(TASK.record, diverging, settings_of({"learning_rate": [1e-3, 1e25]}), paths, workers=1)
+    rows = tried.summary["settings"]
     assert rows[1] == {"learning_rate": 1e25, "accuracy": None, "loss": None, "chosen": False}
     assert rows[0]["chosen"]
     with pytest.raises(TaskError, match="diverged at every setting"):
@@ -105,3 +113,31 @@ def test_records_stay_strict_json(tmp_path):
     record = Adapter.load(paths[0]).record
     assert json.loads(json.dumps(record, allow_nan=False))["tuning"][0]["rank"] == 1
     assert all(math.isfinite(row["loss"]) for row in record["tuning"])
+
+
+def test_of_a_language_model_the_lowest_loss_is_best(tmp_path, monkeypatch):
+    scored = {1e-3: (0.5, 1.0), 1e-2: (0.4, 0.9)}  # the better loss goes with the worse accuracy
+
+    def trained(jobs, **_):
+        found = [scored[job.recipe.learning_rate] for job in jobs]
+        return [Result("train", {}, {}, {"validation": {"accuracy": a, "loss": loss}}) for a, loss in found]
+
+    monkeypatch.setattr(tuning, "train_all", trained)
+    monkeypatch.setattr(tuning, "_keep", lambda *_: None)
+    for classifies, best in ((True, 1e-3), (False, 1e-2)):
+        monkeypatch.setattr(Digits, "classifies", classifies)
+        _, tried = train_best(
+            TASK.record, recipes([0]), settings_of({"learning_rate": [1e-3, 1e-2]}), [tmp_path / "a.safetensors"]
+        )
+        assert [row["learning_rate"] for row in tried.rows(chosen=True)] == [best]
+        assert tried.parameters["criterion"] == ("accuracy" if classifies else "loss")
+
+
+def test_the_command_writes_what_every_setting_gave(lora_lab, tmp_path):
+    code, out, err = lora_lab("train", "--lr", "1e-3,1e-2", "--steps", "4", "--seeds", "0-1", "-o", "runs")
+    assert code == 0
+    assert "Tried, means over the seeds" in out
+    assert "wrote runs/coto.tuning.json, runs/coto.tuning.pdf, runs/coto.tuning.png" in err
+    tried = Result.load(tmp_path / "runs" / "coto.tuning.json")
+    assert tried.columns["learning_rate"] == [1e-3, 1e-3, 1e-2, 1e-2]
+    assert (tmp_path / "runs" / "coto.tuning.pdf").read_bytes().startswith(b"%PDF")
