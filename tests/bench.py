@@ -41,6 +41,7 @@ from lora_lab.game import Game, Outcomes
 from lora_lab.mix import Mixer
 from lora_lab.players import players
 from lora_lab.recipe import Recipe
+from lora_lab.shapley import shapley
 from lora_lab.task import Split, Task
 from lora_lab.train import train
 
@@ -274,6 +275,57 @@ def bench_models(repeats: int, folder: Any) -> None:
         print(f"  {examples / found[0]:.0f} examples/s of a CPU, bare passes {examples / found[1]:.0f}", flush=True)
 
 
+class Smol(Random):
+    """SmolLM2-135M's shape with random weights: the same work as the real one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = self.about = self.base = "llama-30x576"
+
+    def build_model(self) -> torch.nn.Module:
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=1000,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            num_labels=2,
+            pad_token_id=0,
+        )
+        return LlamaForSequenceClassification(config).requires_grad_(False).eval()
+
+
+def bench_arithmetic(repeats: int, folder: Any) -> None:
+    """A Shapley run of 30 blocks against README's formula: C (1 − s) n t / v, v of bare passes with the adapter on."""
+    task = Smol()
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+    adapter = random_adapter(task, folder / "smol", config, scale=0.02)
+    (batch,) = task.batches("test", torch.device("cpu"))
+    asked: list[dict[str, Any]] = []
+
+    def run() -> float:
+        began = time.process_time()
+        found = shapley([adapter], task, estimator="antithetic", samples=5).summary["adapters"][0]
+        asked.append({**found["engine"], "evaluations": found["evaluations"]})
+        return time.process_time() - began
+
+    def predicted() -> float:
+        with attach(task.build_model(), adapter) as attached, torch.inference_mode():
+            task.logits(attached.model, batch)
+            a_pass = cpu(lambda: [task.logits(attached.model, batch) for _ in range(10)]) / 10
+        asked[-1]["tokens_per_s"] = batch["input_ids"].numel() / a_pass
+        return float(a_pass * asked[-1]["block_evaluations"] / 30)
+
+    found = side_by_side(run, predicted, repeats)
+    report("Llama 30×576: Shapley values, 5 orders / the formula's prediction", "about 1", found)
+    last = asked[-1]
+    saved = 1 - last["block_evaluations"] / last["naive_block_evaluations"]
+    speed = f"v = {last['tokens_per_s']:.0f} tokens/s of a core"
+    print(f"  C = {last['evaluations']}, s = {saved:.3f}, {speed}", flush=True)
+
+
 def report_sharing(name: str, goal: str, task: Task, adapter: Adapter, coalitions: Any, repeats: int) -> None:
     """Two rows: against plain passes (of up to 256 coalitions, scaled up), and against the same blocks bare."""
     computed, kept = [], []
@@ -355,6 +407,9 @@ def bench_estimators(seeds: int = 20) -> None:
             print(f"  {label:<32} {' / '.join(errors)}", flush=True)
 
 
+BENCHES = ("curves", "training", "sharing", "estimators", "merging", "models", "arithmetic", "workers")
+
+
 def main() -> None:
     """Print the table."""
     import tempfile
@@ -362,9 +417,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--only", choices=["curves", "training", "sharing", "estimators", "merging", "models", "workers"]
-    )
+    parser.add_argument("--only", choices=BENCHES)
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -378,6 +431,7 @@ def main() -> None:
             "estimators": bench_estimators,
             "merging": bench_merging,
             "models": lambda: bench_models(chosen.repeats, folder),
+            "arithmetic": lambda: bench_arithmetic(chosen.repeats, folder),
             "workers": lambda: bench_workers(chosen.repeats, folder),
         }
         for each in [chosen.only] if chosen.only else benches:
