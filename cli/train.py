@@ -84,8 +84,8 @@ def command(
     three quarters of the steps; the rest is plain training. The adapter carries the record of how it was made.
 
     Options with ☰ take several values with commas (--lr 1e-3,2e-3,3e-3): each combination is trained, and the one with
-    the best validation accuracy (of a language model, loss), a mean over the seeds, is kept; NAME.tuning.json tells of all,
-    and they lie in tried/.
+    the best validation accuracy (of a language model, loss), a mean over the seeds, is kept. NAME.tuning.json and its
+    figure tell of all of them, and the others lie in tried/.
 
     Example:  lora-lab train --method coto --seed 0 -o a.safetensors
     """
