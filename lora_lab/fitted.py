@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lora_lab.attach import NAME, Attached, put_on
-from lora_lab.errors import OptionError, TaskError, TunerError
+from lora_lab.errors import OptionError, TunerError
 from lora_lab.lowrank import LowRank, combine
 from lora_lab.panel import Panel, mean_loss
 from lora_lab.sources import Sources
@@ -31,13 +31,13 @@ def fisher(sources: Sources, *, examples: int = 256, floor: float = 1e-6, scale:
     """Entries weighted by their Fisher information on each task.
 
     Σ wᵢFᵢ∘ΔWᵢ / Σ wᵢFᵢ (Matena & Raffel 2021, arXiv:2111.09832), Fᵢ diagonal, from `examples` of each training split
-    without their labels: the mean of p(y|x) (∂ log p(y|x)/∂W)² over all labels y. `floor`, times the mean
-    information, is added, so that entries that no task depends on are averaged. Takes as much memory as T copies of
-    the adapted weights.
+    without their labels: the mean of p(y|x) (∂ log p(y|x)/∂W)² over all labels y; of a text, an unbiased estimate, from
+    one token drawn by p at every target's place. `floor`, times the mean information, is added, so that entries that no
+    task depends on are averaged. Takes as much memory as T copies of the adapted weights.
     """
     _check(examples=(examples, 1), floor=(floor, 0), scale=(scale, None), seed=(seed, 0))
     _check_weights(sources, "fisher")
-    panel = _classifying(sources, "fisher")
+    panel = Panel(sources)
     found = [_information(panel, i, examples, seed) for i in range(len(sources.adapters))]
     for name in sources.modules:
         information = torch.stack([each[name] for each in found])
@@ -150,14 +150,15 @@ def adamerging(
     """Σ λᵢwᵢΔWᵢ, a λ per module that makes predictions certain.
 
     Yang et al. 2023, arXiv:2310.02575, layer-wise: Adam minimises the summed entropy of the predictions on unlabelled
-    validation examples of every task, from `start`. The paper takes test inputs, 500 steps and a rate of 1e-3.
+    validation examples of every task (of texts, at every target's place), from `start`. The paper takes test inputs,
+    500 steps and a rate of 1e-3.
     """
     if steps < 1 or batch_size < 1:
         raise OptionError(f"steps is {steps} and batch_size {batch_size}; both must be at least 1")
     if not 0 < learning_rate < np.inf:
         raise OptionError(f"learning_rate is {learning_rate:g}; a number above 0 is needed")
     _check(start=(start, None), scale=(scale, None))
-    panel, count = _classifying(sources, "adamerging"), len(sources.adapters)
+    panel, count = Panel(sources), len(sources.adapters)
     joined = {name: combine(sources.updates_of(name), sources.weights_of(name)) for name in sources.modules}
     ranks = {name: torch.tensor([u.rank for u in sources.updates_of(name)]) for name in sources.modules}
     coefficients = torch.full((len(joined), count), start, requires_grad=True)
@@ -179,9 +180,10 @@ def adamerging(
                 swapped[key] = B * each.reshape(1, -1, *[1] * (B.ndim - 2))
             asked = _Asked(panel.tasks[seat], panel.model(seat))
             logits = functional_call(asked, {f"model.{key}": B for key, B in swapped.items()}, (batch,))
-            logs = logits.float().log_softmax(-1).clamp(min=torch.finfo(torch.float32).min)  # −inf: no such option
+            logs = _predictions(panel.tasks[seat], logits, batch).log_softmax(-1)
+            logs = logs.clamp(min=torch.finfo(torch.float32).min)  # −inf: no such option
             entropy = -(logs.exp() * logs).sum(-1).mean()
-            entropy.backward()
+            torch.autograd.backward(entropy)
         optimizer.step()
     found = coefficients.detach()
     for m, name in enumerate(joined):
@@ -206,12 +208,11 @@ def _check_weights(sources: Sources, method: str) -> None:
             raise OptionError(f"{method} needs weights of 0 or more, not all of them 0; in {name} they are {shown}")
 
 
-def _classifying(sources: Sources, method: str) -> Panel:
-    panel = Panel(sources)
-    for task in panel.tasks:
-        if not task.classifies:
-            raise TaskError(f"{method} looks at the chances of labels, and {task.name} has none")
-    return panel
+def _predictions(task: Task, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    """Logits in float32, [predictions, choices]: an example's each, or a text's at the places of its targets."""
+    if task.classifies:
+        return logits.float()
+    return logits[:, :-1][batch["labels"][:, 1:] != -100].float()
 
 
 class _Asked(nn.Module):
@@ -232,7 +233,8 @@ def examples_read(method: str, options: Mapping[str, Any], tasks: Sequence[Task]
     values = {name: options.get(name, parameter.default) for name, parameter in known.items()}
     match method:
         case "fisher":
-            return float(sum(values["examples"] * (1 + 3 * task.labels) for task in tasks))
+            backward = [task.labels if task.classifies else 1 for task in tasks]
+            return float(sum(values["examples"] * (1 + 3 * each) for each in backward))
         case "regmean":
             return float(values["examples"] * len(tasks))
         case "lorahub":
@@ -261,7 +263,7 @@ def _unlabelled(panel: Panel, seat: int, size: int, generator: torch.Generator) 
         if len(order) < min(size, count):
             order = torch.randperm(count, generator=generator).tolist()
         chosen, order = order[:size], order[size:]
-        yield {name: tensor[chosen].to(panel.sources.device) for name, tensor in inputs.items() if name != "labels"}
+        yield {name: tensor[chosen].to(panel.sources.device) for name, tensor in inputs.items()}
 
 
 def _worn_by_source(panel: Panel, index: int) -> tuple[nn.Module, Attached]:
@@ -275,24 +277,33 @@ def _information(panel: Panel, index: int, examples: int, seed: int) -> dict[str
     model, _ = _worn_by_source(panel, index)
     data = task.split("train").subset(examples, seed)
     found = {name: torch.zeros(shape[0], shape[1:].numel()) for name, shape in sources.shapes.items()}
+    generator = torch.Generator().manual_seed(seed)
     with _watched(model, sources.modules, gradients=True) as seen:
         size = min(32, task.batch_size) if task.rows_are_examples else 1
         for batch in data.batches(size):
-            inputs = {name: tensor.to(sources.device) for name, tensor in batch.items() if name != "labels"}
+            inputs = {name: tensor.to(sources.device) for name, tensor in batch.items()}
             seen.clear()
-            logits = task.logits(model, inputs).float()
-            logs = logits.log_softmax(-1)
-            for label in range(logits.shape[-1]):
-                _backward(logs[:, label].sum(), seen, keep=label + 1 < logits.shape[-1])
-                chance = logs[:, label].detach().exp()
+            logs = _predictions(task, task.logits(model, inputs), inputs).log_softmax(-1)
+            answers = _answers(task, logs, generator)
+            for k, (answer, chance) in enumerate(answers):
+                _backward(answer, seen, keep=k + 1 < len(answers))
                 for name, (layer, x, g, _) in seen.items():
                     rows, gradients = _tokens(layer, x, g)
                     if not task.rows_are_examples:  # of one example
                         rows, gradients = (t.reshape(1, -1, t.shape[-1]) for t in (rows, gradients))
-                    gradient = torch.einsum("nti,nto->noi", rows, gradients).float()
-                    squares = torch.einsum("n,noi->oi", chance, gradient.square()).cpu()
+                    gradient = torch.einsum("nti,nto->noi", rows, gradients).float().square()
+                    weights = torch.ones(len(gradient), device=gradient.device) if chance is None else chance
+                    squares = torch.einsum("n,noi->oi", weights, gradient).cpu()
                     found[name] += squares.T if _transposed(layer) else squares
     return {name: each / len(data) for name, each in found.items()}
+
+
+def _answers(task: Task, logs: Tensor, generator: torch.Generator) -> list[tuple[Tensor, Tensor | None]]:
+    """Summed log p of what is answered, with its chance for each example: every label, or one draw of all tokens."""
+    if task.classifies:
+        return [(logs[:, label].sum(), logs[:, label].detach().exp()) for label in range(logs.shape[-1])]
+    drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(logs.device)
+    return [(logs.gather(1, drawn).sum(), None)]
 
 
 def _backward(loss: Tensor, seen: Mapping[str, list[Any]], *, keep: bool) -> None:
