@@ -135,7 +135,7 @@ def _references(mix: Mix, alone: Judged, court: Court) -> Iterator[tuple[str, Ju
     """The adapters alone (of seeds: once, not in every ratio), and where there are several, their ensemble."""
     if mix.ratio is None or len(mix.members) == 1:
         yield ALONE, alone
-    if len(mix.members) > 1 and court.has_ensemble(mix):
+    if len(mix.members) > 1:
         yield ENSEMBLE, court.ensemble(mix, court.split)
 
 

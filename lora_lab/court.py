@@ -112,20 +112,14 @@ class Court:
 
         return self._scores(self.own_key(i, split), make)
 
-    def has_ensemble(self, mix: Mix) -> bool:
-        """Whether the members' logits can be averaged: not those of texts, a vocabulary for every token."""
-        return all(self.tasks[i].classifies for i in mix.members)
-
     def ensemble(self, mix: Mix, split: str) -> Judged:
         """The weighted mean of all members' logits on each one's task, with its head."""
         found = []
+        weights = [weight / sum(mix.weights) for weight in mix.weights]
         for i, key in self.ensemble_keys(mix, split).items():
-            weights = np.array(mix.weights) / sum(mix.weights)
 
-            def mean(i: int = i, weights: Floats = weights) -> Scores:
-                logits = [self._logits(i, j, split) * w for j, w in zip(mix.members, weights, strict=True)]
-                labels = self.tasks[i].split(split).inputs["labels"].cpu()
-                return Scores.of(torch.stack(logits).sum(0).float(), labels)
+            def mean(i: int = i) -> Scores:
+                return self.panel.ensemble(i, [self._updates(j) for j in mix.members], weights, split)
 
             found.append([self._scores(key, mean)])
         return found
@@ -204,11 +198,6 @@ class Court:
     def _places(self, mix: Mix) -> tuple[int, ...]:
         """Members on whose tasks a mix is judged: one for all of them where they share the task and the head."""
         return mix.members[:1] if len({self.panel.seat_of(i) for i in mix.members}) == 1 else mix.members
-
-    def _logits(self, i: int, j: int, split: str) -> torch.Tensor:
-        """Logits of the j-th adapter's updates under the i-th one's head and task."""
-        scores = self.panel.scores(i, self._updates(j), split, keep_logits=True)
-        return torch.from_numpy(scores.logits)
 
     def _updates(self, index: int) -> dict[str, LowRank]:
         if index not in self._own:
@@ -321,7 +310,6 @@ class Clerks:
         first += [
             self._question("ensemble", (mix, court.split), court.ensemble_keys(mix, court.split).values())
             for mix in several
-            if court.has_ensemble(mix)
         ]
         self._pool.run(self._setup, [question for question in first if not question.answered], self._keep)
         trials = []

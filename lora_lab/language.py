@@ -153,12 +153,9 @@ class CausalLM(_Language):
             raise TaskError(f"task {self.name}: no text of its {split} split has two tokens or more")
         return by_length(Split(self._padded(rows)))
 
-    def judge(self, model: nn.Module, batch: Mapping[str, Tensor], *, keep_logits: bool = False) -> Scores:
+    def judge_logits(self, logits: Tensor, batch: Mapping[str, Tensor], *, keep_logits: bool = False) -> Scores:
         """Mean loss over each example's target tokens, the share of them that is predicted right, the mean margin."""
-        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        logits = self.logits(model, batch)[:, :-1].float()
-        targets = batch["labels"][:, 1:]
-        return _by_example(logits, targets)
+        return _by_example(logits[:, :-1].float(), batch["labels"][:, 1:])
 
     def perplexity(self, scores: Scores) -> float:
         """exp of the mean loss, every example counted alike."""

@@ -50,14 +50,30 @@ class Panel:
         """Give a seat's model these updates and the head of its source; modules that are left out are bypassed."""
         self._attached(seat).set(self._dressed(seat, updates))
 
-    def scores(self, seat: int, updates: Mapping[str, LowRank], split: str, *, keep_logits: bool = False) -> Scores:
+    def scores(self, seat: int, updates: Mapping[str, LowRank], split: str) -> Scores:
         """Per-example scores of these updates on a seat's task."""
         self.wear(seat, updates)
         model, task = self.model(seat), self.tasks[seat]
         model.eval()
         with torch.inference_mode():
-            batches = task.batches(split, self.sources.device)
-            return Scores.join([task.judge(model, batch, keep_logits=keep_logits) for batch in batches])
+            return Scores.join([task.judge(model, batch) for batch in task.batches(split, self.sources.device)])
+
+    def ensemble(
+        self, seat: int, members: Sequence[Mapping[str, LowRank]], weights: Sequence[float], split: str
+    ) -> Scores:
+        """Per-example scores of the weighted sum of the logits of several sets of updates on a seat's task."""
+        model, task = self.model(seat), self.tasks[seat]
+        model.eval()
+        parts = []
+        for batch in task.batches(split, self.sources.device):
+            said = []
+            for updates, weight in zip(members, weights, strict=True):
+                if weight:  # 0 times −∞, where an example has fewer options, is no number
+                    self.wear(seat, updates)
+                    with torch.inference_mode():
+                        said.append(weight * task.logits(model, batch).float())
+            parts.append(task.judge_logits(torch.stack(said).sum(0), batch))
+        return Scores.join(parts)
 
     def _dressed(self, seat: int, updates: Mapping[str, LowRank]) -> Adapter:
         own = self.sources.adapters[seat]

@@ -251,9 +251,11 @@ class Task(ABC):
     def judge(self, model: nn.Module, batch: Mapping[str, Tensor], *, keep_logits: bool = False) -> Scores:
         """Scores of one batch, finite or not; the model must be in evaluation mode."""
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        labels = batch["labels"]
-        logits = self.logits(model, batch).float()
-        return Scores.of(logits, labels, keep_logits=keep_logits)
+        return self.judge_logits(self.logits(model, batch), batch, keep_logits=keep_logits)
+
+    def judge_logits(self, logits: Tensor, batch: Mapping[str, Tensor], *, keep_logits: bool = False) -> Scores:
+        """Scores of what was said of a batch."""
+        return Scores.of(logits.float(), batch["labels"], keep_logits=keep_logits)
 
 
 def resolve_device(name: str | None = None) -> torch.device:

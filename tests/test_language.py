@@ -11,11 +11,12 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lora_lab import connect, tasks
+from lora_lab import compare, connect, tasks
 from lora_lab.attach import attach
 from lora_lab.errors import OptionError, TaskError
-from lora_lab.evaluate import evaluate, score, task_of
+from lora_lab.evaluate import evaluate, score, task_of, tasks_of
 from lora_lab.merge import merge
+from lora_lab.panel import Panel
 from lora_lab.recipe import Recipe
 from lora_lab.shapley import shapley
 from lora_lab.sources import Sources
@@ -403,3 +404,36 @@ def test_merges_that_look_at_the_chances_of_options_work_on_choices(folder):
     for method, options in (("adamerging", {"steps": 3}), ("fisher", {"examples": 4})):
         merged = merge(Sources(adapters, tasks=[texts, texts]), method, options=options).adapter
         assert np.isfinite(score(texts, merged).loss).all()
+
+
+def test_an_ensemble_of_language_models_averages_the_logits_of_every_token(folder):
+    texts = build(folder, TEXTS, TEXT)
+    adapters = [train(texts, Recipe(seed=seed, **RECIPE))[0] for seed in (0, 1)]
+    found = Panel(Sources(adapters, tasks=[texts, texts])).ensemble(
+        0, [a.updates for a in adapters], [0.25, 0.75], "test"
+    )
+    logits = []
+    (batch,) = texts.batches("test", torch.device("cpu"))
+    for adapter in adapters:
+        with attach(texts.build_model(), adapter) as attached, torch.no_grad():
+            logits.append(texts.logits(attached.model, batch))
+    mean = (0.25 * logits[0] + 0.75 * logits[1])[:, :-1]
+    targets = batch["labels"][:, 1:]
+    each = torch.nn.functional.cross_entropy(mean.transpose(1, 2), targets, reduction="none")
+    expected = each.sum(1) / (targets != -100).sum(1)
+    assert found.loss == pytest.approx(expected.numpy(), abs=1e-5)
+
+
+def test_merges_of_language_models_are_compared_beside_their_ensemble(folder):
+    rows = [[*TEXTS[:4]], [*TEXTS[2:]]]
+    adapters = []
+    for i, mine in enumerate(rows):
+        build(folder, mine, TEXT)
+        (folder / "rows.jsonl").rename(folder / f"rows{i}.jsonl")
+        toml = (folder / "my.toml").read_text().replace("rows.jsonl", f"rows{i}.jsonl")
+        (folder / f"t{i}.toml").write_text(toml)
+        adapters.append(train(tasks.from_name(str(folder / f"t{i}.toml")), Recipe(seed=0, **RECIPE))[0])
+    found = compare.compare(adapters, tasks_of(adapters), methods=("average",), coefficients=(0.5, 1.0))
+    assert {row["merge"] for row in found.rows()} == {compare.ALONE, compare.ENSEMBLE, "average"}
+    alone = [row["loss"] for row in found.rows(merge=compare.ALONE)]
+    assert [row["loss"] for row in found.rows(merge=compare.ENSEMBLE)] != alone
