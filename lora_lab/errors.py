@@ -6,6 +6,7 @@ LoraLabError
 │   └── TunerError                  a question that this kind of adapter has no answer to
 ├── MismatchError (ValueError)      inputs that do not fit together
 ├── TaskError (ValueError)          a task that cannot be built or scored
+│   └── DivergedError               a loss that is no number
 └── OptionError (ValueError)        a name or value that the user gave
 
 LoraLabWarning (UserWarning)        worth telling, but no error
@@ -42,6 +43,10 @@ class MismatchError(LoraLabError, ValueError):
 
 class TaskError(LoraLabError, ValueError):
     """A task that cannot be built or scored."""
+
+
+class DivergedError(TaskError):
+    """A training whose loss is no number any more, or a model whose loss is none."""
 
 
 class OptionError(LoraLabError, ValueError):

@@ -119,7 +119,7 @@ def identity(adapter: Adapter) -> list[Any]:
 
 def examples_of(task: Task, split: str) -> list[Any]:
     """All that scores hang on besides the adapter: the task, its base model and its examples; for run ids."""
-    return [task.record, task.base_digest, split, _digest(task.split(split).inputs.values())]
+    return [task.record, task.base_digest, split, _digest([*task.split(split).inputs.values(), *task.digest])]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from lora_lab.task import SPLITS, Task
 
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _TEST, _VALIDATION = 0.2, 0.1
+_PADDED_LEFT = ("xlnet",)
+"""Kinds of models that look for a text's meaning in its last place."""
 _SPELLINGS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -122,9 +124,16 @@ class FileTask(Task):
         """Refuse values that cannot be; kinds add to it."""
         if settings.dtype not in DTYPES:
             raise unknown(f"dtype in {where}:", settings.dtype, DTYPES)
-        for name in settings.splits or {}:
+        splits: Mapping[str, str] = settings.splits or {}
+        for name in splits:
             if name not in SPLITS:
                 raise unknown(f"split in {where}:", name, SPLITS)
+        if len(set(splits.values())) < len(splits):
+            raise OptionError(f"{where}: two of its splits are the same one in the data")
+        one_file = not isinstance(settings.data, str) or _is_file(settings.data)
+        for name in ("splits", "data_config"):
+            if one_file and getattr(settings, name) is not None:
+                raise OptionError(f'{where}: {name} is of datasets with several; for files, data = {{train = "…", …}}')
 
     @property
     def record(self) -> dict[str, Any]:
@@ -176,6 +185,8 @@ class FileTask(Task):
             if tokenizer.eos_token is None:
                 raise TaskError(f"task {self.name}: the tokenizer of {self.settings.base!r} has no padding token")
             tokenizer.pad_token = tokenizer.eos_token
+        if self.config.model_type not in _PADDED_LEFT:
+            tokenizer.padding_side = "right"  # where batches are trimmed, and positions count from the first token
         size = self._vocabulary
         if size is not None and len(tokenizer) > size and max(tokenizer.get_vocab().values()) >= size:
             raise TaskError(
@@ -223,13 +234,14 @@ class FileTask(Task):
                 if name not in SPLITS:
                     raise unknown(f"split in the data of task {self.name}:", name, SPLITS)
             return {name: self._file(Path(path)) for name, path in data.items()}
-        if Path(data).suffix in _FORMATS or Path(data).is_file():
+        if _is_file(data):
             return {"train": self._file(Path(data))}
         found = self._dataset(data)
         chosen = self.settings.splits or {}
+        free = [name for name in found if name not in chosen.values()]
         tables = {}
         for split, spellings in _SPELLINGS.items():
-            name = chosen.get(split) or next((each for each in spellings if each in found), None)
+            name = chosen.get(split) or next((each for each in spellings if each in free), None)
             if split in chosen and name not in found:
                 raise TaskError(f"{data}: has no split {name!r}; there are: {', '.join(found)}")
             if name is not None:
@@ -264,7 +276,8 @@ class FileTask(Task):
             raise FileError(f"{path}: {some(_FORMATS, 4)} can be read")
         with _silent():
             try:
-                return getattr(Dataset, f"from_{_FORMATS[path.suffix]}")(str(path))
+                options = {"keep_default_na": False} if path.suffix == ".csv" else {}  # "NA" and "" are texts
+                return getattr(Dataset, f"from_{_FORMATS[path.suffix]}")(str(path), **options)
             except Exception as error:  # the readers of datasets raise their own many kinds
                 raise FileError(f"{path}: cannot be read as a table ({_first_line(error)})") from error
 
@@ -289,6 +302,10 @@ class FileTask(Task):
         return found if isinstance(found, DatasetDict) else {"train": found}
 
 
+def _is_file(data: str) -> bool:
+    return Path(data).suffix in _FORMATS or Path(data).is_file()
+
+
 class _silent:  # noqa: N801  (a context)
     """datasets without its progress bars."""
 
@@ -301,6 +318,25 @@ class _silent:  # noqa: N801  (a context)
         return None
 
 
+def float_heads(model: torch.nn.Module, heads: Sequence[str]) -> None:
+    """Heads compute in float32 whatever the base does: small steps of training are lost in bfloat16."""
+    if next(model.parameters()).dtype == torch.float32:
+        return
+
+    def as_float(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(each.float() if isinstance(each, torch.Tensor) else each for each in inputs)
+
+    for name in heads:
+        model.get_submodule(name).float().register_forward_pre_hook(as_float)
+
+
+def text_of(task: FileTask, value: object, column: str) -> str:
+    """A cell as text; TaskError where there is none."""
+    if value is None:
+        raise TaskError(f"task {task.name}: an example without a text in {column!r}")
+    return str(value)
+
+
 def labels_of(task: FileTask, values: Sequence[Any], names: Sequence[str] | None) -> torch.Tensor:
     """Labels as numbers from 0: places in `names`, or whole numbers as they are; TaskError naming the first other."""
     if len(values) and all(value is None or (isinstance(value, int) and value == -1) for value in values):
@@ -311,6 +347,8 @@ def labels_of(task: FileTask, values: Sequence[Any], names: Sequence[str] | None
 
 
 def _label(task: FileTask, value: object, names: Sequence[str] | None) -> int:
+    if value is None or value == "":
+        raise TaskError(f"task {task.name}: an example without a label")
     if isinstance(value, str) and names is None:
         raise TaskError(f"task {task.name}: label {value!r} is a name where numbers are expected")
     if isinstance(value, str):
@@ -323,14 +361,28 @@ def _label(task: FileTask, value: object, names: Sequence[str] | None) -> int:
     raise TaskError(f"task {task.name}: label {value!r} is a {type(value).__name__}; names or whole numbers are needed")
 
 
+def labels_in(task: FileTask, values: Sequence[Any], column: str, names: Sequence[str] | None) -> torch.Tensor:
+    """Labels of a column as places in `names`; numbers for which the dataset declares names go by these."""
+    declared = _declared(task._carved.get("train") or task._tables["train"], column)
+    if declared and names and set(declared) <= set(names):
+        values = [declared[v] if isinstance(v, int) and 0 <= v < len(declared) else v for v in values]
+    return labels_of(task, values, names)
+
+
+def _declared(table: Any, column: str) -> list[str] | None:
+    """Names that a dataset gives to the numbers of a column."""
+    names = getattr(table.features.get(column), "names", None)
+    return list(names) if names else None
+
+
 def names_in(task: FileTask, column: str) -> list[str] | None:
     """Names of the labels in a column: as the dataset declares them, or sorted where they are text."""
     train = task._carved.get("train") or task._tables["train"]
     task._columns(train.column_names)
-    feature = train.features[column]
-    if getattr(feature, "names", None):
-        return list(feature.names)
-    values = train[column]
+    declared = _declared(train, column)
+    if declared:
+        return declared
+    values = [value for value in train[column] if value != ""]
     if not all(isinstance(value, str) for value in values):
         return None
     return sorted(set(values))

@@ -380,12 +380,9 @@ def _ranks(mask: Sequence[bool], factor: float) -> State:
 
 
 def _key(variant: Variant) -> str:
-    """A short text that equal variants share: a letter a module (x: scaled), and the factor where there is one."""
+    """A short text that equal variants share: a sign a module or rank (x, <1> …: factors), and what the factors are."""
     states = [part for state in variant for part in (state if isinstance(state, tuple) else (state,))]
     factors = sorted(set(states) - {0.0, 1.0})
-    letters = [f"({_bits(s)})" if isinstance(s, tuple) else {0.0: "0", 1.0: "1"}.get(s, "x") for s in variant]
-    return "".join(letters) + "".join(f"*{factor!r}" for factor in factors)
-
-
-def _bits(mask: Sequence[float]) -> str:
-    return "".join("01"[on != 0] for on in mask)
+    signs = {0.0: "0", 1.0: "1"} | {factor: f"<{i}>" if i else "x" for i, factor in enumerate(factors)}
+    shown = (f"({''.join(signs[s] for s in state)})" if isinstance(state, tuple) else signs[state] for state in variant)
+    return "".join(shown) + "".join(f"*{factor!r}" for factor in factors)

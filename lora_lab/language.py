@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lora_lab.errors import OptionError, TaskError
-from lora_lab.file_task import COMMON, FileTask, Settings
+from lora_lab.errors import LoraLabWarning, OptionError, TaskError
+from lora_lab.file_task import COMMON, FileTask, Settings, text_of
 from lora_lab.task import Scores, Split, by_length
 
 CAUSAL_EXAMPLE = (
@@ -24,7 +25,7 @@ base = "path/to/model"        # folder or hub id; AutoModelForCausalLM must be a
 data = "texts.jsonl"          # csv, json, jsonl, parquet, a folder, or a dataset on the hub; or a file a split
 text = "text"                 # column with the text; or a prompt and its completion, on which alone is scored:
 # prompt = "question"
-# completion = "answer"
+# completion = "answer"       # a space is put between them where neither has one
 # max_length = 512            # tokens; longer texts are cut
 """
     + COMMON
@@ -40,6 +41,7 @@ data = "questions.jsonl"      # csv, json, jsonl, parquet, a folder, or a datase
 prompt = "Question: {question}\\nAnswer:"   # columns in braces
 options = "choices"           # column with a list of answers, or a list with the names of several columns
 label = "answer"              # column with the right one: a number from 0, a letter from A, or the answer itself
+# label_from = 0              # 1 where numbers count from 1
 # max_length = 512            # tokens; longer prompts are cut at their beginning
 """
     + COMMON
@@ -67,6 +69,7 @@ class ChoiceKeys(Settings):
     prompt: str
     options: str | list[str]
     label: str
+    label_from: int | None = None
     max_length: int = 512
 
 
@@ -76,6 +79,7 @@ _FIELD = re.compile(r"{([^{}]+)}")
 
 class _Language(FileTask):
     batch_size = 16
+    counts_targets = True
 
     @classmethod
     def _check(cls, settings: Any, where: str) -> None:
@@ -104,9 +108,26 @@ class _Language(FileTask):
         empty: list[int] = self.tokenizer("")["input_ids"]
         return [token for token in empty if token == self.tokenizer.bos_token_id]
 
+    def _row(self, prompt: str, answer: str) -> tuple[list[int], int]:
+        """Tokens of a prompt with its answer, and how many of them are given; a long prompt loses its beginning.
+
+        Both are split into tokens together, as the model meets them, a space between them where there is none; the
+        answer begins where the prompt's tokens end.
+        """
+        if prompt and not prompt[-1].isspace() and not answer[:1].isspace():
+            answer = f" {answer}"
+        start, end, most = self._start, self._ending, self.settings.max_length
+        alone, whole = self._tokens(prompt), self._tokens(prompt + answer)
+        shared = next((i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), len(alone))
+        targets = [*whole[shared:], *end][: most - max(1, len(start))]
+        room = most - len(start) - len(targets)
+        given = [*start, *(whole[:shared][-room:] if room > 0 else [])]
+        return [*given, *targets], max(1, len(given))
+
     @property
-    def _end(self) -> list[int]:
-        return [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+    def _ending(self) -> list[int]:
+        """What a right answer ends with, beyond its text."""
+        return []
 
     def _padded(self, rows: Sequence[tuple[list[int], int]]) -> dict[str, Tensor]:
         """(tokens, how many of them are no target) → input_ids, attention_mask, labels (−100: no target)."""
@@ -136,22 +157,26 @@ class CausalLM(_Language):
         if named not in ([True, False, False], [False, True, True]):
             raise OptionError(f"{where}: either text, or prompt and completion, must name columns")
 
+    @property
+    def _ending(self) -> list[int]:
+        """A completion is over where it is over."""
+        return [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+
     def _load(self, split: str) -> Split:
         keys, table = self.settings, self.table(split)
-        rows = []
         if keys.text:
-            for text in table[keys.text]:
-                tokens = [*self._start, *self._tokens(str(text))][: keys.max_length]
-                rows.append((tokens, 1))  # the first token has nothing before it
+            texts = (self._tokens(text_of(self, text, keys.text)) for text in table[keys.text])
+            rows = [([*self._start, *tokens][: keys.max_length], 1) for tokens in texts]  # nothing is before the first
         else:
-            for prompt, completion in zip(table[keys.prompt], table[keys.completion], strict=True):
-                answer = [*self._tokens(str(completion)), *self._end][: keys.max_length - 1]
-                given = [*self._start, *self._tokens(str(prompt))][-(keys.max_length - len(answer)) :]
-                rows.append(([*given, *answer], max(1, len(given))))
-        rows = [row for row in rows if len(row[0]) > row[1]]
-        if not rows:
+            columns = ([text_of(self, text, name) for text in table[name]] for name in (keys.prompt, keys.completion))
+            rows = [self._row(prompt, completion) for prompt, completion in zip(*columns, strict=True)]
+        scored = [row for row in rows if len(row[0]) > row[1]]
+        if not scored:
             raise TaskError(f"task {self.name}: no text of its {split} split has two tokens or more")
-        return by_length(Split(self._padded(rows)))
+        if len(scored) < len(rows):
+            short = f"{len(rows) - len(scored)} of {len(rows)} texts of its {split} split have fewer than two tokens"
+            warnings.warn(f"task {self.name}: {short} and are left out", LoraLabWarning, stacklevel=2)
+        return by_length(Split(self._padded(scored)))
 
     def judge_logits(self, logits: Tensor, batch: Mapping[str, Tensor], *, keep_logits: bool = False) -> Scores:
         """Mean loss over each example's target tokens, the share of them that is predicted right, the mean margin."""
@@ -167,7 +192,8 @@ def _by_example(logits: Tensor, targets: Tensor) -> Scores:
     right = logits.gather(-1, known[..., None])[..., 0]
     others = logits.scatter(-1, known[..., None], -torch.inf).amax(-1)
     means = (_losses(logits, targets), logits.argmax(-1) == targets, right - others)
-    return Scores(*(_mean(values, targets).cpu().numpy() for values in means))
+    # of float32 precision, as journals keep them
+    return Scores(*(_mean(values, targets).float().double().cpu().numpy() for values in means))
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -236,12 +262,6 @@ class MultipleChoice(_Language):
         found = -losses.float().reshape(ids.shape[:2])
         return found.masked_fill((batch["targets"] == -100).all(-1), -torch.inf)
 
-    def _row(self, prompt: str, option: str) -> tuple[list[int], int]:
-        answer = self._tokens(option if prompt.endswith((" ", "\n")) else f" {option}")
-        answer = answer[: self.settings.max_length - 1]
-        given = [*self._start, *self._tokens(prompt)][-(self.settings.max_length - len(answer)) :]
-        return [*given, *answer], max(1, len(given))
-
     def _examples(self, split: str) -> list[tuple[str, list[str], int]]:
         """Prompt, options and the place of the right one."""
         keys, table = self.settings, self.table(split)
@@ -257,35 +277,50 @@ class MultipleChoice(_Language):
             else:
                 options = [table[name][i] for name in keys.options]
             found.append((prompt, *self._filled_in(options, right)))
+        counted = [number for right in table[keys.label] if (number := _number(right)) is not None]
+        if keys.label_from is None and counted and min(counted) > 0:
+            raise TaskError(
+                f"task {self.name}: no answer of its {split} split is 0; say label_from = 1 if they count from 1, "
+                "or label_from = 0 if from 0"
+            )
         return found
 
     def _filled_in(self, options: Sequence[object], right: object) -> tuple[list[str], int]:
         """The options that are not empty, and the place of the right one among them."""
         place = self._place(right, options)
-        if options[place] is None:
+        if options[place] in (None, ""):
             raise TaskError(f"task {self.name}: its right answer {right!r} is an empty option")
-        there = [str(option) for option in options if option is not None]
+        there = [str(option) for option in options if option not in (None, "")]
         if len(there) < 2:
             raise TaskError(f"task {self.name}: options {there}; two or more are needed")
-        return there, place - sum(option is None for option in options[:place])
+        return there, place - sum(option in (None, "") for option in options[:place])
 
     def _place(self, right: object, options: Sequence[object]) -> int:
         if isinstance(right, str) and right in options:
             return list(options).index(right)
+        given = right
         if isinstance(right, str) and len(right) == 1 and right.isalpha():
             right = ord(right.upper()) - ord("A")
-        if isinstance(right, str) and right.isdigit():
-            right = int(right)
-        if isinstance(right, bool) or not isinstance(right, int | np.integer):
-            raise TaskError(
-                f"task {self.name}: answer {right!r} is a {type(right).__name__}; a number from 0, a letter or the "
-                "option itself is needed"
-            )
-        if right == -1:
-            raise TaskError(f"task {self.name}: a split without answers (-1); name another one in splits")
+        else:
+            number, first = _number(right), self.settings.label_from or 0
+            if number is None:
+                needed = f"a number from {first}, a letter or the option itself is needed"
+                raise TaskError(f"task {self.name}: answer {right!r} is a {type(right).__name__}; {needed}")
+            if number == -1:
+                raise TaskError(f"task {self.name}: a split without answers (-1); name another one in splits")
+            right = number - first
         if not 0 <= right < len(options):
-            raise TaskError(f"task {self.name}: answer {right} of {len(options)} options; they count from 0")
+            more = "" if self.settings.label_from is not None else ", or from 1 with label_from = 1"
+            counted = f"they count from {self.settings.label_from or 0}{more}"
+            raise TaskError(f"task {self.name}: answer {given} of {len(options)} options; {counted}")
+        return right
+
+
+def _number(right: object) -> int | None:
+    """An answer that is a number, or the text of one."""
+    if isinstance(right, str) and right.removeprefix("-").isdigit():
         return int(right)
+    return int(right) if isinstance(right, int | np.integer) and not isinstance(right, bool) else None
 
 
 def _filled(options: Sequence[str], count: int) -> list[str]:

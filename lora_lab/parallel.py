@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lab.distribute import Pool
-from lora_lab.errors import OptionError, TaskError
+from lora_lab.errors import DivergedError, OptionError
 from lora_lab.files import refuse_existing
 from lora_lab.result import Result, provenance
 
@@ -182,8 +182,8 @@ def _trained(job: Job, progress: Progress | None) -> tuple[Adapter | None, Resul
             report_to=job.report_to,
             progress=progress,
         )
-    except TaskError as error:
-        if not job.may_diverge or "diverged" not in str(error):
+    except DivergedError as error:
+        if not job.may_diverge:
             raise
         return None, Result("train", {}, {"recipe": job.recipe.method}, {"diverged": str(error)})
     finally:

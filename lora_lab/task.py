@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from lora_lab.errors import OptionError, TaskError, unknown
+from lora_lab.errors import DivergedError, OptionError, TaskError, unknown
 
 SPLITS = ("train", "validation", "test")
 
@@ -132,6 +132,8 @@ class Task(ABC):
     """The model's, known once it has been scored."""
     classifies = True
     """Whether an example has one label; a language model predicts every token instead."""
+    counts_targets = False
+    """Whether examples have different numbers of targets, over which the loss of a training step is a mean."""
     trains_head = False
     """Whether the head is trained along with the adapter."""
     rows_are_examples = True
@@ -159,6 +161,11 @@ class Task(ABC):
             return self.base
         stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir()) if p.is_file()]
         return repr(stats)
+
+    @property
+    def digest(self) -> Sequence[Tensor]:
+        """What scores depend on besides the base, the record and the examples that are scored, such as a probe."""
+        return ()
 
     @abstractmethod
     def build_model(self) -> nn.Module:
@@ -238,7 +245,7 @@ class Task(ABC):
         device = next(model.parameters()).device
         scores = Scores.join([self.judge(model, batch) for batch in self.batches(split, device)])
         if not np.isfinite(scores.loss).all():
-            raise TaskError(
+            raise DivergedError(
                 f"task {self.name}: the model's loss is not finite on {int((~np.isfinite(scores.loss)).sum())} examples"
             )
         return scores

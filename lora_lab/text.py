@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.errors import OptionError, unknown
-from lora_lab.file_task import COMMON, FileTask, Settings, labels_of, names_in
+from lora_lab.file_task import COMMON, FileTask, Settings, float_heads, labels_in, names_in, text_of
 from lora_lab.probe import probe
 from lora_lab.task import Split, by_length
 
@@ -82,9 +83,14 @@ class TextClassification(FileTask):
         """Number of labels: of the names, or of the model's outputs, or of the numbers in the training data."""
         if self._names:
             return len(self._names)
-        if self.settings.pool == "mean":
-            return int(max(self.table("train")[self.settings.label])) + 1
-        return int(self.config.num_labels)
+        if self._finished and self.settings.pool == "own":
+            return int(self.config.num_labels)
+        return int(labels_in(self, self.table("train")[self.settings.label], self.settings.label, None).max()) + 1
+
+    @property
+    def _finished(self) -> bool:
+        """Whether the checkpoint has a head."""
+        return any("ForSequenceClassification" in name for name in self.config.architectures or [])
 
     def build_model(self) -> nn.Module:
         """The base, frozen; a head that the checkpoint lacks is drawn from seed 0, or fitted for a probe."""
@@ -102,14 +108,20 @@ class TextClassification(FileTask):
         from transformers import AutoModelForSequenceClassification
 
         model: Any = self.pretrained_model(AutoModelForSequenceClassification, num_labels=self.labels)
-        if getattr(model.config, "pad_token_id", None) is None:
-            model.config.pad_token_id = self.tokenizer.pad_token_id  # by which decoders find a text's last token
+        # by this, decoders find a text's last token
+        model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+        float_heads(model, self.heads(model))
         return model
 
     @cached_property
     def _probe(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the logistic regression on the base's features of the training data; kept in the cache."""
-        return probe([self.base_digest, self.record], self.split("train"), self.labels, self._features)
+        return probe([self.base_digest, self.record, self.labels], self.split("train"), self.labels, self._features)
+
+    @property
+    def digest(self) -> Sequence[Tensor]:
+        """The probe, which is fitted to other data than is scored."""
+        return self._probe if self.settings.head == "probe" else ()
 
     @torch.inference_mode()
     def _features(self) -> npt.NDArray[np.float64]:
@@ -120,15 +132,16 @@ class TextClassification(FileTask):
 
     def _load(self, split: str) -> Split:
         keys, table = self.settings, self.table(split)
-        texts = [table[keys.text], *([table[keys.text_pair]] if keys.text_pair else [])]
+        columns = [keys.text, *([keys.text_pair] if keys.text_pair else [])]
         encoded = self.tokenizer(
-            *([str(text) for text in column] for column in texts),
+            *([text_of(self, text, name) for text in table[name]] for name in columns),
             truncation=True,
             max_length=keys.max_length,
             padding=True,
             return_tensors="pt",
         )
-        return by_length(Split({**dict(encoded.items()), "labels": labels_of(self, table[keys.label], self._names)}))
+        labels = labels_in(self, table[keys.label], keys.label, self._names)
+        return by_length(Split({**dict(encoded.items()), "labels": labels}))
 
     @cached_property
     def _names(self) -> list[str] | None:
@@ -172,12 +185,21 @@ def _mean_pooled(task: TextClassification) -> Any:
                 torch.manual_seed(0)
                 self.classifier = nn.Linear(width, task.labels)
 
+        def gradient_checkpointing_enable(self, **options: Any) -> None:
+            base.gradient_checkpointing_enable(**options)
+
+        def gradient_checkpointing_disable(self) -> None:
+            base.gradient_checkpointing_disable()
+
+        def enable_input_require_grads(self) -> None:
+            base.enable_input_require_grads()
+
         def forward(self, attention_mask: Tensor, labels: Tensor | None = None, **inputs: Tensor) -> _Outputs:
             hidden = getattr(self, prefix)(attention_mask=attention_mask, **inputs).last_hidden_state
-            share = attention_mask[..., None].to(hidden.dtype)
-            pooled = (hidden * share).sum(1) / share.sum(1).clamp(min=1)
-            logits = self.classifier(pooled.to(self.classifier.weight.dtype))
-            loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+            share = attention_mask[..., None].float()
+            pooled = (hidden.float() * share).sum(1) / share.sum(1).clamp(min=1)
+            logits = self.classifier(pooled)
+            loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
             return _Outputs(logits=logits, loss=loss, pooled=pooled)
 
     return MeanPooled()

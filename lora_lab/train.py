@@ -26,12 +26,12 @@ from lora_lab import files, peft_format
 from lora_lab.adapter import Adapter
 from lora_lab.attach import config_hash, layers
 from lora_lab.coto import CoToCallback, DropoutRamp
-from lora_lab.errors import FileError, LoraLabError, OptionError, TaskError, TunerError, unknown
-from lora_lab.evaluate import score
+from lora_lab.errors import DivergedError, FileError, LoraLabError, OptionError, TunerError, unknown
+from lora_lab.evaluate import examples_of, score
 from lora_lab.lowrank import LowRank, combine
 from lora_lab.players import group
 from lora_lab.recipe import METHODS, Recipe, tuners
-from lora_lab.result import Result, finite, provenance
+from lora_lab.result import Result, fingerprint, finite, provenance
 from lora_lab.task import Split, Task, resolve_device, trimmed
 
 Progress = Callable[[int, int], None]
@@ -62,10 +62,11 @@ def train(
         model = _with_adapter(task, recipe)
         initial = _principal_part(model)
         record |= {"base_config": config_hash(model)}
+        data = data_of(task)
         callbacks = _callbacks(recipe, record, base)
         log = _Log(progress)
         keep = checkpoints if recipe.save_every else None
-        resume = _last_checkpoint(keep, record) if keep else None
+        resume = _last_checkpoint(keep, record, data) if keep else None
         folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         try:
             trainer = _LeanTrainer(
@@ -80,6 +81,8 @@ def train(
                 raise
             raise OptionError(f"--report-to {report_to}: {_first_line(error)}") from error
         trainer.lora_plus = recipe.lora_plus
+        # whether the model divides by the number of targets in a step, as it is told, or the Trainer by that of batches
+        trainer.model_accepts_loss_kwargs = task.counts_targets
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         cpu_began = time.process_time()
@@ -99,8 +102,15 @@ def train(
         log.columns(callbacks, recipe),
         {"record": record, "groups": group(list(adapter.sites), recipe.groups)},
         finite(summary),
-        provenance(elapsed_s=time.perf_counter() - began, seeds=[recipe.seed], device=str(trainer.args.device)),
+        provenance(
+            elapsed_s=time.perf_counter() - began, seeds=[recipe.seed], device=str(trainer.args.device), data=data
+        ),
     )
+
+
+def data_of(task: Task) -> str:
+    """A hash of all that a training on the task hangs on besides the recipe: its base and its examples."""
+    return fingerprint([examples_of(task, split) for split in ("train", "validation")])
 
 
 def _with_adapter(task: Task, recipe: Recipe) -> Any:
@@ -119,6 +129,8 @@ def _with_adapter(task: Task, recipe: Recipe) -> Any:
         model = get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError, ImportError, re.error) as error:
         raise TunerError(f"PEFT cannot put a {recipe.peft} adapter on {task.name}: {_first_line(error)}") from error
+    if recipe.lora_plus and not any("lora_B" in name for name, _ in model.named_parameters()):
+        raise OptionError(f"{recipe.peft} has no B that LoRA+ could give a rate of its own; leave --lora-plus out")
     if not layers(model):
         raise TunerError(f"{recipe.peft} has no layers that can be trained one by one")
     return model
@@ -327,7 +339,7 @@ class _Log(TrainerCallback):  # type: ignore[misc]
         if logs and "loss" in logs:
             self._logged[state.global_step] = (logs["loss"], logs.get("learning_rate"))
             if not np.isfinite(logs["loss"]):
-                raise TaskError(
+                raise DivergedError(
                     f"training diverged: loss {logs['loss']} at step {state.global_step}; lower the learning rate"
                 )
 
@@ -357,6 +369,8 @@ class _StampCheckpoints(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Rewrite the header of the checkpoint's adapter."""
+        if not state.is_world_process_zero:
+            return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -369,16 +383,16 @@ class _StampCheckpoints(TrainerCallback):  # type: ignore[misc]
                 file.replace(folder / file.name)
 
 
-def _last_checkpoint(folder: Path, record: Mapping[str, Any]) -> str | None:
+def _last_checkpoint(folder: Path, record: Mapping[str, Any], data: str) -> str | None:
     """The newest checkpoint of this very run in the folder, if there is one; the folder is marked as this run's."""
-    mark = folder / "run.json"
+    mark, run = folder / "run.json", {**finite(record), "data": data}
     if mark.exists():
-        if files.read_json(mark) != finite(record):
+        if files.read_json(mark) != run:
             raise FileError(f"{folder}: holds the checkpoints of another run; remove it, or give another output name")
         steps = [int(p.name[11:]) for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
         unfinished = [step for step in steps if step < int(finite(record)["recipe"]["steps"])]
         return str(folder / f"checkpoint-{max(unfinished)}") if unfinished else None
-    files.write_json(mark, finite(record))
+    files.write_json(mark, run)
     return None
 
 

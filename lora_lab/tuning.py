@@ -14,11 +14,12 @@ import numpy as np
 from lora_lab.distribute import Pool
 from lora_lab.errors import FileError, OptionError, TaskError
 from lora_lab.files import refuse_existing
-from lora_lab.parallel import Job, train_all
+from lora_lab.parallel import Job, is_first, train_all
 from lora_lab.result import Result, columns, fingerprint, finite, provenance
 
 if TYPE_CHECKING:
     from lora_lab.recipe import Recipe
+    from lora_lab.task import Task
 
 Setting = Mapping[str, Any]
 """Field of the recipe → value."""
@@ -51,17 +52,19 @@ def train_best(
     as a row and never chosen.
     """
     from lora_lab import tasks
+    from lora_lab.train import data_of
 
-    for path in paths:
+    for path in paths if is_first() else ():
         refuse_existing(path, force=force)
-    by_loss = not tasks.from_record(task).classifies
+    built = tasks.from_record(task)
+    by_loss, data = not built.classifies, data_of(built)
     began = time.perf_counter()
     jobs = [
         Job(task, dataclasses.replace(recipe, **setting), _tried(path, setting), device, report_to, may_diverge=True)
         for setting in settings
         for recipe, path in zip(recipes, paths, strict=True)
     ]
-    known = {i: log for i, job in enumerate(jobs) if (log := _known(job)) is not None}
+    known = {i: log for i, job in enumerate(jobs) if (log := _known(job, built, data)) is not None}
     left = [i for i in range(len(jobs)) if i not in known]
     if left:
         done = train_all([jobs[i] for i in left], workers=workers, force=True, progress=progress, pool=pool)
@@ -74,7 +77,8 @@ def train_best(
     best = min(able, key=lambda k: (0.0 if by_loss else -round(rows[k]["accuracy"], 12), rows[k]["loss"]))
     for k, row in enumerate(rows):
         row["chosen"] = k == best
-    for job, log, path in zip(jobs[best * len(recipes) :], logs[best], paths, strict=False):
+    chosen = jobs[best * len(recipes) : (best + 1) * len(recipes)]
+    for job, log, path in zip(chosen, logs[best], paths, strict=True) if is_first() else ():
         _keep(job, log, path, rows, force)
     found = [
         {"method": recipe.method, "seed": recipe.seed, **setting, **_validated(log), "chosen": k == best}
@@ -92,7 +96,7 @@ def _tried(path: Path, setting: Setting) -> Path:
     return path.parent / "tried" / f"{stem}-{words}.safetensors"
 
 
-def _known(job: Job) -> Result | None:
+def _known(job: Job, task: Task, data: str) -> Result | None:
     """The log of this very training, if an earlier run has finished it."""
     from lora_lab.adapter import Adapter
     from lora_lab.train import recipe_record
@@ -103,16 +107,10 @@ def _known(job: Job) -> Result | None:
         record, log = Adapter.load(job.path).record, Result.load(job.beside[0])
     except (FileError, ValueError):
         return None
-    same = [record.get("task"), record.get("method"), record.get("seed")] == [
-        finite(job.task),
-        job.recipe.method,
-        job.recipe.seed,
-    ]
-    wanted = recipe_record(job.recipe)
-    recorded = record.get("recipe", {})
-    fixed = {name for name, value in wanted.items() if value is not None}  # the task's defaults are filled in later
-    agree = fingerprint({n: wanted[n] for n in fixed}) == fingerprint({n: recorded.get(n) for n in fixed})
-    return log if same and agree else None
+    recipe = job.recipe.for_task(task)
+    wanted = [finite(job.task), recipe.method, recipe.seed, recipe_record(recipe), data]
+    found = [*(record.get(name) for name in ("task", "method", "seed", "recipe")), log.provenance.get("data")]
+    return log if fingerprint(found) == fingerprint(wanted) else None
 
 
 def _validated(log: Result) -> dict[str, Any]:

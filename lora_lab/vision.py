@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from lora_lab.errors import FileError, OptionError, TaskError, unknown
-from lora_lab.file_task import COMMON, FileTask, Settings, labels_of, names_in
+from lora_lab.file_task import COMMON, FileTask, Settings, float_heads, labels_in, names_in
 from lora_lab.players import block
 from lora_lab.probe import probe
 from lora_lab.task import Split
@@ -117,7 +117,7 @@ class _Images(FileTask):
 
     def _load(self, split: str) -> Split:
         table = self.table(split)
-        labels = labels_of(self, table[self.settings.label], self._names)
+        labels = labels_in(self, table[self.settings.label], self.settings.label, self._names)
         chosen = self._chosen(split, labels)
         values = table[self.settings.image]
         return Split({"pixel_values": self._pixels(split, [values[i] for i in chosen]), "labels": labels[chosen]})
@@ -261,7 +261,7 @@ class ImageClassification(_Images):
             return len(self._names)
         if self._finished and self.settings.head == "frozen":
             return int(self.config.num_labels)
-        return int(labels_of(self, self.table("train")[self.settings.label], None).max()) + 1
+        return int(labels_in(self, self.table("train")[self.settings.label], self.settings.label, None).max()) + 1
 
     def build_model(self) -> nn.Module:
         """The base, frozen; a head that the checkpoint lacks is drawn from seed 0, or fitted for a probe."""
@@ -288,6 +288,7 @@ class ImageClassification(_Images):
                 AutoModelForImageClassification, num_labels=self.labels, ignore_mismatched_sizes=other
             )
         self._head_name(model)  # or TaskError
+        float_heads(model, self.heads(model))
         if self._other_size and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
             model.forward = partial(model.forward, interpolate_pos_encoding=True)
         return model
@@ -310,7 +311,12 @@ class ImageClassification(_Images):
     @cached_property
     def _probe(self) -> tuple[Tensor, Tensor]:
         """Weight and bias of the logistic regression on what the base's head sees; kept in the cache."""
-        return probe([self.base_digest, self.record], self.split("train"), self.labels, self._features)
+        return probe([self.base_digest, self.record, self.labels], self.split("train"), self.labels, self._features)
+
+    @property
+    def digest(self) -> Sequence[Tensor]:
+        """The probe, which is fitted to other data than is scored."""
+        return self._probe if self.settings.head == "probe" else ()
 
     @torch.inference_mode()
     def _features(self) -> npt.NDArray[np.float64]:
@@ -381,6 +387,11 @@ class Clip(_Images):
         frozen: nn.Module = model.requires_grad_(False).eval()
         return frozen
 
+    @property
+    def digest(self) -> Sequence[Tensor]:
+        """The prompts, which name the classes."""
+        return list(self._prompts().values())
+
     def _prompts(self) -> Mapping[str, Tensor]:
         """Tokens of every class in every prompt, class by class."""
         texts = [prompt.replace("{}", name) for name in self.classes for prompt in _listed(self.settings.prompt)]
@@ -421,6 +432,7 @@ def _classifier() -> Any:
             """Logits [images, classes]: cosines times exp(logit_scale), prompts of one class averaged before."""
             seen = self.get_image_features(pixel_values, interpolate_pos_encoding=self.interpolates).pooler_output
             read = self.get_text_features(self.prompt_input_ids, self.prompt_attention_mask).pooler_output
+            seen, read = seen.float(), read.float()  # cosines, which are multiplied by about 100
             classes = _unit(_unit(read).reshape(self.classes, -1, read.shape[-1]).mean(1)).to(seen.device)
             logits = self.logit_scale.exp().to(seen.device) * _unit(seen) @ classes.T
             loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels.to(logits.device))

@@ -7,13 +7,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.pre_tokenizers import Metaspace, Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lora_lab import compare, connect, tasks
 from lora_lab.attach import attach
-from lora_lab.errors import OptionError, TaskError
+from lora_lab.errors import LoraLabWarning, OptionError, TaskError
 from lora_lab.evaluate import evaluate, score, task_of, tasks_of
 from lora_lab.merge import merge
 from lora_lab.panel import Panel
@@ -194,13 +194,75 @@ def test_long_prompts_lose_their_beginning_and_long_texts_their_end(folder):
         plain.decode(row): plain.decode(labels[labels != -100])
         for row, labels in zip(split.inputs["input_ids"], split.inputs["labels"], strict=True)
     }
-    assert found == {"one ? two </s>": "two </s>", "? three and a": "three and a", "blood is red </s>": "red </s>"}
+    expected = {"<s> ? two </s>": "two </s>", "<s> three and a": "three and a", "<s> is red </s>": "red </s>"}
+    assert found == expected
     split = build(folder, TEXTS, {**TEXT, "max_length": 3}).split("test")
     assert split.inputs["input_ids"].shape == (6, 3)
     split = build(folder, CHOICES, {**CHOICE, "max_length": 3}).split("test")
     assert split.inputs["input_ids"].shape[2] == 3
     assert "of blood ? blue" not in plain.decode(split.inputs["input_ids"].flatten())
     assert ((split.inputs["targets"] != -100).sum(-1) <= 2).all()
+
+
+def test_prompt_and_answer_are_split_into_tokens_together(folder):
+    pieces = [
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        "▁",
+        "▁the",
+        "▁film",
+        "▁is",
+        "▁good",
+        "▁bad",
+        "good",
+        "bad",
+        "▁i",
+        "s",
+        "▁isgood",
+    ]
+    words = Tokenizer(WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<unk>"))
+    words.pre_tokenizer = (
+        Metaspace()
+    )  # as Llama 2 has it: a text that begins with a space has a token of its own for it
+    joint = PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    joint.save_pretrained(folder / "llama")
+    row = {"question": "the film is", "choices": ["good", "bad"], "answer": 0}
+    split = build(folder, [row], {**CHOICE, "prompt": "{question}"}).split("test")
+    found = [joint.convert_ids_to_tokens(ids[ids != 0]) for ids in split.inputs["input_ids"][0]]
+    assert found == [["▁the", "▁film", "▁is", "▁good"], ["▁the", "▁film", "▁is", "▁bad"]]
+    targets = [joint.convert_ids_to_tokens(ids[ids >= 0]) for ids in split.inputs["targets"][0]]
+    assert targets == [["▁good"], ["▁bad"]]
+    row = {"question": "the film is ", "answer": "good"}  # with a space of its own
+    split = build(folder, [row], COMPLETION).split("test")
+    labels = split.inputs["labels"][0]
+    assert joint.convert_ids_to_tokens(labels[labels >= 0]) == ["▁good", "</s>"]
+
+
+def test_numbers_may_count_from_1_and_must_say_so(folder):
+    rows = [{**row, "answer": str(row["answer"] + 1)} for row in CHOICES]
+    expected = build(folder, CHOICES, CHOICE).split("test").inputs["labels"]
+    with pytest.raises(TaskError, match="answer 2 of 2 options; they count from 0, or from 1 with label_from = 1"):
+        build(folder, rows, CHOICE).split("test")
+    with pytest.raises(TaskError, match="no answer of its test split is 0; say label_from = 1 if they count from 1"):
+        build(folder, rows[2:], CHOICE).split("test")
+    found = build(folder, rows, {**CHOICE, "label_from": 1}).split("test").inputs["labels"]
+    assert torch.equal(found, expected)
+    rows = [row for row in CHOICES if row["answer"]]
+    assert 0 not in build(folder, rows, {**CHOICE, "label_from": 0}).split("test").inputs["labels"]
+
+
+def test_texts_that_are_too_short_are_left_out_with_a_word(folder):
+    with pytest.warns(
+        LoraLabWarning, match="1 of 7 texts of its test split have fewer than two tokens and are left out"
+    ):
+        split = build(folder, [*TEXTS, {"text": ""}], TEXT).split("test")
+    assert len(split) == len(TEXTS)
+    with pytest.raises(TaskError, match="an example without a text in 'text'"):
+        build(folder, [*TEXTS, {"text": None}], TEXT).split("test")
 
 
 def by_hand(model, prompt, option, *, bos):
@@ -320,8 +382,8 @@ WRONG_ROWS = [
     (CHOICE, {**ROW, "answer": "blue"}, "llama", "answer 'blue' is a str; a number from 0"),
     (CHOICE, {**ROW, "answer": True}, "llama", "answer True is a bool; a number from 0"),
     (CHOICE, {**ROW, "answer": -1}, "llama", r"a split without answers \(-1\); name another one in splits"),
-    (CHOICE, {**ROW, "answer": 2}, "llama", "answer 2 of 2 options; they count from 0"),
-    (CHOICE, {**ROW, "answer": "C"}, "llama", "answer 2 of 2 options; they count from 0"),
+    (CHOICE, {**ROW, "answer": 2}, "llama", "of 2 options; they count from 0"),
+    (CHOICE, {**ROW, "answer": "C"}, "llama", "of 2 options; they count from 0"),
     ({**CHOICE, "options": ["x", "y"]}, {**ROW, "answer": 0}, "llama", r"options \['red'\]; two or more are needed"),
     ({**CHOICE, "options": ["x", "y"]}, {**ROW, "answer": 1}, "llama", "its right answer 1 is an empty option"),
 ]

@@ -33,22 +33,34 @@ LAUNCHERS = {
 }
 
 
+def together(tmp_path, launcher, *options):
+    """A training by two processes."""
+    launch = [sys.executable, "-m", *LAUNCHERS[launcher], str(free_port())]
+    run = ["-m", "lora_lab.train", "--method", "coto", "--steps", str(STEPS), "--device", "cpu", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launch, *run], capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_train_as_one_with_the_same_batch(tmp_path, launcher):
-    path = tmp_path / "two.safetensors"
-    launch = [sys.executable, "-m", *LAUNCHERS[launcher], str(free_port())]
-    run = ["-m", "lora_lab.train", "--method", "coto", "--steps", str(STEPS), "--device", "cpu", "-o", str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *run], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    together = Result.load(path.with_name("two.train.json"))
+    together(tmp_path, launcher, "--save-every", "8", "-o", "two.safetensors")
+    both, log2 = Adapter.load(tmp_path / "two.safetensors"), Result.load(tmp_path / "two.train.json")
     alone, log = train(Digits("relabel"), Recipe(method="coto", steps=STEPS))
-    assert list(together.columns["mask"]) == list(log.columns["mask"])
-    assert np.allclose(together.columns["loss"], log.columns["loss"], rtol=1e-4)
-    both = Adapter.load(path)
+    assert list(log2.columns["mask"]) == list(log.columns["mask"])
+    assert np.allclose(log2.columns["loss"], log.columns["loss"], rtol=1e-4)
     for name, update in alone.updates.items():
         assert (both.updates[name] - update).norm() <= 1e-3 * max(update.norm(), 1e-3)
-    assert both.record["recipe"] == alone.record["recipe"]
+    assert both.record["recipe"] == {**alone.record["recipe"], "save_every": 8}
+    assert Adapter.load(tmp_path / "two.checkpoints" / "checkpoint-8").record["step"] == 8
+
+
+def test_two_processes_try_several_settings(tmp_path):
+    together(tmp_path, "torchrun", "--lr", "1e-3,1e-2", "-o", "best.safetensors")
+    tried = Result.load(tmp_path / "best.tuning.json")
+    assert tried.columns["learning_rate"] == [1e-3, 1e-2]
+    best = Adapter.load(tmp_path / "best.safetensors")
+    assert best.record["recipe"]["learning_rate"] == tried.rows(chosen=True)[0]["learning_rate"]
 
 
 def test_a_run_that_was_killed_outright_goes_on_to_the_same_adapter(tmp_path):
@@ -93,5 +105,7 @@ def test_lora_plus_gives_b_its_own_rate_and_bf16_trains():
     assert size_of_b(fast) > 2 * size_of_b(plain)
     assert size_of_b(half) == pytest.approx(size_of_b(plain), rel=0.2)
     assert fast.record["recipe"]["lora_plus"] == 8.0
+    with pytest.raises(OptionError, match="loha has no B that LoRA"):
+        train(Digits("relabel"), Recipe(method="lora", peft="loha", steps=2, lora_plus=8.0))
     with pytest.raises(OptionError, match="lora plus is -1"):
         Recipe(lora_plus=-1)

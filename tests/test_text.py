@@ -7,14 +7,17 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
     BertTokenizerFast,
     DistilBertConfig,
+    GPT2Config,
+    LlamaConfig,
     RobertaConfig,
 )
 
 from lora_lab import task, tasks
 from lora_lab.errors import FileError, LoraLabError, OptionError, TaskError
-from lora_lab.evaluate import evaluate, score, task_of
+from lora_lab.evaluate import evaluate, examples_of, score, task_of
 from lora_lab.recipe import Recipe
 from lora_lab.train import train
 
@@ -148,6 +151,135 @@ def test_no_layer_of_a_head_is_adapted_and_all_of_them_are_trained_along(folder,
     model = AutoModelForSequenceClassification.from_pretrained(folder / "base")
     loaded = PeftModel.from_pretrained(model, str(folder / "adapter"))
     assert sum("lora_A" in name for name, _ in loaded.named_parameters()) == 12
+
+
+def labelled(folder, splits, *, order=("negative", "positive")):
+    """The reviews as a dataset on disk whose labels are numbers with names."""
+    from datasets import ClassLabel, Dataset, DatasetDict
+
+    table = Dataset.from_csv(str(folder / "reviews.csv")).cast_column("label", ClassLabel(names=list(order)))
+    DatasetDict({name: table.select(range(*rows)) for name, rows in splits.items()}).save_to_disk(folder / "disk")
+
+
+def test_a_split_that_is_named_serves_no_other_purpose(folder):
+    labelled(folder, {"train": (0, 100), "validation": (100, 150), "test": (150, 200)})
+    path = write(folder, 'splits = {train = "train", test = "validation"}\n', data='"disk"')
+    built = tasks.from_name(str(path))
+    test, validation = built.table("test"), built.table("validation")
+    assert len(test["text"]) == 50
+    assert len(validation["text"]) == 10  # drawn from the training data
+    with pytest.raises(OptionError, match="two of its splits are the same one in the data"):
+        tasks.from_name(str(write(folder, 'splits = {validation = "test", test = "test"}\n', data='"disk"')))
+    with pytest.raises(OptionError, match="splits is of datasets with several; for files, data ="):
+        tasks.from_name(str(write(folder, 'splits = {test = "test"}\n')))
+
+
+@pytest.mark.parametrize("more", ["", 'labels = ["positive", "negative"]\n'])
+def test_numbers_with_names_go_by_their_names(folder, more):
+    import json
+
+    if not more:  # the classifier's order is the other way round
+        config = json.loads((folder / "base" / "config.json").read_text())
+        config |= {"id2label": {"0": "positive", "1": "negative"}, "label2id": {"positive": 0, "negative": 1}}
+        (folder / "base" / "config.json").write_text(json.dumps(config))
+    named = tasks.from_name(str(write(folder, more))).split("test")
+    labelled(folder, {"train": (0, 100), "validation": (100, 150), "test": (150, 200)})
+    numbered = tasks.from_name(str(write(folder, more, data='"disk"')))
+    table = numbered.table("test")
+    assert table["label"][0] in (0, 1)
+    expected = [1 - label for label in table["label"]]  # all texts are as long
+    assert numbered.split("test").inputs["labels"].tolist() == expected
+    assert set(named.inputs["labels"].tolist()) == {0, 1}
+
+
+def test_cells_that_look_like_nothing_are_texts(folder):
+    rows = "\n".join(f"{text},{label}" for text, label in [("NA", "positive"), ("", "negative")] * 20)
+    (folder / "reviews.csv").write_text("text,label\n" + rows + "\n")
+    table = tasks.from_name(str(folder / "my.toml")).table("train")
+    assert set(table["text"]) == {"NA", ""}
+    (folder / "dev.csv").write_text("text,label\nthe film,\n")
+    built = tasks.from_name(str(write(folder, "", data='{train = "reviews.csv", test = "dev.csv"}')))
+    with pytest.raises(TaskError, match="an example without a label"):
+        built.split("test")
+
+
+@pytest.mark.parametrize("more", ["", 'pool = "mean"\nhead = "probe"\n'])
+def test_small_batches_that_are_accumulated_give_the_loss_of_a_large_one(folder, more):
+    built = tasks.from_name(str(write(folder, more)))
+    options = {"method": "lora", "steps": 3, "learning_rate": 1e-2}
+    whole, log = train(built, Recipe(batch_size=8, **options))
+    parts, log2 = train(built, Recipe(batch_size=4, accumulate=2, **options))
+    assert log2.columns["loss"] == pytest.approx(log.columns["loss"], rel=1e-4)
+    for name, update in whole.updates.items():
+        assert (parts.updates[name] - update).norm() <= 1e-2 * max(update.norm(), 1e-3)
+
+
+def test_memory_is_saved_under_a_mean_of_tokens_too(folder):
+    built = tasks.from_name(str(write(folder, 'pool = "mean"\nhead = "probe"\n')))
+    plain, saved = (train(built, Recipe(method="coto", steps=3, checkpointing=on))[0] for on in (False, True))
+    assert all(torch.allclose(tensor, saved.tensors[key], atol=1e-6) for key, tensor in plain.tensors.items())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, **TINY),
+        GPT2Config(n_embd=16, n_layer=2, n_head=2, **{**TINY, "pad_token_id": 7}),
+    ],
+    ids=["llama", "gpt2"],
+)
+@pytest.mark.parametrize("pool", ["own", "mean"])
+def test_a_text_is_scored_as_if_it_were_alone_whatever_the_tokenizer_pads(folder, config, pool):
+    config.initializer_range = 0.3
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder / "base")
+    words = BertTokenizerFast(vocab=str(folder / "vocab.txt"), padding_side="left", pad_token="[SEP]")
+    words.save_pretrained(folder / "base")
+    lines = [f"{' '.join(WORDS[: 1 + i % 7])},{'positive' if i % 2 else 'negative'}" for i in range(60)]
+    (folder / "reviews.csv").write_text("text,label\n" + "\n".join(lines) + "\n")
+    built = tasks.from_name(str(write(folder, f'pool = "{pool}"\n')))
+    model, split = built.build_model(), built.split("test")
+    (batch,) = split.batches(100)
+    together = built.logits(model, batch)
+    for i, length in enumerate(split.inputs["attention_mask"].sum(1).tolist()):
+        one = {name: tensor[i : i + 1, :length] for name, tensor in split.inputs.items() if name != "labels"}
+        assert torch.allclose(model(**one).logits[0], together[i], atol=1e-5)
+
+
+def test_heads_compute_in_float32_on_any_base(folder):
+    for more in ('head = "trained"\n', 'pool = "mean"\nhead = "probe"\n'):
+        built = tasks.from_name(str(write(folder, f'dtype = "bfloat16"\n{more}')))
+        model = built.build_model()
+        assert {str(p.dtype) for name, p in model.named_parameters() if "classifier" in name} == {"torch.float32"}
+        assert model.bert.encoder.layer[0].attention.self.query.weight.dtype == torch.bfloat16
+        adapter, _ = train(built, Recipe(method="coto", steps=2))
+        assert all(tensor.dtype == torch.float32 for key, tensor in adapter.tensors.items() if "classifier" in key)
+        assert score(built, adapter).loss.shape == (40,)
+
+
+def test_what_a_probe_is_fitted_to_counts_where_scores_are_kept(folder):
+    def run():
+        built = tasks.from_name(str(write(folder, 'pool = "mean"\nhead = "probe"\n', data=files)))
+        return examples_of(built, "test")
+
+    files = '{train = "reviews.csv", validation = "dev.csv", test = "dev.csv"}'
+    table = (folder / "reviews.csv").read_text()
+    (folder / "dev.csv").write_text(table)
+    before = run()
+    assert run() == before
+    (folder / "reviews.csv").write_text(
+        table.replace("negative", "x").replace("positive", "negative").replace(",x", ",positive")
+    )
+    assert run() != before
+
+
+def test_a_trained_head_has_an_output_for_every_number(folder):
+    rows = "\n".join(f"the film,{i % 4}" for i in range(40))
+    (folder / "reviews.csv").write_text("text,label\n" + rows + "\n")
+    BertModel(BertConfig.from_pretrained(folder / "base")).save_pretrained(folder / "base")
+    built = tasks.from_name(str(write(folder, 'head = "trained"\n')))
+    assert built.labels == 4
+    assert built.build_model().classifier.out_features == 4
 
 
 def test_splits_may_be_files_of_their_own(folder):

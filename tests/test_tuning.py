@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -10,6 +11,7 @@ from lora_lab.errors import FileError, OptionError, TaskError
 from lora_lab.evaluate import score
 from lora_lab.recipe import Recipe
 from lora_lab.result import Result
+from lora_lab.task import Split
 from lora_lab.tuning import parse_values, settings_of, train_best
 
 TASK = Digits("relabel")
@@ -96,6 +98,37 @@ def test_a_setting_that_diverges_is_a_row_and_never_chosen(tmp_path):
             workers=1,
         )
     assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_only_the_very_same_training_is_taken_over(tmp_path, monkeypatch):
+    paths = [tmp_path / "lora-s0.safetensors"]
+    settings = settings_of({"learning_rate": [1e-3, 1e-2]})
+    first = [dataclasses.replace(recipe, rank=2, lora_plus=16.0) for recipe in recipes([0])]
+    train_best(TASK.record, first, settings, paths, workers=1)
+    logs, _ = train_best(TASK.record, recipes([0]), settings, paths, workers=1, force=True)
+    recipe = logs[0].parameters["record"]["recipe"]
+    assert (recipe["rank"], recipe["lora_plus"]) == (TASK.rank, None)  # the task's own, and none
+
+    other = Digits("relabel").split("train").inputs["labels"].roll(1)
+    true = Digits._load
+
+    def changed_labels(self, name):
+        inputs = true(self, name).inputs
+        return Split({**inputs, "labels": other} if name == "train" else inputs)
+
+    monkeypatch.setattr(Digits, "_load", changed_labels)
+    _, changed = train_best(TASK.record, recipes([0]), settings, paths, workers=1, force=True)
+    _, again = train_best(TASK.record, recipes([0]), settings, paths, workers=1, force=True)
+    assert again.columns == changed.columns
+    assert min(changed.columns["loss"]) > logs[0].summary["validation"]["loss"] + 0.05
+
+
+def test_a_training_that_diverges_in_its_last_step_is_a_row_too(tmp_path):
+    diverging = [Recipe(method="lora", seed=0, steps=1, batch_size=8, max_grad_norm=1e30)]
+    paths, settings = [tmp_path / "lora-s0.safetensors"], settings_of({"learning_rate": [1e-3, 1e30]})
+    _, tried = train_best(TASK.record, diverging, settings, paths, workers=1)
+    assert tried.columns["accuracy"][1] is None
+    assert tried.columns["chosen"] == [True, False]
 
 
 def test_values_are_numbers_with_commas():

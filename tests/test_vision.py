@@ -23,7 +23,7 @@ from lora_lab import compare, task, tasks
 from lora_lab.attach import attach, put_on
 from lora_lab.connect import interpolate
 from lora_lab.errors import FileError, OptionError, TaskError
-from lora_lab.evaluate import score, task_of, tasks_of
+from lora_lab.evaluate import examples_of, score, task_of, tasks_of
 from lora_lab.game import Outcomes
 from lora_lab.recipe import Recipe
 from lora_lab.shapley import shapley
@@ -37,7 +37,7 @@ RANDOM = LoraConfig(r=2, lora_alpha=4, target_modules=r".*\.(q_proj|v_proj)")
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def bases(tmp_path_factory):
     """Tiny random models: a CLIP with a tokenizer of letters; a ViT with three outputs, without a head, and in grey."""
     folder = tmp_path_factory.mktemp("bases")
@@ -188,6 +188,13 @@ def test_targets_on_the_command_line_keep_to_the_encoders(built):
     adapter, _ = train(clip, Recipe(method="lora", steps=1, target_modules=["fc1"]))
     assert {name.split(".")[0] for name in adapter.sites} == {"text_model"}
     assert {name.split(".")[-1] for name in adapter.sites} == {"fc1"}
+
+
+def test_names_of_classes_count_where_scores_are_kept(built, pictures, tmp_path):
+    before = examples_of(built("clip"), "test")
+    assert examples_of(built("clip"), "test") == before
+    other = built("clip", 'labels = ["x", "y", "z"]\n')
+    assert examples_of(other, "test")[-1] != before[-1]
 
 
 def test_shots_are_drawn_a_class_and_more_of_them_add_to_fewer(built):
