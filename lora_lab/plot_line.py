@@ -188,7 +188,7 @@ def _caption(results: Sequence[Result], between: str) -> str:
     }
     same = len(set(kinds.values())) == 1
     band = next(iter(kinds.values())) if same else ", ".join(f"{name} {kind}" for name, kind in kinds.items())
-    task = parameters["task"].get("name", "task")
+    task = plot_style.task_name(parameters["task"])
     return f"{task}, {parameters['split']} split, n = {n}{between}bands: {band}"
 
 

@@ -215,7 +215,7 @@ def _caption(results: Sequence[Result], groups: Mapping[str, Sequence[Any]]) -> 
     several = any(len(rows) > 1 for rows in groups.values())
     kind = "±1 s.d. over seeds" if several else "95 % interval"
     first = results[0]
-    task = first.parameters["task"].get("name", "task")
+    task = plot_style.task_name(first.parameters["task"])
     players = first.parameters["players"]
     what = players if isinstance(players, str) else "group"
     return f"{what}; {task}, {first.parameters['split']} split, n = {first.provenance.get('examples')}; bars: {kind}"

@@ -98,6 +98,6 @@ def _caption(results: Sequence[Result]) -> str:
     band = "±1 s.d. over seeds" if several else "95 % interval (keep-sets and examples)"
     players = first.parameters["players"]
     what = players if isinstance(players, str) else "group"
-    task = first.parameters["task"].get("name", "task")
+    task = plot_style.task_name(first.parameters["task"])
     n = first.provenance.get("examples")
     return f"players: {what}; {task}, {first.parameters['split']} split, n = {n}; bands: {band}"

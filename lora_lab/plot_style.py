@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from matplotlib import rc_context
@@ -78,6 +79,13 @@ def styled() -> Any:
 def method_name(method: str | None) -> str:
     """How a figure writes a method."""
     return METHODS.get(method or "", method or "adapters")
+
+
+def task_name(record: Mapping[str, Any]) -> str:
+    """How a caption writes a task, by its record: its name, or the kind and what its data is called."""
+    data = record.get("data", "task")
+    place = PurePath(data if isinstance(data, str) else data.get("train", "task"))
+    return str(record.get("name") or f"{record.get('kind', 'task')}, {place.stem}")
 
 
 def grouped(adapters: Sequence[list[dict[str, Any]]]) -> dict[str, list[list[dict[str, Any]]]]:

@@ -160,5 +160,5 @@ def _caption(results: Sequence[Result]) -> str:
         for rows in plot_style.grouped(by_adapter(results, kind=kind)).values()
     )
     band = "±1 s.d. over seeds" if several else "95 % interval"
-    task, n = first.parameters["task"].get("name", "task"), first.provenance.get("examples")
+    task, n = plot_style.task_name(first.parameters["task"]), first.provenance.get("examples")
     return f"{task}, {first.parameters['split']} split, n = {n}; bands and bars: {band}"

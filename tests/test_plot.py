@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora_lab import plot, plot_line, plot_train
+from lora_lab import plot, plot_line, plot_style, plot_train
 from lora_lab.errors import FileError, OptionError
 from lora_lab.result import Result, columns
 from lora_lab.schedule import Schedule
@@ -213,6 +213,15 @@ def test_a_figure_overlays_methods_over_the_settings_and_leaves_gaps_where_one_d
     other = Result("tuning", coto.columns, {**coto.parameters, "task": {"name": "y"}})
     with pytest.raises(OptionError, match="different tasks"):
         plot.figure([lora, other])
+
+
+def test_captions_name_tasks_of_files_too():
+    assert plot_style.task_name({"name": "digits/relabel"}) == "digits/relabel"
+    assert plot_style.task_name({"kind": "clip", "data": "x/birds.csv"}) == "clip, birds"
+    assert plot_style.task_name({"kind": "clip", "data": {"train": "a.csv"}}) == "clip, a"
+    result = line()
+    result.parameters["task"] = {"kind": "clip", "data": "x/birds.csv"}
+    assert "clip, birds" in plot.figure([result]).get_supxlabel()
 
 
 @pytest.mark.parametrize("width", plot.WIDTHS)
