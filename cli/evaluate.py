@@ -26,6 +26,9 @@ def command(
 ) -> None:
     """Score adapters on their own task's test split, with 95 % intervals over the examples.
 
+    A language model's loss and accuracy are means over texts of the mean over a text's tokens; its perplexity is the
+    exponential of the mean loss over all tokens.
+
     Example:  lora-lab evaluate a.safetensors b.safetensors
     """
     from ..adapter import Adapter
@@ -63,7 +66,7 @@ def _rows(result: Any, more: list[str]) -> list[tuple[object, ...]]:
             row["examples"],
             common.estimate(row["accuracy"], row["accuracy_low"], row["accuracy_high"]),
             common.estimate(row["loss"], row["loss_low"], row["loss_high"]),
-            *(row[name] for name in more),
+            *(common.estimate(row[name], row[f"{name}_low"], row[f"{name}_high"]) for name in more),
         )
         for row in result.rows()
     ]

@@ -60,7 +60,7 @@ def evaluate(
         scores = score(task, adapter, split, device=device)
         rows.append({**_described(adapter, task), "examples": len(scores), **_estimates(scores, seed)})
         if any(not each.classifies for each in found):
-            rows[-1]["perplexity"] = None if task.classifies else float(np.exp(scores.mean_loss))
+            rows[-1] |= _perplexity(scores, None if task.classifies else task.target_counts(split), seed)
         if progress:
             progress(i + 1, len(runs))
     return Result(
@@ -87,6 +87,15 @@ def _estimates(scores: Scores, seed: int) -> dict[str, float]:
         value, low, high = sampled[[i]].estimate(lambda means: means[0])
         cells |= {name: value, f"{name}_low": low, f"{name}_high": high}
     return cells
+
+
+def _perplexity(scores: Scores, counts: npt.NDArray[np.int64] | None, seed: int) -> dict[str, float | None]:
+    """exp of the mean loss over all tokens, so that a long text counts for more than a short one; None without."""
+    if counts is None:
+        return dict.fromkeys(("perplexity", "perplexity_low", "perplexity_high"))
+    sampled = Sampled.of(np.stack([scores.loss * counts, counts.astype(np.float64)]), seed=seed)
+    value, low, high = sampled[[0, 1]].estimate(lambda means: np.exp(means[0] / means[1]))
+    return {"perplexity": value, "perplexity_low": low, "perplexity_high": high}
 
 
 def labels_of(adapters: Sequence[Adapter]) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -182,9 +183,10 @@ class CausalLM(_Language):
         """Mean loss over each example's target tokens, the share of them that is predicted right, the mean margin."""
         return _by_example(logits[:, :-1].float(), batch["labels"][:, 1:])
 
-    def perplexity(self, scores: Scores) -> float:
-        """exp of the mean loss, every example counted alike."""
-        return float(np.exp(scores.mean_loss))
+    def target_counts(self, split: str) -> npt.NDArray[np.int64]:
+        """Tokens of every example that are predicted."""
+        counts: npt.NDArray[np.int64] = (self.split(split).inputs["labels"][:, 1:] != -100).sum(1).numpy()
+        return counts
 
 
 def _by_example(logits: Tensor, targets: Tensor) -> Scores:

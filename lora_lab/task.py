@@ -184,6 +184,10 @@ class Task(ABC):
         children = model.named_children()
         return [name for name, child in children if child is not base and any(True for _ in child.parameters())]
 
+    def target_counts(self, split: str) -> npt.NDArray[np.int64]:
+        """How many predictions the loss of every example of a split is a mean over."""
+        return np.ones(len(self.split(split)), dtype=np.int64)
+
     def targets(self, asked: str | Sequence[str] | None) -> str | Sequence[str]:
         """Where adapters go: the modules asked for, or the task's own."""
         return self.target_modules if asked is None else asked

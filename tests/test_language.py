@@ -143,7 +143,8 @@ def test_the_loss_of_an_example_is_the_models_own_and_padding_changes_nothing(fo
         others = logits.scatter(1, targets[:, None], -torch.inf).amax(1)
         margin = (logits.gather(1, targets[:, None])[:, 0] - others).mean().item()
         assert scores.margin[i] == pytest.approx(margin, abs=1e-5)
-    assert task.perplexity(scores) == pytest.approx(np.exp(scores.loss.mean()))
+    counts = [int((example(split, i, "labels")[1][0, 1:] != -100).sum()) for i in range(len(split))]
+    assert task.target_counts("test").tolist() == counts
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -444,7 +445,12 @@ def test_every_analysis_runs_on_language_models(folder, base, rows, keys):
     assert losses == pytest.approx([before.mean_loss, *ends], abs=1e-6)
     assert ("perplexity" in table.columns) == (not task.classifies)
     if not task.classifies:
-        assert table.columns["perplexity"] == pytest.approx(np.exp(losses))
+        counts = task.target_counts("test")
+        assert len(set(counts)) > 1  # or every text would count alike
+        texts = [score(task, adapter).loss for adapter in (None, *adapters)]
+        expected = [np.exp((loss * counts).sum() / counts.sum()) for loss in texts]
+        assert table.columns["perplexity"] == pytest.approx(expected)
+        assert all(row["perplexity_low"] < row["perplexity"] < row["perplexity_high"] for row in table.rows())
 
 
 def entropy(task, adapter):

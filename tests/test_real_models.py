@@ -262,11 +262,11 @@ def test_smollm2_reads_learns_and_is_interpolated_as_a_language_model(smollm2, t
     rows.append({"prompt": "The capital of Italy is Rome, and the capital of Spain is", "answer": " Madrid"})
     task = small_task(tmp_path, smollm2, {"kind": "causal-lm", "prompt": "prompt", "completion": "answer"}, rows)
     base = score(task, None)
-    assert 1 < task.perplexity(base) < 1000
+    assert 0 < base.mean_loss < np.log(1000)
     texts = [{"text": "The sun rises in the east and sets in the west."}, {"text": "Cats and dogs are animals."}]
     (tmp_path / "texts").mkdir()
     plain = small_task(tmp_path / "texts", smollm2, {"kind": "causal-lm", "text": "text"}, texts)
-    assert 1 < plain.perplexity(score(plain, None)) < 200
+    assert 0 < score(plain, None).mean_loss < np.log(200)
     learns(task, base)
 
 
