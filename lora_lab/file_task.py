@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from lora_lab.errors import FileError, OptionError, TaskError, some, unknown
-from lora_lab.models import DTYPES, check_memory, pretrained
+from lora_lab.models import DTYPES, cached_commit, check_memory, pretrained
 from lora_lab.task import SPLITS, Task
 
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -141,6 +141,14 @@ class FileTask(Task):
         every = {f.name: (getattr(self.settings, f.name), f.default) for f in fields(self.settings)}
         always = {"kind", *(name for name, (_, default) in every.items() if default is MISSING)}
         return {name: value for name, (value, default) in every.items() if name in always or value != default}
+
+    @property
+    def base_digest(self) -> str:
+        """As of any task; of a base from the hub, its commit, too."""
+        if Path(self.base).is_dir():
+            return super().base_digest
+        assert self.config is not None  # loaded, so that the cache has it
+        return f"{self.base}@{cached_commit(self.base, self.settings.revision)}"
 
     def table(self, split: str) -> dict[str, Sequence[Any]]:
         """The columns of a split that the task needs; where the data has no such split, it is drawn from training."""

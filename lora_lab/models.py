@@ -29,6 +29,14 @@ def pretrained(cls: Any, name: str, *, where: str = "the model", **options: Any)
         ) from error
 
 
+def cached_commit(name: str, revision: str | None = None) -> str | None:
+    """The commit of a model from the hub that lies in the cache; None where there is none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
 def check_memory(name: str, dtype: torch.dtype, *, where: str) -> None:
     """TaskError where the weights in a folder, in this dtype, would not fit into the free memory."""
     import psutil

@@ -155,7 +155,7 @@ class Task(ABC):
 
     @property
     def base_digest(self) -> str:
-        """Changes when the base model's files do: of a folder, names, sizes and times; of a hub id, the id."""
+        """Changes when the base model does: of a folder, its files' names, sizes and times; else the name."""
         folder = Path(self.base)
         if not folder.is_dir():
             return self.base

@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 
 import pytest
 import torch
@@ -66,6 +67,38 @@ def test_a_task_file_trains_scores_and_is_remembered_by_the_adapter(folder):
     again = task_of(adapter)
     assert (score(again, adapter).loss == trained.loss).all()
     assert adapter.base_model == built.base
+
+
+def test_a_base_from_the_hub_is_the_commit_that_its_branch_points_to(folder, monkeypatch):
+    cache, commits = folder / "hub", {"main": "0" * 40, "newer": "1" * 40}
+    cached = cache / "models--someone--bert"
+    (cached / "refs").mkdir(parents=True)
+    for branch, commit in commits.items():
+        shutil.copytree(folder / "base", cached / "snapshots" / commit)
+        (cached / "refs" / branch).write_text(commit)
+    newer = AutoModelForSequenceClassification.from_pretrained(folder / "base")
+    newer.classifier.bias.data += 1
+    newer.save_pretrained(cached / "snapshots" / commits["newer"])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+
+    def built(revision):
+        path = write(folder, f'revision = "{revision}"\n')
+        path.write_text(path.read_text().replace('base = "base"', 'base = "someone/bert"'))
+        return tasks.from_name(str(path))
+
+    first, second = built("main"), built("newer")
+    assert (first.base_digest, second.base_digest) == (f"someone/bert@{'0' * 40}", f"someone/bert@{'1' * 40}")
+    assert score(first, None).mean_loss == score(tasks.from_name(str(write(folder, ""))), None).mean_loss
+    assert score(first, None).mean_loss != score(second, None).mean_loss
+    adapter, _ = train(second, Recipe(method="lora", steps=3))
+    again = task_of(adapter)
+    assert (adapter.base_model, again.settings.revision) == ("someone/bert", "newer")
+    assert (score(again, adapter).loss == score(second, adapter).loss).all()
+    known = examples_of(second, "test")
+    (cached / "refs" / "newer").write_text(commits["main"])
+    assert examples_of(built("newer"), "test") != known  # nothing that is kept of the old base is used
+    with pytest.raises(TaskError, match=r"'someone/bert' cannot be loaded .*give a folder"):
+        score(built("gone"), None)
 
 
 def test_tasks_that_share_a_name_are_scored_apart(folder):
