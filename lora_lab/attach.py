@@ -7,13 +7,14 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_lab.adapter import Adapter
-from lora_lab.errors import AdapterError, MismatchError, TunerError, some
+from lora_lab.errors import AdapterError, LoraLabWarning, MismatchError, TunerError, some
 from lora_lab.peft_format import PREFIX, anchored, tuner_of
 from lora_lab.result import fingerprint
 
@@ -149,15 +150,19 @@ def peft_config(adapter: Adapter, *others: Adapter) -> Any:
 _NAMES_LABELS = ("id2label", "label2id", "num_labels", "problem_type", "pad_token_id", "use_cache")
 
 
-def config_hash(model: nn.Module) -> str | None:
-    """A short hash of the base's configuration, without names, versions and labels; None where it has none."""
+def base_config(model: nn.Module) -> dict[str, str] | None:
+    """A short hash of the base's configuration, and the version of transformers that read it; None where it has none.
+
+    Names, versions and labels do not count; defaults do, and these can change from version to version.
+    """
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
         config = config.to_dict()
     if not isinstance(config, dict):
         return None
     kept = {k: v for k, v in config.items() if not k.startswith(("_", "transformers", "torch_dtype", "dtype"))}
-    return fingerprint({k: v for k, v in kept.items() if k not in _NAMES_LABELS})
+    found = fingerprint({k: v for k, v in kept.items() if k not in _NAMES_LABELS})
+    return {"hash": found, "transformers": version("transformers")}
 
 
 def layers(model: nn.Module) -> dict[str, Any]:
@@ -247,14 +252,19 @@ def _changes_base(adapter: Adapter) -> bool:
 
 def _check_fit(model: nn.Module, *adapters: Adapter) -> None:
     known = dict(model.named_modules())
-    found = config_hash(model)
+    found = base_config(model)
     for adapter in adapters:
         trained_on = adapter.record.get("base_config")
-        if trained_on and found and trained_on != found:
-            raise MismatchError(
-                f"{adapter.source}: trained on a base whose configuration has the hash {trained_on}; this one's is "
-                f"{found} ({type(model).__name__}): another model, or another version of it"
+        if isinstance(trained_on, dict) and found and trained_on.get("hash") != found["hash"]:
+            difference = (
+                f"{adapter.source}: trained on a base whose configuration has the hash {trained_on.get('hash')}; this "
+                f"one's is {found['hash']} ({type(model).__name__})"
             )
+            then, now = trained_on.get("transformers"), found["transformers"]
+            if then == now:
+                raise MismatchError(f"{difference}: another model, or another version of it")
+            text = f"{difference}: read by transformers {then} and {now}, or another model"
+            warnings.warn(text, LoraLabWarning, stacklevel=3)
         if adapter.config.get("layer_replication"):
             raise TunerError(
                 f"{adapter.source}: layer_replication builds another model, which cannot be attached to this one"

@@ -348,7 +348,7 @@ def _record(sources: Sources, made: Mapping[str, Any]) -> dict[str, Any]:
     records = [adapter.record for adapter in sources.adapters]
     common = {
         name: records[0][name]
-        for name in ("task", "method")
+        for name in ("task", "method", "base_config")
         if all(name in record and record[name] == records[0].get(name) for record in records)
     }
     return {**common, "merge": dict(made)}

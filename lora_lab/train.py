@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from lora_lab import files, peft_format
 from lora_lab.adapter import Adapter
-from lora_lab.attach import config_hash, layers
+from lora_lab.attach import base_config, layers
 from lora_lab.coto import CoToCallback, DropoutRamp
 from lora_lab.errors import DivergedError, FileError, LoraLabError, OptionError, TunerError, unknown
 from lora_lab.evaluate import examples_of, score
@@ -61,7 +61,7 @@ def train(
     with _isolated_randomness(), _quiet(), contextlib.ExitStack() as stack:
         model = _with_adapter(task, recipe)
         initial = _principal_part(model)
-        record |= {"base_config": config_hash(model)}
+        record |= {"base_config": base_config(model)}
         data = data_of(task)
         callbacks = _callbacks(recipe, record, base)
         log = _Log(progress)

@@ -17,9 +17,11 @@ from transformers import (
 )
 
 from lora_lab import task, tasks
-from lora_lab.errors import FileError, LoraLabError, OptionError, TaskError
+from lora_lab.errors import FileError, LoraLabError, LoraLabWarning, MismatchError, OptionError, TaskError
 from lora_lab.evaluate import evaluate, examples_of, score, task_of
+from lora_lab.merge import merge
 from lora_lab.recipe import Recipe
+from lora_lab.sources import Sources
 from lora_lab.train import train
 
 WORDS = ["good", "fine", "great", "bad", "poor", "awful", "film", "book", "the", "a"]
@@ -132,6 +134,21 @@ def test_another_base_is_another_run(folder):
     before = built.base_digest
     (folder / "base" / "config.json").write_text((folder / "base" / "config.json").read_text() + " ")
     assert built.base_digest != before
+
+
+def test_an_adapter_is_refused_on_a_base_of_another_configuration(folder):
+    built = tasks.from_name(str(folder / "my.toml"))
+    adapter, _ = train(built, Recipe(method="lora", steps=2))
+    path = folder / "base" / "config.json"
+    path.write_text(path.read_text().replace('"num_attention_heads": 2', '"num_attention_heads": 4'))
+    with pytest.raises(MismatchError, match=r"trained on a base whose configuration has the hash .* another model"):
+        score(built, adapter)
+    known = {**adapter.record["base_config"], "transformers": "4.0"}  # its defaults may have been others
+    older = dataclasses.replace(adapter, record={**adapter.record, "base_config": known})
+    with pytest.warns(LoraLabWarning, match=r"read by transformers 4\.0 and .*, or another model"):
+        score(built, older)
+    merged = merge(Sources([adapter, adapter]), "average").adapter
+    assert merged.record["base_config"] == adapter.record["base_config"]
 
 
 @pytest.mark.parametrize(
