@@ -20,7 +20,7 @@ from lora_lab.evaluate import described, examples_of, identity, labels_of
 from lora_lab.game import Cost, Game, Progress, game_of, measured
 from lora_lab.players import players
 from lora_lab.result import Result, columns, fingerprint, finite, grouped
-from lora_lab.stats import Floats, Z, mean_and_spread
+from lora_lab.stats import Floats, Z, mean_and_spread, student
 from lora_lab.task import Task
 
 SHAPIQ = "shapiq:"
@@ -255,7 +255,8 @@ def _rows(adapter: Adapter, label: str, game: Game, found: Estimate, second: Est
         values = found.weights @ game.per_example(found.coalitions)
         if values.shape[1] > 1:
             by_examples = values.std(1, ddof=1) / math.sqrt(values.shape[1])
-    spread = np.sqrt(found.se**2 + by_examples**2)
+    by_draws = student(found.draws) * found.se if found.draws > 1 else found.se
+    half = np.hypot(by_draws, Z * by_examples)
     rows = []
     for i, (name, units) in enumerate(game.players.units.items()):
         place = game.players.places.get(name)
@@ -270,8 +271,8 @@ def _rows(adapter: Adapter, label: str, game: Game, found: Estimate, second: Est
                 "layer": place.layer if place else None,
                 "modules": len(units),
                 "value": found.values[i],
-                "low": found.values[i] - Z * spread[i],
-                "high": found.values[i] + Z * spread[i],
+                "low": found.values[i] - half[i],
+                "high": found.values[i] + half[i],
                 "se": found.se[i],
                 "se_examples": by_examples[i],
                 "second": second.values[i] if second else None,

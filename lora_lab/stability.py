@@ -25,7 +25,7 @@ from lora_lab.evaluate import described, examples_of, identity, labels_of
 from lora_lab.game import Cost, Game, Progress, game_of, measured
 from lora_lab.players import players
 from lora_lab.result import Result, columns, fingerprint, finite, grouped
-from lora_lab.stats import Floats, Sampled, Z, mean_and_spread
+from lora_lab.stats import Floats, Sampled, Z, mean_and_spread, student
 from lora_lab.task import Scores, Task
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -279,7 +279,9 @@ class _Seen:
         for metric in METRICS:
             values = np.stack([_values(s, metric) for s in scores])
             means = values.mean(1)
-            by_sets = 0.0 if exhaustive or len(means) < 2 else float(means.std(ddof=1)) / math.sqrt(len(means))
+            by_sets = 0.0
+            if not exhaustive and len(means) > 1:
+                by_sets = student(len(means)) * float(means.std(ddof=1)) / math.sqrt(len(means))
             row |= _interval(metric, float(means.mean()), by_sets, _by_examples(values.mean(0)))
             row[f"{metric}_spread"] = float(means.std(ddof=1)) if len(means) > 1 else 0.0
             row[f"{metric}_worst"] = float(means.max())
@@ -291,17 +293,18 @@ class _Seen:
         row: dict[str, Any] = {"family": "p", "label": f"{p:g}", "share": p, "sets": self._sampled}
         row["exhaustive"] = self._enumerated
         for metric in METRICS:
-            mean, variance, second = np.zeros(len(self._full)), 0.0, 0.0
+            mean, second = np.zeros(len(self._full)), 0.0
+            sampled: list[tuple[float, int]] = []  # variance of a size's share, and its keep-sets
             worst, worst_set = -math.inf, ""
             for k in weights:
                 by_example, means = self._moments[metric, k]
                 mean = mean + weights[k] * by_example
                 second += weights[k] * float((means**2).mean())
                 if not self._whole(k) and len(means) > 1:
-                    variance += weights[k] ** 2 * float(means.var(ddof=1)) / len(means)
+                    sampled.append((weights[k] ** 2 * float(means.var(ddof=1)) / len(means), len(means)))
                 if means.max() > worst:
                     worst, worst_set = float(means.max()), self._name(self._by_size[k][int(means.argmax())])
-            row |= _interval(metric, float(mean.mean()), math.sqrt(variance), _by_examples(mean))
+            row |= _interval(metric, float(mean.mean()), _by_strata(sampled), _by_examples(mean))
             row[f"{metric}_spread"] = math.sqrt(max(0.0, second - float(mean.mean()) ** 2))
             row[f"{metric}_worst"], row[f"{metric}_worst_set"] = worst, worst_set
         return row
@@ -377,12 +380,21 @@ def _cross_entropy(logits: Floats, labels: Any) -> Floats:
 
 
 def _by_examples(values: Floats) -> float:
-    """Standard error of a mean over examples."""
-    return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    """Half width of the 95 % interval of a mean over examples."""
+    return Z * float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
-def _interval(name: str, value: float, *errors: float) -> dict[str, float]:
-    half = Z * math.hypot(*errors)
+def _by_strata(sampled: Sequence[tuple[float, int]]) -> float:
+    """Half width of the 95 % interval of a sum over strata of (variance, draws) (Satterthwaite 1946)."""
+    variance = sum(each for each, _ in sampled)
+    if not variance:
+        return 0.0
+    freedom = variance**2 / sum(each**2 / (draws - 1) for each, draws in sampled)
+    return student(1 + freedom) * math.sqrt(variance)
+
+
+def _interval(name: str, value: float, *halves: float) -> dict[str, float]:
+    half = math.hypot(*halves)
     low, high = value - half, value + half
     if name != "gap":  # the others cannot be negative
         low, high = max(0.0, low), min(1.0, high) if name == "error" else high

@@ -7,13 +7,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import stdtrit
 
 Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 1000
 LEVEL = 0.95
 Z = 1.959964
-"""Half width of a 95 % interval in standard errors, for means that are about normal."""
+"""Half width of a 95 % interval in standard errors, for means over many examples."""
+
+
+def student(draws: float) -> float:
+    """The same for means over few draws, whose standard errors are no more certain (Student's t, draws − 1)."""
+    return float(stdtrit(draws - 1, (1 + LEVEL) / 2))
 
 
 def resampled_means(values: Floats, *, seed: int, resamples: int = RESAMPLES) -> Floats:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from lora_lab.errors import LoraLabWarning, OptionError
 from lora_lab.estimators import ESTIMATORS, estimate, exact, fit_pairs, interactions, plan
+from lora_lab.stats import student
 
 CASE = json.loads((Path(__file__).parent / "cases/S01_exact_shapley_table/coalitions.json").read_text())
 EXPECTED = json.loads((Path(__file__).parent / "cases/S01_exact_shapley_table/expected.json").read_text())
@@ -349,3 +350,19 @@ def test_more_samples_than_coalitions_are_remarked_on():
 def test_too_many_players_are_not_enumerated():
     with pytest.raises(OptionError, match=r"2\^30 coalitions are too many"):
         exact(lambda coalitions: coalitions.sum(1), 30)
+
+
+@pytest.mark.parametrize("estimator", ["permutation", "antithetic", "stratified", "owen"])
+def test_intervals_of_few_draws_hold_the_values_as_often_as_they_say(estimator):
+    """Or nearly: a single order's contributions are skewed. Intervals of 1.96 standard errors hold far fewer."""
+    n, inside, too_narrow = 8, [], []
+    game, values = saturating(n)
+    per_draw = plan(n, estimator=estimator, samples=1)[0].marginals
+    for seed in range(400):
+        found = estimate(game, n, estimator=estimator, samples=4 * per_draw, seed=seed)
+        assert found.draws == 4
+        error = np.abs(found.values - values)
+        inside.append(error <= student(4) * found.se + 1e-12)
+        too_narrow.append(error <= 1.96 * found.se + 1e-12)
+    assert 0.87 < np.mean(inside) < 0.99
+    assert np.mean(too_narrow) < np.mean(inside) - 0.04

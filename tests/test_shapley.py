@@ -12,6 +12,7 @@ from lora_lab.estimators import all_coalitions
 from lora_lab.game import Game, Outcomes
 from lora_lab.players import players
 from lora_lab.shapley import balance, check, choose, forecast, newest_adapter, shapley, values_of
+from lora_lab.stats import student
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,11 @@ def test_two_estimates_from_the_same_coalitions_are_compared(adapters):
     differences = [abs(row["value"] - row["second"]) for row in found.rows()]
     assert summary["disagreement"]["largest"] == pytest.approx(max(differences))
     assert summary["disagreement"]["estimator"] == "regression"
-    assert all(row["high"] - row["low"] >= 2 * 1.95 * row["se"] for row in found.rows())
+    draws = found.summary["adapters"][0]["draws"]
+    for row in found.rows():
+        half = np.hypot(student(draws) * row["se"], 1.959964 * row["se_examples"])
+        assert row["high"] - row["value"] == pytest.approx(half)
+        assert row["value"] - row["low"] == pytest.approx(half)
     assert summary["engine"]["block_evaluations"] < summary["engine"]["naive_block_evaluations"]
     trace = summary["trace"]
     assert [row["evaluations"] for row in trace] == sorted(row["evaluations"] for row in trace)

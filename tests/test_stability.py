@@ -1,8 +1,10 @@
+import math
 from math import comb
 
 import numpy as np
 import pytest
 from peft import LoHaConfig
+from scipy import stats
 from test_game import TARGETS, random_adapter
 
 from lora_lab.digits import Digits
@@ -10,7 +12,7 @@ from lora_lab.errors import LoraLabWarning, OptionError
 from lora_lab.estimators import all_coalitions
 from lora_lab.game import Game, Outcomes
 from lora_lab.players import players
-from lora_lab.stability import binomial, check, keep_sets, stability
+from lora_lab.stability import _by_strata, binomial, check, keep_sets, stability
 
 
 @pytest.fixture(scope="module")
@@ -180,3 +182,17 @@ def test_binomial_weights():
 def test_options_that_cannot_be_are_refused(adapter, options, text):
     with pytest.raises(OptionError, match=text):
         check([adapter], **{"by": "layer", "samples": 5, "grid": (0.5,), **options})
+
+
+def test_intervals_of_few_keep_sets_are_students(adapter):
+    found = stability([adapter], Digits("relabel"), by="module", samples=3, every=False, examples=40, rescale=False)
+    for row in found.rows(family="k-of-G"):
+        if row["exhaustive"] or row["sets"] == 1:
+            continue
+        assert row["sets"] == 3
+        by_sets = stats.t.ppf(0.975, 2) * row["loss_spread"] / math.sqrt(3)
+        assert row["loss_high"] - row["loss"] > by_sets  # and the examples' share
+    one = _by_strata([(0.04, 3)])
+    assert one == pytest.approx(stats.t.ppf(0.975, 2) * 0.2)
+    assert _by_strata([(0.04, 30), (0.04, 30)]) == pytest.approx(stats.t.ppf(0.975, 58) * math.sqrt(0.08))
+    assert _by_strata([]) == 0
