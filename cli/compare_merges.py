@@ -140,7 +140,9 @@ def show(result: Any) -> None:
 
 def _cells(result: Any, row: dict[str, Any]) -> list[str]:
     if row["sets"] > 1:
-        shown = [f"{row[key]:.3f} ± {row[f'{key}_spread']:.3f}" for key in ("accuracy", "normalised")]
+        shown = [
+            f"{common.number(row[key])} ± {common.number(row[f'{key}_spread'])}" for key in ("accuracy", "normalised")
+        ]
     else:
         found = next(
             r

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lora_lab.adapter import Adapter
-from lora_lab.court import CANNOT, TINY, Clerks, Court, Judged, Mix, Way, correct, loss
+from lora_lab.court import CANNOT, Clerks, Court, Judged, Mix, Way, correct, loss, share
 from lora_lab.distribute import Pool
 from lora_lab.errors import MismatchError, OptionError, some
 from lora_lab.evaluate import described, examples_of, identity, labels_of
@@ -72,7 +72,8 @@ def compare(
     run = run_id(adapters, tasks, split=split, methods=[way.name for way in ways], **settings)
     device = device or (torch.device(pool.device) if pool else resolve_device())
     everyone = Sources(adapters, base=base, tasks=tasks, device=device)
-    court = Court(everyone, split, base=base, journal=Journal(journal, run) if journal else None, progress=progress)
+    log = Journal(journal, fingerprint([run, device.type])) if journal else None
+    court = Court(everyone, split, base=base, journal=log, progress=progress)
     court.total = sum(court.passes(mix, len(ways), grid) for mix in mixes)
     clerks = Clerks(court, pool, run) if pool else None
     if confirm:
@@ -233,19 +234,18 @@ def _measured(
     rows, accuracies, shares = [], [], []
     for index, own, scored in zip(mix.members, alone, scores, strict=False):
         both = Sampled.of(np.stack([correct(scored), correct(own)]), seed=seed)
-        share = [each[0] / np.maximum(each[1], TINY) for each in (both.means, both.samples)]
         accuracies.append((both.means[0], both.samples[0]))
-        shares.append((share[0], share[1]))
-        cells = {"accuracy": (both.means[0], both.samples[0]), "normalised": (share[0], share[1])}
+        shares.append((share(*both.means), share(*both.samples)))
+        cells = {"accuracy": accuracies[-1], "normalised": shares[-1]}
         row: Row = {**head, "task": tasks[index].name, "adapter": names[index], "loss": loss(scored)}
         for key, (mean, samples) in cells.items():
-            low, high = interval(samples)
+            low, high = interval(samples[np.isfinite(samples)])
             row |= {key: float(mean[0]), f"{key}_low": low, f"{key}_high": high}
         rows.append(row)
     whole: Row = {**head, "loss": float(np.mean([row["loss"] for row in rows]))}
     for key, parts in (("accuracy", accuracies), ("normalised", shares)):
         mean, samples = (np.mean([part[k] for part in parts], axis=0) for k in (0, 1))
-        low, high = interval(samples)
+        low, high = interval(samples[np.isfinite(samples)])
         whole |= {key: float(mean[0]), f"{key}_low": low, f"{key}_high": high}
     return rows, whole
 
@@ -290,7 +290,7 @@ def latex(result: Result) -> str:
 def _latex_cells(row: Mapping[str, Any]) -> list[str]:
     several = row["sets"] > 1
     cells = [
-        f"${row[key]:.3f}" + (rf" \pm {row[f'{key}_spread']:.3f}$" if several else "$")
+        "--" if row[key] is None else f"${row[key]:.3f}" + (rf" \pm {row[f'{key}_spread']:.3f}$" if several else "$")
         for key in ("accuracy", "normalised")
     ]
     return [*cells, "--" if row["coefficient"] is None else f"{row['coefficient']:.2g}"]

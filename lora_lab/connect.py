@@ -42,15 +42,16 @@ RATIO_SPACES = ("factors", "delta")
 
 
 BARRIERS: dict[str, Callable[[Floats, Floats], Floats]] = {
-    "frankle": lambda L, t: L.max(0) - (L[0] + L[-1]) / 2,
-    "entezari": lambda L, t: (L - (1 - t)[:, None] * L[0] - t[:, None] * L[-1]).max(0),
-    "max_end": lambda L, t: L.max(0) - np.maximum(L[0], L[-1]),
-    "midpoint": lambda L, t: L[len(t) // 2] if len(t) % 2 else np.full(L.shape[1], np.nan),
+    "frankle": lambda L, t: L - (L[0] + L[-1]) / 2,
+    "entezari": lambda L, t: L - (1 - t)[:, None] * L[0] - t[:, None] * L[-1],
+    "max_end": lambda L, t: L - np.maximum(L[0], L[-1]),
+    "midpoint": lambda L, t: L[[len(t) // 2]] if len(t) % 2 else np.full((1, L.shape[1]), np.nan),
 }
-"""Barriers of a curve: values [points, k] over t [points] → [k].
+"""Barriers of a curve, as profiles whose largest row is the barrier: values [points, k] over t [points] → [rows, k].
 
 frankle: sup L − ½(L(0) + L(1)) (arXiv:1912.05671). entezari: sup [L − linear] (arXiv:2110.06296). max_end: sup L −
-max(L(0), L(1)). midpoint: the value L(½) itself. The supremum is over the grid.
+max(L(0), L(1)). midpoint: the value L(½) itself. The supremum is over the grid, ends included, so that the first three
+are never negative; with noise it is above 0 even where there is no barrier, and the interval tells.
 """
 
 METRICS = ("loss", "error")
@@ -184,10 +185,10 @@ def evaluate(
     With a `pool`, on one such model in each of its workers.
     """
     unique = {point.key: point for point in points}
-    run = run_id(mixer.adapters, task, split=split)
+    device = device or (torch.device(pool.device) if pool else resolve_device())
+    run = fingerprint([run_id(mixer.adapters, task, split=split), device.type])
     log = Journal(journal, run) if journal else None
     scores = {key: unpack(log[key]) for key in unique if log is not None and key in log}
-    device = device or (torch.device(pool.device) if pool else resolve_device())
 
     def keep(batch: Sequence[Point], answer: tuple[list[Scores], str | None]) -> None:
         found, task.dtype = answer
@@ -343,8 +344,9 @@ def _summary(
     barriers = []
     for (pair, space, metric), curve in curves.items():
         for name, barrier in BARRIERS.items():
-            value, low, high = curve.estimate(lambda L, f=barrier: f(L, grid))  # type: ignore[misc]
+            value, low, high = curve.largest(lambda L, f=barrier: f(L, grid))  # type: ignore[misc]
             who = {**_who(adapters, pair), "space": space, "metric": metric}
+            low = low if name == "midpoint" else max(0.0, low)
             barriers.append({**who, "barrier": name, "value": value, "low": low, "high": high})
     summary: dict[str, Any] = {"barriers": barriers}
     if "matched" in spaces:
@@ -366,15 +368,18 @@ def _shrinkage(curves: Curves, pair: tuple[int, int], metric: str, grid: Floats)
     """
     factors, matched = curves[pair, "factors", metric], curves[pair, "matched", metric]
     both = Sampled(np.concatenate([factors.means, matched.means]), np.concatenate([factors.samples, matched.samples]))
-    n, height = len(grid), BARRIERS["entezari"]
-    parts: dict[str, Callable[[Floats], Floats]] = {
-        "barrier": lambda L: height(L[:n], grid),
-        "stays": lambda L: height(L[n:], grid),
-        "removed": lambda L: height(L[:n], grid) - height(L[n:], grid),
-    }
+    n, above_chord = len(grid), BARRIERS["entezari"]
+
+    def of_factors(L: Floats) -> Floats:
+        return above_chord(L[:n], grid)
+
+    def of_matched(L: Floats) -> Floats:
+        return above_chord(L[n:], grid)
+
     cells: dict[str, float] = {}
-    for name, statistic in parts.items():
-        cells[name], cells[f"{name}_low"], cells[f"{name}_high"] = both.estimate(statistic)
+    for name, profiles in (("barrier", [of_factors]), ("stays", [of_matched]), ("removed", [of_factors, of_matched])):
+        value, low, high = both.largest(*profiles)
+        cells |= {name: value, f"{name}_low": low if name == "removed" else max(0.0, low), f"{name}_high": high}
     cells["share"] = cells["removed"] / cells["barrier"] if cells["barrier"] > 0 else math.nan
     return cells
 

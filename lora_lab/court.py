@@ -30,9 +30,6 @@ from lora_lab.task import Scores
 CANNOT = (MismatchError, TaskError, TunerError, OptionError)
 """What a method raises that cannot merge a set."""
 
-TINY = 1e-12
-"""Below any accuracy, so that shares of it can be taken."""
-
 Base = Callable[[], nn.Module]
 Judged = list[list[Scores]]
 """For each place where a mix is judged, scores: of one merge, or of all adapters alone that share the place."""
@@ -247,20 +244,27 @@ def _curve(tried: Mapping[float, Judged], alone: Judged) -> dict[str, Any]:
     return {
         "coefficient": coefficients,
         "accuracy": accuracies.mean(1).tolist(),
-        "normalised": (accuracies / np.maximum(own, TINY)).mean(1).tolist(),
+        "normalised": share(accuracies, own).mean(1).tolist(),
         "loss": [float(np.mean([loss(scores) for scores in group])) for group in groups],
     }
 
 
 def _best(curve: Mapping[str, Any]) -> float:
-    """The coefficient of the highest mean normalised accuracy, then of the lowest mean loss."""
+    """The coefficient of the highest mean normalised accuracy (of accuracy, where that is none), then of least loss."""
+    judged = curve["normalised"] if np.isfinite(curve["normalised"]).all() else curve["accuracy"]
 
     def rank(i: int) -> tuple[float, float]:
         loss = curve["loss"][i]
-        return round(curve["normalised"][i], 12), -loss if math.isfinite(loss) else -math.inf
+        return round(judged[i], 12), -loss if math.isfinite(loss) else -math.inf
 
     best: float = curve["coefficient"][max(range(len(curve["coefficient"])), key=rank)]
     return best
+
+
+def share(accuracy: Floats, own: Floats) -> Floats:
+    """Accuracy as a share of the adapter's own; NaN where that is 0."""
+    found: Floats = np.divide(accuracy, own, out=np.full(np.broadcast(accuracy, own).shape, np.nan), where=own > 0)
+    return found
 
 
 def correct(scores: Sequence[Scores]) -> Floats:

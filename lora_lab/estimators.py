@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_lab.errors import LoraLabWarning, OptionError, unknown
-from lora_lab.stats import Floats
+from lora_lab.stats import Floats, Z, student
 
 Bools = npt.NDArray[np.bool_]
 Game = Callable[[Bools], Floats]
@@ -171,7 +171,7 @@ def estimate(
     if estimator not in ("exact", *ESTIMATORS):
         raise unknown("estimator", estimator, ["exact", *ESTIMATORS])
     check(n, samples=samples, estimator=estimator, until_se=until_se, budget=budget)
-    if estimator == "exact":
+    if estimator == "exact" or n == 1:  # of one player, any order is all of them
         return exact(game, n)
     if n <= EXACT_LIMIT and samples > 2**n:
         warnings.warn(
@@ -192,7 +192,7 @@ def estimate(
         values, se = _values(estimator, drawn[:upto], worths)
         asked = len({row.tobytes() for draw in drawn[:upto] for row in draw.coalitions})
         trace.append({"draws": upto, "evaluations": asked, "values": values.tolist(), "se": se.tolist()})
-    found = _fitted(drawn, worths) if estimator == "regression" and n > 1 else _averaged(estimator, drawn, worths)
+    found = _fitted(drawn, worths) if estimator == "regression" else _averaged(estimator, drawn, worths)
     if found is None:
         more = "--samples" if budget is None else "--budget"
         raise OptionError(f"{len(drawn) - 1} pairs of coalitions are too few for a fit to {n} players; more {more}")
@@ -455,7 +455,7 @@ def _fitted(draws: list[Draw], worths: dict[bytes, float]) -> Estimate | None:
 def _values(estimator: str, draws: list[Draw], worths: dict[bytes, float]) -> tuple[Floats, Floats]:
     """Values and standard errors after these draws; NaN where they are too few."""
     n = draws[0].coalitions.shape[1]
-    if estimator == "regression" and n > 1:
+    if estimator == "regression":
         found = _fitted(draws, worths)
         return (found.values, found.se) if found else (np.full(n, np.nan), np.full(n, np.nan))
     try:
@@ -465,8 +465,10 @@ def _values(estimator: str, draws: list[Draw], worths: dict[bytes, float]) -> tu
 
 
 def _reached(estimator: str, draws: list[Draw], worths: dict[bytes, float], target: float) -> bool:
-    se = _values(estimator, draws, worths)[1]
-    return bool(np.isfinite(se).all() and se.max() <= target)
+    """Whether all standard errors are small enough, with what few draws leave uncertain of them."""
+    values = _values(estimator, draws, worths)[1]
+    few = student(len(draws)) / Z if len(draws) > 1 else math.inf
+    return bool(np.isfinite(values).all() and values.max() * few <= target)
 
 
 def _mean_and_se(each: Floats) -> tuple[Floats, Floats]:

@@ -52,10 +52,8 @@ class Mixer:
             return self._mix_tensors(weights)
         used = [i for i, weight in enumerate(weights) if weight]
         chosen = [weights[i] for i in used]
-        source = SPACES[space]
-        updates = {
-            name: source([self._updates(space)[i][name] for i in used], chosen) for name in self.adapters[0].sites
-        }
+        source, given = SPACES[space], self._updates(space, used)
+        updates = {name: source([each[name] for each in given], chosen) for name in self.adapters[0].sites}
         mixed = self.adapters[0].with_updates(updates, source=f"{space} {self._label(weights)}")
         return replace(mixed, tensors={**mixed.tensors, **self._mix_others(weights)})
 
@@ -69,19 +67,32 @@ class Mixer:
         elif space == "matched":
             squares = (self._inner.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() @ w).square()
         else:
-            A, B = self._grams(space)
+            used = [i for i, weight in enumerate(weights) if weight]
+            A, B = self._grams(space, used)
+            w = w[used]
             A, B = torch.einsum("i,j,mijrs->mrs", w, w, A), torch.einsum("i,j,mijrs->mrs", w, w, B)
             squares = torch.einsum("mrs,mrs->m", A, B)
         return math.sqrt(max(0.0, float(squares.sum())))
 
-    def _updates(self, space: str) -> list[dict[str, LowRank]]:
-        return self._aligned if space == "aligned" else [adapter.updates for adapter in self.adapters]
+    def _updates(self, space: str, used: Sequence[int]) -> list[dict[str, LowRank]]:
+        """The updates of these adapters; aligned, all are rotated onto the first of them."""
+        if space != "aligned":
+            return [self.adapters[i].updates for i in used]
+        return [self._aligned(used[0], i) for i in used]
+
+    def _aligned(self, first: int, index: int) -> dict[str, LowRank]:
+        """An adapter's balanced factors, rotated onto those of another."""
+        if (first, index) not in self._rotated:
+            own = {name: update.balanced() for name, update in self.adapters[index].updates.items()}
+            if index != first:
+                onto = self._aligned(first, first)
+                own = {name: update.rotated_to(onto[name]) for name, update in own.items()}
+            self._rotated[first, index] = own
+        return self._rotated[first, index]
 
     @cached_property
-    def _aligned(self) -> list[dict[str, LowRank]]:
-        balanced = [{name: update.balanced() for name, update in a.updates.items()} for a in self.adapters]
-        first = balanced[0]
-        return [first, *({name: u.rotated_to(first[name]) for name, u in each.items()} for each in balanced[1:])]
+    def _rotated(self) -> dict[tuple[int, int], dict[str, LowRank]]:
+        return {}
 
     @cached_property
     def _inner(self) -> Tensor:
@@ -91,13 +102,14 @@ class Mixer:
         return torch.tensor(values, dtype=torch.float64)
 
     @cached_property
-    def _gram_cache(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def _gram_cache(self) -> dict[tuple[str, tuple[int, ...]], tuple[Tensor, Tensor]]:
         return {}
 
-    def _grams(self, space: str) -> tuple[Tensor, Tensor]:
-        """A_i A_jᵀ and B_iᵀ B_j by module, [modules, adapters, adapters, rank, rank], zero-padded to one rank."""
-        if space not in self._gram_cache:
-            updates = self._updates(space)
+    def _grams(self, space: str, used: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """A_i A_jᵀ and B_iᵀ B_j by module, [modules, used, used, rank, rank], zero-padded to one rank."""
+        key = (space, tuple(used))
+        if key not in self._gram_cache:
+            updates = self._updates(space, used)
             rank = max(u.rank for u in updates[0].values())
             shape = (len(self.adapters[0].sites), len(updates), len(updates), rank, rank)
             A, B = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
@@ -106,8 +118,8 @@ class Mixer:
                     a, b = updates[i][name], updates[j][name]
                     A[m, i, j, : a.rank, : b.rank] = a.A.double() @ b.A.double().T
                     B[m, i, j, : a.rank, : b.rank] = a.B.double().T @ b.B.double()
-            self._gram_cache[space] = A, B
-        return self._gram_cache[space]
+            self._gram_cache[key] = A, B
+        return self._gram_cache[key]
 
     def _check_others(self) -> None:
         """Heads and other whole tensors are averaged in every space, so all adapters must have the same."""

@@ -134,7 +134,7 @@ def _draw_norms(ax: Axes, norms: Mapping[str, Mapping[str, tuple[Floats, Floats,
                 style = {**SPACES[space], "linestyle": plot_style.CYCLE[i]["linestyle"], "label": f"{group} {space}"}
                 _line(ax, (t, value / ends, low / ends, high / ends), **style)
     ax.axhline(1, color=SPACES["matched"]["color"], linestyle="--", linewidth=1)
-    ax.set_ylim(0, 1.08)
+    ax.set_ylim(0, max(1.08, 1.05 * ax.dataLim.ymax))
     ax.set_ylabel("‖ΔW(t)‖, ends = 1")
     ax.set_title("norm" + (f" ({', '.join(_dashes(norms))})" if len(norms) > 1 else ""))
 
@@ -183,11 +183,7 @@ def _caption(results: Sequence[Result], between: str) -> str:
         for indices in _pairs(result):
             name = plot_style.method_name(result.rows(ratio=None, indices=list(indices))[0]["method"])
             pairs[name] = pairs.get(name, 0) + 1
-    kinds = {
-        name: "±1 s.d. over pairs" if count > 1 else "95 % interval over examples" for name, count in pairs.items()
-    }
-    same = len(set(kinds.values())) == 1
-    band = next(iter(kinds.values())) if same else ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+    band = plot_style.bands(pairs, "95 % interval over examples", "±1 s.d. over pairs")
     task = plot_style.task_name(parameters["task"])
     return f"{task}, {parameters['split']} split, n = {n}{between}bands: {band}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from lora_lab import plot_style
 from lora_lab.errors import OptionError
 from lora_lab.result import Result, grouped
 
-Row = dict[str, Any]
+Row = Mapping[str, Any]
 
 _ALONE = "alone"
 _CURVES = ("task-arithmetic", "factor-average", "ties", "tsv")
@@ -138,7 +138,7 @@ def _coefficient_curve(ax: Axes, results: Sequence[Result], name: str) -> None:
             for coefficient, accuracy in zip(curve["coefficient"], curve["accuracy"], strict=True):
                 points.setdefault(coefficient, []).append(accuracy)
         coefficients = sorted(points)
-        _curve(ax, np.array(coefficients), [points[c] for c in coefficients], label, i)
+        _curve(ax, np.array(coefficients), [_spread(points[c]) for c in coefficients], label, i)
     ax.set_xscale("log")
     ticks = [
         tick for tick in (0.1, 0.3, 1, 3, 10) if tick <= 1.05 * max((c["coefficient"][-1] for c in curves), default=10)
@@ -161,7 +161,7 @@ def _ratio_curve(ax: Axes, results: Sequence[Result], name: str) -> None:
         values = []
         for ratio in shown:
             merged = [row for row in own if row["ratio"] == ratio and row["merge"] == name]
-            values.append([row["accuracy"] for row in merged or own if row["ratio"] == ratio])
+            values.append(_band([row for row in merged or own if row["ratio"] == ratio], "accuracy"))
         _curve(ax, np.array([ratios.index(r) for r in shown], dtype=float), values, label, i)
     ax.set_xticks(range(len(ratios)), [str(ratio) for ratio in ratios])
     ax.set_title(name)
@@ -169,21 +169,27 @@ def _ratio_curve(ax: Axes, results: Sequence[Result], name: str) -> None:
     ax.set_ylabel("accuracy")
 
 
-def _curve(ax: Axes, x: Any, values: Sequence[Sequence[float]], label: str, place: int) -> None:
-    """Mean and standard deviation over sets at every x."""
-    mean = np.array([np.mean(each) for each in values])
-    spread = np.array([np.std(each, ddof=1) if len(each) > 1 else 0.0 for each in values])
+def _curve(ax: Axes, x: Any, values: Sequence[tuple[float, float, float]], label: str, place: int) -> None:
+    """Value, low and high at every x."""
+    value, low, high = np.array(values, dtype=np.float64).T
     style = plot_style.look(label, place)
-    ax.fill_between(x, mean - spread, mean + spread, color=style["color"], alpha=0.14, linewidth=0)
-    ax.plot(x, mean, label=label, **style)
+    ax.fill_between(x, low, high, color=style["color"], alpha=0.14, linewidth=0)
+    ax.plot(x, value, label=label, **style)
 
 
 def _band(rows: Sequence[Row], key: str) -> tuple[float, float, float]:
-    """Mean and spread over sets, or the interval of one."""
+    """Mean and spread over sets, or the interval of one; NaN where there is no number."""
     if len(rows) == 1:
-        return rows[0][key], rows[0][f"{key}_low"], rows[0][f"{key}_high"]
-    values = np.array([row[key] for row in rows])
-    return values.mean(), values.mean() - values.std(ddof=1), values.mean() + values.std(ddof=1)
+        value, low, high = np.array([rows[0][name] for name in (key, f"{key}_low", f"{key}_high")], dtype=np.float64)
+        return float(value), float(low), float(high)
+    return _spread([row[key] for row in rows])
+
+
+def _spread(values: Sequence[float | None]) -> tuple[float, float, float]:
+    """Mean, and one standard deviation to both sides (none of a single value)."""
+    known = np.array(values, dtype=np.float64)
+    spread = float(known.std(ddof=1)) if len(known) > 1 else 0.0
+    return float(known.mean()), float(known.mean()) - spread, float(known.mean()) + spread
 
 
 def _merged(result: Result) -> list[str]:
@@ -208,7 +214,8 @@ def _caption(results: Sequence[Result], how: str | None = None) -> str:
     first = results[0]
     several = any(row["sets"] > 1 for result in results for row in result.summary["by_method"])
     over = "combinations of seeds" if _one_task(results) else "seeds"
-    band = f"±1 s.d. over {over}" if several else "95 % interval"
+    one = "95 % interval" if how else "one set of adapters"  # validation curves carry no interval
+    band = f"±1 s.d. over {over}" if several else one
     names, n = first.parameters["task_names"], first.provenance.get("examples")
     where = names[0] if len(names) == 1 else f"{len(names)} tasks ({', '.join(names)})"
     split = f"{first.parameters['split']} split, n = {n}, {how}" if how else "validation split"

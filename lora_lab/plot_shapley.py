@@ -212,8 +212,8 @@ def _unit(results: Sequence[Result]) -> str:
 
 
 def _caption(results: Sequence[Result], groups: Mapping[str, Sequence[Any]]) -> str:
-    several = any(len(rows) > 1 for rows in groups.values())
-    kind = "±1 s.d. over seeds" if several else "95 % interval"
+    counts = {name: len(rows) for name, rows in groups.items()}
+    kind = plot_style.bands(counts, "95 % interval", "±1 s.d. over seeds")
     first = results[0]
     task = plot_style.task_name(first.parameters["task"])
     players = first.parameters["players"]

@@ -94,8 +94,8 @@ def _groups(results: Sequence[Result], *, rescaled: bool) -> dict[str, list[list
 
 def _caption(results: Sequence[Result]) -> str:
     first = results[0]
-    several = any(len(rows) > 1 for rows in _groups(results, rescaled=False).values())
-    band = "±1 s.d. over seeds" if several else "95 % interval (keep-sets and examples)"
+    counts = {name: len(rows) for name, rows in _groups(results, rescaled=False).items()}
+    band = plot_style.bands(counts, "95 % interval (keep-sets and examples)", "±1 s.d. over seeds")
     players = first.parameters["players"]
     what = players if isinstance(players, str) else "group"
     task = plot_style.task_name(first.parameters["task"])

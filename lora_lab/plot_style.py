@@ -101,6 +101,14 @@ def grouped(adapters: Sequence[list[dict[str, Any]]]) -> dict[str, list[list[dic
     return found
 
 
+def bands(counts: Mapping[str, int], one: str, several: str) -> str:
+    """What bands are, by the number of adapters behind each group: of one and of several, all alike or by name."""
+    kinds = {name: several if count > 1 else one for name, count in counts.items()}
+    if len(set(kinds.values())) == 1:
+        return next(iter(kinds.values()))
+    return ", ".join(f"{name} {kind}" for name, kind in kinds.items())
+
+
 def look(label: str, place: int) -> dict[str, Any]:
     """Colour, marker and dashes of a group: a method's own everywhere, else by its place."""
     names = list(METHODS.values())

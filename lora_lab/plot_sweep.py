@@ -154,11 +154,11 @@ def _need(results: Sequence[Result], kind: str) -> None:
 
 def _caption(results: Sequence[Result]) -> str:
     first = results[0]
-    several = any(
-        len(rows) > 1
+    counts = {
+        name: len(rows)
         for kind in _kinds(results)
-        for rows in plot_style.grouped(by_adapter(results, kind=kind)).values()
-    )
-    band = "±1 s.d. over seeds" if several else "95 % interval"
+        for name, rows in plot_style.grouped(by_adapter(results, kind=kind)).items()
+    }
+    band = plot_style.bands(counts, "95 % interval", "±1 s.d. over seeds")
     task, n = plot_style.task_name(first.parameters["task"]), first.provenance.get("examples")
     return f"{task}, {first.parameters['split']} split, n = {n}; bands and bars: {band}"

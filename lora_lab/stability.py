@@ -302,7 +302,7 @@ class _Seen:
                 second += weights[k] * float((means**2).mean())
                 if not self._whole(k) and len(means) > 1:
                     sampled.append((weights[k] ** 2 * float(means.var(ddof=1)) / len(means), len(means)))
-                if means.max() > worst:
+                if weights[k] > 0 and means.max() > worst:
                     worst, worst_set = float(means.max()), self._name(self._by_size[k][int(means.argmax())])
             row |= _interval(metric, float(mean.mean()), _by_strata(sampled), _by_examples(mean))
             row[f"{metric}_spread"] = math.sqrt(max(0.0, second - float(mean.mean()) ** 2))
@@ -321,7 +321,7 @@ class _Seen:
         """max over the family of the rise above the whole adapter; of a sample, a lower bound of the family's."""
         values = np.stack([_values(self._full, metric), *(_values(s, metric) for s in scores)])
         sampled = Sampled.of(values, seed=self._seed)
-        value, low, high = sampled.estimate(lambda L: (L[1:] - L[0]).max(0))
+        value, low, high = sampled.largest(lambda L: L[1:] - L[0])
         worst = int((sampled.means[1:] - sampled.means[0]).argmax())
         return {
             "family": family,

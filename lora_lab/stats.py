@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -38,7 +39,9 @@ def resampled_means(values: Floats, *, seed: int, resamples: int = RESAMPLES) ->
 
 
 def interval(samples: Floats, level: float = LEVEL) -> tuple[float, float]:
-    """The percentile interval of bootstrap samples."""
+    """The percentile interval of bootstrap samples; NaN of none."""
+    if not len(samples):
+        return math.nan, math.nan
     low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -63,6 +66,25 @@ class Sampled:
     def estimate(self, statistic: Callable[[Floats], Floats]) -> tuple[float, float, float]:
         """A statistic of the points, [points, k] → [k]: its value, and the ends of its percentile interval."""
         return float(statistic(self.means)[0]), *interval(statistic(self.samples))
+
+    def largest(self, *profiles: Callable[[Floats], Floats]) -> tuple[float, float, float]:
+        """The largest row of a profile of the points, [points, k] → [rows, k]; less that of a second one, if given.
+
+        The largest of several noisy values lies above the largest true one, and that of resampled ones higher still,
+        so that their percentiles would miss it. The interval is that of errors common to all rows: the true maximum
+        is at least the found one less the 97.5 % quantile of the largest resampled error, and likewise above. It
+        holds the truth at least as often as it says. Of a profile of one row, it is the percentile interval.
+        """
+        found = [(profile(self.means), profile(self.samples)) for profile in profiles]
+        if len(found) == 1 and len(found[0][0]) == 1:
+            return float(found[0][0][0, 0]), *interval(found[0][1][0])
+        value, over, under = 0.0, 0.0, 0.0
+        for sign, (means, samples) in zip((1, -1), found, strict=False):
+            above, below = (samples - means).max(0), (means - samples).max(0)
+            value += sign * float(means.max())
+            over, under = (over + above, under + below) if sign > 0 else (over + below, under + above)
+        tail = (1 + LEVEL) / 2
+        return value, value - float(np.quantile(over, tail)), value + float(np.quantile(under, tail))
 
 
 def mean_and_spread(values: Floats) -> tuple[float, float]:

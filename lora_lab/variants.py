@@ -348,6 +348,8 @@ def _blocks(model: nn.Module, adapted: Sequence[str]) -> dict[str, nn.Module]:
     blocks: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if name in lists and isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1:
+            if any(isinstance(child, nn.ModuleList | nn.ModuleDict) for child in module):
+                continue  # these are never called as a whole
             blocks |= {f"{name}.{key}": child for key, child in module.named_children()}
     return blocks
 

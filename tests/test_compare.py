@@ -7,7 +7,8 @@ from adapters import random_adapter
 from peft import LoraConfig
 
 from lora_lab import compare
-from lora_lab.compare import ALONE, ENSEMBLE, latex, mixes_of, ways_of
+from lora_lab.compare import ALONE, ENSEMBLE, _measured, latex, mixes_of, ways_of
+from lora_lab.court import Mix, _best, share
 from lora_lab.digits import Digits
 from lora_lab.errors import MismatchError, OptionError
 from lora_lab.evaluate import score
@@ -293,3 +294,21 @@ def test_too_few_adapters_and_impossible_ratios_are_refused(sets):
 def test_a_result_survives_the_file(result, tmp_path):
     result.save(tmp_path / "compare.json")
     assert type(result).load(tmp_path / "compare.json").columns == result.columns
+
+
+def test_an_adapter_that_is_never_right_has_no_share_of_its_accuracy():
+    assert np.isnan(share(np.array([0.2, 0.0]), np.array([0.0, 0.0]))).all()
+    assert share(np.array([[0.2, 0.1]]), np.array([0.4, 0.1])).tolist() == [[0.5, 1.0]]
+    tried = {"coefficient": [0.5, 1.0], "accuracy": [0.1, 0.3], "normalised": [np.nan, np.nan], "loss": [1.0, 2.0]}
+    assert _best(tried) == 1.0
+    wrong = Scores(np.ones(40), np.zeros(40, bool), np.zeros(40))
+    right = Scores(np.ones(40), np.arange(40) % 2 == 0, np.zeros(40))
+    mix = Mix("x", "lora", 0, (0,), (1.0,))
+    (row,), whole = _measured(mix, "ties", [[right]], [[wrong]], ["a"], [Few("mod3")], 0)
+    for cells in (row, whole):
+        assert cells["accuracy"] == 0.5
+        assert cells["accuracy_low"] < 0.5 < cells["accuracy_high"]
+        assert all(np.isnan(cells[f"normalised{end}"]) for end in ("", "_low", "_high"))
+    rarely = Scores(np.ones(40), np.arange(40) == 0, np.zeros(40))  # many resamples miss the one right answer
+    (row,), _ = _measured(mix, "ties", [[rarely]], [[rarely]], ["a"], [Few("mod3")], 0)
+    assert (row["normalised_low"], row["normalised"], row["normalised_high"]) == (1.0, 1.0, 1.0)

@@ -8,6 +8,7 @@ import torch
 from adapters import random_adapter as from_noise
 from peft import HiraConfig, LoraConfig
 
+from lora_lab import connect
 from lora_lab.adapter import Adapter
 from lora_lab.connect import BARRIERS, Point, evaluate, interpolate, parse_ratios, run_id
 from lora_lab.digits import Digits
@@ -15,6 +16,7 @@ from lora_lab.errors import MismatchError, OptionError, TunerError
 from lora_lab.evaluate import pack, score, unpack
 from lora_lab.lowrank import LowRank
 from lora_lab.mix import SPACES, Mixer
+from lora_lab.stats import Sampled
 from lora_lab.task import Scores
 
 CASES = Path(__file__).parent / "cases"
@@ -164,15 +166,85 @@ def test_factors_bring_the_matched_curve_and_norms_along(result):
 def test_barriers_follow_their_definitions():
     t = np.array([0.0, 0.25, 0.5, 0.75, 1.0])
     L = np.array([1.0, 1.5, 4.0, 3.0, 2.0])[:, None]
-    assert BARRIERS["frankle"](L, t)[0] == 4 - 1.5
-    assert BARRIERS["entezari"](L, t)[0] == 4 - 1.5
-    assert BARRIERS["max_end"](L, t)[0] == 4 - 2
-    assert BARRIERS["midpoint"](L, t)[0] == 4
+    assert height("frankle", L, t) == 4 - 1.5
+    assert height("entezari", L, t) == 4 - 1.5
+    assert height("max_end", L, t) == 4 - 2
+    assert height("midpoint", L, t) == 4
     tilted = np.array([0.0, 3.0, 3.5, 3.8, 4.0])[:, None]
-    assert BARRIERS["frankle"](tilted, t)[0] == 2
-    assert BARRIERS["entezari"](tilted, t)[0] == 2
-    assert BARRIERS["max_end"](tilted, t)[0] == 0
-    assert np.isnan(BARRIERS["midpoint"](L[:4], t[:4])[0])
+    assert height("frankle", tilted, t) == 2
+    assert height("entezari", tilted, t) == 2
+    assert height("max_end", tilted, t) == 0
+    assert np.isnan(height("midpoint", L[:4], t[:4]))
+
+
+def height(name, L, t):
+    return Sampled(L, L).largest(lambda each: BARRIERS[name](each, t))[0]
+
+
+GRID = np.linspace(0, 1, 11)
+
+
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [
+        (np.full(11, 0.1), False),
+        (0.1 + 0.04 * GRID, False),
+        (0.1 + 1.6 * GRID * (1 - GRID), True),
+        (0.1 + 0.3 * np.minimum(1, 5 * np.minimum(GRID, 1 - GRID)), True),
+    ],
+    ids=["flat", "chord", "bump", "plateau"],
+)
+def test_intervals_of_barriers_hold_the_true_one_and_find_none_where_there_is_none(error, found):
+    """Percentiles of a resampled maximum would claim a barrier on a flat line in two runs of three."""
+    generator = np.random.default_rng(0)
+
+    def profile(L):
+        return BARRIERS["entezari"](L, GRID)
+
+    truth, inside, claimed = profile(error[:, None]).max(), [], []
+    for seed in range(60):
+        common, own = generator.random(500) < error[:, None], generator.random((11, 500)) < error[:, None]
+        wrong = np.where(generator.random((11, 500)) < 0.15, own, common)  # most examples agree along the line
+        _, low, high = Sampled.of(wrong.astype(float), seed=seed, resamples=300).largest(profile)
+        inside.append(low <= truth + 1e-12 and truth <= high + 1e-12)
+        claimed.append(low > 0)
+    assert np.mean(inside) > 0.9
+    assert np.mean(claimed) == 1 if found else np.mean(claimed) < 0.1
+
+
+def test_the_interval_of_a_difference_of_two_maxima_holds_the_true_one():
+    generator = np.random.default_rng(0)
+    lines = np.concatenate([0.1 + 1.2 * GRID * (1 - GRID), 0.1 + 0.2 * GRID * (1 - GRID)])
+    inside = []
+    for seed in range(60):
+        wrong = (generator.random(500) < lines[:, None]).astype(float)
+        value, low, high = Sampled.of(wrong, seed=seed, resamples=300).largest(
+            lambda L: BARRIERS["entezari"](L[:11], GRID), lambda L: BARRIERS["entezari"](L[11:], GRID)
+        )
+        inside.append(low <= (1.2 - 0.2) / 4 <= high)
+        assert low < value < high
+    assert np.mean(inside) > 0.9
+
+
+def test_the_aligned_line_of_a_pair_does_not_hang_on_other_adapters(adapters):
+    three, two = Mixer(adapters), Mixer(adapters[1:])
+    among, alone = three.mix([0.0, 0.3, 0.7], "aligned"), two.mix([0.3, 0.7], "aligned")
+    for name in alone.sites:
+        torch.testing.assert_close(among.updates[name].delta(), alone.updates[name].delta())
+    assert three.norm([0.0, 0.3, 0.7], "aligned") == pytest.approx(two.norm([0.3, 0.7], "aligned"))
+    assert two.norm([0.3, 0.7], "aligned") == pytest.approx(alone.total_norm, rel=1e-5)
+    mixed = three.mix([0.2, 0.3, 0.5], "aligned")
+    assert three.norm([0.2, 0.3, 0.5], "aligned") == pytest.approx(mixed.total_norm, rel=1e-5)
+
+
+def test_a_journal_of_another_device_is_not_taken_over(adapters, tmp_path, monkeypatch):
+    task, journal = Digits("relabel"), tmp_path / "journal"
+    options = {"points": 3, "spaces": ("delta",), "journal": journal}
+    interpolate(adapters[:2], task, **options, device=torch.device("cpu"))
+    monkeypatch.setattr(connect, "_walker", lambda *given: pytest.fail("computed afresh"))
+    interpolate(adapters[:2], task, **options, device=torch.device("cpu"))
+    with pytest.raises(pytest.fail.Exception, match="afresh"):
+        interpolate(adapters[:2], task, **options, device=torch.device("meta"))
 
 
 def test_shrinkage_splits_the_barrier_into_what_goes_and_what_stays(result):

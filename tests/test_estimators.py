@@ -222,7 +222,7 @@ def test_it_stops_at_the_standard_error_asked_for(name):
     samples = 600 if name == "antithetic" else 80  # as many as leave pairs unseen
     whole = estimate(game, 10, estimator=name, samples=samples, seed=0)
     early = estimate(game, 10, estimator=name, samples=samples, seed=0, until_se=4 * whole.se.max())
-    assert early.se.max() <= 4 * whole.se.max()
+    assert early.se.max() * student(early.draws) / 1.959964 <= 4 * whole.se.max()  # as few draws leave it uncertain
     assert early.draws < 0.7 * whole.draws
 
 
@@ -321,6 +321,7 @@ def test_one_player_has_everything():
     for name in ("exact", *ESTIMATORS):
         found = estimate(lambda coalitions: coalitions[:, 0] * 3.0 + 1, 1, estimator=name, samples=1)
         assert found.values == pytest.approx([3.0])
+        assert found.se.tolist() == [0.0]
 
 
 @pytest.mark.parametrize(

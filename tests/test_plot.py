@@ -140,6 +140,14 @@ def test_a_mixed_figure_says_whose_bands_are_what():
     assert caption.endswith("bands: LoRA ±1 s.d. over pairs, CoTo 95 % interval over examples")
 
 
+def test_norms_above_those_of_the_ends_are_on_the_axes():
+    result = line()
+    rows = [{**row, "norm": row["norm"] * (6 if row["t"] == 0.5 else 1)} for row in result.rows()]
+    figure = plot.figure([Result("interpolate", columns(rows), result.parameters, result.summary, result.provenance)])
+    norms = figure.axes[-1]
+    assert max(max(drawn.get_ydata()) for drawn in norms.lines) < norms.get_ylim()[1]
+
+
 def test_a_line_without_norms_has_no_norm_panel():
     bare = line("coto", spaces=("factors",))
     rows = [{**row, "norm": None} for row in bare.rows()]
@@ -389,6 +397,15 @@ def test_stability_curves_show_mean_band_and_worst():
     assert [ax.get_title() for ax in alone.axes] == ["each player left out", "each player alone"]
 
 
+def test_captions_say_whose_band_is_which():
+    one, several = "95 % interval", "±1 s.d. over seeds"
+    labels = ("lora-s0", "coto-s0", "coto-s1")
+    for result in (shapley_result(labels, "layer"), stability_result(labels), sweep_result(labels)):
+        caption = plot.figure([result], kind="shapley:bars" if result.kind == "shapley" else None).get_supxlabel()
+        assert f"LoRA {one}" in caption
+        assert f"CoTo {several}" in caption
+
+
 def sweep_result(labels=("lora-s0", "coto-s0")):
     rows = []
     for a, label in enumerate(labels):
@@ -451,6 +468,9 @@ def test_seeds_of_one_task_are_drawn_over_their_ratios():
     figure = plot.figure([merges(ratios=("0:1", "1:1"))])
     assert [ax.get_title() for ax in figure.axes] == ["average", "ties"]
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["0:1", "1:1"]
+    ax = plot.figure([merges(("lora",), seeds=1, ratios=("0:1", "1:1"))], kind="compare-merges:ratios").axes[0]
+    (band,) = ax.collections
+    assert sorted(set(band.get_paths()[0].vertices[:, 1])) == pytest.approx([0.68, 0.73])  # the interval of the one set
     with pytest.raises(OptionError, match="over their ratios"):
         plot.figure([merges(ratios=("0:1", "1:1"))], kind="compare-merges:bars")
     with pytest.raises(OptionError, match="ratios are for seeds of one"):

@@ -265,6 +265,22 @@ def test_one_shared_block_called_three_times_is_no_list_and_that_is_said(tmp_pat
     assert_shared_is_plain(attached, [on, off], [tokens(3)])
 
 
+def test_lists_of_lists_are_no_blocks_and_that_is_said(tmp_path):
+    class Nested(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            pairs = [torch.nn.ModuleList([torch.nn.Linear(4, 4)]) for _ in range(3)]
+            self.layers = torch.nn.ModuleList(pairs)
+
+        def forward(self, x):
+            for (layer,) in self.layers:
+                x = layer(x)
+            return dataclasses.make_dataclass("Output", ["logits"])(x)
+
+    attached, _ = worn(tmp_path, Nested, r"layers\.\d\.0")
+    assert "no repeated list" in Variants(attached).why_not
+
+
 def test_ranks_are_masked_one_by_one(tmp_path):
     attached, adapter = worn(tmp_path, bert, ["query"])
     engine = Variants(attached)
