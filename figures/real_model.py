@@ -1,4 +1,4 @@
-"""MiniLM on WordNet's verb categories: LoRA and CoTo, each at its own best learning rate, and their lines."""
+"""MiniLM on verb categories: LoRA and CoTo at their own best learning rates, their lines, and with layers off."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ from lora_lab.result import Result
 HERE = Path(__file__).parent
 OUT = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
 
-for name, width in (("rates", "single"), ("line", "double")):
+for name, width in (("rates", "single"), ("line", "double"), ("stability", "double")):
     files = sorted((HERE / "results").glob(f"minilm_{name}*.json"), reverse=True)  # LoRA first
     figure = plot.figure([Result.load(file) for file in files], width=width)
     plot.save(figure, OUT / f"minilm_{name}.pdf", OUT / f"minilm_{name}.png", force=True)
