@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lora_lab import files, peft_format
 from lora_lab.errors import AdapterError, FileError, LoraLabWarning, MismatchError, TunerError, some
+from lora_lab.hub import stay_offline_without_network
 from lora_lab.lowrank import LowRank
 from lora_lab.peft_format import PREFIX, Parsed, Site
 
@@ -298,12 +299,14 @@ def _locate_on_hub(name: str) -> _Found:
     from huggingface_hub import snapshot_download
 
     repo, _, revision = name.partition("@")
+    offline = stay_offline_without_network()
     try:
         folder = snapshot_download(
             repo, revision=revision or None, allow_patterns=["adapter_config.json", "adapter_model.*"]
         )
     except Exception as error:  # the hub client raises many kinds; each means that it is not to be had
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = "it cannot be connected to, and the cache has none" if offline else reason
         raise FileError(
             f"{name}: no such file or folder here, and the Hugging Face hub gave none ({reason}); "
             "download it where there is a network and give the folder"

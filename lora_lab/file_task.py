@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from lora_lab.errors import FileError, OptionError, TaskError, some, unknown
+from lora_lab.hub import stay_offline_without_network
 from lora_lab.models import DTYPES, cached_commit, check_memory, pretrained
 from lora_lab.task import SPLITS, Task
 
@@ -294,6 +295,8 @@ class FileTask(Task):
         from datasets import DatasetDict, load_dataset, load_from_disk
 
         folder = Path(name)
+        if not folder.exists():
+            stay_offline_without_network()
         with _silent():
             try:
                 if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lora_lab.errors import MismatchError, TaskError
+from lora_lab.hub import stay_offline_without_network
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -20,6 +21,8 @@ def pretrained(cls: Any, name: str, *, where: str = "the model", **options: Any)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    if not Path(name).exists():
+        stay_offline_without_network()
     try:
         return cls.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError) as error:

@@ -7,9 +7,11 @@ import torch
 from adapters import PREFIX, lora, product, write
 from safetensors.torch import load_file, save_file
 
+from lora_lab import hub
 from lora_lab.adapter import CONFIG_KEY, RECORD_KEY, Adapter, inspect, same_modules
-from lora_lab.errors import AdapterError, FileError, LoraLabWarning, MismatchError
+from lora_lab.errors import AdapterError, FileError, LoraLabWarning, MismatchError, TaskError
 from lora_lab.lowrank import LowRank
+from lora_lab.models import base_model
 from lora_lab.peft_format import Site
 
 Q, K = "layers.0.q_proj", "layers.0.k_proj"
@@ -100,6 +102,29 @@ def test_without_a_network_a_hub_id_is_one_line(tmp_path, monkeypatch):
     text = refusal("someone/adapter")
     assert text.startswith("someone/adapter: no such file or folder here, and the Hugging Face hub gave none (")
     assert text.endswith("download it where there is a network and give the folder")
+
+
+def test_a_hub_that_cannot_be_connected_to_is_asked_once(tmp_path, monkeypatch, capfd):
+    asked = []
+
+    def refuse(address, timeout):
+        asked.append(address)
+        raise OSError("no route")
+
+    hub._within_reach.cache_clear()
+    for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("socket.create_connection", refuse)
+    for _ in range(2):
+        assert "gave none (it cannot be connected to, and the cache has none); download" in refusal("someone/adapter")
+    with pytest.raises(TaskError, match=r"'someone/base' cannot be loaded .*; give a folder"):
+        base_model("someone/base")
+    assert len(asked) == 1
+    assert "Retrying" not in "".join(capfd.readouterr())
+    hub._within_reach.cache_clear()
 
 
 def test_a_hub_id_in_the_local_cache_loads_by_branch_and_commit(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lora_lab"
 
 LAYERS = [
-    {"__init__", "errors"},
+    {"__init__", "errors", "hub"},
     {"files", "lowrank", "models", "rules", "schedule", "stats", "plot_style"},
     {"result", "peft_format", "estimators", "subspaces"},
     {"adapter", "distribute", "plot_line", "plot_merges", "plot_train", "plot_shapley", "plot_stability", "plot_sweep"},
