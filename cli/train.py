@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -126,6 +127,8 @@ def command(
     paths = [_path(output, recipe, folder=seeds is not None) for recipe in recipes]
     settings = tuning.settings_of(values)
     tried = None
+    if is_first():
+        _check_test_split(chosen)
     with common.workers(ray, device) as (pool, _), common.progress("training") as report:
         if len(settings) > 1:
             for setting in settings:  # refused before anything is trained
@@ -154,7 +157,19 @@ def command(
     if tried:
         _show_tuning(tried)
     show(paths, results)
-    common.say_written(written)
+    if written:
+        common.say_written(written)
+
+
+def _check_test_split(task: Any) -> None:
+    """Warn of a test split that later verbs could not score, where training could go on without."""
+    from ..errors import LoraLabError, LoraLabWarning
+
+    task.check_split("train")
+    try:
+        task.check_split("test")
+    except LoraLabError as error:
+        warnings.warn(f"its test split cannot be scored later: {error}", LoraLabWarning, stacklevel=1)
 
 
 def _save_tuning(tried: Any, paths: list[Path], method: str) -> list[Path]:

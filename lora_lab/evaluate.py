@@ -245,11 +245,17 @@ def task_of(*adapters: Adapter, given: str | None = None) -> Task:
         if record != first:
             raise MismatchError(
                 f"{adapters[0].source} and {adapter.source} were trained on different tasks, "
-                f"{_name(first)} and {_name(record)}; choose one with --task"
+                f"{_difference(first, record)}; choose one with --task"
             )
     assert isinstance(first, dict)
     return tasks.from_record(first, where=f"the record of {adapters[0].source}")
 
 
-def _name(record: object) -> str:
-    return str(record.get("name", record)) if isinstance(record, dict) else str(record)
+def _difference(first: object, second: object) -> str:
+    """How two records of tasks differ, in words: by name, or by the first key."""
+    if not isinstance(first, dict) or not isinstance(second, dict):
+        return f"{first} and {second}"
+    if "name" in first and "name" in second:
+        return f"{first['name']} and {second['name']}"
+    key = next(key for key in {**first, **second} if first.get(key) != second.get(key))
+    return f"whose {key} is {first.get(key)!r} and {second.get(key)!r}"

@@ -153,7 +153,7 @@ class FileTask(Task):
 
     def table(self, split: str) -> dict[str, Sequence[Any]]:
         """The columns of a split that the task needs; where the data has no such split, it is drawn from training."""
-        found = self._carved[split] if split in self._carved else self._tables[split]
+        found = self._whole(split)
         limit = self.settings.limit
         if limit is not None and limit < len(found):
             drawn = np.random.default_rng(self.settings.split_seed).permutation(len(found))[:limit]
@@ -161,6 +161,17 @@ class FileTask(Task):
         if not len(found):
             raise TaskError(f"task {self.name}: its {split} split is empty")
         return {name: list(found[name]) for name in self._columns(found.column_names)}
+
+    def _whole(self, split: str) -> Any:
+        """All examples of a split."""
+        return self._carved[split] if split in self._carved else self._tables[split]
+
+    def check_split(self, name: str) -> None:
+        """As of any task, by the columns; kinds with labels look at these, too."""
+        found = self._whole(name)
+        self._columns(found.column_names)
+        if not len(found):
+            raise TaskError(f"task {self.name}: its {name} split is empty")
 
     def pretrained(self, cls: Any, **options: Any) -> Any:
         """`cls` from the base, as the task's keys say."""
@@ -288,7 +299,9 @@ class FileTask(Task):
                 options = {"keep_default_na": False} if path.suffix == ".csv" else {}  # "NA" and "" are texts
                 return getattr(Dataset, f"from_{_FORMATS[path.suffix]}")(str(path), **options)
             except Exception as error:  # the readers of datasets raise their own many kinds
-                raise FileError(f"{path}: cannot be read as a table ({_first_line(error)})") from error
+                empty = "corresponds to no data" in str(error)
+                why = "it has no rows" if empty else _first_line(error.__cause__ or error)
+                raise FileError(f"{path}: cannot be read as a table ({why})") from error
 
     def _dataset(self, name: str) -> Any:
         """A folder (of images, of tables, or saved by datasets), or a dataset from the hub."""

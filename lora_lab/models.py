@@ -22,10 +22,12 @@ def pretrained(cls: Any, name: str, *, where: str = "the model", **options: Any)
 
     transformers_logging.disable_progress_bar()
     if not Path(name).exists():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise TaskError(f"{where} {name!r} is missing; a folder with a model, or a hub id, is needed")
         stay_offline_without_network()
     try:
         return cls.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # files of all kinds are read, each kind with errors of its own
         raise TaskError(
             f"{where} {name!r} cannot be loaded ({str(error).strip().partition(chr(10))[0]}); "
             "give a folder, or a hub id where there is a network"

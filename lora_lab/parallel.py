@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
-from collections.abc import Callable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -84,7 +87,9 @@ def train_all(
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, ProcessPoolExecutor(workers, mp_context=context) as processes:
         done = manager.dict()
-        futures = [processes.submit(_run_in_worker, job, force, done, i) for i, job in enumerate(jobs)]
+        others = multiprocessing.active_children()
+        with _deaf():
+            futures = [processes.submit(_run_in_worker, job, force, done, i) for i, job in enumerate(jobs)]
         try:
             while wait(futures, timeout=0.5).not_done:
                 if progress and done:
@@ -93,8 +98,24 @@ def train_all(
                 if any(future.done() and future.exception() for future in futures):
                     break
             return [future.result() for future in futures]
-        finally:
+        except BaseException:
             processes.shutdown(wait=False, cancel_futures=True)
+            for worker in set(multiprocessing.active_children()) - set(others):
+                worker.terminate()
+            raise
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that are started here do not hear Ctrl-C: this one does, and ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _processes() -> int:

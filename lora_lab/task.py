@@ -216,6 +216,10 @@ class Task(ABC):
                 raise
         return self._splits[name]
 
+    def check_split(self, name: str) -> None:
+        """Raise what scoring a split would raise for its columns and labels; kinds need not read the rest for it."""
+        self.split(name)
+
     def _check_labels(self, name: str, split: Split) -> None:
         """TaskError for a label that the model has no output for."""
         wrong = [int(y) for y in split.inputs["labels"] if not 0 <= int(y) < self.labels]

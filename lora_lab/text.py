@@ -130,6 +130,11 @@ class TextClassification(FileTask):
         pooled = [model(**{n: t for n, t in batch.items() if n != "labels"}).pooled for batch in batches]
         return np.concatenate([each.double().numpy() for each in pooled])
 
+    def check_split(self, name: str) -> None:
+        """Whether its columns are there, and its labels known."""
+        super().check_split(name)
+        labels_in(self, self._whole(name)[self.settings.label], self.settings.label, self._names)
+
     def _load(self, split: str) -> Split:
         keys, table = self.settings, self.table(split)
         columns = [keys.text, *([keys.text_pair] if keys.text_pair else [])]

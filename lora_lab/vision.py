@@ -115,6 +115,11 @@ class _Images(FileTask):
             return list(self.settings.labels)
         return names_in(self, self.settings.label)
 
+    def check_split(self, name: str) -> None:
+        """Whether its columns are there, and its labels known."""
+        super().check_split(name)
+        labels_in(self, self._whole(name)[self.settings.label], self.settings.label, self._names)
+
     def _load(self, split: str) -> Split:
         table = self.table(split)
         labels = labels_in(self, table[self.settings.label], self.settings.label, self._names)

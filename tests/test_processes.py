@@ -1,5 +1,6 @@
 """Training by several processes together, as torchrun starts them."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -8,6 +9,7 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -109,3 +111,38 @@ def test_lora_plus_gives_b_its_own_rate_and_bf16_trains():
         train(Digits("relabel"), Recipe(method="lora", peft="loha", steps=2, lora_plus=8.0))
     with pytest.raises(OptionError, match="lora plus is -1"):
         Recipe(lora_plus=-1)
+
+
+@pytest.mark.parametrize("to_all", [True, False], ids=["terminal", "kill"])
+def test_interrupted_trainings_side_by_side_end_in_one_line_and_leave_no_process(tmp_path, to_all):
+    run = [sys.executable, "-c", "from lora_lab.cli import main; main()", "train", "--seeds", "0-1"]
+    options = ["--steps", "100000", "--save-every", "20", "--jobs", "2", "-o", "runs"]
+    process = subprocess.Popen(
+        [*run, *options],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell in the background has it ignored
+    )
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("runs/*.checkpoints/checkpoint-20"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+    (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.split() == ["error:", "interrupted;", "nothing", "half-written", "was", "left"]
+    deadline = time.monotonic() + 10
+    while (left := running_in(process.pid)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left
+
+
+def running_in(group):
+    """Command lines of the processes of a group."""
+    found = []
+    for each in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            if os.getpgid(each.pid) == group and each.status() != psutil.STATUS_ZOMBIE:
+                found.append(each.cmdline())
+    return found

@@ -418,3 +418,47 @@ def test_coalitions_and_pruning_work_on_texts_too(folder):
         score(built, None).mean_loss, abs=1e-6
     )
     assert {row["label"] for row in found.rows(kind="structured")} >= {"even", "odd", "type:query"}
+
+
+def test_a_test_split_that_cannot_be_scored_is_told_before_training(folder, lora_lab):
+    (folder / "unlabelled.csv").write_text("text\nthe film good\n")
+    path = write(folder, "", data='{train = "reviews.csv", test = "unlabelled.csv"}')
+    code, _, err = lora_lab("train", "--task", path, "--steps", 2, "-o", folder / "a.safetensors")
+    assert code == 0
+    assert "warning: its test split cannot be scored later: task my: no column 'label'; there are: text" in err
+    code, _, err = lora_lab("evaluate", folder / "a.safetensors")
+    assert code == 1
+    assert "no column 'label'" in err
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [("", "reviews.csv: cannot be read as a table (No columns"), ("text,label\n", "(it has no rows)")],
+    ids=["empty", "header"],
+)
+def test_a_table_without_rows_is_one_line(folder, lora_lab, content, text):
+    (folder / "reviews.csv").write_text(content)
+    code, out, err = lora_lab("train", "--task", write(folder, ""), "-o", folder / "a.safetensors")
+    assert (code, out, len(err.strip().splitlines())) == (1, "", 1)
+    assert text in err
+
+
+def test_a_truncated_or_missing_base_is_one_line(folder, lora_lab):
+    whole = (folder / "base" / "model.safetensors").read_bytes()
+    (folder / "base" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    code, _, err = lora_lab("train", "--task", write(folder, ""), "-o", folder / "a.safetensors")
+    assert (code, len(err.strip().splitlines())) == (1, 1)
+    assert "cannot be loaded (" in err
+    path = write(folder, "")
+    path.write_text(path.read_text().replace('base = "base"', 'base = "./gone/model"'))
+    code, _, err = lora_lab("train", "--task", path, "-o", folder / "a.safetensors")
+    assert (code, len(err.strip().splitlines())) == (1, 1)
+    assert "its base './gone/model' is missing; a folder with a model, or a hub id, is needed" in err
+
+
+def test_tasks_of_adapters_differ_by_a_key(folder):
+    first = tasks.from_name(str(write(folder, "")))
+    adapter, _ = train(first, Recipe(method="lora", steps=1))
+    other = dataclasses.replace(adapter, record={**adapter.record, "task": {**first.record, "max_length": 8}})
+    with pytest.raises(MismatchError, match=r"on different tasks, whose max_length is None and 8; choose one"):
+        task_of(adapter, other)
