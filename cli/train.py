@@ -148,7 +148,9 @@ def command(
         else:
             todo = [Job(chosen.record, r, path, device, report_to) for r, path in zip(recipes, paths, strict=True)]
             results = train_all(todo, workers=jobs, force=force, progress=report, pool=pool)
-    written = _save_tuning(tried, paths, recipes[0].method) if tried and is_first() else []
+    if not is_first():
+        return
+    written = _save_tuning(tried, paths, recipes[0].method) if tried else []
     if json:
         common.print_json(
             [{"path": str(path), **result.to_json()} for path, result in zip(paths, results, strict=True)]

@@ -42,6 +42,7 @@ def together(tmp_path, launcher, *options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *run], capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Trained adapters") == 1  # one of them speaks
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
