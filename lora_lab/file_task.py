@@ -17,7 +17,7 @@ import torch
 
 from lora_lab.errors import FileError, OptionError, TaskError, some, unknown
 from lora_lab.hub import stay_offline_without_network
-from lora_lab.models import DTYPES, cached_commit, check_memory, pretrained
+from lora_lab.models import DTYPES, cached_folder, check_memory, pretrained
 from lora_lab.task import SPLITS, Task
 
 _FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -149,7 +149,8 @@ class FileTask(Task):
         if Path(self.base).is_dir():
             return super().base_digest
         assert self.config is not None  # loaded, so that the cache has it
-        return f"{self.base}@{cached_commit(self.base, self.settings.revision)}"
+        folder = cached_folder(self.base, self.settings.revision)
+        return f"{self.base}@{folder.name if folder else None}"
 
     def table(self, split: str) -> dict[str, Sequence[Any]]:
         """The columns of a split that the task needs; where the data has no such split, it is drawn from training."""
@@ -190,7 +191,8 @@ class FileTask(Task):
         """The base model in its dtype, on the devices that `device_map` says; what it lacks is drawn from seed 0."""
         placed = {"device_map": self.settings.device_map} if self.settings.device_map else {}
         if not placed:
-            check_memory(self.settings.base, DTYPES[self.settings.dtype], where=f"task {self.name}: its base")
+            keys, where = self.settings, f"task {self.name}: its base"
+            check_memory(keys.base, DTYPES[keys.dtype], where=where, revision=keys.revision)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return self.pretrained(cls, dtype=DTYPES[self.settings.dtype], **placed, **options)

@@ -34,21 +34,26 @@ def pretrained(cls: Any, name: str, *, where: str = "the model", **options: Any)
         ) from error
 
 
-def cached_commit(name: str, revision: str | None = None) -> str | None:
-    """The commit of a model from the hub that lies in the cache; None where there is none."""
+def cached_folder(name: str, revision: str | None = None) -> Path | None:
+    """Where a model from the hub lies in the cache, in a folder called by its commit; None where it does not."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    found = try_to_load_from_cache(name, "config.json", revision=revision)
-    return Path(found).parent.name if isinstance(found, str) else None
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError:  # no hub id
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
-def check_memory(name: str, dtype: torch.dtype, *, where: str) -> None:
-    """TaskError where the weights in a folder, in this dtype, would not fit into the free memory."""
+def check_memory(name: str, dtype: torch.dtype, *, where: str, revision: str | None = None) -> None:
+    """TaskError where a base's weights, in this dtype, would not fit into the free memory."""
     import psutil
 
-    files = [*Path(name).glob("*.safetensors")] or [*Path(name).glob("pytorch_model*.bin")]
+    folder = Path(name) if Path(name).is_dir() else cached_folder(name, revision)
+    files = [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")] if folder else []
     if not files:
-        return  # a hub id, whose size is not known before it is loaded
+        return  # on the hub, where its size is not known before it is loaded
     stored = 4
     if files[0].suffix == ".safetensors":
         with files[0].open("rb") as file:

@@ -1,3 +1,5 @@
+import shutil
+
 import psutil
 import pytest
 import torch
@@ -40,13 +42,22 @@ def test_what_cannot_be_loaded_says_what_was_looked_for_and_how_to_go_on(tmp_pat
         pretrained(BertModel, "no/such-model")
 
 
-def test_weights_that_would_not_fit_are_refused_before_they_are_read(folder, monkeypatch):
+def test_weights_that_would_not_fit_are_refused_before_they_are_read(folder, tmp_path, monkeypatch):
     size = (folder / "model.safetensors").stat().st_size
 
     class Memory:
         available = 0.75 * size
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory)
+    check_memory("no/hub/id", torch.float32, where="base")
+    check_memory("some/model", torch.float32, where="base")  # not in the cache: nothing is known of it
+    cached = tmp_path / "models--some--model"
+    shutil.copytree(folder, cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(TaskError, match=r"base 'some/model' takes .* GiB in float32"):
+        check_memory("some/model", torch.float32, where="base")
     check_memory(str(folder), torch.bfloat16, where="base")
     with pytest.raises(TaskError, match=r'GiB in float32, and .* GiB are free; dtype = "bfloat16" takes half'):
         check_memory(str(folder), torch.float32, where="base")
