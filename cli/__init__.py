@@ -25,7 +25,7 @@ from . import (
     train,
 )
 
-_EPILOG = "Start with `lora-lab quickstart`: two minutes from nothing to a first figure."
+_EPILOG = "Start with `lora-lab quickstart`: a minute or two from nothing to a first figure."
 
 app = typer.Typer(
     name="lora-lab",

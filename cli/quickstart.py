@@ -18,7 +18,7 @@ def command(
     jobs: Annotated[int | None, typer.Option(help="Runs side by side; by default one a core.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:
-    """Train two LoRA and two CoTo adapters on the embedded digits and draw the lines between them (about a minute).
+    """Train two LoRA and two CoTo adapters on the embedded digits and draw the lines between them (a minute or two).
 
     Example:  lora-lab quickstart -o quickstart
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +22,7 @@ from lora_lab.lowrank import LowRank
 from lora_lab.merge import NEEDS_DATA, merge
 from lora_lab.panel import Panel
 from lora_lab.result import Journal, fingerprint
+from lora_lab.scorer import seconds_of
 from lora_lab.sources import Sources
 from lora_lab.stats import Floats
 from lora_lab.task import Scores
@@ -167,13 +167,10 @@ class Court:
 
     def seconds(self) -> dict[str, float]:
         """Split → seconds of an evaluation of the first task on it."""
-        seconds = {}
-        for split in ("validation", self.split):
-            for _ in range(2):  # the first one warms up
-                began = time.perf_counter()
-                self.panel.scores(0, self._updates(0), split)
-                seconds[split] = time.perf_counter() - began
-        return seconds
+        return {
+            split: seconds_of(lambda split=split: self.panel.scores(0, self._updates(0), split))  # type: ignore[misc]
+            for split in ("validation", self.split)
+        }
 
     def cost(self, mixes: Sequence[Mix], ways: Sequence[Way], seconds: Mapping[str, float]) -> Cost:
         """What all of it will take, from what `seconds` has measured."""

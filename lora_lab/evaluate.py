@@ -248,7 +248,13 @@ def task_of(*adapters: Adapter, given: str | None = None) -> Task:
                 f"{_difference(first, record)}; choose one with --task"
             )
     assert isinstance(first, dict)
-    return tasks.from_record(first, where=f"the record of {adapters[0].source}")
+    return tasks.from_record(first, base=_beside(first, adapters[0]), where=f"the record of {adapters[0].source}")
+
+
+def _beside(record: Mapping[str, Any], adapter: Adapter) -> Path:
+    """Where a record's relative paths begin: the current folder, or the adapter's, if the base is only found there."""
+    base, folder = str(record.get("base", "")), Path(adapter.source).parent
+    return folder if not Path(base).exists() and base and (folder / base).is_dir() else Path()
 
 
 def _difference(first: object, second: object) -> str:

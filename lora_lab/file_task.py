@@ -160,7 +160,9 @@ class FileTask(Task):
             drawn = np.random.default_rng(self.settings.split_seed).permutation(len(found))[:limit]
             found = found.select(np.sort(drawn))  # not the first of them: tables are often sorted by label
         if not len(found):
-            raise TaskError(f"task {self.name}: its {split} split is empty")
+            raise TaskError(
+                f"task {self.name}: its {split} split is empty; more rows, or a file of its own, are needed"
+            )
         return {name: list(found[name]) for name in self._columns(found.column_names)}
 
     def _whole(self, split: str) -> Any:
@@ -172,7 +174,7 @@ class FileTask(Task):
         found = self._whole(name)
         self._columns(found.column_names)
         if not len(found):
-            raise TaskError(f"task {self.name}: its {name} split is empty")
+            raise TaskError(f"task {self.name}: its {name} split is empty; it needs more rows, or a file of its own")
 
     def pretrained(self, cls: Any, **options: Any) -> Any:
         """`cls` from the base, as the task's keys say."""

@@ -28,9 +28,11 @@ def pretrained(cls: Any, name: str, *, where: str = "the model", **options: Any)
     try:
         return cls.from_pretrained(name, **options)
     except Exception as error:  # files of all kinds are read, each kind with errors of its own
+        reason = str(error).strip().partition("\n")[0]
+        if not Path(name).exists():
+            reason = f"there is no such folder here; from the hub: {reason}"
         raise TaskError(
-            f"{where} {name!r} cannot be loaded ({str(error).strip().partition(chr(10))[0]}); "
-            "give a folder, or a hub id where there is a network"
+            f"{where} {name!r} cannot be loaded ({reason}); give a folder, or a hub id where there is a network"
         ) from error
 
 

@@ -44,6 +44,8 @@ def save(drawn: Figure, *paths: Path, force: bool = False) -> None:
             raise OptionError(f"{path}: figures are written as {', '.join(_FORMATS)}")
     files.refuse_existing(*paths, force=force)
     with plot_style.styled():
+        drawn.draw_without_rendering()
+        drawn.set_layout_engine("none")  # the layout is done: every format gets this one
         for path in paths:
             buffer = io.BytesIO()
             dates = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}, ".png": {}}

@@ -126,9 +126,7 @@ class Journal:
     def __init__(self, path: Path, run: str) -> None:
         self.path, self._run = path, run
         self._done: dict[str, Any] = {}
-        if path.exists() and self._read(run):
-            return
-        files.write_bytes(path, (json.dumps({"run": run}) + "\n").encode())
+        self._begun = path.exists() and self._read(run)
 
     def __len__(self) -> int:
         return len(self._done)
@@ -142,6 +140,9 @@ class Journal:
     def add(self, key: str, value: Any) -> None:
         """Append a finished piece; it is on disk when this returns."""
         self._done[key] = value
+        if not self._begun:  # a run that is refused before its first piece leaves nothing behind
+            files.write_bytes(self.path, (json.dumps({"run": self._run}) + "\n").encode())
+            self._begun = True
         try:
             with self.path.open("a") as file:
                 file.write(json.dumps({"run": self._run, "key": key, "value": value}, allow_nan=False) + "\n")

@@ -150,7 +150,8 @@ def parse_values(text: str | None, name: str, kind: Callable[[str], Any]) -> lis
     try:
         values = [kind(part) for part in text.split(",")]
     except ValueError as error:
-        raise OptionError(f"{name} {text!r}: a number is needed, or several with commas between them") from error
+        what = "whole number" if kind is int else "number"
+        raise OptionError(f"{name} {text!r}: a {what} is needed, or several with commas between them") from error
     if len(set(values)) < len(values):
         raise OptionError(f"{name} {text!r}: a value is given twice")
     return values

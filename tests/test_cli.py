@@ -341,7 +341,7 @@ def test_a_lone_file_without_a_configuration_takes_one_by_option(lora_lab, pair,
 
 def test_usage_errors_exit_with_2_in_one_line(lora_lab):
     one_line(lora_lab("train", "--seed", "abc"), "--seed", code=2)
-    one_line(lora_lab("train", "--steps", "abc"), "--steps 'abc': a number is needed")
+    one_line(lora_lab("train", "--steps", "abc"), "--steps 'abc': a whole number is needed")
     one_line(lora_lab("figure", "x.json"), "--output", code=2)
 
 

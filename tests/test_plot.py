@@ -477,3 +477,11 @@ def test_seeds_of_one_task_are_drawn_over_their_ratios():
         plot.figure([merges()], kind="compare-merges:ratios")
     with pytest.raises(OptionError, match="cannot share a figure"):
         plot.figure([merges(), merges(ratios=("1:1",))])
+
+
+def test_a_figure_has_the_same_bytes_in_whatever_order_its_files_are_written(tmp_path):
+    first, second = [tmp_path / name for name in ("a.png", "a.pdf")], [tmp_path / name for name in ("b.pdf", "b.png")]
+    plot.save(plot.figure([sweep_result()]), *first)
+    plot.save(plot.figure([sweep_result()]), *second)
+    assert first[0].read_bytes() == second[1].read_bytes()
+    assert first[1].read_bytes() == second[0].read_bytes()

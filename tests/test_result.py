@@ -125,3 +125,10 @@ def test_the_same_seed_gives_the_same_samples():
 def test_mean_and_spread_over_seeds():
     assert mean_and_spread(np.array([1.0, 3.0])) == (2.0, pytest.approx(math.sqrt(2)))
     assert mean_and_spread(np.array([5.0])) == (5.0, 0.0)
+
+
+def test_a_journal_is_on_disk_with_its_first_piece(tmp_path):
+    journal = Journal(tmp_path / "run" / "journal", "run")
+    assert list(tmp_path.iterdir()) == []
+    journal.add("a", 1)
+    assert Journal(tmp_path / "run" / "journal", "run")["a"] == 1

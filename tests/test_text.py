@@ -462,3 +462,12 @@ def test_tasks_of_adapters_differ_by_a_key(folder):
     other = dataclasses.replace(adapter, record={**adapter.record, "task": {**first.record, "max_length": 8}})
     with pytest.raises(MismatchError, match=r"on different tasks, whose max_length is None and 8; choose one"):
         task_of(adapter, other)
+
+
+def test_an_adapter_finds_its_task_beside_itself_from_another_folder(folder, lora_lab, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert lora_lab("train", "--task", "my.toml", "--steps", 2, "-o", "a.safetensors")[0] == 0
+    (folder / "sub").mkdir()
+    monkeypatch.chdir(folder / "sub")
+    code, out, _ = lora_lab("evaluate", "../a.safetensors")
+    assert (code, "text-classification/reviews" in out) == (0, True)

@@ -134,7 +134,7 @@ def test_a_training_that_diverges_in_its_last_step_is_a_row_too(tmp_path):
 def test_values_are_numbers_with_commas():
     assert parse_values("1e-3,2e-3", "--lr", float) == [1e-3, 2e-3]
     assert parse_values(None, "--lr", float) == [None]
-    with pytest.raises(OptionError, match=r"--rank '2,x': a number is needed"):
+    with pytest.raises(OptionError, match=r"--rank '2,x': a whole number is needed"):
         parse_values("2,x", "--rank", int)
     with pytest.raises(OptionError, match="given twice"):
         parse_values("2,2", "--rank", int)
