@@ -107,8 +107,8 @@ def _usage(error: Any) -> tuple[str, bool]:
     text = str(error.format_message()).rstrip(".")
     kind = type(error).__name__
     if kind == "NoSuchOption":
-        close = nearest(error.option_name, _option_names(error.ctx))
-        return f"no such option {error.option_name}" + (f" (did you mean {close}?)" if close else ""), True
+        close = nearest(error.option_name.lstrip("-"), _option_names(error.ctx))
+        return f"no such option {error.option_name}" + (f" (did you mean --{close}?)" if close else ""), True
     if text.startswith("No such command"):
         name = text.split("'")[1]
         verbs = [command.name or "" for command in app.registered_commands]
@@ -120,7 +120,9 @@ def _usage(error: Any) -> tuple[str, bool]:
 
 
 def _option_names(context: Any) -> list[str]:
-    return [name for parameter in context.command.params for name in parameter.opts] if context else []
+    """The long ones, without their dashes, which all have in common."""
+    names = [name for parameter in context.command.params for name in parameter.opts] if context else []
+    return [name.removeprefix("--") for name in names if name.startswith("--")]
 
 
 def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:

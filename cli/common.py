@@ -51,7 +51,7 @@ class Outputs:
         with contextlib.suppress(FileError):
             found = Result.load(self.json)
             if found.provenance.get("run") == run:
-                messages.print(f"{self.json}: this very result is there already; --force computes it again")
+                messages.print(f"{self.json}: this very result is there already; --force replaces it")
                 return found
         refuse_existing(self.json, force=False)
         return None
