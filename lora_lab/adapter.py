@@ -305,8 +305,8 @@ def _locate_on_hub(name: str) -> _Found:
             repo, revision=revision or None, allow_patterns=["adapter_config.json", "adapter_model.*"]
         )
     except Exception as error:  # the hub client raises many kinds; each means that it is not to be had
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        reason = "it cannot be connected to, and the cache has none" if offline else reason
+        told = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = "it cannot be connected to, and the cache has none" if offline else told
         raise FileError(
             f"{name}: no such file or folder here, and the Hugging Face hub gave none ({reason}); "
             "download it where there is a network and give the folder"

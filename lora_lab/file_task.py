@@ -159,22 +159,18 @@ class FileTask(Task):
         if limit is not None and limit < len(found):
             drawn = np.random.default_rng(self.settings.split_seed).permutation(len(found))[:limit]
             found = found.select(np.sort(drawn))  # not the first of them: tables are often sorted by label
-        if not len(found):
-            raise TaskError(
-                f"task {self.name}: its {split} split is empty; more rows, or a file of its own, are needed"
-            )
         return {name: list(found[name]) for name in self._columns(found.column_names)}
 
     def _whole(self, split: str) -> Any:
-        """All examples of a split."""
-        return self._carved[split] if split in self._carved else self._tables[split]
+        """All examples of a split; TaskError where there is none."""
+        found = self._carved[split] if split in self._carved else self._tables[split]
+        if not len(found):
+            raise TaskError(f"task {self.name}: its {split} split is empty; it needs more rows, or a file of its own")
+        return found
 
     def check_split(self, name: str) -> None:
         """As of any task, by the columns; kinds with labels look at these, too."""
-        found = self._whole(name)
-        self._columns(found.column_names)
-        if not len(found):
-            raise TaskError(f"task {self.name}: its {name} split is empty; it needs more rows, or a file of its own")
+        self._columns(self._whole(name).column_names)
 
     def pretrained(self, cls: Any, **options: Any) -> Any:
         """`cls` from the base, as the task's keys say."""

@@ -83,11 +83,12 @@ class Mixer:
     def _aligned(self, first: int, index: int) -> dict[str, LowRank]:
         """An adapter's balanced factors, rotated onto those of another."""
         if (first, index) not in self._rotated:
-            own = {name: update.balanced() for name, update in self.adapters[index].updates.items()}
-            if index != first:
-                onto = self._aligned(first, first)
-                own = {name: update.rotated_to(onto[name]) for name, update in own.items()}
-            self._rotated[first, index] = own
+            if index == first:
+                found = {name: update.balanced() for name, update in self.adapters[index].updates.items()}
+            else:
+                own, onto = self._aligned(index, index), self._aligned(first, first)
+                found = {name: update.rotated_to(onto[name]) for name, update in own.items()}
+            self._rotated[first, index] = found
         return self._rotated[first, index]
 
     @cached_property

@@ -13,6 +13,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 from lora_lab import plot_style
 from lora_lab.errors import OptionError
 from lora_lab.result import Result, grouped
+from lora_lab.stats import mean_and_spread
 
 Row = Mapping[str, Any]
 
@@ -187,9 +188,8 @@ def _band(rows: Sequence[Row], key: str) -> tuple[float, float, float]:
 
 def _spread(values: Sequence[float | None]) -> tuple[float, float, float]:
     """Mean, and one standard deviation to both sides (none of a single value)."""
-    known = np.array(values, dtype=np.float64)
-    spread = float(known.std(ddof=1)) if len(known) > 1 else 0.0
-    return float(known.mean()), float(known.mean()) - spread, float(known.mean()) + spread
+    mean, spread = mean_and_spread(np.array(values, dtype=np.float64))
+    return mean, mean - spread, mean + spread
 
 
 def _merged(result: Result) -> list[str]:

@@ -25,7 +25,7 @@ from lora_lab.evaluate import described, examples_of, identity, labels_of
 from lora_lab.game import Cost, Game, Progress, game_of, measured
 from lora_lab.players import players
 from lora_lab.result import Result, columns, fingerprint, finite, grouped
-from lora_lab.stats import Floats, Sampled, Z, mean_and_spread, student
+from lora_lab.stats import Floats, Sampled, Z, half_width, mean_and_spread, student
 from lora_lab.task import Scores, Task
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -279,9 +279,7 @@ class _Seen:
         for metric in METRICS:
             values = np.stack([_values(s, metric) for s in scores])
             means = values.mean(1)
-            by_sets = 0.0
-            if not exhaustive and len(means) > 1:
-                by_sets = student(len(means)) * float(means.std(ddof=1)) / math.sqrt(len(means))
+            by_sets = 0.0 if exhaustive else half_width(means)
             row |= _interval(metric, float(means.mean()), by_sets, _by_examples(values.mean(0)))
             row[f"{metric}_spread"] = float(means.std(ddof=1)) if len(means) > 1 else 0.0
             row[f"{metric}_worst"] = float(means.max())

@@ -23,6 +23,12 @@ def student(draws: float) -> float:
     return float(stdtrit(draws - 1, (1 + LEVEL) / 2))
 
 
+def half_width(draws: Floats) -> float:
+    """Half width of the 95 % interval of a mean over few draws; 0 for one alone, which tells nothing of it."""
+    n = len(draws)
+    return student(n) * float(draws.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
+
+
 def resampled_means(values: Floats, *, seed: int, resamples: int = RESAMPLES) -> Floats:
     """Means over bootstrap samples of the examples: [points, n] → [points, resamples].
 

@@ -23,7 +23,7 @@ from lora_lab.patterns import Choice
 from lora_lab.result import Result, columns, fingerprint, finite, grouped
 from lora_lab.scorer import Make
 from lora_lab.shapley import forecast, values_of
-from lora_lab.stats import Sampled, mean_and_spread, student
+from lora_lab.stats import Sampled, half_width, mean_and_spread
 from lora_lab.task import Scores, Task
 from lora_lab.variants import Variant
 
@@ -283,8 +283,8 @@ def _cells(scores: Sequence[Scores], seed: int) -> Row:
     for metric in ("accuracy", "loss"):
         values = np.stack([s.correct.astype(np.float64) if metric == "accuracy" else s.loss for s in scores])
         value, low, high = Sampled.of(values.mean(0, keepdims=True), seed=seed).estimate(lambda means: means[0])
-        spread = float(values.mean(1).std(ddof=1)) if len(values) > 1 else 0.0
-        by_draws = student(len(values)) * spread / math.sqrt(len(values)) if len(values) > 1 else 0.0
+        _, spread = mean_and_spread(values.mean(1))
+        by_draws = half_width(values.mean(1))
         ends = (value - math.hypot(value - low, by_draws), value + math.hypot(high - value, by_draws))
         if metric == "accuracy":
             ends = (max(0.0, ends[0]), min(1.0, ends[1]))
