@@ -326,6 +326,73 @@ class FileTask(Task):
         return found if isinstance(found, DatasetDict) else {"train": found}
 
 
+class LabelledTask(FileTask):
+    """A task whose examples have a label each, in a column; named by the keys, by the dataset, or numbers from 0."""
+
+    @cached_property
+    def _names(self) -> list[str] | None:
+        """Names of the labels, in the order of their numbers; None where they are numbers."""
+        return self._names_in_data() if self.settings.labels is None else list(self.settings.labels)
+
+    def _names_in_data(self) -> list[str] | None:
+        """As the dataset declares them, or sorted where they are text."""
+        train = self._whole("train")
+        self._columns(train.column_names)
+        if self._declared:
+            return self._declared
+        values = [value for value in train[self.settings.label] if value != ""]
+        if not all(isinstance(value, str) for value in values):
+            return None
+        return sorted(set(values))
+
+    def _in_the_models_order(self, names: list[str] | None) -> list[str] | None:
+        """A finished classifier of just these names knows the order of its outputs."""
+        known = [self.config.id2label[i] for i in range(self.config.num_labels)] if names else None
+        return known if known and names and set(known) == set(names) else names
+
+    @property
+    def _declared(self) -> list[str] | None:
+        """Names that the dataset gives to the numbers in its column of labels."""
+        names = getattr(self._whole("train").features.get(self.settings.label), "names", None)
+        return list(names) if names else None
+
+    def check_split(self, name: str) -> None:
+        """Whether its columns are there, and its labels known."""
+        super().check_split(name)
+        self._labels(self._whole(name))
+
+    def _labels(self, table: Mapping[str, Sequence[Any]]) -> torch.Tensor:
+        """Labels as numbers: places among the names, or whole numbers as they are; TaskError naming the first other.
+
+        Numbers for which the dataset declares names go by these.
+        """
+        values, names, declared = table[self.settings.label], self._names, self._declared
+        if declared and names and set(declared) <= set(names):
+            values = [declared[v] if isinstance(v, int) and 0 <= v < len(declared) else v for v in values]
+        if len(values) and all(value is None or (isinstance(value, int) and value == -1) for value in values):
+            raise TaskError(
+                f"task {self.name}: a split without labels (all of them are {values[0]}); name another one in splits"
+            )
+        return torch.tensor([self._label(value) for value in values], dtype=torch.long)
+
+    def _label(self, value: object) -> int:
+        names = self._names
+        if value is None or value == "":
+            raise TaskError(f"task {self.name}: an example without a label")
+        if isinstance(value, str) and names is None:
+            raise TaskError(f"task {self.name}: label {value!r} is a name where numbers are expected")
+        if isinstance(value, str):
+            assert names is not None
+            if value not in names:
+                raise TaskError(f"task {self.name}: label {value!r} is none of {some(map(repr, names), 8)}")
+            return names.index(value)
+        if isinstance(value, bool | int | np.integer):
+            return int(value)
+        raise TaskError(
+            f"task {self.name}: label {value!r} is a {type(value).__name__}; names or whole numbers are needed"
+        )
+
+
 def _is_file(data: str) -> bool:
     return Path(data).suffix in _FORMATS or Path(data).is_file()
 
@@ -359,57 +426,6 @@ def text_of(task: FileTask, value: object, column: str) -> str:
     if value is None:
         raise TaskError(f"task {task.name}: an example without a text in {column!r}")
     return str(value)
-
-
-def labels_of(task: FileTask, values: Sequence[Any], names: Sequence[str] | None) -> torch.Tensor:
-    """Labels as numbers from 0: places in `names`, or whole numbers as they are; TaskError naming the first other."""
-    if len(values) and all(value is None or (isinstance(value, int) and value == -1) for value in values):
-        raise TaskError(
-            f"task {task.name}: a split without labels (all of them are {values[0]}); name another one in splits"
-        )
-    return torch.tensor([_label(task, value, names) for value in values], dtype=torch.long)
-
-
-def _label(task: FileTask, value: object, names: Sequence[str] | None) -> int:
-    if value is None or value == "":
-        raise TaskError(f"task {task.name}: an example without a label")
-    if isinstance(value, str) and names is None:
-        raise TaskError(f"task {task.name}: label {value!r} is a name where numbers are expected")
-    if isinstance(value, str):
-        assert names is not None
-        if value not in names:
-            raise TaskError(f"task {task.name}: label {value!r} is none of {some(map(repr, names), 8)}")
-        return list(names).index(value)
-    if isinstance(value, bool | int | np.integer):
-        return int(value)
-    raise TaskError(f"task {task.name}: label {value!r} is a {type(value).__name__}; names or whole numbers are needed")
-
-
-def labels_in(task: FileTask, values: Sequence[Any], column: str, names: Sequence[str] | None) -> torch.Tensor:
-    """Labels of a column as places in `names`; numbers for which the dataset declares names go by these."""
-    declared = _declared(task._carved.get("train") or task._tables["train"], column)
-    if declared and names and set(declared) <= set(names):
-        values = [declared[v] if isinstance(v, int) and 0 <= v < len(declared) else v for v in values]
-    return labels_of(task, values, names)
-
-
-def _declared(table: Any, column: str) -> list[str] | None:
-    """Names that a dataset gives to the numbers of a column."""
-    names = getattr(table.features.get(column), "names", None)
-    return list(names) if names else None
-
-
-def names_in(task: FileTask, column: str) -> list[str] | None:
-    """Names of the labels in a column: as the dataset declares them, or sorted where they are text."""
-    train = task._carved.get("train") or task._tables["train"]
-    task._columns(train.column_names)
-    declared = _declared(train, column)
-    if declared:
-        return declared
-    values = [value for value in train[column] if value != ""]
-    if not all(isinstance(value, str) for value in values):
-        return None
-    return sorted(set(values))
 
 
 def _check(where: str, key: str, value: object, hint: Any) -> None:

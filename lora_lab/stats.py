@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtrit
 
 Floats = npt.NDArray[np.float64]
 
@@ -20,6 +19,8 @@ Z = 1.959964
 
 def student(draws: float) -> float:
     """The same for means over few draws, whose standard errors are no more certain (Student's t, draws − 1)."""
+    from scipy.special import stdtrit  # which figures, drawn from results alone, have no need of
+
     return float(stdtrit(draws - 1, (1 + LEVEL) / 2))
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.errors import OptionError, unknown
-from lora_lab.file_task import COMMON, FileTask, Settings, float_heads, labels_in, names_in, text_of
+from lora_lab.file_task import COMMON, LabelledTask, Settings, float_heads, text_of
 from lora_lab.probe import probe
 from lora_lab.task import Split, by_length
 
@@ -57,7 +57,7 @@ class Keys(Settings):
     columns: ClassVar[tuple[str, ...]] = ("text", "text_pair", "label")
 
 
-class TextClassification(FileTask):
+class TextClassification(LabelledTask):
     """A sequence classifier; adapters go where `target_modules` says, by default into all linear layers."""
 
     kind = "text-classification"
@@ -85,7 +85,7 @@ class TextClassification(FileTask):
             return len(self._names)
         if self._finished and self.settings.pool == "own":
             return int(self.config.num_labels)
-        return int(labels_in(self, self.table("train")[self.settings.label], self.settings.label, None).max()) + 1
+        return int(self._labels(self.table("train")).max()) + 1
 
     @property
     def _finished(self) -> bool:
@@ -130,11 +130,6 @@ class TextClassification(FileTask):
         pooled = [model(**{n: t for n, t in batch.items() if n != "labels"}).pooled for batch in batches]
         return np.concatenate([each.double().numpy() for each in pooled])
 
-    def check_split(self, name: str) -> None:
-        """Whether its columns are there, and its labels known."""
-        super().check_split(name)
-        labels_in(self, self._whole(name)[self.settings.label], self.settings.label, self._names)
-
     def _load(self, split: str) -> Split:
         keys, table = self.settings, self.table(split)
         columns = [keys.text, *([keys.text_pair] if keys.text_pair else [])]
@@ -145,19 +140,10 @@ class TextClassification(FileTask):
             padding=True,
             return_tensors="pt",
         )
-        labels = labels_in(self, table[keys.label], keys.label, self._names)
-        return by_length(Split({**dict(encoded.items()), "labels": labels}))
+        return by_length(Split({**dict(encoded.items()), "labels": self._labels(table)}))
 
-    @cached_property
-    def _names(self) -> list[str] | None:
-        if self.settings.labels is not None:
-            return list(self.settings.labels)
-        found = names_in(self, self.settings.label)
-        if found is None:
-            return None
-        trained = [self.config.id2label[i] for i in range(self.config.num_labels)]
-        # a finished classifier knows the order of its outputs
-        return trained if set(trained) == set(found) else found
+    def _names_in_data(self) -> list[str] | None:
+        return self._in_the_models_order(super()._names_in_data())
 
 
 class _Outputs(dict[str, Any]):

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from lora_lab.errors import FileError, OptionError, TaskError, unknown
-from lora_lab.file_task import COMMON, FileTask, Settings, float_heads, labels_in, names_in
+from lora_lab.file_task import COMMON, LabelledTask, Settings, float_heads
 from lora_lab.players import block
 from lora_lab.probe import probe
 from lora_lab.task import Split
@@ -106,23 +106,12 @@ class ClipKeys(_ImageKeys):
     target_modules: str | list[str] = ATTENTION
 
 
-class _Images(FileTask):
+class _Images(LabelledTask):
     """What both kinds share: images as the base's processor makes them, each read once."""
-
-    @cached_property
-    def _names(self) -> list[str] | None:
-        if self.settings.labels is not None:
-            return list(self.settings.labels)
-        return names_in(self, self.settings.label)
-
-    def check_split(self, name: str) -> None:
-        """Whether its columns are there, and its labels known."""
-        super().check_split(name)
-        labels_in(self, self._whole(name)[self.settings.label], self.settings.label, self._names)
 
     def _load(self, split: str) -> Split:
         table = self.table(split)
-        labels = labels_in(self, table[self.settings.label], self.settings.label, self._names)
+        labels = self._labels(table)
         chosen = self._chosen(split, labels)
         values = table[self.settings.image]
         return Split({"pixel_values": self._pixels(split, [values[i] for i in chosen]), "labels": labels[chosen]})
@@ -266,7 +255,7 @@ class ImageClassification(_Images):
             return len(self._names)
         if self._finished and self.settings.head == "frozen":
             return int(self.config.num_labels)
-        return int(labels_in(self, self.table("train")[self.settings.label], self.settings.label, None).max()) + 1
+        return int(self._labels(self.table("train")).max()) + 1
 
     def build_model(self) -> nn.Module:
         """The base, frozen; a head that the checkpoint lacks is drawn from seed 0, or fitted for a probe."""
@@ -333,12 +322,8 @@ class ImageClassification(_Images):
             self.logits(model, batch)
         return np.concatenate(seen)
 
-    @cached_property
-    def _names(self) -> list[str] | None:
-        found = super()._names
-        trained = [self.config.id2label[i] for i in range(self.config.num_labels)]
-        # a finished classifier knows the order of its outputs
-        return trained if self.settings.labels is None and found and set(trained) == set(found) else found
+    def _names_in_data(self) -> list[str] | None:
+        return self._in_the_models_order(super()._names_in_data())
 
 
 class Clip(_Images):
