@@ -5,37 +5,35 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import random
 import re
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from torch import nn
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from lora_lab import files, peft_format
+from lora_lab import peft_format
 from lora_lab.adapter import Adapter
 from lora_lab.attach import base_config, layers
+from lora_lab.checkpoints import StampCheckpoints, last_checkpoint
 from lora_lab.coto import CoToCallback, DropoutRamp
-from lora_lab.errors import DivergedError, FileError, LoraLabError, OptionError, TunerError, unknown
+from lora_lab.errors import LoraLabError, OptionError, TunerError, unknown
 from lora_lab.evaluate import examples_of, score
 from lora_lab.lowrank import LowRank, combine
 from lora_lab.players import group
 from lora_lab.recipe import METHODS, Recipe, tuners
 from lora_lab.result import Result, fingerprint, finite, provenance
-from lora_lab.task import Split, Task, resolve_device, trimmed
-
-Progress = Callable[[int, int], None]
-"""Called with (steps done, steps in all)."""
+from lora_lab.task import Task
+from lora_lab.trainer import Batches, LeanTrainer, Log, Progress, arguments, as_it_is, training_mode
 
 
 def train(
@@ -55,43 +53,20 @@ def train(
     the recipe is shared out among them, and all draw the same masks. Global random state is left as it was.
     """
     recipe = recipe.for_task(task)
-    began = time.perf_counter()
+    began, data = time.perf_counter(), data_of(task)
     record = {"task": task.record, "method": recipe.method, "seed": recipe.seed, "recipe": recipe_record(recipe)}
     base = {"base_model_name_or_path": task.base, "inference_mode": True}
+    log = Log(progress)
     with _isolated_randomness(), _quiet(), contextlib.ExitStack() as stack:
         model = _with_adapter(task, recipe)
         initial = _principal_part(model)
         record |= {"base_config": base_config(model)}
-        data = data_of(task)
         callbacks = _callbacks(recipe, record, base)
-        log = _Log(progress)
         keep = checkpoints if recipe.save_every else None
-        resume = _last_checkpoint(keep, record, data) if keep else None
+        resume = last_checkpoint(keep, record, data) if keep else None
         folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        try:
-            trainer = _LeanTrainer(
-                model=model,
-                args=_arguments(recipe, folder, device, report_to),
-                train_dataset=_Batches(task.training_split()),
-                data_collator=_same,
-                callbacks=[*callbacks, log],
-            )
-        except (RuntimeError, ValueError) as error:  # a logger that is not installed or not known
-            if report_to == "none":
-                raise
-            raise OptionError(f"--report-to {report_to}: {_first_line(error)}") from error
-        trainer.lora_plus = recipe.lora_plus
-        # whether the model divides by the number of targets in a step, as it is told, or the Trainer by that of batches
-        trainer.model_accepts_loss_kwargs = task.counts_targets
-        trainer.remove_callback(PrinterCallback)
-        trainer.remove_callback(ProgressCallback)
-        cpu_began = time.process_time()
-        try:
-            with _light_bookkeeping(model):
-                trainer.train(resume_from_checkpoint=resume)
-        except ImportError as error:
-            raise OptionError(f"optimizer {recipe.optimizer}: {_first_line(error)}") from error
-        cpu_s = time.process_time() - cpu_began
+        args = arguments(recipe, folder, device, report_to)
+        cpu_s = _optimise(model, task, recipe, args, [*callbacks, log], resume)
         adapter = _extract(model, record, base, initial)
     scores = score(task, adapter, "validation", device=device)
     metrics = {"validation": {"accuracy": scores.accuracy, "loss": scores.mean_loss, "examples": len(scores)}}
@@ -102,10 +77,42 @@ def train(
         log.columns(callbacks, recipe),
         {"record": record, "groups": group(list(adapter.sites), recipe.groups)},
         finite(summary),
-        provenance(
-            elapsed_s=time.perf_counter() - began, seeds=[recipe.seed], device=str(trainer.args.device), data=data
-        ),
+        provenance(elapsed_s=time.perf_counter() - began, seeds=[recipe.seed], device=str(args.device), data=data),
     )
+
+
+def _optimise(
+    model: nn.Module, task: Task, recipe: Recipe, args: Any, callbacks: Sequence[TrainerCallback], resume: str | None
+) -> float:
+    """Run the Trainer over the model, from the checkpoint `resume` on if there is one; CPU seconds."""
+    try:
+        trainer = LeanTrainer(
+            model=model,
+            args=args,
+            train_dataset=Batches(task.training_split()),
+            data_collator=as_it_is,
+            callbacks=[*callbacks],
+        )
+    except (RuntimeError, ValueError) as error:  # a logger that is not installed or not known
+        if args.report_to in ([], ["none"]):
+            raise
+        raise OptionError(f"--report-to {', '.join(args.report_to)}: {_first_line(error)}") from error
+    trainer.lora_plus = recipe.lora_plus
+    # whether the model divides by the number of targets in a step, as it is told, or the Trainer by that of batches
+    trainer.model_accepts_loss_kwargs = task.counts_targets
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    began = time.process_time()
+    try:
+        with training_mode(model):
+            trainer.train(resume_from_checkpoint=resume)
+    except ImportError as error:
+        raise OptionError(f"optimizer {recipe.optimizer}: {_first_line(error)}") from error
+    except ValueError as error:
+        if recipe.checkpointing and "checkpointing" in str(error):
+            raise OptionError(f"checkpointing: {_first_line(error)}") from error
+        raise
+    return time.process_time() - began
 
 
 def data_of(task: Task) -> str:
@@ -196,204 +203,8 @@ def _callbacks(recipe: Recipe, record: Mapping[str, Any], base: Mapping[str, Any
     if method.progressive:
         callbacks.append(DropoutRamp(recipe.dropout, recipe.schedule))
     if recipe.save_every:
-        callbacks.append(_StampCheckpoints(record, base))
+        callbacks.append(StampCheckpoints(record, base))
     return callbacks
-
-
-def processes() -> int:
-    """How many processes train together, as torchrun and accelerate say it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _arguments(recipe: Recipe, folder: Path, device: torch.device | None, report_to: str) -> Any:
-    assert recipe.steps is not None and recipe.batch_size is not None  # noqa: PT018
-    if recipe.batch_size % processes():
-        raise OptionError(f"a batch of {recipe.batch_size} cannot be shared out evenly among {processes()} processes")
-    # The rate is constant until the masks end and then falls: the phase that trains all adapters needs a rate.
-    decay = max(1, round((1 - recipe.stage) * recipe.steps))
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size // processes(),
-        gradient_accumulation_steps=recipe.accumulate,
-        **{_CHECKPOINTING: recipe.checkpointing},
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": decay, "decay_type": "linear"},
-        warmup_steps=min(round(recipe.warmup * recipe.steps), recipe.steps - decay),
-        weight_decay=recipe.weight_decay,
-        max_grad_norm=recipe.max_grad_norm,
-        optim=recipe.optimizer,
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="steps" if recipe.save_every else "no",
-        save_steps=recipe.save_every or recipe.steps,
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        use_cpu=(device or resolve_device()).type == "cpu",
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        report_to=report_to,
-        run_name=f"{recipe.method}-s{recipe.seed}",
-        disable_tqdm=True,
-        bf16=recipe.bf16,
-        ddp_find_unused_parameters=True if processes() > 1 else None,  # adapters that are off have no gradient
-    )
-
-
-class _LeanTrainer(Trainer):  # type: ignore[misc]
-    """The Trainer without two walks over all modules at every step, which cost a small model as much as its maths."""
-
-    lora_plus: float | None = None
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """With LoRA+, parameter groups for A and B with learning rates of their own."""
-        known: Any = getattr(self, "optimizer", None)
-        if self.lora_plus is None or known is not None:
-            return super().create_optimizer(*args, **kwargs)
-        from peft.optimizers import create_loraplus_optimizer
-
-        cls, options = self.get_optimizer_cls_and_kwargs(self.args)
-        model = self.accelerator.unwrap_model(self.model)
-        self.optimizer = create_loraplus_optimizer(
-            model, cls, loraplus_lr_ratio=self.lora_plus, loraplus_weight_decay=self.args.weight_decay, **options
-        )
-        return self.optimizer
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        """Not counted."""
-        return 0
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        return self.accelerator.clip_grad_norm_(trained, self.args.max_grad_norm)
-
-
-@contextlib.contextmanager
-def _light_bookkeeping(model: nn.Module) -> Iterator[None]:
-    """Spare small models two walks over all modules a step: train() in training mode, zero_grad() of the frozen."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    switch = model.train
-
-    def train(mode: bool = True) -> nn.Module:
-        return model if model.training == mode else switch(mode)
-
-    def zero_grad(set_to_none: bool = True) -> None:
-        for parameter in trained:
-            parameter.grad = None
-
-    own = {"train": train, "zero_grad": zero_grad}
-    vars(model).update(own)
-    try:
-        yield
-    finally:
-        for name in own:
-            del vars(model)[name]
-
-
-# transformers has renamed the option
-_CHECKPOINTING = next(
-    name
-    for name in ("activation_checkpointing", "gradient_checkpointing")
-    if name in TrainingArguments.__dataclass_fields__
-)
-
-
-class _Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """Examples that are tensors already: a batch is one indexing, not a list to collate."""
-
-    def __init__(self, split: Split) -> None:
-        self._split = split
-
-    def __len__(self) -> int:
-        return len(self._split)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: tensor[index] for name, tensor in self._split.inputs.items()}
-
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        return trimmed({name: tensor[indices] for name, tensor in self._split.inputs.items()})
-
-
-def _same(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return batch
-
-
-class _Log(TrainerCallback):  # type: ignore[misc]
-    """Loss and learning rate of every step, and word of progress."""
-
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress = progress
-        self._logged: dict[int, tuple[float | None, float | None]] = {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take over what a resumed run had logged."""
-        self._logged = {
-            entry["step"]: (entry["loss"], entry["learning_rate"]) for entry in state.log_history if "loss" in entry
-        }
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        """Keep the step's loss; stop where it is no number."""
-        if logs and "loss" in logs:
-            self._logged[state.global_step] = (logs["loss"], logs.get("learning_rate"))
-            if not np.isfinite(logs["loss"]):
-                raise DivergedError(
-                    f"training diverged: loss {logs['loss']} at step {state.global_step}; lower the learning rate"
-                )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report progress."""
-        if self._progress:
-            self._progress(state.global_step, state.max_steps)
-
-    def columns(self, callbacks: Sequence[TrainerCallback], recipe: Recipe) -> dict[str, list[Any]]:
-        """The table of the run: one row an optimiser step."""
-        coto = next((c for c in callbacks if isinstance(c, CoToCallback)), None)
-        steps = range(recipe.steps or 0)
-        return {
-            "step": list(steps),
-            "p": [coto.log[t][1] if coto else 1.0 for t in steps],
-            "mask": ["".join("01"[int(on)] for on in coto.log[t][2]) if coto else None for t in steps],
-            "loss": [self._logged.get(t + 1, (None, None))[0] for t in steps],
-            "learning_rate": [self._logged.get(t + 1, (None, None))[1] for t in steps],
-        }
-
-
-class _StampCheckpoints(TrainerCallback):  # type: ignore[misc]
-    """Puts the record into every Trainer checkpoint, so that it can be analysed like a finished adapter."""
-
-    def __init__(self, record: Mapping[str, Any], base: Mapping[str, Any]) -> None:
-        self._record, self._base = record, base
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Rewrite the header of the checkpoint's adapter."""
-        if not state.is_world_process_zero:
-            return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            adapter = Adapter.load(folder)
-        stamped = dataclasses.replace(
-            adapter, record={**self._record, "step": state.global_step}, config={**adapter.config, **self._base}
-        )
-        with tempfile.TemporaryDirectory(dir=folder) as beside:
-            for file in stamped.save(Path(beside) / "adapter").iterdir():
-                file.replace(folder / file.name)
-
-
-def _last_checkpoint(folder: Path, record: Mapping[str, Any], data: str) -> str | None:
-    """The newest checkpoint of this very run in the folder, if there is one; the folder is marked as this run's."""
-    mark, run = folder / "run.json", {**finite(record), "data": data}
-    if mark.exists():
-        if files.read_json(mark) != run:
-            raise FileError(f"{folder}: holds the checkpoints of another run; remove it, or give another output name")
-        steps = [int(p.name[11:]) for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
-        unfinished = [step for step in steps if step < int(finite(record)["recipe"]["steps"])]
-        return str(folder / f"checkpoint-{max(unfinished)}") if unfinished else None
-    files.write_json(mark, run)
-    return None
 
 
 def _principal_part(model: nn.Module) -> dict[str, LowRank] | None:

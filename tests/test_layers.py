@@ -23,6 +23,7 @@ LAYERS = [
     {"evaluate", "fitted"},
     {"scorer"},
     {"connect", "game", "merge"},
+    {"trainer", "checkpoints"},
     {"train", "shapley", "stability", "search", "court"},
     {"sweep", "compare"},
     {"parallel"},
