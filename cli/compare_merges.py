@@ -56,6 +56,7 @@ def command(
     from ..errors import OptionError
     from ..evaluate import tasks_of
     from ..files import write_bytes
+    from ..methods import defaults
 
     outputs = common.Outputs(output, "compare-merges")
     options: dict[str, dict[str, Any]] = {}
@@ -65,7 +66,7 @@ def command(
         if not dot:
             raise OptionError(f"--set {given}: METHOD.OPTION=VALUE is needed here, such as ties.{given}={value}")
         method, _, inner = name.partition(":")
-        known = merge.defaults(method, {"inner": inner} if inner else {})
+        known = defaults(method, {"inner": inner} if inner else {})
         options.setdefault(name, {}).update(common.parse_set([f"{option}={value}"], known, name))
     compare.ways_of(names, options)
     loaded = [Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name) for path in adapters]

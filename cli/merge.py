@@ -14,14 +14,14 @@ from . import common
 def _list(wanted: bool) -> None:
     if not wanted:
         return
-    from .. import merge
+    from .. import methods
 
     rows = []
-    for name, function in merge.MERGES.items():
+    for name, function in methods.MERGES.items():
         about = (function.__doc__ or "").partition("\n")[0]
-        known = merge.defaults(name).items()
+        known = methods.defaults(name).items()
         options = ", ".join(key if value is None else f"{key}={value}" for key, value in known)
-        rows.append((name + (" *" if name in merge.NEEDS_DATA else ""), about, options))
+        rows.append((name + (" *" if name in methods.NEEDS_DATA else ""), about, options))
     common.table("Methods (* looks at data)", ("method", "what comes out", "options (--set)"), rows, texts=3)
     raise typer.Exit
 
@@ -85,19 +85,20 @@ def command(
     from ..errors import OptionError
     from ..evaluate import tasks_of
     from ..files import refuse_existing
+    from ..methods import NEEDS_DATA, defaults
     from ..sources import Sources, parse_weights
     from ..task import resolve_device
 
     if output is None:
         raise OptionError("-o names the adapter to write: NAME.safetensors, or a name for a PEFT folder")
-    options = common.parse_set(set_, merge.defaults(method, common.pairs(set_)), method)
+    options = common.parse_set(set_, defaults(method, common.pairs(set_)), method)
     spaces = searching.parse(search or [], method, options)
     if "coefficient" in spaces and coefficient != 1:
         raise OptionError("the coefficient is both set and searched")
     refuse_existing(output, force=force)
     parsed = parse_weights(weights or [], len(adapters))
     loaded = [Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name) for path in adapters]
-    tasks = tasks_of(loaded, task or []) if method in merge.NEEDS_DATA or spaces or task else None
+    tasks = tasks_of(loaded, task or []) if method in NEEDS_DATA or spaces or task else None
     sources = Sources(loaded, parsed, base=merge.base_of(loaded, base), tasks=tasks, device=resolve_device(device))
     trials = None
     with common.progress(f"merging by {method}") as report:

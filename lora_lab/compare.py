@@ -24,7 +24,7 @@ from lora_lab.distribute import Pool
 from lora_lab.errors import MismatchError, OptionError, some
 from lora_lab.evaluate import described, examples_of, identity, labels_of
 from lora_lab.game import Cost
-from lora_lab.merge import MERGES, check
+from lora_lab.methods import MERGES, check
 from lora_lab.result import Journal, Result, columns, fingerprint, finite, grouped, provenance
 from lora_lab.sources import Sources
 from lora_lab.stats import Sampled, interval, mean_and_spread

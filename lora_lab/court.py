@@ -19,7 +19,8 @@ from lora_lab.errors import LoraLabError, MismatchError, OptionError, TaskError,
 from lora_lab.evaluate import Examples, Sent, bare, pack, score, unpack
 from lora_lab.game import Cost
 from lora_lab.lowrank import LowRank
-from lora_lab.merge import NEEDS_DATA, merge
+from lora_lab.merge import merge
+from lora_lab.methods import NEEDS_DATA
 from lora_lab.panel import Panel
 from lora_lab.result import Journal, fingerprint
 from lora_lab.scorer import seconds_of

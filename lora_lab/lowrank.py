@@ -232,6 +232,19 @@ def _leading(dense: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return Q, Q.T @ dense
 
 
+def is_finite(update: LowRank | Tensor) -> bool:
+    """Whether every entry of ΔW is a number that float32 can hold, in whatever order a processor sums B A.
+
+    Of factors it is the bound Σ ‖bₖ‖ ‖aₖ‖ over the rank that must be within float32, which no sum of theirs exceeds.
+    """
+    limit = torch.finfo(torch.float32).max
+    if isinstance(update, Tensor):
+        return not update.numel() or all(abs(float(end)) <= limit for end in update.aminmax())
+    a, b = update.A.double().norm(dim=1), update.B.double().norm(dim=0)
+    finite = bool(torch.isfinite(a).all() and torch.isfinite(b).all())
+    return finite and float(a @ b) <= limit
+
+
 def combine_factors(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     """(Σ wᵢ Bᵢ)(Σ wᵢ Aᵢ): what averaging the factors gives. It has cross terms and depends on the gauge."""
     _same_shape(updates, weights)

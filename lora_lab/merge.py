@@ -1,18 +1,11 @@
-"""Adapters merged into one: every method in one place, what it cost, and the file that PEFT loads.
-
-A method is a function of `MERGES`. Those of one module take its updates and weights; they run in factor space where
-that is exact, and on a dense ΔW, one module at a time, where they work on single entries.
-"""
+"""Adapters merged into one by a method of methods.py: what it cost, and the file that PEFT loads."""
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 import re
 import warnings
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,21 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lab import files, fitted, rules, subspaces
+from lora_lab import files
 from lora_lab.adapter import Adapter, from_updates
 from lora_lab.errors import FileError, LoraLabWarning, MismatchError, OptionError, some, unknown
 from lora_lab.evaluate import labels_of, task_of
-from lora_lab.lowrank import LowRank, combine, combine_factors, factored
+from lora_lab.lowrank import LowRank, factored, is_finite
+from lora_lab.methods import MERGES, check, defaults
 from lora_lab.models import base_model
-from lora_lab.peft_format import PREFIX
 from lora_lab.result import provenance
-from lora_lab.rules import RULES, SUMS
 from lora_lab.sources import Sources
+from lora_lab.whole import HEADS, merge_heads
 
-Merge = Callable[..., Iterable[tuple[str, LowRank | Tensor]]]
-"""Function (sources, options) → (module, merged ΔW), dense where the method works on entries."""
-
-HEADS = ("keep-own", "average", "first")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKED = 1e-6
 """Relative difference of ΔW, beyond rounding to the file's dtype, at which a written file is refused."""
@@ -85,7 +74,7 @@ def merge(
         raise OptionError(f"a rank of {rank} was asked for; it is at least 1")
     if not math.isfinite(coefficient):
         raise OptionError(f"the coefficient is {coefficient}; a finite number is needed")
-    whole, own = _heads(sources.adapters, heads)
+    whole, own = merge_heads(sources.adapters, _file_names(sources.adapters), heads)
     updates: dict[str, LowRank] = {}
     lost: dict[str, float] = {}
     norms: dict[str, float] = {}
@@ -119,41 +108,6 @@ def merge(
         adapter = replace(adapter, config={**adapter.config, "modules_to_save": saved or None, **headless})
     adapter = replace(adapter, tensors={**_in_dtype(adapter, DTYPES[dtype]), **whole}, record=_record(sources, made))
     return Merged(adapter, method, made["options"], made["weights"], made["error"], dict(lost), own, sources.absent)
-
-
-def check(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options to call a method with; OptionError for a method or an option that does not exist."""
-    if method not in MERGES:
-        raise unknown("method", method, MERGES)
-    known = defaults(method, options)
-    for name in options:
-        if name not in known:
-            if not known:
-                raise OptionError(f"{method} has no options to set")
-            raise unknown(f"option of {method}", name, list(known))
-    for name, value in options.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise OptionError(f"{name} is {value}; a finite number is needed")
-    return dict(options)
-
-
-def defaults(method: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The options of a method with their defaults, those of the inner rule that is chosen among them."""
-    if method not in MERGES:
-        raise unknown("method", method, MERGES)
-    found = _keywords(MERGES[method])
-    given = options or {}
-    if "inner" in found:
-        inner = given.get("inner", found["inner"])
-        if inner not in RULES:
-            raise unknown("inner rule", str(inner), RULES)
-        found |= {name: value for name, value in _keywords(RULES[inner]).items() if name not in found}
-    return found
-
-
-def _keywords(function: Callable[..., Any]) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def save(merged: Merged, path: Path, *, inputs: Sequence[Path] = (), force: bool = False) -> Path:
@@ -249,6 +203,9 @@ def _finished(
     made: LowRank | Tensor, coefficient: float, rank: int | None, dtype: torch.dtype, name: str, method: str
 ) -> tuple[LowRank, float, float]:
     """The update as it will be stored, its relative error and its norm."""
+    too_large = f"{method}: ΔW of {name} is not finite: an adapter, a weight or an option is too large for it"
+    if not is_finite(made):
+        raise MismatchError(too_large)
     if isinstance(made, Tensor):
         norm = float(made.norm(dtype=torch.float64) if made.dtype == torch.float64 else made.norm()) * abs(coefficient)
         update, error = factored(made, rank)
@@ -257,11 +214,9 @@ def _finished(
         if update.rank > min(update.B.shape[0], update.A.shape[1]):
             update = factored(update.delta())[0]
         norm = made.norm() * abs(coefficient)
-    if not math.isfinite(norm):
-        raise MismatchError(
-            f"{method}: ΔW of {name} is not finite: an adapter, a weight or an option is too large for it"
-        )
     update = update * coefficient
+    if not is_finite(update):
+        raise MismatchError(too_large)
     if update.rank == 0:  # nothing there, which PEFT has no rank for
         rows, columns = update.B.shape[0], update.A.shape[1]
         update = LowRank(torch.zeros(1, columns), torch.zeros(rows, 1), update.shape)
@@ -281,60 +236,7 @@ def _in_dtype(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
     return {key: tensor.to(dtype) for key, tensor in adapter.tensors.items() if key in owned}
 
 
-def _heads(adapters: Sequence[Adapter], how: str | None) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
-    """Whole tensors of the merged adapter, and those of each source that are kept apart."""
-    everything = [{key: a.tensors[key] for key in a.others if key.startswith(PREFIX)} for a in adapters]
-    keys = sorted({key for each in everything for key in each}, key=lambda key: (-_entries(everything, key), key))
-    whole: dict[str, Tensor] = {}
-    apart: dict[str, dict[str, Tensor]] = {}
-    for key in keys:
-        found = [each.get(key) for each in everything]
-        first = next(tensor for tensor in found if tensor is not None)
-        if all(t is not None and t.shape == first.shape and torch.equal(t, first) for t in found):
-            whole[key] = first
-            continue
-        if how is None or (how == "average" and _unlike(found)):
-            _refuse_heads(adapters, found, key, how)
-        if how == "first" and found[0] is not None:
-            whole[key] = found[0]
-        elif how == "first":
-            raise MismatchError(f"{adapters[0].source}: has no {key.removeprefix(PREFIX)}, which others have")
-        elif how == "average":
-            present = [t.double() for t in found if t is not None]
-            whole[key] = (torch.stack(present).sum(0) / len(present)).to(first.dtype)
-        else:
-            for label, tensor in zip(_labels(adapters), found, strict=True):
-                if tensor is not None:
-                    apart.setdefault(label, {})[key] = tensor
-    return whole, apart
-
-
-def _entries(everything: Sequence[Mapping[str, Tensor]], key: str) -> int:
-    return max(each[key].numel() for each in everything if key in each)
-
-
-def _unlike(found: Sequence[Tensor | None]) -> bool:
-    return len({tensor.shape if tensor is not None else None for tensor in found}) > 1
-
-
-def _refuse_heads(adapters: Sequence[Adapter], found: Sequence[Tensor | None], key: str, how: str | None) -> None:
-    name = key.removeprefix(PREFIX)
-    shapes = " and ".join(
-        f"{tuple(tensor.shape)} in {adapter.source}" if tensor is not None else f"absent from {adapter.source}"
-        for adapter, tensor in zip(adapters, found, strict=True)
-    )
-    if how == "average":
-        raise MismatchError(f"{name} cannot be averaged: it is {shapes}; --heads keep-own or first can be had")
-    ways = "keep-own (each its own, beside the merged adapter), average or first"
-    if _unlike(found):
-        raise MismatchError(f"{name} differs: it is {shapes}; say what becomes of it with --heads keep-own or first")
-    raise MismatchError(
-        f"{name} {tuple(found[0].shape)} differs between the adapters; --heads {ways} says what "  # type: ignore[union-attr]
-        "becomes of it"
-    )
-
-
-def _labels(adapters: Sequence[Adapter]) -> list[str]:
+def _file_names(adapters: Sequence[Adapter]) -> list[str]:
     return [re.sub(r"[^\w.-]+", "_", label).strip("_") for label in labels_of(adapters)]
 
 
@@ -352,106 +254,3 @@ def _record(sources: Sources, made: Mapping[str, Any]) -> dict[str, Any]:
         if all(name in record and record[name] == records[0].get(name) for record in records)
     }
     return {**common, "merge": dict(made)}
-
-
-def each(function: Callable[..., LowRank]) -> Merge:
-    """A method of one module's (updates, weights) as a method of all modules."""
-
-    @functools.wraps(function)
-    def method(sources: Sources, **options: Any) -> Iterator[tuple[str, LowRank]]:
-        for name in sources.modules:
-            updates, weights = sources.updates_of(name), sources.weights_of(name)
-            used = [i for i, weight in enumerate(weights) if weight]
-            if not used:
-                yield name, 0.0 * updates[0]
-                continue
-            try:
-                chosen = [updates[i] for i in used], [weights[i] for i in used]
-                yield name, function(*chosen, **_seeded(name, options))
-            except MismatchError as error:
-                raise MismatchError(f"{name}: {error}") from error
-
-    return method
-
-
-def dense(rule: Callable[..., Tensor]) -> Merge:
-    """A rule for matrices as a method on ΔW itself, one dense module at a time."""
-
-    @functools.wraps(rule)
-    def method(sources: Sources, **options: Any) -> Iterator[tuple[str, Tensor]]:
-        for name in sources.modules:
-            deltas = (update.delta() for update in sources.updates_of(name))
-            yield name, rule(deltas, sources.weights_of(name), **_seeded(name, options))
-
-    return method
-
-
-def summed(coefficients: Callable[..., list[float]]) -> Merge:
-    """A weighted sum as a method: exact by concatenation, the coefficients from r × r cores."""
-
-    @functools.wraps(coefficients)
-    def method(sources: Sources, **options: Any) -> Iterator[tuple[str, LowRank]]:
-        for name in sources.modules:
-            updates = sources.updates_of(name)
-            gram = torch.zeros(len(updates), len(updates), dtype=torch.float64)
-            if coefficients is rules.slerp:  # the others are the same whatever is summed
-                gram = torch.tensor([[a.inner(b) for b in updates] for a in updates], dtype=torch.float64)
-            yield name, combine(updates, coefficients(gram, sources.weights_of(name), **options))
-
-    return method
-
-
-def cat(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-    """Σ wᵢ ΔWᵢ by concatenation: what PEFT calls cat."""
-    return combine(updates, weights)
-
-
-def factor_average(updates: Sequence[LowRank], weights: Sequence[float], *, scale: float = 1.0) -> LowRank:
-    """λ (Σ wᵢBᵢ)(Σ wᵢAᵢ) / (Σ wᵢ)²: averaged factors, which have cross terms BᵢAⱼ.
-
-    Not an average of ΔW: it hangs on the gauge, and independent adapters lose most of their norm. The literature's
-    "fusion". Adapters that leave a module alone count as 0.
-    """
-    present = [update for update in updates if update.rank]
-    if not present:
-        return updates[0]
-    rank = present[0].rank
-    filled = [update if update.rank else present[0] * 0.0 for update in updates]
-    if any(update.rank != rank for update in filled):
-        raise MismatchError(f"factors of ranks {some(u.rank for u in present)} cannot be averaged; ΔW can (average)")
-    shares = rules.average(torch.zeros(0), weights)
-    zeroed = [u if u_.rank else LowRank(u.A * 0.0, u.B, u.shape) for u, u_ in zip(filled, updates, strict=True)]
-    return scale * combine_factors(zeroed, shares)
-
-
-def _seeded(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with a seed of this module's own, so that modules of one shape are not thinned alike."""
-    if "seed" not in options:
-        return dict(options)
-    return {**options, "seed": (int(options["seed"]) * 0x9E3779B1 + zlib.crc32(name.encode())) % 2**32}
-
-
-MERGES: dict[str, Merge] = {
-    "task-arithmetic": summed(SUMS["task-arithmetic"]),
-    "average": summed(SUMS["average"]),
-    "cat": each(cat),
-    "factor-average": each(factor_average),
-    "slerp": summed(SUMS["slerp"]),
-    "magnitude": dense(rules.magnitude),
-    "ties": dense(rules.ties),
-    "dare": dense(rules.dare),
-    "dare-ties": dense(rules.dare_ties),
-    "della": dense(rules.della),
-    "breadcrumbs": dense(rules.breadcrumbs),
-    "knots": each(subspaces.knots),
-    "core-space": each(subspaces.core_space),
-    "lego": each(subspaces.lego),
-    "tsv": each(subspaces.tsv),
-    "iso-c": each(subspaces.iso_c),
-    "iso-cts": each(subspaces.iso_cts),
-    **fitted.METHODS,
-}
-"""Name → method; its keyword-only arguments are its options, its first line says what it is."""
-
-NEEDS_DATA = tuple(fitted.METHODS)
-"""Methods that look at the tasks of the sources."""

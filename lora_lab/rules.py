@@ -7,6 +7,7 @@ means divide by the weights again.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lab.errors import OptionError
+from lora_lab.errors import MismatchError, OptionError
+from lora_lab.lowrank import is_finite
 
 Matrices = Iterable[Tensor]
 """Of one shape; gone through once, so that a generator saves the memory of all of them at a time."""
@@ -81,12 +83,33 @@ SUMS: dict[str, Callable[..., list[float]]] = {
 # entry by entry
 
 
+def checked(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A rule that raises MismatchError where a matrix or the result is not finite.
+
+    Signs and masks would turn a NaN into 0 and nobody would know.
+    """
+
+    @functools.wraps(rule)
+    def finite_rule(stack: Matrices, weights: Sequence[float], **options: Any) -> Tensor:
+        return _finite(rule(map(_finite, stack), weights, **options))
+
+    return finite_rule
+
+
+def _finite(matrix: Tensor) -> Tensor:
+    if not is_finite(matrix):
+        raise MismatchError("ΔW is not finite: an adapter, a weight or an option is too large for it")
+    return matrix
+
+
+@checked
 def magnitude(stack: Matrices, weights: Sequence[float], *, density: float = 0.2, scale: float = 1.0) -> Tensor:
     """Sum of the largest entries of each, a share of `density`."""
     _check_share("density", density)
     return scale * _sum((_trimmed(matrix, density) for matrix in stack), weights)
 
 
+@checked
 def ties(stack: Matrices, weights: Sequence[float], *, density: float = 0.2, scale: float = 1.0) -> Tensor:
     """Trim to the largest entries, elect signs, average what agrees.
 
@@ -98,6 +121,7 @@ def ties(stack: Matrices, weights: Sequence[float], *, density: float = 0.2, sca
     return scale * _elected_mean([_trimmed(matrix, density) for matrix in stack], weights)
 
 
+@checked
 def dare(
     stack: Matrices, weights: Sequence[float], *, density: float = 0.5, scale: float = 1.0, seed: int = 0
 ) -> Tensor:
@@ -110,6 +134,7 @@ def dare(
     return scale * _sum(_thinned(stack, density, seed), weights)
 
 
+@checked
 def dare_ties(
     stack: Matrices, weights: Sequence[float], *, density: float = 0.5, scale: float = 1.0, seed: int = 0
 ) -> Tensor:
@@ -118,6 +143,7 @@ def dare_ties(
     return scale * _elected_mean(list(_thinned(stack, density, seed)), weights)
 
 
+@checked
 def della(
     stack: Matrices,
     weights: Sequence[float],
@@ -149,6 +175,7 @@ def della(
     return scale * _elected_mean(kept, weights)
 
 
+@checked
 def breadcrumbs(
     stack: Matrices, weights: Sequence[float], *, density: float = 0.9, gamma: float = 0.01, scale: float = 1.0
 ) -> Tensor:
@@ -170,6 +197,7 @@ def breadcrumbs(
 def summed(coefficients: Callable[..., list[float]]) -> Callable[..., Tensor]:
     """A sum of SUMS as a rule for matrices."""
 
+    @checked
     def rule(stack: Matrices, weights: Sequence[float], **options: Any) -> Tensor:
         matrices = list(stack)
         flat = torch.stack([matrix.flatten() for matrix in matrices]).double()
@@ -235,7 +263,7 @@ def _sum(matrices: Matrices, weights: Sequence[float]) -> Tensor:
 
 def _elected_mean(matrices: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Σ wᵢTᵢ / Σ |wᵢ| over the i whose wᵢTᵢ has the elected sign; 0 where there is none."""
-    merged = _sum(matrices, weights).sign_().contiguous()
+    merged = _finite(_sum(matrices, weights)).sign_().contiguous()
     merged.masked_fill_(merged == 0, float(merged.sum(dtype=torch.float64).sign()))
     flat = merged.view(-1)
     parts = [matrix.reshape(-1) for matrix in matrices]

@@ -10,7 +10,8 @@ from typing import Any
 
 from lora_lab.errors import OptionError, unknown
 from lora_lab.lowrank import LowRank
-from lora_lab.merge import defaults, merge
+from lora_lab.merge import merge
+from lora_lab.methods import defaults
 from lora_lab.panel import Panel, mean_loss
 from lora_lab.sources import Sources
 

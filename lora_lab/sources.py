@@ -15,7 +15,7 @@ from lora_lab import files
 from lora_lab.adapter import Adapter
 from lora_lab.attach import weight_deltas
 from lora_lab.errors import MismatchError, OptionError, TunerError, some
-from lora_lab.lowrank import LowRank, factored
+from lora_lab.lowrank import LowRank, factored, is_finite
 from lora_lab.peft_format import natural, update
 from lora_lab.players import locate
 from lora_lab.task import Task
@@ -146,7 +146,10 @@ class Sources:
         if index in self._exact:
             return self._exact[index].get(name)
         site = adapter.sites.get(name)
-        return update(site, adapter.tensors, adapter.config) if site else None
+        found = update(site, adapter.tensors, adapter.config) if site else None
+        if found is not None and not is_finite(found):
+            raise MismatchError(f"{adapter.source}: ΔW of {name} is not finite: its factors are too large for float32")
+        return found
 
     def _shapes(self) -> dict[str, torch.Size]:
         shapes: dict[str, tuple[torch.Size, str]] = {}

@@ -12,7 +12,8 @@ from peft import LoraConfig
 from lora_lab.adapter import Adapter
 from lora_lab.digits import Digits
 from lora_lab.evaluate import score
-from lora_lab.merge import MERGES, NEEDS_DATA, merge
+from lora_lab.merge import merge
+from lora_lab.methods import MERGES, NEEDS_DATA
 from lora_lab.sources import Sources
 from lora_lab.task import Split
 

@@ -16,7 +16,8 @@ from lora_lab.adapter import Adapter
 from lora_lab.errors import MismatchError, OptionError, TunerError
 from lora_lab.evaluate import score
 from lora_lab.fitted import examples_read
-from lora_lab.merge import MERGES, NEEDS_DATA, merge
+from lora_lab.merge import merge
+from lora_lab.methods import MERGES, NEEDS_DATA
 from lora_lab.panel import Panel
 from lora_lab.sources import Sources, Weights
 from lora_lab.task import Split, Task

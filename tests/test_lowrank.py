@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_lab.errors import MismatchError, OptionError
-from lora_lab.lowrank import LowRank, combine, combine_factors
+from lora_lab.lowrank import LowRank, combine, combine_factors, is_finite
 
 
 def random(rank: int, rows: int, columns: int, seed: int, dtype: torch.dtype = torch.float64) -> LowRank:
@@ -337,3 +337,12 @@ def test_weights_are_never_zipped_short(mix):
 def test_a_rank_below_one_is_refused(rank):
     with pytest.raises(OptionError, match=f"a rank of {rank}"):
         random(2, 3, 4, seed=0).truncate(rank)
+
+
+def test_finite_is_what_no_order_of_adding_takes_out_of_float32():
+    cancels = LowRank(torch.tensor([[1e30], [1e30]]), torch.tensor([[1e30, -1e30]]))
+    assert not is_finite(cancels)  # 0 in exact numbers, NaN or infinite where the products are added one by one
+    assert is_finite(LowRank(torch.tensor([[1e30], [1e-30]]), torch.tensor([[1e-30, 1e30]])))
+    assert not is_finite(LowRank(torch.tensor([[torch.nan]]), torch.ones(1, 1)))
+    for entry, finite in ((3e38, True), (-torch.inf, False), (torch.nan, False)):
+        assert is_finite(torch.tensor([[0.0, entry]])) is finite

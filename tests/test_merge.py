@@ -13,7 +13,8 @@ from lora_lab.digits import Digits
 from lora_lab.errors import FileError, LoraLabError, MismatchError, OptionError, TunerError
 from lora_lab.evaluate import score
 from lora_lab.lowrank import LowRank
-from lora_lab.merge import MERGES, NEEDS_DATA, check, defaults, merge, save
+from lora_lab.merge import merge, save
+from lora_lab.methods import MERGES, NEEDS_DATA, check, defaults
 from lora_lab.sources import Sources, Weights, parse_weights
 from lora_lab.task import Split
 
@@ -446,10 +447,23 @@ def test_options_out_of_range_are_refused(tmp_path):
     for options, text in (({"rank": 0}, "rank of 0"), ({"dtype": "int8"}, "unknown dtype")):
         with pytest.raises(OptionError, match=text):
             merge(Sources([a]), **options)
-    big = tiny(tmp_path, "big")
+
+
+def test_factors_whose_product_float32_cannot_hold_are_refused_with_their_source(tmp_path):
+    a, big = tiny(tmp_path, "a"), tiny(tmp_path, "big")
     huge = replace(big, tensors={k: t * 1e25 for k, t in big.tensors.items()})
-    with pytest.raises(MismatchError, match=r"ΔW of net\.q_proj is not finite"):
-        merge(Sources([huge, huge]), "ties")
+    with pytest.raises(MismatchError, match=r"big: ΔW of net\.q_proj is not finite"):
+        Sources([a, huge])
+
+
+@pytest.mark.parametrize("method", [name for name in MERGES if name not in NEEDS_DATA])
+def test_a_merge_that_float32_cannot_hold_is_refused_with_its_module(tmp_path, method):
+    found = [tiny(tmp_path, f"{seed}", seed=seed) for seed in (0, 1)]
+    with pytest.raises(MismatchError, match=r"net\.q_proj.* is not finite"):
+        merge(Sources(found), method, coefficient=3e38)
+    if method not in ("average", "factor-average", "slerp"):  # which divide by the weights
+        with pytest.raises(MismatchError, match=r"net\.q_proj.* is not finite"):
+            merge(Sources(found, [1e38, -1e38]), method)
 
 
 def test_the_card_and_the_header_say_how_it_was_made(tmp_path):

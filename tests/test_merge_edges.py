@@ -13,7 +13,8 @@ from lora_lab import merge as merging
 from lora_lab.adapter import Adapter
 from lora_lab.errors import FileError, LoraLabError, LoraLabWarning, OptionError, TunerError
 from lora_lab.lowrank import LowRank
-from lora_lab.merge import MERGES, check, defaults, merge, save
+from lora_lab.merge import merge, save
+from lora_lab.methods import MERGES, NEEDS_DATA, check, defaults
 from lora_lab.rules import RULES
 from lora_lab.search import parse
 from lora_lab.sources import Sources
@@ -52,7 +53,7 @@ def test_modules_are_thinned_each_in_its_own_way_inside_of_a_subspace_too(method
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        *((name, {}) for name in MERGES if "seed" in defaults(name) and name not in merging.NEEDS_DATA),
+        *((name, {}) for name in MERGES if "seed" in defaults(name) and name not in NEEDS_DATA),
         *((name, {"inner": "dare"}) for name in ("knots", "core-space")),
     ],
 )
@@ -66,7 +67,7 @@ def test_the_default_seed_in_the_record_gives_the_merge_again(method, options):
 
 @pytest.mark.parametrize(
     "method",
-    [name for name in MERGES if name not in merging.NEEDS_DATA],
+    [name for name in MERGES if name not in NEEDS_DATA],
 )
 def test_what_the_record_says_makes_the_merge_again(method):
     sources = twins(3)
@@ -134,7 +135,7 @@ def test_a_module_without_a_change_is_written_without_a_word_on_temporary_files(
         assert Adapter.load(tmp_path / "m").updates["layers.1.fc"].norm() == 0
 
 
-@pytest.mark.parametrize("method", [name for name in MERGES if name not in merging.NEEDS_DATA])
+@pytest.mark.parametrize("method", [name for name in MERGES if name not in NEEDS_DATA])
 def test_adapters_that_cancel_leave_zeros_that_peft_can_load(method, tmp_path):
     nothing = adapter({name: 0.0 * update(2, shape, 0) for name, shape in TWINS.items()}, "a")
     merged = merge(Sources([nothing, nothing]), method)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lora_lab.adapter import Adapter
 from lora_lab.errors import MismatchError, TunerError
-from lora_lab.merge import MERGES, NEEDS_DATA, merge, save
+from lora_lab.merge import merge, save
+from lora_lab.methods import MERGES, NEEDS_DATA
 from lora_lab.sources import Sources
 
 # A second adapter for each base: another rank and scale, and modules that the first one leaves alone or has alone.

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_lab.errors import OptionError
+from lora_lab.errors import MismatchError, OptionError
 from lora_lab.rules import ENTRYWISE, RULES, SUMS
 
 FEW = settings(max_examples=20)
@@ -424,3 +424,23 @@ def test_a_gamma_that_leaves_no_room_for_the_density_is_refused(gamma):
 def test_a_window_whose_chances_are_none_is_refused(density, window):
     with pytest.raises(OptionError, match=f"density {density:g} with window {window:g} gives chances"):
         RULES["della"](random(2, 0), [1.0, 1.0], density=density, window=window)
+
+
+# what is no number
+
+
+@pytest.mark.parametrize("entry", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("name", RULES)
+def test_a_matrix_that_is_not_finite_is_refused_by_every_rule(name, place, entry):
+    stack = random(2, 0)
+    stack[place][1, 2] = entry
+    with pytest.raises(MismatchError, match="ΔW is not finite"):
+        RULES[name](stack, [1.0, 1.0])
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name not in ("average", "slerp")])
+def test_a_sum_that_leaves_the_numbers_is_refused_even_where_only_its_sign_counts(name):
+    one = torch.full((3, 4), 1e30)
+    with pytest.raises(MismatchError, match="ΔW is not finite"):
+        RULES[name]([one, -one], [1e30, 1e30])
