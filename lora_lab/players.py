@@ -63,27 +63,29 @@ def players(adapter: Adapter, by: str | Mapping[str, str] = "layer") -> Players:
         return _by_rank(adapter, names)
     if by not in PLAYERS:
         raise unknown("set of players", by, [*PLAYERS, "rank", "NAME=REGEX"])
-    key = PLAYERS[by]
+    key, found = PLAYERS[by], blocks(names)
     places = locate(names)
     units: dict[str, tuple[Unit, ...]] = {}
     for name in names:
-        label = key(name, places[name])
+        label = key(name, places[name], found[name])
         units[label] = (*units.get(label, ()), (name, None))
     return Players(by, units, {label: _common([places[name] for name, _ in own]) for label, own in units.items()})
 
 
-def _type_layer(name: str, place: Place) -> str:
+def _type_layer(name: str, place: Place, block: str) -> str:
     return f"{place.type}.{place.layer}" if place.layer is not None else str(place.type)
 
 
-PLAYERS: dict[str, Callable[[str, Place], str]] = {
-    "layer": lambda name, place: block(name),
-    "module": lambda name, place: name,
-    "type": lambda name, place: str(place.type),
+PLAYERS: dict[str, Callable[[str, Place, str], str]] = {
+    "layer": lambda name, place, block: block,
+    "module": lambda name, place, block: name,
+    "type": lambda name, place, block: str(place.type),
     "type-layer": _type_layer,
-    "encoder-type-layer": lambda name, place: f"{place.encoder}.{_type_layer(name, place)}".removeprefix("."),
+    "encoder-type-layer": lambda name, place, block: f"{place.encoder}.{_type_layer(name, place, block)}".removeprefix(
+        "."
+    ),
 }
-"""Name of a set of players → function (module, its place) → player; "rank" has players within modules."""
+"""Name of a set of players → function (module, its place, its block) → player; "rank" has players within modules."""
 
 
 def locate(names: Sequence[str]) -> dict[str, Place]:
@@ -93,8 +95,9 @@ def locate(names: Sequence[str]) -> dict[str, Place]:
     part of the path in the block, or all of that path where blocks hold several modules of one last part (BERT's
     three `dense`). Modules outside of blocks have no layer, and their path is their type.
     """
-    inside = {name: name.removeprefix(block(name)).removeprefix(".") for name in names}
-    lists = list(dict.fromkeys(block(name).rpartition(".")[0] for name in names if inside[name]))
+    found = blocks(names)
+    inside = {name: name.removeprefix(found[name]).removeprefix(".") for name in names}
+    lists = list(dict.fromkeys(found[name].rpartition(".")[0] for name in names if inside[name]))
     short = _distinct(lists)
     by_last: dict[str, set[str]] = {}
     for path in inside.values():
@@ -106,24 +109,61 @@ def locate(names: Sequence[str]) -> dict[str, Place]:
             places[name] = Place("", name, None)
             continue
         last = path.rpartition(".")[2]
-        in_list, _, index = block(name).rpartition(".")
+        in_list, _, index = found[name].rpartition(".")
         places[name] = Place(short[in_list], last if len(by_last[last]) == 1 else path, int(index))
     return places
+
+
+def blocks(names: Sequence[str]) -> dict[str, str]:
+    """The block of every module of one model.
+
+    As `block` has it, save that an index at the very front (a model in an nn.Sequential) is no block where blocks lie
+    deeper: 0.auto_model.pooler.dense beside 0.auto_model.encoder.layer.0.output.dense stands for itself.
+    """
+    found = {name: block(name) for name in names}
+    ends = {name: end if first.isdigit() else "" for name in names for first, _, end in [name.partition(".")]}
+    if not any(ends[name] and not label.isdigit() for name, label in found.items()):
+        return found
+    return {name: name.removesuffix(end) + block(end) if end else found[name] for name, end in ends.items()}
 
 
 def block(name: str) -> str:
     """The transformer block of a module: its path up to the block's index, or the module itself outside of any.
 
-    The first index counts, save where lists of blocks are nested (Swin stages, U-Nets): model.layers.3.mlp.up →
-    model.layers.3; encoder.layers.1.blocks.0.attn → encoder.layers.1.blocks.0; experts stay within their block.
+    The index is that of the first list whose name says that it holds blocks (layers, h, blocks …): model.layers.3.mlp
+    → model.layers.3, and 0.auto_model.encoder.layer.3.output → 0.auto_model.encoder.layer.3; without such a name the
+    first index. Where lists of blocks are nested (Swin stages, U-Nets) it is the inner index:
+    encoder.layers.1.blocks.0.attn → encoder.layers.1.blocks.0. Experts and the parts of a block (T5's
+    block.0.layer.1) stay within their block.
     """
     parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    if at is None:
+    indices = [i for i, part in enumerate(parts) if part.isdigit()]
+    if not indices:
         return name
-    while at + 2 < len(parts) and parts[at + 1] in _NESTED_LISTS and parts[at + 2].isdigit():
-        at += 2
+    named = (i for i in indices if i and _BLOCK_LIST.search(parts[i - 1]) and i + 1 < len(parts))
+    at = next(named, indices[0])
+    while (step := _to_inner(parts, at)) is not None:
+        at += step
     return ".".join(parts[: at + 1])
+
+
+_BLOCK_LIST = re.compile(r"(^|_)(layers?|blocks?|resblocks|h|stages?|levels?|groups?)$")
+"""What lists of blocks are called."""
+_STAGES = re.compile(r"(^|_)(stages|levels)$")
+"""What lists are called whose elements are lists of blocks."""
+
+
+def _to_inner(parts: Sequence[str], at: int) -> int | None:
+    """How far beyond the index at `at` that of a list of blocks within its element is; None without such a list."""
+    outer, rest = parts[at - 1] if at else "", parts[at + 1 :]
+    if len(rest) > 1 and rest[0].isdigit() and outer.endswith(("block", "blocks")):
+        return 1  # lists in a list: SegFormer's block.0.1, Funnel's blocks.0.1
+    staged = bool(_STAGES.search(outer))
+    if len(rest) > 1 and rest[1].isdigit() and (rest[0] in _NESTED_LISTS or (staged and _BLOCK_LIST.search(rest[0]))):
+        return 2
+    if len(rest) > 3 and rest[0] == "transformer" and _BLOCK_LIST.search(rest[1]) and rest[2].isdigit():
+        return 3  # MobileViT's layers hold a transformer each
+    return None
 
 
 def group(names: Sequence[str], by: str | Mapping[str, str] = "block") -> dict[str, list[str]]:
@@ -132,8 +172,9 @@ def group(names: Sequence[str], by: str | Mapping[str, str] = "block") -> dict[s
     if isinstance(by, str):
         if by not in ("block", "module"):
             raise OptionError(f"unknown grouping {by!r}; there are: block, module, or NAME=REGEX for each group")
+        held = blocks(names)
         for name in names:
-            groups.setdefault(block(name) if by == "block" else name, []).append(name)
+            groups.setdefault(held[name] if by == "block" else name, []).append(name)
         return groups
     fits = _matches(names, by)
     _refuse_empty("group", names, by, fits)

@@ -305,6 +305,32 @@ def test_a_copy_of_a_model_in_training_is_switched_like_its_original():
             "down_blocks.1.attentions.0.transformer_blocks.0",
         ),
         ("lm_head", "lm_head"),
+        # behind the index of a model in an nn.Sequential or a list of models
+        ("0.auto_model.encoder.layer.11.output.dense", "0.auto_model.encoder.layer.11"),
+        ("0.model.layers.3.mlp.experts.7.w1", "0.model.layers.3"),
+        ("1.encoder.block.3.layer.1.DenseReluDense.wi", "1.encoder.block.3"),
+        ("model.0.layers.3.self_attn.q_proj", "model.0.layers.3"),
+        ("experts.2.transformer.h.5.attn.c_attn", "experts.2.transformer.h.5"),
+        ("2.linear", "2"),
+        ("3.attn.q", "3"),
+        # stages, and lists in a list
+        ("convnext.encoder.stages.2.layers.8.pwconv1", "convnext.encoder.stages.2.layers.8"),
+        ("stages.1.blocks.2.mlp.fc1", "stages.1.blocks.2"),
+        ("resnet.encoder.stages.0.layers.1.layer.0.convolution", "resnet.encoder.stages.0.layers.1"),
+        ("segformer.encoder.block.0.1.attention.self.query", "segformer.encoder.block.0.1"),
+        ("funnel.encoder.blocks.2.0.ffn.linear_1", "funnel.encoder.blocks.2.0"),
+        ("transformer.layers.4.1.net.3", "transformer.layers.4"),
+        ("encoder.layer.2.transformer.layer.1.attention.attention.query", "encoder.layer.2.transformer.layer.1"),
+        ("input_blocks.4.1.transformer_blocks.0.attn2.to_k", "input_blocks.4.1.transformer_blocks.0"),
+        ("visual.transformer.resblocks.9.mlp.c_fc", "visual.transformer.resblocks.9"),
+        ("transformer_blocks.3.attn.to_out.0", "transformer_blocks.3"),
+        ("transformer_blocks.3.ff.net.0.proj", "transformer_blocks.3"),
+        ("down_blocks.1.resnets.0.conv1", "down_blocks.1.resnets.0"),
+        ("down_blocks.1.downsamplers.0.conv", "down_blocks.1"),
+        # no list of blocks: the first index
+        ("transformer.attentions.3.q_lin", "transformer.attentions.3"),
+        ("bbox_embed.0.layers.1", "bbox_embed.0"),
+        ("classifier.1", "classifier.1"),
     ],
 )
 def test_a_module_belongs_to_its_transformer_block(name, expected):
