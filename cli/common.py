@@ -138,6 +138,14 @@ ConfigOption = Annotated[
 ]
 AlphaOption = Annotated[float | None, typer.Option(help="lora_alpha, where no configuration is to be had.")]
 NameOption = Annotated[str | None, typer.Option(help="Which adapter, where the keys of a file hold several.")]
+RenameOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rename",
+        help="OLD=NEW: modules of an adapter that begin with OLD begin with NEW instead, as language_model.model="
+        "model.language_model; an empty side stands for nothing (repeatable).",
+    ),
+]
 SplitOption = Annotated[str, typer.Option(help="train, validation or test.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda …; by default a GPU where there is one.")]
 RayOption = Annotated[
@@ -174,6 +182,17 @@ def parse_seeds(text: str) -> list[int]:
     if not seeds or len(set(seeds)) < len(seeds):
         raise OptionError(f"seeds {text!r}: one or more different seeds are needed, such as 0-4")
     return seeds
+
+
+def parse_renames(given: Sequence[str] | None) -> list[tuple[str, str]]:
+    """['model=model.language_model'] → [('model', 'model.language_model')]."""
+    found = []
+    for text in given or []:
+        old, equals, new = text.partition("=")
+        if not equals or old == new:
+            raise OptionError(f"--rename {text!r}: OLD=NEW is needed, two different beginnings of modules' names")
+        found.append((old.strip("."), new.strip(".")))
+    return found
 
 
 def parse_groups(given: Sequence[str]) -> str | dict[str, str]:

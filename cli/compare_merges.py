@@ -25,6 +25,7 @@ def command(
     base: Annotated[
         str | None, typer.Option(help="Folder or hub id of the base model, for DoRA, HiRA and others.")
     ] = None,
+    rename: common.RenameOption = None,
     task: common.TasksOption = None,
     config: common.ConfigOption = None,
     alpha: common.AlphaOption = None,
@@ -57,6 +58,7 @@ def command(
     from ..evaluate import tasks_of
     from ..files import write_bytes
     from ..methods import defaults
+    from ..renames import rename_all
 
     outputs = common.Outputs(output, "compare-merges")
     options: dict[str, dict[str, Any]] = {}
@@ -70,6 +72,7 @@ def command(
         options.setdefault(name, {}).update(common.parse_set([f"{option}={value}"], known, name))
     compare.ways_of(names, options)
     loaded = [Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name) for path in adapters]
+    loaded = rename_all(loaded, common.parse_renames(rename))
     settings: dict[str, Any] = {
         "methods": names,
         "options": options,

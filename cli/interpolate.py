@@ -27,6 +27,7 @@ def command(
     ratios: Annotated[
         str | None, typer.Option(help="Also score weighted mixtures of the adapters, e.g. 0:1,1:2,1:1,1:1:1.")
     ] = None,
+    rename: common.RenameOption = None,
     task: common.TaskOption = None,
     config: common.ConfigOption = None,
     alpha: common.AlphaOption = None,
@@ -54,11 +55,13 @@ def command(
     from ..adapter import Adapter
     from ..errors import unknown
     from ..evaluate import task_of
+    from ..renames import rename_all
 
     if space not in _SPACES:
         raise unknown("space", space, _SPACES)
     outputs = common.Outputs(output, "interpolate")
     loaded = [Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name) for path in adapters]
+    loaded = rename_all(loaded, common.parse_renames(rename))
     options: dict[str, Any] = {
         "points": points,
         "spaces": _SPACES[space],

@@ -57,6 +57,7 @@ def command(
         str | None,
         typer.Option(help="Folder or hub id of the base model: for DoRA, HiRA and others, whose ΔW needs it."),
     ] = None,
+    rename: common.RenameOption = None,
     task: common.TasksOption = None,
     config: common.ConfigOption = None,
     alpha: common.AlphaOption = None,
@@ -86,6 +87,7 @@ def command(
     from ..evaluate import tasks_of
     from ..files import refuse_existing
     from ..methods import NEEDS_DATA, defaults
+    from ..renames import rename_all, require_shared_modules
     from ..sources import Sources, parse_weights
     from ..task import resolve_device
 
@@ -98,6 +100,8 @@ def command(
     refuse_existing(output, force=force)
     parsed = parse_weights(weights or [], len(adapters))
     loaded = [Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name) for path in adapters]
+    loaded = rename_all(loaded, common.parse_renames(rename))
+    require_shared_modules(loaded)
     tasks = tasks_of(loaded, task or []) if method in NEEDS_DATA or spaces or task else None
     sources = Sources(loaded, parsed, base=merge.base_of(loaded, base), tasks=tasks, device=resolve_device(device))
     trials = None

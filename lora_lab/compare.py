@@ -25,6 +25,7 @@ from lora_lab.errors import MismatchError, OptionError, some
 from lora_lab.evaluate import described, examples_of, identity, labels_of
 from lora_lab.game import Cost
 from lora_lab.methods import MERGES, check
+from lora_lab.renames import require_shared_modules
 from lora_lab.result import Journal, Result, columns, fingerprint, finite, grouped, provenance
 from lora_lab.sources import Sources
 from lora_lab.stats import Sampled, interval, mean_and_spread
@@ -179,7 +180,7 @@ def mixes_of(adapters: Sequence[Adapter], tasks: Sequence[Task], ratios: Sequenc
         for a, t in zip(adapters, tasks, strict=True)
     ]
     if len({task for _, _, task in who}) == 1:
-        return _seed_mixes(adapters, ratios)
+        return _checked(adapters, _seed_mixes(adapters, ratios))
     groups: dict[Any, list[int]] = {}
     for index, (method, seed, _) in enumerate(who):
         groups.setdefault((method, seed), []).append(index)
@@ -195,6 +196,12 @@ def mixes_of(adapters: Sequence[Adapter], tasks: Sequence[Task], ratios: Sequenc
                 f"{some(adapters[i].source for i in members)}; a set is one adapter a task, of one method and seed"
             )
         mixes.append(Mix(label, method, seed, tuple(members), (1.0,) * len(members)))
+    return _checked(adapters, mixes)
+
+
+def _checked(adapters: Sequence[Adapter], mixes: list[Mix]) -> list[Mix]:
+    for mix in mixes:
+        require_shared_modules([adapters[i] for i in mix.members])
     return mixes
 
 

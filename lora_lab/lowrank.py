@@ -72,6 +72,14 @@ class LowRank:
         """‖ΔW‖_F, from triangular cores (exact to rounding even where B A cancels)."""
         return float(torch.linalg.matrix_norm(self._reduced()[0]))
 
+    def bound(self) -> float:
+        """Σ ‖bₖ‖ ‖aₖ‖ over the rank: no sum of theirs exceeds it, and rounding errors of ΔW are shares of it.
+
+        NaN where a factor is not finite.
+        """
+        a, b = self.A.double().norm(dim=1), self.B.double().norm(dim=0)
+        return float(a @ b) if bool(torch.isfinite(a).all() and torch.isfinite(b).all()) else math.nan
+
     def singular_values(self) -> Tensor:
         """The min(rank, rows, columns) leading singular values of ΔW in float64, largest first."""
         S: Tensor = torch.linalg.svdvals(self._reduced()[0])
@@ -235,14 +243,12 @@ def _leading(dense: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def is_finite(update: LowRank | Tensor) -> bool:
     """Whether every entry of ΔW is a number that float32 can hold, in whatever order a processor sums B A.
 
-    Of factors it is the bound Σ ‖bₖ‖ ‖aₖ‖ over the rank that must be within float32, which no sum of theirs exceeds.
+    Of factors it is their `bound` that must be within float32.
     """
     limit = torch.finfo(torch.float32).max
     if isinstance(update, Tensor):
         return not update.numel() or all(abs(float(end)) <= limit for end in update.aminmax())
-    a, b = update.A.double().norm(dim=1), update.B.double().norm(dim=0)
-    finite = bool(torch.isfinite(a).all() and torch.isfinite(b).all())
-    return finite and float(a @ b) <= limit
+    return update.bound() <= limit
 
 
 def combine_factors(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:

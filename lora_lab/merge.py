@@ -20,13 +20,16 @@ from lora_lab.evaluate import labels_of, task_of
 from lora_lab.lowrank import LowRank, factored, is_finite
 from lora_lab.methods import MERGES, check, defaults
 from lora_lab.models import base_model
+from lora_lab.renames import require_shared_modules
 from lora_lab.result import provenance
 from lora_lab.sources import Sources
 from lora_lab.whole import HEADS, merge_heads
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKED = 1e-6
-"""Relative difference of ΔW, beyond rounding to the file's dtype, at which a written file is refused."""
+"""Difference of ΔW, relative to the size of its factors, at which a written file is refused."""
+_CANCELLED = 1e-12
+"""Norm of ΔW, relative to the size of its factors, at which it is rounding and stands for 0."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def merge(
     `trials` of a search (search.py) go into the record.
     """
     chosen = check(method, options or {})
+    require_shared_modules(sources.adapters)
     if heads is not None and heads not in HEADS:
         raise unknown("way with heads", heads, HEADS)
     if dtype not in DTYPES:
@@ -195,7 +199,7 @@ def _verify(path: Path, adapter: Adapter) -> None:
     if set(found.updates) != set(adapter.updates):
         raise FileError(f"{path}: the file does not hold the modules that were written; it was not kept")
     for name, update in adapter.updates.items():
-        if (found.updates[name] - update).norm() > CHECKED * update.norm():
+        if not (found.updates[name] - update).norm() <= CHECKED * update.bound():  # of NaN, too
             raise FileError(f"{path}: the file does not give the ΔW of {name} that was written; it was not kept")
 
 
@@ -217,7 +221,8 @@ def _finished(
     update = update * coefficient
     if not is_finite(update):
         raise MismatchError(too_large)
-    if update.rank == 0:  # nothing there, which PEFT has no rank for
+    if norm <= _CANCELLED * update.bound():  # or no factors at all, which PEFT has no rank for
+        norm = 0.0
         rows, columns = update.B.shape[0], update.A.shape[1]
         update = LowRank(torch.zeros(1, columns), torch.zeros(rows, 1), update.shape)
     wide = torch.float32

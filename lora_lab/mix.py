@@ -15,12 +15,14 @@ from lora_lab import peft_format
 from lora_lab.adapter import Adapter, same_modules
 from lora_lab.errors import MismatchError, OptionError, some
 from lora_lab.lowrank import LowRank, combine, combine_factors
+from lora_lab.renames import require_shared_modules
 
 
 class Mixer:
     """Points in the span of some adapters: `mix(weights, space)` is a new adapter, the inputs stay as they are."""
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
+        require_shared_modules(adapters)
         same_modules(adapters)
         reasons = [a.why_not_additive for a in adapters]
         if len(set(reasons)) > 1:
@@ -62,16 +64,17 @@ class Mixer:
         if not self.additive:
             return None
         w = torch.tensor(weights, dtype=torch.float64)
-        if space == "delta" or torch.count_nonzero(w) == 1:
+        if space == "delta" or (torch.count_nonzero(w) == 1 and 1.0 in weights):
             squares = torch.einsum("i,j,mij->m", w, w, self._inner)
-        elif space == "matched":
-            squares = (self._inner.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() @ w).square()
         else:
             used = [i for i, weight in enumerate(weights) if weight]
             A, B = self._grams(space, used)
-            w = w[used]
-            A, B = torch.einsum("i,j,mijrs->mrs", w, w, A), torch.einsum("i,j,mijrs->mrs", w, w, B)
+            size = _size(A, w[used]) * _size(B, w[used])
+            A, B = (torch.einsum("i,j,mijrs->mrs", w[used], w[used], gram) for gram in (A, B))
             squares = torch.einsum("mrs,mrs->m", A, B)
+            if space == "matched":
+                targets = (self._inner.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() @ w).square()
+                squares = torch.where(squares > (_CANCELLED * size).square(), targets, 0.0)
         return math.sqrt(max(0.0, float(squares.sum())))
 
     def _updates(self, space: str, used: Sequence[int]) -> list[dict[str, LowRank]]:
@@ -204,11 +207,25 @@ _HARMLESS = frozenset(
 
 
 def matched(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-    """The factor average, rescaled to the weighted mean of the norms (0 stays 0)."""
+    """The factor average, rescaled to the weighted mean of the norms; 0 where the factors cancel."""
     mixed = combine_factors(updates, weights)
     norm = math.sqrt(max(0.0, mixed.inner(mixed)))
+    size = math.prod(
+        sum(abs(weight) * float(factor.double().norm()) for factor, weight in zip(factors, weights, strict=True))
+        for factors in ([u.A for u in updates], [u.B for u in updates])
+    )
     target = sum(weight * math.sqrt(max(0.0, u.inner(u))) for u, weight in zip(updates, weights, strict=True))
-    return mixed * (target / norm) if norm else mixed
+    return mixed * (target / norm if norm > _CANCELLED * size else 0.0)
+
+
+def _size(grams: Tensor, weights: Tensor) -> Tensor:
+    """Σ |wᵢ| ‖Fᵢ‖_F by module, of the factors F whose inner products these are."""
+    norms = torch.einsum("miirr->mi", grams).clamp(min=0).sqrt()
+    return norms @ weights.abs()
+
+
+_CANCELLED = 1e-6
+"""Norm of a mixed ΔW, relative to that of its factors before they were added, at which it is rounding."""
 
 
 SPACES: dict[str, Callable[[Sequence[LowRank], Sequence[float]], LowRank]] = {

@@ -72,11 +72,35 @@ def test_factors_minus_delta_is_the_cross_term(adapters):
 
 
 @pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("weights", [(0.5, 0.5, 0.0), (0.2, 0.3, 0.5), (0.0, 1.0, 0.0)])
+@pytest.mark.parametrize(
+    "weights", [(0.5, 0.5, 0.0), (0.2, 0.3, 0.5), (0.0, 1.0, 0.0), (0.5, 0.0, 0.0), (0.0, -2.0, 0.0)]
+)
 def test_norms_from_cores_are_the_dense_norms(adapters, space, weights):
     mixer = Mixer(adapters)
     expected = torch.stack([delta.norm() for delta in dense(mixer.mix(weights, space)).values()]).norm()
     assert mixer.norm(weights, space) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_an_adapter_at_half_the_weight_has_a_quarter_of_its_norm_in_factors_and_half_of_it_otherwise(adapters):
+    whole, mixer = adapters[0].total_norm, Mixer(adapters)
+    for space, share in (("factors", 0.25), ("aligned", 0.25), ("matched", 0.5), ("delta", 0.5)):
+        assert mixer.norm((0.5, 0.0, 0.0), space) == pytest.approx(share * whole, rel=1e-5), space
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_factors_that_cancel_are_zero_at_any_norm(adapters, side):
+    """b's ΔW is −a's, so that half of each is 0; a third of a rounding error is no direction either."""
+    a = adapters[0]
+    turned = {
+        name: LowRank(u.A * (-1.0 if side == "A" else 1.0), u.B * (-1.0 if side == "B" else 1.0), u.shape)
+        for name, u in a.updates.items()
+    }
+    mixer = Mixer([a.with_updates(a.updates, source="a"), a.with_updates(turned, source="b")])
+    near = torch.finfo(torch.float32).eps / 3
+    for weights in ((0.5, 0.5), (0.5, 0.5 + near)):
+        assert all(float(delta.norm()) == 0 for delta in dense(mixer.mix(weights, "matched")).values())
+        assert mixer.norm(weights, "matched") == 0
+    assert mixer.norm((0.5, 0.5), "factors") == pytest.approx(0, abs=1e-6)
 
 
 def test_an_adapter_with_all_the_weight_is_returned_itself(adapters):

@@ -26,7 +26,7 @@ LAYERS = [
         "plot_stability",
         "plot_sweep",
     },
-    {"task", "attach", "plot", "whole", "players", "prune"},
+    {"task", "attach", "plot", "whole", "renames", "players", "prune"},
     {"coto", "digits", "file_task", "probe", "recipe", "variants", "patterns", "sources", "mix"},
     {"text", "language", "vision", "panel"},
     {"tasks"},

@@ -128,7 +128,7 @@ def test_a_coefficient_of_zero_is_nothing_at_no_error():
 
 def test_a_module_without_a_change_is_written_without_a_word_on_temporary_files(tmp_path):
     a = adapter({"layers.0.fc": update(2, (8, 6), 0)}, "a")
-    b = adapter({"layers.1.fc": update(2, (8, 6), 1)}, "b")
+    b = adapter({name: update(2, (8, 6), 1) for name in ("layers.0.fc", "layers.1.fc")}, "b")
     merged = merge(Sources([a, b], [1.0, 0.0]))
     save(merged, tmp_path / "m")  # any warning is an error
     with pytest.warns(LoraLabWarning, match="zero delta"):
