@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from ..errors import LoraLabError, LoraLabWarning, nearest
+from ..errors import LoraLabError, LoraLabNote, LoraLabWarning, nearest
 from . import (
     compare_merges,
     evaluate,
@@ -65,7 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):  # a pipe in the C locale would refuse Δ and ‖
             stream.reconfigure(errors="replace", encoding="utf-8")
     warnings.simplefilter("ignore")
-    warnings.filterwarnings("always", category=LoraLabWarning)
+    for category in (LoraLabWarning, LoraLabNote):
+        warnings.filterwarnings("always", category=category)
     warnings.showwarning = _show_warning
     try:
         code = app(arguments, standalone_mode=False)
@@ -126,4 +127,5 @@ def _option_names(context: Any) -> list[str]:
 
 
 def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-    print("warning:", " ".join(str(message).split()), file=sys.stderr)
+    kind = "note:" if isinstance(message, LoraLabNote) else "warning:"
+    print(kind, " ".join(str(message).split()), file=sys.stderr)

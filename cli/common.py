@@ -133,6 +133,15 @@ TasksOption = Annotated[
     list[str] | None,
     typer.Option("--task", help="Built-in task or task file, for all adapters or once for each; by default their own."),
 ]
+TrustOption = Annotated[
+    bool,
+    typer.Option(
+        "--trust-record",
+        help="Take the adapters' records at their word: code that comes with the base, paths anywhere, any repository, "
+        "revision and device map. Only for adapters whose makers you trust. Without it, one that was not made by your "
+        "own lora-lab may name a built-in task, its own base, datasets on the hub, and files in its own folder.",
+    ),
+]
 ConfigOption = Annotated[
     Path | None, typer.Option(help="adapter_config.json for a file that has none in its header or beside it.")
 ]

@@ -27,6 +27,7 @@ def command(
     ] = None,
     rename: common.RenameOption = None,
     task: common.TasksOption = None,
+    trust_record: common.TrustOption = False,
     config: common.ConfigOption = None,
     alpha: common.AlphaOption = None,
     adapter_name: common.NameOption = None,
@@ -82,9 +83,9 @@ def command(
         "split": split,
         "seed": seed,
     }
-    tasks = tasks_of(loaded, task or [])
+    tasks = tasks_of(loaded, task or [], trust_record=trust_record)
     compare.mixes_of(loaded, tasks, settings["ratios"])  # what cannot be merged is refused first
-    built = merge.base_of(loaded, base)
+    built = merge.base_of(loaded, base, trust_record=trust_record)
     run = compare.run_id(loaded, tasks, **settings)
     result = outputs.earlier(run, force=force)
     if result is None:

@@ -13,6 +13,7 @@ from . import common
 def command(
     paths: Annotated[list[str], typer.Argument(help="Adapters.")],
     task: Annotated[str | None, typer.Option(help="Built-in task or task file; by default the adapter's own.")] = None,
+    trust_record: common.TrustOption = False,
     config: common.ConfigOption = None,
     alpha: common.AlphaOption = None,
     adapter_name: common.NameOption = None,
@@ -44,7 +45,14 @@ def command(
     adapters = [Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name) for path in paths]
     with common.progress("evaluating") as report:
         result = evaluate(
-            adapters, given=task, split=split, base=base, seed=seed, device=resolve_device(device), progress=report
+            adapters,
+            given=task,
+            trust_record=trust_record,
+            split=split,
+            base=base,
+            seed=seed,
+            device=resolve_device(device),
+            progress=report,
         )
     if output:
         result.save(output)

@@ -29,6 +29,7 @@ def command(
     ] = None,
     rename: common.RenameOption = None,
     task: common.TaskOption = None,
+    trust_record: common.TrustOption = False,
     config: common.ConfigOption = None,
     alpha: common.AlphaOption = None,
     adapter_name: common.NameOption = None,
@@ -70,7 +71,7 @@ def command(
         "seed": seed,
     }
     connect.check(loaded, points=points, spaces=_SPACES[space])
-    chosen = task_of(*loaded, given=task)
+    chosen = task_of(*loaded, given=task, trust_record=trust_record)
     result = outputs.earlier(connect.run_id(loaded, chosen, **options), force=force)
     if result is None:
         with common.workers(ray, device) as (pool, place), common.progress("interpolating") as report:

@@ -59,6 +59,7 @@ def command(
     ] = None,
     rename: common.RenameOption = None,
     task: common.TasksOption = None,
+    trust_record: common.TrustOption = False,
     config: common.ConfigOption = None,
     alpha: common.AlphaOption = None,
     adapter_name: common.NameOption = None,
@@ -102,8 +103,14 @@ def command(
     loaded = [Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name) for path in adapters]
     loaded = rename_all(loaded, common.parse_renames(rename))
     require_shared_modules(loaded)
-    tasks = tasks_of(loaded, task or []) if method in NEEDS_DATA or spaces or task else None
-    sources = Sources(loaded, parsed, base=merge.base_of(loaded, base), tasks=tasks, device=resolve_device(device))
+    tasks = tasks_of(loaded, task or [], trust_record=trust_record) if method in NEEDS_DATA or spaces or task else None
+    sources = Sources(
+        loaded,
+        parsed,
+        base=merge.base_of(loaded, base, trust_record=trust_record),
+        tasks=tasks,
+        device=resolve_device(device),
+    )
     trials = None
     with common.progress(f"merging by {method}") as report:
         if spaces:

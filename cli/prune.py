@@ -38,6 +38,7 @@ def command(
     samples: Annotated[int, typer.Option(help="For top-shapley: marginal contributions a player.")] = 200,
     task: Annotated[str | None, typer.Option(help="For top-shapley: the task; by default the adapter's own.")] = None,
     split: Annotated[str, typer.Option(help="For top-shapley: the split to choose on.")] = "validation",
+    trust_record: common.TrustOption = False,
     config: common.ConfigOption = None,
     alpha: common.AlphaOption = None,
     adapter_name: common.NameOption = None,
@@ -76,7 +77,7 @@ def command(
         by = common.parse_players(players)
         choice = patterns.choice_of(loaded, by=by, seed=seed)
         if keep.startswith("top-shapley"):
-            chosen = partial(task_of, loaded, given=task)
+            chosen = partial(task_of, loaded, given=task, trust_record=trust_record)
             options = {"by": by, "worth": worth, "samples": samples, "split": split, "seed": seed}
             choice = replace(choice, shapley=partial(_shapley, loaded, chosen, device, options))
         pruned = prune.structured(loaded, patterns.keep(choice, keep), pattern=keep)

@@ -31,7 +31,7 @@ def command(
     chosen = tasks.from_name("digits/relabel")
     recipes = [Recipe(method=method, seed=seed) for method in ("lora", "coto") for seed in (0, 1)]
     paths = [output / f"{recipe.method}-s{recipe.seed}.safetensors" for recipe in recipes]
-    todo = [Job(chosen.record, recipe, path) for recipe, path in zip(recipes, paths, strict=True)]
+    todo = [Job(chosen.spec, recipe, path) for recipe, path in zip(recipes, paths, strict=True)]
     with common.progress("training 2 LoRA and 2 CoTo adapters") as report:
         trained = train_all(todo, workers=jobs, force=force, progress=report)
     train.show(paths, trained)

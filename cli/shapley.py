@@ -14,7 +14,7 @@ from . import common
 def command(
     adapters: Annotated[
         list[str] | None,
-        typer.Argument(help="Adapters; without one, the newest below this folder, or else one is trained on digits."),
+        typer.Argument(help="Adapters; without one, the newest of your own below this folder, or else one is trained."),
     ] = None,
     samples: Annotated[int, typer.Option(help="Marginal contributions a player; for permutations, orders.")] = 200,
     players: common.PlayersOption = None,
@@ -36,6 +36,7 @@ def command(
     option: Annotated[list[str] | None, typer.Option("--set", help="Option of the estimator, e.g. nodes=5.")] = None,
     examples: common.ExamplesOption = None,
     task: common.TaskOption = None,
+    trust_record: common.TrustOption = False,
     config: common.ConfigOption = None,
     alpha: common.AlphaOption = None,
     adapter_name: common.NameOption = None,
@@ -85,7 +86,7 @@ def command(
         "seed": seed,
         "options": options,
     }
-    chosen = task_of(*loaded, given=task)
+    chosen = task_of(*loaded, given=task, trust_record=trust_record)
     compute = partial(shapley.shapley, loaded, chosen, split=split, **settings)
     run = shapley.run_id(loaded, chosen, split=split, **settings)
     result = common.computed(
@@ -164,18 +165,20 @@ def _show_interactions(result: Any) -> None:
 
 
 def _found_or_trained() -> str:
-    """The newest adapter below this folder, or one trained on the embedded digits."""
+    """The newest of the user's own adapters below this folder, or one trained on the embedded digits."""
     from .. import shapley, tasks
     from ..parallel import Job, train_all
     from ..recipe import Recipe
 
     found = shapley.newest_adapter(Path())
     if found is not None:
-        common.messages.print(f"no adapter given: the newest one below this folder is {found}")
+        common.messages.print(f"no adapter given: the newest of your own below this folder is {found}")
         return str(found)
     recipe = Recipe(method="coto", seed=0)
     path = Path("coto-s0.safetensors")
-    common.messages.print(f"no adapter given and none below this folder: training {path} on digits/relabel first")
+    common.messages.print(
+        f"no adapter given and none of your own below this folder: training {path} on digits/relabel first"
+    )
     with common.progress("training") as report:
         train_all([Job(tasks.from_name("digits/relabel").record, recipe, path)], progress=report)
     return str(path)

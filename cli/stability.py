@@ -27,6 +27,7 @@ def command(
     ] = None,
     examples: common.ExamplesOption = None,
     task: common.TaskOption = None,
+    trust_record: common.TrustOption = False,
     config: common.ConfigOption = None,
     alpha: common.AlphaOption = None,
     adapter_name: common.NameOption = None,
@@ -72,7 +73,7 @@ def command(
         "seed": seed,
     }
     stability.check(loaded, by=settings["by"], samples=samples, grid=probabilities)
-    chosen = task_of(*loaded, given=task)
+    chosen = task_of(*loaded, given=task, trust_record=trust_record)
     compute = partial(stability.stability, loaded, chosen, split=split, **settings)
     run = stability.run_id(loaded, chosen, split=split, **settings)
     result = common.computed(outputs, run, "dropping layers", compute, force=force, yes=yes, ray=ray, device=device)

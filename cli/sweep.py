@@ -28,6 +28,7 @@ def command(
     draws: Annotated[int, typer.Option(help="Draws of every random control.")] = 5,
     examples: common.ExamplesOption = None,
     task: common.TaskOption = None,
+    trust_record: common.TrustOption = False,
     config: common.ConfigOption = None,
     alpha: common.AlphaOption = None,
     adapter_name: common.NameOption = None,
@@ -73,7 +74,7 @@ def command(
     }
     names = ("kinds", "sparsities", "criteria", "draws")
     sweep.check(loaded, **{name: settings[name] for name in names})
-    task_chosen = task_of(*loaded, given=task)
+    task_chosen = task_of(*loaded, given=task, trust_record=trust_record)
     compute = partial(sweep.sweep, loaded, task_chosen, split=split, **settings)
     run = sweep.run_id(loaded, task_chosen, split=split, **settings)
     result = common.computed(outputs, run, "pruning", compute, force=force, yes=yes, ray=ray, device=device)

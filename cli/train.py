@@ -134,7 +134,7 @@ def command(
             for setting in settings:  # refused before anything is trained
                 dataclasses.replace(recipes[0], **setting)
             results, tried = tuning.train_best(
-                chosen.record,
+                chosen.spec,
                 recipes,
                 settings,
                 paths,
@@ -146,7 +146,7 @@ def command(
                 pool=pool,
             )
         else:
-            todo = [Job(chosen.record, r, path, device, report_to) for r, path in zip(recipes, paths, strict=True)]
+            todo = [Job(chosen.spec, r, path, device, report_to) for r, path in zip(recipes, paths, strict=True)]
             results = train_all(todo, workers=jobs, force=force, progress=report, pool=pool)
     if not is_first():
         return

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lab import files, peft_format
+from lora_lab import files, peft_format, trust
 from lora_lab.errors import AdapterError, FileError, LoraLabWarning, MismatchError, TunerError, some
 from lora_lab.hub import stay_offline_without_network
 from lora_lab.lowrank import LowRank
@@ -23,6 +23,7 @@ from lora_lab.peft_format import PREFIX, Parsed, Site
 
 CONFIG_KEY = "lora_lab.config"
 RECORD_KEY = "lora_lab.record"
+SIGNATURE_KEY = "lora_lab.signature"
 _HUB_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
 
 
@@ -40,6 +41,8 @@ class Adapter:
     """What it was trained on: task, method, seed, metrics. Empty for adapters from elsewhere."""
     source: str = ""
     """Where it was read from, or what made it."""
+    origin: trust.Origin = trust.FOREIGN
+    """Where its record comes from, which decides what that may do."""
 
     @classmethod
     def load(
@@ -125,12 +128,17 @@ class Adapter:
     def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
         """Write a PEFT folder, or for a path that ends in .safetensors one file with config and record inside.
 
-        The target is whole or absent whatever happens; an existing one is replaced only with `force`.
+        The target is whole or absent whatever happens; an existing one is replaced only with `force`. A record of the
+        user's own is signed (see trust.py).
         """
         path = Path(path)
         files.refuse_existing(path, force=force)
         config = json.dumps(_plain(self.config), indent=2)  # unsorted: of the patterns, the first match counts
-        metadata = {"format": "pt", RECORD_KEY: json.dumps(_plain(self.record))}
+        record = _plain(trust.recordable(self.record))
+        metadata = {"format": "pt", RECORD_KEY: json.dumps(record)}
+        signature = trust.sign(record, self.tensors) if self.origin.own else None
+        if signature is not None:
+            metadata[SIGNATURE_KEY] = signature
         if path.suffix == ".safetensors":
             files.write_safetensors(path, self.tensors, metadata | {CONFIG_KEY: config})
             return path
@@ -172,7 +180,7 @@ def from_updates(updates: Mapping[str, LowRank], *, like: Adapter, source: str) 
         tensors |= dict(zip(keys.values(), (A, B), strict=True))
         sites[name] = replace(site, keys=keys)
     tensors |= {key: tensor for key, tensor in other_tensors(like, sites).items() if key.startswith(PREFIX)}
-    return Adapter(tensors, config, sites, like.record, source)
+    return Adapter(tensors, config, sites, like.record, source, like.origin)
 
 
 def exact_targets(names: Iterable[str], known: Iterable[str]) -> list[str] | str:
@@ -231,7 +239,10 @@ def inspect(
         notes = [f"alpha {alpha:g} is not used, the config says {settings['lora_alpha']!r}"]
     settings, more = peft_format.complete_config(settings, tensors, adapter_name)
     parsed: Parsed = peft_format.parse(tensors, settings, str(found.weights), adapter_name)
-    adapter = Adapter(parsed.tensors, settings, parsed.sites, _record(raw_metadata), str(path))
+    record = _record(raw_metadata)
+    own = bool(record) and trust.is_own(raw_metadata.get(SIGNATURE_KEY), record, tensors)
+    origin = trust.Origin(own, str(found.weights.parent.resolve()))
+    adapter = Adapter(parsed.tensors, settings, parsed.sites, record, str(path), origin)
     notes = [*found.notes, *notes, *more, *parsed.warnings]
     return Listing(adapter, found.format, notes, parsed.problems)
 
@@ -342,7 +353,7 @@ def _header_json(path: Path, key: str, metadata: Mapping[str, str]) -> dict[str,
 def _record(metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         content = json.loads(metadata.get(RECORD_KEY, "{}"))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # ValueError: also a number of too many digits
         return {}
     return content if isinstance(content, dict) else {}
 

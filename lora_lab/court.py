@@ -285,11 +285,11 @@ class Clerks:
 
     def __init__(self, court: Court, pool: Pool, run: str) -> None:
         self._court, self._pool = court, pool
-        sent = {fingerprint(task.record): (task, Sent.of(task)) for task in court.tasks}
+        sent = {fingerprint(task.spec): (task, Sent.of(task)) for task in court.tasks}
         splits = ("validation", court.split)
         self._setup = _Setup(
             tuple(map(bare, court.everyone.adapters)),
-            tuple(sent[fingerprint(task.record)][1] for task in court.tasks),
+            tuple(sent[fingerprint(task.spec)][1] for task in court.tasks),
             {key: tuple(Examples.of(task, split) for split in splits) for key, (task, _) in sent.items()},
             court.split,
             court.base,

@@ -7,9 +7,11 @@ LoraLabError
 ├── MismatchError (ValueError)      inputs that do not fit together
 ├── TaskError (ValueError)          a task that cannot be built or scored
 │   └── DivergedError               a loss that is no number
+├── TrustError (ValueError)         a file asks for what only the user can allow
 └── OptionError (ValueError)        a name or value that the user gave
 
 LoraLabWarning (UserWarning)        worth telling, but no error
+LoraLabNote (UserWarning)           what is about to be done at a file's word
 """
 
 from __future__ import annotations
@@ -49,12 +51,20 @@ class DivergedError(TaskError):
     """A training whose loss is no number any more, or a model whose loss is none."""
 
 
+class TrustError(LoraLabError, ValueError):
+    """A file asks for what only the user can allow: code, paths outside of its folder, other repositories."""
+
+
 class OptionError(LoraLabError, ValueError):
     """A name or a value that the user gave and that cannot be."""
 
 
 class LoraLabWarning(UserWarning):
     """Something worth telling that is no error."""
+
+
+class LoraLabNote(UserWarning):
+    """What is about to be done because a file says so, such as the data that it names."""
 
 
 def some(names: Iterable[object], limit: int = 3) -> str:

@@ -22,6 +22,7 @@ from lora_lab.errors import LoraLabError, MismatchError, OptionError, TunerError
 from lora_lab.result import Result, columns, fingerprint, provenance
 from lora_lab.stats import Sampled
 from lora_lab.task import Scores, Split, Task, resolve_device
+from lora_lab.trust import ANYWHERE, Reach, judged
 
 TASK_HELP = (
     "say on which with --task NAME (`lora-lab tasks` lists them) or --task FILE.toml, a file such as: "
@@ -43,15 +44,19 @@ def evaluate(
     adapters: Sequence[Adapter],
     *,
     given: str | None = None,
+    trust_record: bool = False,
     split: str = "test",
     base: bool = True,
     seed: int = 0,
     device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Result:
-    """Every adapter on its own task (or the one given), and every base model alone, with 95 % intervals."""
+    """Every adapter on its own task (or the one given), and every base model alone, with 95 % intervals.
+
+    What an adapter's record may name without `trust_record` says trust.py.
+    """
     began = time.perf_counter()
-    found = [task_of(adapter, given=given) for adapter in adapters]
+    found = [task_of(adapter, given=given, trust_record=trust_record) for adapter in adapters]
     shared = {fingerprint(task.record): task for task in reversed(found)}  # equal tasks load their data once
     runs: list[tuple[Adapter | None, Task]] = [*((None, task) for task in shared.values() if base)]
     runs += [(adapter, shared[fingerprint(task.record)]) for adapter, task in zip(adapters, found, strict=True)]
@@ -128,30 +133,31 @@ def identity(adapter: Adapter) -> list[Any]:
 
 def examples_of(task: Task, split: str) -> list[Any]:
     """All that scores hang on besides the adapter: the task, its base model and its examples; for run ids."""
-    return [task.record, task.base_digest, split, _digest([*task.split(split).inputs.values(), *task.digest])]
+    return [task.spec, task.base_digest, split, _digest([*task.split(split).inputs.values(), *task.digest])]
 
 
 @dataclass(frozen=True)
 class Sent:
-    """A task on its way to workers, as its record."""
+    """A task on its way to workers, as all that it is built from; made of a task, which was judged before."""
 
     record: Mapping[str, Any]
+    reach: Reach = ANYWHERE
 
     @classmethod
     def of(cls, task: Task) -> Sent:
         """OptionError for a task that its record does not give again, such as one of a class of the user's own."""
         try:
-            again = tasks.from_record(task.record)
+            again = tasks.from_record(task.spec)
         except LoraLabError:
             again = None
         if type(again) is not type(task):
             kind = type(task).__name__
             raise OptionError(f"task {task.name} ({kind}) cannot be built again from its record, as workers have to")
-        return cls(task.record)
+        return cls(task.spec, task.reach)
 
     def task(self) -> Task:
         """The task, built again."""
-        return tasks.from_record(self.record)
+        return tasks.from_record(self.record, reach=self.reach)
 
 
 @dataclass(frozen=True)
@@ -218,7 +224,7 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
-def tasks_of(adapters: Sequence[Adapter], given: Sequence[str] = ()) -> list[Task]:
+def tasks_of(adapters: Sequence[Adapter], given: Sequence[str] = (), *, trust_record: bool = False) -> list[Task]:
     """A task for each adapter: its own, or the one that is given for all, or one given for each of them."""
     if len(given) > 1 and len(given) != len(adapters):
         raise OptionError(f"{len(adapters)} adapters and {len(given)} tasks; one for all, or one an adapter")
@@ -227,18 +233,21 @@ def tasks_of(adapters: Sequence[Adapter], given: Sequence[str] = ()) -> list[Tas
     built: dict[str, Task] = {}  # equal tasks load their data once
     found = []
     for adapter, name in zip(adapters, names, strict=True):
-        task = task_of(adapter, given=name)
+        task = task_of(adapter, given=name, trust_record=trust_record)
         found.append(built.setdefault(fingerprint(task.record), task))
     return found
 
 
-def task_of(*adapters: Adapter, given: str | None = None) -> Task:
-    """The task named by the user, or else the one that the adapters' records agree on."""
+def task_of(*adapters: Adapter, given: str | None = None, trust_record: bool = False) -> Task:
+    """The task named by the user, or else the one that the adapters' records agree on.
+
+    TrustError where a record that is not the user's own asks for more than it may without `trust_record`.
+    """
     if given is not None:
         return tasks.from_name(given)
     records = [adapter.record.get("task") for adapter in adapters]
     for adapter, record in zip(adapters, records, strict=True):
-        if not record:
+        if not record or not isinstance(record, dict):
             raise MismatchError(f"{adapter.source}: carries no record of its task; {TASK_HELP}")
     first = records[0]
     for adapter, record in zip(adapters, records, strict=True):
@@ -248,7 +257,11 @@ def task_of(*adapters: Adapter, given: str | None = None) -> Task:
                 f"{_difference(first, record)}; choose one with --task"
             )
     assert isinstance(first, dict)
-    return tasks.from_record(first, base=_beside(first, adapters[0]), where=f"the record of {adapters[0].source}")
+    # of equal records, one of the user's own speaks for all
+    speaker = next((adapter for adapter in adapters if adapter.origin.own), adapters[0])
+    reach = judged(first, speaker.origin, speaker.config, speaker.source, trust_record=trust_record)
+    base = _beside(first, speaker) if reach.folder is None else Path(reach.folder)
+    return tasks.from_record(first, base=base, where=f"the record of {speaker.source}", reach=reach)
 
 
 def _beside(record: Mapping[str, Any], adapter: Adapter) -> Path:

@@ -15,12 +15,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from lora_lab.errors import FileError, OptionError, TaskError, some, unknown
+from lora_lab.confined import check_base, check_files, check_folder
+from lora_lab.errors import FileError, LoraLabError, OptionError, TaskError, some, unknown
 from lora_lab.hub import stay_offline_without_network
 from lora_lab.models import DTYPES, cached_folder, check_memory, pretrained
 from lora_lab.task import SPLITS, Task
+from lora_lab.trust import NEVER_RECORDED, TABLES
 
-_FORMATS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _TEST, _VALIDATION = 0.2, 0.1
 _PADDED_LEFT = ("xlnet",)
 """Kinds of models that look for a text's meaning in its last place."""
@@ -138,7 +139,15 @@ class FileTask(Task):
 
     @property
     def record(self) -> dict[str, Any]:
-        """The task file's keys, defaults left out; paths relative to the current folder where they lie below it."""
+        """The task file's keys but those that no adapter may ask for, defaults left out.
+
+        Paths are relative to the current folder where they lie below it.
+        """
+        return {name: value for name, value in self.spec.items() if name not in NEVER_RECORDED}
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The task file's keys, defaults left out."""
         every = {f.name: (getattr(self.settings, f.name), f.default) for f in fields(self.settings)}
         always = {"kind", *(name for name, (_, default) in every.items() if default is MISSING)}
         return {name: value for name, (value, default) in every.items() if name in always or value != default}
@@ -155,11 +164,18 @@ class FileTask(Task):
     def table(self, split: str) -> dict[str, Sequence[Any]]:
         """The columns of a split that the task needs; where the data has no such split, it is drawn from training."""
         found = self._whole(split)
+        self._check_cells(found)
         limit = self.settings.limit
         if limit is not None and limit < len(found):
             drawn = np.random.default_rng(self.settings.split_seed).permutation(len(found))[:limit]
             found = found.select(np.sort(drawn))  # not the first of them: tables are often sorted by label
         return {name: list(found[name]) for name in self._columns(found.column_names)}
+
+    def _check_cells(self, table: Any) -> None:
+        """TaskError for cells that a confined task would have to open files for, wherever these lie."""
+        for name in self._columns(table.column_names) if self.reach.folder is not None else ():
+            if "decode=True" in repr(table.features[name]):
+                raise TaskError(f"task {self.name}: its column {name!r} names files; texts and numbers can be read")
 
     def _whole(self, split: str) -> Any:
         """All examples of a split; TaskError where there is none."""
@@ -175,6 +191,8 @@ class FileTask(Task):
     def pretrained(self, cls: Any, **options: Any) -> Any:
         """`cls` from the base, as the task's keys say."""
         keys = self.settings
+        if self.reach.folder is not None:
+            check_base(keys.base, keys.revision, f"task {self.name}: its base")
         more = {"revision": keys.revision} if keys.revision else {}
         return pretrained(
             cls,
@@ -233,7 +251,8 @@ class FileTask(Task):
         wanted = self._wanted()
         for name in wanted:
             if name not in there:
-                raise TaskError(f"{self._where}: no column {name!r}; there are: {', '.join(there)}")
+                known = f"there are: {', '.join(there)}" if self.reach.quotes else f"it has {len(there)} others"
+                raise TaskError(f"{self._where}: no column {name!r}; {known}")
         return wanted
 
     def _wanted(self) -> list[str]:
@@ -263,12 +282,15 @@ class FileTask(Task):
         for split, spellings in _SPELLINGS.items():
             name = chosen.get(split) or next((each for each in spellings if each in free), None)
             if split in chosen and name not in found:
-                raise TaskError(f"{data}: has no split {name!r}; there are: {', '.join(found)}")
+                raise TaskError(f"{data}: has no split {name!r}; {self._splits_of(found)}")
             if name is not None:
                 tables[split] = found[name]
         if "train" not in tables:
-            raise TaskError(f"{data}: has no train split; there are: {', '.join(found)}; name it in splits")
+            raise TaskError(f"{data}: has no train split; {self._splits_of(found)}; name it in splits")
         return tables
+
+    def _splits_of(self, found: Mapping[str, Any]) -> str:
+        return f"there are: {', '.join(found)}" if self.reach.quotes else f"it has {len(found)} others"
 
     @cached_property
     def _carved(self) -> dict[str, Any]:
@@ -292,38 +314,55 @@ class FileTask(Task):
 
         if not path.is_file():
             raise FileError(f"task {self.name}: its data {path} is missing")
-        if path.suffix not in _FORMATS:
-            raise FileError(f"{path}: {some(_FORMATS, 4)} can be read")
+        if path.suffix not in TABLES:
+            raise FileError(f"{path}: {some(TABLES, 4)} can be read")
+        self.reach.require(path, f"task {self.name}: its data")
         with _silent():
             try:
                 options = {"keep_default_na": False} if path.suffix == ".csv" else {}  # "NA" and "" are texts
-                return getattr(Dataset, f"from_{_FORMATS[path.suffix]}")(str(path), **options)
+                return getattr(Dataset, f"from_{TABLES[path.suffix]}")(str(path), **options)
             except Exception as error:  # the readers of datasets raise their own many kinds
                 empty = "corresponds to no data" in str(error)
-                why = "it has no rows" if empty else _first_line(error.__cause__ or error)
+                why = "it has no rows" if empty else self._why(error.__cause__ or error)
                 raise FileError(f"{path}: cannot be read as a table ({why})") from error
 
     def _dataset(self, name: str) -> Any:
         """A folder (of images, of tables, or saved by datasets), or a dataset from the hub."""
-        from datasets import DatasetDict, load_dataset, load_from_disk
+        from datasets import DatasetDict, load_from_disk
 
         folder = Path(name)
         if not folder.exists():
             stay_offline_without_network()
+        elif self.reach.folder is not None:
+            check_folder(folder, self.reach, f"task {self.name}: its data {name!r}")
         with _silent():
             try:
                 if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
                     found = load_from_disk(name)
                 else:
-                    found = load_dataset(name, self.settings.data_config)
+                    found = self._built(name)
+            except LoraLabError:
+                raise
             except Exception as error:  # as above, and the hub client's
                 if folder.exists():
-                    raise FileError(f"{name}: cannot be read as a dataset ({_first_line(error)})") from error
+                    raise FileError(f"{name}: cannot be read as a dataset ({self._why(error)})") from error
                 raise FileError(
                     f"task {self.name}: its data {name!r} is no file or folder here, and the Hugging Face hub gave no "
-                    f"such dataset ({_first_line(error)}); give a local folder or file where there is no network"
+                    f"such dataset ({self._why(error)}); give a local folder or file where there is no network"
                 ) from error
         return found if isinstance(found, DatasetDict) else {"train": found}
+
+    def _built(self, name: str) -> Any:
+        from datasets import load_dataset, load_dataset_builder
+
+        if self.reach.folder is not None:
+            builder = load_dataset_builder(name, self.settings.data_config)
+            check_files(builder.config.data_files, name, self.reach, f"task {self.name}: its data {name!r}")
+        return load_dataset(name, self.settings.data_config)
+
+    def _why(self, error: BaseException) -> str:
+        """What a reader said, which may hold lines of what it read; else only what kind of error it was."""
+        return _first_line(error) if self.reach.quotes else type(error).__name__
 
 
 class LabelledTask(FileTask):
@@ -373,28 +412,28 @@ class LabelledTask(FileTask):
             raise TaskError(
                 f"task {self.name}: a split without labels (all of them are {values[0]}); name another one in splits"
             )
-        return torch.tensor([self._label(value) for value in values], dtype=torch.long)
+        return torch.tensor([self._label(value, i) for i, value in enumerate(values)], dtype=torch.long)
 
-    def _label(self, value: object) -> int:
-        names = self._names
+    def _label(self, value: object, place: int) -> int:
+        names, row = self._names, f"(row {place} of a split, counted from 0)"
         if value is None or value == "":
-            raise TaskError(f"task {self.name}: an example without a label")
+            raise TaskError(f"task {self.name}: an example without a label {row}")
+        label = f"task {self.name}: label {self.reach.quote(value)} is"
         if isinstance(value, str) and names is None:
-            raise TaskError(f"task {self.name}: label {value!r} is a name where numbers are expected")
+            raise TaskError(f"{label} a name where numbers are expected {row}")
         if isinstance(value, str):
             assert names is not None
             if value not in names:
-                raise TaskError(f"task {self.name}: label {value!r} is none of {some(map(repr, names), 8)}")
+                known = some(map(repr, names), 8) if self.reach.quotes else f"the {len(names)} names"
+                raise TaskError(f"{label} none of {known} {row}")
             return names.index(value)
         if isinstance(value, bool | int | np.integer):
             return int(value)
-        raise TaskError(
-            f"task {self.name}: label {value!r} is a {type(value).__name__}; names or whole numbers are needed"
-        )
+        raise TaskError(f"{label} a {type(value).__name__}; names or whole numbers are needed {row}")
 
 
 def _is_file(data: str) -> bool:
-    return Path(data).suffix in _FORMATS or Path(data).is_file()
+    return Path(data).suffix in TABLES or Path(data).is_file()
 
 
 class _silent:  # noqa: N801  (a context)
@@ -463,14 +502,14 @@ def _needed(key: str, plain: Sequence[type]) -> str:
 
 def _data(text: str, base: Path) -> str:
     """A path beside the task file; the name of a dataset on the hub stays as it is."""
-    looks_like_file = Path(text).suffix in _FORMATS
+    looks_like_file = Path(text).suffix in TABLES
     return _place(text, base) if looks_like_file or (base / text).exists() else text
 
 
 def _called(data: str | dict[str, str]) -> str:
     """What data is called in short: a file or folder without its path; of a file a split, the folder they share."""
     if isinstance(data, str):
-        return Path(data).stem if Path(data).suffix in _FORMATS else Path(data).name
+        return Path(data).stem if Path(data).suffix in TABLES else Path(data).name
     parents = {Path(path).resolve().parent.name for path in data.values()}
     return parents.pop() if len(parents) == 1 else _called(next(iter(data.values()), ""))
 

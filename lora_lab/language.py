@@ -274,7 +274,8 @@ class MultipleChoice(_Language):
                 options = table[keys.options][i]
                 if not isinstance(options, list) or len(options) < 2:
                     raise TaskError(
-                        f"task {self.name}: options {options!r} in {keys.options!r}; a list of two or more is needed"
+                        f"task {self.name}: options {self.reach.quote(options)} in {keys.options!r}; a list of two or "
+                        "more is needed"
                     )
             else:
                 options = [table[name][i] for name in keys.options]
@@ -291,10 +292,10 @@ class MultipleChoice(_Language):
         """The options that are not empty, and the place of the right one among them."""
         place = self._place(right, options)
         if options[place] in (None, ""):
-            raise TaskError(f"task {self.name}: its right answer {right!r} is an empty option")
+            raise TaskError(f"task {self.name}: its right answer {self.reach.quote(right)} is an empty option")
         there = [str(option) for option in options if option not in (None, "")]
         if len(there) < 2:
-            raise TaskError(f"task {self.name}: options {there}; two or more are needed")
+            raise TaskError(f"task {self.name}: options {self.reach.quote(there)}; two or more are needed")
         return there, place - sum(option in (None, "") for option in options[:place])
 
     def _place(self, right: object, options: Sequence[object]) -> int:
@@ -307,14 +308,16 @@ class MultipleChoice(_Language):
             number, first = _number(right), self.settings.label_from or 0
             if number is None:
                 needed = f"a number from {first}, a letter or the option itself is needed"
-                raise TaskError(f"task {self.name}: answer {right!r} is a {type(right).__name__}; {needed}")
+                raise TaskError(
+                    f"task {self.name}: answer {self.reach.quote(right)} is a {type(right).__name__}; {needed}"
+                )
             if number == -1:
                 raise TaskError(f"task {self.name}: a split without answers (-1); name another one in splits")
             right = number - first
         if not 0 <= right < len(options):
             more = "" if self.settings.label_from is not None else ", or from 1 with label_from = 1"
             counted = f"they count from {self.settings.label_from or 0}{more}"
-            raise TaskError(f"task {self.name}: answer {given} of {len(options)} options; {counted}")
+            raise TaskError(f"task {self.name}: answer {self.reach.quote(given)} of {len(options)} options; {counted}")
         return right
 
 

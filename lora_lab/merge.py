@@ -23,6 +23,7 @@ from lora_lab.models import base_model
 from lora_lab.renames import require_shared_modules
 from lora_lab.result import provenance
 from lora_lab.sources import Sources
+from lora_lab.trust import Origin
 from lora_lab.whole import HEADS, merge_heads
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -110,7 +111,8 @@ def merge(
         # by its task_type, too, PEFT would look for a head in the file
         headless: dict[str, Any] = {} if saved else {"task_type": None}
         adapter = replace(adapter, config={**adapter.config, "modules_to_save": saved or None, **headless})
-    adapter = replace(adapter, tensors={**_in_dtype(adapter, DTYPES[dtype]), **whole}, record=_record(sources, made))
+    tensors = {**_in_dtype(adapter, DTYPES[dtype]), **whole}
+    adapter = replace(adapter, tensors=tensors, record=_record(sources, made), origin=_origin(sources.adapters))
     return Merged(adapter, method, made["options"], made["weights"], made["error"], dict(lost), own, sources.absent)
 
 
@@ -171,13 +173,15 @@ def card(adapter: Adapter) -> str:
     return "\n".join(lines) + "\n"
 
 
-def base_of(adapters: Sequence[Adapter], given: str | None) -> Callable[[], nn.Module] | None:
+def base_of(
+    adapters: Sequence[Adapter], given: str | None, *, trust_record: bool = False
+) -> Callable[[], nn.Module] | None:
     """What builds the base model that is given, or that the record of an adapter without a plain ΔW leads to."""
     needy = [adapter for adapter in adapters if adapter.why_not_additive is not None]
     if given is not None:
         return lambda: base_model(given, [name for adapter in needy for name in adapter.sites])
     recorded = next((adapter for adapter in needy if adapter.record.get("task")), None)
-    return task_of(recorded).build_model if recorded else None
+    return task_of(recorded, trust_record=trust_record).build_model if recorded else None
 
 
 def _range(ranks: Sequence[int]) -> str:
@@ -259,3 +263,8 @@ def _record(sources: Sources, made: Mapping[str, Any]) -> dict[str, Any]:
         if all(name in record and record[name] == records[0].get(name) for record in records)
     }
     return {**common, "merge": dict(made)}
+
+
+def _origin(adapters: Sequence[Adapter]) -> Origin:
+    """Of what is merged of these: the user's own where every task among their records is."""
+    return Origin.of_all(adapter.origin for adapter in adapters if adapter.record.get("task"))

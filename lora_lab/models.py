@@ -17,7 +17,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pretrained(cls: Any, name: str, *, where: str = "the model", **options: Any) -> Any:
-    """`cls.from_pretrained(name)`; TaskError with one line of why not, `where` naming what asked for it."""
+    """`cls.from_pretrained(name)`; TaskError with one line of why not, `where` naming what asked for it.
+
+    Code that comes with the model is run for `trust_remote_code=True` alone, and nobody is asked about it.
+    """
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -26,9 +29,14 @@ def pretrained(cls: Any, name: str, *, where: str = "the model", **options: Any)
             raise TaskError(f"{where} {name!r} is missing; a folder with a model, or a hub id, is needed")
         stay_offline_without_network()
     try:
-        return cls.from_pretrained(name, **options)
+        return cls.from_pretrained(name, **{"trust_remote_code": False, **options})
     except Exception as error:  # files of all kinds are read, each kind with errors of its own
         reason = str(error).strip().partition("\n")[0]
+        if "trust_remote_code" in str(error) and not options.get("trust_remote_code"):
+            raise TaskError(
+                f"{where} {name!r} needs code that comes with it, which is not run; if you have read it, a task file "
+                "with trust_remote_code = true runs it"
+            ) from error
         if not Path(name).exists():
             reason = f"there is no such folder here; from the hub: {reason}"
         raise TaskError(

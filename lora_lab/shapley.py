@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_lab import estimators
-from lora_lab.adapter import Adapter
+from lora_lab import estimators, files
+from lora_lab.adapter import SIGNATURE_KEY, Adapter
 from lora_lab.distribute import Pool
-from lora_lab.errors import OptionError, unknown
+from lora_lab.errors import LoraLabError, OptionError, unknown
 from lora_lab.estimators import EXACT_LIMIT, Bools, Estimate, all_coalitions
 from lora_lab.evaluate import described, examples_of, identity, labels_of
 from lora_lab.game import Cost, Game, Progress, game_of, measured
@@ -174,28 +176,22 @@ def forecast(
 
 
 def newest_adapter(folder: Path) -> Path | None:
-    """The adapter file or folder below `folder` that was written last; hidden folders are left out."""
-    import json
-
-    found: list[tuple[int, str, Path]] = []
+    """The newest of the user's own adapters (see trust.py) below `folder`; hidden folders are left out."""
+    found: list[tuple[int, str]] = []
     for path in folder.rglob("*.safetensors"):
         if any(part.startswith(".") or part == "site-packages" for part in path.relative_to(folder).parts):
             continue
-        if not path.is_file():
-            continue
-        if path.name == "adapter_model.safetensors":
-            found.append((path.stat().st_mtime_ns, str(path.parent), path.parent))
-            continue
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            head = file.read(size) if size < 1 << 26 else b""
-        try:
-            header = json.loads(head)
-        except ValueError:
-            continue
-        if isinstance(header, dict) and "lora_lab.config" in (header.get("__metadata__") or {}):
-            found.append((path.stat().st_mtime_ns, str(path), path))
-    return max(found)[2] if found else None
+        with contextlib.suppress(OSError):  # FileError is one, too: of what is no adapter
+            metadata = files.read_header(path)[0].get("__metadata__")
+            if isinstance(metadata, dict) and SIGNATURE_KEY in metadata:
+                found.append((path.stat().st_mtime_ns, str(path)))
+    for _, name in sorted(found, reverse=True):
+        path = Path(name).parent if Path(name).name == "adapter_model.safetensors" else Path(name)
+        with contextlib.suppress(LoraLabError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if Adapter.load(path).origin.own:
+                return path
+    return None
 
 
 def _estimate(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.errors import DivergedError, OptionError, TaskError, unknown
+from lora_lab.trust import ANYWHERE
 
 SPLITS = ("train", "validation", "test")
 
@@ -141,6 +142,9 @@ class Task(ABC):
     threads: int | None = None
     """Threads that training uses best; None leaves torch's own choice."""
 
+    reach = ANYWHERE
+    """How far its keys may lead; narrower for a task that a file from elsewhere names."""
+
     # Defaults for training; every one can be set on the command line.
     target_modules: str | Sequence[str] = "all-linear"
     learning_rate = 1e-3
@@ -152,6 +156,11 @@ class Task(ABC):
     @abstractmethod
     def record(self) -> dict[str, Any]:
         """All that `from_record` needs to build the task again, in JSON types."""
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The record with what is never written into an adapter's: for workers, and to tell runs apart."""
+        return self.record
 
     @property
     def base_digest(self) -> str:
@@ -225,8 +234,8 @@ class Task(ABC):
         wrong = [int(y) for y in split.inputs["labels"] if not 0 <= int(y) < self.labels]
         if wrong:
             raise TaskError(
-                f"task {self.name}: label {wrong[0]} in its {name} split ({len(wrong)} such) is out of range; "
-                f"labels go from 0 to {self.labels - 1}"
+                f"task {self.name}: label {self.reach.quote(wrong[0])} in its {name} split ({len(wrong)} such) is out "
+                f"of range; labels go from 0 to {self.labels - 1}"
             )
 
     @cached_property

@@ -12,6 +12,7 @@ from lora_lab.errors import FileError, OptionError, unknown
 from lora_lab.language import CAUSAL_EXAMPLE, CHOICE_EXAMPLE, CausalLM, MultipleChoice
 from lora_lab.task import Task
 from lora_lab.text import EXAMPLE, TextClassification
+from lora_lab.trust import ANYWHERE, Reach
 from lora_lab.vision import CLASSIFICATION_EXAMPLE, CLIP_EXAMPLE, Clip, ImageClassification
 
 
@@ -39,16 +40,25 @@ def from_file(path: Path) -> Task:
     return from_record(content, base=path.parent, where=str(path))
 
 
-def from_record(record: Mapping[str, Any], *, base: Path | None = None, where: str = "the record") -> Task:
-    """The task that an adapter's record or a task file describes; relative paths are taken from `base`."""
+def from_record(
+    record: Mapping[str, Any], *, base: Path | None = None, where: str = "the record", reach: Reach = ANYWHERE
+) -> Task:
+    """The task that an adapter's record or a task file describes; relative paths are taken from `base`.
+
+    Whether a record may have it is judged before (see trust.py); `reach` is what came of it.
+    """
     if "name" in record and "kind" not in record:
-        return from_name(str(record["name"]))
+        if record["name"] not in list(TASKS):  # a record's name is never a file's
+            raise unknown(f"task in {where}:", str(record["name"]), TASKS)
+        return TASKS[record["name"]]()
     kind = record.get("kind")
     if kind is None:
         raise OptionError(f"{where}: no kind of task; there are: {', '.join(KINDS)}")
-    if kind not in KINDS:
+    if kind not in list(KINDS):
         raise unknown(f"kind of task in {where}:", str(kind), KINDS)
-    return KINDS[kind](record, base or Path(), where)
+    task = KINDS[kind](record, base or Path(), where)
+    task.reach = reach
+    return task
 
 
 def example(kind: str) -> str:

@@ -34,6 +34,7 @@ from lora_lab.recipe import METHODS, Recipe, tuners
 from lora_lab.result import Result, fingerprint, finite, provenance
 from lora_lab.task import Task
 from lora_lab.trainer import Batches, LeanTrainer, Log, Progress, arguments, as_it_is, training_mode
+from lora_lab.trust import Origin
 
 
 def train(
@@ -70,7 +71,7 @@ def train(
         adapter = _extract(model, record, base, initial)
     scores = score(task, adapter, "validation", device=device)
     metrics = {"validation": {"accuracy": scores.accuracy, "loss": scores.mean_loss, "examples": len(scores)}}
-    adapter = dataclasses.replace(adapter, record={**record, "metrics": metrics})
+    adapter = dataclasses.replace(adapter, record={**record, "metrics": metrics}, origin=Origin(own=True))
     summary = {**metrics, "cpu_s": round(cpu_s, 3), "steps": recipe.steps}
     return adapter, Result(
         "train",

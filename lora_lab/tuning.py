@@ -16,6 +16,7 @@ from lora_lab.errors import FileError, OptionError, TaskError
 from lora_lab.files import refuse_existing
 from lora_lab.parallel import Job, is_first, train_all
 from lora_lab.result import Result, columns, fingerprint, finite, provenance
+from lora_lab.trust import recordable
 
 if TYPE_CHECKING:
     from lora_lab.recipe import Recipe
@@ -85,7 +86,7 @@ def train_best(
         for k, setting in enumerate(settings)
         for recipe, log in zip(recipes, logs[k], strict=True)
     ]
-    said = {"task": dict(task), "options": list(settings[0]), "criterion": "loss" if by_loss else "accuracy"}
+    said = {"task": recordable(task), "options": list(settings[0]), "criterion": "loss" if by_loss else "accuracy"}
     made = provenance(elapsed_s=time.perf_counter() - began, seeds=[recipe.seed for recipe in recipes])
     return logs[best], Result("tuning", columns(found), said, {"settings": rows}, made)
 
@@ -108,7 +109,7 @@ def _known(job: Job, task: Task, data: str) -> Result | None:
     except (FileError, ValueError):
         return None
     recipe = job.recipe.for_task(task)
-    wanted = [finite(job.task), recipe.method, recipe.seed, recipe_record(recipe), data]
+    wanted = [finite(recordable(job.task)), recipe.method, recipe.seed, recipe_record(recipe), data]
     found = [*(record.get(name) for name in ("task", "method", "seed", "recipe")), log.provenance.get("data")]
     return log if fingerprint(found) == fingerprint(wanted) else None
 

@@ -18,11 +18,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from lora_lab.confined import check_image
 from lora_lab.errors import FileError, OptionError, TaskError, unknown
 from lora_lab.file_task import COMMON, LabelledTask, Settings, float_heads
 from lora_lab.players import block
 from lora_lab.probe import probe
 from lora_lab.task import Split
+from lora_lab.trust import Reach
 
 HEADS = ("frozen", "trained", "probe")
 ENCODERS = ("both", "vision", "text")
@@ -138,7 +140,7 @@ class _Images(LabelledTask):
         folder = path if path.is_dir() else path.parent
         found = torch.empty(0)
         for i, value in enumerate(values):
-            image = _read(value, folder, f"task {self.name}: image {i} of its {split} split")
+            image = _read(value, folder, f"task {self.name}: image {i} of its {split} split", self.reach)
             pixels = self._processed(_in_channels(image, self._channels))
             if not i:
                 found = torch.empty(len(values), *pixels.shape)
@@ -463,7 +465,7 @@ def _no_report() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def _read(value: object, folder: Path, where: str) -> Image.Image:
+def _read(value: object, folder: Path, where: str, reach: Reach) -> Image.Image:
     """The image, upright: of a path (relative to the folder), of bytes, or of both as datasets keeps them."""
     known: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
     content = value if isinstance(value, bytes) else known.get("bytes")
@@ -471,7 +473,10 @@ def _read(value: object, folder: Path, where: str) -> Image.Image:
     if content is None and path is None:
         raise TaskError(f"{where} is a {type(value).__name__}; a picture or the path of one is needed")
     file = folder / (path or "")
+    if content is None:
+        check_image(file, reach, where)
     name = str(file) if content is None else f"{where} ({path})" if path else where
+    name = name if reach.quotes else where
     try:
         with Image.open(io.BytesIO(content) if content is not None else file) as image:
             image.load()

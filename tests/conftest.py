@@ -5,6 +5,7 @@ import shutil
 import tempfile
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # nothing is left in the user's own, and nothing found there
+os.environ["XDG_CONFIG_HOME"] = os.environ["XDG_CACHE_HOME"]  # nor in the user's settings, where the key lies
 os.environ["HF_DATASETS_CACHE"] = os.environ["XDG_CACHE_HOME"]
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")

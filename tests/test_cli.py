@@ -119,7 +119,7 @@ def test_shapley_without_an_adapter_takes_the_newest_or_trains_one(lora_lab, tmp
     monkeypatch.setattr(Digits, "steps", 6)
     code, out, err = lora_lab("shapley", "--samples", 200, *FEW)
     assert code == 0, err
-    assert "no adapter given and none below this folder: training coto-s0.safetensors" in err
+    assert "no adapter given and none of your own below this folder: training coto-s0.safetensors" in err
     assert "exact, 64 coalitions" in out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         ".outcomes",
@@ -127,7 +127,7 @@ def test_shapley_without_an_adapter_takes_the_newest_or_trains_one(lora_lab, tmp
     }
     code, out2, err = lora_lab("shapley", "--samples", 200, *FEW)
     assert (code, out2) == (0, out)
-    assert "the newest one below this folder is coto-s0.safetensors" in err
+    assert "the newest of your own below this folder is coto-s0.safetensors" in err
     assert "this very result is there already" in err
     code, out, err = lora_lab("shapley", "--worth", "loss", *FEW, "--force", "--json")
     assert json.loads(out)["parameters"]["worth"] == "loss"

@@ -13,8 +13,8 @@ PACKAGE = ROOT / "lora_lab"
 
 LAYERS = [
     {"__init__", "errors", "hub"},
-    {"files", "lowrank", "models", "schedule", "stats", "plot_style"},
-    {"result", "peft_format", "estimators", "rules"},
+    {"files", "lowrank", "models", "schedule", "stats", "plot_style", "trust"},
+    {"result", "peft_format", "estimators", "rules", "confined"},
     {
         "adapter",
         "distribute",

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import time
 
@@ -13,6 +14,7 @@ from lora_lab.game import Game, Outcomes
 from lora_lab.players import players
 from lora_lab.shapley import balance, check, choose, forecast, newest_adapter, shapley, values_of
 from lora_lab.stats import student
+from lora_lab.trust import Origin
 
 
 @pytest.fixture(scope="module")
@@ -137,14 +139,16 @@ def test_balance_of_equal_and_of_single_contributions():
 
 def test_the_newest_adapter_below_a_folder_is_found(tmp_path, adapters):
     assert newest_adapter(tmp_path) is None
-    adapters[0].save(tmp_path / "runs" / "old.safetensors")
+    own = dataclasses.replace(adapters[0], record={"seed": 0}, origin=Origin(own=True))
+    own.save(tmp_path / "runs" / "old.safetensors")
     time.sleep(0.02)
-    adapters[0].save(tmp_path / "new")
+    own.save(tmp_path / "new")
     time.sleep(0.02)
     (tmp_path / "dangling.safetensors").symlink_to(tmp_path / "nowhere")
     (tmp_path / "folder.safetensors").mkdir()
-    adapters[0].save(tmp_path / ".hidden" / "newest.safetensors")
+    own.save(tmp_path / ".hidden" / "newest.safetensors")
     (tmp_path / "model.safetensors").write_bytes((8).to_bytes(8, "little") + json.dumps({"a": 1}).encode())
+    adapters[0].save(tmp_path / "somebody-elses.safetensors")
     assert newest_adapter(tmp_path) == tmp_path / "new"
 
 
