@@ -461,9 +461,12 @@ def float_heads(model: torch.nn.Module, heads: Sequence[str]) -> None:
 
 
 def text_of(task: FileTask, value: object, column: str) -> str:
-    """A cell as text; TaskError where there is none."""
-    if value is None:
+    """A cell as text, numbers as Python writes them; TaskError where there is none, or something else."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
         raise TaskError(f"task {task.name}: an example without a text in {column!r}")
+    if not isinstance(value, str | int | float | np.number):
+        kind = type(value).__name__
+        raise TaskError(f"task {task.name}: column {column!r} holds values of the type {kind}; a text is needed")
     return str(value)
 
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from lora_lab.chat import NO_TARGET, Chat, cut
 from lora_lab.errors import LoraLabWarning, OptionError, TaskError
 from lora_lab.file_task import COMMON, FileTask, Settings, text_of
 from lora_lab.task import Scores, Split, by_length
@@ -24,7 +25,9 @@ kind = "causal-lm"
 
 base = "path/to/model"        # folder or hub id; AutoModelForCausalLM must be able to load it
 data = "texts.jsonl"          # csv, json, jsonl, parquet, a folder, or a dataset on the hub; or a file a split
-text = "text"                 # column with the text; or a prompt and its completion, on which alone is scored:
+text = "text"                 # column with the text, or with conversations (lists of {role, content}): the base's chat
+#                             # template writes them, and only what the assistant says is scored;
+#                             # or a prompt and its completion, on which alone is scored:
 # prompt = "question"
 # completion = "answer"       # a space is put between them where neither has one
 # max_length = 512            # tokens; longer texts are cut
@@ -78,6 +81,10 @@ _FIELD = re.compile(r"{([^{}]+)}")
 """A column's place in a prompt."""
 
 
+Row = tuple[list[int], list[int]]
+"""Tokens and, for each of them, the label: the token itself where it is a target, else NO_TARGET."""
+
+
 class _Language(FileTask):
     batch_size = 16
     counts_targets = True
@@ -109,8 +116,8 @@ class _Language(FileTask):
         empty: list[int] = self.tokenizer("")["input_ids"]
         return [token for token in empty if token == self.tokenizer.bos_token_id]
 
-    def _row(self, prompt: str, answer: str) -> tuple[list[int], int]:
-        """Tokens of a prompt with its answer, and how many of them are given; a long prompt loses its beginning.
+    def _row(self, prompt: str, answer: str) -> Row:
+        """A prompt with its answer, which alone is the target; a long prompt loses its beginning.
 
         Both are split into tokens together, as the model meets them, a space between them where there is none; the
         answer begins where the prompt's tokens end.
@@ -122,24 +129,23 @@ class _Language(FileTask):
         shared = next((i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), len(alone))
         targets = [*whole[shared:], *end][: most - max(1, len(start))]
         room = most - len(start) - len(targets)
-        given = [*start, *(whole[:shared][-room:] if room > 0 else [])]
-        return [*given, *targets], max(1, len(given))
+        return _row_of([*start, *(whole[:shared][-room:] if room > 0 else [])], targets)
 
     @property
     def _ending(self) -> list[int]:
         """What a right answer ends with, beyond its text."""
         return []
 
-    def _padded(self, rows: Sequence[tuple[list[int], int]]) -> dict[str, Tensor]:
-        """(tokens, how many of them are no target) → input_ids, attention_mask, labels (−100: no target)."""
+    def _padded(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Rows as input_ids, attention_mask and labels."""
         longest = max(len(tokens) for tokens, _ in rows)
         pad = self.tokenizer.pad_token_id
         ids = torch.full((len(rows), longest), pad, dtype=torch.long)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for i, (tokens, given) in enumerate(rows):
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, NO_TARGET)
+        for i, (tokens, targets) in enumerate(rows):
             ids[i, : len(tokens)] = torch.tensor(tokens)
             mask[i, : len(tokens)] = 1
-            labels[i, given : len(tokens)] = torch.tensor(tokens[given:])
+            labels[i, : len(tokens)] = torch.tensor(targets)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
@@ -165,19 +171,29 @@ class CausalLM(_Language):
 
     def _load(self, split: str) -> Split:
         keys, table = self.settings, self.table(split)
-        if keys.text:
-            texts = (self._tokens(text_of(self, text, keys.text)) for text in table[keys.text])
-            rows = [([*self._start, *tokens][: keys.max_length], 1) for tokens in texts]  # nothing is before the first
-        else:
-            columns = ([text_of(self, text, name) for text in table[name]] for name in (keys.prompt, keys.completion))
-            rows = [self._row(prompt, completion) for prompt, completion in zip(*columns, strict=True)]
-        scored = [row for row in rows if len(row[0]) > row[1]]
+        names = [keys.text] if keys.text else [keys.prompt, keys.completion]
+        rows = [self._example(cells, names) for cells in zip(*(table[name] for name in names), strict=True)]
+        scored = [row for row in rows if any(target != NO_TARGET for target in row[1])]
         if not scored:
-            raise TaskError(f"task {self.name}: no text of its {split} split has two tokens or more")
+            raise TaskError(
+                f"task {self.name}: no text of its {split} split has a token to predict (two tokens at least)"
+            )
         if len(scored) < len(rows):
-            short = f"{len(rows) - len(scored)} of {len(rows)} texts of its {split} split have fewer than two tokens"
+            short = f"{len(rows) - len(scored)} of {len(rows)} texts of its {split} split have no token to predict"
             warnings.warn(f"task {self.name}: {short} and are left out", LoraLabWarning, stacklevel=2)
         return by_length(Split(self._padded(scored)))
+
+    def _example(self, cells: Sequence[object], names: Sequence[str]) -> Row:
+        """One example: a text, a prompt and its completion, or a conversation."""
+        talk = next((name for name, cell in zip(names, cells, strict=True) if isinstance(cell, list)), None)
+        if talk is not None:
+            chat = Chat(self.tokenizer, self.settings.base, f"task {self.name}: column {talk!r}")
+            return cut(chat.row(*cells), self.settings.max_length)
+        texts = [text_of(self, cell, name) for cell, name in zip(cells, names, strict=True)]
+        if len(texts) > 1:
+            return self._row(*texts)
+        tokens = [*self._start, *self._tokens(texts[0])][: self.settings.max_length]
+        return _row_of(tokens[:1], tokens[1:])  # nothing is before the first
 
     def judge_logits(self, logits: Tensor, batch: Mapping[str, Tensor], *, keep_logits: bool = False) -> Scores:
         """Mean loss over each example's target tokens, the share of them that is predicted right, the mean margin."""
@@ -185,8 +201,15 @@ class CausalLM(_Language):
 
     def target_counts(self, split: str) -> npt.NDArray[np.int64]:
         """Tokens of every example that are predicted."""
-        counts: npt.NDArray[np.int64] = (self.split(split).inputs["labels"][:, 1:] != -100).sum(1).numpy()
+        counts: npt.NDArray[np.int64] = (self.split(split).inputs["labels"][:, 1:] != NO_TARGET).sum(1).numpy()
         return counts
+
+
+def _row_of(given: Sequence[int], targets: Sequence[int]) -> Row:
+    """Tokens that are given and tokens to predict; the first of all is never predicted."""
+    if not given:
+        given, targets = targets[:1], targets[1:]
+    return [*given, *targets], [*[NO_TARGET] * len(given), *targets]
 
 
 def _by_example(logits: Tensor, targets: Tensor) -> Scores:
@@ -205,7 +228,7 @@ def _losses(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _mean(values: Tensor, targets: Tensor) -> Tensor:
     """Mean over an example's target tokens."""
-    counted = targets != -100
+    counted = targets != NO_TARGET
     return (values.double() * counted).sum(1) / counted.sum(1).clamp(min=1)
 
 
@@ -244,7 +267,7 @@ class MultipleChoice(_Language):
                 {
                     "input_ids": shaped["input_ids"],
                     "attention_mask": shaped["attention_mask"],
-                    "targets": torch.where(there[..., None], shaped["labels"], -100),
+                    "targets": torch.where(there[..., None], shaped["labels"], NO_TARGET),
                     "labels": torch.tensor([label for *_, label in examples]),
                 }
             )
@@ -262,14 +285,15 @@ class MultipleChoice(_Language):
         targets = batch["targets"].flatten(0, 1)[:, 1:]
         losses = _mean(_losses(model(**flat).logits[:, :-1].float(), targets), targets)
         found = -losses.float().reshape(ids.shape[:2])
-        return found.masked_fill((batch["targets"] == -100).all(-1), -torch.inf)
+        return found.masked_fill((batch["targets"] == NO_TARGET).all(-1), -torch.inf)
 
     def _examples(self, split: str) -> list[tuple[str, list[str], int]]:
         """Prompt, options and the place of the right one."""
         keys, table = self.settings, self.table(split)
         found = []
         for i, right in enumerate(table[keys.label]):
-            prompt = _FIELD.sub(lambda name: str(table[name[1]][i]), keys.prompt)  # noqa: B023 (used at once)
+            cells = {name: text_of(self, table[name][i], name) for name in _FIELD.findall(keys.prompt)}
+            prompt = _FIELD.sub(lambda name: cells[name[1]], keys.prompt)  # noqa: B023 (used at once)
             if isinstance(keys.options, str):
                 options = table[keys.options][i]
                 if not isinstance(options, list) or len(options) < 2:
@@ -293,7 +317,8 @@ class MultipleChoice(_Language):
         place = self._place(right, options)
         if options[place] in (None, ""):
             raise TaskError(f"task {self.name}: its right answer {self.reach.quote(right)} is an empty option")
-        there = [str(option) for option in options if option not in (None, "")]
+        column = self.settings.options if isinstance(self.settings.options, str) else ", ".join(self.settings.options)
+        there = [text_of(self, option, column) for option in options if option not in (None, "")]
         if len(there) < 2:
             raise TaskError(f"task {self.name}: options {self.reach.quote(there)}; two or more are needed")
         return there, place - sum(option in (None, "") for option in options[:place])

@@ -257,9 +257,7 @@ def test_numbers_may_count_from_1_and_must_say_so(folder):
 
 
 def test_texts_that_are_too_short_are_left_out_with_a_word(folder):
-    with pytest.warns(
-        LoraLabWarning, match="1 of 7 texts of its test split have fewer than two tokens and are left out"
-    ):
+    with pytest.warns(LoraLabWarning, match="1 of 7 texts of its test split have no token to predict and are left out"):
         split = build(folder, [*TEXTS, {"text": ""}], TEXT).split("test")
     assert len(split) == len(TEXTS)
     with pytest.raises(TaskError, match="an example without a text in 'text'"):
@@ -363,7 +361,7 @@ def test_keys_that_do_not_fit_are_refused_before_anything_is_read(folder, keys, 
 
 ROW = {"question": "the colour of grass", "choices": ["red", "green"], "answer": 1, "x": "red", "y": None}
 WRONG_ROWS = [
-    (TEXT, {"text": "red"}, "gpt2", "no text of its test split has two tokens or more"),
+    (TEXT, {"text": "red"}, "gpt2", "no text of its test split has a token to predict"),
     ({**TEXT, "text": "txet"}, {"text": "red blue"}, "llama", "no column 'txet'; there are: text"),
     ({**CHOICE, "prompt": "{question text} ?"}, ROW, "llama", "no column 'question text'"),
     (

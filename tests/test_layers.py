@@ -27,7 +27,7 @@ LAYERS = [
         "plot_sweep",
     },
     {"task", "attach", "plot", "whole", "renames", "players", "prune"},
-    {"coto", "digits", "file_task", "probe", "recipe", "variants", "patterns", "sources", "mix"},
+    {"chat", "coto", "digits", "file_task", "probe", "recipe", "variants", "patterns", "sources", "mix"},
     {"text", "language", "vision", "panel"},
     {"tasks"},
     {"evaluate", "fitted"},
