@@ -28,7 +28,7 @@ LAYERS = [
     },
     {"task", "attach", "plot", "whole", "renames", "players", "prune"},
     {"chat", "coto", "digits", "file_task", "probe", "recipe", "variants", "patterns", "sources", "mix"},
-    {"text", "language", "vision", "panel"},
+    {"text", "survival", "language", "vision", "panel"},
     {"tasks"},
     {"evaluate", "fitted"},
     {"scorer"},
