@@ -21,8 +21,9 @@ def _list(wanted: bool) -> None:
         about = (function.__doc__ or "").partition("\n")[0]
         known = methods.defaults(name).items()
         options = ", ".join(key if value is None else f"{key}={value}" for key, value in known)
-        rows.append((name + (" *" if name in methods.NEEDS_DATA else ""), about, options))
-    common.table("Methods (* looks at data)", ("method", "what comes out", "options (--set)"), rows, texts=3)
+        rows.append((name + (" *" if name in methods.NEEDS_DATA else ""), about, options, methods.variant(name)))
+    headings = ("method", "what comes out", "options (--set)", "published variant")
+    common.table("Methods (* looks at data)", headings, rows, texts=4)
     raise typer.Exit
 
 

@@ -34,6 +34,8 @@ def fisher(sources: Sources, *, examples: int = 256, floor: float = 1e-6, scale:
     without their labels: the mean of p(y|x) (∂ log p(y|x)/∂W)² over all labels y; of a text, an unbiased estimate, from
     one token drawn by p at every target's place. `floor`, times the mean information, is added, so that entries that no
     task depends on are averaged. Takes as much memory as T copies of the adapted weights.
+
+    Variant: the paper's, its information not normalised (normalize=true does as its authors' code).
     """
     _check(examples=(examples, 1), floor=(floor, 0), scale=(scale, None), seed=(seed, 0))
     _check_weights(sources, "fisher")
@@ -64,6 +66,8 @@ def regmean(
     `examples` of each training split, without their labels. Entries of G off the diagonal are multiplied by
     `off_diagonal`; `ridge` times its mean diagonal is added, so that directions that no task uses are averaged. Exact
     in factor space: Bᵢ stays, Aᵢ becomes AᵢwᵢGᵢ (ΣwᵢGᵢ)⁻¹.
+
+    Variant: the authors' code's, with means over rows; gram=sum is the paper's formula.
     """
     if not 0 <= off_diagonal <= 1:
         raise OptionError(f"off_diagonal is {off_diagonal:g}; a share from 0 to 1 is needed")
@@ -102,6 +106,8 @@ def lorahub(
 
     After Huang et al. 2023, arXiv:2307.13269: the lowest mean loss over the tasks plus `penalty` · mean |c|, c within
     ±`bound`, at most `evaluations` of them (COBYLA, from 1/T each). The paper mixes the factors; this mixes ΔW.
+
+    Variant: ΔW where the paper mixes factors, and COBYLA where it has Shiwa.
     """
     from scipy.optimize import minimize
 
@@ -152,6 +158,8 @@ def adamerging(
     Yang et al. 2023, arXiv:2310.02575, layer-wise: Adam minimises the summed entropy of the predictions on unlabelled
     validation examples of every task (of texts, at every target's place), from `start`. The paper takes test inputs,
     500 steps and a rate of 1e-3.
+
+    Variant: the paper's, layer-wise, on validation inputs where it takes test inputs.
     """
     if steps < 1 or batch_size < 1:
         raise OptionError(f"steps is {steps} and batch_size {batch_size}; both must be at least 1")

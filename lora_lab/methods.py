@@ -58,6 +58,13 @@ def defaults(method: str, options: Mapping[str, Any] | None = None) -> dict[str,
     return found
 
 
+def variant(method: str) -> str:
+    """Which published variant a method is, from its docstring."""
+    paragraphs = inspect.cleandoc(MERGES[method].__doc__ or "").split("\n\n")
+    found = next((text for text in paragraphs if text.startswith("Variant: ")), "")
+    return " ".join(found.removeprefix("Variant: ").split())
+
+
 def _keywords(function: Callable[..., Any]) -> dict[str, Any]:
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -85,14 +92,73 @@ def dense(rule: Callable[..., Tensor]) -> Merge:
     """A rule for matrices as a method on ΔW itself, one dense module at a time."""
 
     @functools.wraps(rule)
-    def method(sources: Sources, **options: Any) -> Iterator[tuple[str, Tensor]]:
-        for name in sources.modules:
-            deltas = (update.delta() for update in sources.updates_of(name))
-            with _naming(name):
-                made = rule(deltas, sources.weights_of(name), **_seeded(name, options))
-            yield name, made
+    def method(sources: Sources, **options: Any) -> Iterator[tuple[str, LowRank | Tensor]]:
+        def view(updates: Sequence[LowRank]) -> tuple[Iterable[Tensor], Callable[[Tensor], Tensor]]:
+            return (update.delta() for update in updates), lambda merged: merged
+
+        return _by_rule(sources, rule, view, options, everyone=True)
 
     return method
+
+
+def in_space(function: Callable[..., LowRank], space: Callable[..., subspaces.Space]) -> Merge:
+    """A merge by an inner rule in shared bases as a method of all modules."""
+
+    @functools.wraps(function)
+    def method(sources: Sources, *, inner: str = "ties", **options: Any) -> Iterator[tuple[str, LowRank | Tensor]]:
+        own = {name: options.pop(name, default) for name, default in _keywords(space).items()}
+
+        def view(updates: Sequence[LowRank]) -> tuple[Iterable[Tensor], Callable[[Tensor], LowRank]]:
+            made = space(updates, **own)
+            return made.cores, made.back
+
+        return _by_rule(sources, RULES[inner], view, options, everyone=False)
+
+    return method
+
+
+View = Callable[[Sequence[LowRank]], tuple[Iterable[Tensor], Callable[[Tensor], LowRank | Tensor]]]
+"""Function (updates of a module) → a matrix of each, and the way back from the merged one."""
+
+
+def _by_rule(
+    sources: Sources, rule: Callable[..., Tensor], view: View, options: Mapping[str, Any], *, everyone: bool
+) -> Iterator[tuple[str, LowRank | Tensor]]:
+    """A rule on what `view` makes of every module, of all adapters or of those with a weight there."""
+
+    def used(name: str) -> list[int]:
+        return [i for i, weight in enumerate(sources.weights_of(name)) if weight or everyone]
+
+    options = {**_keywords(rule), **options}
+    cuts = None
+    if options.get("scope") == "global":
+        cuts = _cuts(sources, view, used, options["density"], torch.float32 if everyone else torch.float64)
+    for name in sources.modules:
+        updates, weights, chosen = sources.updates_of(name), sources.weights_of(name), used(name)
+        if not chosen:
+            yield name, 0.0 * updates[0]
+            continue
+        with _naming(name):
+            matrices, back = view([updates[i] for i in chosen])
+            known = [] if cuts is None else [[cuts.get(i, rules.NO_ENTRY) for i in chosen]]
+            made = back(rule(matrices, [weights[i] for i in chosen], *known, **_seeded(name, options)))
+        yield name, made
+
+
+def _cuts(
+    sources: Sources, view: View, used: Callable[[str], Sequence[int]], density: float, dtype: torch.dtype
+) -> dict[int, rules.Cut]:
+    """Adapter → where its largest entries end, over all modules that it changes; in `dtype` or what is wider."""
+
+    def pieces() -> Iterator[dict[int, Tensor]]:
+        for name in sources.modules:
+            updates, chosen = sources.updates_of(name), used(name)
+            if chosen:
+                matrices, _ = view([updates[i] for i in chosen])
+                yield {i: matrix for i, matrix in zip(chosen, matrices, strict=True) if updates[i].rank}
+
+    given = (update.A.dtype for name in sources.modules for update in sources.updates_of(name))
+    return rules.cuts_of(pieces, density, max(dtype, *given, key=lambda each: each.itemsize))
 
 
 @contextmanager
@@ -120,7 +186,10 @@ def summed(coefficients: Callable[..., list[float]]) -> Merge:
 
 
 def cat(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-    """Σ wᵢ ΔWᵢ by concatenation: what PEFT calls cat."""
+    """Σ wᵢ ΔWᵢ by concatenation: what PEFT calls cat.
+
+    Variant: PEFT's cat, which is task arithmetic by another name.
+    """
     return combine(updates, weights)
 
 
@@ -129,6 +198,8 @@ def factor_average(updates: Sequence[LowRank], weights: Sequence[float], *, scal
 
     Not an average of ΔW: it hangs on the gauge, and independent adapters lose most of their norm. The literature's
     "fusion". Adapters that leave a module alone count as 0.
+
+    Variant: the CoTo paper's fusion of factors.
     """
     present = [update for update in updates if update.rank]
     if not present:
@@ -161,8 +232,8 @@ MERGES: dict[str, Merge] = {
     "dare-ties": dense(rules.dare_ties),
     "della": dense(rules.della),
     "breadcrumbs": dense(rules.breadcrumbs),
-    "knots": each(subspaces.knots),
-    "core-space": each(subspaces.core_space),
+    "knots": in_space(subspaces.knots, subspaces.column_space),
+    "core-space": in_space(subspaces.core_space, subspaces.both_spaces),
     "lego": each(subspaces.lego),
     "tsv": each(subspaces.tsv),
     "iso-c": each(subspaces.iso_c),

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora_lab.errors import MismatchError, OptionError
+from lora_lab.errors import MismatchError, OptionError, unknown
 from lora_lab.lowrank import is_finite
 
 Matrices = Iterable[Tensor]
@@ -28,12 +29,17 @@ def task_arithmetic(gram: Tensor, weights: Sequence[float], *, scale: float = 1.
     """λ Σ wᵢ ΔWᵢ, λ = scale; weights may be negative.
 
     Ilharco et al. 2023, arXiv:2212.04089.
+
+    Variant: the paper's.
     """
     return [scale * weight for weight in weights]
 
 
 def average(gram: Tensor, weights: Sequence[float], *, scale: float = 1.0) -> list[float]:
-    """λ Σ wᵢ ΔWᵢ / Σ wᵢ."""
+    """λ Σ wᵢ ΔWᵢ / Σ wᵢ.
+
+    Variant: the plain mean, a point on the line of task arithmetic.
+    """
     return [scale * weight for weight in _shares(weights)]
 
 
@@ -42,6 +48,8 @@ def slerp(gram: Tensor, weights: Sequence[float], *, scale: float = 1.0) -> list
 
     Of two it is the point of the great circle (spherical linear interpolation), of more the Karcher mean, found to
     1e-12. Where a matrix is 0, two point in opposite directions, or all cancel, it is the linear average.
+
+    Variant: common practice, module by module; of more than two, the Karcher mean is ours.
     """
     if min(weights) < 0:
         raise OptionError(f"slerp has no negative weights, and {min(weights):g} was given")
@@ -90,8 +98,8 @@ def checked(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """
 
     @functools.wraps(rule)
-    def finite_rule(stack: Matrices, weights: Sequence[float], **options: Any) -> Tensor:
-        return _finite(rule(map(_finite, stack), weights, **options))
+    def finite_rule(stack: Matrices, weights: Sequence[float], *cuts: Sequence[Cut], **options: Any) -> Tensor:
+        return _finite(rule(map(_finite, stack), weights, *cuts, **options))
 
     return finite_rule
 
@@ -103,22 +111,45 @@ def _finite(matrix: Tensor) -> Tensor:
 
 
 @checked
-def magnitude(stack: Matrices, weights: Sequence[float], *, density: float = 0.2, scale: float = 1.0) -> Tensor:
-    """Sum of the largest entries of each, a share of `density`."""
-    _check_share("density", density)
-    return scale * _sum((_trimmed(matrix, density) for matrix in stack), weights)
+def magnitude(
+    stack: Matrices,
+    weights: Sequence[float],
+    cuts: Sequence[Cut] | None = None,
+    *,
+    density: float = 0.2,
+    scope: str = "global",
+    scale: float = 1.0,
+) -> Tensor:
+    """Sum of the largest entries of each, a share of `density`.
+
+    `scope` as in ties.
+
+    Variant: no paper's: the trimming of TIES without its election.
+    """
+    return scale * _sum(_trimmed(stack, density, scope, cuts), weights)
 
 
 @checked
-def ties(stack: Matrices, weights: Sequence[float], *, density: float = 0.2, scale: float = 1.0) -> Tensor:
+def ties(
+    stack: Matrices,
+    weights: Sequence[float],
+    cuts: Sequence[Cut] | None = None,
+    *,
+    density: float = 0.2,
+    scope: str = "global",
+    scale: float = 1.0,
+) -> Tensor:
     """Trim to the largest entries, elect signs, average what agrees.
 
-    Yadav et al. 2023, arXiv:2306.01708, Alg. 1. Every matrix keeps the share `density` of its largest entries (of
-    entries that tie, the first). The elected sign is that of the weighted sum; where the sum is 0 it is the majority
-    of all elected signs, as in the original code.
+    Yadav et al. 2023, arXiv:2306.01708, Alg. 1. Every adapter keeps the share `density` of its largest entries (of
+    entries that tie, the first): of all its modules together, as the paper does (`scope` global; of matrices given
+    alone, of each), or the same share in every module (`module`, as PEFT and mergekit do). The elected sign is that of
+    the weighted sum; where the sum is 0 it is the majority of all elected signs of the module (of the whole vector in
+    the original code). Weights, which the paper has not, enter the election and the mean, not the trimming.
+
+    Variant: the paper's, trimmed over the whole task vector; on ΔW, where the paper has all trained parameters.
     """
-    _check_share("density", density)
-    return scale * _elected_mean([_trimmed(matrix, density) for matrix in stack], weights)
+    return scale * _elected_mean(list(_trimmed(stack, density, scope, cuts)), weights)
 
 
 @checked
@@ -129,6 +160,8 @@ def dare(
 
     Entries stay with probability `density` and are divided by it (Yu et al. 2023, arXiv:2311.03099). Its mean over
     seeds is task arithmetic.
+
+    Variant: the paper's; on ΔW, where the paper has all trained parameters.
     """
     _check_share("density", density)
     return scale * _sum(_thinned(stack, density, seed), weights)
@@ -138,7 +171,10 @@ def dare(
 def dare_ties(
     stack: Matrices, weights: Sequence[float], *, density: float = 0.5, scale: float = 1.0, seed: int = 0
 ) -> Tensor:
-    """Randomly thinned as in dare, then elected and averaged as in ties."""
+    """Randomly thinned as in dare, then elected and averaged as in ties.
+
+    Variant: the paper's DARE before TIES; nothing is trimmed.
+    """
     _check_share("density", density)
     return scale * _elected_mean(list(_thinned(stack, density, seed)), weights)
 
@@ -157,6 +193,8 @@ def della(
 
     Deep et al. 2024, arXiv:2406.11617. Within every row an entry's chance to stay rises with the rank of its size,
     from density − window/2 to density + window/2; what stays is divided by its chance.
+
+    Variant: the paper's (MagPrune by rows, then election and fusion).
     """
     _check_share("density", density)
     low, high = density - window / 2, density + window / 2
@@ -182,6 +220,8 @@ def breadcrumbs(
     """Sum without the very largest (gamma) and the smallest entries; density stays.
 
     Davari & Belilovsky 2023, arXiv:2312.06795.
+
+    Variant: the paper's, layer by layer.
     """
     _check_share("density", density)
     if not 0 <= gamma <= 1 - density + 1e-9:
@@ -250,8 +290,75 @@ def _largest(matrix: Tensor, count: int) -> Tensor:
     return mask.reshape(matrix.shape)
 
 
-def _trimmed(matrix: Tensor, density: float) -> Tensor:
-    return matrix * _largest(matrix, _count(density, matrix))
+def _trimmed(stack: Matrices, density: float, scope: str, cuts: Sequence[Cut] | None) -> Iterator[Tensor]:
+    """The matrices without all but their largest entries, which `cuts` know where they are those of a whole adapter."""
+    _check_share("density", density)
+    if scope not in SCOPES:
+        raise unknown("scope", scope, SCOPES)
+    if cuts is None:
+        return (matrix * _largest(matrix, _count(density, matrix)) for matrix in stack)
+    return (matrix * cut.mask(matrix) for matrix, cut in zip(stack, cuts, strict=True))
+
+
+SCOPES = ("global", "module")
+"""Among what the largest entries are sought: all modules of an adapter, or each by itself."""
+
+
+@dataclass
+class Cut:
+    """The largest entries of a vector that comes in pieces: all above a size, and the first few of that very size."""
+
+    size: Tensor
+    first: int
+    """How many entries of exactly this size are still to come."""
+
+    def mask(self, matrix: Tensor) -> Tensor:
+        """Where the next piece has them; the pieces are to come in the order in which they were counted."""
+        sizes = matrix.abs().flatten().to(self.size.dtype)
+        mask = sizes > self.size
+        equal = (sizes == self.size).nonzero()[: self.first, 0]
+        mask[equal] = True
+        self.first -= len(equal)
+        return mask.reshape(matrix.shape)
+
+
+NO_ENTRY = Cut(torch.tensor(math.inf), 0)
+"""Of a vector without any entry."""
+
+
+def cuts_of(pieces: Callable[[], Iterable[Mapping[int, Tensor]]], density: float, dtype: torch.dtype) -> dict[int, Cut]:
+    """Number of a vector → where the share `density` of its largest entries ends, exact; no vector is ever held.
+
+    `pieces` goes through the vectors again and again, as number → next piece: twice in float32, three times in
+    float64. Sizes are sorted by the bits of their floating-point numbers, the leading bits first.
+    """
+    _check_share("density", density)
+    integer, rounds = _BITS[dtype]
+    found: dict[int, int] = {}
+    left: dict[int, int] = {}
+    for shift, width in rounds:
+        counts: dict[int, Tensor] = {}
+        for piece in pieces():
+            for i, matrix in piece.items():
+                bits = matrix.abs().to(dtype).flatten().view(integer)
+                if i in found:
+                    bits = bits[bits >> (shift + width) == found[i]]
+                counted = torch.bincount((bits >> shift) & ((1 << width) - 1), minlength=1 << width)
+                counts[i] = counts[i] + counted if i in counts else counted
+        for i, counted in counts.items():
+            left.setdefault(i, max(1, round(density * int(counted.sum()))))
+            above = counted.flip(0).cumsum(0)  # entries in this bin and in all of larger sizes
+            place = int((above < left[i]).sum())
+            left[i] -= int(above[place - 1]) if place else 0
+            found[i] = found.get(i, 0) << width | len(counted) - 1 - place
+    return {i: Cut(torch.tensor(bits, dtype=integer).view(dtype), left[i]) for i, bits in found.items()}
+
+
+# Of a size, bits without the sign: the leading ones, then the next: (shift, width).
+_BITS = {
+    torch.float32: (torch.int32, ((15, 16), (0, 15))),
+    torch.float64: (torch.int64, ((42, 21), (21, 21), (0, 21))),
+}
 
 
 def _sum(matrices: Matrices, weights: Sequence[float]) -> Tensor:

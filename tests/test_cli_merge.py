@@ -84,7 +84,7 @@ def test_three_adapters_are_merged_by_the_line_that_the_readme_has(lora_lab, abc
     assert {path.name for path in tmp_path.iterdir()} == {*abc, "merged"}
     made = found.record["merge"]
     assert (made["method"], made["weights"]) == ("ties", [1, 1, 0.5])
-    assert made["options"] == {"density": 0.2, "scale": 1.0}
+    assert made["options"] == {"density": 0.2, "scope": "global", "scale": 1.0}
     assert [entry["adapter"] for entry in made["inputs"]] == abc
     assert all(len(entry["sha256"]) == 16 for entry in made["inputs"])
     card = (tmp_path / "merged" / "README.md").read_text()

@@ -5,16 +5,19 @@ import pytest
 import torch
 from adapters import lora, random_adapter, write
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import adapter as in_memory
 from torch import nn
 
 from lora_lab import merge as merging
+from lora_lab import subspaces
 from lora_lab.adapter import Adapter
 from lora_lab.digits import Digits
 from lora_lab.errors import FileError, LoraLabError, MismatchError, OptionError, TunerError
 from lora_lab.evaluate import score
 from lora_lab.lowrank import LowRank
 from lora_lab.merge import merge, save
-from lora_lab.methods import MERGES, NEEDS_DATA, check, defaults
+from lora_lab.methods import MERGES, NEEDS_DATA, check, defaults, variant
+from lora_lab.rules import RULES
 from lora_lab.sources import Sources, Weights, parse_weights
 from lora_lab.task import Split
 
@@ -309,6 +312,69 @@ def test_a_rank_cuts_to_the_best_approximation_and_tells_the_error(tmp_path):
         assert merged.errors["net.q_proj"] == pytest.approx(best, rel=1e-4)
 
 
+def uneven(seed, dtype, names="abc"):
+    """Modules of unlike shapes and sizes, entries of whole numbers, so that many tie."""
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for size, (name, shape) in enumerate({"a": (5, 4), "b": (3, 6), "c": (7, 2)}.items(), 1):
+        if name in names:
+            B = torch.randint(-2, 3, (shape[0], 2), generator=generator).to(dtype)
+            made[f"net.{name}"] = LowRank(torch.randn(2, shape[1], generator=generator).round().to(dtype), size * B)
+    return in_memory(made, f"u{seed}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["ties", "magnitude"])
+@pytest.mark.parametrize("density", [0.1, 0.5])
+def test_entries_are_trimmed_over_all_modules_together_or_in_each(method, dtype, density):
+    found = [uneven(0, dtype), uneven(1, dtype, "ac"), uneven(2, dtype, "b")]
+    found[2] = in_memory({**found[2].updates, "net.a": found[0].updates["net.a"]}, "u2")
+    sources, weights = Sources(found, [1.0, 0.5, 2.0]), [1.0, 0.5, 2.0]
+    modules, own = sources.modules, [deltas(adapter) for adapter in found]
+    shapes = [sources.shapes[name] for name in modules]
+    parts = [[d.get(n, torch.zeros(s, dtype=dtype)) for n, s in zip(modules, shapes, strict=True)] for d in own]
+    # of the vector of all modules that an adapter changes, by a sort
+    cut = []
+    for adapter, pieces in zip(own, parts, strict=True):
+        whole = torch.cat([p.flatten() for p in pieces]).double()
+        count = max(1, round(density * sum(d.numel() for d in adapter.values())))
+        order = sorted(range(len(whole)), key=lambda i, v=whole: (-abs(float(v[i])), i))
+        mask = torch.zeros(len(whole), dtype=torch.bool)
+        mask[order[:count]] = True
+        cut.append((whole * mask).split([p.numel() for p in pieces]))
+    together = merge(sources, method, options={"density": density}).adapter.updates
+    apart = merge(sources, method, options={"density": density, "scope": "module"}).adapter.updates
+    for m, (name, shape) in enumerate(zip(modules, shapes, strict=True)):
+        wanted = RULES[method]([pieces[m].reshape(shape) for pieces in cut], weights, density=1.0)
+        torch.testing.assert_close(together[name].delta().double(), wanted, rtol=1e-6, atol=1e-6)
+        alone = RULES[method]([pieces[m] for pieces in parts], weights, density=density)
+        torch.testing.assert_close(apart[name].delta().double(), alone.double(), rtol=1e-6, atol=1e-6)
+    assert any(not torch.equal(together[name].delta(), apart[name].delta()) for name in modules)
+
+
+@pytest.mark.parametrize("bases", [{}, {"bases": "factors"}])
+@pytest.mark.parametrize("method", ["knots", "core-space"])
+def test_inside_of_shared_bases_entries_are_trimmed_over_all_modules_together_too(method, bases):
+    if method == "knots" and bases:
+        pytest.skip("knots has one kind of bases")
+    found = [uneven(seed, torch.float64) for seed in range(2)]
+    sources = Sources(found)
+    space = {"knots": subspaces.column_space, "core-space": subspaces.both_spaces}[method]
+    spaces = {name: space(sources.updates_of(name), **bases) for name in sources.modules}
+    whole = [torch.cat([spaces[name].cores[i].flatten() for name in sources.modules]) for i in range(2)]
+    merged = RULES["ties"](whole, [1.0, 1.0], density=0.2, scope="module")
+    made = merge(sources, method, options={"density": 0.2, **bases}).adapter.updates
+    parts = merged.split([spaces[name].cores[0].numel() for name in sources.modules])
+    for name, part in zip(sources.modules, parts, strict=True):
+        wanted = spaces[name].back(part.reshape(spaces[name].cores[0].shape)).delta()
+        torch.testing.assert_close(made[name].delta().double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_every_method_says_which_published_variant_it_is():
+    for name in MERGES:
+        assert 8 < len(variant(name)) < 120, name
+
+
 def test_dora_needs_its_base_and_then_is_exact(base_model, tmp_path):
     config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], use_dora=True)
     torch.manual_seed(0)
@@ -477,7 +543,7 @@ def test_the_card_and_the_header_say_how_it_was_made(tmp_path):
     for words in ("A merge by ties", "density = 0.4", "1, 0.5", "| coefficient | 0.5 |", "sha256", "* a", "peft"):
         assert words in text
     record = Adapter.load(tmp_path / "m").record["merge"]
-    assert record["options"] == {"density": 0.4, "scale": 1.0}
+    assert record["options"] == {"density": 0.4, "scope": "global", "scale": 1.0}
     assert record["weights"] == [1.0, 0.5]
     assert len({entry["sha256"] for entry in record["inputs"]}) == 2
     assert record["versions"]["torch"]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_lab.errors import MismatchError, OptionError
-from lora_lab.rules import ENTRYWISE, RULES, SUMS
+from lora_lab.rules import ENTRYWISE, RULES, SUMS, cuts_of
 
 FEW = settings(max_examples=20)
 SEEDS = st.integers(0, 2**16)
@@ -234,11 +234,41 @@ def test_where_the_sum_is_zero_the_majority_of_the_elected_signs_decides():
     assert_equal(RULES["ties"](even, [1.0, 1.0], density=1.0), matrix([0, 1, -1]))
 
 
-def test_a_matrix_of_more_entries_than_one_piece_is_merged_the_same_entry_by_entry():
-    a, b = random(2, 0, 300, 500)
-    whole = RULES["ties"]([a, b], [1.0, 2.0], density=1.0)
-    rows = [RULES["ties"]([a[i], b[i]], [1.0, 2.0], density=1.0) for i in (0, 150, 299)]
-    assert_equal(whole[[0, 150, 299]], torch.stack(rows))
+@pytest.mark.parametrize("weights", [[1.0, 2.0, 0.5], [1.0, 1.0, 1.0]])
+def test_a_matrix_of_more_entries_than_one_piece_is_the_loop_over_all_its_entries(weights):
+    stack = random(3, 0, 300, 500)
+    trimmed = [m * (m.abs() >= m.abs().flatten().kthvalue(m.numel() * 7 // 10 + 1).values) for m in stack]
+    assert_equal(RULES["ties"](stack, weights, density=0.3), elected(trimmed, weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@FEW
+@given(
+    seed=SEEDS,
+    density=st.floats(0.01, 1),
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    whole=st.booleans(),
+)
+def test_the_largest_entries_of_a_vector_in_pieces_are_those_of_the_whole(dtype, seed, density, sizes, whole):
+    """Also with ties at the threshold, in numbers down to the smallest and up to the largest."""
+    generator = torch.Generator().manual_seed(seed)
+    pieces = [torch.randn(size, generator=generator, dtype=torch.float64) for size in sizes]
+    pieces = [p.round() if whole else torch.exp(80 * p.clamp(-1.1, 1.1)) * p.sign() for p in pieces]
+    pieces = [p.to(dtype) for p in pieces]
+    other = [torch.ones(3, dtype=dtype)] * len(pieces)
+    rounds = lambda: [{0: p, 5: o} for p, o in zip(pieces, other, strict=True)]  # noqa: E731
+    cuts = cuts_of(rounds, density, dtype)
+    found = torch.cat([p * cuts[0].mask(p) for p in pieces])
+    together = torch.cat(pieces)
+    assert torch.equal(found, kept(together, 0, max(1, round(density * len(together)))))
+    count = max(1, round(density * 3 * len(pieces)))
+    assert torch.cat([cuts[5].mask(o) for o in other]).tolist() == [i < count for i in range(3 * len(pieces))]
+
+
+def test_an_unknown_scope_is_refused():
+    for name in ("ties", "magnitude"):
+        with pytest.raises(OptionError, match="unknown scope 'modules'"):
+            RULES[name](random(2, 0), [1.0, 1.0], scope="modules")
 
 
 # at random

@@ -99,6 +99,11 @@ def dense_knots(deltas, weights, inner, **options):
     return U @ RULES[inner]([U.T @ delta for delta in deltas], weights, **options)
 
 
+def dense_core_space_of_factors(updates, weights, inner):
+    U, V = signed_columns(torch.cat([u.B for u in updates], dim=1)), signed_columns(torch.cat([u.A for u in updates]).T)
+    return U @ RULES[inner]([U.T @ u.delta() @ V for u in updates], weights) @ V.T
+
+
 def dense_core_space(deltas, weights, inner, **options):
     U, V = signed_columns(torch.cat(deltas, dim=1)), signed_columns(torch.cat(deltas).T)
     return U @ RULES[inner]([U.T @ delta @ V for delta in deltas], weights, **options) @ V.T
@@ -108,7 +113,7 @@ def dense_tsv(deltas, weights, share=None):
     parts = []
     for delta, weight in zip(deltas, weights, strict=True):
         U, S, Vh = triplets(delta)
-        k = math.ceil((min(delta.shape) / len(deltas) if share is None else share * len(S)) - 1e-9)
+        k = max(1, min(delta.shape) // len(deltas)) if share is None else math.ceil(share * len(S) - 1e-9)
         parts.append((U[:, :k], weight * S[:k], Vh[:k].T))
     U, S, V = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
     return polar(U) @ torch.diag(S) @ polar(V).T
@@ -150,6 +155,27 @@ def test_core_space_merges_what_lies_between_the_joint_singular_vectors(inner, r
     updates, weights = random(ranks, seed), weights_of(len(ranks), seed)
     wanted = dense_core_space([u.delta() for u in updates], weights, inner)
     assert_close(subspaces.core_space(updates, weights, inner=inner), wanted)
+
+
+@pytest.mark.parametrize("inner", RULES)
+@FEW
+@given(ranks=RANKS, seed=SEEDS)
+def test_core_space_of_the_factors_own_bases_is_the_papers(inner, ranks, seed):
+    updates, weights = random(ranks, seed), weights_of(len(ranks), seed)
+    wanted = dense_core_space_of_factors(updates, weights, inner)
+    assert_close(subspaces.core_space(updates, weights, inner=inner, bases="factors"), wanted)
+
+
+@pytest.mark.parametrize("bases", ["delta", "factors"])
+@pytest.mark.parametrize("method", ["knots", "core-space"])
+def test_a_direction_of_a_five_thousandth_in_float32_is_kept(method, bases):
+    """Of sizes 1 and 2e-4, which float32 tells apart by 1,600 roundings."""
+    Q = orthogonal(8, 0).float()
+    update = LowRank(Q[:2], Q[:, 4:6] * torch.tensor([1.0, 2e-4]))
+    options = {"bases": bases} if method == "core-space" else {}
+    merged = METHODS[method]([update, update], [1.0, 1.0], inner="task-arithmetic", **options).delta()
+    small = float(update.B[:, 1].double() @ merged @ update.A[1].double()) / 2e-4
+    assert small == pytest.approx(4e-4, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -211,6 +237,18 @@ def test_tsv_of_disjoint_diagonals_keeps_what_has_room_or_the_leading_share_of_e
     assert_close(subspaces.tsv([a, b], [1.0, 1.0]), torch.diag(torch.tensor([4, 3, 2, 1], dtype=F64)))
     full = diagonal(4, 3, 2, 1)  # with two of them, each has room for two
     assert_close(subspaces.tsv([full, full], [1.0, 1.0]), torch.diag(torch.tensor([4, 3, 0, 0], dtype=F64)))
+
+
+def test_tsv_has_room_for_a_whole_number_of_triplets_of_each():
+    """Of three diagonals of eight, each keeps two: 8 / 3 rounded down; of nine of four, each keeps its largest."""
+    places = [range(3), range(3, 6), range(5, 8)]
+    parts = [torch.zeros(8, dtype=F64) for _ in places]
+    for part, place in zip(parts, places, strict=True):
+        part[list(place)] = torch.tensor([3.0, 2.0, 1.0], dtype=F64)
+    merged = subspaces.tsv([diagonal(*part.tolist()) for part in parts], [1.0] * 3).delta()
+    assert_close(merged[:5, :5], torch.diag(torch.tensor([3, 2, 0, 3, 2], dtype=F64)))
+    several = subspaces.tsv([diagonal(2, 1, 0, 0)] + [diagonal(0, 0, 0, 0)] * 8, [1.0] * 9)
+    assert_close(several, torch.diag(torch.tensor([2, 0, 0, 0], dtype=F64)))
 
 
 def test_tsv_turns_directions_that_overlap_apart():
@@ -276,6 +314,23 @@ def test_lego_of_one_adapter_at_its_rank_is_that_adapter():
 def test_lego_of_equal_adapters_is_that_adapter(count):
     (update,) = random([3], 0)
     assert_close(subspaces.lego([update] * count, [1.0] * count), update.delta())
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_lego_of_equal_adapters_with_idle_or_equal_units_is_that_adapter(count):
+    (update,) = random([4], 3)
+    update.B[:, 1] = 0
+    assert_close(subspaces.lego([update] * count, [1.0] * count), update.delta())
+    update.A[2], update.B[:, 2] = update.A[0], update.B[:, 0]
+    assert_close(subspaces.lego([update] * count, [1.0] * count), update.delta())
+
+
+def test_a_centroid_of_lego_has_the_mean_norm_of_its_members_by_hand():
+    """[a, b] of norms 1 and 3 at a right angle: their mean points to (1, 3), and its norm is 2."""
+    one = LowRank(torch.tensor([[1.0, 0]], dtype=F64), torch.tensor([[0.5], [0]], dtype=F64))
+    three = LowRank(torch.tensor([[0.0, 1]], dtype=F64), torch.tensor([[0], [4.5]], dtype=F64))
+    merged = subspaces.lego([one, three], [1.0, 1.0], clusters=1)
+    assert_close(merged, 0.2 * torch.tensor([[1, 3], [3, 9]], dtype=F64))
 
 
 def test_lego_moves_all_units_into_one_by_hand():
