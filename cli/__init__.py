@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from ..errors import LoraLabError, LoraLabNote, LoraLabWarning, nearest
+from ..escape import visible
 from . import (
     compare_merges,
     evaluate,
@@ -24,6 +25,7 @@ from . import (
     tasks,
     train,
 )
+from .terminal import escaping
 
 _EPILOG = "Start with `lora-lab quickstart`: a minute or two from nothing to a first figure."
 
@@ -69,7 +71,8 @@ def main(arguments: list[str] | None = None) -> None:
         warnings.filterwarnings("always", category=category)
     warnings.showwarning = _show_warning
     try:
-        code = app(arguments, standalone_mode=False)
+        with escaping():
+            code = app(arguments, standalone_mode=False)
     except LoraLabError as error:
         _fail(str(error))
     except (MemoryError, RuntimeError) as error:
@@ -93,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _fail(text: str, code: int = 1) -> None:
-    print("error:", " ".join(text.split()), file=sys.stderr)
+    print("error:", visible(text.strip()), file=sys.stderr)
     sys.exit(code)
 
 
@@ -105,7 +108,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 def _usage(error: Any) -> tuple[str, bool]:
     """What was wrong with the command line, and whether it was an unknown name."""
-    text = str(error.format_message()).rstrip(".")
+    text = " ".join(str(error.format_message()).split()).rstrip(".")
     kind = type(error).__name__
     if kind == "NoSuchOption":
         close = nearest(error.option_name.lstrip("-"), _option_names(error.ctx))
@@ -128,4 +131,4 @@ def _option_names(context: Any) -> list[str]:
 
 def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
     kind = "note:" if isinstance(message, LoraLabNote) else "warning:"
-    print(kind, " ".join(str(message).split()), file=sys.stderr)
+    print(kind, visible(str(message).strip()), file=sys.stderr)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ..errors import FileError, OptionError
+from ..escape import visible, visible_json
 from ..files import refuse_existing
+from .terminal import Plain
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from ..result import Result
 
 # In a pipe or a file there is no width to keep to, and a cut table would lose numbers.
-console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-messages = Console(stderr=True, highlight=False, soft_wrap=True)
+console = Plain(width=None if sys.stdout.isatty() else 160)
+messages = Plain(stderr=True)
 
 
 class Outputs:
@@ -70,18 +70,19 @@ def print_json(content: object) -> None:
     """Strict JSON on standard output."""
     from ..result import finite
 
-    print(json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False))
+    print(visible_json(json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False)))
 
 
 def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]], *, texts: int = 1) -> None:
     """A table on standard output; the first column (or so many) is text, the others are set right."""
     shown = Table(
-        title=escape(title), title_justify="left", box=None, pad_edge=False, padding=(0, 1), header_style="bold"
+        title=visible(title), title_justify="left", box=None, pad_edge=False, padding=(0, 1), header_style="bold"
     )
     for i, heading in enumerate(headings):
+        heading = "\n".join(map(visible, heading.split("\n")))
         shown.add_column(heading, justify="left" if i < texts else "right", overflow="fold")
     for row in rows:
-        shown.add_row(*(escape(cell) if isinstance(cell, str) else number(cell) for cell in row))
+        shown.add_row(*(visible(cell) if isinstance(cell, str) else number(cell) for cell in row))
     console.print(shown)
 
 
@@ -102,9 +103,9 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar with the time left, on standard error, gone when the work is done."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*bar, console=messages, transient=True) as shown:
-        row = shown.add_task(what, total=None)
+        row = shown.add_task(visible(what), total=None)
 
         def report(done: int, total: int) -> None:
             shown.update(row, completed=done, total=total)

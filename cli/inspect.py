@@ -53,7 +53,9 @@ def command(
     common.console.print(f"{len(rows)} modules, ranks {', '.join(map(str, ranks)) or '–'}, total ‖ΔW‖ {total}")
     if content["record"]:
         common.console.print(_record(content["record"]))
-        for step in content["record"].get("pruned", []):
+        for step in _listed(content["record"].get("pruned")):
+            if not isinstance(step, dict):
+                continue
             options = ", ".join(f"{name} {value}" for name, value in step.items() if name != "from")
             common.console.print(f"pruned since (what was measured then is of the whole): {options}")
     for warning in content["warnings"]:
@@ -98,11 +100,18 @@ def describe(listing: Any) -> dict[str, Any]:
 
 
 def _record(record: dict[str, Any]) -> str:
+    """What the record says of how the adapter came to be, as far as it says it."""
     if "merge" in record:
         made = record["merge"]
-        inputs = ", ".join(str(entry["adapter"]) for entry in made["inputs"])
-        return f"merged by {made['method']} (relative error of ΔW {made['error']:.3g}) from: {inputs}"
-    task = record.get("task", {}).get("name", "?")
+        inputs = [entry.get("adapter", "?") for entry in _listed(made.get("inputs")) if isinstance(entry, dict)]
+        error = made.get("error")
+        told = f" (relative error of ΔW {error:.3g})" if isinstance(error, float | int) else ""
+        return f"merged by {made.get('method', '?')}{told} from: {', '.join(map(str, inputs))}"
     metrics = record.get("metrics", {}).get("validation", {})
-    text = f"trained: {record.get('method')} on {task}, seed {record.get('seed')}"
-    return text + (f", validation accuracy {metrics['accuracy']:.3f}" if metrics else "")
+    accuracy = metrics.get("accuracy") if isinstance(metrics, dict) else None
+    text = f"trained: {record.get('method')} on {record.get('task', {}).get('name', '?')}, seed {record.get('seed')}"
+    return text + (f", validation accuracy {accuracy:.3f}" if isinstance(accuracy, float | int) else "")
+
+
+def _listed(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -242,7 +242,7 @@ def inspect(
     record = _record(raw_metadata)
     own = bool(record) and trust.is_own(raw_metadata.get(SIGNATURE_KEY), record, tensors)
     origin = trust.Origin(own, str(found.weights.parent.resolve()))
-    adapter = Adapter(parsed.tensors, settings, parsed.sites, record, str(path), origin)
+    adapter = Adapter(parsed.tensors, settings, parsed.sites, trust.well_formed(record), str(path), origin)
     notes = [*found.notes, *notes, *more, *parsed.warnings]
     return Listing(adapter, found.format, notes, parsed.problems)
 

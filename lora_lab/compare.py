@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lora_lab import escape
 from lora_lab.adapter import Adapter
 from lora_lab.court import CANNOT, Clerks, Court, Judged, Mix, Way, correct, loss, share
 from lora_lab.distribute import Pool
@@ -278,14 +279,14 @@ def latex(result: Result) -> str:
     table = result.summary["by_method"]
     methods = list(dict.fromkeys(row["method"] for row in table))
     lines = [r"\begin{tabular}{l" + "rrr" * len(methods) + "}", r"\toprule"]
-    heads = [rf"\multicolumn{{3}}{{c}}{{{_escaped(method or 'adapters')}}}" for method in methods]
+    heads = [rf"\multicolumn{{3}}{{c}}{{{escape.latex(method or 'adapters')}}}" for method in methods]
     lines += [
         " & ".join(["", *heads]) + r" \\",
         " & ".join(["merge"] + ["accuracy", "norm.", "coef."] * len(methods)) + r" \\",
     ]
     lines.append(r"\midrule")
     for head, rows in grouped(table, "merge", "ratio"):
-        cells = [_escaped(head["merge"] + (f" {head['ratio']}" if head["ratio"] else ""))]
+        cells = [escape.latex(head["merge"] + (f" {head['ratio']}" if head["ratio"] else ""))]
         for method in methods:
             row = next((r for r in rows if r["method"] == method), None)
             cells += _latex_cells(row) if row else ["--"] * 3
@@ -301,10 +302,6 @@ def _latex_cells(row: Mapping[str, Any]) -> list[str]:
         for key in ("accuracy", "normalised")
     ]
     return [*cells, "--" if row["coefficient"] is None else f"{row['coefficient']:.2g}"]
-
-
-def _escaped(text: str) -> str:
-    return text.replace("_", r"\_").replace("%", r"\%").replace("&", r"\&")
 
 
 def _ratio(weights: Sequence[float]) -> str:

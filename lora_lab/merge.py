@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
-from lora_lab import files
+from lora_lab import escape, files
 from lora_lab.adapter import Adapter, from_updates
 from lora_lab.errors import FileError, LoraLabWarning, MismatchError, OptionError, some, unknown
 from lora_lab.evaluate import labels_of, task_of
@@ -148,28 +148,36 @@ def save(merged: Merged, path: Path, *, inputs: Sequence[Path] = (), force: bool
 def card(adapter: Adapter) -> str:
     """The model card of a merged adapter."""
     made = adapter.record["merge"]
-    lines = ["---", "library_name: peft"]
-    if adapter.base_model:
-        lines.append(f"base_model: {adapter.base_model}")
-    lines += ["tags: [lora, merge, lora-lab]", "---", "", f"# A merge by {made['method']}", ""]
-    lines += ["| | |", "|---|---|"]
-    options = ", ".join(f"{name} = {value}" for name, value in made["options"].items()) or "none"
-    lines.append(f"| options | {options} |")
-    lines.append(f"| weights | {words(made['weights'])} |")
+    front: dict[str, Any] = {
+        "library_name": "peft",
+        **({"base_model": adapter.base_model} if adapter.base_model else {}),
+    }
+    front["tags"] = ["lora", "merge", "lora-lab"]
+    lines = [
+        "---",
+        *yaml.safe_dump(front, sort_keys=False, default_flow_style=None, width=4096).splitlines(),
+        "---",
+        "",
+    ]
+    lines += [f"# A merge by {made['method']}", "", "| | |", "|---|---|"]
+    rows = {"options": ", ".join(f"{name} = {value}" for name, value in made["options"].items()) or "none"}
+    rows["weights"] = words(made["weights"])
     if made["coefficient"] != 1:
-        lines.append(f"| coefficient | {made['coefficient']:g} |")
-    lines.append(f"| rank | {'as the method needs' if made['rank'] is None else made['rank']} |")
-    lines.append(f"| relative error of ΔW | {made['error']:.3g} |")
+        rows["coefficient"] = f"{made['coefficient']:g}"
+    rows["rank"] = "as the method needs" if made["rank"] is None else str(made["rank"])
+    rows["relative error of ΔW"] = f"{made['error']:.3g}"
     if made["heads"]:
-        lines.append(f"| heads | {made['heads']} |")
-    for version in ("lora-lab", "peft", "torch"):
-        if made.get("versions", {}).get(version):
-            lines.append(f"| {version} | {made['versions'][version]} |")
+        rows["heads"] = made["heads"]
+    rows |= {
+        name: made["versions"][name] for name in ("lora-lab", "peft", "torch") if made.get("versions", {}).get(name)
+    }
+    lines += [f"| {name} | {escape.markdown(text)} |" for name, text in rows.items()]
     lines += ["", "Merged from:", ""]
     for entry in made["inputs"]:
-        task = entry["task"].get("name", entry["task"].get("kind")) if "task" in entry else None
-        about = [entry.get("method"), task and f"on {task}", entry.get("sha256") and f"sha256 {entry['sha256']}"]
-        lines.append(f"* {entry['adapter']}" + "".join(f", {part}" for part in about if part))
+        task = entry.get("task")
+        named = task.get("name", task.get("kind")) if isinstance(task, Mapping) else None
+        about = [entry.get("method"), named and f"on {named}", entry.get("sha256") and f"sha256 {entry['sha256']}"]
+        lines.append(f"* {escape.markdown(', '.join(str(part) for part in (entry['adapter'], *about) if part))}")
     return "\n".join(lines) + "\n"
 
 
@@ -246,7 +254,11 @@ def _in_dtype(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _file_names(adapters: Sequence[Adapter]) -> list[str]:
-    return [re.sub(r"[^\w.-]+", "_", label).strip("_") for label in labels_of(adapters)]
+    """A different name for a file for each adapter; letters of one case are one letter to some file systems."""
+    names = [escape.file_name(label) for label in labels_of(adapters)]
+    if len({name.lower() for name in names}) == len(names):
+        return names
+    return [f"{name}-{i}" for i, name in enumerate(names)]
 
 
 def _brief(adapter: Adapter) -> dict[str, Any]:

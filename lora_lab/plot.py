@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from lora_lab import files, plot_line, plot_merges, plot_shapley, plot_stability, plot_style, plot_sweep, plot_train
 from lora_lab.errors import OptionError, some, unknown
+from lora_lab.escape import drawn
 from lora_lab.plot_style import WIDTHS
 from lora_lab.result import Result
 
@@ -34,22 +36,28 @@ def figure(results: Sequence[Result], *, kind: str | None = None, width: str = "
     if width not in WIDTHS:
         raise unknown("width", width, WIDTHS)
     with plot_style.styled():
-        return PLOTS[chosen](results, width)
+        return PLOTS[chosen]([_drawn(result) for result in results], width)
 
 
-def save(drawn: Figure, *paths: Path, force: bool = False) -> None:
+def _drawn(result: Result) -> Result:
+    """The result with its texts as matplotlib draws them just as they are."""
+    columns, parameters, summary = map(drawn, (result.columns, result.parameters, result.summary))
+    return replace(result, columns=columns, parameters=parameters, summary=summary)
+
+
+def save(made: Figure, *paths: Path, force: bool = False) -> None:
     """Write a figure as .pdf, .png or .svg; equal figures give equal bytes."""
     for path in paths:
         if path.suffix not in _FORMATS:
             raise OptionError(f"{path}: figures are written as {', '.join(_FORMATS)}")
     files.refuse_existing(*paths, force=force)
     with plot_style.styled():
-        drawn.draw_without_rendering()
-        drawn.set_layout_engine("none")  # the layout is done: every format gets this one
+        made.draw_without_rendering()
+        made.set_layout_engine("none")  # the layout is done: every format gets this one
         for path in paths:
             buffer = io.BytesIO()
             dates = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}, ".png": {}}
-            drawn.savefig(buffer, format=path.suffix[1:], metadata=dates[path.suffix])
+            made.savefig(buffer, format=path.suffix[1:], metadata=dates[path.suffix])
             files.write_bytes(path, buffer.getvalue())
 
 

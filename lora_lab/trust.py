@@ -108,6 +108,18 @@ def recordable(record: Any) -> Any:
     return [recordable(value) for value in record] if isinstance(record, list | tuple) else record
 
 
+_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("task", "merge", "metrics", "recipe", "base_config"), Mapping),
+    "method": str,
+    "seed": int,
+}
+
+
+def well_formed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record without what is of another type than this program writes."""
+    return {key: value for key, value in record.items() if isinstance(value, _TYPES.get(key, object))}
+
+
 def judged(
     record: Mapping[str, Any], origin: Origin, config: Mapping[str, Any], source: str, *, trust_record: bool = False
 ) -> Reach:

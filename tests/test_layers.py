@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lora_lab"
 
 LAYERS = [
-    {"__init__", "errors", "hub"},
+    {"__init__", "errors", "escape", "hub"},
     {"files", "lowrank", "models", "schedule", "stats", "plot_style", "trust"},
     {"result", "peft_format", "estimators", "rules", "confined"},
     {
@@ -28,7 +28,7 @@ LAYERS = [
     },
     {"task", "attach", "plot", "whole", "renames", "players", "prune"},
     {"chat", "coto", "digits", "file_task", "probe", "recipe", "variants", "patterns", "sources", "mix"},
-    {"text", "survival", "language", "vision", "panel"},
+    {"text", "language", "vision", "panel"},
     {"tasks"},
     {"evaluate", "fitted"},
     {"scorer"},
