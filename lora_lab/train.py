@@ -26,7 +26,7 @@ from lora_lab.adapter import Adapter
 from lora_lab.attach import base_config, layers
 from lora_lab.checkpoints import StampCheckpoints, last_checkpoint
 from lora_lab.coto import CoToCallback, DropoutRamp
-from lora_lab.errors import LoraLabError, OptionError, TunerError, unknown
+from lora_lab.errors import LoraLabError, LoraLabWarning, OptionError, TunerError, unknown
 from lora_lab.evaluate import examples_of, score
 from lora_lab.lowrank import LowRank, combine
 from lora_lab.players import group
@@ -64,7 +64,9 @@ def train(
         record |= {"base_config": base_config(model)}
         callbacks = _callbacks(recipe, record, base)
         keep = checkpoints if recipe.save_every else None
-        resume = last_checkpoint(keep, record, data) if keep else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", LoraLabWarning)
+            resume = last_checkpoint(keep, record, data) if keep else None
         folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         args = arguments(recipe, folder, device, report_to)
         cpu_s = _optimise(model, task, recipe, args, [*callbacks, log], resume)
@@ -83,7 +85,7 @@ def train(
 
 
 def _optimise(
-    model: nn.Module, task: Task, recipe: Recipe, args: Any, callbacks: Sequence[TrainerCallback], resume: str | None
+    model: nn.Module, task: Task, recipe: Recipe, args: Any, callbacks: Sequence[TrainerCallback], resume: Path | None
 ) -> float:
     """Run the Trainer over the model, from the checkpoint `resume` on if there is one; CPU seconds."""
     try:
@@ -106,7 +108,7 @@ def _optimise(
     began = time.process_time()
     try:
         with training_mode(model):
-            trainer.train(resume_from_checkpoint=resume)
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     except ImportError as error:
         raise OptionError(f"optimizer {recipe.optimizer}: {_first_line(error)}") from error
     except ValueError as error:
