@@ -64,7 +64,7 @@ def command(
 
 def describe(listing: Any) -> dict[str, Any]:
     """The report as JSON types; what has no ΔW gets no norm, and the warnings say why."""
-    from .. import peft_format
+    from .. import keys, peft_format
     from ..errors import LoraLabError
 
     adapter = listing.adapter
@@ -92,7 +92,7 @@ def describe(listing: Any) -> dict[str, Any]:
         "tuner": adapter.tuner,
         "base_model": adapter.base_model,
         "modules": modules,
-        "other_tensors": [key.removeprefix(peft_format.PREFIX) for key in adapter.others],
+        "other_tensors": [key.removeprefix(keys.PREFIX) for key in adapter.others],
         "warnings": warnings,
         "total_norm": total**0.5 if known else None,
         "record": dict(adapter.record),

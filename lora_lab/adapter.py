@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_lab import files, peft_format, trust
+from lora_lab import files, peft_config, peft_format, trust
 from lora_lab.errors import AdapterError, FileError, LoraLabWarning, MismatchError, TunerError, some
 from lora_lab.hub import stay_offline_without_network
+from lora_lab.keys import PREFIX, anchored
 from lora_lab.lowrank import LowRank
-from lora_lab.peft_format import PREFIX, Parsed, Site
+from lora_lab.sites import Parsed, Site
 
 CONFIG_KEY = "lora_lab.config"
 RECORD_KEY = "lora_lab.record"
@@ -70,7 +71,7 @@ class Adapter:
     @property
     def tuner(self) -> str:
         """PEFT's tuner type in upper case."""
-        return peft_format.tuner_of(self.config)
+        return peft_config.tuner_of(self.config)
 
     @property
     def base_model(self) -> str | None:
@@ -156,7 +157,7 @@ def from_updates(updates: Mapping[str, LowRank], *, like: Adapter, source: str) 
     names = sorted(updates)
     ranks = {name: updates[name].rank for name in names}
     common = max(set(ranks.values()), key=list(ranks.values()).count)
-    uneven = {peft_format.anchored(name): rank for name, rank in ranks.items() if rank != common}
+    uneven = {anchored(name): rank for name, rank in ranks.items() if rank != common}
     config = {
         **{key: value for key, value in like.config.items() if key in _KEPT},
         "peft_type": "LORA",
@@ -232,12 +233,16 @@ def inspect(
     settings = _find_config(found, config, raw_metadata)
     notes: list[str] = []
     if settings is None:
-        settings, notes = peft_format.assumed_config(tensors, alpha, adapter_name)
+        settings, notes = peft_config.assumed_config(tensors, alpha, adapter_name)
     elif alpha is not None and settings.get("lora_alpha") is None:
         settings["lora_alpha"] = alpha
     elif alpha is not None and settings["lora_alpha"] != alpha:
         notes = [f"alpha {alpha:g} is not used, the config says {settings['lora_alpha']!r}"]
-    settings, more = peft_format.complete_config(settings, tensors, adapter_name)
+    try:
+        settings, more = peft_config.complete_config(settings, tensors, adapter_name)
+    except AdapterError as error:
+        empty = Adapter({}, settings, {}, _record(raw_metadata), str(path))
+        return Listing(empty, found.format, found.notes, [f"{found.weights}: {error}"])
     parsed: Parsed = peft_format.parse(tensors, settings, str(found.weights), adapter_name)
     record = _record(raw_metadata)
     own = bool(record) and trust.is_own(raw_metadata.get(SIGNATURE_KEY), record, tensors)
@@ -359,7 +364,7 @@ def _record(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 # What stays true of a new set of modules, ranks and factors: all but these.
-_KEPT = peft_format.LORA_FIELDS.difference(
+_KEPT = peft_config.LORA_FIELDS.difference(
     peft_format.VARIANTS,
     {
         "lora_bias",

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lora_lab.adapter import Adapter
 from lora_lab.errors import AdapterError, LoraLabWarning, MismatchError, TunerError, some
-from lora_lab.peft_format import PREFIX, anchored, tuner_of
+from lora_lab.keys import PREFIX, anchored
+from lora_lab.peft_config import tuner_of
 from lora_lab.result import fingerprint
 
 NAME = "default"

@@ -11,9 +11,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lora_lab import peft_format
 from lora_lab.adapter import Adapter, same_modules
 from lora_lab.errors import MismatchError, OptionError, some
+from lora_lab.keys import PREFIX
 from lora_lab.lowrank import LowRank, combine, combine_factors
 from lora_lab.renames import require_shared_modules
 
@@ -132,7 +132,7 @@ class Mixer:
             theirs = {key: other.tensors[key].shape for key in other.others}
             odd = sorted(key for key in first.keys() | theirs.keys() if first.get(key) != theirs.get(key))
             if odd:
-                names = some(key.removeprefix(peft_format.PREFIX) for key in odd)
+                names = some(key.removeprefix(PREFIX) for key in odd)
                 raise MismatchError(f"{self.adapters[0].source} and {other.source} differ in whole tensors: {names}")
 
     def _check_factors(self) -> None:
@@ -143,7 +143,7 @@ class Mixer:
                     shape = list(other.tensors[key].shape) if key in other.tensors else "missing"
                     raise MismatchError(
                         f"{first.source} and {other.source} have factors of different shapes, not to be averaged: "
-                        f"{key.removeprefix(peft_format.PREFIX)} is {list(tensor.shape)} and {shape}"
+                        f"{key.removeprefix(PREFIX)} is {list(tensor.shape)} and {shape}"
                         + ("; ΔW can be: --space delta" if self.additive else "")
                     )
 

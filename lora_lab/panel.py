@@ -11,8 +11,8 @@ from torch import nn
 from lora_lab.adapter import Adapter, from_updates
 from lora_lab.attach import Attached, put_on
 from lora_lab.errors import OptionError
+from lora_lab.keys import PREFIX
 from lora_lab.lowrank import LowRank
-from lora_lab.peft_format import PREFIX
 from lora_lab.result import fingerprint
 from lora_lab.sources import Sources
 from lora_lab.task import Scores, Task

@@ -10,7 +10,7 @@ import numpy as np
 
 from lora_lab.adapter import Adapter
 from lora_lab.errors import OptionError, some, unknown
-from lora_lab.peft_format import natural
+from lora_lab.keys import natural
 from lora_lab.players import Place, Players, locate, players
 
 TYPES: dict[str, tuple[str, ...]] = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from lora_lab.adapter import Adapter
 from lora_lab.errors import OptionError, TunerError, some, unknown
-from lora_lab.peft_format import natural
+from lora_lab.keys import natural
 
 _NESTED_LISTS = ("blocks", "attentions", "resnets", "transformer_blocks")
 

@@ -12,11 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lora_lab import peft_format
 from lora_lab.adapter import Adapter, exact_targets, other_tensors, stored
 from lora_lab.errors import AdapterError, OptionError, TunerError, some, unknown
+from lora_lab.keys import PREFIX, anchored
 from lora_lab.lowrank import LowRank
-from lora_lab.peft_format import Site, anchored, pattern_value
+from lora_lab.matching import by_whole
+from lora_lab.peft_config import pattern_values
+from lora_lab.sites import Site
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def keep_modules(adapter: Adapter, names: Collection[str], *, source: str | None
 
 
 _BY_NAMES_ONLY = ("exclude_modules", "layers_pattern", "layers_to_transform")
-# Tuners that look a module's own settings up as `peft_format.pattern_value` does: pattern → the default's field.
+# Tuners that look a module's own settings up as `peft_config.pattern_values` does: pattern → the default's field.
 _PATTERNS = {"rank_pattern": ("r",), "alpha_pattern": ("lora_alpha", "alpha"), "lambda_pattern": ("delora_lambda",)}
 _PATTERNED = {"LORA", "LOHA", "LOKR", "HIRA", "DELORA"}
 # Tuners that are no layers, or whose layers are drawn or decomposed together: fewer of them are others
@@ -90,7 +92,7 @@ def _check_removable(adapter: Adapter, kept: Mapping[str, Site]) -> None:
         raise TunerError(f"{adapter.label}: {adapter.tuner} sets its modules up together, so none can be left out")
     if adapter.tuner not in _SHARED_BY_SIZE:
         return
-    shared = [key for key in adapter.others if not key.startswith(peft_format.PREFIX)]
+    shared = [key for key in adapter.others if not key.startswith(PREFIX)]
     longest = [max(_lengths(adapter, sites, "_lambda_b"), default=0) for sites in (kept, adapter.sites)]
     if not shared or longest[0] != longest[1]:
         raise TunerError(
@@ -121,21 +123,21 @@ def _restricted(adapter: Adapter, names: Sequence[str]) -> dict[str, Any]:
             if not any(key.startswith(f"{name}.lora_") for name in gone)
         }
     if adapter.tuner == "IA3" and config.get("feedforward_modules") is not None:
-        forward = [name for name in names if _is_feedforward(name, config["feedforward_modules"])]
+        forward = _feedforward(names, config["feedforward_modules"])
         # A pattern, since PEFT takes listed names as endings, even in the middle of a word
         config["feedforward_modules"] = f"^({'|'.join(map(re.escape, forward))})$" if forward else []
     return config
 
 
 def _anchored_values(patterns: Mapping[str, Any], names: Iterable[str], default: Any) -> dict[str, Any]:
-    values = {name: pattern_value(patterns, name, default) for name in names}
+    values = pattern_values(patterns, list(names), default)
     return {anchored(name): value for name, value in values.items() if value != default}
 
 
-def _is_feedforward(name: str, said: str | Collection[str]) -> bool:
+def _feedforward(names: Sequence[str], said: str | Collection[str]) -> list[str]:
     if isinstance(said, str):
-        return re.fullmatch(said, name) is not None
-    return name.endswith(tuple(said))
+        return by_whole([said], names)[said]
+    return [name for name in names if name.endswith(tuple(said))]
 
 
 # rank-one units
@@ -193,7 +195,9 @@ def _divisor(rank: int, config: Mapping[str, Any]) -> float:
 def _alpha(site: Site, rank: int, config: Mapping[str, Any]) -> float:
     """The lora_alpha that gives this site at this rank the scale that it has now, to the last bit if one does."""
     if rank == site.rank:
-        alpha: float = pattern_value(config.get("alpha_pattern") or {}, site.name, config.get("lora_alpha"))
+        alpha: float = pattern_values(config.get("alpha_pattern") or {}, [site.name], config.get("lora_alpha"))[
+            site.name
+        ]
         return alpha
     scale, divisor = site.scale or 0.0, _divisor(rank, config)
     nearest = scale * divisor

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 from lora_lab.adapter import Adapter, exact_targets
 from lora_lab.errors import MismatchError, OptionError
-from lora_lab.peft_format import PREFIX, Site, anchored, natural, pattern_value
+from lora_lab.keys import PREFIX, anchored, natural
+from lora_lab.peft_config import pattern_values
+from lora_lab.sites import Site
 
 # What names modules in a configuration, beside target_modules, which lists exactly those that there are.
 _SELECTING = ("layers_to_transform", "layers_pattern", "exclude_modules")
@@ -33,7 +35,8 @@ def renamed(adapter: Adapter, old: str, new: str) -> Adapter:
     config["target_modules"] = exact_targets(sites, ())
     for field, default in (("rank_pattern", config.get("r")), ("alpha_pattern", config.get("lora_alpha"))):
         if patterns := config.get(field):
-            config[field] = {anchored(names[name]): pattern_value(patterns, name, default) for name in adapter.sites}
+            values = pattern_values(patterns, adapter.sites, default)
+            config[field] = {anchored(names[name]): value for name, value in values.items()}
     tensors = {keys.get(key, key): tensor for key, tensor in adapter.tensors.items()}
     return replace(adapter, tensors=tensors, config=config, sites=sites)
 

@@ -15,8 +15,9 @@ from lora_lab import files
 from lora_lab.adapter import Adapter
 from lora_lab.attach import weight_deltas
 from lora_lab.errors import MismatchError, OptionError, TunerError, some
+from lora_lab.keys import natural
 from lora_lab.lowrank import LowRank, factored, is_finite
-from lora_lab.peft_format import natural, update
+from lora_lab.peft_format import update
 from lora_lab.players import locate
 from lora_lab.task import Task
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_lab.adapter import Adapter
 from lora_lab.errors import MismatchError
-from lora_lab.peft_format import PREFIX
+from lora_lab.keys import PREFIX
 
 HEADS = ("keep-own", "average", "first")
 """What can become of whole tensors in which the adapters differ."""

@@ -12,7 +12,7 @@ from lora_lab.adapter import CONFIG_KEY, RECORD_KEY, Adapter, inspect, same_modu
 from lora_lab.errors import AdapterError, FileError, LoraLabWarning, MismatchError, TaskError
 from lora_lab.lowrank import LowRank
 from lora_lab.models import base_model
-from lora_lab.peft_format import Site
+from lora_lab.sites import Site
 
 Q, K = "layers.0.q_proj", "layers.0.k_proj"
 
@@ -275,7 +275,9 @@ def everything(tmp_path: Path) -> Adapter:
         f"{PREFIX}head.weight": torch.arange(12.0).reshape(3, 4),
         f"{PREFIX}head.steps": torch.tensor(7),
     }
-    folder = write(tmp_path / "in", tensors, rank_pattern={"b": 3}, alpha_pattern={"a": 1}, target_modules=["a", "b"])
+    folder = write(
+        tmp_path / "in", tensors, rank_pattern={"b": 3}, alpha_pattern={"a": 1}, target_modules=[*"abcd", "embed"]
+    )
     record = {"task": "digits", "seed": 3, "metrics": {"accuracy": 0.5, "loss": None}, "note": "λ"}
     save_file(tensors, folder / "adapter_model.safetensors", {RECORD_KEY: json.dumps(record)})
     return Adapter.load(folder)
@@ -455,7 +457,7 @@ def test_modules_that_were_left_out_do_not_come_back_in_peft(tmp_path, kept, bas
     from peft.tuners.tuners_utils import check_target_module_exists
 
     tensors = {key: t for name in base_modules for key, t in lora(name).items()}
-    adapter = Adapter.load(write(tmp_path / "in", tensors, target_modules="all-linear", layers_to_transform=[0]))
+    adapter = Adapter.load(write(tmp_path / "in", tensors, target_modules=base_modules, layers_to_transform=[0]))
     made = adapter.with_updates({name: adapter.updates[name] for name in kept}, source="test")
     path = made.save(tmp_path / "out")
     config = LoraConfig.from_pretrained(str(path))

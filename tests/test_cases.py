@@ -1,5 +1,6 @@
 """Each case folder comes out as its expected.json says."""
 
+import contextlib
 import json
 import math
 import re
@@ -190,6 +191,46 @@ def test_l01_a_gauge_twin_is_far_in_factors_and_nowhere_in_delta():
     factors = [combine_factors([a[name], twin[name]], half) for name in a]
     total = math.hypot(*(update.norm() for update in factors))
     assert total == pytest.approx(expected["factor_mid_total"], rel=1e-5)
+
+
+# the second round of cases
+
+
+@pytest.mark.parametrize(
+    ("path", "warning"),
+    [
+        ("N01_comfy_alpha_tensors/comfy.safetensors", "lora_alpha of 2 modules is taken from their alpha tensors"),
+        ("N03_prefix_outside_base_model/misplaced", "4 keys have 'base_model.model.' behind another name"),
+        ("N04_module_names_with_lora/adapter", None),
+    ],
+)
+def test_a_case_with_odd_names_has_the_deltas_and_whole_tensors_that_it_should(path, warning):
+    expected, deltas = expected_of(path), expected_deltas(path)
+    with pytest.warns(LoraLabWarning, match=warning) if warning else contextlib.nullcontext():
+        adapter = Adapter.load(CASES / path)
+    assert set(adapter.updates) == set(deltas) == set(expected["modules"])
+    for name, update in adapter.updates.items():
+        torch.testing.assert_close(update.delta(), deltas[name], rtol=expected["rtol"], atol=1e-6)
+        assert update.norm() == pytest.approx(expected["modules"][name]["delta_fro"], rel=1e-5)
+    whole = [key.removeprefix("base_model.model.") for key in adapter.others]
+    assert whole == expected.get("whole_tensors", [])
+    for name, scale in expected.get("scaling", {}).items():
+        assert adapter.sites[name].scale == scale
+
+
+def test_n03_a_misplaced_prefix_and_the_right_one_are_the_same_modules():
+    folder = CASES / "N03_prefix_outside_base_model"
+    with pytest.warns(LoraLabWarning, match="behind another name"):
+        a, b, doubled = (Adapter.load(folder / name) for name in ("misplaced", "right", "doubled"))
+    assert a.sites.keys() == b.sites.keys()
+    assert len(Sources([a, b]).modules) == 2
+    assert not any("base_model" in name for adapter in (a, b, doubled) for name in adapter.sites)
+
+
+def test_n04_a_head_whose_name_begins_with_lora_is_a_whole_tensor():
+    adapter = Adapter.load(CASES / "N04_module_names_with_lora/head_only")
+    assert list(adapter.sites) == ["enc.q_proj"]
+    assert adapter.others == ["base_model.model.heads.lora_head.weight"]
 
 
 # merging

@@ -13,8 +13,10 @@ PACKAGE = ROOT / "lora_lab"
 
 LAYERS = [
     {"__init__", "errors", "escape", "hub"},
-    {"files", "lowrank", "models", "schedule", "stats", "plot_style", "trust"},
-    {"result", "peft_format", "estimators", "rules", "confined"},
+    {"files", "keys", "matching", "sites", "lowrank", "models", "schedule", "stats", "plot_style", "trust"},
+    {"result", "beside", "peft_config", "estimators", "rules", "confined"},
+    {"checks"},
+    {"peft_format"},
     {
         "adapter",
         "distribute",

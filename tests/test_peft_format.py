@@ -1,11 +1,12 @@
 import dataclasses
+import json
 import math
 
 import pytest
 import torch
 from adapters import PREFIX, lora, product, write
 
-from lora_lab import peft_format
+from lora_lab import peft_config
 from lora_lab.adapter import Adapter, inspect
 from lora_lab.errors import AdapterError, FileError, LoraLabWarning, TunerError
 
@@ -379,13 +380,16 @@ def test_a_field_of_the_future_is_told_when_it_is_on(tmp_path):
 def test_every_field_of_the_installed_peft_is_known():
     from peft import LoraConfig
 
-    unknown = {f.name for f in dataclasses.fields(LoraConfig)} - peft_format.LORA_FIELDS
+    unknown = {f.name for f in dataclasses.fields(LoraConfig)} - peft_config.LORA_FIELDS
     assert not unknown
 
 
-def test_a_config_without_a_type_is_lora(tmp_path):
-    folder = write(tmp_path, lora(Q), peft_type=None)
-    assert Adapter.load(folder).tuner == "LORA"
+@pytest.mark.parametrize("content", [{"peft_type": None}, {"peft_type": ""}, {"peft_type": 3}, {"r": 2}, {}])
+def test_a_config_without_a_type_is_refused(tmp_path, content):
+    folder = write(tmp_path, lora(Q))
+    (folder / "adapter_config.json").write_text(json.dumps(content))
+    assert f"peft_type is {content.get('peft_type')!r} in the config; PEFT writes LORA" in refusal(folder)
+    assert inspect(folder).problems
 
 
 @pytest.mark.parametrize("written", ["LORA", "lora", "PeftType.LORA"])
@@ -421,7 +425,8 @@ def test_a_type_that_peft_does_not_know_is_named(tmp_path):
 )
 @pytest.mark.parametrize("name", ["", "default"])
 def test_other_tensors_are_kept_under_the_keys_that_peft_reads(tmp_path, written, canonical, name):
-    adapter = Adapter.load(write(tmp_path, {**lora(Q, name=name), PREFIX + written: torch.arange(3.0)}))
+    config = {"trainable_token_indices": [4, 5, 9]} if "tokens" in written else {}
+    adapter = Adapter.load(write(tmp_path, {**lora(Q, name=name), PREFIX + written: torch.arange(3.0)}, **config))
     assert adapter.others == [PREFIX + canonical]
     assert adapter.tensors[PREFIX + canonical].tolist() == [0, 1, 2]
     assert list(adapter.sites) == [Q]
@@ -468,11 +473,9 @@ def test_a_resized_embedding_that_peft_saved_is_kept(tmp_path):
     ("extra", "config", "word"),
     [
         ({"lora_magnitude_vector": (6,)}, {"use_dora": True}, "DoRA"),
-        ({"lora_magnitude_vector.weight": (6,)}, {}, "DoRA"),
+        ({"lora_magnitude_vector.weight": (6,)}, {"use_dora": True}, "DoRA"),
         ({"lora_B.bias": (6,)}, {"lora_bias": True}, "lora_bias"),
-        ({"lora_E": (2, 1)}, {}, "lora_E"),
         ({"lora_diag": (2,)}, {"kasa_config": {"beta": 1}}, "kasa_config"),
-        ({"lora_novelty.weight": (2,)}, {}, "lora_novelty"),
         ({}, {"init_lora_weights": "pissa_niter_4"}, "PiSSA"),
         ({}, {"init_lora_weights": "olora"}, "olora"),
         ({}, {"init_lora_weights": "corda"}, "corda"),

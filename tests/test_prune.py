@@ -54,7 +54,7 @@ def made(
     tensors = {k: t for i, name in enumerate(names) for k, t in lora(name, rank=4, rows=8, columns=6, seed=i).items()}
     tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()} | (extra or {})
     return Adapter.load(
-        write(tmp_path / "in", tensors, **{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **config})
+        write(tmp_path / "in", tensors, **{"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj"], **config})
     )
 
 
