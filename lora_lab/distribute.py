@@ -19,7 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
-from lora_lab.errors import LoraLabError, LoraLabWarning, MismatchError, OptionError
+from lora_lab.errors import LoraLabError, LoraLabWarning, MismatchError, OptionError, some
 from lora_lab.result import versions
 
 Item = TypeVar("Item")
@@ -31,6 +31,8 @@ _MOST = 64  # workers on CPUs: each of them holds a model
 _ATTEMPTS = 3  # a batch that ends so many workers is not given to another
 _PATIENCE = 300.0  # seconds to wait for a first worker
 _PER_WORKER = 4  # batches: some for balance, few for what a batch shares within
+_AUTHENTICATES = (2, 52)
+"""The first version of Ray whose clusters can ask for a token (RAY_AUTH_MODE)."""
 _SPEC = re.compile(
     r"(?P<where>auto|local:(?P<count>\d+)|(?P<host>(?!local:)[^/\s]+):(?P<port>\d+))(/(?P<gpus>[1-9]\d*))?"
 )
@@ -252,8 +254,17 @@ def _import_ray() -> Any:
 def _connect(ray: Any, spec: str, where: re.Match[str]) -> None:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if where["count"]:
-        ray.init(address="local", num_cpus=int(where["count"]), include_dashboard=False, **quiet)
+        with _on_loopback(ray):
+            ray.init(address="local", num_cpus=int(where["count"]), include_dashboard=False, **quiet)
+        heard = {str(node["NodeManagerAddress"]) for node in ray.nodes()}
+        if not heard <= {"127.0.0.1", "::1"}:
+            raise OptionError(f"--ray {spec}: Ray {ray.__version__} would listen to the network, on {some(heard)}")
         return
+    if tuple(int(part) for part in re.findall(r"\d+", ray.__version__)[:2]) < _AUTHENTICATES:
+        raise OptionError(
+            f"--ray {spec}: Ray {ray.__version__} lets anybody in the network run code on a cluster; "
+            f"{'.'.join(map(str, _AUTHENTICATES))} or newer is needed (pip install -U 'lora-lab[ray]'), or local:N"
+        )
     try:
         if where["port"]:  # Ray itself would try for ten minutes
             socket.create_connection((where["host"], int(where["port"])), timeout=10).close()
@@ -263,6 +274,24 @@ def _connect(ray: Any, spec: str, where: re.Match[str]) -> None:
             f"--ray {spec}: no cluster to be joined ({_last_line(error)}); `ray start --head` starts one, one with a "
             "token needs RAY_AUTH_MODE=token here too, and local:N needs none"
         ) from error
+
+
+@contextlib.contextmanager
+def _on_loopback(ray: Any) -> Iterator[None]:
+    """A cluster begun within the context listens to this machine alone, as Ray does where it has no clusters at all.
+
+    On Linux, Ray's processes listen to every network by default, and replace a loopback address that they are given.
+    """
+    constants, name = ray._private.ray_constants, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    before, known = os.environ.get(name), constants.ENABLE_RAY_CLUSTER
+    os.environ[name], constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = known
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _shares(ray: Any, where: re.Match[str], device: str | None, threads: int) -> tuple[int, str, dict[str, Any]]:

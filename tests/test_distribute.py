@@ -249,6 +249,31 @@ def test_workers_use_as_many_threads_as_the_driver(pool):
     assert pool.run(Threads(), [0]) == [torch.get_num_threads()]
 
 
+def test_a_cluster_of_ones_own_listens_to_this_machine_alone(pool):
+    import psutil
+
+    @dataclass(frozen=True)
+    class Worker:
+        fingerprint: str = "worker"
+
+        def __call__(self):
+            return lambda _: os.getpid()
+
+    (worker,) = pool.run(Worker(), [0])
+    mine = psutil.Process()
+    processes = [mine, *mine.children(recursive=True)]
+    assert worker in [process.pid for process in processes]
+    heard = [
+        connection.laddr.ip
+        for process in processes
+        for connection in process.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(heard) > 3
+    assert {ip.removeprefix("::ffff:") for ip in heard} <= {"127.0.0.1", "::1"}
+    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
+
+
 def test_batches_are_consecutive_a_few_a_worker_and_no_longer_than_asked(pool):
     assert pool.cut(range(16)) == [range(i, i + 2) for i in range(0, 16, 2)]
     assert pool.cut(range(100), most=5) == [range(i, i + 5) for i in range(0, 100, 5)]
@@ -282,8 +307,26 @@ def test_a_cluster_that_cannot_be_is_refused(spec):
         pass
 
 
-def fake_ray(init=None, *, connected=False):
-    return SimpleNamespace(init=init, is_initialized=lambda: connected, shutdown=lambda: None)
+def fake_ray(init=None, *, connected=False, version="2.60.0"):
+    return SimpleNamespace(__version__=version, init=init, is_initialized=lambda: connected, shutdown=lambda: None)
+
+
+@pytest.mark.parametrize("spec", ["auto", "127.0.0.1:6379"])
+@pytest.mark.parametrize("version", ["2.51.1", "2.40.0", "1.13.0"])
+def test_a_ray_without_authentication_joins_no_cluster(monkeypatch, spec, version):
+    monkeypatch.setitem(sys.modules, "ray", fake_ray(lambda **_: pytest.fail("it would connect"), version=version))
+    with pytest.raises(OptionError, match=rf"Ray {version} lets anybody .*2\.52 or newer"), Pool.open(spec):
+        pass
+
+
+def test_a_cluster_of_ones_own_that_would_listen_to_the_network_is_refused(monkeypatch):
+    fake = fake_ray(lambda **_: None)
+    fake._private = SimpleNamespace(ray_constants=SimpleNamespace(ENABLE_RAY_CLUSTER=True))
+    fake.nodes = lambda: [{"NodeManagerAddress": "192.0.2.2"}]
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    with pytest.raises(OptionError, match=r"would listen to the network, on 192\.0\.2\.2"), Pool.open("local:2"):
+        pass
+    assert fake._private.ray_constants.ENABLE_RAY_CLUSTER is True
 
 
 def test_nobody_at_the_address_is_one_line_at_once(monkeypatch):
