@@ -276,12 +276,22 @@ def parse_set(given: Sequence[str] | None, known: Mapping[str, object], what: st
                 raise OptionError(f"{what} has no options to set")
             raise unknown(f"option of {what}", name, list(known))
         default = known[name]
+        if isinstance(default, bool):
+            found[name] = _truth(value, f"--set {name}={value}")
+            continue
         kind = _literal(value) if default is None else type(default)
         try:
             found[name] = kind(value)  # type: ignore[call-arg]
         except ValueError as error:
             raise OptionError(f"--set {name}={value}: {name} is a {kind.__name__}") from error
     return found
+
+
+def _truth(text: str, given: str) -> bool:
+    """'true' → True."""
+    if text.lower() not in ("true", "false"):
+        raise OptionError(f"{given}: true or false is needed")
+    return text.lower() == "true"
 
 
 def parse_numbers(text: str, option: str) -> list[float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lora_lab.attach import NAME, Attached, put_on
-from lora_lab.errors import OptionError, TunerError
+from lora_lab.attach import NAME
+from lora_lab.errors import OptionError, unknown
+from lora_lab.layer_inputs import grams, information, predictions
 from lora_lab.lowrank import LowRank, combine
 from lora_lab.panel import Panel, mean_loss
 from lora_lab.sources import Sources
@@ -27,27 +27,38 @@ from lora_lab.task import Task
 Merged = Iterator[tuple[str, LowRank | Tensor]]
 
 
-def fisher(sources: Sources, *, examples: int = 256, floor: float = 1e-6, scale: float = 1.0, seed: int = 0) -> Merged:
+def fisher(
+    sources: Sources,
+    *,
+    examples: int = 256,
+    normalize: bool = False,
+    floor: float = 1e-6,
+    scale: float = 1.0,
+    seed: int = 0,
+) -> Merged:
     """Entries weighted by their Fisher information on each task.
 
     Σ wᵢFᵢ∘ΔWᵢ / Σ wᵢFᵢ (Matena & Raffel 2021, arXiv:2111.09832), Fᵢ diagonal, from `examples` of each training split
     without their labels: the mean of p(y|x) (∂ log p(y|x)/∂W)² over all labels y; of a text, an unbiased estimate, from
-    one token drawn by p at every target's place. `floor`, times the mean information, is added, so that entries that no
-    task depends on are averaged. Takes as much memory as T copies of the adapted weights.
+    one token drawn by p at every target's place. With `normalize`, each Fᵢ is divided by its norm over all modules, so
+    that no task counts for more because its gradients are larger. `floor`, times the mean information, is added, so
+    that entries that no task depends on are averaged. Takes as much memory as T copies of the adapted weights.
 
-    Variant: the paper's, its information not normalised (normalize=true does as its authors' code).
+    Variant: the paper's, on ΔW; its authors' code can normalise, which is normalize=true.
     """
     _check(examples=(examples, 1), floor=(floor, 0), scale=(scale, None), seed=(seed, 0))
     _check_weights(sources, "fisher")
     panel = Panel(sources)
-    found = [_information(panel, i, examples, seed) for i in range(len(sources.adapters))]
+    found = [information(panel, i, examples, seed) for i in range(len(sources.adapters))]
+    if normalize:
+        found = [_normalized(each) for each in found]
     for name in sources.modules:
-        information = torch.stack([each[name] for each in found])
-        information += floor * information.mean() + torch.finfo(information.dtype).tiny
-        weights = torch.tensor(sources.weights_of(name), dtype=information.dtype)
-        information *= weights.reshape(-1, *[1] * (information.ndim - 1))
+        shares = torch.stack([each[name] for each in found])
+        shares += floor * shares.mean() + torch.finfo(shares.dtype).tiny
+        weights = torch.tensor(sources.weights_of(name), dtype=shares.dtype)
+        shares *= weights.reshape(-1, *[1] * (shares.ndim - 1))
         deltas = torch.stack([u.delta().flatten(1) for u in sources.updates_of(name)])
-        merged = scale * (information * deltas).sum(0) / information.sum(0)
+        merged = scale * (shares * deltas).sum(0) / shares.sum(0)
         yield name, merged.reshape(sources.shapes[name])
 
 
@@ -55,6 +66,7 @@ def regmean(
     sources: Sources,
     *,
     examples: int = 256,
+    gram: str = "mean",
     off_diagonal: float = 0.9,
     ridge: float = 1e-6,
     scale: float = 1.0,
@@ -62,8 +74,10 @@ def regmean(
 ) -> Merged:
     """The ΔW nearest to each one on its own task's inputs.
 
-    Σ ΔWᵢwᵢGᵢ (Σ wᵢGᵢ)⁻¹ with Gᵢ = XᵢᵀXᵢ of each layer (Jin et al. 2022, arXiv:2212.09849). From the inputs of
-    `examples` of each training split, without their labels. Entries of G off the diagonal are multiplied by
+    Σ ΔWᵢwᵢGᵢ (Σ wᵢGᵢ)⁻¹ with Gᵢ = XᵢᵀXᵢ of each layer (Jin et al. 2022, arXiv:2212.09849), from the inputs of
+    `examples` of each training split, without their labels and without padding. `gram` mean divides Gᵢ by the number of
+    inputs, as the authors' code does, so that a task of long texts counts no more than one of short ones; sum is the
+    paper's formula. Entries of G off the diagonal are multiplied by
     `off_diagonal`; `ridge` times its mean diagonal is added, so that directions that no task uses are averaged. Exact
     in factor space: Bᵢ stays, Aᵢ becomes AᵢwᵢGᵢ (ΣwᵢGᵢ)⁻¹.
 
@@ -71,23 +85,25 @@ def regmean(
     """
     if not 0 <= off_diagonal <= 1:
         raise OptionError(f"off_diagonal is {off_diagonal:g}; a share from 0 to 1 is needed")
+    if gram not in ("mean", "sum"):
+        raise unknown("gram", gram, ("mean", "sum"))
     _check(examples=(examples, 1), ridge=(ridge, 0), scale=(scale, None), seed=(seed, 0))
     _check_weights(sources, "regmean")
     panel = Panel(sources)
-    found = [_grams(panel, i, examples, seed) for i in range(len(sources.adapters))]
+    found = [grams(panel, i, examples, seed, mean=gram == "mean") for i in range(len(sources.adapters))]
     for name in sources.modules:
         stored_transposed = found[0][name][1]
-        grams = []
+        weighted = []
         for each, weight in zip(found, sources.weights_of(name), strict=True):
             G = each[name][0]
             diagonal = G.diagonal().clone()
             G = off_diagonal * G
             G.diagonal().copy_(diagonal)
-            grams.append(weight * (G + (ridge * diagonal.mean() + 1e-300) * torch.eye(len(G), dtype=G.dtype)))
-        total = torch.stack(grams).sum(0)
+            weighted.append(weight * (G + (ridge * diagonal.mean() + 1e-300) * torch.eye(len(G), dtype=G.dtype)))
+        total = torch.stack(weighted).sum(0)
         updates = [_turned(u) if stored_transposed else u for u in sources.updates_of(name)]
         # A G total⁻¹ = (total⁻¹ G Aᵀ)ᵀ: both are symmetric
-        A = torch.cat([u.A.double() @ G for u, G in zip(updates, grams, strict=True)])
+        A = torch.cat([u.A.double() @ G for u, G in zip(updates, weighted, strict=True)])
         A = torch.linalg.solve(total, A.T).T
         B = scale * torch.cat([u.B.double() for u in updates], dim=1)
         merged = LowRank(A, B, updates[0].shape)
@@ -188,7 +204,7 @@ def adamerging(
                 swapped[key] = B * each.reshape(1, -1, *[1] * (B.ndim - 2))
             asked = _Asked(panel.tasks[seat], panel.model(seat))
             logits = functional_call(asked, {f"model.{key}": B for key, B in swapped.items()}, (batch,))
-            logs = _predictions(panel.tasks[seat], logits, batch).log_softmax(-1)
+            logs = predictions(panel.tasks[seat], logits, batch).log_softmax(-1)
             logs = logs.clamp(min=torch.finfo(torch.float32).min)  # −inf: no such option
             entropy = -(logs.exp() * logs).sum(-1).mean()
             torch.autograd.backward(entropy)
@@ -214,13 +230,6 @@ def _check_weights(sources: Sources, method: str) -> None:
         if min(weights) < 0 or not any(weights):
             shown = ", ".join(f"{weight:g}" for weight in weights)
             raise OptionError(f"{method} needs weights of 0 or more, not all of them 0; in {name} they are {shown}")
-
-
-def _predictions(task: Task, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Logits in float32, [predictions, choices]: an example's each, or a text's at the places of its targets."""
-    if task.classifies:
-        return logits.float()
-    return logits[:, :-1][batch["labels"][:, 1:] != -100].float()
 
 
 class _Asked(nn.Module):
@@ -274,127 +283,10 @@ def _unlabelled(panel: Panel, seat: int, size: int, generator: torch.Generator) 
         yield {name: tensor[chosen].to(panel.sources.device) for name, tensor in inputs.items()}
 
 
-def _worn_by_source(panel: Panel, index: int) -> tuple[nn.Module, Attached]:
-    model = panel.tasks[index].model_on(panel.sources.device)
-    return model, put_on(model, panel.sources.adapters[index])
-
-
-def _information(panel: Panel, index: int, examples: int, seed: int) -> dict[str, Tensor]:
-    """Module → diagonal Fisher information [rows, columns] of its weight, in the layout in which it is stored."""
-    sources, task = panel.sources, panel.tasks[index]
-    model, _ = _worn_by_source(panel, index)
-    data = task.split("train").subset(examples, seed)
-    found = {name: torch.zeros(shape[0], shape[1:].numel()) for name, shape in sources.shapes.items()}
-    generator = torch.Generator().manual_seed(seed)
-    with _watched(model, sources.modules, gradients=True) as seen:
-        size = min(32, task.batch_size) if task.rows_are_examples else 1
-        for batch in data.batches(size):
-            inputs = {name: tensor.to(sources.device) for name, tensor in batch.items()}
-            seen.clear()
-            logs = _predictions(task, task.logits(model, inputs), inputs).log_softmax(-1)
-            answers = _answers(task, logs, generator)
-            for k, (answer, chance) in enumerate(answers):
-                _backward(answer, seen, keep=k + 1 < len(answers))
-                for name, (layer, x, g, _) in seen.items():
-                    rows, gradients = _tokens(layer, x, g)
-                    if not task.rows_are_examples:  # of one example
-                        rows, gradients = (t.reshape(1, -1, t.shape[-1]) for t in (rows, gradients))
-                    gradient = torch.einsum("nti,nto->noi", rows, gradients).float().square()
-                    weights = torch.ones(len(gradient), device=gradient.device) if chance is None else chance
-                    squares = torch.einsum("n,noi->oi", weights, gradient).cpu()
-                    found[name] += squares.T if _transposed(layer) else squares
-    return {name: each / len(data) for name, each in found.items()}
-
-
-def _answers(task: Task, logs: Tensor, generator: torch.Generator) -> list[tuple[Tensor, Tensor | None]]:
-    """Summed log p of what is answered, with its chance for each example: every label, or one draw of all tokens."""
-    if task.classifies:
-        return [(logs[:, label].sum(), logs[:, label].detach().exp()) for label in range(logs.shape[-1])]
-    drawn = torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator).to(logs.device)
-    return [(logs.gather(1, drawn).sum(), None)]
-
-
-def _backward(loss: Tensor, seen: Mapping[str, list[Any]], *, keep: bool) -> None:
-    outputs = [entry[3] for entry in seen.values()]
-    found = torch.autograd.grad(loss, outputs, retain_graph=keep, allow_unused=True)
-    for entry, gradient in zip(seen.values(), found, strict=True):
-        entry[2] = torch.zeros_like(entry[3]) if gradient is None else gradient
-
-
-def _grams(panel: Panel, index: int, examples: int, seed: int) -> dict[str, tuple[Tensor, bool]]:
-    """Module → XᵀX of its inputs (float64), and whether the model stores its weight as [in, out]."""
-    sources, task = panel.sources, panel.tasks[index]
-    model, _ = _worn_by_source(panel, index)
-    data = task.split("train").subset(examples, seed)
-    found: dict[str, tuple[Tensor, bool]] = {}
-    model.eval()
-    with _watched(model, sources.modules, gradients=False) as seen, torch.inference_mode():
-        for batch in data.batches(task.batch_size):
-            seen.clear()
-            task.logits(model, {name: t.to(sources.device) for name, t in batch.items() if name != "labels"})
-            for name, (layer, x, _, _) in seen.items():
-                rows = _tokens(layer, x, None)[0].flatten(0, 1).double().cpu()
-                known = found[name][0] if name in found else 0.0
-                found[name] = known + rows.T @ rows, _transposed(layer)
-    return {name: (G.clone(), turned) for name, (G, turned) in found.items()}
-
-
-@contextmanager
-def _watched(model: nn.Module, names: Sequence[str], *, gradients: bool) -> Iterator[dict[str, list[Any]]]:
-    """While it lasts, module → [base layer, last input, None, last output], filled by every forward pass."""
-    seen: dict[str, list[Any]] = {}
-    handles = []
-
-    def watch(name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if name in seen:
-                raise TunerError(
-                    f"{name} is used several times in one pass, which fisher and regmean cannot tell apart"
-                )
-            if gradients and not output.requires_grad:
-                output = output.detach().requires_grad_()
-            seen[name] = [_base_layer(module), args[0].detach(), None, output]
-            return output
-
-        return hook
-
-    for name in names:
-        layer = model.get_submodule(name)
-        base = _base_layer(layer)
-        if isinstance(base, nn.Embedding):
-            raise TunerError(f"{name} is an embedding; fisher and regmean look at the inputs of linear layers only")
-        handles.append(layer.register_forward_hook(watch(name)))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _base_layer(layer: Any) -> nn.Module:
-    base: nn.Module = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    return base
-
-
-def _tokens(layer: nn.Module, x: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Inputs [examples, places, in] and gradients of the outputs [examples, places, out] of a layer."""
-    if isinstance(layer, nn.Conv1d | nn.Conv2d):
-        if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-            raise TunerError("fisher and regmean know plain convolutions only (one group, zeros around)")
-        flat = isinstance(layer, nn.Conv1d)  # as a convolution of one row
-        kernel, dilation, stride = (
-            (1, *size) if flat else size for size in (layer.kernel_size, layer.dilation, layer.stride)
-        )
-        padding = (0, *layer.padding) if flat else layer.padding
-        x = nn.functional.unfold(x[:, :, None] if flat else x, kernel, dilation, padding, stride).transpose(1, 2)
-        return x, torch.empty(0) if g is None else g.flatten(2).transpose(1, 2)
-    x = x.reshape(len(x), -1, x.shape[-1])
-    return x, torch.empty(0) if g is None else g.reshape(len(g), -1, g.shape[-1])
-
-
-def _transposed(layer: nn.Module) -> bool:
-    """Whether the weight is stored as [in, out] (GPT-2's Conv1D)."""
-    return type(layer).__name__ == "Conv1D"
+def _normalized(information: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Divided by the norm over all modules; all 0 stays 0."""
+    norm = math.sqrt(math.fsum(float(each.double().square().sum()) for each in information.values()))
+    return {name: each / norm if norm else each for name, each in information.items()}
 
 
 def _turned(update: LowRank) -> LowRank:

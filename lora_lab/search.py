@@ -65,12 +65,14 @@ def parse(given: Sequence[str], method: str, options: Mapping[str, Any] | None =
                 found[name] = Interval(low, high)
             else:
                 whole = all(value.strip().lstrip("+-").isdigit() for value in values.split(","))
-                kind = (int if whole else float) if known[name] is None else type(known[name])
+                kind: Callable[[str], Any] = (int if whole else float) if known[name] is None else type(known[name])
+                if kind is bool:
+                    kind = {"true": True, "false": False}.__getitem__
                 tried = tuple(kind(value) for value in values.split(","))
                 found[name] = Grid(tried)
                 if any(isinstance(value, float) and not math.isfinite(value) for value in tried):
                     raise OptionError(f"--search {text!r}: finite numbers are needed")
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, KeyError) as error:
             if isinstance(error, OptionError):
                 raise
             raise OptionError(f"--search {text!r}: NAME=VALUE,VALUE or coefficient=LOW..HIGH is needed") from error

@@ -295,6 +295,7 @@ ERRORS = [
     (["--search", "scale=0..1", "-o", "m"], ["can be searched for coefficient only"]),
     (["--method", "fisher", "--task", "digits/relabel", "-o", "m"], ["another base model", "layers.0.q_proj"]),
     (["--method", "fisher", "--task", "digits/relable", "-o", "m"], ["did you mean 'digits/relabel'"]),
+    (["--method", "fisher", "--set", "normalize=yes", "-o", "m"], ["normalize=yes", "true or false"]),
     (["missing", "-o", "m"], ["missing: no such file or folder"]),
 ]
 

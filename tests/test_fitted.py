@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers.pytorch_utils import Conv1D
 
-from lora_lab import fitted
+from lora_lab import layer_inputs
 from lora_lab import search as searching
 from lora_lab.adapter import Adapter
 from lora_lab.errors import MismatchError, OptionError, TunerError
@@ -203,6 +203,16 @@ def test_fisher_is_the_mean_weighted_by_the_information_of_each_task(sources, ki
     close(merged(made, "fisher"), fisher_by_hand(made))
 
 
+def test_normalised_fisher_weighs_by_information_of_norm_one(sources):
+    made = sources("linear")
+    deltas = deltas_of(made)
+    each = [information(task, delta) for task, delta in zip(made.tasks, deltas, strict=True)]
+    each = torch.stack([one / one.norm() for one in each])
+    wanted = (each * torch.stack(deltas)).sum(0) / each.sum(0)
+    close(merged(made, "fisher", normalize=True, floor=0), wanted)
+    assert (merged(made, "fisher", floor=0).double() - wanted).norm() > 1e-2
+
+
 def test_fisher_of_a_linear_softmax_is_the_closed_form(sources):
     made = sources()
     task, delta = made.tasks[0], deltas_of(made)[0]
@@ -232,7 +242,7 @@ def test_fisher_of_texts_is_right_on_average_over_what_it_draws(tmp_path):
     made = texts(tmp_path, examples=6)
     x, p = chances(made.tasks[0], deltas_of(made)[0], "train")
     exact = torch.einsum("nk,nj->kj", p * (1 - p), x.square()) / 6
-    drawn = torch.stack([fitted._information(Panel(made), 0, 6, seed)[LAYER] for seed in range(900)]).double()
+    drawn = torch.stack([layer_inputs.information(Panel(made), 0, 6, seed)[LAYER] for seed in range(900)]).double()
     error = drawn.std(0) / 900**0.5
     assert ((drawn.mean(0) - exact).abs() < 4 * error).all()
     assert (error < 0.3 * exact).all()
@@ -380,6 +390,83 @@ def test_regmean_stays_in_factor_space(sources):
     assert update.rank == 3  # four, which a layer of three outputs cannot have
     wide = dict(MERGES["regmean"](sources("linear", examples=60)))[LAYER]
     assert wide.rank == 4
+
+
+class Padded(Tiny):
+    """Texts of some words, padded with a token of huge inputs; an example is told from the mean over its words."""
+
+    def __init__(self, seed, words, *, batch_size=32, examples=24):
+        super().__init__("tokens", seed, examples=examples)
+        self.words, self.batch_size = words, batch_size
+
+    def build_model(self):
+        model = super().build_model()
+        table = torch.randn(20, 4, generator=torch.Generator().manual_seed(3))
+        table[0] = 100.0
+
+        def forward(input_ids, attention_mask):
+            share = attention_mask[..., None].float()
+            out = model.net["lin"](table[input_ids])
+            return SimpleNamespace(logits=(out * share).sum(1) / share.sum(1))
+
+        model.table, model.forward = table, forward
+        return model
+
+    def _load(self, split):
+        generator = torch.Generator().manual_seed(2 * self.seed + (split == "train"))
+        lengths = torch.randint(*self.words, (self.examples,), generator=generator)
+        mask = torch.arange(self.words[1])[None] < lengths[:, None]
+        ids = torch.randint(1, 20, mask.shape, generator=generator) * mask
+        labels = torch.arange(self.examples) % 3
+        return Split({"input_ids": ids, "attention_mask": mask.long(), "labels": labels})
+
+
+def of_texts(tmp_path, tasks):
+    return Sources([adapter_for(tmp_path, "tokens", seed) for seed in (0, 1)], tasks=tasks)
+
+
+@pytest.mark.parametrize("gram", ["mean", "sum"])
+def test_regmean_of_texts_is_the_closed_form_over_words_without_padding(tmp_path, gram):
+    made = of_texts(tmp_path, [Padded(0, (2, 6)), Padded(1, (9, 20))])
+    sizes = []
+    for task in made.tasks:
+        inputs = task.split("train").inputs
+        words = task.build_model().table[inputs["input_ids"][inputs["attention_mask"].bool()]].double()
+        sizes.append(words.square().mean(0) if gram == "mean" else words.square().sum(0))
+    shares = torch.stack(sizes) / sum(sizes)
+    wanted = (shares[:, None] * torch.stack(deltas_of(made))).sum(0)
+    close(merged(made, "regmean", off_diagonal=0.0, ridge=1e-12, gram=gram), wanted, 1e-5)
+
+
+def test_regmean_hangs_neither_on_the_length_of_texts_nor_on_the_size_of_batches(tmp_path):
+    short, long = (3, 4), (40, 41)
+    found = [
+        merged(of_texts(tmp_path, [Padded(0, short, batch_size=size), Padded(1, long, batch_size=size)]), "regmean")
+        for size in (1, 7, 32)
+    ]
+    for other in found[1:]:
+        close(other, found[0], 1e-5)
+    made = of_texts(tmp_path, [Padded(0, short, examples=200), Padded(1, long, examples=200)])
+    a, b = (delta.double() for delta in deltas_of(made))
+    merge_ = merged(made, "regmean", off_diagonal=0.0).double()
+    share = float(((merge_ - b) * (a - b)).sum() / (a - b).square().sum())
+    assert share == pytest.approx(0.5, abs=0.05)  # words of both are drawn alike
+
+
+def test_options_that_are_filled_up_and_texts_of_the_model_itself_are_known_by_their_masks():
+    mask, targets = torch.ones(2, 3, 4), torch.full((2, 3, 4), 5)
+    targets[0, 2], mask[:, :, 3] = -100, 0
+    model = nn.Module()
+    model.register_buffer("prompt_attention_mask", torch.tensor([[1, 1, 0]]))
+    masks = layer_inputs._masks(model, {"attention_mask": mask, "targets": targets})
+    assert [int(m.sum()) for m in masks] == [15, 2]
+    for shape, count in (((6, 4, 5), 15), ((24, 1, 5), 15), ((1, 3, 5), 2), ((6, 3, 5), 18)):
+        assert layer_inputs._unpadded(torch.zeros(shape), masks).shape == (count, 5)
+
+
+def test_an_unknown_gram_is_refused(sources):
+    with pytest.raises(OptionError, match="unknown gram 'median'"):
+        merged(sources(), "regmean", gram="median")
 
 
 def test_an_off_diagonal_that_is_no_share_is_refused(sources):
@@ -783,6 +870,12 @@ def test_a_search_without_values_is_refused():
     for text in ("coefficient", "coefficient=", "coefficient=1,,2", "coefficient=1,"):
         with pytest.raises(OptionError, match=r"NAME=VALUE,VALUE or coefficient=LOW\.\.HIGH is needed"):
             searching.parse([text], "ties")
+
+
+def test_a_search_of_truth_takes_true_and_false():
+    assert searching.parse(["normalize=true,false"], "fisher")["normalize"].values == (True, False)
+    with pytest.raises(OptionError, match="normalize=yes"):
+        searching.parse(["normalize=yes"], "fisher")
 
 
 def test_a_search_of_what_is_no_number_is_refused():

@@ -31,7 +31,7 @@ LAYERS = [
     {"task", "attach", "plot", "whole", "renames", "players", "prune"},
     {"chat", "coto", "digits", "file_task", "probe", "recipe", "variants", "patterns", "sources", "mix"},
     {"text", "language", "vision", "panel"},
-    {"tasks"},
+    {"tasks", "layer_inputs"},
     {"evaluate", "fitted"},
     {"scorer"},
     {"connect", "game", "methods"},
