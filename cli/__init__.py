@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import warnings
 from typing import Any
@@ -21,6 +23,7 @@ from . import (
     quickstart,
     shapley,
     stability,
+    streams,
     sweep,
     tasks,
     train,
@@ -56,48 +59,85 @@ for verb in (
 ):
     app.command(verb.__name__.rpartition(".")[2].replace("_", "-"))(verb.command)
 
-_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 # typer may carry its own copy of click, so the class is taken from what typer itself raises
 _UsageError: Any = typer.BadParameter.__mro__[1]
+_ENDED_BY = 128  # a command that signal n ended has exit code 128 + n, as shells have it
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command; the project's own errors become one line and exit code 1, a bug shows its traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a pipe in the C locale would refuse Δ and ‖
-            stream.reconfigure(errors="replace", encoding="utf-8")
+    """Run the command; what the user can mend becomes one line and exit code 1, a bug shows its traceback."""
+    streams.prepare()
     warnings.simplefilter("ignore")
     for category in (LoraLabWarning, LoraLabNote):
         warnings.filterwarnings("always", category=category)
     warnings.showwarning = _show_warning
+    with streams.signals() as heard:
+        code = _run(arguments, heard)
+        refused = streams.finish()
+        if refused and code == 0:
+            _fail(f"standard output: cannot be written ({refused})")
+    sys.exit(code)
+
+
+def _run(arguments: list[str] | None, heard: list[int]) -> int:
+    """The exit code; what went wrong has been said."""
     try:
         with escaping():
             code = app(arguments, standalone_mode=False)
     except LoraLabError as error:
-        _fail(str(error))
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        return _say(str(error))
+    except BrokenPipeError:
+        streams.drop()
+        return 1
+    except (OSError, UnicodeError, ValueError, MemoryError, RuntimeError) as error:
+        text = _users(error)
+        if text is None:
             raise
-        _fail(
+        return _say(text)
+    except _UsageError as error:
+        text, unknown = _usage(error)
+        return _say(text, code=1 if unknown else 2)
+    except (KeyboardInterrupt, typer.Abort):
+        code = _ENDED_BY + signal.SIGINT
+    if code == _ENDED_BY + signal.SIGINT:  # typer returns it, or raises, by its version
+        return _say("interrupted; nothing half-written was left", _ENDED_BY + (heard or [signal.SIGINT])[0])
+    return code if isinstance(code, int) else 0
+
+
+def _say(text: str, code: int = 1) -> int:
+    print("error:", visible(text.strip()), file=sys.stderr)
+    return code
+
+
+def _fail(text: str) -> None:
+    sys.exit(_say(text))
+
+
+def _users(error: Exception) -> str | None:
+    """What to tell of an error that is no bug but the machine's or the user's: files, names, memory; None for a bug."""
+    if _out_of_memory(error):
+        return (
             "out of memory; fewer --examples, a smaller --batch-size or a base in bfloat16 (`dtype` in the task file) "
             f"take less ({str(error).strip().partition(chr(10))[0][:120]})"
         )
-    except _UsageError as error:
-        text, unknown = _usage(error)
-        _fail(text, code=1 if unknown else 2)
-    except (KeyboardInterrupt, typer.Abort):
-        code = _INTERRUPTED
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
-    if code == _INTERRUPTED:  # typer returns it, or raises, by its version
-        _fail("interrupted; nothing half-written was left", code=_INTERRUPTED)
-    sys.exit(code if isinstance(code, int) else 0)
+    if isinstance(error, UnicodeError):
+        return f"a name or a text that is not UTF-8 ({error.reason if hasattr(error, 'reason') else error})"
+    if isinstance(error, OSError):
+        if not _folder_is_there():
+            return "the current folder is not there any more; go to another one"
+        if error.filename is None and streams.refuses():
+            return f"standard output: cannot be written ({error.strerror})"
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror or str(error).strip().partition(chr(10))[0] or type(error).__name__}"
+    known = ("embedded null byte", "Could not determine home directory")  # of names in task files, and of ~nobody
+    return str(error) if str(error).startswith(known) else None
 
 
-def _fail(text: str, code: int = 1) -> None:
-    print("error:", visible(text.strip()), file=sys.stderr)
-    sys.exit(code)
+def _folder_is_there() -> bool:
+    try:
+        return bool(os.getcwd())
+    except OSError:
+        return False
 
 
 def _out_of_memory(error: BaseException) -> bool:

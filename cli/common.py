@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from ..errors import FileError, OptionError
+from ..errors import FileError, LoraLabWarning, OptionError
 from ..escape import visible, visible_json
 from ..files import refuse_existing
+from ..ownership import foreign
 from .terminal import Plain
 
 if TYPE_CHECKING:
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
     from ..result import Result
 
 # In a pipe or a file there is no width to keep to, and a cut table would lose numbers.
-console = Plain(width=None if sys.stdout.isatty() else 160)
+console = Plain(width=None if sys.stdout and sys.stdout.isatty() else 160)
 messages = Plain(stderr=True)
 
 
@@ -43,27 +46,48 @@ class Outputs:
         """Per-example scores, by adapter and data, that every later question below this folder finds again."""
 
     def earlier(self, run: str, *, force: bool) -> Result | None:
-        """The result of this very run, if it is there already; another run's is in the way unless forced."""
+        """The result of this very run, if it is there already, its figure drawn again where that is missing.
+
+        Another run's result is in the way unless forced; one that is damaged counts as none, which is told.
+        """
         from ..result import Result
 
-        if force or not self.json.exists():
+        refuse_existing(*(path for path in (self.pdf, self.png) if path.exists()), force=True)
+        if force or not os.path.lexists(self.json):
+            refuse_existing(self.json, force=force)
             return None
-        with contextlib.suppress(FileError):
+        reason = foreign(self.json)
+        try:
             found = Result.load(self.json)
-            if found.provenance.get("run") == run:
-                messages.print(f"{self.json}: this very result is there already; --force replaces it")
-                return found
-        refuse_existing(self.json, force=False)
-        return None
+        except FileError as error:
+            if reason:
+                refuse_existing(self.json, force=False)
+            warnings.warn(f"{error}; computed again", LoraLabWarning, stacklevel=2)
+            return None
+        if found.provenance.get("run") != run:
+            refuse_existing(self.json, force=False)
+        messages.print(f"{self.json}: this very result is there already; --force replaces it")
+        self.journal.unlink(missing_ok=True)  # of a run that was killed when all was done but this
+        self._draw_missing(found)
+        return found
 
-    def save(self, result: Result, *, kind: str | None = None) -> list[Path]:
-        """Write the result and its figure."""
+    def save(self, result: Result) -> list[Path]:
+        """Write the result and its figure; the journal is done with."""
         from .. import plot
 
-        drawn = plot.figure([result], kind=kind)  # first: a result that cannot be drawn is not left behind alone
+        drawn = plot.figure([result])  # first: a result that cannot be drawn is not left behind alone
         result.save(self.json)
         plot.save(drawn, self.pdf, self.png, force=True)
+        self.journal.unlink(missing_ok=True)
         return [self.json, self.pdf, self.png]
+
+    def _draw_missing(self, result: Result) -> None:
+        from .. import plot
+
+        missing = [path for path in (self.pdf, self.png) if not plot.shows(path, [result])]
+        if missing:
+            plot.save(plot.figure([result]), *missing, force=True)
+            say_written(missing)
 
 
 def print_json(content: object) -> None:
@@ -228,7 +252,7 @@ def confirm(yes: bool) -> Callable[[Cost], None]:
         messages.print(f"to be computed: up to {cost.variants} variants, {blocks}about {_duration(cost.seconds)}")
         if cost.seconds <= _LONG or yes:
             return
-        if not sys.stdin.isatty():
+        if not (sys.stdin and sys.stdin.isatty()):
             raise OptionError(
                 f"this may take {_duration(cost.seconds)}; --yes goes ahead, --examples and --samples shorten it"
             )

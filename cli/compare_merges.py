@@ -57,11 +57,15 @@ def command(
     from ..connect import parse_ratios
     from ..errors import OptionError
     from ..evaluate import tasks_of
-    from ..files import write_bytes
+    from ..files import refuse_existing, write_bytes
     from ..methods import defaults
+    from ..ownership import MARK, foreign
     from ..renames import rename_all
 
     outputs = common.Outputs(output, "compare-merges")
+    tex = output / "compare-merges.tex"
+    if latex:
+        refuse_existing(tex, force=force or foreign(tex) is None)  # a table of ours is made anew without being asked
     options: dict[str, dict[str, Any]] = {}
     names = [name.strip() for name in methods.split(",")]
     for given, value in common.pairs(set_).items():
@@ -101,13 +105,10 @@ def command(
                 confirm=common.confirm(yes),
                 pool=pool,
             )
-        written = outputs.save(result)
-        outputs.journal.unlink(missing_ok=True)
-        common.say_written(written)
+        common.say_written(outputs.save(result))
     if latex:
-        place = output / "compare-merges.tex"
-        write_bytes(place, compare.latex(result).encode())
-        common.say_written([place])
+        write_bytes(tex, f"{compare.latex(result).rstrip()}\n% {MARK} compare-merges\n".encode())
+        common.say_written([tex])
     if json:
         common.print_json(result.to_json())
     else:

@@ -33,15 +33,12 @@ def command(
     Example:  lora-lab evaluate a.safetensors b.safetensors
     """
     from ..adapter import Adapter
-    from ..errors import OptionError
     from ..evaluate import evaluate
     from ..files import refuse_existing
     from ..task import resolve_device
 
     if output:
-        refuse_existing(output, force=force)
-        if any(output.resolve() == Path(path).resolve() for path in paths):
-            raise OptionError(f"{output}: one of the adapters; the result needs a file of its own")
+        refuse_existing(output, force=force, inputs=[Path(path) for path in paths])
     adapters = [Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name) for path in paths]
     with common.progress("evaluating") as report:
         result = evaluate(

@@ -78,9 +78,7 @@ def command(
             result = connect.interpolate(
                 loaded, chosen, **options, device=place, journal=outputs.journal, progress=report, pool=pool
             )
-        written = outputs.save(result)
-        outputs.journal.unlink(missing_ok=True)
-        common.say_written(written)
+        common.say_written(outputs.save(result))
     if json:
         common.print_json(result.to_json())
     else:

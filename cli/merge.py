@@ -99,7 +99,7 @@ def command(
     spaces = searching.parse(search or [], method, options)
     if "coefficient" in spaces and coefficient != 1:
         raise OptionError("the coefficient is both set and searched")
-    refuse_existing(output, force=force)
+    refuse_existing(output, force=force, inputs=[Path(path) for path in adapters])
     parsed = parse_weights(weights or [], len(adapters))
     loaded = [Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name) for path in adapters]
     loaded = rename_all(loaded, common.parse_renames(rename))

@@ -71,7 +71,7 @@ def command(
         raise OptionError(f"--method {method} needs --sparsity, a share from 0 to 1")
     if output is None:
         raise OptionError("-o names the adapter to write: NAME.safetensors, or a name for a PEFT folder")
-    refuse_existing(output, force=force)
+    refuse_existing(output, force=force, inputs=[Path(adapter)])
     loaded = Adapter.load(adapter, config=config, alpha=alpha, adapter_name=adapter_name)
     if keep is not None:
         by = common.parse_players(players)

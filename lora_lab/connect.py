@@ -29,7 +29,7 @@ from lora_lab.adapter import Adapter
 from lora_lab.attach import put_on
 from lora_lab.distribute import Pool
 from lora_lab.errors import OptionError
-from lora_lab.evaluate import Examples, Sent, bare, described, examples_of, identity, pack, unpack
+from lora_lab.evaluate import Examples, Sent, bare, described, examples_of, identity, pack, remembered
 from lora_lab.mix import Mixer
 from lora_lab.result import Journal, Result, columns, fingerprint, finite, grouped, provenance
 from lora_lab.stats import Floats, Sampled, mean_and_spread
@@ -188,7 +188,10 @@ def evaluate(
     device = device or (torch.device(pool.device) if pool else resolve_device())
     run = fingerprint([run_id(mixer.adapters, task, split=split), device.type])
     log = Journal(journal, run) if journal else None
-    scores = {key: unpack(log[key]) for key in unique if log is not None and key in log}
+    scores: dict[str, Scores] = {}
+    for key in unique:
+        known = remembered(log, key, len(task.split(split)))
+        scores |= {key: known} if known is not None else {}
 
     def keep(batch: Sequence[Point], answer: tuple[list[Scores], str | None]) -> None:
         found, task.dtype = answer

@@ -16,7 +16,7 @@ from lora_lab import fitted
 from lora_lab.adapter import Adapter
 from lora_lab.distribute import Pool
 from lora_lab.errors import LoraLabError, MismatchError, OptionError, TaskError, TunerError
-from lora_lab.evaluate import Examples, Sent, bare, pack, score, unpack
+from lora_lab.evaluate import Examples, Sent, bare, pack, remembered, score
 from lora_lab.game import Cost
 from lora_lab.lowrank import LowRank
 from lora_lab.merge import merge
@@ -218,8 +218,9 @@ class Court:
         return {key: self.known[key] for key in keys if self._find(key)}
 
     def _find(self, key: str) -> bool:
-        if key not in self.known and self._journal is not None and key in self._journal:
-            self.known[key] = unpack(self._journal[key])
+        scores = None if key in self.known else remembered(self._journal, key)
+        if scores is not None:
+            self.known[key] = scores
             self._tell()
         return key in self.known
 

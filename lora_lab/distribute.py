@@ -12,7 +12,9 @@ import gc
 import logging
 import os
 import re
+import signal
 import socket
+import threading
 import time
 import warnings
 from collections import Counter, deque
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 from lora_lab.errors import LoraLabError, LoraLabWarning, MismatchError, OptionError, some
+from lora_lab.processes import Identity, end_with, identity
 from lora_lab.result import versions
 
 Item = TypeVar("Item")
@@ -160,7 +163,7 @@ class Pool:
     def _hire(self, items: int) -> None:
         """Have as many workers as there are items, up to the pool's size."""
         for _ in range(min(self.size, items) - len(self._wears) - len(self._starting)):
-            worker = self._actor.remote(self._threads, os.getcwd())
+            worker = self._actor.remote(self._threads, os.getcwd(), identity())
             self._starting[worker.about.remote()] = worker
 
     def _done(self, flying: dict[Any, Any]) -> list[Any]:
@@ -211,9 +214,10 @@ class Pool:
 class _Worker:
     """Lives in a process of its own and holds what its last setup built."""
 
-    def __init__(self, threads: int, folder: str) -> None:
+    def __init__(self, threads: int, folder: str, driver: Identity) -> None:
         import torch
 
+        end_with(driver)
         torch.set_num_threads(threads)
         if os.path.isdir(folder):  # so that relative paths mean what they mean to the driver
             os.chdir(folder)
@@ -254,7 +258,7 @@ def _import_ray() -> Any:
 def _connect(ray: Any, spec: str, where: re.Match[str]) -> None:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if where["count"]:
-        with _on_loopback(ray):
+        with _on_loopback(ray), _own_signals():
             ray.init(address="local", num_cpus=int(where["count"]), include_dashboard=False, **quiet)
         heard = {str(node["NodeManagerAddress"]) for node in ray.nodes()}
         if not heard <= {"127.0.0.1", "::1"}:
@@ -268,7 +272,8 @@ def _connect(ray: Any, spec: str, where: re.Match[str]) -> None:
     try:
         if where["port"]:  # Ray itself would try for ten minutes
             socket.create_connection((where["host"], int(where["port"])), timeout=10).close()
-        ray.init(address=where["where"], **quiet)
+        with _own_signals():
+            ray.init(address=where["where"], **quiet)
     except (OSError, RuntimeError, ValueError, OverflowError) as error:
         raise OptionError(
             f"--ray {spec}: no cluster to be joined ({_last_line(error)}); `ray start --head` starts one, one with a "
@@ -292,6 +297,19 @@ def _on_loopback(ray: Any) -> Iterator[None]:
         os.environ.pop(name)
         if before is not None:
             os.environ[name] = before
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """What SIGTERM does here stays as it was: Ray has it end the process with a code of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _shares(ray: Any, where: re.Match[str], device: str | None, threads: int) -> tuple[int, str, dict[str, Any]]:

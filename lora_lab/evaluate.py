@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +16,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lora_lab import tasks
+from lora_lab import digests, tasks
 from lora_lab.adapter import Adapter
 from lora_lab.attach import attach
-from lora_lab.errors import LoraLabError, MismatchError, OptionError, TunerError
-from lora_lab.result import Result, columns, fingerprint, provenance
+from lora_lab.errors import LoraLabError, LoraLabWarning, MismatchError, OptionError, TunerError
+from lora_lab.result import Journal, Result, columns, fingerprint, provenance
 from lora_lab.stats import Sampled
 from lora_lab.task import Scores, Split, Task, resolve_device
 from lora_lab.trust import ANYWHERE, Reach, judged
@@ -131,9 +132,17 @@ def identity(adapter: Adapter) -> list[Any]:
     return [described(adapter), adapter.config, sorted(adapter.tensors), _digest(adapter.tensors.values())]
 
 
+_SCORING = 1
+"""Of how the tasks of this package score: another number, and what was scored before is scored again."""
+
+
 def examples_of(task: Task, split: str) -> list[Any]:
-    """All that scores hang on besides the adapter: the task, its base model and its examples; for run ids."""
-    return [task.spec, task.base_digest, split, _digest([*task.split(split).inputs.values(), *task.digest])]
+    """All that scores hang on besides the adapter, for run ids: task, base model, examples, and the code that scores.
+
+    That of this package counts by its version of scoring, that of a task class of the user's own by what it does.
+    """
+    examples = _digest([*task.split(split).inputs.values(), *task.digest])
+    return [task.spec, task.base_digest, split, examples, _SCORING, digests.of_code(task)]
 
 
 @dataclass(frozen=True)
@@ -188,8 +197,8 @@ def bare(adapter: Adapter) -> Adapter:
 
 
 def pack(scores: Scores) -> dict[str, Any]:
-    """Scores as text; losses and margins were computed in float32, so nothing is lost."""
-    text = {"loss": _floats(scores.loss), "margin": _floats(scores.margin)}
+    """Scores as text, with their number; losses and margins were computed in float32, so nothing is lost."""
+    text: dict[str, Any] = {"examples": len(scores), "loss": _floats(scores.loss), "margin": _floats(scores.margin)}
     if scores.correct.dtype == np.bool_:
         text["correct"] = base64.b64encode(np.packbits(scores.correct.astype(np.bool_)).tobytes()).decode()
     else:  # shares of tokens
@@ -199,14 +208,38 @@ def pack(scores: Scores) -> dict[str, Any]:
     return text
 
 
-def unpack(text: Mapping[str, str]) -> Scores:
-    """The inverse of `pack`."""
+def unpack(text: Mapping[str, Any]) -> Scores:
+    """The inverse of `pack`; ValueError, KeyError or TypeError where it is not what `pack` gives."""
     loss, margin = _from_text(text["loss"]), _from_text(text["margin"])
+    n = len(loss)
+    logits = None
     if "shares" in text:
-        return Scores(loss, np.frombuffer(base64.b64decode(text["shares"]), "<f8").astype(np.float64), margin)
-    bits = np.frombuffer(base64.b64decode(text["correct"]), np.uint8)
-    logits = _from_text(text["logits"]).astype(np.float32).reshape(len(loss), -1) if "logits" in text else None
-    return Scores(loss, np.unpackbits(bits, count=len(loss)).astype(np.bool_), margin, logits)
+        correct: npt.NDArray[Any] = np.frombuffer(base64.b64decode(text["shares"]), "<f8").astype(np.float64)
+    else:
+        bits = np.frombuffer(base64.b64decode(text["correct"]), np.uint8)
+        if len(bits) != -(-n // 8):
+            raise ValueError(f"{len(bits)} bytes of right and wrong for {n} losses")
+        correct = np.unpackbits(bits, count=n).astype(np.bool_)
+    if "logits" in text:
+        logits = _from_text(text["logits"]).astype(np.float32).reshape(n, -1)
+    if not text["examples"] == n == len(margin) == len(correct):
+        raise ValueError(f"{n} losses, {len(margin)} margins, {len(correct)} answers of {text['examples']} examples")
+    return Scores(loss, correct, margin, logits)
+
+
+def remembered(journal: Journal | None, key: str, examples: int | None = None) -> Scores | None:
+    """Scores that a journal holds; None where they are not there, or are not those of so many examples."""
+    if journal is None or key not in journal:
+        return None
+    try:
+        scores = unpack(journal[key])
+        if examples is not None and len(scores) != examples:
+            raise ValueError(f"{len(scores)} examples, not {examples}")
+    except (KeyError, TypeError, ValueError) as error:
+        text = f"{journal.path}: scores that do not fit ({error}) are computed again"
+        warnings.warn(text, LoraLabWarning, stacklevel=3)
+        return None
+    return scores
 
 
 def _floats(values: npt.NDArray[Any]) -> str:

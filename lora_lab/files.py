@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import pickle
-import shutil
 import struct
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lab.errors import FileError, some
+from lora_lab.errors import FileError
+from lora_lab.ownership import foreign, status_of
+from lora_lab.workplace import replacing as replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-_ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "README.md", "heads"}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -127,8 +123,9 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write strict JSON (no NaN) beside its place, then rename."""
-    write_bytes(path, (json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n").encode())
+    """Write strict JSON (no NaN) beside its place, then rename; what is no text in a name is escaped."""
+    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -139,42 +136,42 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A free path beside `path`: what the block writes there, file or folder, takes its place at the end."""
-    path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        workplace = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
-    except OSError as error:
-        raise FileError(f"{path}: cannot be written ({error.strerror})") from error
-    beside, replaced = workplace / path.name, workplace / f"{path.name}.replaced"
-    try:
-        yield beside
-        if beside.is_dir() and path.exists():
-            path.rename(replaced)
-        beside.replace(path)
-    except FileError as error:  # from a file inside the folder: name the place that was asked for
-        raise FileError(str(error).replace(str(beside), str(path))) from error
-    except OSError as error:
-        raise FileError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        if replaced.exists() and not path.exists():
-            replaced.rename(path)
-        shutil.rmtree(workplace, ignore_errors=True)
+def refuse_existing(*paths: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
+    """FileError if one of the outputs is there already and `force` does not allow to replace it, or cannot be written.
 
-
-def refuse_existing(*paths: Path, force: bool) -> None:
-    """FileError if one of the outputs is there already and `force` does not allow to replace it.
-
-    A folder that holds anything but one adapter is refused in any case, since replacing it would lose the rest.
+    What this program did not write is refused in any case, and so are the `inputs` that the outputs are made from.
     """
     for path in paths:
-        if path.exists() and not force:
-            raise FileError(f"{path}: exists already; --force replaces it")
-        odd = sorted(p.name for p in path.iterdir() if p.name not in _ADAPTER_FILES) if path.is_dir() else []
-        if odd:
-            raise FileError(f"{path}: holds more than an adapter ({some(odd)}), not replaced")
+        if any(_same(path, each) for each in inputs):
+            raise FileError(f"{path}: one of the inputs; the output needs another name")
+        if status_of(path) is None:
+            _refuse_unwritable(path)
+            continue
+        reason = foreign(path)
+        if not force:
+            raise FileError(f"{path}: exists already" + (f" ({reason})" if reason else "; --force replaces it"))
+        if reason:
+            raise FileError(f"{path}: {reason}, not replaced")
+        _refuse_unwritable(path)
+
+
+def _same(output: Path, given: Path) -> bool:
+    """Whether they are one file or folder, or the output a folder that the other lies in."""
+    if not os.path.lexists(output):
+        return False
+    place, lies = (Path(os.path.realpath(path)) for path in (output, given))
+    return place == lies or place in lies.parents
+
+
+def _refuse_unwritable(path: Path) -> None:
+    """Told before the work, and not after it; where it cannot be known, writing will tell."""
+    parent = Path(os.path.realpath(path)).parent
+    while not os.path.lexists(parent) and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir():
+        raise FileError(f"{path}: cannot be written ({parent} is not a folder)")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise FileError(f"{path}: cannot be written (no permission to write in {parent})")
 
 
 def file_hash(path: Path) -> str:

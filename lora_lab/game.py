@@ -6,7 +6,6 @@ calls games: coalitions bool [n, players] → worths float [n].
 
 from __future__ import annotations
 
-import contextlib
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ from lora_lab.adapter import Adapter
 from lora_lab.distribute import Pool
 from lora_lab.errors import LoraLabWarning, OptionError, TunerError, some, unknown
 from lora_lab.estimators import Bools
-from lora_lab.evaluate import Examples, Sent, bare, examples_of, identity, pack, unpack
+from lora_lab.evaluate import Examples, Sent, bare, examples_of, identity, pack, remembered
 from lora_lab.players import Players, players
 from lora_lab.result import Journal, fingerprint, provenance
 from lora_lab.scorer import Answer, Effort, Look, Make, Others, Scorer, ScorerSetup, Several
@@ -31,7 +30,7 @@ from lora_lab.stats import Floats
 from lora_lab.task import Scores, Task, resolve_device
 from lora_lab.variants import Layout, State, Variant, Variants
 
-_FORMAT = 1
+_FORMAT = 2
 """Of the journal's entries: another one is another journal."""
 
 # A worker's batch is a minute's work, so that little is lost with it, but not fewer variants than these: cut into 32,
@@ -226,12 +225,12 @@ class Outcomes:
 
     def _find(self, key: str, *, logits: bool) -> bool:
         """Whether the variant is known, in memory or in the journal."""
-        if key not in self._known and self._journal is not None:
+        if key not in self._known:
             for name in (f"{key} logits", key):
-                if name in self._journal:
-                    with contextlib.suppress(KeyError, TypeError, ValueError):  # a damaged line: computed again
-                        self._known[key] = unpack(self._journal[name])
-                        break
+                scores = remembered(self._journal, name, self.examples)
+                if scores is not None:
+                    self._known[key] = scores
+                    break
         return key in self._known and (not logits or self._known[key].logits is not None)
 
     def _compute(self, missing: Mapping[str, Variant], *, logits: bool) -> None:

@@ -20,6 +20,7 @@ from lora_lab.evaluate import labels_of, task_of
 from lora_lab.lowrank import LowRank, factored, is_finite
 from lora_lab.methods import MERGES, check, defaults
 from lora_lab.models import base_model
+from lora_lab.ownership import METADATA
 from lora_lab.renames import require_shared_modules
 from lora_lab.result import provenance
 from lora_lab.sources import Sources
@@ -121,7 +122,7 @@ def save(merged: Merged, path: Path, *, inputs: Sequence[Path] = (), force: bool
 
     A folder gets a README.md that tells how it was made, and with keep-own `heads/LABEL.safetensors` for each source.
     """
-    files.refuse_existing(path, force=force)
+    files.refuse_existing(path, force=force, inputs=inputs)
     if path.suffix in (".bin", ".pt", ".pth", ".json"):
         raise OptionError(f"{path}: NAME.safetensors, or a name without an ending for a PEFT folder, is needed")
     lone = path.suffix == ".safetensors"
@@ -140,7 +141,8 @@ def save(merged: Merged, path: Path, *, inputs: Sequence[Path] = (), force: bool
             files.write_bytes(beside / "README.md", card(adapter).encode())
             for label, tensors in merged.heads.items():
                 (beside / "heads").mkdir(exist_ok=True)
-                files.write_safetensors(beside / "heads" / f"{label}.safetensors", tensors, {"format": "pt"})
+                mark = {"format": "pt", f"{METADATA}head": label}
+                files.write_safetensors(beside / "heads" / f"{label}.safetensors", tensors, mark)
         _verify(beside, adapter)
     return path
 

@@ -9,13 +9,15 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lab.distribute import Pool
-from lora_lab.errors import DivergedError, OptionError
+from lora_lab.errors import DivergedError, LoraLabError, OptionError
 from lora_lab.files import refuse_existing
+from lora_lab.processes import end_with_parent
 from lora_lab.result import Result, provenance
 
 if TYPE_CHECKING:
@@ -85,23 +87,24 @@ def train_all(
         return [_run(job, force, _Total(progress, len(jobs), i)) for i, job in enumerate(jobs)]
     # spawn, not fork: torch's threads do not survive a fork
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager, ProcessPoolExecutor(workers, mp_context=context) as processes:
-        done = manager.dict()
-        others = multiprocessing.active_children()
+    done = context.RawArray("q", 2 * len(jobs))  # of every job the steps that are done, and all of them
+    others = multiprocessing.active_children()
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(done,)) as processes:
         with _deaf():
-            futures = [processes.submit(_run_in_worker, job, force, done, i) for i, job in enumerate(jobs)]
+            futures = [processes.submit(_run_in_worker, job, force, i) for i, job in enumerate(jobs)]
         try:
             while wait(futures, timeout=0.5).not_done:
-                if progress and done:
-                    steps = list(done.values())
-                    progress(sum(step for step, _ in steps), steps[0][1] * len(jobs))
+                if progress and any(done[1::2]):
+                    progress(sum(done[::2]), max(done[1::2]) * len(jobs))
                 if any(future.done() and future.exception() for future in futures):
                     break
             return [future.result() for future in futures]
-        except BaseException:
+        except BaseException as error:
             processes.shutdown(wait=False, cancel_futures=True)
             for worker in set(multiprocessing.active_children()) - set(others):
                 worker.terminate()
+            if isinstance(error, BrokenProcessPool):
+                raise LoraLabError("a process that trained was ended from outside, for its memory perhaps") from error
             raise
 
 
@@ -139,14 +142,23 @@ class _Total:
             self._progress(self._index * steps + step, self._jobs * steps)
 
 
-def _run_in_worker(job: Job, force: bool, done: Any, index: int) -> Result:
+_done: Any = None
+"""In a worker: what it tells of its steps."""
+
+
+def _begin_worker(done: Any) -> None:
+    global _done
+
+    end_with_parent()  # before torch, whose import takes seconds
     import torch
 
     torch.set_num_threads(1)
+    _done = done
 
+
+def _run_in_worker(job: Job, force: bool, index: int) -> Result:
     def report(step: int, steps: int) -> None:
-        if step % 10 == 0 or step == steps:
-            done[index] = (step, steps)
+        _done[2 * index : 2 * index + 2] = [step, steps]
 
     return _run(job, force, report)
 

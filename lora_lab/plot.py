@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from lora_lab import files, plot_line, plot_merges, plot_shapley, plot_stability, plot_style, plot_sweep, plot_train
-from lora_lab.errors import OptionError, some, unknown
+from lora_lab.errors import LoraLabError, OptionError, some, unknown
 from lora_lab.escape import drawn
+from lora_lab.ownership import MARK
 from lora_lab.plot_style import WIDTHS
-from lora_lab.result import Result
+from lora_lab.result import Result, fingerprint
 
-__all__ = ["PLOTS", "WIDTHS", "figure", "save"]
+__all__ = ["PLOTS", "WIDTHS", "figure", "save", "shows"]
 
 _FORMATS = (".pdf", ".png", ".svg")
+_ENDS = {".pdf": b"%%EOF", ".png": b"IEND\xaeB`\x82", ".svg": b"</svg>"}
 
 
 def figure(results: Sequence[Result], *, kind: str | None = None, width: str = "double") -> Figure:
@@ -35,8 +38,38 @@ def figure(results: Sequence[Result], *, kind: str | None = None, width: str = "
         raise unknown(f"figure of {kinds[0]} results", chosen, views)
     if width not in WIDTHS:
         raise unknown("width", width, WIDTHS)
-    with plot_style.styled():
-        return PLOTS[chosen]([_drawn(result) for result in results], width)
+    with plot_style.styled(), _one_line(f"results of kind {kinds[0]!r} that lack what {chosen} shows"):
+        made = PLOTS[chosen]([_drawn(result) for result in results], width)
+    made.set_gid(_identity(results, chosen, width))
+    return made
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """What a drawing raises over numbers that are not as they were written, as this project's own error."""
+    try:
+        yield
+    except LoraLabError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        text = str(error).strip().partition("\n")[0]
+        raise OptionError(f"{what} ({type(error).__name__}: {text[:200]})") from error
+
+
+def shows(path: Path, results: Sequence[Result], *, kind: str | None = None, width: str = "double") -> bool:
+    """Whether the file is, whole, the figure that `figure` draws of these results."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    marked = _identity(results, kind or results[0].kind, width).encode() in content
+    return marked and content.rstrip().endswith(_ENDS.get(path.suffix, b""))
+
+
+def _identity(results: Sequence[Result], kind: str, width: str) -> str:
+    """What a figure says it was drawn from; when and where the numbers were computed is not part of it."""
+    shown = [[result.kind, result.columns, result.parameters, result.summary] for result in results]
+    return f"{MARK} {fingerprint([kind, width, shown])}"
 
 
 def _drawn(result: Result) -> Result:
@@ -51,14 +84,23 @@ def save(made: Figure, *paths: Path, force: bool = False) -> None:
         if path.suffix not in _FORMATS:
             raise OptionError(f"{path}: figures are written as {', '.join(_FORMATS)}")
     files.refuse_existing(*paths, force=force)
-    with plot_style.styled():
+    with plot_style.styled(), _one_line("a figure that cannot be drawn"):
         made.draw_without_rendering()
         made.set_layout_engine("none")  # the layout is done: every format gets this one
         for path in paths:
             buffer = io.BytesIO()
-            dates = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}, ".png": {}}
-            made.savefig(buffer, format=path.suffix[1:], metadata=dates[path.suffix])
+            made.savefig(buffer, format=path.suffix[1:], metadata=_metadata(path.suffix, made.get_gid() or MARK))
             files.write_bytes(path, buffer.getvalue())
+
+
+def _metadata(ending: str, identity: str) -> dict[str, str | None]:
+    """Who drew it and from what, where each format has a place for it; no date, so that equal figures stay equal."""
+    formats: dict[str, dict[str, str | None]] = {
+        ".pdf": {"Creator": MARK, "Keywords": identity, "CreationDate": None},
+        ".png": {"Software": MARK, "Source": identity},
+        ".svg": {"Creator": MARK, "Identifier": identity, "Date": None},
+    }
+    return formats[ending]
 
 
 PLOTS: dict[str, Callable[[Sequence[Result], str], Figure]] = {

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from lora_lab import files
-from lora_lab.errors import TaskError
+from lora_lab.digests import cache
+from lora_lab.errors import FileError, LoraLabWarning, TaskError
 from lora_lab.task import Split
 
-_FORMAT = 1
+_FORMAT = 2
 """Of what is kept: another one is fitted anew."""
 
 
@@ -30,19 +32,38 @@ def probe(
     $XDG_CACHE_HOME/lora-lab, and `features` is not called.
     """
     place = _place(key, split)
-    if not place.exists():
-        weight, bias = _fit(features(), split.inputs["labels"].numpy(), labels)
-        files.write_safetensors(place, {"weight": weight, "bias": bias}, {"format": "pt"})
-    tensors, _ = files.read_safetensors(place)
-    return tensors["weight"], tensors["bias"]
+    found = _kept(place, labels) if place.exists() else None
+    if found is None:
+        found = _fit(features(), split.inputs["labels"].numpy(), labels)
+        weight, bias = found
+        files.write_safetensors(place, {"weight": weight, "bias": bias}, {"format": "pt", _CHECKSUM: _checksum(*found)})
+    return found
+
+
+def _kept(place: Path, labels: int) -> tuple[Tensor, Tensor] | None:
+    """What was fitted before; None, and a warning, where it is damaged."""
+    with contextlib.suppress(FileError, KeyError):
+        tensors, metadata = files.read_safetensors(place)
+        weight, bias = tensors["weight"], tensors["bias"]
+        sound = metadata.get(_CHECKSUM) == _checksum(weight, bias)
+        if sound and weight.ndim == 2 and len(weight) == len(bias) == labels:
+            return weight, bias
+    warnings.warn(f"{place}: damaged; the probe is fitted again", LoraLabWarning, stacklevel=4)
+    return None
+
+
+_CHECKSUM = "lora_lab.sha256"
+
+
+def _checksum(weight: Tensor, bias: Tensor) -> str:
+    return hashlib.sha256(weight.contiguous().numpy().tobytes() + bias.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _place(key: Sequence[Any], split: Split) -> Path:
     digest = hashlib.sha256(repr([*key, _FORMAT]).encode())
     for name, tensor in sorted(split.inputs.items()):
         digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    return cache / "lora-lab" / f"{digest.hexdigest()[:24]}.safetensors"
+    return cache() / f"{digest.hexdigest()[:24]}.safetensors"
 
 
 def _fit(features: npt.NDArray[np.float64], answers: npt.NDArray[np.int64], labels: int) -> tuple[Tensor, Tensor]:

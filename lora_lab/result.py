@@ -8,15 +8,16 @@ import math
 import platform
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from lora_lab import files
-from lora_lab.errors import FileError
+from lora_lab.errors import FileError, LoraLabWarning, some
 
 FORMAT = "lora-lab result 1"
 _PACKAGES = ("lora-lab", "torch", "transformers", "peft", "numpy", "scipy")
@@ -43,9 +44,9 @@ class Result:
         return [row for row in rows if all(row[name] == value for name, value in where.items())]
 
     def to_json(self) -> dict[str, Any]:
-        """The content of the file."""
+        """The content of the file, with a checksum of all the rest at its end."""
         content: dict[str, Any] = finite({"format": FORMAT, **asdict(self)})
-        return content
+        return {**content, _CHECKSUM: _checksum(content)}
 
     def save(self, path: Path) -> Path:
         """Write the file, whole or not at all; an existing one is replaced."""
@@ -54,20 +55,52 @@ class Result:
 
     @classmethod
     def load(cls, path: Path) -> Result:
-        """Read a result; FileError where the file is something else."""
+        """Read a result; FileError where the file is something else, or not what was written."""
         if not path.is_file():
             raise FileError(f"{path}: no such file")
         content = files.read_json(path)
         if content.get("format") != FORMAT:
             raise FileError(f"{path}: not a result of lora-lab (its format is not {FORMAT!r})")
-        try:
-            result = cls(**{name: content[name] for name in ("kind", "columns", "parameters", "summary", "provenance")})
-            lengths = {len(values) for values in result.columns.values()}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise FileError(f"{path}: a damaged result ({error} is missing or of the wrong type)") from error
-        if len(lengths) > 1:
-            raise FileError(f"{path}: a damaged result (its columns differ in length)")
-        return result
+        checksum = content.pop(_CHECKSUM, None)
+        if checksum is not None and checksum != _checksum(content):
+            raise FileError(f"{path}: a damaged result (it does not agree with its own checksum)")
+        why = _why_no_result(content)
+        if why:
+            raise FileError(f"{path}: a damaged result ({why})")
+        return cls(**{each.name: content[each.name] for each in fields(cls)})
+
+
+_CHECKSUM = "sha256"
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Of a result's content without itself; results of earlier versions have none."""
+    try:
+        text = json.dumps(content, sort_keys=True)
+    except (ValueError, RecursionError):  # a number of too many digits, or nesting too deep to be ours
+        return ""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _why_no_result(content: Mapping[str, Any]) -> str | None:
+    missing = [each.name for each in fields(Result) if each.name not in content]
+    if missing:
+        return f"without {some(missing)}"
+    if not isinstance(content["kind"], str):
+        return "its kind is no text"
+    for name in ("columns", "parameters", "summary", "provenance"):
+        if not isinstance(content[name], dict):
+            return f"its {name} are no JSON object"
+    wrong = [name for name, values in content["columns"].items() if not isinstance(values, list)]
+    if wrong:
+        return f"no list of values in column {some(wrong)}"
+    lengths = {name: len(values) for name, values in content["columns"].items()}
+    if len(set(lengths.values())) > 1:
+        shortest, longest = min(lengths, key=lengths.__getitem__), max(lengths, key=lengths.__getitem__)
+        return (
+            f"its columns differ in length: {shortest} has {lengths[shortest]} values, {longest} has {lengths[longest]}"
+        )
+    return None
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -120,13 +153,17 @@ def fingerprint(content: object) -> str:
 class Journal:
     """Finished pieces of a run, one JSON line each, so that a killed run loses at most the piece in flight.
 
-    A journal belongs to one `run` (a fingerprint of inputs and options): another run's journal is not taken over.
+    A journal belongs to one `run` (a fingerprint of inputs and options): another run's journal is not taken over. Every
+    line carries a checksum; damaged ones are left out, so that what they held is computed again, and a warning tells.
     """
 
     def __init__(self, path: Path, run: str) -> None:
         self.path, self._run = path, run
         self._done: dict[str, Any] = {}
-        self._begun = path.exists() and self._read(run)
+        try:
+            self._begun = path.exists() and self._read()
+        except OSError as error:
+            raise FileError(f"{path}: cannot be read ({error.strerror})") from error
 
     def __len__(self) -> int:
         return len(self._done)
@@ -138,14 +175,17 @@ class Journal:
         return self._done[key]
 
     def add(self, key: str, value: Any) -> None:
-        """Append a finished piece; it is on disk when this returns."""
+        """Append a finished piece; it survives this process when this returns."""
         self._done[key] = value
-        if not self._begun:  # a run that is refused before its first piece leaves nothing behind
-            files.write_bytes(self.path, (json.dumps({"run": self._run}) + "\n").encode())
-            self._begun = True
         try:
-            with self.path.open("a") as file:
-                file.write(json.dumps({"run": self._run, "key": key, "value": value}, allow_nan=False) + "\n")
+            if not self._begun:  # a run that is refused before its first piece leaves nothing behind
+                self._begin()
+            with self.path.open("ab", buffering=0) as file:  # in one piece, should another process append, too
+                line = _line({"run": self._run, "key": key, "value": value})
+                if file.write(line) != len(line):
+                    raise FileError(f"{self.path}: cannot be written (only in part)")
+        except FileError:
+            raise
         except OSError as error:
             raise FileError(f"{self.path}: cannot be written ({error.strerror})") from error
 
@@ -153,27 +193,75 @@ class Journal:
         """The run is complete and saved elsewhere: remove the journal."""
         self.path.unlink(missing_ok=True)
 
-    def _read(self, run: str) -> bool:
-        with self.path.open(errors="replace") as file:
-            lines = file.read().split("\n")
-        try:
-            if json.loads(lines[0]).get("run") != run:
-                return False
-        except (json.JSONDecodeError, AttributeError):
+    def _begin(self) -> None:
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                if _head(file.readline()) == self._run:  # another process has begun this very run
+                    self._begun = True
+                    return
+        files.write_bytes(self.path, self._header())
+        self._begun = True
+
+    def _header(self) -> bytes:
+        return (json.dumps({"format": JOURNAL, "run": self._run}) + "\n").encode()
+
+    def _read(self) -> bool:
+        """Take over what there is of this run; False where nothing is, or where the journal is another run's."""
+        first, *lines = self.path.read_bytes().split(b"\n")
+        lines = lines[:-1]  # after the last line nothing, or what a kill has cut off
+        entries = [(line, _entry(line)) for line in lines]
+        whole = [(line, entry) for line, entry in entries if entry is not None]
+        mine = [(line, entry) for line, entry in whole if entry["run"] == self._run]
+        head = _head(first)
+        if head not in (None, self._run) and not mine:
             return False
-        whole = [lines[0]]
-        for line in lines[1:]:
-            try:
-                entry = json.loads(line)
-                if entry["run"] != run:  # another run that shares the folder
-                    continue
-                self._done[entry["key"]] = entry["value"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                break  # cut off in mid-line when the run was killed
-            whole.append(line)
-        if len(whole) + 1 < len(lines) or lines[-1]:
-            files.write_bytes(self.path, ("\n".join(whole) + "\n").encode())
+        damaged = len(entries) - len(whole) + (head is None)
+        if damaged:
+            warnings.warn(
+                f"{self.path}: {damaged} of {len(entries) + 1} lines are damaged (or of an earlier version); "
+                "what they held is computed again",
+                LoraLabWarning,
+                stacklevel=4,
+            )
+        self._done = {entry["key"]: entry["value"] for _, entry in mine}
+        kept = self._header() + b"".join(line + b"\n" for line, _ in mine)
+        if kept != self.path.read_bytes():
+            files.write_bytes(self.path, kept)
         return True
+
+
+JOURNAL = "lora-lab journal 2"
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    """One line of a journal: the entry, with a checksum of its text as first field."""
+    text = json.dumps(entry, allow_nan=False)
+    return b'{"sum": "%s", %s\n' % (hashlib.sha256(text.encode()).hexdigest()[:16].encode(), text[1:].encode())
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """The inverse; None for a line that is not as it was written."""
+    text = b"{" + line[28:]  # after {"sum": "0123456789abcdef", and a blank
+    if line[:28] != b'{"sum": "%s", ' % hashlib.sha256(text).hexdigest()[:16].encode():
+        return None
+    try:
+        entry = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    sound = isinstance(entry, dict) and isinstance(entry.get("run"), str) and isinstance(entry.get("key"), str)
+    return entry if sound and "value" in entry else None
+
+
+def _head(line: bytes) -> str | None:
+    """The run that a journal's first line names; None where it is damaged or of another version."""
+    try:
+        head = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(head, dict) or head.get("format") != JOURNAL or not isinstance(head.get("run"), str):
+        return None
+    run: str = head["run"]
+    return run
 
 
 def finite(value: Any) -> Any:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from lora_lab import digests
 from lora_lab.errors import DivergedError, OptionError, TaskError, unknown
 from lora_lab.trust import ANYWHERE
 
@@ -164,12 +165,9 @@ class Task(ABC):
 
     @property
     def base_digest(self) -> str:
-        """Changes when the base model does: of a folder, its files' names, sizes and times; else the name."""
+        """Changes when the base model does: of a folder, a hash of its files' contents; else the name."""
         folder = Path(self.base)
-        if not folder.is_dir():
-            return self.base
-        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.iterdir()) if p.is_file()]
-        return repr(stats)
+        return digests.of_folder(folder) if folder.is_dir() else self.base
 
     @property
     def digest(self) -> Sequence[Tensor]:

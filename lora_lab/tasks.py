@@ -35,7 +35,7 @@ def from_file(path: Path) -> Task:
         content = tomllib.loads(path.read_text())
     except FileNotFoundError as error:
         raise FileError(f"{path}: no such task file") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no TOML, a number of 5,000 digits
         raise FileError(f"{path}: not a TOML file ({error})") from error
     return from_record(content, base=path.parent, where=str(path))
 

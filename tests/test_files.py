@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from lora_lab import files
+from lora_lab import files, workplace
 from lora_lab.errors import FileError
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1049\n"
@@ -130,6 +130,7 @@ def test_an_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_pat
         with files.replacing(path) as beside:
             beside.mkdir()
             monkeypatch.setattr(Path, "replace", refuse)
+            monkeypatch.setattr(workplace, "_exchange", lambda *_: False)  # as where the system cannot
 
     with pytest.raises((KeyboardInterrupt, FileError)):
         replace()
@@ -182,7 +183,7 @@ def test_existing_outputs_are_refused_unless_forced(tmp_path):
     (there / "thesis.tex").touch()
     with pytest.raises(FileError, match=r"there: holds more than an adapter \(thesis.tex\), not replaced"):
         files.refuse_existing(free, there, force=True)
-    with pytest.raises(FileError, match=r"there: exists already; --force replaces it"):
+    with pytest.raises(FileError, match=r"there: exists already \(holds more than an adapter"):
         files.refuse_existing(free, there, force=False)
 
 

@@ -101,7 +101,8 @@ def test_a_damaged_entry_of_the_journal_is_computed_again(adapter, tmp_path):
     worths = first(all_coalitions(4))
     (journal,) = tmp_path.glob("*.jsonl")
     journal.write_text(journal.read_text().replace('"margin"', '"margn"'))
-    again = game_of(adapter, cache=tmp_path, examples=20)
+    with pytest.warns(LoraLabWarning, match=r"16 of 17 lines are damaged .* computed again"):
+        again = game_of(adapter, cache=tmp_path, examples=20)
     assert (again(all_coalitions(4)) == worths).all()
     assert again.outcomes.evaluated == 16
 

@@ -13,7 +13,9 @@ PACKAGE = ROOT / "lora_lab"
 
 LAYERS = [
     {"__init__", "errors", "escape", "hub"},
+    {"ownership", "workplace", "processes"},
     {"files", "keys", "matching", "sites", "lowrank", "models", "schedule", "stats", "plot_style", "trust"},
+    {"digests"},
     {"result", "beside", "peft_config", "estimators", "rules", "confined"},
     {"checks"},
     {"peft_format"},

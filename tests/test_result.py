@@ -1,10 +1,11 @@
 import json
 import math
+import warnings
 
 import numpy as np
 import pytest
 
-from lora_lab.errors import FileError
+from lora_lab.errors import FileError, LoraLabWarning
 from lora_lab.result import Journal, Result, columns, fingerprint, provenance
 from lora_lab.stats import Sampled, interval, mean_and_spread, resampled_means
 
@@ -83,7 +84,74 @@ def test_two_runs_that_share_a_journal_do_not_mix(tmp_path):
 
 def test_a_journal_that_is_rubbish_is_started_anew(tmp_path):
     (tmp_path / "j").write_bytes(b"\xff\xfe rubbish")
-    assert len(Journal(tmp_path / "j", "one")) == 0
+    with pytest.warns(LoraLabWarning, match="j: 1 of 1 lines are damaged"):
+        assert len(Journal(tmp_path / "j", "one")) == 0
+    Journal(tmp_path / "j", "one").add("a", 1)
+    assert Journal(tmp_path / "j", "one")["a"] == 1
+
+
+@pytest.mark.parametrize("place", ["head", "key", "value", "sum", "newline"])
+def test_a_bit_that_flips_anywhere_costs_its_own_line_and_is_told(tmp_path, place):
+    path = tmp_path / "j"
+    journal = Journal(path, "run")
+    for key in "abc":
+        journal.add(key, {"x": [1.5, "é"]})
+    content = bytearray(path.read_bytes())
+    lines = bytes(content).split(b"\n")
+    start = len(lines[0]) + 1 + len(lines[1]) + 1  # of the line of b
+    where = {"head": 20, "sum": start + 12, "key": start + lines[2].index(b'"b"') + 1}
+    where |= {"value": start + lines[2].index(b"1.5"), "newline": start + len(lines[2])}
+    content[where[place]] ^= 2
+    path.write_bytes(bytes(content))
+    lost = {"head": "", "newline": "bc"}.get(place, "b")
+    with pytest.warns(LoraLabWarning, match=r"j: 1 of \d lines are damaged"):
+        again = Journal(path, "run")
+    assert [key for key in "abc" if key not in again] == list(lost)
+    assert all(again[key] == {"x": [1.5, "é"]} for key in "abc" if key not in lost)
+    for key in lost:
+        again.add(key, 2)
+    assert len(Journal(path, "run")) == 3  # mended: no warning any more
+
+
+def test_every_single_bit_of_a_journal_is_watched(tmp_path):
+    path = tmp_path / "j"
+    Journal(path, "run").add("a", 0.5)
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(bytes(flipped))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            again = Journal(path, "run")
+        assert "a" not in again or again["a"] == 0.5
+        assert len(again) <= 1
+
+
+def test_two_processes_with_one_journal_lose_nothing(tmp_path):
+    one, two = Journal(tmp_path / "j", "run"), Journal(tmp_path / "j", "run")
+    one.add("a", 1)
+    two.add("b", 2)
+    one.add("c", 3)
+    again = Journal(tmp_path / "j", "run")
+    assert [again[key] for key in "abc"] == [1, 2, 3]
+
+
+def test_a_number_that_changes_in_a_result_is_noticed(tmp_path):
+    path = Result("demo", {"x": [0.25, 1.0]}, {"é": 1e-300}, {"n": 3}).save(tmp_path / "r.json")
+    text = path.read_text()
+    for old, new in (("0.25", "0.35"), ("demo", "dema"), ('"n": 3', '"n": 4'), ("1e-300", "1e-301")):
+        assert old in text
+        path.write_text(text.replace(old, new))
+        with pytest.raises(FileError, match=r"r\.json: a damaged result \(it does not agree with its own checksum\)"):
+            Result.load(path)
+    path.write_text(text)
+    assert Result.load(path).columns == {"x": [0.25, 1.0]}
+
+
+def test_names_that_are_no_text_come_back_from_a_result(tmp_path):
+    odd = Result("demo", {"x": ["\udcff"]})
+    assert Result.load(odd.save(tmp_path / "r.json")) == odd
 
 
 def test_a_closed_journal_is_gone(tmp_path):

@@ -1,0 +1,122 @@
+"""Whether this program wrote what stands at a place: nothing else is ever replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import struct
+from pathlib import Path
+
+from lora_lab.errors import FileError, some
+
+MARK = "lora-lab"
+"""What figures, results, journals, tables and model cards carry to be known by."""
+
+METADATA = "lora_lab."
+"""How the keys begin that its safetensors files have among their metadata."""
+
+_KINDS = (
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISSOCK, "a socket"),
+)
+_ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md", "heads"}
+_JSON = re.compile(rb'\s*\{\s*"format":\s*"lora-lab (result|journal) \d+"')
+_CARD = re.compile(rb"\A---\n(?:(?!---).*\n)*?tags:[^\n]*(?:\n- [^\n]*)*\blora-lab\b")
+_PLENTY = 100_000_000  # bytes of a safetensors header, as in safetensors itself
+_PART = 65_536  # bytes from either end of a file, where marks are
+
+
+def foreign(path: Path) -> str | None:
+    """What stands at a place, in words, if it must not be replaced; None for nothing, an empty file or folder, our own.
+
+    A link is judged by where it leads.
+    """
+    status = status_of(path)
+    if status is None:
+        return None
+    if stat.S_ISLNK(status.st_mode):
+        try:
+            target = path.resolve(strict=True)
+        except (OSError, RuntimeError):  # RuntimeError: a circle, before Python 3.13
+            return "a link to nothing"
+        reason = foreign(target)
+        return reason and f"a link to {target}, {reason}"
+    for is_kind, name in _KINDS:
+        if is_kind(status.st_mode):
+            return name
+    try:
+        if stat.S_ISDIR(status.st_mode):
+            return _foreign_folder(path)
+        return None if status.st_size == 0 or _written_here(path) else "not written by lora-lab"
+    except OSError as error:
+        return f"which cannot be read ({error.strerror})"
+
+
+def status_of(path: Path) -> os.stat_result | None:
+    """What the file system says of a place, links not followed; None for nothing, FileError for no possible place."""
+    try:
+        return path.lstat()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise FileError(f"{path}: cannot be written ({getattr(error, 'strerror', None) or error})") from error
+
+
+def _foreign_folder(folder: Path) -> str | None:
+    entries = sorted(folder.iterdir())
+    odd = [entry.name for entry in entries if entry.name not in _ADAPTER_FILES]
+    if odd:
+        return f"holds more than an adapter ({some(odd)})"
+    other = [entry.name for entry in entries if not _part_of_adapter(entry)]
+    return f"holds what lora-lab did not write ({some(other)})" if other else None
+
+
+def _part_of_adapter(entry: Path) -> bool:
+    mode = entry.lstat().st_mode
+    if entry.name == "heads":
+        return stat.S_ISDIR(mode) and all(head.suffix == ".safetensors" and _regular(head) for head in entry.iterdir())
+    if entry.name == "adapter_config.json" and entry.with_name("adapter_model.safetensors").exists():
+        return stat.S_ISREG(mode)  # it has no mark of its own: PEFT reads it
+    return _regular(entry)
+
+
+def _regular(path: Path) -> bool:
+    status = path.lstat()
+    return stat.S_ISREG(status.st_mode) and (status.st_size == 0 or _written_here(path))
+
+
+def _written_here(path: Path) -> bool:
+    """Whether a regular file carries one of the marks, by its content alone."""
+    with path.open("rb") as file:
+        start = file.read(_PART)
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - _PART))
+        end = file.read()
+    mark = MARK.encode()
+    if start.startswith(b"%PDF"):
+        return b"/Creator (" + mark + b")" in start + end
+    if start.startswith(b"\x89PNG"):
+        return b"Software\0" + mark in start
+    if start.startswith((b"<?xml", b"<svg")):
+        return b"<dc:title>" + mark + b"</dc:title>" in start
+    if start.startswith(b"\\begin{tabular}"):
+        return end.rstrip().rpartition(b"\n")[2].startswith(b"% " + mark)
+    return bool(_JSON.match(start) or _CARD.match(start)) or _of_safetensors(path, start)
+
+
+def _of_safetensors(path: Path, start: bytes) -> bool:
+    length = struct.unpack("<Q", start[:8])[0] if len(start) > 8 else 0
+    if start[8:9] != b"{" or length > _PLENTY:
+        return False
+    with path.open("rb") as file:
+        file.seek(8)
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError):
+            return False
+    metadata = header.get("__metadata__") if isinstance(header, dict) else None
+    return isinstance(metadata, dict) and any(str(key).startswith(METADATA) for key in metadata)
