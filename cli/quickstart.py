@@ -20,6 +20,8 @@ def command(
 ) -> None:
     """Train two LoRA and two CoTo adapters on the embedded digits and draw the lines between them (a minute or two).
 
+    Adapters that an earlier call has finished are kept, so that a call that was cut off is simply called again.
+
     Example:  lora-lab quickstart -o quickstart
     """
     from .. import connect, plot, tasks

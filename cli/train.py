@@ -82,7 +82,8 @@ def command(
     """Train an adapter, with CoTo unless told otherwise; beside it lies the run's log (.train.json) and its figure.
 
     CoTo switches the adapters of each block on with a probability p(t) that grows from 0.1 to 1 over the first
-    three quarters of the steps; the rest is plain training. The adapter carries the record of how it was made.
+    three quarters of the steps; the rest is plain training. The adapter carries the record of how it was made. A
+    training that is finished already is kept: called again, a call that was cut off goes on where it was.
 
     Options with ☰ take several values with commas (--lr 1e-3,2e-3,3e-3): each combination is trained, and the one with
     the best validation accuracy (of a language model, loss), a mean over the seeds, is kept. NAME.tuning.json and its

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -15,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lab.distribute import Pool
-from lora_lab.errors import DivergedError, LoraLabError, OptionError
+from lora_lab.errors import DivergedError, FileError, LoraLabError, LoraLabNote, OptionError
 from lora_lab.files import refuse_existing
 from lora_lab.processes import end_with_parent
-from lora_lab.result import Result, provenance
+from lora_lab.result import Result, fingerprint, finite, provenance
+from lora_lab.trust import recordable
 
 if TYPE_CHECKING:
     from lora_lab.adapter import Adapter
@@ -63,9 +65,11 @@ def train_all(
 ) -> list[Result]:
     """Train every job and save its adapter, log and figure; the logs, in the order of the jobs.
 
-    Nothing starts if an output exists and `force` does not allow to replace it. A single job runs in this
-    process. `progress` gets optimiser steps over all jobs. With a `pool`, a worker trains each and sends it back to
-    be saved here, and `progress` gets jobs; checkpoints lie where the worker runs.
+    A job that is finished already (see `finished`) is kept, with a note, so that a killed call goes on where it was;
+    `force` trains it again. Nothing starts if anything else is in an output's place and `force` does not allow to
+    replace it. A single job runs in this process. `progress` gets optimiser steps over all jobs. With a `pool`, a
+    worker trains each and sends it back to be saved here, and `progress` gets jobs; checkpoints lie where the worker
+    runs.
     """
     if workers is not None and workers < 1:
         raise OptionError(f"{workers} jobs side by side; at least 1 is needed")
@@ -78,8 +82,17 @@ def train_all(
     paths = [job.path for job in jobs]
     if len(set(paths)) < len(paths):
         raise OptionError("two of these runs would write the same file")
+    kept = {} if force else _kept(jobs)
+    left = [job for i, job in enumerate(jobs) if i not in kept]
+    trained = iter(_train_left(left, workers, force, progress, pool) if left else [])
+    return [kept[i] if i in kept else next(trained) for i in range(len(jobs))]
+
+
+def _train_left(
+    jobs: Sequence[Job], workers: int | None, force: bool, progress: Progress | None, pool: Pool | None
+) -> list[Result]:
     for job in jobs if is_first() else ():
-        refuse_existing(job.path, *job.beside, force=force)
+        refuse_existing(job.path, *job.beside, force=force or _begun(job))
     if pool:
         return _train_in(pool, jobs, force, progress)
     workers = min(workers or os.cpu_count() or 1, len(jobs))
@@ -106,6 +119,78 @@ def train_all(
             if isinstance(error, BrokenProcessPool):
                 raise LoraLabError("a process that trained was ended from outside, for its memory perhaps") from error
             raise
+
+
+def _kept(jobs: Sequence[Job]) -> dict[int, Result]:
+    """Place → log of every job that is finished; a figure that is missing is drawn."""
+    from lora_lab import plot
+
+    seen: Seen = {}
+    kept = {i: log for i, job in enumerate(jobs) if (log := finished(job, seen)) is not None}
+    for i, log in kept.items():
+        _, *figures = jobs[i].beside
+        if is_first() and not all(path.exists() for path in figures):
+            plot.save(plot.figure([log]), *figures, force=True)
+        warnings.warn(f"{jobs[i].path}: this very training is there already, and kept", LoraLabNote, stacklevel=3)
+    return kept
+
+
+Seen = dict[str, tuple[Any, str]]
+"""Tasks that were built already, with their data's hash, by the fingerprint of their record."""
+
+
+def finished(job: Job, seen: Seen) -> Result | None:
+    """The log of this very training, if an earlier call has finished it: its adapter and its log are whole.
+
+    They are if the adapter is signed as this user's own, its record is the log's, and both are of the job's task, data,
+    method, seed and recipe.
+    """
+    if not job.path.exists():
+        return None
+    log = _log_of(job, seen)
+    if log is None:
+        return None
+    from lora_lab.adapter import Adapter
+
+    try:
+        adapter = Adapter.load(job.path)
+    except LoraLabError:
+        return None
+    record = {key: value for key, value in adapter.record.items() if key != "metrics"}
+    wanted, found = recordable(log.parameters.get("record")), adapter.record.get("metrics")
+    metrics = {name: log.summary.get(name) for name in found} if isinstance(found, dict) else None
+    whole = fingerprint([finite(recordable(record)), finite(found)]) == fingerprint([wanted, metrics])
+    return log if adapter.origin.own and whole else None
+
+
+def _begun(job: Job) -> bool:
+    """Whether what lies in the outputs' place is this very training's, killed before its adapter was written."""
+    return not job.path.exists() and _log_of(job, {}) is not None
+
+
+def _log_of(job: Job, seen: Seen) -> Result | None:
+    """The log beside the job's adapter, if it is of the job's task, data, method, seed and recipe."""
+    if not job.beside[0].exists():
+        return None
+    from lora_lab import tasks
+    from lora_lab.train import data_of, recipe_record
+
+    try:
+        log = Result.load(job.beside[0])
+    except (FileError, ValueError):
+        return None
+    key = fingerprint(job.task)
+    if key not in seen:
+        task = tasks.from_record(job.task)
+        seen[key] = task, data_of(task)
+    task, data = seen[key]
+    recipe = job.recipe.for_task(task)
+    wanted = [finite(recordable(job.task)), recipe.method, recipe.seed, recipe_record(recipe), data]
+    record = recordable(log.parameters.get("record"))
+    if not isinstance(record, dict):
+        return None
+    found = [*(record.get(name) for name in ("task", "method", "seed", "recipe")), log.provenance.get("data")]
+    return log if fingerprint(found) == fingerprint(wanted) else None
 
 
 @contextlib.contextmanager
@@ -228,7 +313,7 @@ def _save(job: Job, adapter: Adapter | None, log: Result, force: bool) -> None:
 
     if adapter is None:
         return
-    adapter.save(job.path, force=force)
     json, *figures = job.beside
     log.save(json)
+    adapter.save(job.path, force=force)  # after its log: where there is an adapter, the training is finished
     plot.save(plot.figure([log]), *figures, force=True)

@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_lab.distribute import Pool
-from lora_lab.errors import FileError, OptionError, TaskError
+from lora_lab.errors import LoraLabError, OptionError, TaskError
 from lora_lab.files import refuse_existing
-from lora_lab.parallel import Job, is_first, train_all
+from lora_lab.parallel import Job, Seen, finished, is_first, train_all
 from lora_lab.result import Result, columns, fingerprint, finite, provenance
 from lora_lab.trust import recordable
 
 if TYPE_CHECKING:
     from lora_lab.recipe import Recipe
-    from lora_lab.task import Task
 
 Setting = Mapping[str, Any]
 """Field of the recipe → value."""
@@ -53,19 +52,19 @@ def train_best(
     as a row and never chosen.
     """
     from lora_lab import tasks
-    from lora_lab.train import data_of
 
-    for path in paths if is_first() else ():
-        refuse_existing(path, force=force)
-    built = tasks.from_record(task)
-    by_loss, data = not built.classifies, data_of(built)
+    by_loss = not tasks.from_record(task).classifies
     began = time.perf_counter()
     jobs = [
         Job(task, dataclasses.replace(recipe, **setting), _tried(path, setting), device, report_to, may_diverge=True)
         for setting in settings
         for recipe, path in zip(recipes, paths, strict=True)
     ]
-    known = {i: log for i, job in enumerate(jobs) if (log := _known(job, built, data)) is not None}
+    seen: Seen = {}
+    known = {i: log for i, job in enumerate(jobs) if (log := finished(job, seen)) is not None}
+    for i, path in enumerate(paths) if is_first() else ():
+        logs_there = [known[k] for k in range(i, len(jobs), len(paths)) if k in known]
+        refuse_existing(path, force=force or _chosen_before(path, logs_there))
     left = [i for i in range(len(jobs)) if i not in known]
     if left:
         done = train_all([jobs[i] for i in left], workers=workers, force=True, progress=progress, pool=pool)
@@ -80,7 +79,7 @@ def train_best(
         row["chosen"] = k == best
     chosen = jobs[best * len(recipes) : (best + 1) * len(recipes)]
     for job, log, path in zip(chosen, logs[best], paths, strict=True) if is_first() else ():
-        _keep(job, log, path, rows, force)
+        _keep(job, log, path, rows)
     found = [
         {"method": recipe.method, "seed": recipe.seed, **setting, **_validated(log), "chosen": k == best}
         for k, setting in enumerate(settings)
@@ -97,21 +96,24 @@ def _tried(path: Path, setting: Setting) -> Path:
     return path.parent / "tried" / f"{stem}-{words}.safetensors"
 
 
-def _known(job: Job, task: Task, data: str) -> Result | None:
-    """The log of this very training, if an earlier run has finished it."""
+def _chosen_before(path: Path, logs: Sequence[Result]) -> bool:
+    """Whether an adapter is what an earlier call has chosen among the trainings of these logs."""
     from lora_lab.adapter import Adapter
-    from lora_lab.train import recipe_record
 
-    if not job.path.exists() or not job.beside[0].exists():
-        return None
+    if not path.exists():
+        return False
     try:
-        record, log = Adapter.load(job.path).record, Result.load(job.beside[0])
-    except (FileError, ValueError):
-        return None
-    recipe = job.recipe.for_task(task)
-    wanted = [finite(recordable(job.task)), recipe.method, recipe.seed, recipe_record(recipe), data]
-    found = [*(record.get(name) for name in ("task", "method", "seed", "recipe")), log.provenance.get("data")]
-    return log if fingerprint(found) == fingerprint(wanted) else None
+        adapter = Adapter.load(path)
+    except LoraLabError:
+        return False
+    if not adapter.origin.own or "tuning" not in adapter.record:
+        return False
+    names = ("task", "method", "seed", "recipe", "metrics")
+    found = fingerprint([finite(adapter.record.get(name)) for name in names])
+    records = [
+        recordable(log.parameters["record"]) | {"metrics": {"validation": log.summary["validation"]}} for log in logs
+    ]
+    return any(fingerprint([record.get(name) for name in names]) == found for record in records)
 
 
 def _validated(log: Result) -> dict[str, Any]:
@@ -128,13 +130,13 @@ def _mean(logs: Sequence[Result]) -> dict[str, Any]:
     return {name: float(np.mean([each[name] for each in found])) for name in ("accuracy", "loss")}
 
 
-def _keep(job: Job, log: Result, path: Path, rows: Sequence[Mapping[str, Any]], force: bool) -> None:
+def _keep(job: Job, log: Result, path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     from lora_lab import plot
     from lora_lab.adapter import Adapter
 
     adapter = Adapter.load(job.path)
     record = {**adapter.record, "tuning": [dict(row) for row in rows]}
-    dataclasses.replace(adapter, record=record).save(path, force=force)
+    dataclasses.replace(adapter, record=record).save(path, force=True)  # what stands there has been looked at
     json, *figures = dataclasses.replace(job, path=path).beside
     log.save(json)
     plot.save(plot.figure([log]), *figures, force=True)

@@ -433,20 +433,6 @@ def test_an_interrupt_leaves_no_output_and_the_same_command_goes_on(lora_lab, mo
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
 
 
-def test_quickstart_makes_adapters_lines_and_one_figure(lora_lab, monkeypatch, tmp_path):
-    from lora_lab.digits import Digits
-
-    monkeypatch.setattr(Digits, "steps", 6)
-    code, _, err = lora_lab("quickstart", "-o", "q", "--jobs", "1")
-    assert code == 0, err
-    assert {path.name for path in (tmp_path / "q").glob("*.safetensors")} == {
-        f"{method}-s{seed}.safetensors" for method in ("lora", "coto") for seed in (0, 1)
-    }
-    assert (tmp_path / "q" / "line.pdf").stat().st_size > 5000
-    assert "line.png" in err
-    one_line(lora_lab("quickstart", "-o", "q"), "exists already")
-
-
 def test_no_module_called_cli_is_installed():
     done = subprocess.run(
         [sys.executable, "-c", "import cli"], capture_output=True, text=True, cwd=CASES, env={"PATH": ""}

@@ -218,8 +218,9 @@ def test_jobs_side_by_side_give_what_they_give_alone(tmp_path, coto):
     assert [log.provenance["seeds"] for log in logs] == [[0], [1]]
     for job in jobs:
         assert all(path.exists() for path in job.beside)
+    other = Job(task.record, Recipe(method="lora", **SHORT), jobs[0].path)
     with pytest.raises(FileError, match=r"0.safetensors: exists already; --force"):
-        train_all(jobs)
+        train_all([other, jobs[1]])
 
 
 @pytest.mark.parametrize(

@@ -59,10 +59,18 @@ def test_the_best_by_mean_validation_accuracy_is_kept_and_the_rest_recorded(tmp_
         raise AssertionError("trained again")
 
     monkeypatch.setattr(tuning, "train_all", never)
-    with pytest.raises(FileError, match="exists already"):
-        train_best(TASK.record, recipes(), settings, paths)
-    _, again = train_best(TASK.record, recipes(), settings, paths, force=True)
+    before = [path.read_bytes() for path in paths]
+    paths[1].with_name("lora-s1.train.png").unlink()  # as after a kill in the last moment
+    _, again = train_best(TASK.record, recipes(), settings, paths)
     assert again.columns == tried.columns
+    assert [path.read_bytes() for path in paths] == before
+    assert paths[1].with_name("lora-s1.train.png").exists()
+    longer = [dataclasses.replace(recipe, steps=13) for recipe in recipes()]
+    with pytest.raises(FileError, match="exists already"):  # what was chosen among other trainings
+        train_best(TASK.record, longer, settings, paths)
+    kept[1].save(paths[0], force=True)
+    with pytest.raises(FileError, match="exists already"):  # of another seed
+        train_best(TASK.record, recipes(), settings, paths)
 
 
 def test_a_killed_run_trains_only_what_is_left(tmp_path, monkeypatch):
