@@ -8,12 +8,14 @@ import hashlib
 import os
 import stat
 import sys
-import sysconfig
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
+
+import numpy as np
+import torch
 
 from lora_lab import files
 from lora_lab.errors import FileError
@@ -151,9 +153,12 @@ class _Walk:
         fixed = [value for value in closure if not isinstance(value, list | dict)]  # those are where results are kept
         for value in [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *fixed]:
             self._value(name, value)
-        for named in sorted(_names(function.__code__)):
-            if named in function.__globals__:
-                self._value(named, function.__globals__[named])
+        names = sorted(_names(function.__code__))
+        modules = [value for value in map(function.__globals__.get, names) if isinstance(value, ModuleType)]
+        for found in (function.__globals__, *(vars(each) for each in modules if not _installed(each.__name__))):
+            for named in names:
+                if named in found:
+                    self._value(named, found[named])
 
     def add_plain(self, name: str, attributes: Mapping[str, Any]) -> None:
         """Attributes that are plain values or functions; private ones are caches, `dtype` is known only afterwards."""
@@ -184,10 +189,12 @@ class _Walk:
                 self._value(name, each)
         elif _plain(value):
             self._tell(f"{name} = {value!r}")
-        elif hasattr(value, "detach") or hasattr(value, "tobytes"):  # tensors and arrays
-            array = value.detach().cpu().numpy() if hasattr(value, "detach") else value
-            self._tell(f"{name} = {array.dtype} {array.shape}")
-            self.digest.update(array.tobytes())
+        elif isinstance(value, torch.Tensor | np.ndarray):
+            array = value.detach().cpu().contiguous().flatten() if isinstance(value, torch.Tensor) else value
+            self._tell(f"{name} = {value.dtype} {tuple(value.shape)}")
+            self.digest.update(
+                (array.view(torch.uint8).numpy() if isinstance(array, torch.Tensor) else array).tobytes()
+            )
 
     def _tell(self, text: str) -> None:
         self.digest.update(f"{len(text)} {text}".encode("utf-8", "backslashreplace"))
@@ -233,5 +240,4 @@ def _installed(module: str | None) -> bool:
     if top == _OWN or top in sys.stdlib_module_names:
         return True
     place = getattr(sys.modules.get(module or ""), "__file__", None)
-    homes = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
-    return place is not None and any(Path(home) in Path(place).parents for home in homes)
+    return place is not None and not {"site-packages", "dist-packages"}.isdisjoint(Path(place).parts)

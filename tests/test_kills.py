@@ -110,7 +110,10 @@ def numbers(folder):
     return found
 
 
-@pytest.mark.parametrize("verb", KEPT)
+SLOW = [pytest.param(verb, marks=pytest.mark.slow) for verb in ("stability", "sweep", "compare-merges")]
+
+
+@pytest.mark.parametrize("verb", ["interpolate", "shapley", *SLOW])
 def test_a_run_killed_between_result_and_figure_draws_it_when_run_again(processes, inputs, tmp_path, verb):
     folder = place(inputs, tmp_path)
     finished(started(processes, verb, folder, fatal=("plot", "save")), folder, -signal.SIGKILL)
