@@ -121,6 +121,16 @@ def inject(model: nn.Module, adapter: Adapter, *others: Adapter) -> nn.Module:
     return tuner
 
 
+_LOADS = (
+    "adapters",
+    "shadow_model",
+    "tokenizer_name_or_path",
+    "prompt_tuning_init_state_dict_path",
+    "megatron_config",
+)
+"""Fields by which PEFT loads other adapters, models and tokenizers, or imports a module that a field names."""
+
+
 def peft_config(adapter: Adapter, *others: Adapter) -> Any:
     """PEFT's configuration object that adapts exactly the modules of these adapters and no others."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -130,6 +140,9 @@ def peft_config(adapter: Adapter, *others: Adapter) -> Any:
     if cls is None:
         raise TunerError(f"{adapter.source}: the installed PEFT knows no tuner {adapter.tuner}")
     known = {key: value for key, value in adapter.config.items() if key in cls.__dataclass_fields__}
+    for key in _LOADS:
+        if known.get(key) and known[key] != "mirror":  # of the base itself
+            raise TunerError(f"{adapter.source}: its configuration has PEFT load more than its file ({key})")
     names = sorted({name for each in (adapter, *others) for name in each.sites})
     exact = "|".join(anchored(name).removeprefix("^") for name in names)
     if "target_modules" in cls.__dataclass_fields__ and not known.get("target_parameters"):

@@ -58,6 +58,14 @@ def check_folder(folder: Path, reach: Reach, where: str) -> None:
             _refuse_outward(_texts([content.get("_data_files"), content.get("splits")]), path, where)
 
 
+def check_repository(name: str, where: str) -> None:
+    """TrustError for a name by which datasets means no repository but one of its own readers, on the current folder."""
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    if name in _PACKAGED_DATASETS_MODULES:
+        raise TrustError(f"{where}: a reader of files in the current folder, no dataset on the hub; {WAYS}")
+
+
 def check_files(data_files: Mapping[Any, Any] | None, name: str, reach: Reach, where: str) -> None:
     """TrustError for a data file, as datasets has resolved it, that is neither in the folder nor of the repository."""
     own = f"hf://datasets/{name}@"

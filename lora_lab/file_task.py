@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from lora_lab.confined import check_base, check_files, check_folder
+from lora_lab.confined import check_base, check_files, check_folder, check_repository
 from lora_lab.errors import FileError, LoraLabError, OptionError, TaskError, some, unknown
 from lora_lab.hub import stay_offline_without_network
 from lora_lab.models import DTYPES, cached_folder, check_memory, pretrained
@@ -356,6 +356,8 @@ class FileTask(Task):
         from datasets import load_dataset, load_dataset_builder
 
         if self.reach.folder is not None:
+            if not Path(name).exists():
+                check_repository(name, f"task {self.name}: its data {name!r}")
             builder = load_dataset_builder(name, self.settings.data_config)
             check_files(builder.config.data_files, name, self.reach, f"task {self.name}: its data {name!r}")
         return load_dataset(name, self.settings.data_config)

@@ -188,7 +188,12 @@ class CausalLM(_Language):
         talk = next((name for name, cell in zip(names, cells, strict=True) if isinstance(cell, list)), None)
         if talk is not None:
             chat = Chat(self.tokenizer, self.settings.base, f"task {self.name}: column {talk!r}")
-            return cut(chat.row(*cells), self.settings.max_length)
+            try:
+                return cut(chat.row(*cells), self.settings.max_length)
+            except TaskError as error:
+                if self.reach.quotes:
+                    raise
+                raise TaskError(f"{chat.where} holds other conversations than its base's template takes") from error
         texts = [text_of(self, cell, name) for cell, name in zip(cells, names, strict=True)]
         if len(texts) > 1:
             return self._row(*texts)

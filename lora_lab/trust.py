@@ -179,10 +179,13 @@ def _names(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _place(value: str, origin: Origin) -> str:
-    if origin.folder and Path(origin.folder, value).exists():
-        return "beside it" if not _FOREIGN_SIGNS.search(value) else "on this machine"
-    is_path = Path(value).exists() or Path(value).suffix in TABLES or not _HUB_ID.fullmatch(value)
-    return "on this machine" if is_path else "from the hub"
+    """Where what is named is looked for, in words."""
+    if not _FOREIGN_SIGNS.search(value):
+        if Path(value).suffix in TABLES or (origin.folder and Path(origin.folder, value).exists()):
+            return "beside it"
+        if _HUB_ID.fullmatch(value) and not Path(value).exists():
+            return "from the hub"
+    return "on this machine"
 
 
 def _with_content(path: Path) -> Iterable[Path]:

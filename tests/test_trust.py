@@ -22,9 +22,11 @@ from transformers import (
 
 from lora_lab import files, shapley, tasks, trust
 from lora_lab.adapter import RECORD_KEY, SIGNATURE_KEY, Adapter
-from lora_lab.errors import FileError, LoraLabError, LoraLabNote, TaskError, TrustError
+from lora_lab.attach import peft_config
+from lora_lab.errors import FileError, LoraLabError, LoraLabNote, TaskError, TrustError, TunerError
 from lora_lab.evaluate import Sent, score, task_of
 from lora_lab.merge import base_of, merge
+from lora_lab.models import base_model
 from lora_lab.prune import structured
 from lora_lab.recipe import Recipe
 from lora_lab.sources import Sources
@@ -153,6 +155,53 @@ def test_no_verb_runs_code_that_comes_with_a_downloaded_adapter(lora_lab, downlo
         assert (tmp_path / "marker").exists()
 
 
+def test_nobody_is_asked_whether_code_may_run(download, tmp_path, monkeypatch):
+    trap(download, tmp_path / "marker")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question on standard input"))
+    with pytest.raises(TaskError, match="needs code that comes with it, which is not run"):
+        base_model(str(download / "base"))
+    assert not (tmp_path / "marker").exists()
+
+
+class Pickled:
+    """Leaves a mark when it is read."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def test_pickles_of_a_base_are_read_as_tensors_alone(download, tmp_path):
+    (download / "base" / "model.safetensors").unlink()
+    torch.save({"weight": Pickled(tmp_path / "marker")}, download / "base" / "pytorch_model.bin")
+    found = saved(download / "a.safetensors", RECORD)
+    with pytest.warns(LoraLabNote), pytest.raises(TaskError, match="cannot be loaded"):
+        task_of(found).build_model()
+    assert not (tmp_path / "marker").exists()
+    torch.load(download / "base" / "pytorch_model.bin", weights_only=False)
+    assert (tmp_path / "marker").exists()
+
+
+def test_an_adapter_from_the_hub_has_its_snapshot_for_its_own_folder(download, tmp_path, monkeypatch):
+    cached = tmp_path / "hub" / "models--someone--adapter"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    adapter(RECORD, base="someone/bert").save(cached / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "someone").mkdir()
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(download, "someone", dirs_exist_ok=True)  # what is called like it here is not its own
+    found = Adapter.load("someone/adapter")
+    assert found.origin == trust.Origin(False, str(cached / "snapshots" / ("0" * 40)))
+    with pytest.raises(TrustError, match="base = 'base'"):
+        task_of(found)
+    shutil.copytree(download, found.origin.folder, dirs_exist_ok=True)
+    with pytest.warns(LoraLabNote, match=r"base 'base' \(beside it\)"):
+        assert Path(task_of(found).base).resolve() == Path(found.origin.folder, "base")
+
+
 def test_what_is_passed_on_asks_for_nothing(lora_lab, download, monkeypatch):
     for i, name in enumerate("ab"):
         record = {**RECORD, "trust_remote_code": True, "device_map": "auto"}
@@ -277,6 +326,50 @@ def test_records_of_other_types_are_refused(download, record):
         task_of(saved(download / "a.safetensors", record))
 
 
+@pytest.mark.parametrize("name", ["csv", "json", "pandas", "text", "arrow"])
+def test_a_reader_of_datasets_is_no_dataset(download, tmp_path, monkeypatch, name):
+    (tmp_path / "train.csv").write_text("text,label\n" + "secret,yes\nsecret,no\n" * 20)
+    monkeypatch.chdir(tmp_path)
+    found = saved(download / "a.safetensors", {**RECORD, "data": name})
+    with pytest.warns(LoraLabNote):
+        built = task_of(found)
+    with pytest.raises(TrustError, match=f"its data '{name}': a reader of files in the current folder"):
+        built.split("test")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"megatron_config": {"a": 1}, "megatron_core": "trap"},
+        {"peft_type": "XLORA", "adapters": {"0": "someone/else"}, "hidden_size": 16},
+        {"peft_type": "SHADOW", "shadow_model": "someone/else"},
+        {"peft_type": "PROMPT_TUNING", "tokenizer_name_or_path": "someone/else", "num_virtual_tokens": 2},
+    ],
+    ids=lambda config: config.get("peft_type", "LORA"),
+)
+def test_a_configuration_loads_nothing_else(config):
+    made = adapter(RECORD, **config)
+    with pytest.raises(TunerError, match="its configuration has PEFT load more than its file"):
+        peft_config(made)
+
+
+@pytest.mark.parametrize(
+    ("place", "target", "expected"),
+    [
+        ("hub/models--a--b/snapshots/1/x", "hub/models--a--b/blobs/x", True),
+        ("hub/models--a--b/snapshots/1/x", "hub/models--c--d/blobs/x", False),
+        ("hub/models--a--b/snapshots/1/x", "secret", False),
+        ("models--a--b/other/1/x", "models--a--b/blobs/x", False),
+    ],
+)
+def test_a_folder_in_the_hubs_cache_has_its_files_beside_it(tmp_path, place, target, expected):
+    for path in (tmp_path / place, tmp_path / target):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / target).touch()
+    (tmp_path / place).symlink_to(tmp_path / target)
+    assert trust.is_inside(tmp_path / place, str((tmp_path / place).parent)) is expected
+
+
 # What a folder inside the download names in its turn
 
 
@@ -380,6 +473,23 @@ def test_errors_show_nothing_of_what_a_record_names(download, case):
     assert expected in str(refused.value)
     assert "secret" not in str(refused.value)
     assert "70077" not in str(refused.value)
+
+
+def test_errors_show_nothing_of_a_conversation(download):
+    template = "{{ raise_exception(messages[0]['content']) }}"
+    (download / "base" / "chat_template.jinja").write_text(template)
+    talk = [{"role": "user", "content": "secret"}, {"role": "assistant", "content": "x"}]
+    (download / "talk.jsonl").write_text((json.dumps({"text": talk}) + "\n") * 20)
+    record = {"kind": "causal-lm", "base": "base", "data": "talk.jsonl", "text": "text"}
+    with pytest.warns(LoraLabNote):
+        built = task_of(saved(download / "a.safetensors", record))
+    with pytest.raises(
+        TaskError, match="column 'text' holds other conversations than its base's template takes"
+    ) as told:
+        built.split("test")
+    assert "secret" not in str(told.value)
+    with pytest.raises(TaskError, match="secret"):
+        tasks.from_record(record, base=download).split("test")
 
 
 def test_errors_show_what_a_task_of_the_users_own_holds(download, monkeypatch):
