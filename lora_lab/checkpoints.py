@@ -15,6 +15,7 @@ from lora_lab import files
 from lora_lab.adapter import Adapter
 from lora_lab.errors import FileError, LoraLabWarning
 from lora_lab.result import finite
+from lora_lab.trust import Origin
 
 SEAL = "seal.json"
 """The file in a checkpoint that says what its other files are; written last, so one without it is not whole."""
@@ -37,7 +38,10 @@ class StampCheckpoints(TrainerCallback):  # type: ignore[misc]
             warnings.simplefilter("ignore")
             adapter = Adapter.load(folder)
         stamped = dataclasses.replace(
-            adapter, record={**self._record, "step": state.global_step}, config={**adapter.config, **self._base}
+            adapter,
+            record={**self._record, "step": state.global_step},
+            config={**adapter.config, **self._base},
+            origin=Origin(own=True),
         )
         with tempfile.TemporaryDirectory(dir=folder) as beside:
             for file in stamped.save(Path(beside) / "adapter").iterdir():
