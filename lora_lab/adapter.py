@@ -25,6 +25,7 @@ from lora_lab.sites import Parsed, Site
 CONFIG_KEY = "lora_lab.config"
 RECORD_KEY = "lora_lab.record"
 SIGNATURE_KEY = "lora_lab.signature"
+_LARGEST_CONFIG = 2**23
 _HUB_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
 
 
@@ -337,18 +338,18 @@ def _find_config(
 ) -> dict[str, Any] | None:
     if given is not None:
         path = Path(given).expanduser()
-        return files.read_json(path / "adapter_config.json" if path.is_dir() else path)
+        return files.read_json(path / "adapter_config.json" if path.is_dir() else path, largest=_LARGEST_CONFIG)
     neighbour = found.weights.parent / "adapter_config.json"
     in_header = CONFIG_KEY in metadata
     if neighbour.exists() and not (in_header and found.folder is None):
-        return files.read_json(neighbour)
+        return files.read_json(neighbour, largest=_LARGEST_CONFIG)
     return _header_json(found.weights, CONFIG_KEY, metadata) if in_header else None
 
 
 def _header_json(path: Path, key: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         content = json.loads(metadata[key])
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
         raise FileError(f"{path}: {key} in its header is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise FileError(f"{path}: {key} in its header is not a JSON object")

@@ -26,7 +26,7 @@ def finite(parsed: Parsed, where: str) -> None:
     bad = []
     for key, tensor in parsed.tensors.items():
         if tensor.is_floating_point():
-            count = tensor.numel() - int(torch.isfinite(tensor.float() if tensor.itemsize < 2 else tensor).sum())
+            count = tensor.numel() - int(torch.isfinite(tensor.bfloat16() if tensor.itemsize < 2 else tensor).sum())
             if count:
                 bad.append(f"{key.removeprefix(PREFIX)} ({count} of {tensor.numel()})")
     if bad:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import operator
 import os
 import pickle
+import pickletools
+import stat
 import struct
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from lora_lab.errors import FileError
 from lora_lab.ownership import foreign, status_of
@@ -20,8 +25,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; FileError names what stands there instead (LFS pointer, web page, nothing, a list …)."""
+_LONGEST_HEADER = 2**25
+"""Bytes of a safetensors header: a quarter of a million tensors have half of that."""
+
+
+def read_json(path: Path, *, largest: int | None = None) -> dict[str, Any]:
+    """A JSON object; FileError names what stands there instead (LFS pointer, web page, nothing, a list …).
+
+    `largest` bounds the file's size in bytes, since what is parsed takes up to thirty times its memory.
+    """
+    size = _size(path)
+    if largest is not None and size > largest:
+        raise FileError(f"{path}: {size} bytes; at most {largest} are read of such a file")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -48,8 +63,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
-        raise FileError(f"{path}: not a sound safetensors file ({error})") from error
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
+        raise FileError(f"{path}: not a sound safetensors file ({_brief(error)})") from error
+    _check_tensors(path, tensors)
     return tensors, metadata
 
 
@@ -68,8 +84,10 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             raise FileError(f"{path}: truncated or incomplete: {size} bytes, its header alone needs {needed}")
         if length > size - 8:
             raise FileError(f"{path}: not a safetensors file")
+        if length > _LONGEST_HEADER:
+            raise FileError(f"{path}: a header of {length} bytes; at most {_LONGEST_HEADER} are read")
         try:
-            header = json.loads(file.read(length))
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
         except (ValueError, RecursionError) as error:
             raise FileError(f"{path}: not a safetensors file (its header is not JSON)") from error
     if not isinstance(header, dict):
@@ -81,10 +99,12 @@ def read_bin(path: Path) -> dict[str, Tensor]:
     """The tensors of a torch file, read with weights_only, so that nothing in it is executed."""
     import torch
 
-    if _size(path) == 0:
+    size = _size(path)
+    if size == 0:
         raise FileError(f"{path}: empty (0 bytes); the download or the save was incomplete")
     with path.open("rb") as file:
         _refuse_placeholder(path, file.read(200))
+    _check_torch_file(path, size)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch on pickle protocols, which nobody here can change
@@ -102,13 +122,23 @@ def read_bin(path: Path) -> dict[str, Tensor]:
         IndexError,
         TypeError,
         AttributeError,
+        MemoryError,
+        RecursionError,
+        OverflowError,
+        NotImplementedError,
+        AssertionError,
     ) as error:
-        raise FileError(f"{path}: truncated or incomplete, or no torch file ({error})") from error
+        raise FileError(f"{path}: truncated or incomplete, or no torch file ({_brief(error)})") from error
     while isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise FileError(f"{path}: not a dictionary of tensors")
-    return {str(key): value for key, value in content.items()}
+    tensors = {str(key): value.detach() for key, value in content.items()}
+    _check_tensors(path, tensors)
+    total = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+    if total > 2 * size:  # twice, since tied weights share their storage
+        raise FileError(f"{path}: refused: its tensors are views of {total} bytes, in a file of {size}")
+    return tensors
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -197,19 +227,100 @@ def _with_sorted_header(data: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + data[end:]
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name twice in one object")
+    return found
+
+
+def _check_torch_file(path: Path, size: int) -> None:
+    """Refuse what would take more memory than the file before torch reads it: packed parts, and calls for space."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                parts = archive.infolist()
+                packed = any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+                if packed or sum(part.file_size for part in parts) > size:
+                    raise FileError(f"{path}: refused: its parts are packed, which torch never does")
+                for part in parts:
+                    if part.filename.endswith("data.pkl"):
+                        _check_pickles(path, io.BytesIO(archive.read(part)))
+        else:
+            with path.open("rb") as file:
+                _check_pickles(path, file)
+    except FileError:
+        raise
+    except Exception:  # no pickle, or a broken one: torch says what is wrong with it
+        return
+
+
+def _check_pickles(path: Path, stream: IO[bytes]) -> None:
+    count = 0
+    for _ in range(5):  # an old torch file has five of them in a row, before the storages
+        for _, argument, _ in pickletools.genops(stream):
+            count += 1
+            if argument in ("builtins bytearray", "__builtin__ bytearray"):  # torch would make one of any length
+                raise FileError(f"{path}: refused: it holds more than tensors")
+            if count > _MOST_STEPS:
+                raise FileError(f"{path}: refused: reading it takes more than {_MOST_STEPS} steps")
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """FileError for tensors that hold no plain numbers on this machine: sparse, quantised, meta, of packed types."""
+    import torch
+
+    for key, tensor in tensors.items():
+        plain = (
+            tensor.layout == torch.strided
+            and not (tensor.is_quantized or tensor.is_nested)
+            and tensor.device.type == "cpu"
+        )
+        name = str(tensor.dtype).removeprefix("torch.")
+        if not plain or type(tensor) is not torch.Tensor or not name.startswith(_NUMBERS):
+            kind = "quantised" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+            raise FileError(
+                f"{path}: {key[:200]}: {name}, {kind}, on {tensor.device.type}; plain numbers on the CPU are needed"
+            )
+        if tensor.ndim > _MOST_DIMENSIONS:
+            raise FileError(f"{path}: {key[:200]}: {tensor.ndim} dimensions; at most {_MOST_DIMENSIONS} are read")
+        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise FileError(f"{path}: {key[:200]}: {list(tensor.shape)} numbers, of which the file holds fewer")
+
+
+_NUMBERS = ("float8_", "float16", "bfloat16", "float32", "float64", "int", "uint", "bool", "complex64", "complex128")
+_MOST_DIMENSIONS = 64
+_MOST_STEPS = 4_000_000
+"""Of an unpickling: a tensor takes about forty."""
+
+
+def _brief(error: BaseException) -> str:
+    """The first line of an error, cut where it is long: some quote what they could not read."""
+    text = str(error).partition("\n")[0] or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
 def _check_safetensors_size(path: Path) -> dict[str, str]:
     header, length = read_header(path)
     metadata = header.pop("__metadata__", {})
     try:
-        expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        expected = 8 + length + max((operator.index(entry["data_offsets"][1]) for entry in header.values()), default=0)
     except (TypeError, KeyError, IndexError) as error:
         raise FileError(f"{path}: not a safetensors file (its header lists no offsets)") from error
+    if expected > 2**63:
+        raise FileError(f"{path}: not a safetensors file (its header lists offsets beyond any file)")
     if _size(path) < expected:
         raise FileError(f"{path}: truncated or incomplete: {_size(path)} bytes of {expected}")
     return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
 
 
 def _size(path: Path) -> int:
+    try:
+        kind = path.stat().st_mode
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read ({error.strerror})") from error
+    if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # a pipe would keep whoever opens it waiting
+        raise FileError(f"{path}: neither a file nor a folder")
     try:
         with path.open("rb") as file:  # opened, so that a folder or a locked file is found out here
             return os.fstat(file.fileno()).st_size

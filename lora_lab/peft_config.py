@@ -52,7 +52,7 @@ def number(value: Any) -> float | None:
 
 def count(value: Any) -> int | None:
     """A rank of a configuration; None for what is none."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31 else None
 
 
 def field_problems(config: Mapping[str, Any]) -> list[str]:
@@ -60,17 +60,17 @@ def field_problems(config: Mapping[str, Any]) -> list[str]:
     problems = []
     for name in _YES_OR_NO:
         if not isinstance(config.get(name), bool | None):
-            problems.append(f"{name} is {config[name]!r}; true or false belongs there")
+            problems.append(f"{name} is {brief(config[name])}; true or false belongs there")
     if config.get("bias") not in (None, "none", "all", "lora_only"):
-        problems.append(f"bias is {config['bias']!r}; none, all or lora_only belongs there")
+        problems.append(f"bias is {brief(config['bias'])}; none, all or lora_only belongs there")
     if count(config.get("r")) is None:
-        problems.append(f"r is {_brief(config.get('r'))} in the config; a rank of at least 1 belongs there")
+        problems.append(f"r is {brief(config.get('r'))} in the config; a rank of at least 1 belongs there")
     for name in ("rank_pattern", "alpha_pattern"):
         said = config.get(name)
         if said is not None and not isinstance(said, Mapping):
             problems.append(f"{name} is a {type(said).__name__}; an object of module and number belongs there")
     wrong = [
-        f"{shown(key)}: {_brief(value)}"
+        f"{shown(key)}: {brief(value)}"
         for key, value in patterns_of(config, "rank_pattern").items()
         if not count(value)
     ]
@@ -80,10 +80,10 @@ def field_problems(config: Mapping[str, Any]) -> list[str]:
         said = config.get(name)
         parts = said if isinstance(said, list | tuple | set) else ()
         if not isinstance(said, str | list | tuple | set | None) or not all(isinstance(p, str) for p in parts):
-            problems.append(f"{name} is {_brief(said)}; names of modules belong there")
+            problems.append(f"{name} is {brief(said)}; names of modules belong there")
     if not isinstance(config.get("init_lora_weights"), bool | str | None):
         problems.append(
-            f"init_lora_weights is {_brief(config['init_lora_weights'])}; true, false or a name belongs there"
+            f"init_lora_weights is {brief(config['init_lora_weights'])}; true, false or a name belongs there"
         )
     return problems
 
@@ -93,13 +93,14 @@ def field_notes(config: Mapping[str, Any]) -> list[str]:
     init = config.get("init_lora_weights")
     notes = []
     if isinstance(init, str) and init not in _INITS and not init.startswith("pissa_niter_"):
-        notes.append(f"init_lora_weights is {init!r}, which PEFT does not know and refuses to load")
+        notes.append(f"init_lora_weights is {brief(init)}, which PEFT does not know and refuses to load")
     if isinstance(config.get("target_modules"), str) and config.get("layers_to_transform") is not None:
         notes.append("layers_to_transform beside a pattern in target_modules, which PEFT refuses to load")
     return notes
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
+    """A value of a configuration as it goes into a message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}…"
 
@@ -198,7 +199,7 @@ def complete_config(
     notes: list[str] = []
     if not isinstance(config.get("peft_type"), str) or not config["peft_type"].strip():
         raise AdapterError(
-            f"peft_type is {_brief(config.get('peft_type'))} in the config; PEFT writes LORA or another there"
+            f"peft_type is {brief(config.get('peft_type'))} in the config; PEFT writes LORA or another there"
         )
     if tuner_of(config) != "LORA":
         return config, notes

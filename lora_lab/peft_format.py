@@ -20,6 +20,7 @@ from lora_lab.errors import AdapterError, some
 from lora_lab.keys import PREFIX, natural
 from lora_lab.lowrank import LowRank
 from lora_lab.peft_config import (
+    brief,
     count,
     number,
     parameter_sites,
@@ -175,7 +176,7 @@ def _prefix(tuner: str, where: str) -> str:
 
     by_name = {str(kind).rpartition(".")[2].upper(): prefix for kind, prefix in PEFT_TYPE_TO_PREFIX_MAPPING.items()}
     if tuner not in by_name:
-        raise AdapterError(f"{where}: peft_type {tuner!r} is none that the installed PEFT knows")
+        raise AdapterError(f"{where}: peft_type {brief(tuner)} is none that the installed PEFT knows")
     return str(by_name[tuner]).replace("lambda_", "")  # VeRA's prefix names only one of its two vectors
 
 
@@ -226,7 +227,9 @@ def _add_site(
     rank_for_scale = expected if kind == "parameter" and expected and rank % expected == 0 else rank
     alpha, scale = number(settings.alphas[module]), None
     if alpha is None:
-        parsed.problems.append(f"{where}: {module}: lora_alpha is {settings.alphas[module]!r}; a number belongs there")
+        parsed.problems.append(
+            f"{where}: {module}: lora_alpha is {brief(settings.alphas[module])}; a number belongs there"
+        )
     else:
         scale = alpha / (math.sqrt(rank_for_scale) if config.get("use_rslora") is True else rank_for_scale)
     parsed.sites[module] = Site(module, kind, own, rank, scale)
