@@ -124,11 +124,18 @@ def test_a_run_killed_between_result_and_figure_draws_it_when_run_again(processe
     err = finished(started(processes, verb, folder), folder)
     assert "this very result is there already" in err
     assert result.read_bytes() == before
-    drawn = [path.read_bytes() for path in figures]
+    assert all(path.stat().st_size > 1000 for path in figures)
     assert not [path for path in (folder / "out").iterdir() if path.suffix in (".journal", ".part")]
-    figures[0].write_bytes(drawn[1])  # another figure than the result's, ours all the same
+
+
+def test_another_figure_than_the_results_is_drawn_again(processes, inputs, tmp_path):
+    folder = place(inputs, tmp_path)
+    finished(started(processes, "interpolate", folder), folder)
+    figures = [folder / "out" / f"interpolate.{end}" for end in ("pdf", "png")]
+    drawn = [path.read_bytes() for path in figures]
+    figures[0].write_bytes(drawn[1])  # a figure of ours, of another kind
     figures[1].write_bytes(drawn[1][:-9])
-    finished(started(processes, verb, folder), folder)
+    finished(started(processes, "interpolate", folder), folder)
     assert [path.read_bytes() for path in figures] == drawn
 
 
