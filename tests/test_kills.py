@@ -32,8 +32,8 @@ RUNS = {
     "train": ["--steps", 6, "--batch-size", 8, "-o", "out/trained.safetensors"],
     "figure": ["line.json", "-o", "out/line.pdf", "-o", "out/line.svg"],
 }
-KEPT = ("interpolate", "stability", "shapley", "sweep", "compare-merges")
-"""Verbs that find their result again; the others are told to replace what is there."""
+REPLACED = ("evaluate", "merge", "prune", "figure")
+"""Verbs that are told to replace what is there; the others find their result again."""
 
 
 def command(verb, arguments, folder, fatal=None):
@@ -159,7 +159,7 @@ def killed_and_run_again(processes, inputs, folder, verb, share, whole):
     process.join(share * whole)
     process.kill()
     process.join()
-    more = [] if verb in KEPT else ["--force"]
+    more = ["--force"] if verb in REPLACED else []
     finished(started(processes, verb, folder, *more), folder)
 
 
