@@ -153,14 +153,17 @@ def _show_interactions(result: Any) -> None:
             continue
         names = found["players"]
         pairs = [
-            (abs(found["values"][i][j]), f"{names[i]} with {names[j]}", found["values"][i][j], found["se"][i][j])
+            (f"{names[i]} with {names[j]}", found["values"][i][j], found["half"][i][j], found["se"][i][j])
             for i in range(len(names))
             for j in range(i)
             if found["values"][i][j] is not None and found["se"][i][j] is not None
         ]
-        rows = [row[1:] for row in sorted(pairs, reverse=True)[:10]]
+        rows = [
+            (pair, common.estimate(value, value - half, value + half), se)
+            for pair, value, half, se in sorted(pairs, key=lambda row: -abs(row[1]))[:10]
+        ]
         title = f"Strongest interactions in {summary['adapter']} (above 0: more together than apart)"
-        common.table(title, ("pair", "interaction", "s.e."), rows)
+        common.table(title, ("pair", "interaction [95 % of sampling]", "s.e. of sampling"), rows)
         common.console.print()
 
 

@@ -46,7 +46,8 @@ def command(
 
     θ is ε-stable over a family of keep-sets if the loss rises by at most ε whichever of them is kept; ε and the worst
     keep-set are reported for several families (a working definition after Kuditipudi et al. 2019). From the same
-    keep-sets come both sides of CoTo's progressive-optimisation inequality.
+    keep-sets come both sides of CoTo's progressive-optimisation inequality, for masks with at least one layer on, as
+    CoTo draws them, and for independent coins.
 
     Example:  lora-lab stability lora.safetensors coto.safetensors --samples 30
     """
@@ -124,8 +125,10 @@ def _show_epsilon(summary: dict[str, Any]) -> None:
 
 
 def _show_inequality(summary: dict[str, Any]) -> None:
-    rows = [(f"{row['p']:g}", row["left"], row["right"], row["gap"]) for row in summary["inequality"]]
-    common.table(
-        "E[loss] ≥ Σ Binomial(j; G, p) loss of the mean output of j players", ("p", "left", "right", "gap"), rows
-    )
+    def cells(row: dict[str, Any]) -> list[str]:
+        return [common.estimate(row[n], row[f"{n}_low"], row[f"{n}_high"]) for n in ("left", "right", "gap")]
+
+    rows = [(row["law"], f"{row['p']:g}", *cells(row)) for row in summary["inequality"]]
+    title = "E[loss] ≥ Σ P(j) loss of the mean output of j players on; CoTo's masks have at least one on"
+    common.table(title, ("masks", "p", "left [95 %]", "right [95 %]", "gap [95 %]"), rows)
     common.console.print()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lora_lab import escape
@@ -29,8 +30,8 @@ from lora_lab.methods import MERGES, check
 from lora_lab.renames import require_shared_modules
 from lora_lab.result import Journal, Result, columns, fingerprint, finite, grouped, provenance
 from lora_lab.sources import Sources
-from lora_lab.stats import Sampled, interval, mean_and_spread
-from lora_lab.task import Task, resolve_device
+from lora_lab.stats import ADDED, Floats, Sampled, around, interval, mean_and_spread, proportion
+from lora_lab.task import Scores, Task, resolve_device
 
 COEFFICIENTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
 RATIOS = ((0.0, 1.0), (1.0, 2.0), (1.0, 1.0), (1.0, 1.0, 1.0))
@@ -60,10 +61,10 @@ def compare(
     """Accuracy of every merge on the tasks of its adapters, each with its own head; see the module's first lines.
 
     `methods` are names of MERGES, NAME:RULE for an inner rule, or all; `options` are theirs by name. Every number on
-    the `split` has a 95 % interval over examples (paired bootstrap with `seed`); normalised is divided by the
-    adapter's own accuracy alone. The summary has the validation curves over the coefficients. A method that cannot
-    merge a set is left out, and the summary says why. `base_name` tells runs with different `base` apart. With
-    `journal`, a killed run goes on where it was.
+    the `split` has a 95 % interval over examples (bootstraps with `seed`; Wilson's for one task's accuracy); normalised
+    is divided by the adapter's own accuracy alone. The summary has the validation curves over the coefficients. A
+    method that cannot merge a set is left out, and the summary says why. `base_name` tells runs with different `base`
+    apart. With `journal`, a killed run goes on where it was.
     """
     ways = ways_of(methods, options or {})
     mixes = mixes_of(adapters, tasks, ratios)
@@ -237,25 +238,48 @@ def _measured(
     tasks: Sequence[Task],
     seed: int,
 ) -> tuple[list[Row], Row]:
-    """A row for each task, and the row of the mean over them."""
+    """A row for each task, and the row of the mean over them.
+
+    A task's accuracy has the interval of `proportion`; its share of the adapter's own, and the means over tasks, a
+    bootstrap one. Of the examples added to outcomes (see `Sampled.of`), each of the tasks of a mean gets its part.
+    """
     head = _head(mix, name)
-    rows, accuracies, shares = [], [], []
-    for index, own, scored in zip(mix.members, alone, scores, strict=False):
-        both = Sampled.of(np.stack([correct(scored), correct(own)]), seed=seed)
-        accuracies.append((both.means[0], both.samples[0]))
-        shares.append((share(*both.means), share(*both.samples)))
-        cells = {"accuracy": accuracies[-1], "normalised": shares[-1]}
+    rows: list[Row] = []
+    means: dict[str, list[tuple[Floats, Floats]]] = {"accuracy": [], "normalised": []}
+    pairs = list(zip(mix.members, alone, scores, strict=False))
+    for index, own, scored in pairs:
+        accuracy = proportion(_outcomes(scored))
+        shares = [share(*part) for part in _both(scored, own, ADDED, seed)]
         row: Row = {**head, "task": tasks[index].name, "adapter": names[index], "loss": loss(scored)}
-        for key, (mean, samples) in cells.items():
-            low, high = interval(samples[np.isfinite(samples)])
-            row |= {key: float(mean[0]), f"{key}_low": low, f"{key}_high": high}
-        rows.append(row)
+        row |= dict(zip(("accuracy", "accuracy_low", "accuracy_high"), accuracy, strict=True))
+        rows.append(row | _cells("normalised", *shares))
+        of_task, samples = _both(scored, own, ADDED / len(pairs), seed)
+        means["accuracy"].append((of_task[0], samples[0]))
+        means["normalised"].append((share(*of_task), share(*samples)))
     whole: Row = {**head, "loss": float(np.mean([row["loss"] for row in rows]))}
-    for key, parts in (("accuracy", accuracies), ("normalised", shares)):
-        mean, samples = (np.mean([part[k] for part in parts], axis=0) for k in (0, 1))
-        low, high = interval(samples[np.isfinite(samples)])
-        whole |= {key: float(mean[0]), f"{key}_low": low, f"{key}_high": high}
+    for key, parts in means.items():
+        whole |= _cells(key, *(np.mean([part[k] for part in parts], axis=0) for k in (0, 1)))
     return rows, whole
+
+
+def _both(scored: Sequence[Scores], own: Sequence[Scores], added: float, seed: int) -> tuple[Floats, Floats]:
+    """Means, [2, 1], and resampled means, [2, resamples], of the correctness of a merge and of the adapter alone."""
+    same = all(a is b for a, b in zip(scored, own, strict=True)) if len(scored) == len(own) else False
+    values = [_outcomes(scored)] if same else [_outcomes(scored), _outcomes(own)]
+    right_or_wrong = all(scores.correct.dtype == np.bool_ for scores in (*scored, *own))
+    sampled = Sampled.of(np.stack(values), seed=seed, added=added if right_or_wrong else 0.0)
+    both = sampled[[0, 0] if same else [0, 1]]
+    return both.means, both.samples
+
+
+def _outcomes(scores: Sequence[Scores]) -> npt.NDArray[np.bool_] | Floats:
+    """Correctness of each example: of one model as it is scored, of several a mean over them."""
+    return scores[0].correct if len(scores) == 1 else correct(scores)
+
+
+def _cells(key: str, mean: Floats, samples: Floats) -> Row:
+    low, high = around(float(mean[0]), interval(samples[np.isfinite(samples)]))
+    return {key: float(mean[0]), f"{key}_low": low, f"{key}_high": high}
 
 
 def _by_method(sets: Sequence[Row]) -> list[Row]:

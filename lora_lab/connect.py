@@ -32,7 +32,7 @@ from lora_lab.errors import OptionError
 from lora_lab.evaluate import Examples, Sent, bare, described, examples_of, identity, pack, remembered
 from lora_lab.mix import Mixer
 from lora_lab.result import Journal, Result, columns, fingerprint, finite, grouped, provenance
-from lora_lab.stats import Floats, Sampled, mean_and_spread
+from lora_lab.stats import Floats, Sampled, mean_and_spread, proportion
 from lora_lab.task import Scores, Task, resolve_device
 
 Progress = Callable[[int, int], None]
@@ -89,10 +89,10 @@ def interpolate(
 ) -> Result:
     """Loss and accuracy along the line between every two of the adapters, with barriers.
 
-    Every number carries a 95 % interval over the examples (paired bootstrap with `seed`: one resampling for all
-    points of a curve). `factors` brings the norm-matched curve with it wherever there is a ΔW. `ratios` are
-    weights for the first adapters of every combination, normalised to sum 1. End points are the adapters
-    themselves. With `journal`, a killed run goes on where it was.
+    Every number carries a 95 % interval over the examples: losses and barriers by a paired bootstrap with `seed` (one
+    resampling for all points of a curve), accuracies by `stats.proportion`. `factors` brings the norm-matched curve
+    with it wherever there is a ΔW. `ratios` are weights for the first adapters of every combination, normalised to sum
+    1. End points are the adapters themselves. With `journal`, a killed run goes on where it was.
     """
     check(adapters, points=points, spaces=spaces)
     device = device or (torch.device(pool.device) if pool else resolve_device())
@@ -118,11 +118,12 @@ def interpolate(
     rows = []
     for (pair, _), line in lines.items():
         rows += [
-            {**_who(adapters, pair), "t": float(t), "ratio": None, **_cells(point, sampled, mixer)}
+            {**_who(adapters, pair), "t": float(t), "ratio": None, **_cells(point, scores, sampled["loss"], mixer)}
             for t, point in zip(grid, line, strict=True)
         ]
     for (members, ratio), point in mixes:
-        rows.append({**_who(adapters, members), "t": None, "ratio": ratio, **_cells(point, sampled, mixer)})
+        cells = _cells(point, scores, sampled["loss"], mixer)
+        rows.append({**_who(adapters, members), "t": None, "ratio": ratio, **cells})
     curves = {
         (pair, space, metric): sampled[metric].line(line) for (pair, space), line in lines.items() for metric in METRICS
     }
@@ -311,24 +312,22 @@ class _Sampled:
 
     def __init__(self, scores: Mapping[str, Scores], metric: str, seed: int) -> None:
         self._index = {key: i for i, key in enumerate(scores)}
-        values = [s.loss if metric == "loss" else 1.0 - s.correct for s in scores.values()]
+        values = [s.loss if metric == "loss" else s.wrong for s in scores.values()]
         self._all = Sampled.of(np.stack(values), seed=seed)
 
     def line(self, points: Sequence[Point]) -> Sampled:
         return self._all[[self._index[point.key] for point in points]]
 
 
-def _cells(point: Point, sampled: Mapping[str, _Sampled], mixer: Mixer) -> dict[str, Any]:
+def _cells(point: Point, scores: Mapping[str, Scores], losses: _Sampled, mixer: Mixer) -> dict[str, Any]:
     """What a row says of its point."""
-    loss = sampled["loss"].line([point]).estimate(lambda L: L[0])
-    error, low, high = sampled["error"].line([point]).estimate(lambda L: L[0])
+    loss = losses.line([point]).estimate(lambda L: L[0])
+    accuracy = proportion(scores[point.key].correct)
     return {
         "space": point.space,
         "weights": list(point.weights),
         **dict(zip(("loss", "loss_low", "loss_high"), loss, strict=True)),
-        "accuracy": 1 - error,
-        "accuracy_low": 1 - high,
-        "accuracy_high": 1 - low,
+        **dict(zip(("accuracy", "accuracy_low", "accuracy_high"), accuracy, strict=True)),
         "norm": mixer.norm(point.weights, point.space),
     }
 
@@ -370,7 +369,7 @@ def _shrinkage(curves: Curves, pair: tuple[int, int], metric: str, grid: Floats)
     `removed` is a paired difference: its interval comes from one resampling of both curves.
     """
     factors, matched = curves[pair, "factors", metric], curves[pair, "matched", metric]
-    both = Sampled(np.concatenate([factors.means, matched.means]), np.concatenate([factors.samples, matched.samples]))
+    both = factors.with_points(matched)
     n, above_chord = len(grid), BARRIERS["entezari"]
 
     def of_factors(L: Floats) -> Floats:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_lab.errors import LoraLabWarning, OptionError, unknown
-from lora_lab.stats import Floats, Z, student
+from lora_lab.stats import Floats, Z, mean_and_error, student
 
 Bools = npt.NDArray[np.bool_]
 Game = Callable[[Bools], Floats]
@@ -51,7 +51,11 @@ class Estimate:
     values: Floats
     """[n]"""
     se: Floats
-    """[n]; of the choice of coalitions, 0 for exact values, NaN where one draw alone tells nothing."""
+    """[n]; of the choice of coalitions, not of the examples: 0 for exact values, NaN where one draw tells nothing.
+
+    The 95 % interval is `student(draws)` of them wide to each side; where all draws gave a player the same, see
+    `stats.mean_and_error`.
+    """
     coalitions: Bools
     """[m, n], every coalition once."""
     weights: Floats
@@ -316,48 +320,6 @@ def fit_pairs(coalitions: Bools, worths: Floats) -> Estimate | None:
     )
 
 
-def interactions(
-    game: Game, n: int, *, samples: int = 200, seed: int = 0, every: bool = False
-) -> tuple[Floats, Floats]:
-    """Pairwise Shapley interactions and their standard errors, [n, n] each, symmetric, the diagonal 0.
-
-    I_ij = mean over places and sets before of v(S∪ij) − v(S∪i) − v(S∪j) + v(S) (Grabisch & Roubens 1999): above 0 the
-    two help more together than apart. With `every` coalition exact; else from `samples` random orders, in each of
-    which neighbours i, j are looked at with all before them as S.
-    """
-    if n < 2:
-        return np.zeros((n, n)), np.zeros((n, n))
-    if every:
-        return _exact_interactions(game, n), np.zeros((n, n))
-    orders = _orders_of(n, samples, seed)
-    found = game(interaction_coalitions(n, samples=samples, seed=seed)).reshape(samples, n - 1, 4)
-    second = found[:, :, 0] - found[:, :, 1] - found[:, :, 2] + found[:, :, 3]
-    total, squares, count = np.zeros((3, n, n))
-    for order, row in zip(orders, second, strict=True):
-        for i, j, value in zip(order[:-1], order[1:], row, strict=True):
-            if np.isfinite(value):
-                for at in ((i, j), (j, i)):
-                    total[at] += value
-                    squares[at] += value * value
-                    count[at] += 1
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = total / count
-        se = np.sqrt((squares / count - mean**2).clip(min=0) / (count - 1))
-    np.fill_diagonal(mean, 0)
-    np.fill_diagonal(se, 0)
-    return mean, se
-
-
-def interaction_coalitions(n: int, *, samples: int, seed: int = 0) -> Bools:
-    """The coalitions that sampled `interactions` ask for, four for every two neighbours of every order."""
-    return np.concatenate([_neighbours(order) for order in _orders_of(n, samples, seed)])
-
-
-def _orders_of(n: int, samples: int, seed: int) -> list[npt.NDArray[Any]]:
-    generator = np.random.default_rng(seed)
-    return [generator.permutation(n) for _ in range(samples)]
-
-
 def check(
     n: int,
     *,
@@ -443,7 +405,7 @@ def _averaged(estimator: str, draws: list[Draw], worths: dict[bytes, float]) -> 
     good, each = _finite(draws, worths)
     joined = _join(good)
     known = np.array([worths[row.tobytes()] for row in joined.coalitions])
-    values, se = _mean_and_se(each)
+    values, se = mean_and_error(each, reach=float(np.ptp(known)))
     return Estimate(estimator, values, se, joined.coalitions, joined.weights / len(good), known, len(good))
 
 
@@ -459,7 +421,9 @@ def _values(estimator: str, draws: list[Draw], worths: dict[bytes, float]) -> tu
         found = _fitted(draws, worths)
         return (found.values, found.se) if found else (np.full(n, np.nan), np.full(n, np.nan))
     try:
-        return _mean_and_se(_finite(draws, worths)[1])
+        good, each = _finite(draws, worths)
+        known = [worths[row.tobytes()] for draw in good for row in draw.coalitions]
+        return mean_and_error(each, reach=float(np.ptp(known)))
     except OptionError:
         return np.full(n, np.nan), np.full(n, np.nan)
 
@@ -469,13 +433,6 @@ def _reached(estimator: str, draws: list[Draw], worths: dict[bytes, float], targ
     values = _values(estimator, draws, worths)[1]
     few = student(len(draws)) / Z if len(draws) > 1 else math.inf
     return bool(np.isfinite(values).all() and values.max() * few <= target)
-
-
-def _mean_and_se(each: Floats) -> tuple[Floats, Floats]:
-    """Mean of independent guesses [draws, n], and its standard error (NaN for one guess alone)."""
-    if len(each) == 1:
-        return each[0], np.full(each.shape[1], np.nan)
-    return each.mean(0), each.std(0, ddof=1) / math.sqrt(len(each))
 
 
 def _checkpoints(draws: int) -> list[int]:
@@ -507,30 +464,3 @@ def _design(coalitions: Bools, n: int) -> tuple[Floats, Floats]:
     other = (2 * even[-1] - own) / max(1, n - 1)
     values = np.vstack([np.eye(n), np.full((n, n), other) + (own - other) * np.eye(n), np.full((3, n), 2 / n)])
     return features, values
-
-
-def _exact_interactions(game: Game, n: int) -> Floats:
-    if n > EXACT_LIMIT:
-        raise OptionError(f"2^{n} coalitions are too many to enumerate (at most 2^{EXACT_LIMIT})")
-    ids, coalitions = np.arange(2**n), all_coalitions(n)
-    worths, size = game(coalitions), coalitions.sum(1)
-    share = np.array([1 / ((n - 1) * math.comb(n - 2, k)) for k in range(n - 1)])
-    found = np.zeros((n, n))
-    for i in range(n):
-        for j in range(i):
-            S = ids[~coalitions[:, i] & ~coalitions[:, j]]
-            a, b = 1 << i, 1 << j
-            second = worths[S | a | b] - worths[S | a] - worths[S | b] + worths[S]
-            found[i, j] = found[j, i] = float(share[size[S]] @ second)
-    return found
-
-
-def _neighbours(order: npt.NDArray[Any]) -> Bools:
-    """For each two neighbours i, j of an order, after all before them: with both, with i, with j, with neither."""
-    n = len(order)
-    rows = np.zeros((n - 1, 4, n), dtype=np.bool_)
-    for place in range(n - 1):
-        rows[place][:, order[:place]] = True
-        rows[place, [0, 1], order[place]] = True
-        rows[place, [0, 2], order[place + 1]] = True
-    return rows.reshape(-1, n)

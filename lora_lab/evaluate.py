@@ -21,7 +21,7 @@ from lora_lab.adapter import Adapter
 from lora_lab.attach import attach
 from lora_lab.errors import LoraLabError, LoraLabWarning, MismatchError, OptionError, TunerError
 from lora_lab.result import Journal, Result, columns, fingerprint, provenance
-from lora_lab.stats import Sampled
+from lora_lab.stats import Sampled, proportion
 from lora_lab.task import Scores, Split, Task, resolve_device
 from lora_lab.trust import ANYWHERE, Reach, judged
 
@@ -87,12 +87,10 @@ def _described(adapter: Adapter | None, task: Task) -> dict[str, Any]:
 
 
 def _estimates(scores: Scores, seed: int) -> dict[str, float]:
-    sampled = Sampled.of(np.stack([scores.loss, scores.correct.astype(np.float64)]), seed=seed)
-    cells: dict[str, float] = {}
-    for i, name in enumerate(("loss", "accuracy")):
-        value, low, high = sampled[[i]].estimate(lambda means: means[0])
-        cells |= {name: value, f"{name}_low": low, f"{name}_high": high}
-    return cells
+    """Mean loss with a bootstrap interval, and accuracy with Wilson's (see `proportion`)."""
+    loss = Sampled.of(scores.loss[None], seed=seed).estimate(lambda means: means[0])
+    cells = dict(zip(("loss", "loss_low", "loss_high"), loss, strict=True))
+    return cells | dict(zip(("accuracy", "accuracy_low", "accuracy_high"), proportion(scores.correct), strict=True))
 
 
 def _perplexity(scores: Scores, counts: npt.NDArray[np.int64] | None, seed: int) -> dict[str, float | None]:

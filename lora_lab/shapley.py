@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_lab import estimators, files
+from lora_lab import estimators, files, interactions
 from lora_lab.adapter import SIGNATURE_KEY, Adapter
 from lora_lab.distribute import Pool
 from lora_lab.errors import LoraLabError, OptionError, unknown
@@ -22,7 +22,7 @@ from lora_lab.evaluate import described, examples_of, identity, labels_of
 from lora_lab.game import Cost, Game, Progress, game_of, measured
 from lora_lab.players import players
 from lora_lab.result import Result, columns, fingerprint, finite, grouped
-from lora_lab.stats import Floats, Z, mean_and_spread, student
+from lora_lab.stats import INTERVALS, Floats, mean_and_error, mean_and_spread, student
 from lora_lab.task import Task
 
 SHAPIQ = "shapiq:"
@@ -52,8 +52,9 @@ def shapley(
     """Shapley values of every adapter's players (see `players`), each from its own game.
 
     Without an `estimator`, all coalitions are enumerated where that takes fewer block evaluations than `samples`
-    antithetic orders, which are taken otherwise. Every value has the standard error of its choice of coalitions (0
-    for exact values), that of the examples, and a 95 % interval from both. `order` 2 adds pairwise interactions.
+    antithetic orders, which are taken otherwise. Every value has the standard error of its choice of coalitions (`se`:
+    0 for exact values; `stats.mean_and_error`), that of the examples (`se_examples`), and a 95 % interval from both.
+    `order` 2 adds pairwise interactions with intervals of the choice of coalitions alone.
     `confirm` is told the cost before anything is computed.
     """
     check(adapters, by=by, estimator=estimator, order=order, samples=samples, until_se=until_se, budget=budget)
@@ -129,7 +130,7 @@ def check(
 
 def run_id(adapters: Sequence[Adapter], task: Task, *, split: str, **options: Any) -> str:
     """What a run's result hangs on: the adapters, the examples, and the options."""
-    return fingerprint(["shapley", [identity(a) for a in adapters], examples_of(task, split), options])
+    return fingerprint(["shapley", INTERVALS, [identity(a) for a in adapters], examples_of(task, split), options])
 
 
 def choose(game: Game, *, samples: int, budget: int | None = None, seed: int = 0) -> str:
@@ -230,7 +231,7 @@ def _planned(
     draws = estimators.plan(n, estimator=name, samples=samples, seed=seed, budget=budget, **options)
     asked = [_coalitions(draws)]
     if order == 2:
-        asked.append(estimators.interaction_coalitions(n, samples=samples, seed=seed))
+        asked.append(interactions.interaction_coalitions(n, samples=samples, seed=seed))
     return np.concatenate(asked)
 
 
@@ -249,10 +250,9 @@ def _rows(adapter: Adapter, label: str, game: Game, found: Estimate, second: Est
     by_examples = np.full(game.n_players, np.nan)
     if found.weights.any():
         values = found.weights @ game.per_example(found.coalitions)
-        if values.shape[1] > 1:
-            by_examples = values.std(1, ddof=1) / math.sqrt(values.shape[1])
+        by_examples = mean_and_error(values.T)[1]
     by_draws = student(found.draws) * found.se if found.draws > 1 else found.se
-    half = np.hypot(by_draws, Z * by_examples)
+    half = np.hypot(by_draws, student(game.outcomes.examples) * by_examples)
     rows = []
     for i, (name, units) in enumerate(game.players.units.items()):
         place = game.players.places.get(name)
@@ -317,13 +317,14 @@ def _summary(adapter: Adapter, label: str, game: Game, found: Estimate, second: 
 def balance(values: Floats) -> dict[str, float]:
     """How evenly contributions are spread: coefficient of variation, and the share of the largest third.
 
-    The share is of the sum of magnitudes, so that negative contributions count as contributions.
+    The coefficient is the sample standard deviation over the players (n − 1), over |mean|. The share is of the sum of
+    magnitudes, so that negative contributions count as contributions.
     """
     total = float(np.abs(values).sum())
     mean = float(values.mean())
     third = max(1, round(len(values) / 3))
     return {
-        "variation": float(values.std()) / abs(mean) if mean else math.nan,
+        "variation": mean_and_spread(values)[1] / abs(mean) if mean else math.nan,
         "top_third": float(np.sort(np.abs(values))[::-1][:third].sum()) / total if total else math.nan,
     }
 
@@ -340,9 +341,11 @@ def _by_method(summaries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _interactions(game: Game, estimator: str, samples: int, seed: int) -> dict[str, Any]:
+    """Pairwise interactions with their standard errors and half widths of their 95 % intervals, of sampling alone."""
     whole = estimator == "exact"
-    values, se = estimators.interactions(game, game.n_players, samples=samples, seed=seed, every=whole)
-    return {"players": game.player_names, "values": values.tolist(), "se": se.tolist(), "exact": whole}
+    found = interactions.interactions(game, game.n_players, samples=samples, seed=seed, every=whole)
+    parts = {name: getattr(found, name).tolist() for name in ("values", "se", "half")}
+    return {"players": game.player_names, **parts, "exact": whole}
 
 
 def _by_shapiq(game: Game, estimator: str, budget: int, seed: int) -> Estimate:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from lora_lab import patterns
@@ -24,8 +25,18 @@ from lora_lab.estimators import Bools, all_coalitions
 from lora_lab.evaluate import described, examples_of, identity, labels_of
 from lora_lab.game import Cost, Game, Progress, game_of, measured
 from lora_lab.players import players
+from lora_lab.progressive import Stratum, binomial, inequality, stratum
 from lora_lab.result import Result, columns, fingerprint, finite, grouped
-from lora_lab.stats import Floats, Sampled, Z, half_width, mean_and_spread, student
+from lora_lab.stats import (
+    INTERVALS,
+    Floats,
+    Sampled,
+    half_of_strata,
+    half_width,
+    mean_and_error,
+    mean_and_spread,
+    proportion,
+)
 from lora_lab.task import Scores, Task
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -57,8 +68,9 @@ def stability(
     """Loss and error over families of keep-sets: by size, by probability, one left out, one alone, fixed patterns.
 
     By size: all keep-sets, or `samples` different ones of each size k (`every` forces or forbids enumeration). By
-    probability: the same keep-sets, weighted by Binomial(G, p). With `rescale` everything comes a second time with the
-    updates multiplied by G/k. Every mean has a 95 % interval for the choice of keep-sets and of examples together.
+    probability: the same keep-sets, weighted by Binomial(G, p), a coin for every player (CoTo's masks in training have
+    at least one on; see `progressive`). With `rescale` everything comes a second time with the updates multiplied by
+    G/k. Every mean has a 95 % interval for the choice of keep-sets and of examples together.
     """
     check(adapters, by=by, samples=samples, grid=grid)
     began = time.perf_counter()
@@ -127,7 +139,7 @@ def check(adapters: Sequence[Adapter], *, by: str | Mapping[str, str], samples: 
 
 def run_id(adapters: Sequence[Adapter], task: Task, *, split: str, **options: Any) -> str:
     """What a run's result hangs on: the adapters, the examples, and the options."""
-    return fingerprint(["stability", [identity(a) for a in adapters], examples_of(task, split), options])
+    return fingerprint(["stability", INTERVALS, [identity(a) for a in adapters], examples_of(task, split), options])
 
 
 def keep_sets(n: int, samples: int, seed: int = 0) -> Bools:
@@ -145,11 +157,6 @@ def keep_sets(n: int, samples: int, seed: int = 0) -> Bools:
             drawn[row.tobytes()] = row
         found.append(np.array(list(drawn.values())))
     return np.concatenate(found)
-
-
-def binomial(n: int, p: float) -> Floats:
-    """Probabilities of 0 … n players being on, each with probability p."""
-    return np.array([math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)])
 
 
 def _sets(game: Game, samples: int, seed: int, every: bool | None) -> Bools:
@@ -185,6 +192,7 @@ class _Seen:
         for i in range(self._sampled):
             if self._good[i]:
                 self._by_size.setdefault(int(self._size[i]), []).append(i)
+        self._reach = {metric: self._farthest(metric) for metric in METRICS}
         self._moments = {(metric, k): self._averaged(metric, k) for metric in METRICS for k in self._by_size}
         self._fixed = self._score_fixed(fixed)
         self._full = self._scores[int(np.flatnonzero(self._size == n)[0])]
@@ -231,7 +239,7 @@ class _Seen:
             "loss": self._full.mean_loss,
             "error": 1 - self._full.accuracy,
             "epsilon": epsilon,
-            "inequality": self._inequality(grid),
+            "inequality": list(inequality(self._strata(), n, grid)),
             "always_on": list(self._game.players.left_out),
         }
 
@@ -253,6 +261,20 @@ class _Seen:
         """Of the keep-sets of a size: means over the sets, by example, and means over the examples, by set."""
         values = np.stack([_values(self._scores[i], metric) for i in self._by_size[k]])
         return values.mean(0), values.mean(1)
+
+    def _farthest(self, metric: str) -> float:
+        """The largest difference between two keep-sets of one size; if there is none, between any two."""
+        means = {k: [float(_values(self._scores[i], metric).mean()) for i in own] for k, own in self._by_size.items()}
+        within = max((max(own) - min(own) for own in means.values()), default=0.0)
+        every = [mean for own in means.values() for mean in own]
+        return within or (max(every) - min(every) if every else 0.0)
+
+    def _error(self, metric: str, k: int) -> float:
+        """Standard error of the mean over the keep-sets of a size that comes from not having all of them."""
+        means, of = self._moments[metric, k][1], math.comb(self._game.n_players, k)
+        if len(means) < 2 or self._whole(k):
+            return 0.0
+        return float(mean_and_error(means[:, None], self._reach[metric])[1][0]) * math.sqrt(1 - len(means) / of)
 
     def _whole(self, k: int) -> bool:
         return len(self._by_size[k]) == math.comb(self._game.n_players, k)
@@ -279,8 +301,9 @@ class _Seen:
         for metric in METRICS:
             values = np.stack([_values(s, metric) for s in scores])
             means = values.mean(1)
-            by_sets = 0.0 if exhaustive else half_width(means)
-            row |= _interval(metric, float(means.mean()), by_sets, _by_examples(values.mean(0)))
+            size = math.comb(self._game.n_players, round(share * self._game.n_players))
+            by_sets = 0.0 if exhaustive else half_width(means, reach=self._reach[metric], of=size)
+            row |= _interval(metric, values.mean(0), by_sets)
             row[f"{metric}_spread"] = float(means.std(ddof=1)) if len(means) > 1 else 0.0
             row[f"{metric}_worst"] = float(means.max())
             row[f"{metric}_worst_set"] = names[int(means.argmax())]
@@ -291,19 +314,20 @@ class _Seen:
         row: dict[str, Any] = {"family": "p", "label": f"{p:g}", "share": p, "sets": self._sampled}
         row["exhaustive"] = self._enumerated
         for metric in METRICS:
-            mean, second = np.zeros(len(self._full)), 0.0
+            mean, variance = np.zeros(len(self._full)), 0.0
             sampled: list[tuple[float, int]] = []  # variance of a size's share, and its keep-sets
             worst, worst_set = -math.inf, ""
             for k in weights:
                 by_example, means = self._moments[metric, k]
                 mean = mean + weights[k] * by_example
-                second += weights[k] * float((means**2).mean())
-                if not self._whole(k) and len(means) > 1:
-                    sampled.append((weights[k] ** 2 * float(means.var(ddof=1)) / len(means), len(means)))
+                of = math.comb(self._game.n_players, k)
+                inside = float(means.var(ddof=1)) * (of - 1) / of if len(means) > 1 else 0.0  # of all of the size
+                variance += weights[k] * (inside + float(means.mean()) ** 2)
+                sampled.append(((weights[k] * self._error(metric, k)) ** 2, len(means)))
                 if weights[k] > 0 and means.max() > worst:
                     worst, worst_set = float(means.max()), self._name(self._by_size[k][int(means.argmax())])
-            row |= _interval(metric, float(mean.mean()), _by_strata(sampled), _by_examples(mean))
-            row[f"{metric}_spread"] = math.sqrt(max(0.0, second - float(mean.mean()) ** 2))
+            row |= _interval(metric, mean, half_of_strata(sampled))
+            row[f"{metric}_spread"] = math.sqrt(max(0.0, variance - float(mean.mean()) ** 2))
             row[f"{metric}_worst"], row[f"{metric}_worst_set"] = worst, worst_set
         return row
 
@@ -318,6 +342,8 @@ class _Seen:
     ) -> dict[str, Any]:
         """max over the family of the rise above the whole adapter; of a sample, a lower bound of the family's."""
         values = np.stack([_values(self._full, metric), *(_values(s, metric) for s in scores)])
+        if metric == "error" and self._full.correct.dtype == np.bool_ and np.isfinite(values).all():
+            values = values.astype(np.bool_)
         sampled = Sampled.of(values, seed=self._seed)
         value, low, high = sampled.largest(lambda L: L[1:] - L[0])
         worst = int((sampled.means[1:] - sampled.means[0]).argmax())
@@ -332,69 +358,35 @@ class _Seen:
             "lower_bound": not whole,
         }
 
-    def _inequality(self, grid: Sequence[float]) -> list[dict[str, Any]]:
-        """E_δ[ℓ(ŷ)] ≥ Σ_j C(G,j) p^j (1−p)^{G−j} ℓ(ỹ_j) with ỹ_j the mean output of j active players (CoTo, Thm 3.1).
+    def _strata(self) -> dict[int, Stratum]:
+        """What the keep-sets of each size say of the progressive-optimisation inequality; nothing of a language model.
 
-        Both sides from the same keep-sets; cross-entropy is convex in the logits, so the left one is never smaller.
+        Its logits, a vocabulary for every token, are not kept.
         """
-        if not self._game.outcomes.task.classifies:  # a vocabulary of logits for every token is not kept
-            return []
-        labels = self._game.outcomes.labels
-        left, right = {}, {}
-        for k in self._weights(0.5):
-            chosen = self._by_size[k]
-            logits = [_logits(self._scores[i]) for i in chosen]
-            left[k] = np.mean([_cross_entropy(each, labels) for each in logits], axis=0)
-            right[k] = _cross_entropy(np.mean(logits, axis=0), labels)
-        rows = []
-        for p in grid:
-            weights = self._weights(p)
-            sides = {
-                name: sum((weights[k] * values[k] for k in values), np.zeros(len(labels)))
-                for name, values in (("left", left), ("right", right))
-            }
-            row: dict[str, Any] = {"p": p}
-            for name, values in sides.items():
-                row |= _interval(name, float(values.mean()), 0.0, _by_examples(values))
-            row |= _interval("gap", row["left"] - row["right"], 0.0, _by_examples(sides["left"] - sides["right"]))
-            rows.append(row)
-        return rows
+        if not self._game.outcomes.task.classifies:
+            return {}
+        labels, n = self._game.outcomes.labels, self._game.n_players
+        return {
+            k: stratum([_logits(self._scores[i]) for i in own], labels, math.comb(n, k))
+            for k, own in self._by_size.items()
+        }
 
 
 def _values(scores: Scores, metric: str) -> Floats:
-    return scores.loss if metric == "loss" else np.where(np.isfinite(scores.loss), 1.0 - scores.correct, np.nan)
+    return scores.loss if metric == "loss" else np.where(np.isfinite(scores.loss), scores.wrong, np.nan)
 
 
-def _logits(scores: Scores) -> Floats:
+def _logits(scores: Scores) -> npt.NDArray[np.float32]:
     assert scores.logits is not None
-    return scores.logits.astype(np.float64)
+    return scores.logits
 
 
-def _cross_entropy(logits: Floats, labels: Any) -> Floats:
-    top = logits.max(1, keepdims=True)
-    log_total = top[:, 0] + np.log(np.exp(logits - top).sum(1))
-    right: Floats = log_total - logits[np.arange(len(labels)), labels]
-    return right
-
-
-def _by_examples(values: Floats) -> float:
-    """Half width of the 95 % interval of a mean over examples."""
-    return Z * float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-
-
-def _by_strata(sampled: Sequence[tuple[float, int]]) -> float:
-    """Half width of the 95 % interval of a sum over strata of (variance, draws) (Satterthwaite 1946)."""
-    variance = sum(each for each, _ in sampled)
-    if not variance:
-        return 0.0
-    freedom = variance**2 / sum(each**2 / (draws - 1) for each, draws in sampled)
-    return student(1 + freedom) * math.sqrt(variance)
-
-
-def _interval(name: str, value: float, *halves: float) -> dict[str, float]:
-    half = math.hypot(*halves)
-    low, high = value - half, value + half
-    if name != "gap":  # the others cannot be negative
+def _interval(name: str, values: Floats, by_sets: float) -> dict[str, float]:
+    """The mean of a loss or an error over examples, and the ends of its interval, which the choice of sets widens."""
+    value, half = float(values.mean()), half_width(values)
+    low, high = proportion(values)[1:] if name == "error" else (value - half, value + half)
+    low, high = value - math.hypot(value - low, by_sets), value + math.hypot(high - value, by_sets)
+    if not math.isnan(value):
         low, high = max(0.0, low), min(1.0, high) if name == "error" else high
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from lora_lab.patterns import Choice
 from lora_lab.result import Result, columns, fingerprint, finite, grouped
 from lora_lab.scorer import Make
 from lora_lab.shapley import forecast, values_of
-from lora_lab.stats import Sampled, half_width, mean_and_spread
+from lora_lab.stats import INTERVALS, Floats, Sampled, half_width, mean_and_spread, proportion
 from lora_lab.task import Scores, Task
 from lora_lab.variants import Variant
 
@@ -96,6 +96,7 @@ def sweep(
         report = functools.partial(_report, progress, done, total)
         found = outcomes.of_others({draw.key: draw.make for draw in others}, progress=report)
         done += len(others)
+        scored: list[tuple[Row, list[Scores]]] = []
         for head, made in pieces:
             scores = []
             for draw in made:
@@ -106,8 +107,10 @@ def sweep(
                 done += 1
                 if progress:
                     progress(done, total)
-            who = {"adapter": label, "method": adapter.record.get("method"), "seed": adapter.record.get("seed")}
-            rows.append({**who, **head, "draws": len(scores), **_cells(scores, seed)})
+            scored.append((head, scores))
+        who = {"adapter": label, "method": adapter.record.get("method"), "seed": adapter.record.get("seed")}
+        reach = _reach([scores for _, scores in scored])
+        rows += [{**who, **head, "draws": len(each), **_cells(each, reach, seed)} for head, each in scored]
     settings = {
         "kinds": list(kinds),
         "sparsities": list(sparsities),
@@ -167,7 +170,7 @@ def _report(progress: Progress | None, before: int, total: int, done: int, _: in
 
 def run_id(adapters: Sequence[Adapter], task: Task, *, split: str, **options: Any) -> str:
     """What a run's result hangs on: the adapters, the examples, and the options."""
-    return fingerprint(["sweep", [identity(a) for a in adapters], examples_of(task, split), options])
+    return fingerprint(["sweep", INTERVALS, [identity(a) for a in adapters], examples_of(task, split), options])
 
 
 def _structured(outcomes: Outcomes, choice: Choice, draws: int) -> list[Piece]:
@@ -277,14 +280,32 @@ def _head(kind: str, criterion: str, label: str, kept: float) -> Row:
     return {"kind": kind, "criterion": criterion, "label": label, "kept": kept}
 
 
-def _cells(scores: Sequence[Scores], seed: int) -> Row:
-    """Mean over draws; its interval is a bootstrap over examples, widened by the spread of the draws."""
+def _values(scores: Sequence[Scores], metric: str) -> Floats:
+    return np.stack([s.correct.astype(np.float64) if metric == "accuracy" else s.loss for s in scores])
+
+
+def _reach(rows: Sequence[Sequence[Scores]]) -> dict[str, float]:
+    """How far off a draw may be that has not come: as far as any two draws of one row are, or else by one example."""
+    metrics = ("accuracy", "loss")
+    widest = {m: max((float(np.ptp(_values(scores, m).mean(1))) for scores in rows), default=0.0) for m in metrics}
+    return {**widest, "accuracy": max(widest["accuracy"], 1 / len(rows[0][0]) if rows else 0.0)}
+
+
+def _cells(scores: Sequence[Scores], reach: Mapping[str, float], seed: int) -> Row:
+    """Mean over draws; its interval is that over examples, widened by what other draws would have given.
+
+    Over examples: `proportion` for accuracies, a bootstrap for losses. Draws that are all one model add nothing.
+    """
     row: Row = {}
+    one_model = all((each.loss == scores[0].loss).all() for each in scores)
     for metric in ("accuracy", "loss"):
-        values = np.stack([s.correct.astype(np.float64) if metric == "accuracy" else s.loss for s in scores])
-        value, low, high = Sampled.of(values.mean(0, keepdims=True), seed=seed).estimate(lambda means: means[0])
+        values = _values(scores, metric)
+        if metric == "accuracy":
+            value, low, high = proportion(scores[0].correct if one_model else values.mean(0))
+        else:
+            value, low, high = Sampled.of(values.mean(0, keepdims=True), seed=seed).estimate(lambda means: means[0])
         _, spread = mean_and_spread(values.mean(1))
-        by_draws = half_width(values.mean(1))
+        by_draws = 0.0 if one_model else half_width(values.mean(1), reach=reach[metric])
         ends = (value - math.hypot(value - low, by_draws), value + math.hypot(high - value, by_draws))
         if metric == "accuracy":
             ends = (max(0.0, ends[0]), min(1.0, ends[1]))

@@ -64,6 +64,13 @@ class Scores:
         return len(self.loss)
 
     @property
+    def wrong(self) -> npt.NDArray[np.bool_] | npt.NDArray[np.float64]:
+        """The opposite of `correct`: whether an example is wrong, or the share of its tokens that are."""
+        if self.correct.dtype == np.bool_:
+            return np.logical_not(self.correct)
+        return 1.0 - self.correct.astype(np.float64)
+
+    @property
     def accuracy(self) -> float:
         """Share of correct examples."""
         return float(self.correct.mean())

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_lab.errors import LoraLabWarning, OptionError
-from lora_lab.estimators import ESTIMATORS, estimate, exact, fit_pairs, interactions, plan
+from lora_lab.estimators import ESTIMATORS, estimate, exact, fit_pairs, plan
+from lora_lab.interactions import interactions
 from lora_lab.stats import student
 
 CASE = json.loads((Path(__file__).parent / "cases/S01_exact_shapley_table/coalitions.json").read_text())
@@ -112,7 +113,7 @@ def test_shapiq_agrees_on_exact_values_and_interactions():
     theirs = computer("SV", order=1)
     assert exact(game, n).values == pytest.approx([theirs[(i,)] for i in range(n)], abs=1e-10)
     theirs = computer("SII", order=2)
-    ours, _ = interactions(game, n, every=True)
+    ours = interactions(game, n, every=True).values
     for i in range(n):
         for j in range(i):
             assert ours[i, j] == ours[j, i] == pytest.approx(theirs[(j, i)], abs=1e-10)
@@ -303,7 +304,7 @@ def test_interactions_of_a_product_and_of_a_sum():
         return (coalitions[:, 0] & coalitions[:, 1]).astype(float) + coalitions[:, 2] * 2.0
 
     for options in ({"every": True}, {"samples": 60}):
-        values, _ = interactions(product, 4, **options)
+        values = interactions(product, 4, **options).values
         assert values[0, 1] == values[1, 0] == pytest.approx(1)
         values[0, 1] = values[1, 0] = 0
         assert values == pytest.approx(np.zeros((4, 4)))
@@ -312,9 +313,9 @@ def test_interactions_of_a_product_and_of_a_sum():
 def test_sampled_interactions_are_unbiased():
     n = 5
     game = table_game(np.random.default_rng(5).normal(size=2**n))
-    truth, _ = interactions(game, n, every=True)
-    values, se = interactions(game, n, samples=4000, seed=0)
-    assert (np.abs(values - truth) <= 4.5 * se).all()
+    truth = interactions(game, n, every=True).values
+    found = interactions(game, n, samples=4000, seed=0)
+    assert (np.abs(found.values - truth) <= 4.5 * found.se).all()
 
 
 def test_one_player_has_everything():

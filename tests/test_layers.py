@@ -21,6 +21,8 @@ LAYERS = [
     {"peft_format"},
     {
         "adapter",
+        "interactions",
+        "progressive",
         "distribute",
         "subspaces",
         "plot_line",

@@ -11,6 +11,7 @@ from lora_lab.digits import Digits
 from lora_lab.errors import LoraLabWarning, OptionError
 from lora_lab.estimators import all_coalitions
 from lora_lab.game import Game, Outcomes
+from lora_lab.interactions import interactions
 from lora_lab.players import players
 from lora_lab.shapley import balance, check, choose, forecast, newest_adapter, shapley, values_of
 from lora_lab.stats import student
@@ -39,7 +40,7 @@ def test_exact_values_are_those_of_the_game(adapters, exact):
         assert exact.summary["adapters"][i]["estimator"] == "exact"
         assert exact.summary["adapters"][i]["full"] == pytest.approx(worths[-1])
         assert exact.summary["adapters"][i]["efficiency_gap"] < 1e-10
-        pairs = estimators.interactions(game, 4, every=True)[0]
+        pairs = interactions(game, 4, every=True).values
         assert np.array(exact.summary["adapters"][i]["interactions"]["values"]) == pytest.approx(pairs)
 
 
@@ -50,7 +51,7 @@ def test_intervals_over_examples_are_those_of_per_example_values(adapters, exact
     error = values.std(1, ddof=1) / np.sqrt(each.shape[1])
     for i, row in enumerate(exact.rows()[:4]):
         assert row["se_examples"] == pytest.approx(error[i])
-        assert row["high"] - row["low"] == pytest.approx(2 * 1.959964 * error[i])
+        assert row["high"] - row["low"] == pytest.approx(2 * student(each.shape[1]) * error[i])
 
 
 def test_two_estimates_from_the_same_coalitions_are_compared(adapters):
@@ -61,7 +62,7 @@ def test_two_estimates_from_the_same_coalitions_are_compared(adapters):
     assert summary["disagreement"]["estimator"] == "regression"
     draws = found.summary["adapters"][0]["draws"]
     for row in found.rows():
-        half = np.hypot(student(draws) * row["se"], 1.959964 * row["se_examples"])
+        half = np.hypot(student(draws) * row["se"], student(20) * row["se_examples"])
         assert row["high"] - row["value"] == pytest.approx(half)
         assert row["value"] - row["low"] == pytest.approx(half)
     assert summary["engine"]["block_evaluations"] < summary["engine"]["naive_block_evaluations"]

@@ -12,8 +12,9 @@ from lora_lab.errors import LoraLabWarning, OptionError
 from lora_lab.estimators import all_coalitions
 from lora_lab.game import Game, Outcomes
 from lora_lab.players import players
-from lora_lab.stability import _by_strata, binomial, check, keep_sets, stability
-from lora_lab.stats import Sampled
+from lora_lab.progressive import binomial
+from lora_lab.stability import check, keep_sets, stability
+from lora_lab.stats import Sampled, half_of_strata
 
 
 @pytest.fixture(scope="module")
@@ -80,20 +81,26 @@ def test_epsilon_is_the_largest_rise_and_names_its_keep_set(result, scores):
     assert one["value"] == pytest.approx(max(rise[15 - 2**i] for i in range(4)), abs=1e-6)
 
 
-def test_both_sides_of_the_inequality_and_the_inequality(result, scores):
+@pytest.mark.parametrize("law", ["independent", "at least one"])
+def test_both_sides_of_the_inequality_and_the_inequality(result, scores, law):
+    """All 16 keep-sets are there, so that both sides are sums over the law's own masks, and exact."""
     found, labels = scores
-    for row, p in zip(result.summary["adapters"][0]["inequality"], (0.0, 0.3, 0.5, 1.0), strict=True):
+    rows = [row for row in result.summary["adapters"][0]["inequality"] if row["law"] == law]
+    for row, p in zip(rows, (0.0, 0.3, 0.5, 1.0), strict=True):
         weights = p**SIZES * (1 - p) ** (4 - SIZES)
+        if law == "at least one":
+            weights = np.where(SIZES > 0, weights, 0) / (1 - (1 - p) ** 4) if p else (SIZES == 1) / 4
+        assert weights.sum() == pytest.approx(1)
         assert row["left"] == pytest.approx(weights @ [s.mean_loss for s in found], abs=1e-5)
         right = 0.0
         for k in range(5):
             logits = np.mean([s.logits for s, size in zip(found, SIZES, strict=True) if size == k], axis=0)
             log_total = np.log(np.exp(logits).sum(1))
             mean = (log_total - logits[np.arange(len(labels)), labels]).mean()
-            right += comb(4, k) * p**k * (1 - p) ** (4 - k) * mean
+            right += weights[k == SIZES].sum() * mean
         assert row["right"] == pytest.approx(right, abs=1e-5)
         assert row["gap"] >= -1e-9
-        assert (row["gap"] > 1e-4) == (0 < p < 1)
+        assert (row["gap"] > 1e-4) == (0 < p < 1 or (law == "at least one" and p == 0))  # one mask alone has none
 
 
 def test_rescaled_keep_sets_have_their_updates_multiplied(adapter, result):
@@ -194,10 +201,10 @@ def test_intervals_of_few_keep_sets_are_students(adapter):
         assert row["sets"] == 3
         by_sets = stats.t.ppf(0.975, 2) * row["loss_spread"] / math.sqrt(3)
         assert row["loss_high"] - row["loss"] > by_sets  # and the examples' share
-    one = _by_strata([(0.04, 3)])
+    one = half_of_strata([(0.04, 3)])
     assert one == pytest.approx(stats.t.ppf(0.975, 2) * 0.2)
-    assert _by_strata([(0.04, 30), (0.04, 30)]) == pytest.approx(stats.t.ppf(0.975, 58) * math.sqrt(0.08))
-    assert _by_strata([]) == 0
+    assert half_of_strata([(0.04, 30), (0.04, 30)]) == pytest.approx(stats.t.ppf(0.975, 58) * math.sqrt(0.08))
+    assert half_of_strata([]) == 0
 
 
 def test_the_interval_of_epsilon_holds_the_true_one():
