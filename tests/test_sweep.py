@@ -11,6 +11,7 @@ from lora_lab.errors import OptionError, TunerError
 from lora_lab.evaluate import score
 from lora_lab.game import Outcomes
 from lora_lab.patterns import choice_of, keep
+from lora_lab.scorer import Scorer
 from lora_lab.sweep import check, sweep
 
 OPTIONS = {"split": "validation", "examples": 80, "draws": 3, "sparsities": (0.0, 0.5, 1.0)}
@@ -88,7 +89,7 @@ def test_adapters_of_one_method_are_summed_up(result):
 
 
 def test_a_second_sweep_costs_nothing_and_says_the_same(adapters, cache, result, monkeypatch):
-    monkeypatch.setattr(Digits, "judge", lambda *a, **k: pytest.fail("computed again"))
+    monkeypatch.setattr(Scorer, "batches", lambda *a, **k: pytest.fail("computed again"))
     again = sweep(adapters, Digits("relabel"), cache=cache, **OPTIONS)
     assert again.columns == result.columns
 
