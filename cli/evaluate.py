@@ -28,7 +28,9 @@ def command(
     """Score adapters on their own task's test split, with 95 % intervals over the examples.
 
     A language model's loss and accuracy are means over texts of the mean over a text's tokens; its perplexity is the
-    exponential of the mean loss over all tokens.
+    exponential of the mean loss over all tokens. Of multiple choice, accuracy takes the option of the highest mean
+    log-likelihood per token; acc, acc_norm and acc_bytes are lm-evaluation-harness's: of the highest sum over the
+    option's tokens, and of that sum per character and per byte of the option.
 
     Example:  lora-lab evaluate a.safetensors b.safetensors
     """
@@ -56,7 +58,7 @@ def command(
     if json:
         common.print_json(result.to_json())
         return
-    more = ["perplexity"] if "perplexity" in result.columns else []
+    more = [name for name in ("perplexity", "acc", "acc_norm", "acc_bytes") if name in result.columns]
     headings = ("adapter", "task", "n", "accuracy", "loss", *more)
     common.table(f"Scores on the {split} split, 95 % intervals", headings, _rows(result, more))
     if output:

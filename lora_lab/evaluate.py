@@ -32,13 +32,20 @@ TASK_HELP = (
 )
 
 
-def score(task: Task, adapter: Adapter | None, split: str = "test", *, device: torch.device | None = None) -> Scores:
+def score(
+    task: Task,
+    adapter: Adapter | None,
+    split: str = "test",
+    *,
+    device: torch.device | None = None,
+    keep_logits: bool = False,
+) -> Scores:
     """Per-example scores of the task's base model with the adapter on (None: the base alone)."""
     model = task.model_on(device or resolve_device())
     if adapter is None:
-        return task.score(model, split)
+        return task.score(model, split, keep_logits=keep_logits)
     with attach(model, adapter) as attached:
-        return task.score(attached.model, split)
+        return task.score(attached.model, split, keep_logits=keep_logits)
 
 
 def evaluate(
@@ -61,12 +68,14 @@ def evaluate(
     shared = {fingerprint(task.record): task for task in reversed(found)}  # equal tasks load their data once
     runs: list[tuple[Adapter | None, Task]] = [*((None, task) for task in shared.values() if base)]
     runs += [(adapter, shared[fingerprint(task.record)]) for adapter, task in zip(adapters, found, strict=True)]
+    measures = list(dict.fromkeys(name for task in shared.values() for name in task.measures))
     rows = []
     for i, (adapter, task) in enumerate(runs):
-        scores = score(task, adapter, split, device=device)
+        scores = score(task, adapter, split, device=device, keep_logits=bool(task.measures))
         rows.append({**_described(adapter, task), "examples": len(scores), **_estimates(scores, seed)})
         if any(not each.classifies for each in found):
             rows[-1] |= _perplexity(scores, None if task.classifies else task.target_counts(split), seed)
+        rows[-1] |= _shares(measures, task.measured(scores, split), seed)
         if progress:
             progress(i + 1, len(runs))
     return Result(
@@ -91,6 +100,17 @@ def _estimates(scores: Scores, seed: int) -> dict[str, float]:
     loss = Sampled.of(scores.loss[None], seed=seed).estimate(lambda means: means[0])
     cells = dict(zip(("loss", "loss_low", "loss_high"), loss, strict=True))
     return cells | dict(zip(("accuracy", "accuracy_low", "accuracy_high"), proportion(scores.correct), strict=True))
+
+
+def _shares(measures: Sequence[str], right: Mapping[str, npt.NDArray[np.bool_]], seed: int) -> dict[str, float | None]:
+    """Share of examples that are right by each measure; None for those that the task does not have."""
+    cells: dict[str, float | None] = {}
+    for name in measures:
+        found: tuple[float | None, ...] = (None, None, None)
+        if name in right:
+            found = Sampled.of(right[name].astype(np.float64)[None], seed=seed).estimate(lambda means: means[0])
+        cells |= dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
+    return cells
 
 
 def _perplexity(scores: Scores, counts: npt.NDArray[np.int64] | None, seed: int) -> dict[str, float | None]:

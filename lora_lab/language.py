@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -238,9 +238,14 @@ def _mean(values: Tensor, targets: Tensor) -> Tensor:
 
 
 class MultipleChoice(_Language):
-    """The option of the highest mean log-likelihood per token is the answer; trained on the right one."""
+    """The option of the highest mean log-likelihood per token is the answer; trained on the right one.
+
+    `measures` are what lm-evaluation-harness calls so: acc takes the option of the highest log-likelihood (a sum over
+    its tokens), acc_norm that of the highest one per character of the option, acc_bytes per byte of it in UTF-8.
+    """
 
     kind = "multiple-choice"
+    measures = ("acc", "acc_norm", "acc_bytes")
     Keys = ChoiceKeys
     rows_are_examples = False
 
@@ -274,9 +279,22 @@ class MultipleChoice(_Language):
                     "attention_mask": shaped["attention_mask"],
                     "targets": torch.where(there[..., None], shaped["labels"], NO_TARGET),
                     "labels": torch.tensor([label for *_, label in examples]),
+                    "characters": _sizes(examples, most, len),
+                    "bytes": _sizes(examples, most, lambda option: len(option.encode())),
                 }
             )
         )
+
+    def measured(self, scores: Scores, split: str) -> dict[str, npt.NDArray[np.bool_]]:
+        """See `measures`; of options that are equally good the first is taken."""
+        assert scores.logits is not None
+        inputs = self.split(split).inputs
+        tokens = (inputs["targets"][..., 1:] != NO_TARGET).sum(-1).numpy()
+        there = tokens > 0
+        sums = np.where(there, np.where(there, scores.logits, 0.0).astype(np.float64) * tokens, -np.inf)
+        right = inputs["labels"].numpy()
+        sizes = (1, inputs["characters"][..., 0].numpy(), inputs["bytes"][..., 0].numpy())
+        return {name: (sums / size).argmax(-1) == right for name, size in zip(self.measures, sizes, strict=True)}
 
     def training_split(self) -> Split:
         """Every prompt with its right option, which alone is the target."""
@@ -356,6 +374,12 @@ def _number(right: object) -> int | None:
     if isinstance(right, str) and right.removeprefix("-").isdigit():
         return int(right)
     return int(right) if isinstance(right, int | np.integer) and not isinstance(right, bool) else None
+
+
+def _sizes(examples: Sequence[tuple[str, list[str], int]], most: int, size: Callable[[str], int]) -> Tensor:
+    """Sizes of all options, [examples, most, 1], 1 where there is none; the last dimension is none of tokens."""
+    filled = [[size(option) for option in options] + [1] * (most - len(options)) for _, options, _ in examples]
+    return torch.tensor(filled)[..., None]
 
 
 def _filled(options: Sequence[str], count: int) -> list[str]:

@@ -147,6 +147,8 @@ class Task(ABC):
     """Whether the head is trained along with the adapter."""
     rows_are_examples = True
     """Whether the rows that a layer sees are the examples of a batch; not where options or prompts are rows, too."""
+    measures: Sequence[str] = ()
+    """Names of further ways to count an example as right (see `measured`)."""
     threads: int | None = None
     """Threads that training uses best; None leaves torch's own choice."""
 
@@ -261,16 +263,21 @@ class Task(ABC):
         return {}
 
     @torch.inference_mode()
-    def score(self, model: nn.Module, split: str = "test") -> Scores:
+    def score(self, model: nn.Module, split: str = "test", *, keep_logits: bool = False) -> Scores:
         """Scores of every example of the split; the model is put into evaluation mode."""
         model.eval()
         device = next(model.parameters()).device
-        scores = Scores.join([self.judge(model, batch) for batch in self.batches(split, device)])
+        batches = self.batches(split, device)
+        scores = Scores.join([self.judge(model, batch, keep_logits=keep_logits) for batch in batches])
         if not np.isfinite(scores.loss).all():
             raise DivergedError(
                 f"task {self.name}: the model's loss is not finite on {int((~np.isfinite(scores.loss)).sum())} examples"
             )
         return scores
+
+    def measured(self, scores: Scores, split: str) -> dict[str, npt.NDArray[np.bool_]]:
+        """Measure → whether each example of a split is right by it; the scores must have kept their logits."""
+        return {}
 
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """What the model says of a batch: [examples, labels], or of texts [examples, tokens, vocabulary]."""

@@ -246,7 +246,7 @@ def test_prompt_and_answer_are_split_into_tokens_together(folder):
 def test_numbers_may_count_from_1_and_must_say_so(folder):
     rows = [{**row, "answer": str(row["answer"] + 1)} for row in CHOICES]
     expected = build(folder, CHOICES, CHOICE).split("test").inputs["labels"]
-    with pytest.raises(TaskError, match="answer 2 of 2 options; they count from 0, or from 1 with label_from = 1"):
+    with pytest.raises(TaskError, match="answer '?2'? of 2 options; they count from 0, or from 1 with label_from = 1"):
         build(folder, rows, CHOICE).split("test")
     with pytest.raises(TaskError, match="no answer of its test split is 0; say label_from = 1 if they count from 1"):
         build(folder, rows[2:], CHOICE).split("test")
@@ -291,6 +291,41 @@ def test_a_choice_is_the_option_of_the_highest_mean_likelihood(folder, base):
         assert scores.loss[i] == pytest.approx(np.log(np.exp(expected).sum()) - expected[right], abs=1e-5)
         assert scores.correct[i] == (expected.argmax() == right)
         assert scores.margin[i] == pytest.approx(expected[right] - np.delete(expected, right).max(), abs=1e-5)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_acc_and_acc_norm_are_by_sums_and_by_sums_per_character_and_byte(folder, base):
+    """By hand, on options of very different lengths, one of which has more bytes than characters."""
+    rows = [
+        {"question": "one plus", "choices": [first, second, third], "answer": answer}
+        for first in ("red", "blue and a sky of grass", *(f"{'ä' * n} {'ö' * n}" for n in (1, 2, 3)))
+        for second, third in (("two", "two and a red sky"), ("four four four", "sky"))
+        for answer in range(3)
+    ]
+    rows.append({"question": "the colour", "choices": ["red and blue and green", "sky"], "answer": 1})
+    task = build(folder, rows, CHOICE, base)
+    model = task.build_model()
+    scores = task.score(model, "test", keep_logits=True)
+    found = task.measured(scores, "test")
+    wanted = {name: [] for name in ("acc", "acc_norm", "acc_bytes")}
+    for row in rows:
+        tokens = [len(task._tokens(f" {option}")) for option in row["choices"]]
+        means = [by_hand(model, row["question"] + " ?", option, bos=base == "llama") for option in row["choices"]]
+        sums = np.array(means) * tokens
+        sizes = (1, [len(o) for o in row["choices"]], [len(o.encode()) for o in row["choices"]])
+        for name, size in zip(wanted, sizes, strict=True):
+            wanted[name].append(bool(np.argmax(sums / np.array(size)) == row["answer"]))
+    for name, right in wanted.items():  # a split is sorted by length, the shares are of all
+        assert found[name].dtype == bool
+        assert found[name].mean() == np.mean(right)
+        assert len(found[name]) == len(rows)
+    assert wanted["acc"] != wanted["acc_norm"]
+    assert base == "gpt2" or wanted["acc_bytes"] not in (wanted["acc"], wanted["acc_norm"])
+    adapter, _ = train(task, Recipe(method="lora", steps=1, batch_size=2, learning_rate=1e-9))
+    table = evaluate([adapter], split="test").columns
+    for name, right in wanted.items():
+        assert table[name] == pytest.approx([np.mean(right)] * 2)
+        assert table[f"{name}_low"][0] < np.mean(right) < table[f"{name}_high"][0]
 
 
 @pytest.mark.parametrize(
