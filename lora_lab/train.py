@@ -135,6 +135,7 @@ def _with_adapter(task: Task, recipe: Recipe) -> Any:
         config.modules_to_save = [*(config.modules_to_save or []), *heads]
     if config.target_modules == "all-linear":  # PEFT's own reading would adapt all of a head but its last layer
         config.target_modules = _linear(model, heads)
+    _refuse_unmatched(model, config)
     try:
         model = get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError, ImportError, re.error) as error:
@@ -144,6 +145,18 @@ def _with_adapter(task: Task, recipe: Recipe) -> Any:
     if not layers(model):
         raise TunerError(f"{recipe.peft} has no layers that can be trained one by one")
     return model
+
+
+def _refuse_unmatched(model: nn.Module, config: Any) -> None:
+    """OptionError for a name in lists of the configuration that the base lacks: PEFT passes over it without a word."""
+    modules = [name for name, _ in model.named_modules()]
+    parameters = [name for name, _ in model.named_parameters()]
+    for field, there in (("target_modules", modules), ("modules_to_save", modules), ("target_parameters", parameters)):
+        wanted = getattr(config, field, None)
+        for name in [] if wanted is None or isinstance(wanted, str) else sorted(wanted):
+            if not any(f".{each}".endswith(f".{name}") for each in there):
+                kind = "parameter" if there is parameters else "module"
+                raise OptionError(f"{field} names {name!r}, and the base has no such {kind}; leave it out")
 
 
 def _linear(model: nn.Module, heads: Sequence[str]) -> set[str]:

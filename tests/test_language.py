@@ -246,7 +246,7 @@ def test_prompt_and_answer_are_split_into_tokens_together(folder):
 def test_numbers_may_count_from_1_and_must_say_so(folder):
     rows = [{**row, "answer": str(row["answer"] + 1)} for row in CHOICES]
     expected = build(folder, CHOICES, CHOICE).split("test").inputs["labels"]
-    with pytest.raises(TaskError, match="answer '?2'? of 2 options; they count from 0, or from 1 with label_from = 1"):
+    with pytest.raises(TaskError, match=r"answer '?2'? of 2 options; they count from 0, or from 1 with label_from = 1"):
         build(folder, rows, CHOICE).split("test")
     with pytest.raises(TaskError, match="no answer of its test split is 0; say label_from = 1 if they count from 1"):
         build(folder, rows[2:], CHOICE).split("test")

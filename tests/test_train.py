@@ -245,7 +245,7 @@ def test_recipes_that_cannot_be_are_refused(options, text):
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({"target_modules": ["nothing"]}, TunerError, "cannot put a lora adapter on digits/relabel"),
+        ({"target_modules": ["nothing"]}, OptionError, "target_modules names 'nothing', and the base has no such"),
         ({"peft_config": {"rnak": 3}}, OptionError, "unknown field of LoraConfig 'rnak'"),
         ({"peft": "ln_tuning", "rank": 3}, OptionError, "ln_tuning has no rank"),
         ({"peft": "ia3", "method": "dropout"}, TunerError, "ia3 has no dropout"),
