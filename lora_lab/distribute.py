@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 from lora_lab.errors import LoraLabError, LoraLabWarning, MismatchError, OptionError, some
-from lora_lab.processes import Identity, end_with, identity
+from lora_lab.processes import Identity, children_end_too, end_with, identity
 from lora_lab.result import versions
 
 Item = TypeVar("Item")
@@ -89,17 +89,20 @@ class Pool:
             raise OptionError(f"--ray {spec}: this process uses a Ray cluster already; auto takes that one")
         threads = torch.get_num_threads()
         pool = None
-        try:
-            if began:
-                _connect(ray, spec, where)
-            size, place, options = _shares(ray, where, device, threads)
-            pool = cls(ray, size, place, options, threads)
-            yield pool
-        finally:
-            if pool is not None:
-                pool._dismiss()
-            if began:
-                ray.shutdown()
+        with contextlib.ExitStack() as guarded:
+            try:
+                if began:
+                    _connect(ray, spec, where)
+                if where["count"]:  # some of Ray's own processes would outlive this one by minutes
+                    guarded.enter_context(children_end_too())
+                size, place, options = _shares(ray, where, device, threads)
+                pool = cls(ray, size, place, options, threads)
+                yield pool
+            finally:
+                if pool is not None:
+                    pool._dismiss()
+                if began:
+                    ray.shutdown()
 
     def cut(self, items: Sequence[Item], most: int | None = None) -> list[Sequence[Item]]:
         """Consecutive batches: a few for each worker, of at most `most` items."""

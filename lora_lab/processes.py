@@ -9,9 +9,11 @@ import multiprocessing.connection
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 _PR_SET_PDEATHSIG = 1  # of Linux' prctl(2): the signal that a process gets when its parent dies
 _EVERY = 0.5  # seconds between two looks at a process that is not this one's parent
@@ -66,6 +68,37 @@ def end_with(other: Identity) -> None:
         os._exit(1)
 
     threading.Thread(target=look, name=f"ends with {number}", daemon=True).start()
+
+
+_GUARD = """
+import sys, psutil
+sys.stdin.read()
+for text in sys.argv[1:]:
+    number, began = text.split(":")
+    try:
+        left = psutil.Process(int(number))
+        if left.create_time() == float(began):
+            left.kill()
+    except psutil.Error:
+        pass
+"""
+
+
+@contextlib.contextmanager
+def children_end_too() -> Iterator[None]:
+    """Should this process be killed outright, all that it has started so far ends at once, whatever program it is.
+
+    A small process of its own waits for this one's end: it reads from a pipe that nobody else can write to.
+    """
+    import psutil
+
+    started = [f"{child.pid}:{child.create_time()!r}" for child in psutil.Process().children(recursive=True)]
+    command = [sys.executable, "-c", _GUARD, *started]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as guard:  # noqa: S603
+        try:
+            yield
+        finally:
+            guard.terminate()
 
 
 def _ask_kernel() -> None:
