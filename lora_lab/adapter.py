@@ -242,7 +242,7 @@ def inspect(
     try:
         settings, more = peft_config.complete_config(settings, tensors, adapter_name)
     except AdapterError as error:
-        empty = Adapter({}, settings, {}, _record(raw_metadata), str(path))
+        empty = Adapter({}, settings, {}, trust.well_formed(_record(raw_metadata)), str(path))
         return Listing(empty, found.format, found.notes, [f"{found.weights}: {error}"])
     parsed: Parsed = peft_format.parse(tensors, settings, str(found.weights), adapter_name)
     record = _record(raw_metadata)

@@ -365,7 +365,7 @@ class MultipleChoice(_Language):
         if not 0 <= right < len(options):
             more = "" if self.settings.label_from is not None else ", or from 1 with label_from = 1"
             counted = f"they count from {self.settings.label_from or 0}{more}"
-            raise TaskError(f"task {self.name}: answer {self.reach.quote(given)} of {len(options)} options; {counted}")
+            raise TaskError(f"task {self.name}: answer {self.reach.tell(given)} of {len(options)} options; {counted}")
         return right
 
 

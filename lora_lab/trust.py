@@ -94,7 +94,11 @@ class Reach:
 
     def quote(self, value: object) -> str:
         """A value from the data for an error: itself, or only its kind."""
-        return repr(value) if self.quotes else f"(a {type(value).__name__}, not shown)"
+        return repr(value) if self.quotes else self.tell(value)
+
+    def tell(self, value: object) -> str:
+        """As `quote`, without quotation marks."""
+        return str(value) if self.quotes else f"(a {type(value).__name__}, not shown)"
 
 
 ANYWHERE = Reach()

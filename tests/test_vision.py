@@ -30,6 +30,7 @@ from lora_lab.shapley import shapley
 from lora_lab.stability import stability
 from lora_lab.sweep import sweep
 from lora_lab.train import train
+from lora_lab.trust import Origin
 
 COLOURS = ["blue", "green", "red"]  # in the order in which folders are read
 LETTERS = "abcdefghijklmnopqrstuvwxyz.,"
@@ -266,7 +267,8 @@ def test_adapters_of_two_clip_tasks_are_merged_and_compared(built, bases, pictur
     adapters = []
     for i, each in enumerate(both):
         adapter = random_adapter(each, tmp_path / each.name, RANDOM, seed=i, scale=0.3)
-        adapters.append(dataclasses.replace(adapter, record={"task": each.record, "method": "lora", "seed": 0}))
+        record = {"task": each.record, "method": "lora", "seed": 0}
+        adapters.append(dataclasses.replace(adapter, record=record, origin=Origin(own=True)))
     recorded = tasks_of(adapters)
     assert [each.name for each in recorded] == ["clip/pictures", "clip/warm"]
     found = compare.compare(adapters, recorded, methods=["average", "ties", "regmean"], coefficients=[0.5])
