@@ -140,6 +140,14 @@ def show(result: Any) -> None:
     edges = [row for row in table if row["at_edge"]]
     if edges:
         common.console.print("* in some sets the best coefficient lies at the edge of those that were tried")
+    for name, others in result.parameters.get("stands_for", {}).items():
+        common.console.print(f"{name} stands for {' and '.join(others)}, too: the same sum at another coefficient")
+    shared = {row["shared"] for row in result.summary.get("shared_initial_A", [])}
+    if True in shared:
+        common.console.print(
+            f"adapters of {'every set' if shared == {True} else 'some sets'} share their initial A, "
+            "as those trained with one --init-seed do"
+        )
     for why in dict.fromkeys((row["merge"], row["why"]) for row in result.summary["skipped"]):
         common.console.print(f"left out: {why[0]}: {why[1]}")
 

@@ -26,6 +26,7 @@ from lora_lab.distribute import Pool
 from lora_lab.errors import MismatchError, OptionError, some
 from lora_lab.evaluate import described, examples_of, identity, labels_of
 from lora_lab.game import Cost
+from lora_lab.initial import shared_start
 from lora_lab.methods import MERGES, check
 from lora_lab.renames import require_shared_modules
 from lora_lab.result import Journal, Result, columns, fingerprint, finite, grouped, provenance
@@ -66,18 +67,20 @@ def compare(
     method that cannot merge a set is left out, and the summary says why. `base_name` tells runs with different `base`
     apart. With `journal`, a killed run goes on where it was.
     """
-    ways = ways_of(methods, options or {})
+    asked = ways_of(methods, options or {})
+    ways, stands_for = joined(asked)
     mixes = mixes_of(adapters, tasks, ratios)
+    ways = _tried(ways, mixes, stands_for)
     grid = list(dict.fromkeys([*coefficients, 1.0]))
     began = time.perf_counter()
     settings = {"options": _plain(options), "coefficients": list(coefficients), "seed": seed}
     settings |= {"ratios": [_ratio(ratio) for ratio in ratios], "base_name": base_name}
-    run = run_id(adapters, tasks, split=split, methods=[way.name for way in ways], **settings)
+    run = run_id(adapters, tasks, split=split, methods=[way.name for way in asked], **settings)
     device = device or (torch.device(pool.device) if pool else resolve_device())
     everyone = Sources(adapters, base=base, tasks=tasks, device=device)
     log = Journal(journal, fingerprint([run, device.type])) if journal else None
     court = Court(everyone, split, base=base, journal=log, progress=progress)
-    court.total = sum(court.passes(mix, len(ways), grid) for mix in mixes)
+    court.total = sum(court.passes(mix, ways, grid) for mix in mixes)
     clerks = Clerks(court, pool, run) if pool else None
     if confirm:
         cost = court.cost(mixes, ways, clerks.seconds() if clerks else court.seconds())
@@ -103,7 +106,8 @@ def compare(
                     cells, whole = _measured(mix, way.name, scores, alone, names, tasks, seed)
                     chosen = coefficient == trial.best
                     rows += [{**r, "coefficient": coefficient, "chosen": chosen} for r in cells]
-                    at_edge = len(grid) > 1 and trial.best in (min(grid), max(grid))
+                    tried = trial.curve["coefficient"]
+                    at_edge = len(tried) > 1 and trial.best in (min(tried), max(tried))
                     sets.append({**whole, "coefficient": coefficient, "chosen": chosen, "at_edge": at_edge})
             except CANNOT as error:
                 skipped.append({"set": mix.label, "merge": way.name, "why": str(error)})
@@ -118,10 +122,23 @@ def compare(
             "one_task": mixes[0].ratio is not None,
             "split": split,
             "merges": [way.name for way in ways],
+            "stands_for": stands_for,
             **settings,
             "adapters": [{**described(a), "name": n} for a, n in zip(adapters, names, strict=True)],
         },
-        finite({"sets": sets, "by_method": _by_method(sets), "curves": curves, "skipped": skipped}),
+        finite(
+            {
+                "sets": sets,
+                "by_method": _by_method(sets),
+                "curves": curves,
+                "skipped": skipped,
+                "shared_initial_A": [
+                    {"set": mix.label, "method": mix.method, **shared_start([adapters[i] for i in mix.members])}
+                    for mix in mixes
+                    if len(mix.members) > 1
+                ],
+            }
+        ),
         provenance(
             inputs=[Path(a.source) for a in adapters],
             elapsed_s=time.perf_counter() - began,
@@ -169,6 +186,36 @@ def ways_of(methods: Sequence[str], options: Mapping[str, Mapping[str, Any]]) ->
     return ways
 
 
+def joined(ways: Sequence[Way]) -> tuple[list[Way], dict[str, list[str]]]:
+    """The ways without those that are others by another name, and name → the names that it stands for.
+
+    Task arithmetic, average and cat are points of one line, c Σ wᵢΔWᵢ: average at c is task arithmetic at c / Σ wᵢ.
+    The first of them that is compared stays. One with options of its own stays, too.
+    """
+    same = [way for way in ways if way.method in _ONE_LINE and not way.options]
+    return [way for way in ways if way not in same[1:]], {same[0].name: [w.name for w in same[1:]]} if same[1:] else {}
+
+
+_ONE_LINE = ("task-arithmetic", "average", "cat")
+
+
+def _tried(ways: Sequence[Way], mixes: Sequence[Mix], stands_for: Mapping[str, Sequence[str]]) -> list[Way]:
+    """The ways, with the places on its line beside the grid at which those that one stands for are at 1."""
+    sums = [math.fsum(mix.weights) for mix in mixes]
+    also = {
+        "average": {1 / total for total in sums},
+        "task-arithmetic": set(sums),
+        "cat": set(sums),
+    }
+    found = []
+    for way in ways:
+        names = [name for name in stands_for.get(way.name, ()) if (name == "average") != (way.name == "average")]
+        extra = {c for name in names for c in also[name]}
+        extra = {c for c in extra if not math.isclose(c, 1.0)}
+        found.append(replace(way, also=tuple(sorted(extra))))
+    return found
+
+
 def mixes_of(adapters: Sequence[Adapter], tasks: Sequence[Task], ratios: Sequence[Sequence[float]]) -> list[Mix]:
     """Which adapters are merged together.
 
@@ -189,8 +236,9 @@ def mixes_of(adapters: Sequence[Adapter], tasks: Sequence[Task], ratios: Sequenc
     if any(len(members) == 1 for members in groups.values()) and len({task for *_, task in who}) == len(who):
         groups = {(_common(m for m, _, _ in who), _common(s for _, s, _ in who)): list(range(len(who)))}
     mixes = []
-    for (method, seed), members in groups.items():
-        label = f"{method or 'adapters'}" + (f", seed {seed}" if seed is not None else "")
+    for (known, seed), members in groups.items():
+        label = f"{known or 'adapters'}" + (f", seed {seed}" if seed is not None else "")
+        method = label if known is None and len(groups) > 1 else known  # sets of unknown methods are no group
         own = [who[i][2] for i in members]
         if len(members) < 2 or len(set(own)) < len(own):
             raise MismatchError(
@@ -212,13 +260,15 @@ def _seed_mixes(adapters: Sequence[Adapter], ratios: Sequence[Sequence[float]]) 
     for index, adapter in enumerate(adapters):
         groups.setdefault(adapter.record.get("method"), []).append(index)
     mixes = []
-    for method, members in groups.items():
+    names = labels_of(adapters)
+    for known, members in groups.items():
         for ratio in ratios:
             if math.fsum(ratio) <= 0 or min(ratio) < 0:
                 raise OptionError(f"ratio {_ratio(ratio)}: weights of 0 or more are needed, not all of them 0")
             shares = [weight / math.fsum(ratio) for weight in ratio if weight]
             for chosen in itertools.combinations(members, len(shares)):
-                label = f"{method or 'adapters'} {_ratio(ratio)} of {', '.join(str(i) for i in chosen)}"
+                method = known or " + ".join(names[i] for i in chosen)  # seeds of unknown methods are no group
+                label = f"{known or 'adapters'} {_ratio(ratio)} of {', '.join(str(i) for i in chosen)}"
                 mixes.append(Mix(label, method, None, chosen, tuple(shares), _ratio(ratio)))
     if not any(len(mix.members) > 1 for mix in mixes):
         raise OptionError("no two adapters of one training method and task are among these: nothing to merge")

@@ -29,7 +29,18 @@ from lora_lab.adapter import Adapter
 from lora_lab.attach import put_on
 from lora_lab.distribute import Pool
 from lora_lab.errors import OptionError
-from lora_lab.evaluate import Examples, Sent, bare, described, examples_of, identity, pack, remembered
+from lora_lab.evaluate import (
+    Examples,
+    Sent,
+    bare,
+    described,
+    examples_of,
+    identity,
+    labels_of,
+    method_of,
+    pack,
+    remembered,
+)
 from lora_lab.mix import Mixer
 from lora_lab.result import Journal, Result, columns, fingerprint, finite, grouped, provenance
 from lora_lab.stats import Floats, Sampled, mean_and_spread, proportion
@@ -298,12 +309,13 @@ def _ratio_points(
 
 
 def _who(adapters: Sequence[Adapter], members: Sequence[int]) -> dict[str, Any]:
-    chosen = [adapters[i] for i in members]
-    methods = {adapter.record.get("method") for adapter in chosen}
+    """Labels and places of the members, and their method; of several methods, or of unknown ones, all their names."""
+    names = labels_of(adapters)
+    methods = sorted({method_of(adapters[i], names[i]) for i in members})
     return {
-        "members": [adapter.label for adapter in chosen],
+        "members": [adapters[i].label for i in members],
         "indices": list(members),
-        "method": methods.pop() if len(methods) == 1 else None,
+        "method": " – ".join(methods),
     }
 
 

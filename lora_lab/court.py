@@ -57,6 +57,12 @@ class Way:
     name: str
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    also: tuple[float, ...] = ()
+    """Coefficients that are tried beside those of the grid."""
+
+    def coefficients(self, grid: Sequence[float]) -> list[float]:
+        """All that are tried, in order of first mention."""
+        return list(dict.fromkeys((*grid, *self.also)))
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,7 @@ class Court:
         if (mix, way.name) in self.refused:
             raise self.refused[mix, way.name]
         made = self.merged(mix, way)
-        tried = {c: self.judge(mix, way, c, "validation", made) for c in grid}
+        tried = {c: self.judge(mix, way, c, "validation", made) for c in way.coefficients(grid)}
         curve = _curve(tried, self.alone(mix, "validation"))
         best = _best(curve)
         return Trial(curve, best, {c: self.judge(mix, way, c, self.split, made) for c in dict.fromkeys((best, 1.0))})
@@ -161,10 +167,10 @@ class Court:
 
         return make
 
-    def passes(self, mix: Mix, ways: int, grid: Sequence[float]) -> int:
+    def passes(self, mix: Mix, ways: Sequence[Way], grid: Sequence[float]) -> int:
         """Evaluations that a mix asks for, at the most."""
-        ways = ways if len(mix.members) > 1 else 0
-        return len(self._places(mix)) * (ways * (len(grid) + 2) + 1) + 2 * len(mix.members)
+        tried = sum(len(way.coefficients(grid)) + 2 for way in ways) if len(mix.members) > 1 else 0
+        return len(self._places(mix)) * (tried + 1) + 2 * len(mix.members)
 
     def seconds(self) -> dict[str, float]:
         """Split → seconds of an evaluation of the first task on it."""
@@ -318,7 +324,7 @@ class Clerks:
         trials = []
         for mix, way in itertools.product(several, ways):
             keys = [court.own_key(i, "validation") for i in mix.members]
-            for coefficient, split in itertools.product(grid, splits):
+            for coefficient, split in itertools.product(way.coefficients(grid), splits):
                 keys += court.merge_keys(mix, way, coefficient, split).values()
             trials.append(self._question("trial", (mix, way, grid), keys))
         self._pool.run(self._setup, trials, self._keep)

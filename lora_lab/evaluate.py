@@ -131,6 +131,11 @@ def labels_of(adapters: Sequence[Adapter]) -> list[str]:
     return [f"{label} ({i})" if labels.count(label) > 1 else label for i, label in enumerate(labels)]
 
 
+def method_of(adapter: Adapter, label: str) -> str:
+    """The training method that an adapter records, else its own label: adapters of unknown methods are no group."""
+    return str(adapter.record.get("method") or label)
+
+
 def described(adapter: Adapter) -> dict[str, Any]:
     """What a result's parameters say of an adapter: label, method, seed, ‖ΔW‖ (None where there is no ΔW)."""
     try:

@@ -219,4 +219,12 @@ def _caption(results: Sequence[Result], how: str | None = None) -> str:
     names, n = first.parameters["task_names"], first.provenance.get("examples")
     where = names[0] if len(names) == 1 else f"{len(names)} tasks ({', '.join(names)})"
     split = f"{first.parameters['split']} split, n = {n}, {how}" if how else "validation split"
-    return f"{where}; {split}; {band}"
+    return "; ".join([where, split, band, *_beginnings(results)])
+
+
+def _beginnings(results: Sequence[Result]) -> list[str]:
+    """Whether the adapters of a set began from one A; nothing where that is not known."""
+    found = {row["shared"] for result in results for row in result.summary.get("shared_initial_A", [])}
+    if found in ({True}, {False}):
+        return ["adapters of a set share their initial A" if True in found else "adapters of separate initial A"]
+    return ["some adapters share their initial A"] if True in found else []

@@ -18,7 +18,7 @@ from lora_lab.adapter import SIGNATURE_KEY, Adapter
 from lora_lab.distribute import Pool
 from lora_lab.errors import LoraLabError, OptionError, unknown
 from lora_lab.estimators import EXACT_LIMIT, Bools, Estimate, all_coalitions
-from lora_lab.evaluate import described, examples_of, identity, labels_of
+from lora_lab.evaluate import described, examples_of, identity, labels_of, method_of
 from lora_lab.game import Cost, Game, Progress, game_of, measured
 from lora_lab.players import players
 from lora_lab.result import Result, columns, fingerprint, finite, grouped
@@ -259,7 +259,7 @@ def _rows(adapter: Adapter, label: str, game: Game, found: Estimate, second: Est
         rows.append(
             {
                 "adapter": label,
-                "method": adapter.record.get("method"),
+                "method": method_of(adapter, label),
                 "seed": adapter.record.get("seed"),
                 "player": name,
                 "encoder": place.encoder if place else None,
@@ -284,7 +284,7 @@ def _summary(adapter: Adapter, label: str, game: Game, found: Estimate, second: 
     outcomes = game.outcomes
     summary = {
         "adapter": label,
-        "method": adapter.record.get("method"),
+        "method": method_of(adapter, label),
         "seed": adapter.record.get("seed"),
         "estimator": found.estimator,
         "draws": found.draws,

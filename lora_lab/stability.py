@@ -22,7 +22,7 @@ from lora_lab.adapter import Adapter
 from lora_lab.distribute import Pool
 from lora_lab.errors import OptionError, TaskError, some
 from lora_lab.estimators import Bools, all_coalitions
-from lora_lab.evaluate import described, examples_of, identity, labels_of
+from lora_lab.evaluate import described, examples_of, identity, labels_of, method_of
 from lora_lab.game import Cost, Game, Progress, game_of, measured
 from lora_lab.players import players
 from lora_lab.progressive import Stratum, binomial, inequality, stratum
@@ -91,7 +91,7 @@ def stability(
         for each in games:
             rescaled = each.rescale
             seen = _Seen(each, chosen, fixed, seed)
-            who = {"adapter": label, "method": adapter.record.get("method"), "seed": adapter.record.get("seed")}
+            who = {"adapter": label, "method": method_of(adapter, label), "seed": adapter.record.get("seed")}
             rows += [{**who, "rescaled": rescaled, **row} for row in seen.rows(grid)]
             summaries.append({**who, "rescaled": rescaled, **seen.summary(grid)})
     settings = {

@@ -17,7 +17,7 @@ from lora_lab import patterns, prune
 from lora_lab.adapter import Adapter
 from lora_lab.distribute import Pool
 from lora_lab.errors import AdapterError, OptionError, TunerError, unknown
-from lora_lab.evaluate import described, examples_of, identity, labels_of
+from lora_lab.evaluate import described, examples_of, identity, labels_of, method_of
 from lora_lab.game import Cost, Outcomes, Progress, measured
 from lora_lab.patterns import Choice
 from lora_lab.result import Result, columns, fingerprint, finite, grouped
@@ -108,7 +108,7 @@ def sweep(
                 if progress:
                     progress(done, total)
             scored.append((head, scores))
-        who = {"adapter": label, "method": adapter.record.get("method"), "seed": adapter.record.get("seed")}
+        who = {"adapter": label, "method": method_of(adapter, label), "seed": adapter.record.get("seed")}
         reach = _reach([scores for _, scores in scored])
         rows += [{**who, **head, "draws": len(each), **_cells(each, reach, seed)} for head, each in scored]
     settings = {

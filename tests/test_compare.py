@@ -1,17 +1,23 @@
 import itertools
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from adapters import random_adapter
 from peft import LoraConfig
+from tiny import adapter as in_memory
+from tiny import update
 
 from lora_lab import compare
-from lora_lab.compare import ALONE, ENSEMBLE, _measured, latex, mixes_of, ways_of
+from lora_lab.compare import ALONE, ENSEMBLE, _measured, joined, latex, mixes_of, ways_of
 from lora_lab.court import Mix, _best, share
 from lora_lab.digits import Digits
 from lora_lab.errors import MismatchError, OptionError
 from lora_lab.evaluate import score
+from lora_lab.initial import shared_start
+from lora_lab.lowrank import LowRank
 from lora_lab.merge import merge
 from lora_lab.sources import Sources
 from lora_lab.task import Scores, Split
@@ -77,6 +83,17 @@ def test_sets_are_the_adapters_of_one_method_and_seed(sets):
 def test_adapters_of_different_seeds_are_one_set_where_there_is_one_a_task(sets):
     mixed = [sets[0], sets[3]]
     assert [mix.members for mix in mixes_of(mixed, tasks_of(mixed), [])] == [(0, 1)]
+
+
+def test_adapters_of_unknown_methods_are_never_summed_up_with_others(sets):
+    """Seeds of one task without a method: each combination is a column of its own, as is each set by seed."""
+    task = sets[0].record["task"]
+    one_task = [replace(a, record={**a.record, "task": task}, source=f"s{i}") for i, a in enumerate(sets)]
+    known, bare = one_task[:2], [replace(a, record={"task": a.record["task"]}) for a in one_task[2:5]]
+    mixes = mixes_of([*known, *bare], [Few("identity")] * 5, [(1.0, 1.0)])
+    assert [mix.method for mix in mixes] == ["lora", "s2 + s3", "s2 + s4", "s3 + s4"]
+    unknown = [replace(a, record={**a.record, "method": None}) for a in sets[:4]]
+    assert len({mix.method for mix in mixes_of(unknown, tasks_of(unknown), [])}) == 2
 
 
 def test_a_set_that_cannot_be_told_is_refused_by_name(sets):
@@ -271,6 +288,75 @@ def test_names_stand_for_merges_with_their_options():
         ways_of(["ties"], {"dare": {"density": 0.4}})
     with pytest.raises(OptionError, match="did you mean 'density'"):
         ways_of(["ties"], {"ties": {"denstiy": 0.4}})
+
+
+def test_names_of_one_line_are_one_row(sets):
+    """Average at c is task arithmetic at c / Σw; cat is task arithmetic."""
+    ways = ways_of(["average", "ties", "cat", "task-arithmetic"], {})
+    kept, stands_for = joined(ways)
+    assert [way.name for way in kept] == ["average", "ties"]
+    assert stands_for == {"average": ["cat", "task-arithmetic"]}
+    assert joined(ways[:2]) == (ways[:2], {})
+    scaled = ways_of(["task-arithmetic", "average"], {"average": {"scale": 2.0}})
+    assert joined(scaled) == (scaled, {})
+    pair = sets[:2]
+    found = compare.compare(pair, tasks_of(pair), methods=["task-arithmetic", "average", "cat"], coefficients=[2.0])
+    alone = compare.compare(pair, tasks_of(pair), methods=["average"], coefficients=[2.0])
+    assert found.parameters["merges"] == ["task-arithmetic"]
+    assert found.parameters["stands_for"] == {"task-arithmetic": ["average", "cat"]}
+    (curve,), (other,) = found.summary["curves"], alone.summary["curves"]
+    assert curve["coefficient"] == [0.5, 1.0, 2.0]  # 0.5 and 1 are average at 1 and at 2
+    assert curve["loss"][:2] == pytest.approx(other["loss"], rel=1e-4)
+    assert found.provenance["run"] == compare.run_id(
+        pair,
+        tasks_of(pair),
+        methods=["task-arithmetic", "average", "cat"],
+        options={},
+        coefficients=[2.0],
+        ratios=compare.RATIOS,
+        base_name=None,
+        split="test",
+        seed=0,
+    )
+
+
+@pytest.mark.parametrize("method", ["average", "task-arithmetic"])
+def test_a_sum_that_stands_for_another_name_is_tried_where_that_one_is_at_one(sets, method):
+    mixes = mixes_of(sets, tasks_of(sets), [])
+    other = {"average": "task-arithmetic", "task-arithmetic": "average"}[method]
+    ways, stands_for = joined(ways_of([method, other, "ties"], {}))
+    found = compare._tried(ways, mixes, stands_for)
+    assert [way.also for way in found] == [(2.0,) if method == "average" else (0.5,), ()]
+
+
+def test_adapters_that_began_alike_are_told_by_their_rows(sets):
+    """Noise of half the size beside a common A: cosine 1 / 1.25, against 0 of independent ones."""
+    shapes = {f"layers.{i}.q": (6, 64) for i in range(4)}
+
+    def trained(seed):
+        own = torch.Generator().manual_seed(seed)
+        start = {n: torch.randn(8, s[1], generator=torch.Generator().manual_seed(7)) for n, s in shapes.items()}
+        made = {
+            n: LowRank(A + 0.5 * torch.randn(A.shape, generator=own), torch.randn(6, 8, generator=own))
+            for n, A in start.items()
+        }
+        return in_memory(made)
+
+    alike = [trained(seed) for seed in range(3)]
+    apart = [in_memory({n: update(8, s, 10 * i + j) for j, (n, s) in enumerate(shapes.items())}) for i in range(3)]
+    found = shared_start(alike)
+    assert found["shared"] is True
+    assert found["cosine"] == pytest.approx(0.8, abs=0.04)
+    assert found["z"] == pytest.approx(found["cosine"] * math.sqrt(8 * 64))
+    separate = shared_start(apart)
+    assert separate["shared"] is False
+    assert abs(separate["z"]) < 2
+    assert shared_start([alike[0], alike[1], apart[0]])["shared"] is None
+    other_rank = in_memory({n: update(4, s, 0) for n, s in shapes.items()})
+    assert shared_start([alike[0], other_rank]) == {"cosine": None, "z": None, "shared": None}
+    told = compare.compare(sets[:2], tasks_of(sets[:2]), methods=["cat"], coefficients=[1.0])
+    (row,) = told.summary["shared_initial_A"]
+    assert row["shared"] is False
 
 
 def test_the_latex_table_has_a_line_for_each_merge_and_columns_for_each_method(result):

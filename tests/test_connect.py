@@ -1,3 +1,4 @@
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -157,6 +158,36 @@ def test_a_twin_on_the_digits_has_a_barrier_in_factors_only(adapters):
     assert height["delta"] == pytest.approx(0, abs=1e-5)
     assert height["aligned"] == pytest.approx(0, abs=1e-4)
     assert abs(found.rows(space="factors", t=0.5)[0]["loss"] - found.rows(space="factors", t=0.0)[0]["loss"]) > 1e-3
+
+
+def test_pairs_of_unknown_methods_are_each_their_own_group_and_mixed_pairs_are_named(adapters):
+    """LoRA, LoRA, CoTo, and two adapters whose records are gone."""
+    records = [{"method": "lora"}, {"method": "lora"}, {"method": "coto"}, {}, {}]
+    five = [
+        replace(adapter, record=record, source=f"a{i}")
+        for i, (adapter, record) in enumerate(zip([*adapters, *adapters[:2]], records, strict=True))
+    ]
+    rows = [
+        {
+            **connect._who(five, pair),
+            "space": "delta",
+            "metric": "loss",
+            "barrier": "frankle",
+            "value": float(sum(pair)),
+        }
+        for pair in itertools.combinations(range(5), 2)
+    ]
+    found = {row["method"]: (row["pairs"], row["mean"]) for row in connect._over_pairs(rows)}
+    assert found["lora"] == (1, 1.0)
+    assert found["coto – lora"] == (2, 2.5)
+    assert found["a3 – a4"] == (1, 7.0)
+    assert {name: pairs for name, (pairs, _) in found.items() if name.startswith(("a3 –", "a4 –"))} == {
+        "a3 – lora": 2,
+        "a4 – lora": 2,
+        "a3 – coto": 1,
+        "a4 – coto": 1,
+        "a3 – a4": 1,
+    }
 
 
 def test_end_points_equal_the_adapters_own_scores_exactly(adapters, result):

@@ -32,7 +32,7 @@ LAYERS = [
         "plot_stability",
         "plot_sweep",
     },
-    {"task", "attach", "plot", "whole", "renames", "players", "prune"},
+    {"task", "attach", "plot", "whole", "renames", "initial", "players", "prune"},
     {"chat", "coto", "digits", "file_task", "probe", "recipe", "variants", "patterns", "sources", "mix"},
     {"text", "language", "vision", "panel"},
     {"tasks", "layer_inputs"},

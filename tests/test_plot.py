@@ -1,6 +1,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -477,6 +478,24 @@ def test_seeds_of_one_task_are_drawn_over_their_ratios():
         plot.figure([merges()], kind="compare-merges:ratios")
     with pytest.raises(OptionError, match="cannot share a figure"):
         plot.figure([merges(), merges(ratios=("1:1",))])
+
+
+@pytest.mark.parametrize(
+    ("shared", "words"),
+    [
+        ([True, True], "adapters of a set share their initial A"),
+        ([False, False], "adapters of separate initial A"),
+        ([True, None], "some adapters share their initial A"),
+        ([None], ""),
+        ([], ""),
+    ],
+)
+def test_the_caption_of_merges_says_whether_adapters_began_alike(shared, words):
+    result = merges()
+    result = replace(result, summary={**result.summary, "shared_initial_A": [{"shared": each} for each in shared]})
+    caption = plot.figure([result]).get_supxlabel()
+    assert words in caption
+    assert ("initial A" in caption) == bool(words)
 
 
 def test_a_figure_has_the_same_bytes_in_whatever_order_its_files_are_written(tmp_path):

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,8 @@ OPTIONS = {"split": "validation", "examples": 80, "draws": 3, "sparsities": (0.0
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
-    return [random_adapter(folder / f"s{seed}", seed=seed, scale=0.1) for seed in (0, 1)]
+    made = [random_adapter(folder / f"s{seed}", seed=seed, scale=0.1) for seed in (0, 1)]
+    return [replace(adapter, record={"method": "lora", "seed": seed}) for seed, adapter in enumerate(made)]
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,14 @@ def test_adapters_of_one_method_are_summed_up(result):
     assert found["adapters"] == 2
     assert found["loss"] == pytest.approx(np.mean([row["loss"] for row in rows]))
     assert found["loss_spread"] == pytest.approx(np.std([row["loss"] for row in rows], ddof=1))
+
+
+def test_adapters_without_a_recorded_method_are_never_pooled(adapters, cache):
+    bare = [replace(adapter, record={}) for adapter in adapters]
+    options = {**OPTIONS, "sparsities": (0.5,), "draws": 2, "kinds": ("structured",), "criteria": ()}
+    found = sweep([adapters[0], *bare], Digits("relabel"), cache=cache, **options).summary["by_method"]
+    assert {row["adapters"] for row in found} == {1}
+    assert len({row["method"] for row in found}) == 3
 
 
 def test_a_second_sweep_costs_nothing_and_says_the_same(adapters, cache, result, monkeypatch):
