@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lora_lab import files, peft_config, peft_format, trust
 from lora_lab.errors import AdapterError, FileError, LoraLabWarning, MismatchError, TunerError, some
-from lora_lab.hub import stay_offline_without_network
 from lora_lab.keys import PREFIX, anchored
+from lora_lab.lookup import Found, locate
 from lora_lab.lowrank import LowRank
 from lora_lab.sites import Parsed, Site
 
@@ -26,7 +26,6 @@ CONFIG_KEY = "lora_lab.config"
 RECORD_KEY = "lora_lab.record"
 SIGNATURE_KEY = "lora_lab.signature"
 _LARGEST_CONFIG = 2**23
-_HUB_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +180,11 @@ def from_updates(updates: Mapping[str, LowRank], *, like: Adapter, source: str) 
         keys = {part: f"{PREFIX}{name}.{part}{end}" for part, end in zip(site.pair, ends, strict=True)}
         tensors |= dict(zip(keys.values(), (A, B), strict=True))
         sites[name] = replace(site, keys=keys)
-    tensors |= {key: tensor for key, tensor in other_tensors(like, sites).items() if key.startswith(PREFIX)}
+    beside = {key: tensor for key, tensor in other_tensors(like, sites).items() if key.startswith(PREFIX)}
+    tensors |= beside
+    if config.get("modules_to_save"):  # PEFT cannot load a file that lacks what these name
+        absent = peft_config.missing_saved(config, [key.removeprefix(PREFIX) for key in beside])
+        config["modules_to_save"] = [name for name in config["modules_to_save"] if name not in absent] or None
     return Adapter(tensors, config, sites, like.record, source, like.origin)
 
 
@@ -223,7 +226,7 @@ def inspect(
     adapter_name: str | None = None,
 ) -> Listing:
     """Read an adapter as far as it can be read; only missing and broken files raise (FileError)."""
-    found = _locate(path)
+    found = locate(path)
     raw_metadata: dict[str, str] = {}
     if found.weights.suffix == ".safetensors":
         tensors, raw_metadata = files.read_safetensors(found.weights)
@@ -254,87 +257,56 @@ def inspect(
 
 
 def same_modules(adapters: Sequence[Adapter]) -> None:
-    """MismatchError unless all adapters use one tuner, adapt the same modules, and come from one base model."""
+    """MismatchError unless all adapters use one tuner, adapt the same modules, and act alike on one base model."""
     first = adapters[0]
     for other in adapters[1:]:
         pair = f"{first.source} and {other.source}"
         if other.tuner != first.tuner:
             raise MismatchError(f"{pair} are of different tuners: {first.tuner} and {other.tuner}")
-        if other.base_model and first.base_model and other.base_model != first.base_model:
-            raise MismatchError(f"{pair} have different base models: {first.base_model!r} and {other.base_model!r}")
         odd = sorted(set(first.sites) ^ set(other.sites))
         if odd:
             raise MismatchError(f"{pair} update different modules: {some(odd)}")
+    same_base(adapters)
 
 
-class _Found:
-    def __init__(self, weights: Path, folder: Path | None, form: str, notes: Iterable[str] = ()) -> None:
-        self.weights, self.folder, self.format, self.notes = weights, folder, form, list(notes)
+def same_base(adapters: Sequence[Adapter]) -> None:
+    """MismatchError unless ΔW of all adapters can be added: at the same tokens, to the same layers, in one layout.
+
+    Base models of different names are told as a warning, since one base has many: a hub id, a folder, a quantised copy.
+    """
+    named = next((adapter for adapter in adapters if adapter.base_model), adapters[0])
+    plain = next((adapter for adapter in adapters if adapter.why_not_additive is None), adapters[0])
+    for other in adapters:
+        for field_name, what in _CONDITIONS.items():
+            mine, theirs = (adapter.config.get(field_name) or None for adapter in (adapters[0], other))
+            if mine != theirs:
+                raise MismatchError(
+                    f"{adapters[0].source} and {other.source} {what}: {field_name} is {mine} and {theirs}"
+                )
+        same_layout = bool(other.config.get("fan_in_fan_out")) == bool(plain.config.get("fan_in_fan_out"))
+        if other.why_not_additive is None and not same_layout:
+            raise MismatchError(
+                f"{plain.source} and {other.source} store their weights in different layouts: fan_in_fan_out is not "
+                "the same"
+            )
+        if other.base_model and str(other.base_model).rstrip("/") != str(named.base_model).rstrip("/"):
+            warnings.warn(
+                f"{named.source} and {other.source} name different base models, {named.base_model!r} and "
+                f"{other.base_model!r}: taken for two names of one",
+                LoraLabWarning,
+                stacklevel=2,
+            )
 
 
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-
-
-def _locate(given: str | os.PathLike[str]) -> _Found:
-    path = Path(given).expanduser()
-    if path.is_dir():
-        return _locate_in_folder(path)
-    if path.is_file():
-        if path.name == "adapter_config.json":
-            return _locate_in_folder(path.parent)
-        if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
-            raise FileError(f"{path}: not an adapter; a PEFT folder, a .safetensors or a .bin file is needed")
-        return _Found(path, None, path.suffix.removeprefix("."))
-    if _HUB_ID.match(str(given)) and path.suffix not in (".safetensors", ".bin"):
-        return _locate_on_hub(str(given))
-    raise FileError(f"{given}: no such file or folder")
-
-
-def _locate_in_folder(folder: Path) -> _Found:
-    checkpoint = re.match(r"^checkpoint-(\d+)$", folder.name)
-    for name in _WEIGHTS:
-        if (folder / name).is_file():
-            return _Found(folder / name, folder, "trainer-checkpoint" if checkpoint else "peft")
-    steps = sorted(
-        (p for p in folder.glob("checkpoint-*") if p.is_dir() and p.name[11:].isdigit()),
-        key=lambda p: int(p.name[11:]),
-    )
-    for inner in reversed(steps):
-        if any((inner / name).is_file() for name in _WEIGHTS):
-            found = _locate_in_folder(inner)
-            found.notes.append(f"its last checkpoint is read: {inner.name}")
-            return found
-    inside = [p.name for p in sorted(folder.iterdir()) if any((p / name).is_file() for name in _WEIGHTS)]
-    if inside:
-        raise FileError(f"{folder}: no adapter itself, but holds some: {some(inside, 5)}; name one of them")
-    if any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")):
-        raise FileError(f"{folder}: a whole model, not an adapter ({' or '.join(_WEIGHTS)} is needed)")
-    raise FileError(f"{folder}: no {' and no '.join(_WEIGHTS)} in this folder")
-
-
-def _locate_on_hub(name: str) -> _Found:
-    from huggingface_hub import snapshot_download
-
-    repo, _, revision = name.partition("@")
-    offline = stay_offline_without_network()
-    try:
-        folder = snapshot_download(
-            repo, revision=revision or None, allow_patterns=["adapter_config.json", "adapter_model.*"]
-        )
-    except Exception as error:  # the hub client raises many kinds; each means that it is not to be had
-        told = str(error).strip().partition("\n")[0] or type(error).__name__
-        reason = "it cannot be connected to, and the cache has none" if offline else told
-        raise FileError(
-            f"{name}: no such file or folder here, and the Hugging Face hub gave none ({reason}); "
-            "download it where there is a network and give the folder"
-        ) from error
-    found = _locate_in_folder(Path(folder))
-    found.format = "hub"
-    return found
+_CONDITIONS = {
+    "alora_invocation_tokens": "act after different tokens",
+    "layer_replication": "adapt models with different layers",
+}
+"""Field → what adapters that differ in it do: their ΔW is no ΔW of one model."""
 
 
 def _find_config(
-    found: _Found, given: str | os.PathLike[str] | None, metadata: Mapping[str, str]
+    found: Found, given: str | os.PathLike[str] | None, metadata: Mapping[str, str]
 ) -> dict[str, Any] | None:
     if given is not None:
         path = Path(given).expanduser()

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -15,12 +15,16 @@ from torch import Tensor, nn
 
 from lora_lab.adapter import Adapter
 from lora_lab.errors import AdapterError, LoraLabWarning, MismatchError, TunerError, some
-from lora_lab.keys import PREFIX, anchored
-from lora_lab.peft_config import tuner_of
+from lora_lab.keys import PREFIX
+from lora_lab.matching import first_match
+from lora_lab.peft_config import missing_saved, parameter_sites, tuner_of
 from lora_lab.result import fingerprint
 
 NAME = "default"
 """The name under which PEFT keeps our one adapter."""
+
+
+_RANK_AXES = (("lora_A", 0), ("lora_B", 1), ("lora_embedding_A", 0), ("lora_embedding_B", 1))
 
 
 class Attached:
@@ -39,6 +43,7 @@ class Attached:
                 *tuner.named_buffers(remove_duplicate=False),
             )
         }
+        self._shapes = {key: tensor.shape for key, tensor in self._tensors.items()}
         self._replaced: dict[str, Tensor] = {}
 
     def set(self, adapter: Adapter) -> None:
@@ -49,6 +54,7 @@ class Attached:
         extra = sorted(set(adapter.sites) - set(self.layers))
         if extra:
             raise MismatchError(f"{adapter.source}: adapts modules that are not attached: {some(extra)}")
+        self._check(adapter)
         for name, layer in self.layers.items():
             site = adapter.sites.get(name)
             layer._disable_adapters = site is None
@@ -58,11 +64,26 @@ class Attached:
             self._tensors[key].data = self._replaced.pop(key)
         owned = {key for site in adapter.sites.values() for key in site.keys.values()}
         for key, tensor in adapter.tensors.items():
-            if key not in self._tensors:
-                raise MismatchError(f"{adapter.source}: {key.removeprefix(PREFIX)} has no place in the model")
             if key not in owned:  # a head or another whole tensor, which the next adapter may lack
                 self._replaced.setdefault(key, self._tensors[key].data)
             self._tensors[key].data = self._placed(tensor, self._tensors[key], own=key in owned)
+
+    def _check(self, adapter: Adapter) -> None:
+        """MismatchError for a tensor without a place in the model, or of another shape; only ranks may differ."""
+        owned = {key for site in adapter.sites.values() for key in site.keys.values()}
+        for key, tensor in adapter.tensors.items():
+            short = key.removeprefix(PREFIX)
+            if key not in self._tensors:
+                raise MismatchError(f"{adapter.source}: {short} has no place in the model")
+            place = self._shapes[key]
+            odd = [i for i, (a, b) in enumerate(zip(tensor.shape, place, strict=False)) if a != b]
+            if key in owned and len(odd) == 1:  # the rank's axis, which for LoRA is known
+                axis = next((axis for part, axis in _RANK_AXES if part in short.split(".")), odd[0])
+                odd = [] if odd[0] == axis else odd
+            if odd or tensor.ndim != len(place):
+                raise MismatchError(
+                    f"{adapter.source}: {short} is {list(tensor.shape)}, its place in the model {list(place)}"
+                )
 
     @staticmethod
     def _placed(tensor: Tensor, place: Tensor, *, own: bool) -> Tensor:
@@ -144,12 +165,7 @@ def peft_config(adapter: Adapter, *others: Adapter) -> Any:
         if known.get(key) and known[key] != "mirror":  # of the base itself
             raise TunerError(f"{adapter.source}: its configuration has PEFT load more than its file ({key})")
     names = sorted({name for each in (adapter, *others) for name in each.sites})
-    exact = "|".join(anchored(name).removeprefix("^") for name in names)
-    if "target_modules" in cls.__dataclass_fields__ and not known.get("target_parameters"):
-        known["target_modules"] = f"^({exact})$"
-        known = {
-            k: v for k, v in known.items() if k not in ("exclude_modules", "layers_to_transform", "layers_pattern")
-        }
+    known |= _exact_names(known, adapter, names)
     if adapter.tuner == "LORA":
         known["lora_dropout"] = 0.0
         if not _changes_base(adapter):
@@ -159,6 +175,41 @@ def peft_config(adapter: Adapter, *others: Adapter) -> Any:
         return cls(**known)
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{adapter.source}: PEFT refuses its configuration: {error}") from error
+
+
+_SELECTING = ("exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+def _exact_names(config: Mapping[str, Any], adapter: Adapter, names: Sequence[str]) -> dict[str, Any]:
+    """The fields that name modules, with these modules' names alone: the file's own patterns never reach PEFT."""
+    exact: dict[str, Any] = {field: None for field in _SELECTING if config.get(field) is not None}
+    if "target_modules" in config or adapter.tuner == "LORA":
+        parameters = parameter_sites(config, names)
+        modules = [name for name in names if name not in parameters]
+        # PEFT must be given some modules, unless it is given parameters
+        exact["target_modules"] = _one_of(modules) if modules or not parameters else None
+    for field, value in config.items():
+        if field.endswith("_pattern") and field not in _SELECTING and isinstance(value, Mapping):
+            exact[field] = _by_value(first_match(value, names)) if value and adapter.tuner != "ADALORA" else value
+    saved = config.get("modules_to_save")
+    if saved and not isinstance(saved, str):
+        held = [key.removeprefix(PREFIX) for key in adapter.others]
+        missing = missing_saved({"modules_to_save": saved}, held) if held else list(saved)
+        plain = [name for name in saved if name not in missing and re.fullmatch(r"[\w.-]+", name)]
+        exact["modules_to_save"] = plain or None
+    return exact
+
+
+def _one_of(names: Sequence[str]) -> str:
+    return f"^({'|'.join(map(re.escape, names))})$"
+
+
+def _by_value(values: Mapping[str, Any]) -> dict[str, Any]:
+    """One key a value, since PEFT tries every key on every module."""
+    names: dict[Any, list[str]] = {}
+    for name, value in values.items():
+        names.setdefault(value, []).append(name)
+    return {_one_of(sorted(found)): value for value, found in names.items()}
 
 
 _NAMES_LABELS = ("id2label", "label2id", "num_labels", "problem_type", "pad_token_id", "use_cache")
@@ -284,6 +335,12 @@ def _check_fit(model: nn.Module, *adapters: Adapter) -> None:
                 f"{adapter.source}: layer_replication builds another model, which cannot be attached to this one"
             )
         missing = [name for name in adapter.sites if name not in known and not name.endswith(".base_layer")]
+        experts = [name for name in missing if re.search(r"\.experts\.\d+\.", name)]
+        if experts and any(module.endswith(".experts") and module in known for module in _above(experts)):
+            raise MismatchError(
+                f"{adapter.source}: trained on experts that were modules of their own ({some(experts)}), which newer "
+                "versions of transformers have fused into one parameter; PEFT converts such an adapter when it loads it"
+            )
         if missing:
             raise MismatchError(
                 f"{adapter.source}: trained on another base model? this one has no module {some(missing)}"
@@ -296,6 +353,12 @@ def _check_fit(model: nn.Module, *adapters: Adapter) -> None:
                     raise MismatchError(
                         f"{adapter.source}: {name} is {tuple(weight.shape)} in this model, its ΔW is {update.shape}"
                     )
+
+
+def _above(names: Sequence[str]) -> set[str]:
+    """The modules of experts, also under the names that newer models have for their blocks."""
+    above = {re.sub(r"(\.experts)\.\d+\..*", r"\1", name) for name in names}
+    return above | {name.replace(".block_sparse_moe.", ".mlp.") for name in above}
 
 
 def _submodule(model: nn.Module, name: str, adapter: Adapter) -> nn.Module:

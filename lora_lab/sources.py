@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lora_lab import files
-from lora_lab.adapter import Adapter
+from lora_lab.adapter import Adapter, same_base
 from lora_lab.attach import weight_deltas
 from lora_lab.errors import MismatchError, OptionError, TunerError, some
 from lora_lab.keys import natural
@@ -102,7 +102,7 @@ class Sources:
         if weights is None:
             weights = (1.0,) * count
         self.weights = weights if isinstance(weights, Weights) else Weights(_checked(tuple(weights), count))
-        _same_base(self.adapters)
+        same_base(self.adapters)
         self._exact, self._bases = _exact(self.adapters, base)
         self.shapes = self._shapes()
         self._layers = {name: place.layer for name, place in locate(list(self.shapes)).items()}
@@ -197,23 +197,6 @@ def _kind(layer: nn.Module) -> str:
     if isinstance(layer, nn.Embedding):
         return "embedding"
     return "conv1d-gpt" if type(layer).__name__ == "Conv1D" else "linear"
-
-
-def _same_base(adapters: Sequence[Adapter]) -> None:
-    named = next((adapter for adapter in adapters if adapter.base_model), adapters[0])
-    plain = next((adapter for adapter in adapters if adapter.why_not_additive is None), adapters[0])
-    for other in adapters:
-        if other.base_model and other.base_model != named.base_model:
-            raise MismatchError(
-                f"{named.source} and {other.source} have different base models: {named.base_model!r} and "
-                f"{other.base_model!r}"
-            )
-        same_layout = bool(other.config.get("fan_in_fan_out")) == bool(plain.config.get("fan_in_fan_out"))
-        if other.why_not_additive is None and not same_layout:
-            raise MismatchError(
-                f"{plain.source} and {other.source} store their weights in different layouts: fan_in_fan_out is not "
-                "the same"
-            )
 
 
 def _checked(weights: tuple[float, ...], count: int) -> tuple[float, ...]:

@@ -540,7 +540,7 @@ def test_adapters_that_fit_together_pass(tmp_path):
             {},
             r"different modules: layers.0.q_proj, layers.0.v, layers.1.v \(6 in all\)",
         ),
-        (lora(Q), {"base_model_name_or_path": "org/other"}, "different base models: 'org/base' and 'org/other'"),
+        (lora(Q), {"layer_replication": [[0, 2]]}, r"different layers: layer_replication is None and \[\[0, 2"),
         ({f"{PREFIX}{Q}.hada_w1_a": torch.ones(1)}, {"peft_type": "LOHA"}, "different tuners: LORA and LOHA"),
     ],
 )

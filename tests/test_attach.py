@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import perturbed
+from adapters import lora, perturbed, write
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from lora_lab.adapter import Adapter
-from lora_lab.attach import attach, load_peft, weight_deltas
+from lora_lab.attach import attach, load_peft, peft_config, weight_deltas
 from lora_lab.coto import Switches
 from lora_lab.digits import Digits
 from lora_lab.errors import MismatchError, TunerError
@@ -268,14 +268,53 @@ def test_replicated_layers_are_refused_by_name():
         pass
 
 
-def test_a_broken_pattern_in_the_config_is_one_line():
+@pytest.mark.parametrize("pattern", ["((", "(.*)*(.*)*" * 300 + "q"])
+def test_no_pattern_of_a_file_reaches_peft(pattern):
     from transformers import AutoModelForCausalLM
 
     adapter = Adapter.load(CASES / "R01_rslora_scaling/adapter")
-    broken = dataclasses.replace(adapter, config={**adapter.config, "modules_to_save": ["(("]})
+    fields = {"modules_to_save": [pattern], "exclude_modules": pattern, "layers_to_transform": [0]}
+    fields |= {"layers_pattern": [pattern], "target_modules": [pattern]}
+    odd = dataclasses.replace(adapter, config={**adapter.config, **fields})
     model = AutoModelForCausalLM.from_pretrained(CASES / "_bases/llama_tiny")
-    with pytest.raises(MismatchError, match="PEFT cannot put it on this model"), attach(model, broken):
-        pass
+    given = peft_config(odd)
+    assert pattern not in json.dumps(given.to_dict(), default=str)
+    with attach(model, odd) as attached:
+        assert set(attached.layers) == set(adapter.sites)
+
+
+def test_settings_of_modules_reach_peft_by_their_exact_names(tmp_path):
+    ranks = {"layers.0.q_proj": 2, "layers.1.q_proj": 3, "layers.2.q_proj": 3}
+    tensors = {key: t for name, rank in ranks.items() for key, t in lora(name, rank=rank).items()}
+    config = {"rank_pattern": {r".*\.[12]\..*": 3}, "alpha_pattern": {"2.q_proj": 5, "q_proj": 7}}
+    given = peft_config(Adapter.load(write(tmp_path, tensors, **config)))
+    assert given.rank_pattern == {r"^(layers\.1\.q_proj|layers\.2\.q_proj)$": 3}
+    assert given.alpha_pattern == {r"^(layers\.2\.q_proj)$": 5, r"^(layers\.0\.q_proj|layers\.1\.q_proj)$": 7}
+
+
+@pytest.mark.parametrize("wrong", ["head", "lora_A", "lora_B", "dims"])
+def test_a_shape_is_compared_before_anything_is_changed(tmp_path, wrong):
+    from types import SimpleNamespace
+
+    model = torch.nn.ModuleDict({"fc": torch.nn.Linear(4, 6), "head": torch.nn.Linear(6, 3)})
+    model.config = SimpleNamespace(to_dict=dict)
+    tensors = {**lora("fc"), "base_model.model.head.weight": torch.ones(3, 6)}
+    good = Adapter.load(write(tmp_path, tensors, modules_to_save=["head"]))
+    key = {"head": "head.weight", "dims": "head.weight"}.get(wrong, f"fc.{wrong}.weight")
+    old = good.tensors[f"base_model.model.{key}"]
+    odd = {
+        "head": torch.ones(2, 6),
+        "dims": torch.ones(3, 6, 1),
+        "lora_A": torch.ones(2, 5),
+        "lora_B": torch.ones(5, 2),
+    }
+    bad = dataclasses.replace(good, tensors={**good.tensors, f"base_model.model.{key}": odd[wrong]})
+    with attach(model, good) as attached:
+        before = {name: tensor.clone() for name, tensor in attached._tensors.items()}
+        with pytest.raises(MismatchError) as caught:
+            attached.set(bad)
+        assert f"{key} is {list(odd[wrong].shape)}, its place in the model {list(old.shape)}" in str(caught.value)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in attached._tensors.items())
 
 
 def test_a_tuner_without_layers_is_refused(tmp_path):

@@ -306,7 +306,7 @@ def test_what_cannot_be_done_is_said_in_one_line_and_leaves_nothing_behind(refus
 
 
 def test_adapters_of_different_bases_or_shapes_are_refused(refused, abc, tmp_path):
-    write(tmp_path / "other", lora(MODULES[0]), base_model_name_or_path="big")
+    write(tmp_path / "other", lora("x.y"), base_model_name_or_path="big")
     refused("a", "other", "-o", "m", words=["a and other have different base models", "'tiny'", "'big'"])
     write(tmp_path / "wide", lora(MODULES[0], columns=5), base_model_name_or_path="tiny")
     refused("a", "wide", "-o", "m", words=["a and wide", MODULES[0], "(6, 4)", "(6, 5)"])

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "lora_lab"
 LAYERS = [
     {"__init__", "errors", "escape", "hub"},
     {"ownership", "workplace", "processes"},
-    {"files", "keys", "matching", "sites", "lowrank", "models", "schedule", "stats", "plot_style", "trust"},
+    {"files", "keys", "lookup", "matching", "sites", "lowrank", "models", "schedule", "stats", "plot_style", "trust"},
     {"digests"},
     {"result", "beside", "peft_config", "estimators", "rules", "confined"},
     {"checks"},

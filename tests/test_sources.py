@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import SHAPES, adapter, update, updates
 
 from lora_lab.adapter import Adapter
-from lora_lab.errors import FileError, MismatchError, OptionError, TunerError
+from lora_lab.errors import FileError, LoraLabWarning, MismatchError, OptionError, TunerError
 from lora_lab.merge import merge
 from lora_lab.sources import Sources, Weights, parse_weights
 
@@ -147,15 +147,33 @@ def test_no_adapter_is_refused():
         Sources([])
 
 
-def test_different_base_models_are_refused_with_both_names():
-    with pytest.raises(MismatchError, match="a and b have different base models: 'tiny' and 'other'"):
+def test_different_names_of_the_base_are_told_with_both_names():
+    with pytest.warns(LoraLabWarning, match="a and b name different base models, 'tiny' and 'other'"):
         Sources([layered(), layered("b", base_model_name_or_path="other")])
     Sources([layered(), layered("b", base_model_name_or_path=None)])  # what is not known is not held against it
+    Sources([layered(), layered("b", base_model_name_or_path="tiny/")])  # the same folder
 
 
-def test_different_base_models_are_refused_even_where_the_first_names_none():
+@pytest.mark.parametrize(
+    ("field", "a", "b"),
+    [
+        ("alora_invocation_tokens", [5, 6], None),
+        ("alora_invocation_tokens", None, [5, 6]),
+        ("alora_invocation_tokens", [5], [9]),
+        ("layer_replication", [[0, 2]], None),
+        ("layer_replication", None, [[0, 2]]),
+    ],
+)
+def test_updates_of_other_inputs_or_other_layers_are_refused_in_any_order(field, a, b):
+    with pytest.raises(MismatchError, match=rf"{field} is .* and "):
+        Sources([layered("x", **{field: a}), layered("y", **{field: b})])
+    both = merge(Sources([layered("x", **{field: a}), layered("y", **{field: a})])).adapter
+    assert both.config.get(field) == a
+
+
+def test_different_names_of_the_base_are_told_even_where_the_first_names_none():
     bases = (None, "tiny", "other")
-    with pytest.raises(MismatchError, match="'tiny' and 'other'"):
+    with pytest.warns(LoraLabWarning, match="'tiny' and 'other'"):
         Sources([layered(f"a{i}", base_model_name_or_path=base) for i, base in enumerate(bases)])
 
 

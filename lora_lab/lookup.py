@@ -1,0 +1,82 @@
+"""Where an adapter lies: in a folder, a lone file, a run's last checkpoint, or the hub's cache."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from lora_lab.errors import FileError, some
+from lora_lab.hub import stay_offline_without_network
+
+_HUB_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
+
+
+class Found:
+    """Where the weights are, the folder that they were named by, in what form, and what there is to tell of it."""
+
+    def __init__(self, weights: Path, folder: Path | None, form: str, notes: Iterable[str] = ()) -> None:
+        self.weights, self.folder, self.format, self.notes = weights, folder, form, list(notes)
+
+
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def locate(given: str | os.PathLike[str]) -> Found:
+    """Where the adapter lies that is named by a folder, a file, or a hub id; FileError where there is none."""
+    path = Path(given).expanduser()
+    if path.is_dir():
+        return _in_folder(path)
+    if path.is_file():
+        if path.name == "adapter_config.json":
+            return _in_folder(path.parent)
+        if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
+            raise FileError(f"{path}: not an adapter; a PEFT folder, a .safetensors or a .bin file is needed")
+        return Found(path, None, path.suffix.removeprefix("."))
+    if _HUB_ID.match(str(given)) and path.suffix not in (".safetensors", ".bin"):
+        return _on_hub(str(given))
+    raise FileError(f"{given}: no such file or folder")
+
+
+def _in_folder(folder: Path) -> Found:
+    checkpoint = re.match(r"^checkpoint-(\d+)$", folder.name)
+    for name in _WEIGHTS:
+        if (folder / name).is_file():
+            return Found(folder / name, folder, "trainer-checkpoint" if checkpoint else "peft")
+    steps = sorted(
+        (p for p in folder.glob("checkpoint-*") if p.is_dir() and p.name[11:].isdigit()),
+        key=lambda p: int(p.name[11:]),
+    )
+    for inner in reversed(steps):
+        if any((inner / name).is_file() for name in _WEIGHTS):
+            found = _in_folder(inner)
+            found.notes.append(f"its last checkpoint is read: {inner.name}")
+            return found
+    inside = [p.name for p in sorted(folder.iterdir()) if any((p / name).is_file() for name in _WEIGHTS)]
+    if inside:
+        raise FileError(f"{folder}: no adapter itself, but holds some: {some(inside, 5)}; name one of them")
+    if any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")):
+        raise FileError(f"{folder}: a whole model, not an adapter ({' or '.join(_WEIGHTS)} is needed)")
+    raise FileError(f"{folder}: no {' and no '.join(_WEIGHTS)} in this folder")
+
+
+def _on_hub(name: str) -> Found:
+    from huggingface_hub import snapshot_download
+
+    repo, _, revision = name.partition("@")
+    offline = stay_offline_without_network()
+    try:
+        folder = snapshot_download(
+            repo, revision=revision or None, allow_patterns=["adapter_config.json", "adapter_model.*"]
+        )
+    except Exception as error:  # the hub client raises many kinds; each means that it is not to be had
+        told = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = "it cannot be connected to, and the cache has none" if offline else told
+        raise FileError(
+            f"{name}: no such file or folder here, and the Hugging Face hub gave none ({reason}); "
+            "download it where there is a network and give the folder"
+        ) from error
+    found = _in_folder(Path(folder))
+    found.format = "hub"
+    return found
