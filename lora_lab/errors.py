@@ -19,12 +19,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable
 
+from lora_lab.escape import visible
+
 
 class LoraLabError(Exception):
-    """Base of every error of this project; its text is one line for the user."""
+    """Base of every error of this project; its text is one line for the user, whatever a file put into it."""
 
     def __str__(self) -> str:  # OSError would print its first argument as an errno
-        return " ".join(str(part) for part in self.args)
+        return visible(" ".join(str(part) for part in self.args).strip())
 
 
 class FileError(LoraLabError, OSError):

@@ -169,7 +169,11 @@ class FileTask(Task):
         if limit is not None and limit < len(found):
             drawn = np.random.default_rng(self.settings.split_seed).permutation(len(found))[:limit]
             found = found.select(np.sort(drawn))  # not the first of them: tables are often sorted by label
-        return {name: list(found[name]) for name in self._columns(found.column_names)}
+        columns = self._columns(found.column_names)
+        try:
+            return {name: list(found[name]) for name in columns}
+        except Exception as error:  # datasets cannot make Python values of every cell that it took in
+            raise TaskError(f"{self._where}: its cells cannot be read ({self._why(error)})") from error
 
     def _check_cells(self, table: Any) -> None:
         """TaskError for cells that a confined task would have to open files for, wherever these lie."""

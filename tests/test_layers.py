@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "lora_lab"
 
 LAYERS = [
-    {"__init__", "errors", "escape", "hub"},
+    {"__init__", "escape", "hub"},
+    {"errors"},
     {"ownership", "workplace", "processes"},
     {"files", "keys", "lookup", "matching", "sites", "lowrank", "models", "schedule", "stats", "plot_style", "trust"},
     {"digests"},
