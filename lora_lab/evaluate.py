@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -322,8 +323,10 @@ def task_of(*adapters: Adapter, given: str | None = None, trust_record: bool = F
 
 def _beside(record: Mapping[str, Any], adapter: Adapter) -> Path:
     """Where a record's relative paths begin: the current folder, or the adapter's, if the base is only found there."""
-    base, folder = str(record.get("base", "")), Path(adapter.source).parent
-    return folder if not Path(base).exists() and base and (folder / base).is_dir() else Path()
+    base, folder = record.get("base"), Path(adapter.source).parent
+    if not isinstance(base, str):
+        return Path()
+    return folder if not os.path.exists(base) and base and os.path.isdir(folder / base) else Path()
 
 
 def _difference(first: object, second: object) -> str:

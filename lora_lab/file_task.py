@@ -115,7 +115,7 @@ class FileTask(Task):
         data = record["data"]
         placed = {k: _data(v, base) for k, v in data.items()} if isinstance(data, dict) else _data(data, base)
         named = record["base"]
-        found = _place(named, base) if (base / named).exists() else named
+        found = _place(named, base) if os.path.exists(base / named) else named
         settings = cls.Keys(**{**record, "data": placed, "base": found})
         cls._check(settings, where)
         name = Path(where).stem if where.endswith(".toml") else f"{cls.kind}/{_called(settings.data)}"
@@ -155,7 +155,7 @@ class FileTask(Task):
     @property
     def base_digest(self) -> str:
         """As of any task; of a base from the hub, its commit, too."""
-        if Path(self.base).is_dir():
+        if os.path.isdir(self.base):
             return super().base_digest
         assert self.config is not None  # loaded, so that the cache has it
         folder = cached_folder(self.base, self.settings.revision)
@@ -316,7 +316,7 @@ class FileTask(Task):
     def _file(self, path: Path) -> Any:
         from datasets import Dataset
 
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise FileError(f"task {self.name}: its data {path} is missing")
         if path.suffix not in TABLES:
             raise FileError(f"{path}: {some(TABLES, 4)} can be read")
@@ -335,20 +335,20 @@ class FileTask(Task):
         from datasets import DatasetDict, load_from_disk
 
         folder = Path(name)
-        if not folder.exists():
+        if not os.path.exists(folder):
             stay_offline_without_network()
         elif self.reach.folder is not None:
             check_folder(folder, self.reach, f"task {self.name}: its data {name!r}")
         with _silent():
             try:
-                if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+                if os.path.exists(folder / "dataset_dict.json") or os.path.exists(folder / "state.json"):
                     found = load_from_disk(name)
                 else:
                     found = self._built(name)
             except LoraLabError:
                 raise
             except Exception as error:  # as above, and the hub client's
-                if folder.exists():
+                if os.path.exists(folder):
                     raise FileError(f"{name}: cannot be read as a dataset ({self._why(error)})") from error
                 raise FileError(
                     f"task {self.name}: its data {name!r} is no file or folder here, and the Hugging Face hub gave no "
@@ -360,7 +360,7 @@ class FileTask(Task):
         from datasets import load_dataset, load_dataset_builder
 
         if self.reach.folder is not None:
-            if not Path(name).exists():
+            if not os.path.exists(name):
                 check_repository(name, f"task {self.name}: its data {name!r}")
             builder = load_dataset_builder(name, self.settings.data_config)
             check_files(builder.config.data_files, name, self.reach, f"task {self.name}: its data {name!r}")
@@ -439,7 +439,7 @@ class LabelledTask(FileTask):
 
 
 def _is_file(data: str) -> bool:
-    return Path(data).suffix in TABLES or Path(data).is_file()
+    return Path(data).suffix in TABLES or os.path.isfile(data)
 
 
 class _silent:  # noqa: N801  (a context)
@@ -512,7 +512,7 @@ def _needed(key: str, plain: Sequence[type]) -> str:
 def _data(text: str, base: Path) -> str:
     """A path beside the task file; the name of a dataset on the hub stays as it is."""
     looks_like_file = Path(text).suffix in TABLES
-    return _place(text, base) if looks_like_file or (base / text).exists() else text
+    return _place(text, base) if looks_like_file or os.path.exists(base / text) else text
 
 
 def _called(data: str | dict[str, str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def pretrained(cls: Any, name: str, *, where: str = "the model", **options: Any)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    if not Path(name).exists():
+    if not os.path.exists(name):
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise TaskError(f"{where} {name!r} is missing; a folder with a model, or a hub id, is needed")
         stay_offline_without_network()
@@ -37,7 +38,7 @@ def pretrained(cls: Any, name: str, *, where: str = "the model", **options: Any)
                 f"{where} {name!r} needs code that comes with it, which is not run; if you have read it, a task file "
                 "with trust_remote_code = true runs it"
             ) from error
-        if not Path(name).exists():
+        if not os.path.exists(name):
             reason = f"there is no such folder here; from the hub: {reason}"
         raise TaskError(
             f"{where} {name!r} cannot be loaded ({reason}); give a folder, or a hub id where there is a network"
@@ -60,7 +61,7 @@ def check_memory(name: str, dtype: torch.dtype, *, where: str, revision: str | N
     """TaskError where a base's weights, in this dtype, would not fit into the free memory."""
     import psutil
 
-    folder = Path(name) if Path(name).is_dir() else cached_folder(name, revision)
+    folder = Path(name) if os.path.isdir(name) else cached_folder(name, revision)
     files = [*folder.glob("*.safetensors")] or [*folder.glob("pytorch_model*.bin")] if folder else []
     if not files:
         return  # on the hub, where its size is not known before it is loaded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ def from_name(name: str) -> Task:
     if name.endswith(".toml"):
         return from_file(Path(name))
     if name not in TASKS:
-        if Path(name).is_file():
+        if os.path.isfile(name):
             return from_file(Path(name))
         raise unknown("task", name, TASKS)
     return TASKS[name]()

@@ -185,9 +185,9 @@ def _names(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _place(value: str, origin: Origin) -> str:
     """Where what is named is looked for, in words."""
     if not _FOREIGN_SIGNS.search(value):
-        if Path(value).suffix in TABLES or (origin.folder and Path(origin.folder, value).exists()):
+        if Path(value).suffix in TABLES or (origin.folder and os.path.exists(os.path.join(origin.folder, value))):
             return "beside it"
-        if _HUB_ID.fullmatch(value) and not Path(value).exists():
+        if _HUB_ID.fullmatch(value) and not os.path.exists(value):
             return "from the hub"
     return "on this machine"
 
