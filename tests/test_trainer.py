@@ -10,6 +10,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from lora_lab import tasks
+from lora_lab.errors import OptionError
 from lora_lab.recipe import Recipe
 from lora_lab.train import train
 
@@ -48,6 +49,14 @@ def test_n15_checkpointing_runs_every_block_twice_a_step_and_the_base_trains(che
     steps = [mode for mode in modes if mode]  # the rest is the scoring at the end
     assert len(steps) == wanted["forwards_of_layer0"]["with" if checkpointing else "without"]
     assert len(modes) > len(steps)
+
+
+def test_a_base_that_cannot_recompute_is_refused_in_one_line(monkeypatch):
+    folder, _ = expected("N15")
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    with pytest.raises(OptionError, match=r"^checkpointing: LlamaForCausalLM does not support") as caught:
+        train(tasks.from_name(str(folder / "lm.toml")), Recipe(steps=2, batch_size=4, checkpointing=True))
+    assert "\n" not in str(caught.value)
 
 
 def saved(folder, model):
