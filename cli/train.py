@@ -13,7 +13,11 @@ from . import common
 
 def command(
     method: Annotated[
-        str, typer.Option(help="coto, coto-h, coto-l, lora, dropout, progressive-dropout or stochastic-depth.")
+        str,
+        typer.Option(
+            help="coto, coto-h, coto-l, lora, dropout, progressive-dropout, stochastic-depth, or "
+            "stochastic-depth-scaled: each block's update then times its survival rate, as its paper scores it."
+        ),
     ] = "coto",
     seed: Annotated[int, typer.Option(help="Orders the data and draws the masks.")] = 0,
     seeds: Annotated[str | None, typer.Option(help="Several runs, e.g. 0-4; -o is then a folder.")] = None,

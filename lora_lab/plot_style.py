@@ -60,6 +60,7 @@ METHODS = {
     "dropout": "Dropout",
     "progressive-dropout": "Progressive dropout",
     "stochastic-depth": "Stochastic depth",
+    "stochastic-depth-scaled": "Stochastic depth, scaled",
 }
 """Training methods as papers write them."""
 

@@ -27,6 +27,8 @@ class Method:
     progressive: bool = False
     """The dropout rate falls to 0 along the schedule's ramp."""
     p0: float = 0.1
+    survival_scaled: bool = False
+    """Every ΔW of the trained adapter is multiplied by the survival rate of its group."""
 
 
 METHODS: dict[str, Method] = {
@@ -37,6 +39,12 @@ METHODS: dict[str, Method] = {
     "dropout": Method("dropout inside the adapters", dropout=True),
     "progressive-dropout": Method("dropout inside the adapters, its rate falling to 0", dropout=True, progressive=True),
     "stochastic-depth": Method("blocks dropped at a constant rate that grows with depth", law="depth", p0=0.5),
+    "stochastic-depth-scaled": Method(
+        "the same, its updates then times their blocks' survival rates, as Huang et al. 2016 score it",
+        law="depth",
+        p0=0.5,
+        survival_scaled=True,
+    ),
 }
 """Training methods by name."""
 

@@ -61,6 +61,14 @@ class Schedule:
             return self.p0
         return self.p0 + (1 - self.p0) * self.progress(step, steps)
 
+    def survival(self, groups: int) -> list[float]:
+        """Of stochastic depth, the chance of each group to be on in a step, given that at least one is."""
+        if self.law != "depth":
+            raise OptionError(f"the chances of the law {self.law!r} change from step to step")
+        each = _by_depth(self.p0, groups)
+        some_on = -math.expm1(sum(math.log1p(-chance) if chance < 1 else -math.inf for chance in each))
+        return [chance / some_on for chance in each] if some_on > 0 else [1 / groups] * groups
+
     def mask(self, step: int, steps: int, groups: int, seed: int) -> Mask:
         """Which of the groups are on at this step; at least one is. A function of its arguments alone.
 
@@ -91,7 +99,11 @@ def low(p: float, groups: int, generator: np.random.Generator) -> Mask:
 
 def depth(p: float, groups: int, generator: np.random.Generator) -> Mask:
     """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): group l of 1 … G survives with 1 − (l/G)(1 − p)."""
-    return conditional_bernoulli([1 - (1 - p) * level / groups for level in range(1, groups + 1)], generator)
+    return conditional_bernoulli(_by_depth(p, groups), generator)
+
+
+def _by_depth(p: float, groups: int) -> list[float]:
+    return [1 - (1 - p) * level / groups for level in range(1, groups + 1)]
 
 
 LAWS: dict[str, Callable[[float, int, np.random.Generator], Mask]] = {

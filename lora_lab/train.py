@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
-from lora_lab import peft_format
+from lora_lab import peft_format, survival
 from lora_lab.adapter import Adapter
 from lora_lab.attach import base_config, layers
 from lora_lab.checkpoints import StampCheckpoints, last_checkpoint
@@ -57,12 +57,15 @@ def train(
     began, data = time.perf_counter(), data_of(task)
     record = {"task": task.record, "method": recipe.method, "seed": recipe.seed, "recipe": recipe_record(recipe)}
     base = {"base_model_name_or_path": task.base, "inference_mode": True}
-    log = Log(progress)
+    log, scaled = Log(progress), METHODS[recipe.method].survival_scaled
     with _isolated_randomness(), _quiet(), contextlib.ExitStack() as stack:
         model = _with_adapter(task, recipe)
         initial = _principal_part(model)
         record |= {"base_config": base_config(model)}
-        callbacks = _callbacks(recipe, record, base)
+        as_trained = record | ({"method": survival.UNSCALED} if scaled else {})
+        if scaled and (initial or _read(model).why_not_additive):
+            raise TunerError(f"{recipe.method}: {recipe.peft} has no ΔW = scale · B A that survival rates could scale")
+        callbacks = _callbacks(recipe, as_trained, base)
         keep = checkpoints if recipe.save_every else None
         with warnings.catch_warnings():
             warnings.simplefilter("always", LoraLabWarning)
@@ -70,7 +73,10 @@ def train(
         folder = keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         args = arguments(recipe, folder, device, report_to)
         cpu_s = _optimise(model, task, recipe, args, [*callbacks, log], resume)
+        record |= _survival(callbacks, recipe)
         adapter = _extract(model, record, base, initial)
+    if scaled:
+        adapter = survival.scaled(dataclasses.replace(adapter, record=record | {"method": as_trained["method"]}))
     scores = score(task, adapter, "validation", device=device)
     metrics = {"validation": {"accuracy": scores.accuracy, "loss": scores.mean_loss, "examples": len(scores)}}
     adapter = dataclasses.replace(adapter, record={**record, "metrics": metrics}, origin=Origin(own=True))
@@ -221,6 +227,14 @@ def _callbacks(recipe: Recipe, record: Mapping[str, Any], base: Mapping[str, Any
     if recipe.save_every:
         callbacks.append(StampCheckpoints(record, base))
     return callbacks
+
+
+def _survival(callbacks: Sequence[TrainerCallback], recipe: Recipe) -> dict[str, Any]:
+    """What the record says of stochastic depth: how often each group was on."""
+    coto = next((callback for callback in callbacks if isinstance(callback, CoToCallback)), None)
+    if coto is None or coto.schedule.law != "depth":
+        return {}
+    return {"survival": survival.rates(coto.schedule, list(coto.groups))}
 
 
 def _principal_part(model: nn.Module) -> dict[str, LowRank] | None:

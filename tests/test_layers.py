@@ -35,7 +35,7 @@ LAYERS = [
     },
     {"task", "attach", "plot", "whole", "renames", "initial", "players", "prune"},
     {"chat", "coto", "digits", "file_task", "probe", "recipe", "variants", "patterns", "sources", "mix"},
-    {"text", "language", "vision", "panel"},
+    {"text", "survival", "language", "vision", "panel"},
     {"tasks", "layer_inputs"},
     {"evaluate", "fitted"},
     {"scorer"},
