@@ -148,3 +148,21 @@ def test_a_basis_is_orthonormal_whatever_the_condition_of_its_columns():
     tiny = Basis(torch.randn(64, 16, dtype=torch.float64, generator=generator) * 1e-160)
     Q = tiny.times(eye)
     assert float((Q.T @ Q - eye).norm()) < 1e-9
+
+
+@pytest.mark.parametrize(("power", "above"), [(0.1, 1e-3), (0.25, 1e-4), (0.5, 1e-6)])
+def test_a_large_cut_of_slowly_falling_singular_values_is_nearly_the_best(monkeypatch, power, above):
+    monkeypatch.setattr(lowrank, "_SMALL", 32)
+    U, V = torch.linalg.qr(random(400, 300)).Q, torch.linalg.qr(random(300, 300, seed=1)).Q
+    S = (1 + torch.arange(300, dtype=torch.float64)) ** -power
+    _, error = factored(U * S @ V.T, 8)
+    best = float(S[8:].norm() / S.norm())
+    assert 0 <= error / best - 1 < above  # two rounds of the iteration miss all three
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 5)])
+def test_a_cut_to_the_full_rank_is_the_matrix_to_the_bit(shape):
+    dense = random(*shape)
+    update, error = factored(dense, min(shape))
+    assert error == 0
+    assert torch.equal(update.delta(), dense)

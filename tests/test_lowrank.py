@@ -103,6 +103,15 @@ def test_a_zero_update_gives_zeros_and_never_nan():
         assert bool(torch.isfinite(same.A).all() and torch.isfinite(same.B).all())
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("row", [[0.6, -1.0], [-0.6, 1.0], [0.9, -0.95, 1.0], [0.99, -0.3, -1.0]])
+def test_the_largest_entry_of_each_balanced_row_is_positive_not_an_earlier_one(row, sign):
+    A = sign * torch.tensor([row], dtype=torch.float64)
+    balanced = LowRank(A, torch.tensor([[1.0], [2.0]], dtype=torch.float64)).balanced()
+    assert float(balanced.A.flatten()[A.abs().argmax()]) > 0
+    torch.testing.assert_close(balanced.A.abs() / balanced.A.abs().max(), A.abs())
+
+
 def test_twins_balance_to_one_sign_even_where_two_entries_tie():
     B = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
     left, right = (torch.tensor([[1.0 + nudge, -1.0]], dtype=torch.float64) for nudge in (1e-9, -1e-9))
