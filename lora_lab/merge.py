@@ -25,7 +25,7 @@ from lora_lab.renames import require_shared_modules
 from lora_lab.result import provenance
 from lora_lab.sources import Sources
 from lora_lab.trust import Origin
-from lora_lab.whole import HEADS, merge_heads
+from lora_lab.whole import HEADS, merge_heads, token_settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKED = 1e-6
@@ -80,7 +80,7 @@ def merge(
         raise OptionError(f"a rank of {rank} was asked for; it is at least 1")
     if not math.isfinite(coefficient):
         raise OptionError(f"the coefficient is {coefficient}; a finite number is needed")
-    whole, own = merge_heads(sources.adapters, _file_names(sources.adapters), heads)
+    whole = merge_heads(sources.adapters, _file_names(sources.adapters), heads)
     updates: dict[str, LowRank] = {}
     lost: dict[str, float] = {}
     norms: dict[str, float] = {}
@@ -107,14 +107,18 @@ def merge(
         "absent": {name: len(gone) for name, gone in zip(names, sources.absent, strict=True) if gone},
     }
     adapter = from_updates(updates, like=sources.like, source=f"{method} of {some(names)}")
-    if own:  # PEFT would make heads anew that the file does not hold
-        saved = [part for part in adapter.config.get("modules_to_save") or [] if any(f".{part}." in k for k in whole)]
+    adapter = replace(adapter, config=token_settings(adapter.config, whole.tokens))
+    if whole.apart:  # PEFT would make heads anew that the file does not hold
+        parts = adapter.config.get("modules_to_save") or []
+        saved = [part for part in parts if any(f".{part}." in key for key in whole.tensors)]
         # by its task_type, too, PEFT would look for a head in the file
         headless: dict[str, Any] = {} if saved else {"task_type": None}
         adapter = replace(adapter, config={**adapter.config, "modules_to_save": saved or None, **headless})
-    tensors = {**_in_dtype(adapter, DTYPES[dtype]), **whole}
+    tensors = {**_in_dtype(adapter, DTYPES[dtype]), **whole.tensors}
     adapter = replace(adapter, tensors=tensors, record=_record(sources, made), origin=_origin(sources.adapters))
-    return Merged(adapter, method, made["options"], made["weights"], made["error"], dict(lost), own, sources.absent)
+    return Merged(
+        adapter, method, made["options"], made["weights"], made["error"], dict(lost), whole.apart, sources.absent
+    )
 
 
 def save(merged: Merged, path: Path, *, inputs: Sequence[Path] = (), force: bool = False) -> Path:

@@ -16,6 +16,7 @@ from lora_lab.errors import MismatchError, OptionError, some
 from lora_lab.keys import PREFIX
 from lora_lab.lowrank import LowRank, combine, combine_factors
 from lora_lab.renames import require_shared_modules
+from lora_lab.whole import with_rows_of_the_first
 
 
 class Mixer:
@@ -134,6 +135,8 @@ class Mixer:
             if odd:
                 names = some(key.removeprefix(PREFIX) for key in odd)
                 raise MismatchError(f"{self.adapters[0].source} and {other.source} differ in whole tensors: {names}")
+        for key in first:
+            with_rows_of_the_first(self.adapters, key)
 
     def _check_factors(self) -> None:
         first = self.adapters[0]
@@ -159,7 +162,7 @@ class Mixer:
         return {key: self._mix_key(key, weights) for key in self.adapters[0].others}
 
     def _mix_key(self, key: str, weights: Sequence[float]) -> Tensor:
-        tensors = [adapter.tensors[key] for adapter in self.adapters]
+        tensors = with_rows_of_the_first(self.adapters, key)
         if not tensors[0].is_floating_point():
             return tensors[0]
         wide = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
