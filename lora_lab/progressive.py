@@ -85,13 +85,16 @@ def inequality(strata: Mapping[int, Stratum], n: int, grid: Sequence[float]) -> 
 
     The interval is for the choice of keep-sets (Student's t, Satterthwaite's degrees of freedom) and of examples
     together. Sizes without a keep-set (their losses are not finite) are left out, and the others weighed up to 1; the
-    row then says which share of the law they have (`covered`).
+    row then says which share of the law they have (`covered`). A law that gives no chance to any size that there is
+    has no row.
     """
     sizes = sorted(strata)
     for law, chances in LAWS.items():
         for p in grid:
             every = chances(n, p)
             covered = float(every[sizes].sum())
+            if not covered:
+                continue
             weights = {k: float(every[k]) / covered for k in sizes if every[k] > 0}
             row: dict[str, Any] = {"law": law, "p": p, "covered": covered}
             for name in ("left", "right", "gap"):

@@ -12,7 +12,7 @@ from lora_lab.errors import LoraLabWarning, OptionError
 from lora_lab.estimators import all_coalitions
 from lora_lab.game import Game, Outcomes
 from lora_lab.players import players
-from lora_lab.progressive import binomial
+from lora_lab.progressive import binomial, inequality
 from lora_lab.stability import check, keep_sets, stability
 from lora_lab.stats import Sampled, half_of_strata
 
@@ -218,3 +218,7 @@ def test_the_interval_of_epsilon_holds_the_true_one():
         _, low, high = sampled.largest(lambda L: L[1:] - L[0])
         inside.append(low <= 0.01 <= high)
     assert np.mean(inside) > 0.9
+
+
+def test_without_keep_sets_that_kept_their_logits_there_is_no_inequality():
+    assert list(inequality({}, 3, (0.2, 0.5))) == []
