@@ -193,16 +193,16 @@ def _divisor(rank: int, config: Mapping[str, Any]) -> float:
 
 
 def _alpha(site: Site, rank: int, config: Mapping[str, Any]) -> float:
-    """The lora_alpha that gives this site at this rank the scale that it has now, to the last bit if one does."""
+    """The lora_alpha that gives this site at this rank the scale that it has now, to the last bit if any number does.
+
+    That is the float nearest to scale · divisor: those that round back to the scale lie evenly around the product.
+    """
     if rank == site.rank:
         alpha: float = pattern_values(config.get("alpha_pattern") or {}, [site.name], config.get("lora_alpha"))[
             site.name
         ]
         return alpha
-    scale, divisor = site.scale or 0.0, _divisor(rank, config)
-    nearest = scale * divisor
-    around = [nearest, math.nextafter(nearest, math.inf), math.nextafter(nearest, -math.inf)]
-    alpha = next((value for value in around if value / divisor == scale), nearest)
+    alpha = float((site.scale or 0.0) * _divisor(rank, config))
     return int(alpha) if alpha.is_integer() else alpha
 
 

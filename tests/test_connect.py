@@ -281,6 +281,39 @@ def test_the_interval_of_a_difference_of_two_maxima_holds_the_true_one():
     assert np.mean(inside) > 0.9
 
 
+def test_the_share_that_goes_is_what_does_not_stay():
+    """A bump of 1 of which .25 stays, on every example alike."""
+    bump = (4 * GRID * (1 - GRID))[:, None] * np.ones(20)
+    sampled = {"factors": Sampled.of(bump, seed=0), "matched": Sampled.of(bump / 4, seed=0)}
+    cells = connect._shrinkage({((0, 1), space, "loss"): s for space, s in sampled.items()}, (0, 1), "loss", GRID)
+    assert (cells["barrier"], cells["stays"], cells["removed"]) == pytest.approx((1, 0.25, 0.75))
+    assert cells["share"] == pytest.approx(0.75)
+    none = connect._shrinkage({((0, 1), space, "loss"): sampled["factors"] for space in sampled}, (0, 1), "loss", GRID)
+    assert none["share"] == 0
+
+
+def test_barriers_are_not_said_to_be_negative(adapters):
+    """Of a flat line with noise every interval of a largest value would begin below 0, as none is."""
+    wrong = np.random.default_rng(0).random((11, 60)) < 0.3
+    flat = Sampled.of(wrong, seed=0)
+    curves = {((0, 1), space, "error"): flat for space in ("factors", "matched")}
+    profile = BARRIERS["entezari"]
+    assert flat.largest(lambda L: profile(L, GRID))[1] < 0
+    summary = connect._summary(adapters[:2], [(0, 1)], ["factors"], {((0, 1), "factors", "error"): flat}, GRID)
+    low = {row["barrier"]: row["low"] for row in summary["barriers"]}
+    assert [low[name] for name in ("frankle", "entezari", "max_end")] == [0, 0, 0]
+    assert low["midpoint"] > 0.1
+    cells = connect._shrinkage(curves, (0, 1), "error", GRID)
+    assert (cells["barrier_low"], cells["stays_low"]) == (0, 0)
+    assert cells["removed_low"] < 0  # which a difference may be
+
+
+@pytest.mark.parametrize("points", [11, 21, 101])
+def test_every_point_of_a_line_is_a_point_of_its_own(points):
+    line = [connect._on_line((0, 1), float(t), 2, "factors") for t in np.linspace(0, 1, points)]
+    assert len({point.key for point in line}) == points
+
+
 def test_the_aligned_line_of_a_pair_does_not_hang_on_other_adapters(adapters):
     three, two = Mixer(adapters), Mixer(adapters[1:])
     among, alone = three.mix([0.0, 0.3, 0.7], "aligned"), two.mix([0.3, 0.7], "aligned")

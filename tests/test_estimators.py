@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lora_lab.errors import LoraLabWarning, OptionError
 from lora_lab.estimators import ESTIMATORS, estimate, exact, fit_pairs, plan
 from lora_lab.interactions import interactions
-from lora_lab.stats import student
+from lora_lab.stats import mean_and_error, student
 
 CASE = json.loads((Path(__file__).parent / "cases/S01_exact_shapley_table/coalitions.json").read_text())
 EXPECTED = json.loads((Path(__file__).parent / "cases/S01_exact_shapley_table/expected.json").read_text())
@@ -316,6 +316,23 @@ def test_sampled_interactions_are_unbiased():
     truth = interactions(game, n, every=True).values
     found = interactions(game, n, samples=4000, seed=0)
     assert (np.abs(found.values - truth) <= 4.5 * found.se).all()
+
+
+def test_standard_errors_are_those_of_a_mean_of_draws():
+    """Sample standard deviation over √draws: 3 draws of 1, 2, 6 have √7 / √3."""
+    draws = np.array([[1.0, 4.0], [2.0, 4.0], [6.0, np.nan]])
+    mean, error = mean_and_error(draws)
+    assert mean == pytest.approx([3, 4])
+    assert error[0] == pytest.approx(math.sqrt(7) / math.sqrt(3))
+    # two equal draws: another one, 5 away as draws of the other column are, may have a probability of 1 − √.025
+    assert student(2) * error[1] == pytest.approx(5 * (1 - math.sqrt(0.025)))
+    assert np.isnan(mean_and_error(draws[:1])[1]).all()
+    game, _ = saturating(5)
+    found = estimate(game, 5, estimator="permutation", samples=7, seed=0)
+    each = []
+    for draw in plan(5, estimator="permutation", samples=7, seed=0):
+        each.append(draw.weights @ game(draw.coalitions))
+    assert found.se == pytest.approx(np.std(each, axis=0, ddof=1) / math.sqrt(7))
 
 
 def test_one_player_has_everything():

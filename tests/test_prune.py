@@ -385,8 +385,20 @@ def test_any_rank_keeps_the_scale_to_the_last_bits(rank, left, alpha, rslora):
     pruned = keep_ranks(Adapter(tensors, config, {Q: site}), {Q: range(left)})
     root = math.sqrt(left) if rslora else left
     assert pruned.config["lora_alpha"] / root == pytest.approx(site.scale, rel=4e-16)
+    written = float(pruned.config["lora_alpha"])
+    for other in (math.nextafter(written, math.inf), math.nextafter(written, -math.inf)):
+        assert abs(other / root - site.scale) >= abs(written / root - site.scale)  # no float gives it better
     assert pruned.sites[Q].scale == pruned.config["lora_alpha"] / root
     assert (pruned.config["r"], pruned.config.get("rank_pattern", {})) == (left, {})
+
+
+@pytest.mark.parametrize(("rank", "left", "alpha"), [(4, 3, 8), (8, 3, 16.5), (64, 7, 0.1875)])
+def test_the_scale_stays_to_the_last_bit_where_a_float_gives_it(rank, left, alpha):
+    tensors = lora(Q, rank=rank)
+    site = prune.Site(Q, "linear", {key.split(".")[-2]: key for key in tensors}, rank, alpha / rank)
+    pruned = keep_ranks(Adapter(tensors, {"r": rank, "lora_alpha": alpha}, {Q: site}), {Q: range(left)})
+    assert pruned.config["lora_alpha"] == alpha * left / rank
+    assert pruned.sites[Q].scale == site.scale
 
 
 def test_modules_that_are_not_named_stay_whole(tmp_path):
@@ -471,6 +483,14 @@ def test_energy_keeps_as_few_ranks_as_it_takes(tmp_path, energy, rank, by):
     pruned = prune_rank(adapter, energy=energy, by=by)
     assert pruned.ranks == (rank, 4)
     assert pruned.error == pytest.approx(math.sqrt(sum([16, 9, 4, 1][rank:]) / 30), abs=1e-7)
+
+
+def test_units_that_reach_the_share_exactly_are_enough():
+    """What is lost after one unit, 2⁻⁵⁰ + 2⁻¹⁰⁰, is to the last bit what rounding is allowed to lose: 4 ε ‖ΔW‖²."""
+    sizes = torch.tensor([1.0, 2.0**-25, 2.0**-50], dtype=torch.float64)
+    assert prune._enough(LowRank(torch.diag(sizes), torch.eye(3, dtype=torch.float64), (3, 3)), 1.0) == 1
+    larger = sizes * torch.tensor([1.0, 1 + 2.0**-50, 1.0], dtype=torch.float64)
+    assert prune._enough(LowRank(torch.diag(larger), torch.eye(3, dtype=torch.float64), (3, 3)), 1.0) == 2
 
 
 @given(seed=st.integers(0, 2**31), energy=st.floats(0.01, 1), by=st.sampled_from(sorted(RANKS)))

@@ -111,6 +111,16 @@ def test_a_mask_is_a_function_of_seed_and_step():
     assert len(np.unique(several, axis=0)) > 10
 
 
+def test_another_seed_is_no_other_step():
+    """With seed + step as the one number, seed 1 would have the masks of seed 0, a step earlier."""
+    schedule = Schedule(p0=0.5)
+    masks = {(seed, step): schedule.mask(step, 300, 24, seed=seed) for seed in range(4) for step in range(12)}
+    for seed, step in masks:
+        if (seed + 1, step - 1) in masks:
+            assert (masks[seed, step] != masks[seed + 1, step - 1]).any()
+    assert len({mask.tobytes() for mask in masks.values()}) == len(masks)
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

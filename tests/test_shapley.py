@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import time
 
 import numpy as np
@@ -135,6 +136,8 @@ def test_what_shapiq_asked_for_is_counted_whatever_is_known(adapters, tmp_path):
 def test_balance_of_equal_and_of_single_contributions():
     assert balance(np.full(6, 2.0)) == {"variation": 0.0, "top_third": pytest.approx(1 / 3)}
     assert balance(np.array([1.0, 0, 0]))["top_third"] == 1
+    assert balance(np.array([1.0, 2, 6]))["variation"] == pytest.approx(math.sqrt(7) / 3)  # n − 1
+    assert balance(np.array([-1.0, -2, -6]))["variation"] == pytest.approx(math.sqrt(7) / 3)
     assert np.isnan(balance(np.zeros(3))["variation"])
 
 

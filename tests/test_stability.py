@@ -1,5 +1,6 @@
 import math
 from math import comb
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from lora_lab.estimators import all_coalitions
 from lora_lab.game import Game, Outcomes
 from lora_lab.players import players
 from lora_lab.progressive import binomial, inequality
-from lora_lab.stability import check, keep_sets, stability
+from lora_lab.stability import _Seen, check, keep_sets, stability
 from lora_lab.stats import Sampled, half_of_strata
+from lora_lab.task import Scores
 
 
 @pytest.fixture(scope="module")
@@ -222,3 +224,96 @@ def test_the_interval_of_epsilon_holds_the_true_one():
 
 def test_without_keep_sets_that_kept_their_logits_there_is_no_inequality():
     assert list(inequality({}, 3, (0.2, 0.5))) == []
+
+
+class Known:
+    """A game of known losses on a few examples, in place of one on a model: 6 players, each of another weight."""
+
+    n_players, rescale = 6, False
+
+    def __init__(self):
+        self.player_names = [f"p{i}" for i in range(6)]
+        self.players = SimpleNamespace(left_out=[])
+        task, adapter = SimpleNamespace(classifies=False), SimpleNamespace(source="known")
+        self.outcomes = SimpleNamespace(task=task, adapter=adapter, of=lambda variants: [])
+
+    def losses(self, sets):
+        """2 − the share of the weights 1 … 6 that is on, and .3 where both of the first two are off."""
+        return 2 - sets @ np.arange(1, 7) / 21 + 0.3 * ~sets[:, :2].any(1)
+
+    def scores(self, sets, *, logits):
+        return [
+            Scores(loss + np.array([-0.1, 0.1]), np.array([True, False]), np.zeros(2)) for loss in self.losses(sets)
+        ]
+
+    def name_of(self, row):
+        return "".join("01"[int(on)] for on in row)
+
+
+def seen(sets):
+    game = Known()
+    return game, _Seen(game, sets, {}, seed=0)
+
+
+def test_epsilon_of_each_family_is_that_of_its_keep_sets():
+    game, found = seen(all_coalitions(6))
+    every = all_coalitions(6)
+    size, rise = every.sum(1), game.losses(every) - 1
+    epsilon = {row["family"]: row["value"] for row in found.summary(())["epsilon"] if row["metric"] == "loss"}
+    assert epsilon["non-empty keep-sets"] == pytest.approx(rise[(size > 0) & (size < 6)].max())
+    assert epsilon["half or more kept"] == pytest.approx(rise[(size >= 3) & (size < 6)].max())
+    assert epsilon["half or more kept"] > rise[(size > 3) & (size < 6)].max() + 0.1  # halves are among them
+    assert epsilon["leave-one-out"] == pytest.approx(6 / 21)
+
+
+@pytest.mark.parametrize("p", [0.25, 0.7])
+def test_the_spread_of_the_p_curve_is_that_over_its_masks(p):
+    game, found = seen(all_coalitions(6))
+    every = all_coalitions(6)
+    chances, losses = p ** every.sum(1) * (1 - p) ** (6 - every.sum(1)), game.losses(every)
+    (row,) = [row for row in found.rows((p,)) if row["family"] == "p"]
+    assert row["loss"] == pytest.approx(chances @ losses)
+    assert row["loss_spread"] == pytest.approx(math.sqrt(chances @ losses**2 - (chances @ losses) ** 2))
+
+
+def test_the_interval_of_the_p_curve_adds_the_variances_of_its_sizes():
+    """Sizes 0 to 6, 4 keep-sets of each that has more: Σ weight² s²/4 · (1 − 4/there are), and that of the examples."""
+    sets = keep_sets(6, 4, seed=3)
+    game, found = seen(sets)
+    losses, size = game.losses(sets), sets.sum(1)
+    parts, spread = [], 0.0
+    mean = 0.0
+    for k in range(7):
+        own, of = losses[size == k], comb(6, k)
+        mean += binomial(6, 0.4)[k] * own.mean()
+        s2 = own.var(ddof=1) if len(own) > 1 else 0.0
+        spread += binomial(6, 0.4)[k] * (s2 * (of - 1) / of + own.mean() ** 2)
+        if len(own) < of:
+            parts.append((binomial(6, 0.4)[k] ** 2 * s2 / 4 * (1 - 4 / of), 4))
+    (row,) = [row for row in found.rows((0.4,)) if row["family"] == "p"]
+    by_examples = stats.t.ppf(0.975, 1) * 0.1  # two examples, at −.1 and .1
+    assert row["loss"] == pytest.approx(mean)
+    assert row["loss_high"] - row["loss"] == pytest.approx(math.hypot(half_of_strata(parts), by_examples))
+    assert row["loss_spread"] == pytest.approx(math.sqrt(spread - mean**2))
+    (three,) = [row for row in found.rows(()) if row["family"] == "k-of-G" and row["label"] == "3"]
+    by_sets = stats.t.ppf(0.975, 3) * losses[size == 3].std(ddof=1) / 2 * math.sqrt(1 - 4 / 20)
+    assert three["loss_high"] - three["loss"] == pytest.approx(math.hypot(by_sets, by_examples))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_the_curves_of_sampled_keep_sets_hold_those_of_all(share):
+    """By size and by p, from 5 keep-sets of each size; the examples are the same ones, and two are enough."""
+    every = all_coalitions(6)
+    chances = share ** every.sum(1) * (1 - share) ** (6 - every.sum(1))
+    inside = []
+    for seed in range(60):
+        game, found = seen(keep_sets(6, 5, seed=seed))
+        losses = game.losses(every)
+        for row in found.rows((share,)):
+            if row["family"] == "p":
+                by_sets = math.sqrt((row["loss_high"] - row["loss"]) ** 2 - (stats.t.ppf(0.975, 1) * 0.1) ** 2 + 1e-12)
+                inside.append(abs(row["loss"] - chances @ losses) <= by_sets + 1e-9)
+            elif row["family"] == "k-of-G":
+                by_sets = math.sqrt((row["loss_high"] - row["loss"]) ** 2 - (stats.t.ppf(0.975, 1) * 0.1) ** 2 + 1e-12)
+                inside.append(abs(row["loss"] - losses[every.sum(1) == int(row["label"])].mean()) <= by_sets + 1e-9)
+    assert np.mean(inside) > 0.9
