@@ -102,7 +102,7 @@ def draw_convergence(results: Sequence[Result], width: str) -> Figure:
             se = np.array([max((e for e in row["se"] if e is not None), default=np.nan) for row in trace], dtype=float)
             distance = np.abs(values - values[-1]).max(1)
             name = f"{summary['adapter']}, {summary['estimator']}"
-            ax.plot(x, se, label=f"{name}: largest standard error", **style)
+            ax.plot(x, se, label=f"{name}: largest standard error of sampling", **style)
             ax.plot(
                 x[:-1],
                 distance[:-1],
@@ -213,7 +213,7 @@ def _unit(results: Sequence[Result]) -> str:
 
 def _caption(results: Sequence[Result], groups: Mapping[str, Sequence[Any]]) -> str:
     counts = {name: len(rows) for name, rows in groups.items()}
-    kind = plot_style.bands(counts, "95 % interval", "±1 s.d. over seeds")
+    kind = plot_style.bands(counts, "95 % interval (coalitions and examples)", "±1 s.d. over seeds")
     first = results[0]
     task = plot_style.task_name(first.parameters["task"])
     players = first.parameters["players"]

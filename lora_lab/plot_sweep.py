@@ -159,6 +159,6 @@ def _caption(results: Sequence[Result]) -> str:
         for kind in _kinds(results)
         for name, rows in plot_style.grouped(by_adapter(results, kind=kind)).items()
     }
-    band = plot_style.bands(counts, "95 % interval", "±1 s.d. over seeds")
+    band = plot_style.bands(counts, "95 % interval (examples and draws)", "±1 s.d. over seeds")
     task, n = plot_style.task_name(first.parameters["task"]), first.provenance.get("examples")
     return f"{task}, {first.parameters['split']} split, n = {n}; bands and bars: {band}"
