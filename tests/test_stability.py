@@ -13,7 +13,7 @@ from lora_lab.errors import LoraLabWarning, OptionError
 from lora_lab.estimators import all_coalitions
 from lora_lab.game import Game, Outcomes
 from lora_lab.players import players
-from lora_lab.progressive import binomial, inequality
+from lora_lab.progressive import binomial, inequality, stratum
 from lora_lab.stability import _Seen, check, keep_sets, stability
 from lora_lab.stats import Sampled, half_of_strata
 from lora_lab.task import Scores
@@ -224,6 +224,9 @@ def test_the_interval_of_epsilon_holds_the_true_one():
 
 def test_without_keep_sets_that_kept_their_logits_there_is_no_inequality():
     assert list(inequality({}, 3, (0.2, 0.5))) == []
+    one = {1: stratum(np.zeros((3, 2, 4)), np.zeros(2, int), 3)}
+    assert [(row["law"], row["p"]) for row in inequality(one, 3, (0.0,))] == [("at least one", 0.0)]
+    assert [row["covered"] for row in inequality(one, 3, (0.5,))] == pytest.approx([3 / 7, 3 / 8])
 
 
 class Known:
