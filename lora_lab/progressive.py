@@ -93,8 +93,6 @@ def inequality(strata: Mapping[int, Stratum], n: int, grid: Sequence[float]) -> 
         for p in grid:
             every = chances(n, p)
             covered = float(every[sizes].sum())
-            if not covered:  # no mask of this law has finite losses
-                continue
             if not covered:
                 continue
             weights = {k: float(every[k]) / covered for k in sizes if every[k] > 0}
