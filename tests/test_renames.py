@@ -10,6 +10,7 @@ from tiny import adapter, deltas, update
 
 from lora_lab.adapter import Adapter
 from lora_lab.errors import MismatchError, OptionError
+from lora_lab.lowrank import LowRank
 from lora_lab.merge import merge, save
 from lora_lab.mix import Mixer
 from lora_lab.renames import rename_all, renamed, require_shared_modules, suggested
@@ -161,6 +162,17 @@ def test_a_difference_of_equal_adapters_is_zero_and_is_written(tmp_path, target,
     with pytest.warns(match="0|zero"):
         found = Adapter.load(tmp_path / target)
     assert all(bool((delta == 0).all()) for delta in deltas(found).values())
+
+
+def test_a_difference_of_the_last_bit_of_one_entry_is_written_as_it_is(tmp_path):
+    """Norm 1e-10 beside factors of norm 2: rounding of their product is as large as a millionth of it."""
+    one = LowRank(torch.ones(1, 4), torch.tensor([[1.0], [1e-3], [0.7]]))
+    moved = one.B.clone()
+    moved[1] = torch.nextafter(moved[1], torch.tensor(1.0))
+    pair = [adapter({"net.q": LowRank(one.A, B)}, f"u{i}") for i, B in enumerate((one.B, moved))]
+    save(merge(Sources(pair, [-1.0, 1.0])), tmp_path / "m")
+    found = deltas(Adapter.load(tmp_path / "m"))["net.q"]
+    torch.testing.assert_close(found[1], (moved - one.B)[1].double().expand(4), rtol=1e-5, atol=0)
 
 
 def test_one_module_in_which_two_adapters_are_equal_becomes_zero_and_the_others_stay(tmp_path):
