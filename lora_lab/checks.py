@@ -60,14 +60,15 @@ def gathered(parsed: Parsed) -> None:
 
 
 def _empty_span(filled: list[bool]) -> tuple[float, float] | None:
-    """Begin and end of the longest run of zeros, as shares of the whole; None for less than an eighth."""
+    """Begin and end of the longest run of zeros, as shares of the whole; None for one alone or less than an eighth."""
     length, start, best = len(filled), 0, (0, 0)
     for i in range(length + 1):
         if i == length or filled[i]:
             if i - start > best[1] - best[0]:
                 best = (start, i)
             start = i + 1
-    return (best[0] / length, best[1] / length) if 8 * (best[1] - best[0]) >= length else None
+    run = best[1] - best[0]
+    return (best[0] / length, best[1] / length) if run > 1 and 8 * run >= length else None
 
 
 def configuration(parsed: Parsed, config: Mapping[str, Any], where: str) -> None:

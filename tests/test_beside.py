@@ -163,3 +163,11 @@ def test_a_shard_that_is_zero_in_every_module_is_told(tmp_path, part, what):
         Adapter.load(write(tmp_path / "shard", tensors))
     tensors[f"{PREFIX}layers.1.q.{part}.weight"][:] = 1
     Adapter.load(write(tmp_path / "whole", tensors))  # a warning is an error here
+
+
+def test_one_row_that_is_zero_in_small_modules_is_no_shard(tmp_path):
+    tensors = {key: t for i in range(2) for key, t in lora(f"layers.{i}.q", rows=8, columns=8).items()}
+    for key, tensor in tensors.items():
+        if "lora_B" in key:
+            tensor[3] = 0
+    Adapter.load(write(tmp_path, tensors))  # a warning is an error here

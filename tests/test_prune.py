@@ -341,11 +341,11 @@ def test_structured_pruning_tells_what_it_cost(tmp_path):
 
 
 def test_the_record_lists_every_pruning_and_survives_saving(tmp_path):
-    adapter = dataclasses.replace(made(tmp_path, Q, K), record={"task": "digits"})
+    adapter = dataclasses.replace(made(tmp_path, Q, K), record={"task": {"name": "digits/relabel"}})
     once = prune_rank(adapter, rank=3).adapter
     twice = reloaded(structured(once, [Q]).adapter, tmp_path)
     assert twice.record == {
-        "task": "digits",
+        "task": {"name": "digits/relabel"},
         "pruned": [{"rank": 3, "by": "svd", "from": "in"}, {"modules": [Q], "from": "pruned in"}],
     }
     older = dataclasses.replace(adapter, record={"pruned": {"rank": 9}})

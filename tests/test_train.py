@@ -9,7 +9,7 @@ from lora_lab.adapter import Adapter
 from lora_lab.attach import attach, weight_deltas
 from lora_lab.connect import interpolate
 from lora_lab.digits import Digits
-from lora_lab.errors import FileError, LoraLabError, OptionError, TaskError, TunerError
+from lora_lab.errors import FileError, LoraLabError, LoraLabNote, OptionError, TaskError, TunerError
 from lora_lab.evaluate import evaluate, score, task_of
 from lora_lab.parallel import Job, train_all
 from lora_lab.recipe import METHODS, Recipe, tuners
@@ -219,7 +219,10 @@ def test_jobs_side_by_side_give_what_they_give_alone(tmp_path, coto):
     for job in jobs:
         assert all(path.exists() for path in job.beside)
     other = Job(task.record, Recipe(method="lora", **SHORT), jobs[0].path)
-    with pytest.raises(FileError, match=r"0.safetensors: exists already; --force"):
+    with (
+        pytest.warns(LoraLabNote, match=r"1.safetensors: this very training is there already, and kept"),
+        pytest.raises(FileError, match=r"0.safetensors: exists already; --force"),
+    ):
         train_all([other, jobs[1]])
 
 
