@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from lora_lab import files
 from lora_lab.adapter import Adapter
 from lora_lab.errors import FileError, LoraLabWarning
 from lora_lab.result import finite
-from lora_lab.trust import Origin
+from lora_lab.trust import Origin, seal
 
 SEAL = "seal.json"
 """The file in a checkpoint that says what its other files are; written last, so one without it is not whole."""
@@ -47,7 +48,12 @@ class StampCheckpoints(TrainerCallback):  # type: ignore[misc]
             for file in stamped.save(Path(beside) / "adapter").iterdir():
                 file.replace(folder / file.name)
         held = {path.name: files.file_hash(path) for path in sorted(folder.iterdir()) if _is_sealed(path)}
-        files.write_json(folder / SEAL, {"step": state.global_step, "files": held})
+        files.write_json(folder / SEAL, _sealed({"step": state.global_step, "files": held}))
+
+
+def _sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """With the seal of this user's key: what goes on from a checkpoint is signed as the user's own."""
+    return {**content, "seal": seal(json.dumps(content, sort_keys=True).encode())}
 
 
 def _is_sealed(path: Path) -> bool:
@@ -83,14 +89,16 @@ def last_checkpoint(folder: Path, record: Mapping[str, Any], data: str) -> Path 
 def _problem(path: Path, step: int) -> str | None:
     """Why a run cannot go on from this checkpoint; None where it can."""
     try:
-        seal = files.read_json(path / SEAL)
+        content = files.read_json(path / SEAL)
     except FileError:
         return f"it has no {SEAL} that can be read, so it was not written to its end"
-    held = seal.get("files") if isinstance(seal, dict) else None
+    held = content.get("files")
     if not isinstance(held, dict) or any(name not in held for name in _NEEDED):
         return f"its {SEAL} lists no {', '.join(name for name in _NEEDED if name not in (held or {}))}"
-    if seal.get("step") != step:
-        return f"it is of step {seal.get('step')}"
+    if content.get("step") != step:
+        return f"it is of step {content.get('step')}"
+    if content != _sealed({key: value for key, value in content.items() if key != "seal"}):
+        return f"its {SEAL} is not by this user's key (see SECURITY.md), or by an earlier version"
     for name, wanted in held.items():
         if not (path / name).is_file():
             return f"{name} is missing"

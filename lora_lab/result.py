@@ -18,6 +18,7 @@ from typing import Any
 
 from lora_lab import files
 from lora_lab.errors import FileError, LoraLabWarning, some
+from lora_lab.trust import seal
 
 FORMAT = "lora-lab result 1"
 _PACKAGES = ("lora-lab", "torch", "transformers", "peft", "numpy", "scipy")
@@ -154,7 +155,8 @@ class Journal:
     """Finished pieces of a run, one JSON line each, so that a killed run loses at most the piece in flight.
 
     A journal belongs to one `run` (a fingerprint of inputs and options): another run's journal is not taken over. Every
-    line carries a checksum; damaged ones are left out, so that what they held is computed again, and a warning tells.
+    line is sealed by this user's key (see trust.py); damaged ones, and those that somebody else has put there, are left
+    out, so that what they held is computed again, and a warning tells.
     """
 
     def __init__(self, path: Path, run: str) -> None:
@@ -218,7 +220,8 @@ class Journal:
         damaged = len(entries) - len(whole) + (head is None)
         if damaged:
             warnings.warn(
-                f"{self.path}: {damaged} of {len(entries) + 1} lines are damaged (or of an earlier version); "
+                f"{self.path}: {damaged} of {len(entries) + 1} lines are damaged (or another user's, or of an earlier "
+                "version); "
                 "what they held is computed again",
                 LoraLabWarning,
                 stacklevel=4,
@@ -234,15 +237,15 @@ JOURNAL = "lora-lab journal 2"
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
-    """One line of a journal: the entry, with a checksum of its text as first field."""
+    """One line of a journal: the entry, with the seal of its text as first field."""
     text = json.dumps(entry, allow_nan=False)
-    return b'{"sum": "%s", %s\n' % (hashlib.sha256(text.encode()).hexdigest()[:16].encode(), text[1:].encode())
+    return b'{"sum": "%s", %s\n' % (seal(text.encode())[:16].encode(), text[1:].encode())
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
     """The inverse; None for a line that is not as it was written."""
     text = b"{" + line[28:]  # after {"sum": "0123456789abcdef", and a blank
-    if line[:28] != b'{"sum": "%s", ' % hashlib.sha256(text).hexdigest()[:16].encode():
+    if line[:28] != b'{"sum": "%s", ' % seal(text)[:16].encode():
         return None
     try:
         entry = json.loads(text)

@@ -52,6 +52,7 @@ _CONFIGURATION = re.compile(r"\w[\w .+-]*")
 _FOREIGN_SIGNS = re.compile(r"[\x00-\x1f\x7f\\:*?\[\]{}|<>\"]|^[/~]|(^|/)\.\.(/|$)")
 """What no path inside a folder needs: other roots, drives and protocols, upward steps, patterns."""
 _FORMAT = b"lora-lab signature 1\0"
+_SEAL = b"lora-lab seal 1\0"
 _KEY_BYTES = 32
 WAYS = "--task names a task of yours instead, --trust-record takes the record at its word"
 """How a refused task can be had."""
@@ -228,6 +229,14 @@ def is_own(signature: str | None, record: Mapping[str, Any], tensors: Mapping[st
     """Whether a signature is that of this user's key."""
     key = None if signature is None else _key(make=False)
     return key is not None and hmac.compare_digest(str(signature).encode(), _signature(key, record, tensors).encode())
+
+
+def seal(data: bytes) -> str:
+    """64 hex digits over what a later run goes on from, which nobody without this user's key can make.
+
+    Where no key can be kept, digits that anybody can make: they tell damage alone.
+    """
+    return hmac.new(_key(make=True) or b"", _SEAL + data, hashlib.sha256).hexdigest()
 
 
 def _signature(key: bytes, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

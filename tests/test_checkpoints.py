@@ -1,13 +1,17 @@
 """A killed run goes on from its newest whole checkpoint, and says which ones it passes over."""
 
+import json
 import re
 import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from lora_lab.checkpoints import _sealed
 from lora_lab.digits import Digits
 from lora_lab.errors import LoraLabWarning
+from lora_lab.files import file_hash
 from lora_lab.recipe import Recipe
 from lora_lab.train import train
 
@@ -98,4 +102,33 @@ def test_a_whole_checkpoint_is_taken_without_a_word(killed, tmp_path):
     steps = []
     again, _ = train(task, RECIPE, checkpoints=tmp_path / "cut", progress=lambda step, _: steps.append(step))
     assert steps == [7, 8]
+    assert all(torch.equal(again.tensors[key], whole.tensors[key]) for key in whole.tensors)
+
+
+def sealed_by_another(folder, monkeypatch, tmp_path):
+    """The same checkpoints, all of them stamped and sealed again with another user's key."""
+    with monkeypatch.context() as other:
+        other.setenv("XDG_CONFIG_HOME", str(tmp_path / "another user"))
+        for checkpoint in folder.glob("checkpoint-*"):
+            content = json.loads((checkpoint / "seal.json").read_text())
+            (checkpoint / "seal.json").write_text(json.dumps(_sealed({k: content[k] for k in ("step", "files")})))
+
+
+@pytest.mark.parametrize("seal", ["another user's", "none"])
+def test_somebody_elses_checkpoint_is_not_gone_on_from_and_signed(seal, killed, tmp_path, monkeypatch):
+    whole, left = killed
+    folder = tmp_path / "cut"
+    shutil.copytree(left, folder)
+    for checkpoint in folder.glob("checkpoint-*"):  # other weights, of which the list of files knows
+        weights = checkpoint / "adapter_model.safetensors"
+        save_file({key: value + 1 for key, value in load_file(weights).items()}, weights)
+        content = json.loads((checkpoint / "seal.json").read_text())
+        content["files"][weights.name] = file_hash(weights)
+        (checkpoint / "seal.json").write_text(json.dumps({k: content[k] for k in ("step", "files")}))
+    if seal != "none":
+        sealed_by_another(folder, monkeypatch, tmp_path)
+    steps = []
+    with pytest.warns(LoraLabWarning, match="its seal.json is not by this user's key"):
+        again, _ = train(task, RECIPE, checkpoints=folder, progress=lambda step, _: steps.append(step))
+    assert steps == list(range(1, 9))
     assert all(torch.equal(again.tensors[key], whole.tensors[key]) for key in whole.tensors)

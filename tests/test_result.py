@@ -128,6 +128,20 @@ def test_every_single_bit_of_a_journal_is_watched(tmp_path):
         assert len(again) <= 1
 
 
+@pytest.mark.parametrize("by", ["another user", "no key"])
+def test_what_somebody_else_has_written_into_a_journal_is_computed_again(tmp_path, monkeypatch, by):
+    path = tmp_path / "j"
+    with monkeypatch.context() as other:
+        (tmp_path / "file").write_text("")
+        other.setenv("XDG_CONFIG_HOME", str(tmp_path / ("file" if by == "no key" else "other")))
+        Journal(path, "run").add("a", 1)
+        assert Journal(path, "run")["a"] == 1  # theirs, for them
+    with pytest.warns(LoraLabWarning, match="1 of 2 lines are damaged .or another user's"):
+        assert len(Journal(path, "run")) == 0
+    Journal(path, "run").add("a", 2)
+    assert Journal(path, "run")["a"] == 2
+
+
 def test_two_processes_with_one_journal_lose_nothing(tmp_path):
     one, two = Journal(tmp_path / "j", "run"), Journal(tmp_path / "j", "run")
     one.add("a", 1)
