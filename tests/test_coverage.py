@@ -7,8 +7,8 @@
   wrong (there 1.0 is usual: intervals are then wide for what they could be, never of no width);
 * shares of tokens: at least .90, unless a few texts that are wrong from end to end are all that is ever wrong (.83 at a
   mean of .995 and 100 texts), or most of 20 texts are wholly right or wholly wrong (.88);
-* losses (mean, perplexity, barriers): at least .85 from 50 examples, with losses as skewed as a classifier's (below 50 it can be
-  far less: .66 at 20 examples of which a rare one has a loss many times the others');
+* losses (mean, perplexity, barriers): at least .85 from 50 examples, with losses as skewed as a classifier's (below 50 it can
+  be far less: .66 at 20 examples of which a rare one has a loss many times the others');
 * Shapley values, interactions: at least .85 of all players in every game from 2 draws on, .90 over the games together;
 * means over keep-sets by size and by p, progressive gap: at least .90.
 
