@@ -76,7 +76,7 @@ def evaluate(
         rows.append({**_described(adapter, task), "examples": len(scores), **_estimates(scores, seed)})
         if any(not each.classifies for each in found):
             rows[-1] |= _perplexity(scores, None if task.classifies else task.target_counts(split), seed)
-        rows[-1] |= _shares(measures, task.measured(scores, split), seed)
+        rows[-1] |= _shares(measures, task.measured(scores, split))
         if progress:
             progress(i + 1, len(runs))
     return Result(
@@ -103,13 +103,13 @@ def _estimates(scores: Scores, seed: int) -> dict[str, float]:
     return cells | dict(zip(("accuracy", "accuracy_low", "accuracy_high"), proportion(scores.correct), strict=True))
 
 
-def _shares(measures: Sequence[str], right: Mapping[str, npt.NDArray[np.bool_]], seed: int) -> dict[str, float | None]:
-    """Share of examples that are right by each measure; None for those that the task does not have."""
+def _shares(measures: Sequence[str], right: Mapping[str, npt.NDArray[np.bool_]]) -> dict[str, float | None]:
+    """Share of examples that are right by each measure, with Wilson's interval; None for what the task does not have."""
     cells: dict[str, float | None] = {}
     for name in measures:
         found: tuple[float | None, ...] = (None, None, None)
         if name in right:
-            found = Sampled.of(right[name].astype(np.float64)[None], seed=seed).estimate(lambda means: means[0])
+            found = proportion(right[name])
         cells |= dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
     return cells
 

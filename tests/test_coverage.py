@@ -7,8 +7,8 @@
   wrong (there 1.0 is usual: intervals are then wide for what they could be, never of no width);
 * shares of tokens: at least .90, unless a few texts that are wrong from end to end are all that is ever wrong (.83 at a
   mean of .995 and 100 texts), or most of 20 texts are wholly right or wholly wrong (.88);
-* losses (mean, perplexity, barriers): at least .85 from 50 examples, with losses as skewed as a classifier's (below 50 it can
-  be far less: .66 at 20 examples of which a rare one has a loss many times the others');
+* losses (mean, perplexity, barriers): at least .85 from 50 examples, with losses as skewed as a classifier's (below 50
+  it can be far less: .66 at 20 examples of which a rare one has a loss many times the others');
 * Shapley values, interactions: at least .85 of all players in every game from 2 draws on, .90 over the games together;
 * means over keep-sets by size and by p, progressive gap: at least .90.
 
@@ -27,7 +27,7 @@ from lora_lab.connect import BARRIERS, _shrinkage
 from lora_lab.court import Mix
 from lora_lab.digits import Digits
 from lora_lab.estimators import all_coalitions, estimate, exact
-from lora_lab.evaluate import _estimates, _perplexity
+from lora_lab.evaluate import _estimates, _perplexity, _shares
 from lora_lab.interactions import interactions
 from lora_lab.progressive import LAWS, cross_entropy, inequality, stratum
 from lora_lab.stats import Sampled, half_of_strata, half_width, mean_and_error, proportion, student
@@ -61,6 +61,13 @@ def test_one_accuracy_over_all_true_values(examples):
     coverage = (chances * ((ends[:, 1] <= truth) & (truth <= ends[:, 2]))).sum(1)
     assert coverage.min() > 0.905
     assert 0.95 < coverage.mean() < 0.99
+
+
+def test_the_measures_of_choices_have_the_interval_of_an_accuracy():
+    cells = _shares(("acc", "acc_norm"), {"acc": np.ones(10, dtype=np.bool_)})
+    assert (cells["acc"], cells["acc_low"], cells["acc_high"]) == proportion(np.ones(10, dtype=np.bool_))
+    assert 0.6 < cells["acc_low"] < 0.8
+    assert cells["acc_norm"] is None
     assert (ends[:, 2] - ends[:, 1]).min() > 0
     assert ends[0, 1] == 0
     assert ends[-1, 2] == 1
