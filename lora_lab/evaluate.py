@@ -104,7 +104,7 @@ def _estimates(scores: Scores, seed: int) -> dict[str, float]:
 
 
 def _shares(measures: Sequence[str], right: Mapping[str, npt.NDArray[np.bool_]]) -> dict[str, float | None]:
-    """Share of examples that are right by each measure, with Wilson's interval; None for what the task does not have."""
+    """Share of examples that are right by each measure, with Wilson's interval; None where there is no such measure."""
     cells: dict[str, float | None] = {}
     for name in measures:
         found: tuple[float | None, ...] = (None, None, None)

@@ -61,6 +61,10 @@ def test_one_accuracy_over_all_true_values(examples):
     coverage = (chances * ((ends[:, 1] <= truth) & (truth <= ends[:, 2]))).sum(1)
     assert coverage.min() > 0.905
     assert 0.95 < coverage.mean() < 0.99
+    assert (ends[:, 2] - ends[:, 1]).min() > 0
+    assert ends[0, 1] == 0
+    assert ends[-1, 2] == 1
+    assert ends[:, 1] == pytest.approx(1 - ends[::-1, 2])
 
 
 def test_the_measures_of_choices_have_the_interval_of_an_accuracy():
@@ -68,10 +72,6 @@ def test_the_measures_of_choices_have_the_interval_of_an_accuracy():
     assert (cells["acc"], cells["acc_low"], cells["acc_high"]) == proportion(np.ones(10, dtype=np.bool_))
     assert 0.6 < cells["acc_low"] < 0.8
     assert cells["acc_norm"] is None
-    assert (ends[:, 2] - ends[:, 1]).min() > 0
-    assert ends[0, 1] == 0
-    assert ends[-1, 2] == 1
-    assert ends[:, 1] == pytest.approx(1 - ends[::-1, 2])
 
 
 def test_wilson_by_hand():
