@@ -59,6 +59,20 @@ def gathered(parsed: Parsed) -> None:
             )
 
 
+def replaced(parsed: Parsed) -> None:
+    """Tell of whole weights of adapted modules; with an embedding that has grown, PEFT saves them as a rule."""
+    whole = [
+        name
+        for name, site in parsed.sites.items()
+        if site.scale is not None and site.kind != "embedding" and f"{PREFIX}{name}.base_layer.weight" in parsed.others
+    ]
+    if whole:
+        parsed.warnings.append(
+            f"{len(whole)} adapted modules come with a whole weight (base_layer.weight), which takes the place of the "
+            f"base model's own and which ΔW does not hold: {some(whole)}"
+        )
+
+
 def _empty_span(filled: list[bool]) -> tuple[float, float] | None:
     """Begin and end of the longest run of zeros, as shares of the whole; None for one alone or less than an eighth."""
     length, start, best = len(filled), 0, (0, 0)
@@ -78,7 +92,7 @@ def configuration(parsed: Parsed, config: Mapping[str, Any], where: str) -> None
     parsed.problems += [f"{where}: {problem}" for problem in wrong]
     if wrong:
         return
-    gone, fields = not_placed(config, list(parsed.sites))
+    gone, fields = not_placed(config, {name: site.kind for name, site in parsed.sites.items()})
     if gone:
         parsed.problems.append(
             f"{where}: {fields} of the config leaves out modules that the file has tensors for, which PEFT would drop: "

@@ -105,19 +105,24 @@ def brief(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:60]}…"
 
 
-def not_placed(config: Mapping[str, Any], names: Collection[str]) -> tuple[list[str], str]:
-    """The modules among `names` that PEFT would not adapt by this configuration, and the fields that leave them out.
+def not_placed(config: Mapping[str, Any], kinds: Mapping[str, str]) -> tuple[list[str], str]:
+    """The modules that PEFT would not adapt by this configuration, and the fields that leave them out.
 
-    What PEFT does not adapt it drops from the file with no more than a warning. Where the model decides
-    (all-linear, no target_modules) nothing is left out. Raises AdapterError for patterns that take too long.
+    `kinds` gives each module's kind (see sites.py). What PEFT does not adapt it drops from the file with no more than
+    a warning. Where the model decides (no target_modules, which linear layers there are, what is tied to an embedding)
+    nothing is left out. Raises AdapterError for patterns that take too long.
     """
-    if tuner_of(config) in _PLACED_OTHERWISE or config.get("ensure_weight_tying"):
+    if tuner_of(config) in _PLACED_OTHERWISE:
         return [], ""
-    parameters = parameter_sites(config, names)
-    rest = [name for name in names if name not in parameters]
+    parameters = parameter_sites(config, kinds)
+    rest = [name for name in kinds if name not in parameters]
     excluded = _excluded(config, rest)
     targeted = _targeted(config, rest)
+    if _is_all_linear(config.get("target_modules")):
+        targeted = {name for name in targeted if not kinds[name].startswith(("embedding", "conv"))}
     gone = [name for name in rest if name in excluded or name not in targeted]
+    if config.get("ensure_weight_tying"):  # embeddings and heads, which lie in no numbered block, may be tied
+        gone = [name for name in gone if any(part.isdecimal() for part in name.split("."))]
     fields = [
         field
         for field in ("exclude_modules", "modules_to_save", "target_modules", "layers_to_transform")
@@ -154,7 +159,7 @@ def _excluded(config: Mapping[str, Any], names: Collection[str]) -> set[str]:
 
 def _targeted(config: Mapping[str, Any], names: Collection[str]) -> set[str]:
     said = config.get("target_modules")
-    if said is None or (isinstance(said, str) and said.lower() == "all-linear"):
+    if said is None or _is_all_linear(said):
         return set(names)
     if isinstance(said, str):
         return set(by_whole([said], names)[said])
@@ -166,6 +171,11 @@ def _targeted(config: Mapping[str, Any], names: Collection[str]) -> set[str]:
     pattern = config.get("layers_pattern") or []
     index = numbered([pattern] if isinstance(pattern, str) else pattern, targeted)
     return {name for name in targeted if name in said or index.get(name) in wanted}
+
+
+def _is_all_linear(said: Any) -> bool:
+    """Whether target_modules leaves it to PEFT to find the linear layers, and those alone."""
+    return isinstance(said, str) and said.lower() == "all-linear"
 
 
 def _ending_in(said: Iterable[str], names: Collection[str]) -> set[str]:

@@ -66,6 +66,7 @@ def parse(
     checks.finite(parsed, where)
     checks.zero(parsed)
     checks.gathered(parsed)
+    checks.replaced(parsed)
     moved = keys.misplaced(tensors)
     if moved:
         parsed.warnings.append(

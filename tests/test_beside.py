@@ -171,3 +171,16 @@ def test_one_row_that_is_zero_in_small_modules_is_no_shard(tmp_path):
         if "lora_B" in key:
             tensor[3] = 0
     Adapter.load(write(tmp_path, tensors))  # a warning is an error here
+
+
+def test_a_whole_weight_of_an_adapted_module_is_told(tmp_path):
+    whole = {f"{PREFIX}{Q}.base_layer.weight": torch.ones(6, 4)}
+    with pytest.warns(LoraLabWarning, match=rf"1 adapted modules come with a whole weight .*: {Q}"):
+        adapter = Adapter.load(write(tmp_path / "linear", {**lora(Q), **lora(K), **whole}))
+    assert adapter.others == list(whole)
+    embedding = {
+        f"{PREFIX}embed.lora_embedding_A": torch.ones(2, 8),
+        f"{PREFIX}embed.lora_embedding_B": torch.ones(6, 2),
+        f"{PREFIX}embed.base_layer.weight": torch.ones(8, 6),
+    }
+    Adapter.load(write(tmp_path / "grown", embedding))  # a warning is an error here

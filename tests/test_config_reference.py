@@ -102,6 +102,32 @@ def test_peft_runs_what_we_describe_or_the_file_is_refused(tmp_path, fields, mod
         torch.testing.assert_close(theirs.get(name, zero), ours.get(name, zero), msg=f"{name}: {json.dumps(fields)}")
 
 
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.Conv1d])
+def test_all_linear_leaves_out_embeddings_and_convolutions(tmp_path, kind):
+    model = nn.Module()
+    model.odd = nn.Embedding(8, 6) if kind is nn.Embedding else nn.Conv1d(8, 6, 3)
+    model.q = nn.Linear(4, 6)
+    if kind is nn.Embedding:
+        odd = {"lora_embedding_A": torch.ones(2, 8), "lora_embedding_B": torch.ones(6, 2)}
+    else:
+        odd = {"lora_A.weight": torch.ones(2, 8, 3), "lora_B.weight": torch.ones(6, 2, 1)}
+    tensors = {**lora("q"), **{f"{PREFIX}odd.{part}": tensor for part, tensor in odd.items()}}
+    folder = write(tmp_path / "x", tensors, target_modules="all-linear")
+    with pytest.raises(AdapterError, match="target_modules of the config leaves out modules .*PEFT would drop: odd"):
+        Adapter.load(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = peft.PeftModel.from_pretrained(model, folder)
+    assert type(loaded.base_model.model.odd) is kind  # PEFT has put nothing on it
+    assert list(Adapter.load(write(tmp_path / "y", lora("q"), target_modules="all-linear")).sites) == ["q"]
+
+
+def test_what_may_be_tied_to_an_embedding_is_not_left_out(tmp_path):
+    tensors = {**lora("model.layers.0.attn.q"), **lora("head", seed=1)}
+    folder = write(tmp_path, tensors, target_modules=["q"], ensure_weight_tying=True)
+    assert sorted(Adapter.load(folder).sites) == ["head", "model.layers.0.attn.q"]
+
+
 @pytest.mark.parametrize(
     ("fields", "word"),
     [
@@ -113,6 +139,7 @@ def test_peft_runs_what_we_describe_or_the_file_is_refused(tmp_path, fields, mod
         ({"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": "layers"}, "layers_to_transform"),
         ({"target_modules": ["q"], "modules_to_save": ["layers.0"]}, "modules_to_save"),
         ({"target_modules": []}, "leaves out"),
+        ({"target_modules": ["v"], "ensure_weight_tying": True}, "target_modules"),
     ],
 )
 def test_a_config_by_which_peft_drops_a_module_is_refused_with_the_field_and_the_module(tmp_path, fields, word):
@@ -179,7 +206,7 @@ def test_heads_that_are_named_and_missing_are_told(tmp_path):
 
 def test_a_configs_pattern_that_runs_for_ever_is_a_line(tmp_path):
     for field in ("rank_pattern", "target_modules"):
-        pattern = "(.*)*(.*)*" * 300 + "q"
+        pattern = "((.|..)+)+Q"  # twice the steps with every letter of a name
         said = {pattern: 2} if field == "rank_pattern" else pattern
         with pytest.raises(AdapterError, match="takes longer than 1 s"):
             Adapter.load(write(tmp_path / field, lora("layers.0.self_attn.q_projection"), **{field: said}))
