@@ -134,10 +134,11 @@ class Adapter:
         """
         path = Path(path)
         files.refuse_existing(path, force=force)
-        config = json.dumps(_plain(self.config), indent=2)  # unsorted: of the patterns, the first match counts
+        plain = _plain(self.config)
+        config = json.dumps(plain, indent=2)  # unsorted: of the patterns, the first match counts
         record = _plain(trust.recordable(self.record))
         metadata = {"format": "pt", RECORD_KEY: json.dumps(record)}
-        signature = trust.sign(record, self.tensors) if self.origin.own else None
+        signature = trust.sign(record, self.tensors, plain) if self.origin.own else None
         if signature is not None:
             metadata[SIGNATURE_KEY] = signature
         if path.suffix == ".safetensors":
@@ -235,6 +236,8 @@ def inspect(
     else:
         tensors = files.read_bin(found.weights)
     settings = _find_config(found, config, raw_metadata)
+    record = _record(raw_metadata)
+    own = bool(record) and trust.is_own(raw_metadata.get(SIGNATURE_KEY), record, tensors, settings)
     notes: list[str] = []
     if settings is None:
         settings, notes = peft_config.assumed_config(tensors, alpha, adapter_name)
@@ -245,11 +248,9 @@ def inspect(
     try:
         settings, more = peft_config.complete_config(settings, tensors, adapter_name)
     except AdapterError as error:
-        empty = Adapter({}, settings, {}, trust.well_formed(_record(raw_metadata)), str(path))
+        empty = Adapter({}, settings, {}, trust.well_formed(record), str(path))
         return Listing(empty, found.format, found.notes, [f"{found.weights}: {error}"])
     parsed: Parsed = peft_format.parse(tensors, settings, str(found.weights), adapter_name)
-    record = _record(raw_metadata)
-    own = bool(record) and trust.is_own(raw_metadata.get(SIGNATURE_KEY), record, tensors)
     origin = trust.Origin(own, str(found.weights.parent.resolve()))
     adapter = Adapter(parsed.tensors, settings, parsed.sites, trust.well_formed(record), str(path), origin)
     notes = [*found.notes, *notes, *more, *parsed.warnings]
@@ -320,8 +321,8 @@ def _find_config(
 
 def _header_json(path: Path, key: str, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
-        content = json.loads(metadata[key])
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
+        content = files.parse_json(metadata[key])
+    except ValueError as error:
         raise FileError(f"{path}: {key} in its header is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise FileError(f"{path}: {key} in its header is not a JSON object")
@@ -330,8 +331,8 @@ def _header_json(path: Path, key: str, metadata: Mapping[str, str]) -> dict[str,
 
 def _record(metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
-        content = json.loads(metadata.get(RECORD_KEY, "{}"))
-    except (ValueError, RecursionError):  # ValueError: also a number of too many digits
+        content = files.parse_json(metadata.get(RECORD_KEY, "{}"))
+    except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
 

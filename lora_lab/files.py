@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _LONGEST_HEADER = 2**25
 """Bytes of a safetensors header: a quarter of a million tensors have half of that."""
+_DEEPEST = 100
+"""Levels of JSON: what is written here has a dozen, and what is read is walked through by calls within calls."""
 
 
 def read_json(path: Path, *, largest: int | None = None) -> dict[str, Any]:
@@ -47,12 +49,27 @@ def read_json(path: Path, *, largest: int | None = None) -> dict[str, Any]:
     if not text.strip():
         raise FileError(f"{path}: empty; a JSON object belongs here")
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
+        content = parse_json(text)
+    except ValueError as error:
         raise FileError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(content, dict):
         raise FileError(f"{path}: a JSON {type(content).__name__}; an object {{…}} belongs here")
     return content
+
+
+def parse_json(text: str) -> Any:
+    """The value that a JSON text holds; ValueError for one that is none, or nests deeper than anything walks into."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"nested deeper than {_DEEPEST} levels") from error
+    level = [value]
+    for _ in range(_DEEPEST):
+        inner = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        level = [part for parts in inner for part in parts]
+        if not level:
+            return value
+    raise ValueError(f"nested deeper than {_DEEPEST} levels")
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -3,8 +3,8 @@
 An adapter is a file that may have come from anywhere, and its record names the task that it was trained on. Three kinds
 of records are told apart:
 
-1. **Your own.** What this program writes is signed with a key of this user (HMAC-SHA256 over the record and the
-   tensors; the key lies in `$XDG_CONFIG_HOME/lora-lab/key`, by default `~/.config/lora-lab/key`). Its paths may lead
+1. **Your own.** What this program writes is signed with a key of this user (HMAC-SHA256 over record, tensors and
+   configuration; the key lies in `$XDG_CONFIG_HOME/lora-lab/key`, by default `~/.config/lora-lab/key`). Its paths may lead
    anywhere, and its revision counts.
 2. **Any other**, without the user's consent. It may name
 
@@ -51,7 +51,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _CONFIGURATION = re.compile(r"\w[\w .+-]*")
 _FOREIGN_SIGNS = re.compile(r"[\x00-\x1f\x7f\\:*?\[\]{}|<>\"]|^[/~]|(^|/)\.\.(/|$)")
 """What no path inside a folder needs: other roots, drives and protocols, upward steps, patterns."""
-_FORMAT = b"lora-lab signature 1\0"
+_FORMAT, _FORMAT_1 = b"lora-lab signature 2\0", b"lora-lab signature 1\0"
 _SEAL = b"lora-lab seal 1\0"
 _KEY_BYTES = 32
 WAYS = "--task names a task of yours instead, --trust-record takes the record at its word"
@@ -219,16 +219,25 @@ def refuse_indirections(config: Mapping[str, Any], where: str) -> None:
             raise TrustError(f"{where}: its configuration asks for more than the base ({key} = {value!r}); {WAYS}")
 
 
-def sign(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str | None:
-    """The signature of a record (JSON types) and its tensors, by this user's key; None where no key can be kept."""
+def sign(record: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> str | None:
+    """The signature of a record, its tensors and their configuration (JSON types), by this user's key.
+
+    None where no key can be kept.
+    """
     key = _key(make=True)
-    return None if key is None else _signature(key, record, tensors)
+    return None if key is None else _signature(key, record, tensors, config)
 
 
-def is_own(signature: str | None, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
+def is_own(
+    signature: str | None, record: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None
+) -> bool:
     """Whether a signature is that of this user's key."""
     key = None if signature is None else _key(make=False)
-    return key is not None and hmac.compare_digest(str(signature).encode(), _signature(key, record, tensors).encode())
+    if key is None:
+        return False
+    # an earlier version signed without the configuration
+    wanted = (_signature(key, record, tensors, each) for each in (config, None))
+    return any(hmac.compare_digest(str(signature).encode(), each.encode()) for each in wanted)
 
 
 def seal(data: bytes) -> str:
@@ -239,12 +248,15 @@ def seal(data: bytes) -> str:
     return hmac.new(_key(make=True) or b"", _SEAL + data, hashlib.sha256).hexdigest()
 
 
-def _signature(key: bytes, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def _signature(
+    key: bytes, record: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None
+) -> str:
     import torch
 
-    signer = hmac.new(key, _FORMAT, hashlib.sha256)
-    parts = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in sorted(tensors)]
-    text = json.dumps([record, parts], sort_keys=True, separators=(",", ":"))
+    signer = hmac.new(key, _FORMAT_1 if config is None else _FORMAT, hashlib.sha256)
+    parts: list[Any] = [[name, str(tensors[name].dtype), list(tensors[name].shape)] for name in sorted(tensors)]
+    said = [] if config is None else [json.dumps(config)]  # unsorted: of its patterns, the first match counts
+    text = json.dumps([record, parts, *said], sort_keys=True, separators=(",", ":"))
     signer.update(len(text).to_bytes(8, "little") + text.encode())
     for name in sorted(tensors):
         plain = tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8)

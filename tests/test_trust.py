@@ -548,6 +548,13 @@ def test_a_signature_holds_for_this_record_these_tensors_and_this_user(own, monk
     name = next(iter(found.tensors))
     assert not as_read(replace(foreign, tensors={**found.tensors, name: found.tensors[name] * 1.001})).origin.own
     assert not as_read(replace(foreign, tensors={**found.tensors, name: found.tensors[name].double()})).origin.own
+    assert not as_read(replace(foreign, config={**found.config, "lora_alpha": 80})).origin.own
+    patterns = {"query": 8, "layer.0.attention.self.query": 2}
+    for each, expected in ((patterns, True), (dict(reversed(patterns.items())), False)):  # the first match counts
+        mine = replace(found, config={**found.config, "alpha_pattern": patterns})
+        mine.save(path, force=True)
+        signature = files.read_header(path)[0]["__metadata__"][SIGNATURE_KEY]
+        assert as_read(replace(foreign, config={**found.config, "alpha_pattern": each})).origin.own is expected
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "another user"))
     assert not Adapter.load(own).origin.own
     with pytest.raises(TrustError, match="base = "):
@@ -555,6 +562,39 @@ def test_a_signature_holds_for_this_record_these_tensors_and_this_user(own, monk
     for odd in ("", "é", "0" * 64):
         stamp(own, signature=odd)
         assert not Adapter.load(own).origin.own
+
+
+def test_in_a_folder_a_changed_configuration_is_nobodys(own):
+    Adapter.load(own).save("folder")
+    assert Adapter.load("folder").origin.own
+    config = Path("folder/adapter_config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "lora_alpha": 80}))
+    assert not Adapter.load("folder").origin.own
+
+
+@pytest.mark.parametrize("depth", [101, 500, *range(960, 1000, 2), *range(961, 1000, 2), 5000])
+def test_a_record_or_configuration_that_nests_deep_is_none(own, depth):
+    Adapter.load(own).save("folder")
+    deep = "[" * depth + "]" * depth
+    header, length = files.read_header(own)
+    header["__metadata__"][RECORD_KEY] = '{"deep": ' + deep + "}"
+    text = json.dumps(header).encode()
+    own.write_bytes(struct.pack("<Q", len(text)) + text + own.read_bytes()[8 + length :])
+    assert Adapter.load(own).record == {}
+    config = Path("folder/adapter_config.json")
+    config.write_text(config.read_text().rstrip()[:-1] + ', "deep": ' + deep + "}")
+    with pytest.raises(FileError, match=r"adapter_config\.json: not valid JSON \(nested deeper than 100 levels\)"):
+        Adapter.load("folder")
+
+
+def test_a_signature_of_an_earlier_version_holds(own):
+    found = Adapter.load(own)
+    header, tensors = files.read_header(own)[0], files.read_safetensors(own)[0]
+    old = trust._signature(trust._key(make=False), json.loads(header["__metadata__"][RECORD_KEY]), tensors, None)
+    assert old != header["__metadata__"][SIGNATURE_KEY]
+    stamp(own, signature=old)
+    assert Adapter.load(own).origin.own
+    assert found.origin.own
 
 
 def test_peft_reads_what_is_signed_and_equal_files_are_equal(download, own):
@@ -573,7 +613,7 @@ def test_peft_reads_what_is_signed_and_equal_files_are_equal(download, own):
 def test_the_key_is_the_users_alone_and_none_is_no_failure(download, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     made = adapter(RECORD, own=True)
-    assert trust.is_own("0" * 64, {}, {}) is False
+    assert trust.is_own("0" * 64, {}, {}, {}) is False
     assert not (tmp_path / "config").exists()  # nothing is made for reading
     made.save(download / "a.safetensors")
     key = tmp_path / "config" / "lora-lab" / "key"
