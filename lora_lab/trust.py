@@ -4,8 +4,8 @@ An adapter is a file that may have come from anywhere, and its record names the 
 of records are told apart:
 
 1. **Your own.** What this program writes is signed with a key of this user (HMAC-SHA256 over record, tensors and
-   configuration; the key lies in `$XDG_CONFIG_HOME/lora-lab/key`, by default `~/.config/lora-lab/key`). Its paths may lead
-   anywhere, and its revision counts.
+   configuration; the key lies in `$XDG_CONFIG_HOME/lora-lab/key`, by default `~/.config/lora-lab/key`). Its paths may
+   lead anywhere, and its revision counts.
 2. **Any other**, without the user's consent. It may name
 
    - a built-in task;
