@@ -64,7 +64,7 @@ def _exchange(one: Path, other: Path) -> bool:
 @contextlib.contextmanager
 def _workplace(asked: Path, path: Path) -> Iterator[Path]:
     """A folder of its own beside `path`, locked for as long as it is used, and gone afterwards."""
-    name = path.name if len(os.fsencode(path.name)) < 200 else "long"  # names have 255 bytes at the most
+    name = "long" if _is_long(path.name) else path.name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _clear_leftovers(path.parent)
@@ -91,8 +91,9 @@ def _clear_leftovers(folder: Path) -> None:
         match = _LEFTOVER.fullmatch(entry.name)
         if match is None or not entry.is_dir(follow_symlinks=False):
             continue
-        left, path = Path(entry.path), folder / match["name"]
+        left = Path(entry.path)
         with contextlib.suppress(OSError):
+            path = folder / _made_for(left, match["name"])
             lock = _locked(left) if _made_here(left, path.name) else None
             if lock is None:
                 continue
@@ -106,7 +107,17 @@ def _clear_leftovers(folder: Path) -> None:
 def _made_here(left: Path, name: str) -> bool:
     """Whether such a folder holds nothing but what `replacing` puts there."""
     ours = {name, _replaced(name)}
-    return name == "long" or all(each in ours or _LEFTOVER.fullmatch(each) for each in os.listdir(left))
+    return all(each in ours or _LEFTOVER.fullmatch(each) for each in os.listdir(left))
+
+
+def _is_long(name: str) -> bool:
+    """Whether a name leaves no room for what a workplace's own adds to it: names have 255 bytes at the most."""
+    return len(os.fsencode(name)) >= 200
+
+
+def _made_for(left: Path, said: str) -> str:
+    """The name of what is made in a workplace; that of a long one lies within."""
+    return next((each for each in os.listdir(left) if _is_long(each)), said) if said == "long" else said
 
 
 def _replaced(name: str) -> str:

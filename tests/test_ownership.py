@@ -205,6 +205,21 @@ def test_what_a_killed_run_was_writing_is_cleared_away_by_the_next(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"], left
 
 
+def test_what_was_made_for_a_long_name_is_known_by_that_name(tmp_path):
+    name = "x" * 250
+    for content, kept in ((name, False), ("diary.txt", True)):
+        left = Path(tempfile.mkdtemp(prefix=".long.", suffix=".part", dir=tmp_path))
+        (left / content).write_text("mine")
+        files.write_bytes(tmp_path / "x.json", b"new")
+        assert left.exists() is kept
+    left = Path(tempfile.mkdtemp(prefix=".long.", suffix=".part", dir=tmp_path))
+    (left / name).mkdir()
+    (left / "replaced").mkdir()
+    (left / "replaced" / "old").write_text("old")
+    files.write_bytes(tmp_path / "x.json", b"new")
+    assert (tmp_path / name / "old").read_text() == "old"
+
+
 def test_what_is_being_written_or_somebody_elses_is_left_alone(tmp_path):
     in_use, other, named_alike = leftover(tmp_path), leftover(tmp_path), tmp_path / ".notes.part"
     (other / "thesis.tex").write_text("mine")
