@@ -9,7 +9,9 @@ from lora_lab.result import Result
 HERE = Path(__file__).parent
 OUT = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
 
-result = Result.load(HERE / "results" / "merges.json")
-for name, kind in (("merging", None), ("merging_coefficients", "compare-merges:coefficients")):
-    drawn = plot.figure([result], kind=kind)
-    plot.save(drawn, OUT / f"{name}.pdf", OUT / f"{name}.png", force=True)
+# the four adapters of a set began from one A, or each from its own
+for name, results in (("merging", "merges"), ("merging_separate", "merges_separate")):
+    result = Result.load(HERE / "results" / f"{results}.json")
+    for ending, kind in (("", None), ("_coefficients", "compare-merges:coefficients")):
+        drawn = plot.figure([result], kind=kind)
+        plot.save(drawn, OUT / f"{name}{ending}.pdf", OUT / f"{name}{ending}.png", force=True)

@@ -121,7 +121,7 @@ def _draw_lines(results: Sequence[Result], width: str, metric: str, label: str) 
         ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "¼", "½", "¾", "1"])
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels) if width == "double" else 2)
-    figure.supxlabel(_caption(results, "\n" if width == "single" else "; "), fontsize=7, color="#555555")
+    plot_style.caption(figure, width, _caption(results))
     return figure
 
 
@@ -176,7 +176,7 @@ def _pairs(result: Result) -> list[tuple[int, ...]]:
     return list(dict.fromkeys(tuple(row["indices"]) for row in result.rows(ratio=None)))
 
 
-def _caption(results: Sequence[Result], between: str) -> str:
+def _caption(results: Sequence[Result]) -> str:
     parameters, n = results[0].parameters, results[0].provenance.get("examples")
     pairs: dict[str, int] = {}
     for result in results:
@@ -185,7 +185,7 @@ def _caption(results: Sequence[Result], between: str) -> str:
             pairs[name] = pairs.get(name, 0) + 1
     band = plot_style.bands(pairs, "95 % interval over examples", "±1 s.d. over pairs")
     task = plot_style.task_name(parameters["task"])
-    return f"{task}, {parameters['split']} split, n = {n}{between}bands: {band}"
+    return f"{task}, {parameters['split']} split, n = {n}; bands: {band}"
 
 
 def _matrix(result: Result) -> tuple[list[str], Floats]:

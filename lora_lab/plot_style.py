@@ -122,5 +122,38 @@ def hatch(label: str, place: int) -> str:
 
 
 def caption(figure: Figure, width: str, text: str) -> None:
-    """A grey line below the figure that says what it was measured on; in one column, a line for each part."""
-    figure.supxlabel(text.replace("; ", "\n") if width == "single" else text, fontsize=7, color="#555555")
+    """Grey lines below the figure that say what it was measured on; in one column, a line for each part.
+
+    Parts stand between semicolons; what is wider than the figure goes on in a further line.
+    """
+    room = figure.get_figwidth() - 0.2
+    lines: list[str] = []
+    for part in text.split("; "):
+        whole = f"{lines[-1]}; {part}" if lines and width != "single" else part
+        if whole is not part and _inches(whole) <= room:
+            lines[-1] = whole
+        else:
+            lines += _folded(part, room)
+    figure.supxlabel("\n".join(lines), fontsize=_CAPTION, color="#555555")
+
+
+def _folded(text: str, room: float) -> list[str]:
+    """The words of a text in lines of so many inches, of one word at least."""
+    lines = [""]
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}".lstrip()
+        if lines[-1] and _inches(longer) > room:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def _inches(text: str) -> float:
+    from matplotlib.textpath import TextPath
+
+    return float(TextPath((0, 0), text, size=_CAPTION).get_extents().width) / 72
+
+
+_CAPTION = 7
+"""Points."""

@@ -504,3 +504,17 @@ def test_a_figure_has_the_same_bytes_in_whatever_order_its_files_are_written(tmp
     plot.save(plot.figure([sweep_result()]), *second)
     assert first[0].read_bytes() == second[1].read_bytes()
     assert first[1].read_bytes() == second[0].read_bytes()
+
+
+@pytest.mark.parametrize("width", ["single", "double"])
+def test_a_caption_of_any_length_stays_within_the_figure(width):
+    result = merges()
+    names = [f"a-task-with-a-long-name-{i}" for i in range(9)]
+    result = replace(result, parameters={**result.parameters, "task_names": names})
+    result = replace(result, summary={**result.summary, "shared_initial_A": [{"shared": True}]})
+    figure = plot.figure([result], width=width)
+    figure.draw_without_rendering()
+    inside, drawn = figure.bbox, figure._supxlabel.get_window_extent()
+    assert inside.x0 <= drawn.x0 < drawn.x1 <= inside.x1
+    caption = " ".join(figure.get_supxlabel().split())
+    assert all(word in caption for word in [*names, "initial A"])
