@@ -211,6 +211,7 @@ def test_a_conv1d_adapter_whose_config_lacks_fan_in_fan_out_scores_as_in_peft():
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.filterwarnings("ignore:.*come with a whole weight")  # that of an adapted head, which PEFT saves along
 @pytest.mark.parametrize(
     "options",
     [
