@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_lab.errors import LoraLabError, LoraLabWarning
+from lora_lab.errors import LoraLabError, LoraLabNote, LoraLabWarning
 
 SECONDS = 5.0
 SLACK = 64 << 20
@@ -36,6 +36,7 @@ def survived(size: int = 0) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", LoraLabWarning)
+        warnings.simplefilter("ignore", LoraLabNote)  # of what a record names
         try:
             yield
         except LoraLabError as error:
