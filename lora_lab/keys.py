@@ -74,22 +74,20 @@ def anchored(name: str) -> str:
 
 def clean(key: str) -> str:
     """The key without the prefixes of PEFT and of the wrappers (torch.compile, DDP, FSDP, checkpointing)."""
-    key = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
-    while _LEADING.match(key):
-        key = _LEADING.sub("", key, count=1)
-    return key.replace(f".{PREFIX}", ".")
+    return _unwrapped(key).replace(f".{PREFIX}", ".")
 
 
 def misplaced(keys: Iterable[str]) -> list[str]:
     """The keys that have PEFT's prefix behind another module's name, where PEFT itself does not look for it."""
-    found = []
-    for key in keys:
-        rest = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
-        while _LEADING.match(rest):
-            rest = _LEADING.sub("", rest, count=1)
-        if f".{PREFIX}" in rest:
-            found.append(key)
-    return found
+    return [key for key in keys if f".{PREFIX}" in _unwrapped(key)]
+
+
+def _unwrapped(key: str) -> str:
+    """The key without the wrappers' components and without the prefixes at its beginning."""
+    key = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+    while _LEADING.match(key):
+        key = _LEADING.sub("", key, count=1)
+    return key
 
 
 def split(key: str, prefix: str, *, bare: bool = False) -> tuple[str, str, str] | None:

@@ -209,7 +209,8 @@ class Journal:
 
     def _read(self) -> bool:
         """Take over what there is of this run; False where nothing is, or where the journal is another run's."""
-        first, *lines = self.path.read_bytes().split(b"\n")
+        content = self.path.read_bytes()
+        first, *lines = content.split(b"\n")
         lines = lines[:-1]  # after the last line nothing, or what a kill has cut off
         entries = [(line, _entry(line)) for line in lines]
         whole = [(line, entry) for line, entry in entries if entry is not None]
@@ -221,14 +222,13 @@ class Journal:
         if damaged:
             warnings.warn(
                 f"{self.path}: {damaged} of {len(entries) + 1} lines are damaged (or another user's, or of an earlier "
-                "version); "
-                "what they held is computed again",
+                "version); what they held is computed again",
                 LoraLabWarning,
                 stacklevel=4,
             )
         self._done = {entry["key"]: entry["value"] for _, entry in mine}
         kept = self._header() + b"".join(line + b"\n" for line, _ in mine)
-        if kept != self.path.read_bytes():
+        if kept != content:
             files.write_bytes(self.path, kept)
         return True
 
