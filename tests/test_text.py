@@ -5,10 +5,10 @@ import shutil
 import pytest
 import torch
 from peft import PeftModel
+from tiny import write_bert
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
-    BertForSequenceClassification,
     BertModel,
     BertTokenizerFast,
     DistilBertConfig,
@@ -31,20 +31,7 @@ WORDS = ["good", "fine", "great", "bad", "poor", "awful", "film", "book", "the",
 @pytest.fixture
 def folder(tmp_path):
     """A tiny BERT with its tokenizer, and a table of 200 reviews in which one word decides."""
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=20,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        num_labels=2,
-        initializer_range=0.3,
-    )
-    BertForSequenceClassification(config).save_pretrained(tmp_path / "base")
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
-    BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "base")
+    write_bert(tmp_path / "base", tmp_path / "vocab.txt", WORDS, initializer_range=0.3)
     lines = ["text,label"]
     for i in range(200):
         lines.append(f"the {WORDS[6 + i % 2]} {WORDS[i % 6]},{'positive' if i % 6 < 3 else 'negative'}")

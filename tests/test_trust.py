@@ -13,12 +13,8 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
-    BertTokenizerFast,
-)
+from tiny import write_bert
+from transformers import AutoModelForSequenceClassification
 
 from lora_lab import files, shapley, tasks, trust
 from lora_lab.adapter import RECORD_KEY, SIGNATURE_KEY, Adapter
@@ -51,20 +47,8 @@ class EvilModel(BertForSequenceClassification):
 def download(tmp_path, capsys):
     """A folder as it is downloaded: a base with its tokenizer, and a table of reviews."""
     folder = tmp_path / "download"
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=20,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        num_labels=2,
-    )
-    BertForSequenceClassification(config).save_pretrained(folder / "base")
     words = ["good", "bad", "film", "book"]
-    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
-    BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(folder / "base")
+    write_bert(folder / "base", tmp_path / "vocab.txt", words)
     rows = [f"{words[i % 2]} {words[2 + i % 3 % 2]},{'yes' if i % 2 else 'no'}" for i in range(40)]
     (folder / "reviews.csv").write_text("\n".join(["text,label", *rows, ""]))
     capsys.readouterr()  # what transformers says as it saves

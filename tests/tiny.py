@@ -1,6 +1,7 @@
 """A tiny classification task and adapters for its two layers: what methods that look at data can be checked on."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,3 +90,23 @@ def adapter(made: Mapping[str, LowRank], source: str = "a", **config: Any) -> Ad
 def deltas(adapter: Adapter) -> dict[str, Tensor]:
     """Module → ΔW in float64."""
     return {name: (u.B.double() @ u.A.double()).reshape(u.shape) for name, u in adapter.updates.items()}
+
+
+def write_bert(place: Path, vocabulary: Path, words: Sequence[str], **config: Any) -> None:
+    """A random BERT classifier of two layers and two labels in the folder `place`, and a tokenizer of these words."""
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    torch.manual_seed(0)
+    shape = BertConfig(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        num_labels=2,
+        **config,
+    )
+    BertForSequenceClassification(shape).save_pretrained(place)
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    BertTokenizerFast(vocab=str(vocabulary)).save_pretrained(place)
