@@ -17,16 +17,16 @@ from rich.table import Table
 
 from ..errors import FileError, LoraLabWarning, OptionError
 from ..escape import visible, visible_json
-from ..files import refuse_existing
-from ..ownership import foreign
+from ..files.disk import refuse_existing
+from ..files.ownership import foreign
 from .terminal import Plain
 
 if TYPE_CHECKING:
     import torch
 
-    from ..distribute import Pool
-    from ..game import Cost
-    from ..result import Result
+    from ..analysis.game import Cost
+    from ..results.result import Result
+    from ..scoring.workers import Pool
 
 # In a pipe or a file there is no width to keep to, and a cut table would lose numbers.
 console = Plain(width=None if sys.stdout and sys.stdout.isatty() else 160)
@@ -50,7 +50,7 @@ class Outputs:
 
         Another run's result is in the way unless forced; one that is damaged counts as none, which is told.
         """
-        from ..result import Result
+        from ..results.result import Result
 
         refuse_existing(*(path for path in (self.pdf, self.png) if path.exists()), force=True)
         if force or not os.path.lexists(self.json):
@@ -73,26 +73,26 @@ class Outputs:
 
     def save(self, result: Result) -> list[Path]:
         """Write the result and its figure; the journal is done with."""
-        from .. import plot
+        from .. import plots
 
-        drawn = plot.figure([result])  # first: a result that cannot be drawn is not left behind alone
+        drawn = plots.figure([result])  # first: a result that cannot be drawn is not left behind alone
         result.save(self.json)
-        plot.save(drawn, self.pdf, self.png, force=True)
+        plots.save(drawn, self.pdf, self.png, force=True)
         self.journal.unlink(missing_ok=True)
         return [self.json, self.pdf, self.png]
 
     def _draw_missing(self, result: Result) -> None:
-        from .. import plot
+        from .. import plots
 
-        missing = [path for path in (self.pdf, self.png) if not plot.shows(path, [result])]
+        missing = [path for path in (self.pdf, self.png) if not plots.shows(path, [result])]
         if missing:
-            plot.save(plot.figure([result]), *missing, force=True)
+            plots.save(plots.figure([result]), *missing, force=True)
             say_written(missing)
 
 
 def print_json(content: object) -> None:
     """Strict JSON on standard output."""
-    from ..result import finite
+    from ..results.result import finite
 
     print(visible_json(json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False)))
 
@@ -142,8 +142,8 @@ def workers(ray: str | None, device: str | None) -> Iterator[tuple[Pool | None, 
     """The workers that --ray asks for (None without it), and the device, theirs or this process's own."""
     import torch
 
-    from ..distribute import Pool
-    from ..task import resolve_device
+    from ..scoring.workers import Pool
+    from ..tasks.task import resolve_device
 
     if ray is None:
         yield None, resolve_device(device)

@@ -52,15 +52,16 @@ def command(
 
     Example:  lora-lab compare-merges a.safetensors b.safetensors c.safetensors --methods ties,tsv,average
     """
-    from .. import compare, merge
-    from ..adapter import Adapter
-    from ..connect import parse_ratios
+    from ..adapters.adapter import Adapter
+    from ..adapters.renames import rename_all
+    from ..analysis import compare
+    from ..analysis.connectivity import parse_ratios
     from ..errors import OptionError
-    from ..evaluate import tasks_of
-    from ..files import refuse_existing, write_bytes
-    from ..methods import defaults
-    from ..ownership import MARK, foreign
-    from ..renames import rename_all
+    from ..files.disk import refuse_existing, write_bytes
+    from ..files.ownership import MARK, foreign
+    from ..merging import merged as merge
+    from ..merging.methods import defaults
+    from ..scoring.evaluate import tasks_of
 
     outputs = common.Outputs(output, "compare-merges")
     tex = output / "compare-merges.tex"
@@ -117,7 +118,7 @@ def command(
 
 def show(result: Any) -> None:
     """The result as a table, a line for each merge and columns for each training method."""
-    from ..result import grouped
+    from ..results.result import grouped
 
     table = result.summary["by_method"]
     methods = list(dict.fromkeys(row["method"] for row in table))

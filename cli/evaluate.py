@@ -34,10 +34,10 @@ def command(
 
     Example:  lora-lab evaluate a.safetensors b.safetensors
     """
-    from ..adapter import Adapter
-    from ..evaluate import evaluate
-    from ..files import refuse_existing
-    from ..task import resolve_device
+    from ..adapters.adapter import Adapter
+    from ..files.disk import refuse_existing
+    from ..scoring.evaluate import evaluate
+    from ..tasks.task import resolve_device
 
     if output:
         refuse_existing(output, force=force, inputs=[Path(path) for path in paths])

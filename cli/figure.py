@@ -28,8 +28,8 @@ def command(
 
     Example:  lora-lab figure lora/interpolate.json coto/interpolate.json -o line.pdf --width single
     """
-    from .. import plot
-    from ..result import Result
+    from .. import plots
+    from ..results.result import Result
 
-    plot.save(plot.figure([Result.load(path) for path in results], kind=kind, width=width), *output, force=force)
+    plots.save(plots.figure([Result.load(path) for path in results], kind=kind, width=width), *output, force=force)
     common.say_written(output)

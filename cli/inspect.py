@@ -23,7 +23,7 @@ def command(
 
     Example:  lora-lab inspect a.safetensors --json
     """
-    from ..adapter import inspect
+    from ..adapters.adapter import inspect
 
     listing = inspect(path, config=config, alpha=alpha, adapter_name=adapter_name)
     content = describe(listing)
@@ -64,7 +64,7 @@ def command(
 
 def describe(listing: Any) -> dict[str, Any]:
     """The report as JSON types; what has no ΔW gets no norm, and the warnings say why."""
-    from .. import keys, peft_format
+    from ..adapters.formats import keys, peft_format
     from ..errors import LoraLabError
 
     adapter = listing.adapter

@@ -52,11 +52,11 @@ def command(
 
     Example:  lora-lab interpolate a.safetensors b.safetensors --ratios 1:2,1:1
     """
-    from .. import connect
-    from ..adapter import Adapter
+    from ..adapters.adapter import Adapter
+    from ..adapters.renames import rename_all
+    from ..analysis import connectivity
     from ..errors import unknown
-    from ..evaluate import task_of
-    from ..renames import rename_all
+    from ..scoring.evaluate import task_of
 
     if space not in _SPACES:
         raise unknown("space", space, _SPACES)
@@ -66,16 +66,16 @@ def command(
     options: dict[str, Any] = {
         "points": points,
         "spaces": _SPACES[space],
-        "ratios": connect.parse_ratios(ratios, len(loaded)) if ratios else (),
+        "ratios": connectivity.parse_ratios(ratios, len(loaded)) if ratios else (),
         "split": split,
         "seed": seed,
     }
-    connect.check(loaded, points=points, spaces=_SPACES[space])
+    connectivity.check(loaded, points=points, spaces=_SPACES[space])
     chosen = task_of(*loaded, given=task, trust_record=trust_record)
-    result = outputs.earlier(connect.run_id(loaded, chosen, **options), force=force)
+    result = outputs.earlier(connectivity.run_id(loaded, chosen, **options), force=force)
     if result is None:
         with common.workers(ray, device) as (pool, place), common.progress("interpolating") as report:
-            result = connect.interpolate(
+            result = connectivity.interpolate(
                 loaded, chosen, **options, device=place, journal=outputs.journal, progress=report, pool=pool
             )
         common.say_written(outputs.save(result))

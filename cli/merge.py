@@ -14,7 +14,7 @@ from . import common
 def _list(wanted: bool) -> None:
     if not wanted:
         return
-    from .. import methods
+    from ..merging import methods
 
     rows = []
     for name, function in methods.MERGES.items():
@@ -82,16 +82,16 @@ def command(
 
     Example:  lora-lab merge a.safetensors b.safetensors c.safetensors --method ties --set density=0.2 -o merged
     """
-    from .. import merge
-    from .. import search as searching
-    from ..adapter import Adapter
+    from ..adapters.adapter import Adapter
+    from ..adapters.renames import rename_all, require_shared_modules
     from ..errors import OptionError
-    from ..evaluate import tasks_of
-    from ..files import refuse_existing
-    from ..methods import NEEDS_DATA, defaults
-    from ..renames import rename_all, require_shared_modules
-    from ..sources import Sources, parse_weights
-    from ..task import resolve_device
+    from ..files.disk import refuse_existing
+    from ..merging import merged as merge
+    from ..merging import search as searching
+    from ..merging.methods import NEEDS_DATA, defaults
+    from ..merging.sources import Sources, parse_weights
+    from ..scoring.evaluate import tasks_of
+    from ..tasks.task import resolve_device
 
     if output is None:
         raise OptionError("-o names the adapter to write: NAME.safetensors, or a name for a PEFT folder")
@@ -137,7 +137,7 @@ def command(
 
 
 def _report(output: Path, made: Any) -> dict[str, Any]:
-    from ..adapter import Adapter
+    from ..adapters.adapter import Adapter
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -147,7 +147,7 @@ def _report(output: Path, made: Any) -> dict[str, Any]:
 
 def show(report: dict[str, Any]) -> None:
     """What was merged, as a table."""
-    from ..merge import words
+    from ..merging.merged import words
 
     rows: list[tuple[str, object]] = [("method", report["method"])]
     if report["options"]:

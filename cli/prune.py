@@ -58,11 +58,11 @@ def command(
 
     Example:  lora-lab prune a.safetensors --keep every-other -o small
     """
-    from .. import patterns, prune
-    from ..adapter import Adapter
+    from ..adapters.adapter import Adapter
     from ..errors import OptionError
-    from ..evaluate import task_of
-    from ..files import refuse_existing
+    from ..files.disk import refuse_existing
+    from ..pruning import patterns, prune
+    from ..scoring.evaluate import task_of
 
     ways = [keep is not None, sparsity is not None or method is not None, rank is not None or energy is not None]
     if sum(ways) != 1:
@@ -97,8 +97,8 @@ def command(
 
 def _shapley(loaded: Any, task: Callable[[], Any], device: str | None, options: dict[str, Any]) -> dict[str, float]:
     """Shapley values on the task's validation split, computed when they are asked for."""
-    from .. import shapley
-    from ..task import resolve_device
+    from ..analysis import shapley
+    from ..tasks.task import resolve_device
 
     with common.progress("asking for coalitions") as report:
         return shapley.values_of(loaded, task(), **options, device=resolve_device(device), progress=report)

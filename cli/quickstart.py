@@ -24,10 +24,11 @@ def command(
 
     Example:  lora-lab quickstart -o quickstart
     """
-    from .. import connect, plot, tasks
-    from ..adapter import Adapter
-    from ..parallel import Job, train_all
-    from ..recipe import Recipe
+    from .. import plots, tasks
+    from ..adapters.adapter import Adapter
+    from ..analysis import connectivity
+    from ..training.recipe import Recipe
+    from ..training.runs import Job, train_all
 
     began = time.perf_counter()
     chosen = tasks.from_name("digits/relabel")
@@ -42,10 +43,10 @@ def command(
     for method, pair in (("lora", paths[:2]), ("coto", paths[2:])):
         outputs = common.Outputs(output / method, "interpolate")
         with common.progress(f"walking from one {method} adapter to the other") as report:
-            results.append(connect.interpolate([Adapter.load(path) for path in pair], chosen, progress=report))
+            results.append(connectivity.interpolate([Adapter.load(path) for path in pair], chosen, progress=report))
         outputs.save(results[-1])
         interpolate.show(results[-1])
     drawn = [output / "line.pdf", output / "line.png"]
-    plot.save(plot.figure(results), *drawn, force=True)
+    plots.save(plots.figure(results), *drawn, force=True)
     common.say_written([*paths, *(output / m / "interpolate.json" for m in ("lora", "coto")), *drawn])
     common.messages.print(f"done in {time.perf_counter() - began:.0f} s; open {drawn[1]}")

@@ -61,9 +61,10 @@ def command(
 
     Example:  lora-lab shapley a.safetensors --players type-layer --samples 50 --worth loss
     """
-    from .. import estimators, shapley
-    from ..adapter import Adapter
-    from ..evaluate import task_of
+    from ..adapters.adapter import Adapter
+    from ..analysis import shapley
+    from ..games import estimators
+    from ..scoring.evaluate import task_of
 
     outputs = common.Outputs(output, "shapley")
     loaded = [
@@ -169,9 +170,10 @@ def _show_interactions(result: Any) -> None:
 
 def _found_or_trained() -> str:
     """The newest of the user's own adapters below this folder, or one trained on the embedded digits."""
-    from .. import shapley, tasks
-    from ..parallel import Job, train_all
-    from ..recipe import Recipe
+    from .. import tasks
+    from ..analysis import shapley
+    from ..training.recipe import Recipe
+    from ..training.runs import Job, train_all
 
     found = shapley.newest_adapter(Path())
     if found is not None:

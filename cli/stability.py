@@ -51,10 +51,10 @@ def command(
 
     Example:  lora-lab stability lora.safetensors coto.safetensors --samples 30
     """
-    from .. import stability
-    from ..adapter import Adapter
+    from ..adapters.adapter import Adapter
+    from ..analysis import stability
     from ..errors import OptionError
-    from ..evaluate import task_of
+    from ..scoring.evaluate import task_of
 
     try:
         probabilities = [float(part) for part in grid.split(",")]

@@ -48,10 +48,10 @@ def command(
 
     Example:  lora-lab sweep lora-s0.safetensors lora-s1.safetensors coto-s0.safetensors coto-s1.safetensors
     """
-    from .. import sweep
-    from ..adapter import Adapter
+    from ..adapters.adapter import Adapter
+    from ..analysis import sweep
     from ..errors import OptionError
-    from ..evaluate import task_of
+    from ..scoring.evaluate import task_of
 
     chosen_kinds = {"structured": structured, "unstructured": unstructured, "rank": rank}
     kinds = [kind for kind, wanted in chosen_kinds.items() if wanted] or list(chosen_kinds)

@@ -20,7 +20,7 @@ def command(
     Example:  lora-lab tasks --example text-classification > my-task.toml
     """
     from .. import tasks
-    from ..task import SPLITS
+    from ..tasks.task import SPLITS
 
     if example is not None:
         print(tasks.example(example), end="")

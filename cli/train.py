@@ -97,10 +97,11 @@ def command(
     """
     import dataclasses
 
-    from .. import tasks, tuning
-    from ..files import read_json
-    from ..parallel import Job, is_first, train_all
-    from ..recipe import Recipe
+    from .. import tasks
+    from ..files.disk import read_json
+    from ..training import tuning
+    from ..training.recipe import Recipe
+    from ..training.runs import Job, is_first, train_all
 
     chosen = tasks.from_name(task)
     settings = read_json(peft_config) if peft_config else {}
@@ -181,12 +182,12 @@ def _check_test_split(task: Any) -> None:
 
 def _save_tuning(tried: Any, paths: list[Path], method: str) -> list[Path]:
     """What every setting gave, as NAME.tuning.json with its figure."""
-    from .. import plot
+    from .. import plots
 
     name = paths[0].name.removesuffix(".safetensors") if len(paths) == 1 else method
     json, *figures = (paths[0].with_name(f"{name}.tuning.{ending}") for ending in ("json", "pdf", "png"))
     tried.save(json)
-    plot.save(plot.figure([tried], width="single"), *figures, force=True)
+    plots.save(plots.figure([tried], width="single"), *figures, force=True)
     return [json, *figures]
 
 

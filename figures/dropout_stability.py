@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from lora_lab import plot
-from lora_lab.result import Result
+from lora_lab import plots
+from lora_lab.results.result import Result
 
 HERE = Path(__file__).parent
 OUT = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
@@ -15,4 +15,4 @@ for name, kind in (
     ("stability_p", "stability:p"),
     ("stability_layers", "stability:leave-one-out"),
 ):
-    plot.save(plot.figure(results, kind=kind), OUT / f"{name}.pdf", OUT / f"{name}.png", force=True)
+    plots.save(plots.figure(results, kind=kind), OUT / f"{name}.pdf", OUT / f"{name}.png", force=True)

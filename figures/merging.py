@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from lora_lab import plot
-from lora_lab.result import Result
+from lora_lab import plots
+from lora_lab.results.result import Result
 
 HERE = Path(__file__).parent
 OUT = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
@@ -13,5 +13,5 @@ OUT = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
 for name, results in (("merging", "merges"), ("merging_separate", "merges_separate")):
     result = Result.load(HERE / "results" / f"{results}.json")
     for ending, kind in (("", None), ("_coefficients", "compare-merges:coefficients")):
-        drawn = plot.figure([result], kind=kind)
-        plot.save(drawn, OUT / f"{name}{ending}.pdf", OUT / f"{name}{ending}.png", force=True)
+        drawn = plots.figure([result], kind=kind)
+        plots.save(drawn, OUT / f"{name}{ending}.pdf", OUT / f"{name}{ending}.png", force=True)

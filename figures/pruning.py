@@ -3,11 +3,11 @@
 import sys
 from pathlib import Path
 
-from lora_lab import plot
-from lora_lab.result import Result
+from lora_lab import plots
+from lora_lab.results.result import Result
 
 HERE = Path(__file__).parent
 OUT = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
 
-drawn = plot.figure([Result.load(HERE / "results" / "sweep.json")])
-plot.save(drawn, OUT / "pruning.pdf", OUT / "pruning.png", force=True)
+drawn = plots.figure([Result.load(HERE / "results" / "sweep.json")])
+plots.save(drawn, OUT / "pruning.pdf", OUT / "pruning.png", force=True)

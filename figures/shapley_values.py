@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from lora_lab import plot
-from lora_lab.result import Result
+from lora_lab import plots
+from lora_lab.results.result import Result
 
 HERE = Path(__file__).parent
 OUT = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
@@ -15,4 +15,4 @@ for name, source, kind in (
     ("shapley_convergence", "shapley_type_layer", "shapley:convergence"),
 ):
     result = Result.load(HERE / "results" / f"{source}.json")
-    plot.save(plot.figure([result], kind=kind), OUT / f"{name}.pdf", OUT / f"{name}.png", force=True)
+    plots.save(plots.figure([result], kind=kind), OUT / f"{name}.pdf", OUT / f"{name}.png", force=True)

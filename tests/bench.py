@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from adapters import random_adapter
 from bench_merging import bench_merging
 from bench_workers import bench_workers
-from games import saturating, table_game
+from making_adapters import random_adapter
+from making_games import saturating, table_game
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     BertConfig,
@@ -31,19 +31,19 @@ from transformers import (
     get_wsd_schedule,
 )
 
-from lora_lab import estimators
-from lora_lab.adapter import Adapter
-from lora_lab.attach import attach
-from lora_lab.connect import Point, evaluate
-from lora_lab.digits import Digits
-from lora_lab.estimators import all_coalitions
-from lora_lab.game import Game, Outcomes
-from lora_lab.mix import Mixer
-from lora_lab.players import players
-from lora_lab.recipe import Recipe
-from lora_lab.shapley import shapley
-from lora_lab.task import Split, Task
-from lora_lab.train import train
+from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.attached import attach
+from lora_lab.adapters.groups import players
+from lora_lab.analysis.connectivity import Point, evaluate
+from lora_lab.analysis.game import Game, Outcomes
+from lora_lab.analysis.shapley import shapley
+from lora_lab.games import estimators
+from lora_lab.games.estimators import all_coalitions
+from lora_lab.merging.paths import Mixer
+from lora_lab.tasks.digits import Digits
+from lora_lab.tasks.task import Split, Task
+from lora_lab.training.fit import train
+from lora_lab.training.recipe import Recipe
 
 
 def side_by_side(ours: Callable[[], float], theirs: Callable[[], float], repeats: int) -> tuple[float, float, float]:

@@ -18,12 +18,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from lora_lab.adapter import Adapter, from_updates
-from lora_lab.lowrank import LowRank, combine, factored
-from lora_lab.merge import merge
-from lora_lab.rules import magnitude, ties
-from lora_lab.sources import Sources
-from lora_lab.subspaces import knots
+from lora_lab.adapters.adapter import Adapter, from_updates
+from lora_lab.adapters.lowrank import LowRank, combine, factored
+from lora_lab.merging.elementwise import magnitude, ties
+from lora_lab.merging.merged import merge
+from lora_lab.merging.sources import Sources
+from lora_lab.merging.subspaces import knots
 
 ADAPTERS, RANK = 4, 16
 LLAMA_8B = {

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from adapters import random_adapter
+from making_adapters import random_adapter
 from peft import LoraConfig
 
-from lora_lab.digits import Digits
-from lora_lab.distribute import Pool
-from lora_lab.game import Game, Outcomes
-from lora_lab.players import players
-from lora_lab.scorer import Scorer
+from lora_lab.adapters.groups import players
+from lora_lab.analysis.game import Game, Outcomes
+from lora_lab.scoring.scorer import Scorer
+from lora_lab.scoring.workers import Pool
+from lora_lab.tasks.digits import Digits
 
 COALITIONS = 1000
 

@@ -35,7 +35,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from lora_lab.files import write_bytes
+from lora_lab.files.disk import write_bytes
 
 Row = tuple[str, str]
 """Text and label."""

@@ -51,7 +51,13 @@ def survived(size: int = 0) -> Iterator[None]:
 @pytest.fixture(scope="session", name="survived")
 def _survived():
     """`survived`, after the libraries behind every reading were imported, whose cost is no file's."""
-    for name in ("datasets", "peft.tuners.tuners_utils", "transformers", "lora_lab.tasks", "lora_lab.cli.inspect"):
+    for name in (
+        "datasets",
+        "peft.tuners.tuners_utils",
+        "transformers",
+        "lora_lab.tasks.registry",
+        "lora_lab.cli.inspect",
+    ):
         importlib.import_module(name)
     return survived
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lora_lab import plot
+from lora_lab import plots
 from lora_lab.errors import LoraLabError
-from lora_lab.evaluate import pack, remembered
-from lora_lab.result import FORMAT, Journal, Result, _checksum, _line
-from lora_lab.task import Scores
+from lora_lab.results.result import FORMAT, Journal, Result, _checksum, _line
+from lora_lab.scoring.evaluate import pack, remembered
+from lora_lab.tasks.task import Scores
 
 MOST_S = 5.0
 QUICK = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -162,7 +162,7 @@ def test_a_result_of_other_content_is_drawn_or_refused(tmp_path, content):
         return
     began = time.monotonic()
     try:
-        plot.save(plot.figure([found]), tmp_path / "x.png", force=True)
+        plots.save(plots.figure([found]), tmp_path / "x.png", force=True)
     except LoraLabError as error:
         told(error)
     assert time.monotonic() - began < MOST_S

@@ -1,0 +1,390 @@
+"""An adapter: its tensors, its configuration, and the record of how it came to be."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_lab import files
+from lora_lab.adapters.formats import peft_config, peft_format
+from lora_lab.adapters.formats.keys import PREFIX, anchored
+from lora_lab.adapters.formats.lookup import Found, locate
+from lora_lab.adapters.formats.sites import Parsed, Site
+from lora_lab.adapters.lowrank import LowRank
+from lora_lab.errors import AdapterError, FileError, LoraLabWarning, MismatchError, TunerError, some
+from lora_lab.files import trust
+
+CONFIG_KEY = "lora_lab.config"
+RECORD_KEY = "lora_lab.record"
+SIGNATURE_KEY = "lora_lab.signature"
+_LARGEST_CONFIG = 2**23
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One adapter, read-only: transforms return new ones."""
+
+    tensors: Mapping[str, Tensor]
+    """PEFT's canonical key → tensor, in the file's dtype; the tuner's own tensors and every other (heads …)."""
+    config: Mapping[str, Any]
+    """PEFT's adapter_config.json."""
+    sites: Mapping[str, Site]
+    """Module name in the base model → where its tensors are."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """What it was trained on: task, method, seed, metrics. Empty for adapters from elsewhere."""
+    source: str = ""
+    """Where it was read from, or what made it."""
+    origin: trust.Origin = trust.FOREIGN
+    """Where its record comes from, which decides what that may do."""
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        config: str | os.PathLike[str] | None = None,
+        alpha: float | None = None,
+        adapter_name: str | None = None,
+    ) -> Adapter:
+        """Read a PEFT folder, a lone .safetensors or .bin file, a Trainer checkpoint, or a hub id (org/name).
+
+        `config` names an adapter_config.json for a file that has none in its header or beside it, `alpha` gives
+        lora_alpha where no configuration is to be had, `adapter_name` chooses one of several in the keys.
+        Raises FileError (missing, broken, foreign) or AdapterError (readable, but unusable: names every module).
+        """
+        listing = inspect(path, config=config, alpha=alpha, adapter_name=adapter_name)
+        if listing.problems:
+            shown, count = listing.problems[:3], len(listing.problems)
+            raise AdapterError("; ".join(shown) + (f" ({count} in all)" if count > len(shown) else ""))
+        for note in listing.warnings:
+            warnings.warn(f"{path}: {note}", LoraLabWarning, stacklevel=2)
+        return listing.adapter
+
+    @property
+    def tuner(self) -> str:
+        """PEFT's tuner type in upper case."""
+        return peft_config.tuner_of(self.config)
+
+    @property
+    def base_model(self) -> str | None:
+        """What the configuration says the adapter was trained on."""
+        return self.config.get("base_model_name_or_path") or None
+
+    @property
+    def label(self) -> str:
+        """A short name for tables and legends: the file's, without folders and ending."""
+        name = Path(self.source).name
+        return name.removesuffix(".safetensors").removesuffix(".bin") or self.source or "adapter"
+
+    @property
+    def others(self) -> list[str]:
+        """Keys of the tensors that belong to no tuner layer: heads, biases, embeddings."""
+        owned = {key for site in self.sites.values() for key in site.keys.values()}
+        return [key for key in self.tensors if key not in owned]
+
+    @cached_property
+    def updates(self) -> dict[str, LowRank]:
+        """Module name → ΔW as a LowRank.
+
+        Raises TunerError, naming the tuner, where ΔW is not scale · B A (DoRA, PiSSA, LoHa, OFT …).
+        """
+        self.require_additive()
+        return {name: peft_format.update(site, self.tensors, self.config) for name, site in self.sites.items()}
+
+    @cached_property
+    def why_not_additive(self) -> str | None:
+        """Why ΔW is not scale · B A, or None where it is."""
+        return peft_format.why_not_additive(self.config, self.sites.values())
+
+    def require_additive(self) -> None:
+        """Raise TunerError if ΔW is not scale · B A."""
+        if self.why_not_additive:
+            raise TunerError(f"{self.source or 'adapter'}: no ΔW from the factors alone: {self.why_not_additive}")
+
+    @property
+    def scalable(self) -> bool:
+        """Whether every module has a scale by which its update can be multiplied."""
+        return all(site.scale is not None for site in self.sites.values())
+
+    @property
+    def total_norm(self) -> float:
+        """‖ΔW‖_F over all modules together."""
+        return float(torch.tensor([u.norm() for u in self.updates.values()], dtype=torch.float64).norm())
+
+    def with_updates(self, updates: Mapping[str, LowRank], *, source: str) -> Adapter:
+        """A plain LoRA adapter with exactly these updates, everything else (heads, record, base) kept.
+
+        Scales are 1 (alpha = rank), ranks may differ between modules, and each pattern names one module only.
+        """
+        return from_updates(updates, like=self, source=source)
+
+    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
+        """Write a PEFT folder, or for a path that ends in .safetensors one file with config and record inside.
+
+        The target is whole or absent whatever happens; an existing one is replaced only with `force`. A record of the
+        user's own is signed (see trust.py).
+        """
+        path = Path(path)
+        files.refuse_existing(path, force=force)
+        plain = _plain(self.config)
+        config = json.dumps(plain, indent=2)  # unsorted: of the patterns, the first match counts
+        record = _plain(trust.recordable(self.record))
+        metadata = {"format": "pt", RECORD_KEY: json.dumps(record)}
+        signature = trust.sign(record, self.tensors, plain) if self.origin.own else None
+        if signature is not None:
+            metadata[SIGNATURE_KEY] = signature
+        if path.suffix == ".safetensors":
+            files.write_safetensors(path, self.tensors, metadata | {CONFIG_KEY: config})
+            return path
+        with files.replacing(path) as folder:
+            folder.mkdir()
+            files.write_safetensors(folder / "adapter_model.safetensors", self.tensors, metadata)
+            files.write_bytes(folder / "adapter_config.json", config.encode() + b"\n")
+        return path
+
+
+def from_updates(updates: Mapping[str, LowRank], *, like: Adapter, source: str) -> Adapter:
+    """See `Adapter.with_updates`; layouts (embedding, convolution, fan_in_fan_out) follow `like`'s sites."""
+    if not updates:
+        raise AdapterError("an adapter needs at least one module")
+    names = sorted(updates)
+    ranks = {name: updates[name].rank for name in names}
+    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    uneven = {anchored(name): rank for name, rank in ranks.items() if rank != common}
+    config = {
+        **{key: value for key, value in like.config.items() if key in _KEPT},
+        "peft_type": "LORA",
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": uneven,
+        "alpha_pattern": dict(uneven),
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "target_modules": exact_targets(names, like.sites),
+    }
+    tensors: dict[str, Tensor] = {}
+    sites = {}
+    for name in names:
+        kind = _kind(updates[name], like.sites.get(name))
+        site = Site(name, kind, {}, ranks[name], 1.0)
+        A, B = stored(updates[name], kind, bool(config.get("fan_in_fan_out")))
+        ends = ("", "") if kind == "embedding" else (".weight", ".weight")
+        keys = {part: f"{PREFIX}{name}.{part}{end}" for part, end in zip(site.pair, ends, strict=True)}
+        tensors |= dict(zip(keys.values(), (A, B), strict=True))
+        sites[name] = replace(site, keys=keys)
+    beside = {key: tensor for key, tensor in other_tensors(like, sites).items() if key.startswith(PREFIX)}
+    tensors |= beside
+    if config.get("modules_to_save"):  # PEFT cannot load a file that lacks what these name
+        absent = peft_config.missing_saved(config, [key.removeprefix(PREFIX) for key in beside])
+        config["modules_to_save"] = [name for name in config["modules_to_save"] if name not in absent] or None
+    return Adapter(tensors, config, sites, like.record, source, like.origin)
+
+
+def exact_targets(names: Iterable[str], known: Iterable[str]) -> list[str] | str:
+    """What target_modules says for these modules and no other one of `known`: their names, or else a pattern."""
+    names = sorted(names)
+    # PEFT takes listed names as endings, so a list must hold none that another module's name ends in.
+    endings = {name[i + 1 :] for name in {*names, *known} for i, letter in enumerate(name) if letter == "."}
+    listable = all("." in name for name in names) and endings.isdisjoint(names)
+    return names if listable else f"^({'|'.join(map(re.escape, names))})$"
+
+
+def other_tensors(adapter: Adapter, modules: Container[str]) -> dict[str, Tensor]:
+    """The tensors of `adapter.others` under the keys that they have when only these modules stay adapted."""
+    tensors = {}
+    for key in adapter.others:
+        module = key.removeprefix(PREFIX).rpartition(".base_layer.")[0]
+        # an embedding saved along with its adapter, which is no PEFT layer any more without one
+        own = key if module in modules or not module else key.replace(".base_layer.", ".")
+        tensors[own] = adapter.tensors[key]
+    return tensors
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What `inspect` found: the adapter as far as it could be read, and everything wrong with it."""
+
+    adapter: Adapter
+    format: str
+    warnings: list[str]
+    problems: list[str]
+
+
+def inspect(
+    path: str | os.PathLike[str],
+    *,
+    config: str | os.PathLike[str] | None = None,
+    alpha: float | None = None,
+    adapter_name: str | None = None,
+) -> Listing:
+    """Read an adapter as far as it can be read; only missing and broken files raise (FileError)."""
+    found = locate(path)
+    raw_metadata: dict[str, str] = {}
+    if found.weights.suffix == ".safetensors":
+        tensors, raw_metadata = files.read_safetensors(found.weights)
+        if "lora_adapter_metadata" in raw_metadata:
+            raise FileError(f"{found.weights}: a diffusers file (its header says so); PEFT's format is needed")
+    else:
+        tensors = files.read_bin(found.weights)
+    settings = _find_config(found, config, raw_metadata)
+    record = _record(raw_metadata)
+    own = bool(record) and trust.is_own(raw_metadata.get(SIGNATURE_KEY), record, tensors, settings)
+    notes: list[str] = []
+    if settings is None:
+        settings, notes = peft_config.assumed_config(tensors, alpha, adapter_name)
+    elif alpha is not None and settings.get("lora_alpha") is None:
+        settings["lora_alpha"] = alpha
+    elif alpha is not None and settings["lora_alpha"] != alpha:
+        notes = [f"alpha {alpha:g} is not used, the config says {settings['lora_alpha']!r}"]
+    try:
+        settings, more = peft_config.complete_config(settings, tensors, adapter_name)
+    except AdapterError as error:
+        empty = Adapter({}, settings, {}, trust.well_formed(record), str(path))
+        return Listing(empty, found.format, found.notes, [f"{found.weights}: {error}"])
+    parsed: Parsed = peft_format.parse(tensors, settings, str(found.weights), adapter_name)
+    origin = trust.Origin(own, str(found.weights.parent.resolve()))
+    adapter = Adapter(parsed.tensors, settings, parsed.sites, trust.well_formed(record), str(path), origin)
+    notes = [*found.notes, *notes, *more, *parsed.warnings]
+    return Listing(adapter, found.format, notes, parsed.problems)
+
+
+def same_modules(adapters: Sequence[Adapter]) -> None:
+    """MismatchError unless all adapters use one tuner, adapt the same modules, and act alike on one base model."""
+    first = adapters[0]
+    for other in adapters[1:]:
+        pair = f"{first.source} and {other.source}"
+        if other.tuner != first.tuner:
+            raise MismatchError(f"{pair} are of different tuners: {first.tuner} and {other.tuner}")
+        odd = sorted(set(first.sites) ^ set(other.sites))
+        if odd:
+            raise MismatchError(f"{pair} update different modules: {some(odd)}")
+    same_base(adapters)
+
+
+def same_base(adapters: Sequence[Adapter]) -> None:
+    """MismatchError unless ΔW of all adapters can be added: at the same tokens, to the same layers, in one layout.
+
+    Base models of different names are told as a warning, since one base has many: a hub id, a folder, a quantised copy.
+    """
+    named = next((adapter for adapter in adapters if adapter.base_model), adapters[0])
+    plain = next((adapter for adapter in adapters if adapter.why_not_additive is None), adapters[0])
+    for other in adapters:
+        for field_name, what in _CONDITIONS.items():
+            mine, theirs = (adapter.config.get(field_name) or None for adapter in (adapters[0], other))
+            if mine != theirs:
+                raise MismatchError(
+                    f"{adapters[0].source} and {other.source} {what}: {field_name} is {mine} and {theirs}"
+                )
+        same_layout = bool(other.config.get("fan_in_fan_out")) == bool(plain.config.get("fan_in_fan_out"))
+        if other.why_not_additive is None and not same_layout:
+            raise MismatchError(
+                f"{plain.source} and {other.source} store their weights in different layouts: fan_in_fan_out is not "
+                "the same"
+            )
+        if other.base_model and str(other.base_model).rstrip("/") != str(named.base_model).rstrip("/"):
+            warnings.warn(
+                f"{named.source} and {other.source} name different base models, {named.base_model!r} and "
+                f"{other.base_model!r}: taken for two names of one",
+                LoraLabWarning,
+                stacklevel=2,
+            )
+
+
+_CONDITIONS = {
+    "alora_invocation_tokens": "act after different tokens",
+    "layer_replication": "adapt models with different layers",
+}
+"""Field → what adapters that differ in it do: their ΔW is no ΔW of one model."""
+
+
+def _find_config(
+    found: Found, given: str | os.PathLike[str] | None, metadata: Mapping[str, str]
+) -> dict[str, Any] | None:
+    if given is not None:
+        path = Path(given).expanduser()
+        return files.read_json(path / "adapter_config.json" if path.is_dir() else path, largest=_LARGEST_CONFIG)
+    neighbour = found.weights.parent / "adapter_config.json"
+    in_header = CONFIG_KEY in metadata
+    if neighbour.exists() and not (in_header and found.folder is None):
+        return files.read_json(neighbour, largest=_LARGEST_CONFIG)
+    return _header_json(found.weights, CONFIG_KEY, metadata) if in_header else None
+
+
+def _header_json(path: Path, key: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        content = files.parse_json(metadata[key])
+    except ValueError as error:
+        raise FileError(f"{path}: {key} in its header is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise FileError(f"{path}: {key} in its header is not a JSON object")
+    return content
+
+
+def _record(metadata: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        content = files.parse_json(metadata.get(RECORD_KEY, "{}"))
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+# What stays true of a new set of modules, ranks and factors: all but these.
+_KEPT = peft_config.LORA_FIELDS.difference(
+    peft_format.VARIANTS,
+    {
+        "lora_bias",
+        "velora_config",
+        "use_dora",
+        "layers_to_transform",
+        "layers_pattern",
+        "exclude_modules",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "megatron_config",
+        "target_parameters",
+        "peft_version",
+        "auto_mapping",
+    },
+)
+
+
+def _kind(update: LowRank, old: Site | None) -> str:
+    if len(update.shape) > 2:
+        return f"conv{len(update.shape) - 2}d"
+    return "embedding" if old and old.kind == "embedding" else "linear"
+
+
+def stored(update: LowRank, kind: str, fan_in_fan_out: bool) -> tuple[Tensor, Tensor]:
+    """A and B as PEFT keeps them for this kind of layer."""
+    if kind == "embedding" or (kind == "linear" and fan_in_fan_out):
+        return update.B.T.contiguous(), update.A.T.contiguous()
+    if kind == "linear":
+        return update.A, update.B
+    ones = (1,) * (len(update.shape) - 2)
+    return update.A.reshape(update.rank, *update.shape[1:]), update.B.reshape(*update.B.shape, *ones)
+
+
+def _plain(value: Any) -> Any:
+    """JSON types only, in a fixed order: sets become sorted lists, enums and dtypes their text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(_plain(item) for item in value)
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | float) or type(value) is str:
+        return value
+    return str(getattr(value, "value", value))

@@ -1,0 +1,45 @@
+"""Whether adapters began from the same A, as those of one seed do: told from what they have become."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lora_lab.adapters.adapter import Adapter
+
+FLAGGED = 5.0
+"""Standard deviations of chance above which two A are called alike."""
+
+
+def shared_start(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """How alike the A of every two adapters are, row by row: the mean cosine, the same against chance, and a verdict.
+
+    The cosine of two independent A of r rows and d columns has standard deviation 1/√(rd), so that z = cosine · √(rd)
+    is standard normal. `z` is the mean over modules and pairs; `shared` is true where that of every pair is above 5,
+    false where that of none is, None where some are, or where there is nothing to compare (other tuners, other ranks).
+    """
+    found = [pair for a, b in itertools.combinations(adapters, 2) if (pair := _pair(a, b))]
+    if not found:
+        return {"cosine": None, "z": None, "shared": None}
+    alike = {z > FLAGGED for _, z in found}
+    cosine, z = (sum(values) / len(found) for values in zip(*found, strict=True))
+    return {"cosine": cosine, "z": z, "shared": alike.pop() if len(alike) == 1 else None}
+
+
+def _pair(a: Adapter, b: Adapter) -> tuple[float, float] | None:
+    """Mean cosine and mean z over the modules in which the A are of one shape."""
+    cosines, zs = [], []
+    for name in a.sites.keys() & b.sites.keys():
+        keys = [adapter.sites[name].keys.get("lora_A") for adapter in (a, b)]
+        if None in keys:
+            continue
+        one, two = (adapter.tensors[str(key)].double().flatten() for adapter, key in zip((a, b), keys, strict=True))
+        if one.shape != two.shape or not (float(one.norm()) and float(two.norm())):
+            continue
+        cosines.append(float(torch.dot(one, two) / one.norm() / two.norm()))
+        zs.append(cosines[-1] * math.sqrt(len(one)))
+    return (sum(cosines) / len(cosines), sum(zs) / len(zs)) if cosines else None

@@ -1,0 +1,188 @@
+"""Whole tensors beside the factors, heads above all: what becomes of them where adapters differ in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.formats.keys import PREFIX
+from lora_lab.errors import AdapterError, MismatchError, some
+
+HEADS = ("keep-own", "average", "first")
+"""What can become of whole tensors in which the adapters differ."""
+
+
+TOKENS = ".token_adapter.trainable_tokens_delta"
+"""How the key of trained tokens ends: the rows of an embedding that stand for some tokens, in place of the base's."""
+_IDS = ".token_adapter.token_indices"
+_STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Whole tensors of a merged adapter."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    apart: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Label of a source → its own, kept beside the merged adapter."""
+    tokens: dict[str, list[int]] = field(default_factory=dict)
+    """Key of trained tokens → the ids that its rows stand for."""
+
+
+def token_ids(adapter: Adapter, key: str) -> list[int] | None:
+    """The tokens that the rows of a whole tensor stand for, by the configuration; None for any other tensor.
+
+    Raises AdapterError where the configuration does not name as many as there are rows.
+    """
+    if not key.endswith(TOKENS):
+        return None
+    module = key.removeprefix(PREFIX).removesuffix(TOKENS)
+    given = adapter.config.get("trainable_token_indices")
+    if isinstance(given, Mapping):
+        given = next((ids for name, ids in given.items() if f".{module}".endswith(f".{name}")), None)
+    rows = len(adapter.tensors[key])
+    if not isinstance(given, list) or len(given) != rows or len(set(map(str, given))) != rows:
+        raise AdapterError(
+            f"{adapter.source}: {key.removeprefix(PREFIX)} has {rows} rows; trainable_token_indices must name as many "
+            f"different tokens for {module}, and is {given!r}"
+        )
+    return [int(token) for token in given]
+
+
+def with_rows_of_the_first(adapters: Sequence[Adapter], key: str) -> list[Tensor]:
+    """A whole tensor of every adapter, rows of trained tokens in the first one's order of tokens.
+
+    Raises MismatchError where other tokens are trained, or where running statistics differ, which have no mean.
+    """
+    tensors = [adapter.tensors[key] for adapter in adapters]
+    first = adapters[0]
+    if key.endswith(_STATISTICS) and not all(torch.equal(tensor, tensors[0]) for tensor in tensors):
+        raise MismatchError(f"{first.source} and others: {key.removeprefix(PREFIX)} differs, {_NO_MEAN}")
+    wanted = token_ids(first, key)
+    if wanted is None:
+        return tensors
+    for i, other in enumerate(adapters):
+        ids = token_ids(other, key) or []
+        if set(ids) != set(wanted):
+            odd = sorted(set(ids) ^ set(wanted))
+            raise MismatchError(f"{first.source} and {other.source} train different tokens: {some(odd)} in one only")
+        tensors[i] = tensors[i][[ids.index(token) for token in wanted]]
+    return tensors
+
+
+_NO_MEAN = "and running statistics of a base at work are no weights to average"
+
+
+def merge_heads(adapters: Sequence[Adapter], labels: Sequence[str], how: str | None) -> Whole:
+    """Whole tensors of the merged adapter, and those of each source that are kept apart.
+
+    Trained tokens go by their ids: those of all adapters are united, and what `how` says is done with a token whose
+    rows differ.
+    """
+    everything = [
+        {key: a.tensors[key] for key in a.others if key.startswith(PREFIX) and not key.endswith(TOKENS)}
+        for a in adapters
+    ]
+    made = _merge_others(adapters, everything, labels, how)
+    for key in sorted({key for adapter in adapters for key in adapter.others if key.endswith(TOKENS)}):
+        _merge_tokens(made, adapters, key, labels, how)
+    return made
+
+
+def token_settings(config: Mapping[str, Any], tokens: Mapping[str, list[int]]) -> dict[str, Any]:
+    """The configuration of an adapter that trains these tokens (key → ids), and no others."""
+    if not tokens:
+        return {key: value for key, value in config.items() if key != "trainable_token_indices"}
+    modules = {key.removeprefix(PREFIX).removesuffix(TOKENS): ids for key, ids in tokens.items()}
+    listed = len(modules) == 1 and isinstance(config.get("trainable_token_indices"), list)
+    return {**config, "trainable_token_indices": next(iter(modules.values())) if listed else modules}
+
+
+def _merge_tokens(made: Whole, adapters: Sequence[Adapter], key: str, labels: Sequence[str], how: str | None) -> None:
+    rows: dict[int, list[Tensor]] = {}
+    for adapter in adapters:
+        if key in adapter.others:
+            for token, row in zip(token_ids(adapter, key) or [], adapter.tensors[key], strict=True):
+                rows.setdefault(token, []).append(row)
+    torn = sorted(token for token, own in rows.items() if not all(torch.equal(row, own[0]) for row in own))
+    if torn and how is None:
+        raise MismatchError(
+            f"{key.removeprefix(PREFIX)}: rows of the tokens {some(torn)} differ between the adapters; --heads "
+            "keep-own (each its own, beside the merged adapter), average or first says what becomes of them"
+        )
+    if torn and how == "keep-own":
+        for label, adapter in zip(labels, adapters, strict=True):
+            if key in adapter.others:
+                ids = torch.tensor(token_ids(adapter, key))
+                own = {key: adapter.tensors[key], key.removesuffix(TOKENS) + _IDS: ids}
+                made.apart.setdefault(label, {}).update(own)
+        return
+    made.tokens[key] = list(rows)
+    kind = next(adapter.tensors[key].dtype for adapter in adapters if key in adapter.others)
+    merged = [
+        own[0].double() if how != "average" else torch.stack([r.double() for r in own]).mean(0) for own in rows.values()
+    ]
+    made.tensors[key] = torch.stack(merged).to(kind)
+
+
+def _merge_others(
+    adapters: Sequence[Adapter], everything: Sequence[Mapping[str, Tensor]], labels: Sequence[str], how: str | None
+) -> Whole:
+    keys = sorted({key for each in everything for key in each}, key=lambda key: (-_entries(everything, key), key))
+    whole: dict[str, Tensor] = {}
+    apart: dict[str, dict[str, Tensor]] = {}
+    for key in keys:
+        found = [each.get(key) for each in everything]
+        first = next(tensor for tensor in found if tensor is not None)
+        if all(t is not None and t.shape == first.shape and torch.equal(t, first) for t in found):
+            whole[key] = first
+            continue
+        if how == "average" and key.endswith(_STATISTICS):
+            name = key.removeprefix(PREFIX)
+            raise MismatchError(
+                f"{name} differs between the adapters, {_NO_MEAN}; --heads keep-own or first can be had"
+            )
+        if how is None or (how == "average" and _unlike(found)):
+            _refuse_heads(adapters, found, key, how)
+        if how == "first" and found[0] is not None:
+            whole[key] = found[0]
+        elif how == "first":
+            raise MismatchError(f"{adapters[0].source}: has no {key.removeprefix(PREFIX)}, which others have")
+        elif how == "average":
+            present = [t.double() for t in found if t is not None]
+            whole[key] = (torch.stack(present).sum(0) / len(present)).to(first.dtype)
+        else:
+            for label, tensor in zip(labels, found, strict=True):
+                if tensor is not None:
+                    apart.setdefault(label, {})[key] = tensor
+    return Whole(whole, apart)
+
+
+def _entries(everything: Sequence[Mapping[str, Tensor]], key: str) -> int:
+    return max(each[key].numel() for each in everything if key in each)
+
+
+def _unlike(found: Sequence[Tensor | None]) -> bool:
+    return len({tensor.shape if tensor is not None else None for tensor in found}) > 1
+
+
+def _refuse_heads(adapters: Sequence[Adapter], found: Sequence[Tensor | None], key: str, how: str | None) -> None:
+    name = key.removeprefix(PREFIX)
+    shapes = " and ".join(
+        f"{tuple(tensor.shape)} in {adapter.source}" if tensor is not None else f"absent from {adapter.source}"
+        for adapter, tensor in zip(adapters, found, strict=True)
+    )
+    if how == "average":
+        raise MismatchError(f"{name} cannot be averaged: it is {shapes}; --heads keep-own or first can be had")
+    ways = "keep-own (each its own, beside the merged adapter), average or first"
+    if _unlike(found):
+        raise MismatchError(f"{name} differs: it is {shapes}; say what becomes of it with --heads keep-own or first")
+    raise MismatchError(
+        f"{name} {tuple(found[0].shape)} differs between the adapters; --heads {ways} says what "  # type: ignore[union-attr]
+        "becomes of it"
+    )

@@ -1,0 +1,419 @@
+"""Are adapters linearly connected? Curves between them, barriers, and how much of a barrier is shrinkage.
+
+Three curves lie between two adapters a and b, and they are not the same:
+
+* factors: A(t) = (1−t)A_a + tA_b, and B(t) likewise. What the literature on merging LoRA seeds mostly draws. It
+  depends on the gauge (B R, R⁻¹A), and halfway between independent adapters ‖ΔW‖ has about halved.
+* delta: ΔW(t) = (1−t)ΔW_a + tΔW_b, exact by concatenation. factors − delta = −t(1−t)(B_a − B_b)(A_a − A_b).
+* matched: the factor curve with every module's ΔW(t) rescaled to (1−t)‖ΔW_a‖ + t‖ΔW_b‖. What is left of the
+  barrier here is no shrinkage; the share that is gone was.
+
+And aligned: the factor curve after both adapters are brought to their balanced gauge and b's factors are rotated
+onto a's (orthogonal Procrustes), which takes the arbitrary part of the gauge away.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.attached import put_on
+from lora_lab.errors import OptionError
+from lora_lab.merging.paths import Mixer
+from lora_lab.results.result import Journal, Result, columns, fingerprint, finite, grouped, provenance
+from lora_lab.results.stats import Floats, Sampled, mean_and_spread, proportion
+from lora_lab.scoring.evaluate import (
+    Examples,
+    Sent,
+    bare,
+    described,
+    examples_of,
+    identity,
+    labels_of,
+    method_of,
+    pack,
+    remembered,
+)
+from lora_lab.scoring.workers import Pool
+from lora_lab.tasks.task import Scores, Task, resolve_device
+
+Progress = Callable[[int, int], None]
+"""Called with (evaluations done, evaluations in all)."""
+
+RATIO_SPACES = ("factors", "delta")
+
+
+BARRIERS: dict[str, Callable[[Floats, Floats], Floats]] = {
+    "frankle": lambda L, t: L - (L[0] + L[-1]) / 2,
+    "entezari": lambda L, t: L - (1 - t)[:, None] * L[0] - t[:, None] * L[-1],
+    "max_end": lambda L, t: L - np.maximum(L[0], L[-1]),
+    "midpoint": lambda L, t: L[[len(t) // 2]] if len(t) % 2 else np.full((1, L.shape[1]), np.nan),
+}
+"""Barriers of a curve, as profiles whose largest row is the barrier: values [points, k] over t [points] → [rows, k].
+
+frankle: sup L − ½(L(0) + L(1)) (arXiv:1912.05671). entezari: sup [L − linear] (arXiv:2110.06296). max_end: sup L −
+max(L(0), L(1)). midpoint: the value L(½) itself. The supremum is over the grid, ends included, so that the first three
+are never negative; with noise it is above 0 even where there is no barrier, and the interval tells.
+"""
+
+METRICS = ("loss", "error")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One place to be evaluated: weights over all adapters, and the space in which they act."""
+
+    weights: tuple[float, ...]
+    space: str
+
+    @property
+    def key(self) -> str:
+        """Equal for points that are one model: an adapter alone is itself in every space."""
+        used = [(i, w) for i, w in enumerate(self.weights) if w]
+        if len(used) == 1 and used[0][1] == 1:
+            return f"own:{used[0][0]}"
+        return self.space + ":" + ",".join(f"{i}={w:.12g}" for i, w in used)
+
+
+def interpolate(
+    adapters: Sequence[Adapter],
+    task: Task,
+    *,
+    points: int = 11,
+    spaces: Sequence[str] = ("factors", "delta"),
+    ratios: Sequence[Sequence[float]] = (),
+    split: str = "test",
+    seed: int = 0,
+    device: torch.device | None = None,
+    journal: Path | None = None,
+    progress: Progress | None = None,
+    pool: Pool | None = None,
+) -> Result:
+    """Loss and accuracy along the line between every two of the adapters, with barriers.
+
+    Every number carries a 95 % interval over the examples: losses and barriers by a paired bootstrap with `seed` (one
+    resampling for all points of a curve), accuracies by `stats.proportion`. `factors` brings the norm-matched curve
+    with it wherever there is a ΔW. `ratios` are weights for the first adapters of every combination, normalised to sum
+    1. End points are the adapters themselves. With `journal`, a killed run goes on where it was.
+    """
+    check(adapters, points=points, spaces=spaces)
+    device = device or (torch.device(pool.device) if pool else resolve_device())
+    mixer = Mixer(adapters)
+    if ratios and not set(RATIO_SPACES) & set(spaces):
+        raise OptionError(f"mixtures are scored in {' and '.join(RATIO_SPACES)}; name one of them as the space, too")
+    run = run_id(adapters, task, points=points, spaces=list(spaces), ratios=ratios, split=split, seed=seed)
+    spaces = _with_matched(mixer, spaces)
+    began = time.perf_counter()
+    grid = np.linspace(0, 1, points)
+    pairs = list(itertools.combinations(range(len(adapters)), 2))
+    lines = {
+        (pair, space): [_on_line(pair, float(t), len(adapters), space) for t in grid]
+        for pair in pairs
+        for space in spaces
+    }
+    mixes = _ratio_points(ratios, len(adapters), [space for space in RATIO_SPACES if space in spaces])
+    wanted = [*(p for line in lines.values() for p in line), *(point for _, point in mixes)]
+    options: dict[str, Any] = {"device": device, "journal": journal, "progress": progress, "pool": pool}
+    scores = evaluate(mixer, task, wanted, split=split, **options)
+
+    sampled = {metric: _Sampled(scores, metric, seed) for metric in METRICS}
+    rows = []
+    for (pair, _), line in lines.items():
+        rows += [
+            {**_who(adapters, pair), "t": float(t), "ratio": None, **_cells(point, scores, sampled["loss"], mixer)}
+            for t, point in zip(grid, line, strict=True)
+        ]
+    for (members, ratio), point in mixes:
+        cells = _cells(point, scores, sampled["loss"], mixer)
+        rows.append({**_who(adapters, members), "t": None, "ratio": ratio, **cells})
+    curves = {
+        (pair, space, metric): sampled[metric].line(line) for (pair, space), line in lines.items() for metric in METRICS
+    }
+    examples = len(next(iter(scores.values())))
+    return Result(
+        "interpolate",
+        finite(columns(rows)),
+        {
+            "task": task.record,
+            "split": split,
+            "points": points,
+            "spaces": list(spaces),
+            "adapters": [described(adapter) for adapter in adapters],
+            "ratios": [":".join(f"{w:g}" for w in ratio) for ratio in ratios],
+            "seed": seed,
+        },
+        finite(_summary(adapters, pairs, spaces, curves, grid)),
+        provenance(
+            inputs=[Path(a.source) for a in adapters],
+            elapsed_s=time.perf_counter() - began,
+            examples=examples,
+            evaluations=len(scores),
+            run=run,
+            device=str(device),
+            dtype=task.dtype,
+            workers=pool.size if pool else None,
+        ),
+    )
+
+
+def check(adapters: Sequence[Adapter], *, points: int, spaces: Sequence[str]) -> None:
+    """Raise what `interpolate` would raise for these adapters, before anything is computed."""
+    if len(adapters) < 2:
+        raise OptionError("a line needs two adapters or more")
+    if points < 2:
+        raise OptionError(f"{points} points on a line; at least 2 are needed (its ends)")
+    mixer = Mixer(adapters)
+    for space in _with_matched(mixer, spaces):
+        mixer.check(space)
+
+
+def run_id(adapters: Sequence[Adapter], task: Task, *, split: str, **options: Any) -> str:
+    """What a run's result hangs on: the adapters, the examples, and the options."""
+    return fingerprint([[identity(a) for a in adapters], examples_of(task, split), options])
+
+
+def evaluate(
+    mixer: Mixer,
+    task: Task,
+    points: Sequence[Point],
+    *,
+    split: str = "test",
+    device: torch.device | None = None,
+    journal: Path | None = None,
+    progress: Progress | None = None,
+    pool: Pool | None = None,
+) -> dict[str, Scores]:
+    """Scores by `Point.key`, every different point once, on one attached model whose weights change in place.
+
+    With a `pool`, on one such model in each of its workers.
+    """
+    unique = {point.key: point for point in points}
+    device = device or (torch.device(pool.device) if pool else resolve_device())
+    run = fingerprint([run_id(mixer.adapters, task, split=split), device.type])
+    log = Journal(journal, run) if journal else None
+    scores: dict[str, Scores] = {}
+    for key in unique:
+        known = remembered(log, key, len(task.split(split)))
+        scores |= {key: known} if known is not None else {}
+
+    def keep(batch: Sequence[Point], answer: tuple[list[Scores], str | None]) -> None:
+        found, task.dtype = answer
+        for point, each in zip(batch, found, strict=True):
+            scores[point.key] = each
+            if log is not None:
+                log.add(point.key, pack(each))
+        if progress:
+            progress(len(scores), len(unique))
+
+    missing = [point for key, point in unique.items() if key not in scores]
+    if progress and scores:
+        progress(len(scores), len(unique))
+    if missing and pool:
+        sent, on = Sent.of(task), Examples.of(task, split)
+        setup = _Setup(tuple(map(bare, mixer.adapters)), sent, on, str(device), fingerprint(["line", run, str(device)]))
+        pool.run(setup, pool.cut(missing), keep)
+    elif missing:
+        walk = _walker(mixer, task, split, device)
+        for point in missing:
+            keep([point], walk([point]))
+    return {key: scores[key] for key in unique}
+
+
+def _walker(
+    mixer: Mixer, task: Task, split: str, device: torch.device
+) -> Callable[[Sequence[Point]], tuple[list[Scores], str | None]]:
+    """What scores points, and says in which dtype, on a model of its own."""
+    attached = put_on(task.model_on(device), *mixer.adapters)
+
+    def walk(points: Sequence[Point]) -> tuple[list[Scores], str | None]:
+        found = []
+        for point in points:
+            attached.set(mixer.mix(point.weights, point.space))
+            found.append(task.score(attached.model, split))
+        return found, task.dtype
+
+    return walk
+
+
+@dataclass(frozen=True)
+class _Setup:
+    """A walker in a worker."""
+
+    adapters: tuple[Adapter, ...]
+    task: Sent
+    on: Examples
+    device: str
+    fingerprint: str
+
+    def __call__(self) -> Callable[[Sequence[Point]], tuple[list[Scores], str | None]]:
+        task = self.task.task()
+        self.on.of_task(task)  # the same ones, or it says so
+        return _walker(Mixer(self.adapters), task, self.on.split, torch.device(self.device))
+
+
+def parse_ratios(text: str, adapters: int) -> list[list[float]]:
+    """'0:1,1:1:1' → [[0, 1], [1, 1, 1]]."""
+    ratios = []
+    for part in text.split(","):
+        try:
+            ratio = [float(weight) for weight in part.split(":")]
+        except ValueError as error:
+            raise OptionError(f"ratio {part!r}: numbers with colons between them are needed, such as 1:2") from error
+        if not 2 <= len(ratio) <= adapters:
+            raise OptionError(
+                f"ratio {part!r} has {len(ratio)} weights; with {adapters} adapters, 2 to {adapters} are possible"
+            )
+        if min(ratio) < 0 or not 0 < sum(ratio) < math.inf:
+            raise OptionError(f"ratio {part!r}: weights of 0 or more are needed, not all of them 0")
+        ratios.append(ratio)
+    return ratios
+
+
+def _with_matched(mixer: Mixer, spaces: Sequence[str]) -> list[str]:
+    """The spaces asked for; norms can be matched wherever there is a ΔW, and then the factor curve needs it."""
+    chosen = list(dict.fromkeys(spaces))
+    if not mixer.additive and chosen == ["factors", "delta"]:
+        chosen = ["factors"]  # the default, as far as this tuner allows it
+    if "factors" in chosen and mixer.additive and "matched" not in chosen:
+        chosen.insert(chosen.index("factors") + 1, "matched")
+    return chosen
+
+
+def _on_line(pair: tuple[int, int], t: float, count: int, space: str) -> Point:
+    weights = [0.0] * count
+    weights[pair[0]], weights[pair[1]] = 1 - t, t
+    return Point(tuple(weights), space)
+
+
+def _ratio_points(
+    ratios: Sequence[Sequence[float]], count: int, spaces: Sequence[str]
+) -> list[tuple[tuple[tuple[int, ...], str], Point]]:
+    found = []
+    for ratio, space in itertools.product(ratios, spaces):
+        for members in itertools.combinations(range(count), len(ratio)):
+            weights = [0.0] * count
+            for member, weight in zip(members, ratio, strict=True):
+                weights[member] = weight / sum(ratio)
+            label = ":".join(f"{weight:g}" for weight in ratio)
+            found.append(((members, label), Point(tuple(weights), space)))
+    return found
+
+
+def _who(adapters: Sequence[Adapter], members: Sequence[int]) -> dict[str, Any]:
+    """Labels and places of the members, and their method; of several methods, or of unknown ones, all their names."""
+    names = labels_of(adapters)
+    methods = sorted({method_of(adapters[i], names[i]) for i in members})
+    return {
+        "members": [adapters[i].label for i in members],
+        "indices": list(members),
+        "method": " – ".join(methods),
+    }
+
+
+class _Sampled:
+    """One metric of every evaluated point, under one bootstrap resampling of the examples."""
+
+    def __init__(self, scores: Mapping[str, Scores], metric: str, seed: int) -> None:
+        self._index = {key: i for i, key in enumerate(scores)}
+        values = [s.loss if metric == "loss" else s.wrong for s in scores.values()]
+        self._all = Sampled.of(np.stack(values), seed=seed)
+
+    def line(self, points: Sequence[Point]) -> Sampled:
+        return self._all[[self._index[point.key] for point in points]]
+
+
+def _cells(point: Point, scores: Mapping[str, Scores], losses: _Sampled, mixer: Mixer) -> dict[str, Any]:
+    """What a row says of its point."""
+    loss = losses.line([point]).estimate(lambda L: L[0])
+    accuracy = proportion(scores[point.key].correct)
+    return {
+        "space": point.space,
+        "weights": list(point.weights),
+        **dict(zip(("loss", "loss_low", "loss_high"), loss, strict=True)),
+        **dict(zip(("accuracy", "accuracy_low", "accuracy_high"), accuracy, strict=True)),
+        "norm": mixer.norm(point.weights, point.space),
+    }
+
+
+Curves = Mapping[tuple[tuple[int, int], str, str], Sampled]
+"""(pair, space, metric) → the curve with its bootstrap samples."""
+
+
+def _summary(
+    adapters: Sequence[Adapter],
+    pairs: Sequence[tuple[int, int]],
+    spaces: Sequence[str],
+    curves: Curves,
+    grid: Floats,
+) -> dict[str, Any]:
+    barriers = []
+    for (pair, space, metric), curve in curves.items():
+        for name, barrier in BARRIERS.items():
+            value, low, high = curve.largest(lambda L, f=barrier: f(L, grid))  # type: ignore[misc]
+            who = {**_who(adapters, pair), "space": space, "metric": metric}
+            low = low if name == "midpoint" else max(0.0, low)
+            barriers.append({**who, "barrier": name, "value": value, "low": low, "high": high})
+    summary: dict[str, Any] = {"barriers": barriers}
+    if "matched" in spaces:
+        summary["shrinkage"] = [
+            {**_who(adapters, pair), "metric": metric, **_shrinkage(curves, pair, metric, grid)}
+            for pair in pairs
+            for metric in METRICS
+        ]
+    if len(adapters) > 2:
+        summary["matrix"] = _matrix(len(adapters), barriers)
+        summary["over_pairs"] = _over_pairs(barriers)
+    return summary
+
+
+def _shrinkage(curves: Curves, pair: tuple[int, int], metric: str, grid: Floats) -> dict[str, float]:
+    """The factor curve's barrier (Entezari's), what norm matching takes away of it, and what stays.
+
+    `removed` is a paired difference: its interval comes from one resampling of both curves.
+    """
+    factors, matched = curves[pair, "factors", metric], curves[pair, "matched", metric]
+    both = factors.with_points(matched)
+    n, above_chord = len(grid), BARRIERS["entezari"]
+
+    def of_factors(L: Floats) -> Floats:
+        return above_chord(L[:n], grid)
+
+    def of_matched(L: Floats) -> Floats:
+        return above_chord(L[n:], grid)
+
+    cells: dict[str, float] = {}
+    for name, profiles in (("barrier", [of_factors]), ("stays", [of_matched]), ("removed", [of_factors, of_matched])):
+        value, low, high = both.largest(*profiles)
+        cells |= {name: value, f"{name}_low": low if name == "removed" else max(0.0, low), f"{name}_high": high}
+    cells["share"] = cells["removed"] / cells["barrier"] if cells["barrier"] > 0 else math.nan
+    return cells
+
+
+def _matrix(count: int, barriers: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[list[float]]]]:
+    """Space → metric → Entezari barriers between all adapters, symmetric, zero on the diagonal."""
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    for row in barriers:
+        if row["barrier"] == "entezari":
+            empty = [[0.0] * count for _ in range(count)]
+            table = found.setdefault(row["space"], {}).setdefault(row["metric"], empty)
+            i, j = row["indices"]
+            table[i][j] = table[j][i] = row["value"]
+    return found
+
+
+def _over_pairs(barriers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation of every barrier over the pairs of one method (pairs share adapters)."""
+    found = []
+    for head, rows in grouped(barriers, "method", "space", "metric", "barrier"):
+        mean, spread = mean_and_spread(np.array([row["value"] for row in rows]))
+        found.append({**head, "mean": mean, "spread": spread, "pairs": len(rows)})
+    return found

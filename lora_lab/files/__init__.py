@@ -1,0 +1,40 @@
+"""Files as they lie on disk, and what they may do: whole or refused when read, whole or absent when written.
+
+Knows bytes, headers, owners and records' rights; not what tensors mean.
+"""
+
+from typing import TYPE_CHECKING
+
+from lora_lab.lazy import face
+
+if TYPE_CHECKING:
+    from lora_lab.files.disk import file_hash as file_hash
+    from lora_lab.files.disk import parse_json as parse_json
+    from lora_lab.files.disk import read_bin as read_bin
+    from lora_lab.files.disk import read_header as read_header
+    from lora_lab.files.disk import read_json as read_json
+    from lora_lab.files.disk import read_safetensors as read_safetensors
+    from lora_lab.files.disk import refuse_existing as refuse_existing
+    from lora_lab.files.disk import replacing as replacing
+    from lora_lab.files.disk import write_bytes as write_bytes
+    from lora_lab.files.disk import write_json as write_json
+    from lora_lab.files.disk import write_safetensors as write_safetensors
+
+__getattr__, __dir__, __all__ = face(
+    __name__,
+    {
+        "disk": (
+            "file_hash",
+            "parse_json",
+            "read_bin",
+            "read_header",
+            "read_json",
+            "read_safetensors",
+            "refuse_existing",
+            "replacing",
+            "write_bytes",
+            "write_json",
+            "write_safetensors",
+        ),
+    },
+)

@@ -1,0 +1,302 @@
+"""Merges that look at data: what the weights of a module are worth to each task, or which coefficients do best.
+
+Every function takes the sources and gives (module, merged ΔW) pairs. What it reads is named in its first lines; none
+ever looks at a test split.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lora_lab.adapters.attached import NAME
+from lora_lab.adapters.lowrank import LowRank, combine
+from lora_lab.errors import OptionError, unknown
+from lora_lab.merging.layer_inputs import grams, information, predictions
+from lora_lab.merging.panel import Panel, mean_loss
+from lora_lab.merging.sources import Sources
+from lora_lab.tasks.task import Task
+
+Merged = Iterator[tuple[str, LowRank | Tensor]]
+
+
+def fisher(
+    sources: Sources,
+    *,
+    examples: int = 256,
+    normalize: bool = False,
+    floor: float = 1e-6,
+    scale: float = 1.0,
+    seed: int = 0,
+) -> Merged:
+    """Entries weighted by their Fisher information on each task.
+
+    Σ wᵢFᵢ∘ΔWᵢ / Σ wᵢFᵢ (Matena & Raffel 2021, arXiv:2111.09832), Fᵢ diagonal, from `examples` of each training split
+    without their labels: the mean of p(y|x) (∂ log p(y|x)/∂W)² over all labels y; of a text, an unbiased estimate, from
+    one token drawn by p at every target's place. With `normalize`, each Fᵢ is divided by its norm over all modules, so
+    that no task counts for more because its gradients are larger. `floor`, times the mean information, is added, so
+    that entries that no task depends on are averaged. Takes as much memory as T copies of the adapted weights.
+
+    Variant: the paper's, on ΔW; its authors' code can normalise, which is normalize=true.
+    """
+    _check(examples=(examples, 1), floor=(floor, 0), scale=(scale, None), seed=(seed, 0))
+    _check_weights(sources, "fisher")
+    panel = Panel(sources)
+    found = [information(panel, i, examples, seed) for i in range(len(sources.adapters))]
+    if normalize:
+        found = [_normalized(each) for each in found]
+    for name in sources.modules:
+        shares = torch.stack([each[name] for each in found])
+        shares += floor * shares.mean() + torch.finfo(shares.dtype).tiny
+        weights = torch.tensor(sources.weights_of(name), dtype=shares.dtype)
+        shares *= weights.reshape(-1, *[1] * (shares.ndim - 1))
+        deltas = torch.stack([u.delta().flatten(1) for u in sources.updates_of(name)])
+        merged = scale * (shares * deltas).sum(0) / shares.sum(0)
+        yield name, merged.reshape(sources.shapes[name])
+
+
+def regmean(
+    sources: Sources,
+    *,
+    examples: int = 256,
+    gram: str = "mean",
+    off_diagonal: float = 0.9,
+    ridge: float = 1e-6,
+    scale: float = 1.0,
+    seed: int = 0,
+) -> Merged:
+    """The ΔW nearest to each one on its own task's inputs.
+
+    Σ ΔWᵢwᵢGᵢ (Σ wᵢGᵢ)⁻¹ with Gᵢ = XᵢᵀXᵢ of each layer (Jin et al. 2022, arXiv:2212.09849), from the inputs of
+    `examples` of each training split, without their labels and without padding. `gram` mean divides Gᵢ by the number of
+    inputs, as the authors' code does, so that a task of long texts counts no more than one of short ones; sum is the
+    paper's formula. Entries of G off the diagonal are multiplied by
+    `off_diagonal`; `ridge` times its mean diagonal is added, so that directions that no task uses are averaged. Exact
+    in factor space: Bᵢ stays, Aᵢ becomes AᵢwᵢGᵢ (ΣwᵢGᵢ)⁻¹.
+
+    Variant: the authors' code's, with means over rows; gram=sum is the paper's formula.
+    """
+    if not 0 <= off_diagonal <= 1:
+        raise OptionError(f"off_diagonal is {off_diagonal:g}; a share from 0 to 1 is needed")
+    if gram not in ("mean", "sum"):
+        raise unknown("gram", gram, ("mean", "sum"))
+    _check(examples=(examples, 1), ridge=(ridge, 0), scale=(scale, None), seed=(seed, 0))
+    _check_weights(sources, "regmean")
+    panel = Panel(sources)
+    found = [grams(panel, i, examples, seed, mean=gram == "mean") for i in range(len(sources.adapters))]
+    for name in sources.modules:
+        stored_transposed = found[0][name][1]
+        weighted = []
+        for each, weight in zip(found, sources.weights_of(name), strict=True):
+            G = each[name][0]
+            diagonal = G.diagonal().clone()
+            G = off_diagonal * G
+            G.diagonal().copy_(diagonal)
+            weighted.append(weight * (G + (ridge * diagonal.mean() + 1e-300) * torch.eye(len(G), dtype=G.dtype)))
+        total = torch.stack(weighted).sum(0)
+        updates = [_turned(u) if stored_transposed else u for u in sources.updates_of(name)]
+        # A G total⁻¹ = (total⁻¹ G Aᵀ)ᵀ: both are symmetric
+        A = torch.cat([u.A.double() @ G for u, G in zip(updates, weighted, strict=True)])
+        A = torch.linalg.solve(total, A.T).T
+        B = scale * torch.cat([u.B.double() for u in updates], dim=1)
+        merged = LowRank(A, B, updates[0].shape)
+        yield name, _turned(merged) if stored_transposed else merged
+
+
+def lorahub(
+    sources: Sources,
+    *,
+    evaluations: int = 60,
+    bound: float = 1.5,
+    penalty: float = 0.05,
+    scale: float = 1.0,
+) -> Merged:
+    """Σ cᵢwᵢΔWᵢ, c found without gradients on validation data.
+
+    After Huang et al. 2023, arXiv:2307.13269: the lowest mean loss over the tasks plus `penalty` · mean |c|, c within
+    ±`bound`, at most `evaluations` of them (COBYLA, from 1/T each). The paper mixes the factors; this mixes ΔW.
+
+    Variant: ΔW where the paper mixes factors, and COBYLA where it has Shiwa.
+    """
+    from scipy.optimize import minimize
+
+    if evaluations < 1 or not 0 < bound < np.inf:
+        raise OptionError(f"evaluations is {evaluations} and bound {bound:g}; both must be above 0")
+    _check(penalty=(penalty, 0), scale=(scale, None))
+    panel, count = Panel(sources), len(sources.adapters)
+    updates = {name: sources.updates_of(name) for name in sources.modules}
+
+    def mixed(coefficients: Sequence[float]) -> dict[str, LowRank]:
+        return {
+            name: combine(own, [float(c) * w for c, w in zip(coefficients, sources.weights_of(name), strict=True)])
+            for name, own in updates.items()
+        }
+
+    best: tuple[float, list[float]] = (float("inf"), [1 / count] * count)
+
+    def cost(coefficients: Any) -> float:
+        nonlocal best
+        chosen = np.clip(coefficients, -bound, bound)
+        made = mixed(chosen)
+        found = mean_loss([panel.scores(seat, made, "validation") for seat in panel.seats])
+        found += penalty * float(np.abs(chosen).mean())
+        best = min(best, (found, chosen.tolist()))
+        return found
+
+    if evaluations < count + 2:  # which COBYLA needs to begin with
+        cost(best[1])
+    else:
+        options = {"maxiter": evaluations, "rhobeg": min(0.3, bound / 2)}
+        minimize(cost, best[1], method="COBYLA", bounds=[(-bound, bound)] * count, options=options)
+    for name, update in mixed(best[1]).items():
+        yield name, scale * update
+
+
+def adamerging(
+    sources: Sources,
+    *,
+    steps: int = 200,
+    learning_rate: float = 5e-3,
+    start: float = 0.3,
+    batch_size: int = 16,
+    scale: float = 1.0,
+    seed: int = 0,
+) -> Merged:
+    """Σ λᵢwᵢΔWᵢ, a λ per module that makes predictions certain.
+
+    Yang et al. 2023, arXiv:2310.02575, layer-wise: Adam minimises the summed entropy of the predictions on unlabelled
+    validation examples of every task (of texts, at every target's place), from `start`. The paper takes test inputs,
+    500 steps and a rate of 1e-3.
+
+    Variant: the paper's, layer-wise, on validation inputs where it takes test inputs.
+    """
+    if steps < 1 or batch_size < 1:
+        raise OptionError(f"steps is {steps} and batch_size {batch_size}; both must be at least 1")
+    if not 0 < learning_rate < np.inf:
+        raise OptionError(f"learning_rate is {learning_rate:g}; a number above 0 is needed")
+    _check(start=(start, None), scale=(scale, None))
+    panel, count = Panel(sources), len(sources.adapters)
+    joined = {name: combine(sources.updates_of(name), sources.weights_of(name)) for name in sources.modules}
+    ranks = {name: torch.tensor([u.rank for u in sources.updates_of(name)]) for name in sources.modules}
+    coefficients = torch.full((len(joined), count), start, requires_grad=True)
+    optimizer = torch.optim.Adam([coefficients], lr=learning_rate, betas=(0.9, 0.999))
+    places = {seat: _wear_joined(panel, seat, joined) for seat in panel.seats}
+    shared = len({id(panel.model(seat)) for seat in panel.seats}) < len(panel.seats)
+    generator = torch.Generator().manual_seed(seed)
+    batches = {seat: _unlabelled(panel, seat, batch_size, generator) for seat in panel.seats}
+    for _ in range(steps):
+        optimizer.zero_grad()
+        for seat in panel.seats:
+            batch = next(batches[seat])
+            if shared:  # a model that several seats share has the head of the last
+                panel.wear(seat, joined)
+            swapped = {}
+            for m, name in enumerate(joined):
+                key, B = places[seat][name]
+                each = coefficients[m].repeat_interleave(ranks[name]).to(B)
+                swapped[key] = B * each.reshape(1, -1, *[1] * (B.ndim - 2))
+            asked = _Asked(panel.tasks[seat], panel.model(seat))
+            logits = functional_call(asked, {f"model.{key}": B for key, B in swapped.items()}, (batch,))
+            logs = predictions(panel.tasks[seat], logits, batch).log_softmax(-1)
+            logs = logs.clamp(min=torch.finfo(torch.float32).min)  # −inf: no such option
+            entropy = -(logs.exp() * logs).sum(-1).mean()
+            torch.autograd.backward(entropy)
+        optimizer.step()
+    found = coefficients.detach()
+    for m, name in enumerate(joined):
+        chosen = (found[m].double() * torch.tensor(sources.weights_of(name), dtype=torch.float64)).tolist()
+        yield name, scale * combine(sources.updates_of(name), chosen)
+
+
+def _check(**options: tuple[float, float | None]) -> None:
+    """OptionError for an option (value, least value or None) that is no finite number or too small."""
+    for name, (value, least) in options.items():
+        if not math.isfinite(value) or (least is not None and value < least):
+            needed = "a finite number" if least is None else f"a number of at least {least:g}"
+            raise OptionError(f"{name} is {value:g}; {needed} is needed")
+
+
+def _check_weights(sources: Sources, method: str) -> None:
+    """These methods divide by the weighted sum of positive matrices."""
+    for name in sources.modules:
+        weights = sources.weights_of(name)
+        if min(weights) < 0 or not any(weights):
+            shown = ", ".join(f"{weight:g}" for weight in weights)
+            raise OptionError(f"{method} needs weights of 0 or more, not all of them 0; in {name} they are {shown}")
+
+
+class _Asked(nn.Module):
+    """A model with a task's question as its forward pass."""
+
+    def __init__(self, task: Task, model: nn.Module) -> None:
+        super().__init__()
+        self.task, self.model = task, model
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The task's logits."""
+        return self.task.logits(self.model, batch)
+
+
+def examples_read(method: str, options: Mapping[str, Any], tasks: Sequence[Task]) -> float:
+    """About how many forward passes of one example a method takes, a backward pass counted as two."""
+    known = inspect.signature(METHODS[method]).parameters
+    values = {name: options.get(name, parameter.default) for name, parameter in known.items()}
+    match method:
+        case "fisher":
+            backward = [task.labels if task.classifies else 1 for task in tasks]
+            return float(sum(values["examples"] * (1 + 3 * each) for each in backward))
+        case "regmean":
+            return float(values["examples"] * len(tasks))
+        case "lorahub":
+            return float(values["evaluations"] * sum(len(task.split("validation")) for task in tasks))
+    return float(3 * values["steps"] * values["batch_size"] * len(tasks))
+
+
+def _wear_joined(panel: Panel, seat: int, joined: Mapping[str, LowRank]) -> dict[str, tuple[str, Tensor]]:
+    """Module → the live name of PEFT's B in the model (its second dimension is the rank), and its value."""
+    panel.wear(seat, joined)
+    named = dict(panel.model(seat).named_parameters())
+    places = {}
+    for name in joined:
+        embedded = f"{name}.lora_embedding_B.{NAME}"
+        key = embedded if embedded in named else f"{name}.lora_B.{NAME}.weight"
+        places[name] = key, named[key].detach().clone()
+    return places
+
+
+def _unlabelled(panel: Panel, seat: int, size: int, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+    """Batches of validation inputs, shuffled anew every time they have run out."""
+    inputs = panel.tasks[seat].split("validation").inputs
+    count = len(inputs["labels"])
+    order: list[int] = []
+    while True:
+        if len(order) < min(size, count):
+            order = torch.randperm(count, generator=generator).tolist()
+        chosen, order = order[:size], order[size:]
+        yield {name: tensor[chosen].to(panel.sources.device) for name, tensor in inputs.items()}
+
+
+def _normalized(information: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Divided by the norm over all modules; all 0 stays 0."""
+    norm = math.sqrt(math.fsum(float(each.double().square().sum()) for each in information.values()))
+    return {name: each / norm if norm else each for name, each in information.items()}
+
+
+def _turned(update: LowRank) -> LowRank:
+    return LowRank(update.B.T, update.A.T)
+
+
+METHODS: dict[str, Callable[..., Merged]] = {
+    "fisher": fisher,
+    "regmean": regmean,
+    "lorahub": lorahub,
+    "adamerging": adamerging,
+}
+"""Name → method that looks at data."""

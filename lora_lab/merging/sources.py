@@ -1,0 +1,259 @@
+"""What is merged: adapters with their exact ΔW, a weight for each of them in every module, and their tasks."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_lab import files
+from lora_lab.adapters.adapter import Adapter, same_base
+from lora_lab.adapters.attached import weight_deltas
+from lora_lab.adapters.formats.keys import natural
+from lora_lab.adapters.formats.peft_format import update
+from lora_lab.adapters.groups import locate
+from lora_lab.adapters.lowrank import LowRank, factored, is_finite
+from lora_lab.errors import MismatchError, OptionError, TunerError, some
+from lora_lab.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A weight for each adapter, which may differ between modules: patterns first, then layers, then `plain`."""
+
+    plain: tuple[float, ...]
+    patterns: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """Regular expression searched in module names → weights; the first that matches counts."""
+    layers: tuple[Mapping[int, float], ...] = ()
+    """For each adapter, layer → weight at some layers: straight lines between them, constant beyond the ends."""
+
+    @property
+    def record(self) -> Any:
+        """The weights in JSON types."""
+        if self.layers:
+            return [",".join(f"{layer}:{w:g}" for layer, w in sorted(points.items())) for points in self.layers]
+        return {**self.patterns, "default": self.plain} if self.patterns else list(self.plain)
+
+    def of(self, name: str, layer: int | None) -> list[float]:
+        """The adapters' weights in a module; outside of all layers, the mean of a line's given points."""
+        for pattern, weights in self.patterns.items():
+            if re.search(pattern, name):
+                return list(weights)
+        if not self.layers:
+            return list(self.plain)
+        return [_on_line(points, layer) for points in self.layers]
+
+
+def parse_weights(given: Sequence[str], count: int) -> Weights:
+    """Weights from the command line for so many adapters.
+
+    ['1,1,0.5']: one an adapter. ['0:1,11:0', '0:0,11:1']: for each adapter, its weight at some layers. ['w.json']: an
+    object of {regular expression of modules: weights, …, "default": weights}.
+    """
+    if not given:
+        return Weights((1.0,) * count)
+    if len(given) == 1 and Path(given[0]).suffix == ".json":
+        return _from_file(Path(given[0]), count)
+    if any(":" in text for text in given):
+        if len(given) != count:
+            raise OptionError(
+                f"{count} adapters and {len(given)} lines of layer:weight; --weights is to be given {count} times"
+            )
+        return Weights((1.0,) * count, layers=tuple(_line(text) for text in given))
+    if len(given) > 1:
+        raise OptionError("--weights was given twice; one list with commas (1,1,0.5), or a line of layer:weight each")
+    try:
+        weights = tuple(float(part) for part in given[0].split(","))
+    except ValueError as error:
+        raise OptionError(
+            f"--weights {given[0]!r}: numbers with commas (1,1,0.5), layer:weight pairs, or a .json file are needed"
+        ) from error
+    return Weights(_checked(weights, count))
+
+
+class Sources:
+    """Adapters of one base model, ready to be merged.
+
+    A module that an adapter leaves alone has ΔW = 0 there; `absent` tells of them. Adapters whose ΔW is no plain
+    product (DoRA, HiRA, LoHa …) need the model in `base`, against which their ΔW is exact. `tasks`, one an adapter, are
+    for methods that look at data. Raises MismatchError where base models, modules or shapes do not fit.
+    """
+
+    def __init__(
+        self,
+        adapters: Sequence[Adapter],
+        weights: Weights | Sequence[float] | None = None,
+        *,
+        base: Callable[[], nn.Module] | None = None,
+        tasks: Sequence[Task] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        if not adapters:
+            raise OptionError("no adapter was given")
+        self.adapters = list(adapters)
+        self.tasks = list(tasks) if tasks is not None else None
+        self.device = device or torch.device("cpu")
+        count = len(self.adapters)
+        if weights is None:
+            weights = (1.0,) * count
+        self.weights = weights if isinstance(weights, Weights) else Weights(_checked(tuple(weights), count))
+        same_base(self.adapters)
+        self._exact, self._bases = _exact(self.adapters, base)
+        self.shapes = self._shapes()
+        self._layers = {name: place.layer for name, place in locate(list(self.shapes)).items()}
+        for pattern in self.weights.patterns:
+            if not any(re.search(pattern, name) for name in self.shapes):
+                raise OptionError(f"weights: {pattern!r} matches no module; there are: {some(self.shapes)}")
+
+    @property
+    def modules(self) -> list[str]:
+        """All modules that any of the adapters updates, in natural order."""
+        return list(self.shapes)
+
+    @property
+    def absent(self) -> list[list[str]]:
+        """For each adapter, the modules of the others that it leaves alone, so that its ΔW is 0 there."""
+        return [[name for name in self.shapes if name not in adapter.sites] for adapter in self.adapters]
+
+    @property
+    def like(self) -> Adapter:
+        """The first adapter's configuration, with the sites of all: what a merged adapter is made like."""
+        sites = {name: a.sites[name] for a in reversed(self.adapters) for name in a.sites}
+        sites |= {name: replace(sites[name], kind=kind) for name, kind in self._bases.items() if kind != "conv1d-gpt"}
+        like = replace(self.adapters[0], sites=sites)
+        if "conv1d-gpt" in self._bases.values():
+            like = replace(like, config={**like.config, "fan_in_fan_out": True})
+        return like
+
+    def weights_of(self, name: str) -> list[float]:
+        """The adapters' weights in a module."""
+        return self.weights.of(name, self._layers[name])
+
+    def updates_of(self, name: str) -> list[LowRank]:
+        """ΔW of every adapter in a module, of rank 0 where it leaves it alone; all in one dtype."""
+        found = [self._update(i, name) for i in range(len(self.adapters))]
+        dtype = max((u.A.dtype for u in found if u), key=lambda dtype: dtype.itemsize)
+        shape = self.shapes[name]
+        empty = torch.zeros(0, shape[1:].numel(), dtype=dtype), torch.zeros(shape[0], 0, dtype=dtype)
+        return [LowRank(u.A.to(dtype), u.B.to(dtype), shape) if u else LowRank(*empty, shape) for u in found]
+
+    def _update(self, index: int, name: str) -> LowRank | None:
+        adapter = self.adapters[index]
+        if index in self._exact:
+            return self._exact[index].get(name)
+        site = adapter.sites.get(name)
+        found = update(site, adapter.tensors, adapter.config) if site else None
+        if found is not None and not is_finite(found):
+            raise MismatchError(f"{adapter.source}: ΔW of {name} is not finite: its factors are too large for float32")
+        return found
+
+    def _shapes(self) -> dict[str, torch.Size]:
+        shapes: dict[str, tuple[torch.Size, str]] = {}
+        for index, adapter in enumerate(self.adapters):
+            for name in adapter.sites:
+                found = self._update(index, name)
+                assert found is not None
+                known, source = shapes.setdefault(name, (torch.Size(found.shape), adapter.source))
+                if known != found.shape:
+                    raise MismatchError(
+                        f"{source} and {adapter.source}: {name} is {tuple(known)} and {tuple(found.shape)}; adapters "
+                        "of one base model are needed"
+                    )
+        return {name: shapes[name][0] for name in sorted(shapes, key=natural)}
+
+
+def _exact(
+    adapters: Sequence[Adapter], base: Callable[[], nn.Module] | None
+) -> tuple[dict[int, dict[str, LowRank]], dict[str, str]]:
+    """Index → exact updates of the adapters whose ΔW is no plain product, and the kinds of the layers they adapt."""
+    found: dict[int, dict[str, LowRank]] = {}
+    kinds: dict[str, str] = {}
+    for index, adapter in enumerate(adapters):
+        if adapter.why_not_additive is None:
+            continue
+        if base is None:
+            raise TunerError(f"{adapter.source}: {adapter.why_not_additive}; give the base model with --base")
+        if any(part.endswith(".bias") for site in adapter.sites.values() for part in site.keys):
+            raise TunerError(f"{adapter.source}: {adapter.why_not_additive}")
+        model = base().float()
+        deltas = weight_deltas(model, adapter)
+        for name, delta in deltas.items():
+            if delta.ndim < 2:
+                raise TunerError(
+                    f"{adapter.source}: {adapter.tuner} changes the vector {name}, which is no ΔW to merge"
+                )
+            kinds[name] = _kind(model.get_submodule(name))
+        found[index] = {name: factored(delta)[0] for name, delta in deltas.items()}
+    return found, kinds
+
+
+def _kind(layer: nn.Module) -> str:
+    """What a LoRA adapter of this layer is to PEFT; GPT-2's Conv1D stores its weight as [in, out]."""
+    if isinstance(layer, nn.Embedding):
+        return "embedding"
+    return "conv1d-gpt" if type(layer).__name__ == "Conv1D" else "linear"
+
+
+def _checked(weights: tuple[float, ...], count: int) -> tuple[float, ...]:
+    if len(weights) != count:
+        raise OptionError(f"{count} adapters and {len(weights)} weights; one weight an adapter is needed")
+    for weight in weights:
+        if not abs(weight) < float("inf"):
+            raise OptionError(f"weights: {weight} is no weight; finite numbers are needed")
+    return weights
+
+
+def _line(text: str) -> dict[int, float]:
+    points: dict[int, float] = {}
+    for part in text.split(","):
+        layer, colon, value = part.partition(":")
+        if layer.isdigit() and int(layer) in points:
+            raise OptionError(f"--weights {text!r}: layer {layer} is given twice")
+        try:
+            points[int(layer)] = float(value)
+        except ValueError as error:
+            raise OptionError(f"--weights {text!r}: layer:weight pairs are needed, such as 0:1,11:0.5") from error
+        if not colon or int(layer) < 0:
+            raise OptionError(f"--weights {text!r}: layers count from 0")
+    for weight in points.values():
+        _checked((weight,), 1)
+    return points
+
+
+def _on_line(points: Mapping[int, float], layer: int | None) -> float:
+    if layer is None:
+        return sum(points.values()) / len(points)
+    places = sorted(points)
+    before = [at for at in places if at <= layer]
+    after = [at for at in places if at >= layer]
+    if not before or not after:
+        return points[places[0] if not before else places[-1]]
+    low, high = before[-1], after[0]
+    t = (layer - low) / (high - low) if high > low else 0.0
+    return (1 - t) * points[low] + t * points[high]
+
+
+def _from_file(path: Path, count: int) -> Weights:
+    content = files.read_json(path)
+    parsed: dict[str, tuple[float, ...]] = {}
+    for pattern, values in content.items():
+        if not isinstance(values, list) or not all(
+            isinstance(v, int | float) and not isinstance(v, bool) for v in values
+        ):
+            raise OptionError(f"{path}: {pattern!r} has {values!r}; a list of {count} numbers is needed")
+        try:
+            re.compile(pattern)
+            parsed[pattern] = _checked(tuple(float(v) for v in values), count)
+        except OptionError as error:
+            raise OptionError(f"{path}: {pattern!r}: {error}") from error
+        except OverflowError as error:
+            raise OptionError(f"{path}: {pattern!r} has a number that is too large") from error
+        except re.error as error:
+            raise OptionError(f"{path}: not a regular expression: {pattern!r} ({error})") from error
+    plain = parsed.pop("default", (1.0,) * count)
+    return Weights(plain, parsed)

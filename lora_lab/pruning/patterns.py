@@ -1,0 +1,192 @@
+"""Which modules of an adapter to keep: the patterns of structured pruning, by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.formats.keys import natural
+from lora_lab.adapters.groups import Place, Players, locate, players
+from lora_lab.errors import OptionError, some, unknown
+
+TYPES: dict[str, tuple[str, ...]] = {
+    "q": ("q_proj", "query", "q_lin", "to_q", "wq", "q"),
+    "k": ("k_proj", "key", "k_lin", "to_k", "wk", "k"),
+    "v": ("v_proj", "value", "v_lin", "to_v", "wv", "v"),
+    "o": ("o_proj", "out_proj", "out_lin", "attention.output.dense", "to_out", "wo", "o"),
+    "up": ("up_proj", "fc1", "lin1", "intermediate.dense", "wi", "w3", "wi_1"),
+    "down": ("down_proj", "fc2", "lin2", "output.dense", "w2"),
+    "gate": ("gate_proj", "w1", "wi_0"),
+}
+"""Short name → what models call such a module."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a pattern chooses from."""
+
+    adapter: Adapter
+    players: Players
+    """For patterns that count: top-norm:K and its kind keep K of these."""
+    seed: int = 0
+    shapley: Callable[[], Mapping[str, float]] | None = None
+    """Gives every player's Shapley value, where it can be computed."""
+
+    @property
+    def places(self) -> dict[str, Place]:
+        """Where each module is."""
+        return locate(sorted(self.adapter.sites, key=natural))
+
+
+def keep(choice: Choice, spec: str) -> list[str]:
+    """The modules that a pattern such as "even", "type:q,k" or "top-norm:3" keeps, in natural order.
+
+    Layers are counted within their encoder; modules outside of layers are kept by the patterns of layers. Raises
+    OptionError for an unknown pattern, a number beyond that of the players, a type that is not there.
+    """
+    name, _, argument = spec.partition(":")
+    if name not in KEEPS:
+        raise unknown("pattern", name, [f"{n}{a}" for n, a in _listed()])
+    wants = _ARGUMENTS.get(name)
+    if bool(argument) != bool(wants):
+        raise OptionError(f"pattern {spec!r}: {f'{name}:{wants} is needed' if wants else f'{name} takes no argument'}")
+    kept = KEEPS[name](choice, argument)
+    if not kept:
+        raise OptionError(f"pattern {spec!r} keeps no module of {choice.adapter.label}")
+    return sorted(kept, key=natural)
+
+
+def fixed(choice: Choice) -> dict[str, list[str]]:
+    """The patterns that need no choice: all, both parities, the thirds, and every type of module that is there."""
+    places = choice.places.values()
+    layers = {place.layer for place in places if place.layer is not None}
+    types = sorted({str(place.type) for place in places}, key=_type_order)
+    specs = ["all"]
+    if len({layer % 2 for layer in layers}) == 2:
+        specs += ["even", "odd"]
+    if len(layers) >= 3:
+        specs += ["low", "middle", "high"]
+    if len(types) > 1:
+        specs += [f"type:{name}" for name in types]
+    return {spec: keep(choice, spec) for spec in specs}
+
+
+def _type_order(name: str) -> tuple[int, str]:
+    """In the order of TYPES, unknown ones last."""
+    known = list(TYPES.values())
+    return next((i for i, names in enumerate(known) if name in names), len(known)), name
+
+
+def _by_layer(wanted: Callable[[int, Sequence[int]], bool]) -> Callable[[Choice, str], Collection[str]]:
+    """Modules whose layer is wanted, told the layer and all layers of its encoder."""
+
+    def chosen(choice: Choice, argument: str) -> list[str]:
+        places = choice.places
+        layers: dict[str | None, set[int]] = {}
+        for place in places.values():
+            if place.layer is not None:
+                layers.setdefault(place.encoder, set()).add(place.layer)
+        return [
+            name
+            for name, place in places.items()
+            if place.layer is None or wanted(place.layer, sorted(layers[place.encoder]))
+        ]
+
+    return chosen
+
+
+def _third(which: int) -> Callable[[int, Sequence[int]], bool]:
+    return lambda layer, layers: layer in np.array_split(np.array(layers), 3)[which]
+
+
+def _type(choice: Choice, argument: str) -> list[str]:
+    places = choice.places
+    there = list(dict.fromkeys(str(place.type) for place in places.values()))
+    kept: list[str] = []
+    for part in argument.split(","):
+        names = {part, *TYPES.get(part, ())}
+        found = [name for name, place in places.items() if place.type in names]
+        # self- and cross-attention have modules of one last name, told apart by their path
+        found = found or [name for name in places if name.rpartition(".")[2] in names]
+        if not found:
+            raise OptionError(f"no module of type {part!r} in {choice.adapter.label}; there are: {some(there, 12)}")
+        kept += found
+    return kept
+
+
+def _top_norm(choice: Choice, argument: str) -> list[str]:
+    updates = choice.adapter.updates
+    norms = {
+        player: math.sqrt(sum(updates[name].norm() ** 2 for name, _ in units))
+        for player, units in choice.players.units.items()
+    }
+    return _largest(choice, argument, norms)
+
+
+def _top_shapley(choice: Choice, argument: str) -> list[str]:
+    _count(choice, argument)
+    if choice.shapley is None:
+        raise OptionError("top-shapley needs a task to compute Shapley values on; name one with --task")
+    return _largest(choice, argument, choice.shapley())
+
+
+def _random(choice: Choice, argument: str) -> list[str]:
+    order = np.random.default_rng(choice.seed).permutation(len(choice.players))
+    chosen = [choice.players.names[i] for i in order[: _count(choice, argument)]]
+    return _modules(choice, chosen)
+
+
+def _largest(choice: Choice, argument: str, values: Mapping[str, float]) -> list[str]:
+    ranked = sorted(values, key=lambda player: -values[player])  # stable: equal values stay in order
+    return _modules(choice, ranked[: _count(choice, argument)])
+
+
+def _count(choice: Choice, argument: str) -> int:
+    if not argument.isdigit() or not 1 <= int(argument) <= len(choice.players):
+        raise OptionError(
+            f"{argument} of {len(choice.players)} players ({choice.players.kind}) cannot be kept; "
+            f"1 to {len(choice.players)} can"
+        )
+    return int(argument)
+
+
+def _modules(choice: Choice, chosen: Collection[str]) -> list[str]:
+    """The modules of these players, and those of no player."""
+    switched = {name for player in chosen for name, _ in choice.players.units[player]}
+    return [*switched, *choice.players.left_out]
+
+
+_even = _by_layer(lambda layer, layers: layer % 2 == 0)
+
+KEEPS: dict[str, Callable[[Choice, str], Collection[str]]] = {
+    "all": lambda choice, argument: list(choice.adapter.sites),
+    "every-other": _even,
+    "even": _even,
+    "odd": _by_layer(lambda layer, layers: layer % 2 == 1),
+    "low": _by_layer(_third(0)),
+    "middle": _by_layer(_third(1)),
+    "high": _by_layer(_third(2)),
+    "type": _type,
+    "top-norm": _top_norm,
+    "top-shapley": _top_shapley,
+    "random": _random,
+}
+"""Pattern → function (choice, what stands after the colon) → modules to keep."""
+
+_ARGUMENTS = {"type": "NAME,…", "top-norm": "K", "top-shapley": "K", "random": "K"}
+
+
+def _listed() -> list[tuple[str, str]]:
+    return [(name, f":{_ARGUMENTS[name]}" if name in _ARGUMENTS else "") for name in KEEPS]
+
+
+def choice_of(adapter: Adapter, *, by: str | Mapping[str, str] = "layer", seed: int = 0) -> Choice:
+    """A choice among an adapter's players; single ranks cannot be kept by pattern."""
+    found = players(adapter, by)
+    if found.kind == "rank":
+        raise OptionError("patterns keep whole modules; for ranks there are --rank and --energy")
+    return Choice(adapter, found, seed)

@@ -1,0 +1,305 @@
+"""What a command found out: numbers with their provenance, as one JSON file; and the journal of a run under way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lora_lab import files
+from lora_lab.errors import FileError, LoraLabWarning, some
+from lora_lab.files.trust import seal
+
+FORMAT = "lora-lab result 1"
+_PACKAGES = ("lora-lab", "torch", "transformers", "peft", "numpy", "scipy")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One table with what it was made from. JSON types only; a number that is not finite is written as null.
+
+    `columns` are tidy: name → values, all of one length. `summary` holds what is said of the table as a whole
+    (barriers, means); shares are fractions, losses nats.
+    """
+
+    kind: str
+    columns: Mapping[str, Sequence[Any]]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def rows(self, **where: Any) -> list[dict[str, Any]]:
+        """The table's rows as dictionaries, those only whose columns equal the values given."""
+        names = list(self.columns)
+        rows = [dict(zip(names, row, strict=True)) for row in zip(*self.columns.values(), strict=True)]
+        return [row for row in rows if all(row[name] == value for name, value in where.items())]
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of the file, with a checksum of all the rest at its end."""
+        content: dict[str, Any] = finite({"format": FORMAT, **asdict(self)})
+        return {**content, _CHECKSUM: _checksum(content)}
+
+    def save(self, path: Path) -> Path:
+        """Write the file, whole or not at all; an existing one is replaced."""
+        files.write_json(path, self.to_json())
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> Result:
+        """Read a result; FileError where the file is something else, or not what was written."""
+        if not path.is_file():
+            raise FileError(f"{path}: no such file")
+        content = files.read_json(path)
+        if content.get("format") != FORMAT:
+            raise FileError(f"{path}: not a result of lora-lab (its format is not {FORMAT!r})")
+        checksum = content.pop(_CHECKSUM, None)
+        if checksum is not None and checksum != _checksum(content):
+            raise FileError(f"{path}: a damaged result (it does not agree with its own checksum)")
+        why = _why_no_result(content)
+        if why:
+            raise FileError(f"{path}: a damaged result ({why})")
+        return cls(**{each.name: content[each.name] for each in fields(cls)})
+
+
+_CHECKSUM = "sha256"
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Of a result's content without itself; results of earlier versions have none."""
+    try:
+        text = json.dumps(content, sort_keys=True)
+    except (ValueError, RecursionError):  # a number of too many digits, or nesting too deep to be ours
+        return ""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _why_no_result(content: Mapping[str, Any]) -> str | None:
+    missing = [each.name for each in fields(Result) if each.name not in content]
+    if missing:
+        return f"without {some(missing)}"
+    if not isinstance(content["kind"], str):
+        return "its kind is no text"
+    for name in ("columns", "parameters", "summary", "provenance"):
+        if not isinstance(content[name], dict):
+            return f"its {name} are no JSON object"
+    wrong = [name for name, values in content["columns"].items() if not isinstance(values, list)]
+    if wrong:
+        return f"no list of values in column {some(wrong)}"
+    lengths = {name: len(values) for name, values in content["columns"].items()}
+    if len(set(lengths.values())) > 1:
+        shortest, longest = min(lengths, key=lengths.__getitem__), max(lengths, key=lengths.__getitem__)
+        return (
+            f"its columns differ in length: {shortest} has {lengths[shortest]} values, {longest} has {lengths[longest]}"
+        )
+    return None
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Rows as columns; the first row names them."""
+    return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
+
+
+def grouped(rows: Iterable[Mapping[str, Any]], *names: str) -> list[tuple[dict[str, Any], list[Mapping[str, Any]]]]:
+    """Rows that agree in the named columns: (these columns, the rows), in the order of their first."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return [(dict(zip(names, key, strict=True)), members) for key, members in groups.items()]
+
+
+def by_adapter(results: Iterable[Result], **where: Any) -> list[list[dict[str, Any]]]:
+    """The rows of every adapter of all results, those only whose columns equal the values given."""
+    return [
+        [dict(row) for row in members] for result in results for _, members in grouped(result.rows(**where), "adapter")
+    ]
+
+
+def provenance(
+    *, inputs: Sequence[Path] = (), elapsed_s: float | None = None, examples: int | None = None, **more: Any
+) -> dict[str, Any]:
+    """Versions, commit, command, time, and hashes of the inputs: what a reader needs to run it again."""
+    return {
+        "versions": versions(),
+        "commit": _commit(),
+        "command": " ".join(["lora-lab", *sys.argv[1:]]) if Path(sys.argv[0]).name == "lora-lab" else None,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "inputs": [{"path": path.name, "sha256": files.file_hash(path)} for path in inputs if path.exists()],
+        "examples": examples,
+        "elapsed_s": None if elapsed_s is None else round(elapsed_s, 3),
+        **more,
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Python's version and those of the packages that numbers hang on."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}}
+
+
+def fingerprint(content: object) -> str:
+    """A short hash of anything JSON: equal content, equal fingerprint."""
+    text = json.dumps(finite(content), sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Journal:
+    """Finished pieces of a run, one JSON line each, so that a killed run loses at most the piece in flight.
+
+    A journal belongs to one `run` (a fingerprint of inputs and options): another run's journal is not taken over. Every
+    line is sealed by this user's key (see trust.py); damaged ones, and those that somebody else has put there, are left
+    out, so that what they held is computed again, and a warning tells.
+    """
+
+    def __init__(self, path: Path, run: str) -> None:
+        self.path, self._run = path, run
+        self._done: dict[str, Any] = {}
+        try:
+            self._begun = path.exists() and self._read()
+        except OSError as error:
+            raise FileError(f"{path}: cannot be read ({error.strerror})") from error
+
+    def __len__(self) -> int:
+        return len(self._done)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._done
+
+    def __getitem__(self, key: str) -> Any:
+        return self._done[key]
+
+    def add(self, key: str, value: Any) -> None:
+        """Append a finished piece; it survives this process when this returns."""
+        self._done[key] = value
+        try:
+            if not self._begun:  # a run that is refused before its first piece leaves nothing behind
+                self._begin()
+            with self.path.open("ab", buffering=0) as file:  # in one piece, should another process append, too
+                line = _line({"run": self._run, "key": key, "value": value})
+                if file.write(line) != len(line):
+                    raise FileError(f"{self.path}: cannot be written (only in part)")
+        except FileError:
+            raise
+        except OSError as error:
+            raise FileError(f"{self.path}: cannot be written ({error.strerror})") from error
+
+    def close(self) -> None:
+        """The run is complete and saved elsewhere: remove the journal."""
+        self.path.unlink(missing_ok=True)
+
+    def _begin(self) -> None:
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                if _head(file.readline()) == self._run:  # another process has begun this very run
+                    self._begun = True
+                    return
+        files.write_bytes(self.path, self._header())
+        self._begun = True
+
+    def _header(self) -> bytes:
+        return (json.dumps({"format": JOURNAL, "run": self._run}) + "\n").encode()
+
+    def _read(self) -> bool:
+        """Take over what there is of this run; False where nothing is, or where the journal is another run's."""
+        content = self.path.read_bytes()
+        first, *lines = content.split(b"\n")
+        lines = lines[:-1]  # after the last line nothing, or what a kill has cut off
+        entries = [(line, _entry(line)) for line in lines]
+        whole = [(line, entry) for line, entry in entries if entry is not None]
+        mine = [(line, entry) for line, entry in whole if entry["run"] == self._run]
+        head = _head(first)
+        if head not in (None, self._run) and not mine:
+            return False
+        damaged = len(entries) - len(whole) + (head is None)
+        if damaged:
+            warnings.warn(
+                f"{self.path}: {damaged} of {len(entries) + 1} lines are damaged (or another user's, or of an earlier "
+                "version); what they held is computed again",
+                LoraLabWarning,
+                stacklevel=4,
+            )
+        self._done = {entry["key"]: entry["value"] for _, entry in mine}
+        kept = self._header() + b"".join(line + b"\n" for line, _ in mine)
+        if kept != content:
+            files.write_bytes(self.path, kept)
+        return True
+
+
+JOURNAL = "lora-lab journal 2"
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    """One line of a journal: the entry, with the seal of its text as first field."""
+    text = json.dumps(entry, allow_nan=False)
+    return b'{"sum": "%s", %s\n' % (seal(text.encode())[:16].encode(), text[1:].encode())
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """The inverse; None for a line that is not as it was written."""
+    text = b"{" + line[28:]  # after {"sum": "0123456789abcdef", and a blank
+    if line[:28] != b'{"sum": "%s", ' % seal(text)[:16].encode():
+        return None
+    try:
+        entry = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    sound = isinstance(entry, dict) and isinstance(entry.get("run"), str) and isinstance(entry.get("key"), str)
+    return entry if sound and "value" in entry else None
+
+
+def _head(line: bytes) -> str | None:
+    """The run that a journal's first line names; None where it is damaged or of another version."""
+    try:
+        head = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(head, dict) or head.get("format") != JOURNAL or not isinstance(head.get("run"), str):
+        return None
+    run: str = head["run"]
+    return run
+
+
+def finite(value: Any) -> Any:
+    """The value in JSON types; NaN and infinities become None, numpy scalars plain numbers."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from, if it runs from one."""
+    here = Path(__file__).parents[1]
+    if not (here.parent / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(  # noqa: S603
+            ["git", "-C", str(here), "rev-parse", "--short=12", "HEAD"],  # noqa: S607
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None

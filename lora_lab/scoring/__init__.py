@@ -1,0 +1,26 @@
+"""Many variants of a model scored on a task, each once: weights change in place, here or in workers.
+
+Knows tasks and adapters; not why anybody asks for these variants, nor what their scores mean.
+"""
+
+from typing import TYPE_CHECKING
+
+from lora_lab.lazy import face
+
+if TYPE_CHECKING:
+    from lora_lab.scoring.evaluate import score as score
+    from lora_lab.scoring.evaluate import task_of as task_of
+    from lora_lab.scoring.evaluate import tasks_of as tasks_of
+    from lora_lab.scoring.workers import Pool as Pool
+
+__getattr__, __dir__, __all__ = face(
+    __name__,
+    {
+        "evaluate": (
+            "score",
+            "task_of",
+            "tasks_of",
+        ),
+        "workers": ("Pool",),
+    },
+)

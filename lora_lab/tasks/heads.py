@@ -1,0 +1,81 @@
+"""A probe: a linear head fitted to a frozen base's features by logistic regression, and kept in the user's cache."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lora_lab import files
+from lora_lab.errors import FileError, LoraLabWarning, TaskError
+from lora_lab.tasks.digests import cache
+from lora_lab.tasks.task import Split
+
+_FORMAT = 2
+"""Of what is kept: another one is fitted anew."""
+
+
+def probe(
+    key: Sequence[Any], split: Split, labels: int, features: Callable[[], npt.NDArray[np.float64]]
+) -> tuple[Tensor, Tensor]:
+    """Weight [labels, width] and bias [labels] of logistic regression on `features` [examples, width] of a split.
+
+    `key` is all that the features hang on besides the split's inputs. Fitted once: afterwards it comes from
+    $XDG_CACHE_HOME/lora-lab, and `features` is not called.
+    """
+    place = _place(key, split)
+    found = _kept(place, labels) if place.exists() else None
+    if found is None:
+        found = _fit(features(), split.inputs["labels"].numpy(), labels)
+        weight, bias = found
+        files.write_safetensors(place, {"weight": weight, "bias": bias}, {"format": "pt", _CHECKSUM: _checksum(*found)})
+    return found
+
+
+def _kept(place: Path, labels: int) -> tuple[Tensor, Tensor] | None:
+    """What was fitted before; None, and a warning, where it is damaged."""
+    with contextlib.suppress(FileError, KeyError):
+        tensors, metadata = files.read_safetensors(place)
+        weight, bias = tensors["weight"], tensors["bias"]
+        sound = metadata.get(_CHECKSUM) == _checksum(weight, bias)
+        if sound and weight.ndim == 2 and len(weight) == len(bias) == labels:
+            return weight, bias
+    warnings.warn(f"{place}: damaged; the probe is fitted again", LoraLabWarning, stacklevel=4)
+    return None
+
+
+_CHECKSUM = "lora_lab.sha256"
+
+
+def _checksum(weight: Tensor, bias: Tensor) -> str:
+    return hashlib.sha256(weight.contiguous().numpy().tobytes() + bias.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _place(key: Sequence[Any], split: Split) -> Path:
+    digest = hashlib.sha256(repr([*key, _FORMAT]).encode())
+    for name, tensor in sorted(split.inputs.items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return cache() / f"{digest.hexdigest()[:24]}.safetensors"
+
+
+def _fit(features: npt.NDArray[np.float64], answers: npt.NDArray[np.int64], labels: int) -> tuple[Tensor, Tensor]:
+    from sklearn.linear_model import LogisticRegression
+
+    if len(set(answers.tolist())) < 2:
+        raise TaskError(f"a probe cannot be fitted: all {len(answers)} training examples have the label {answers[0]}")
+    fitted = LogisticRegression(max_iter=2000).fit(features, answers)
+    weight, bias = np.zeros((labels, features.shape[1])), np.full(labels, -30.0)  # a label that never occurs
+    if len(fitted.classes_) == 2:  # one function for two labels
+        weight[fitted.classes_] = np.array([[-0.5], [0.5]]) * fitted.coef_
+        bias[fitted.classes_] = np.array([-0.5, 0.5]) * fitted.intercept_
+    else:
+        weight[fitted.classes_], bias[fitted.classes_] = fitted.coef_, fitted.intercept_
+    return torch.tensor(weight, dtype=torch.float32), torch.tensor(bias, dtype=torch.float32)

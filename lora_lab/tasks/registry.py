@@ -1,0 +1,97 @@
+"""The tasks that there are: built in by name, or described in a file or in an adapter's record."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lora_lab.errors import FileError, OptionError, unknown
+from lora_lab.files.trust import ANYWHERE, Reach
+from lora_lab.tasks.digits import LABELLINGS, Digits
+from lora_lab.tasks.language import CAUSAL_EXAMPLE, CHOICE_EXAMPLE, CausalLM, MultipleChoice
+from lora_lab.tasks.task import Task
+from lora_lab.tasks.text import EXAMPLE, TextClassification
+from lora_lab.tasks.vision import CLASSIFICATION_EXAMPLE, CLIP_EXAMPLE, Clip, ImageClassification
+
+
+def from_name(name: str) -> Task:
+    """A built-in task by its name, or the task that a TOML file describes."""
+    if name.endswith(".toml"):
+        return from_file(Path(name))
+    if name not in TASKS:
+        if os.path.isfile(name):
+            return from_file(Path(name))
+        raise unknown("task", name, TASKS)
+    return TASKS[name]()
+
+
+def from_file(path: Path) -> Task:
+    """The task described in a TOML file (`lora-lab tasks --example` prints one)."""
+    import tomllib
+
+    try:
+        content = tomllib.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise FileError(f"{path}: no such task file") from error
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no TOML, a number of 5,000 digits
+        raise FileError(f"{path}: not a TOML file ({error})") from error
+    return from_record(content, base=path.parent, where=str(path))
+
+
+def from_record(
+    record: Mapping[str, Any], *, base: Path | None = None, where: str = "the record", reach: Reach = ANYWHERE
+) -> Task:
+    """The task that an adapter's record or a task file describes; relative paths are taken from `base`.
+
+    Whether a record may have it is judged before (see trust.py); `reach` is what came of it.
+    """
+    if "name" in record and "kind" not in record:
+        if record["name"] not in list(TASKS):  # a record's name is never a file's
+            raise unknown(f"task in {where}:", str(record["name"]), TASKS)
+        return TASKS[record["name"]]()
+    kind = record.get("kind")
+    if kind is None:
+        raise OptionError(f"{where}: no kind of task; there are: {', '.join(KINDS)}")
+    if kind not in list(KINDS):
+        raise unknown(f"kind of task in {where}:", str(kind), KINDS)
+    task = KINDS[kind](record, base or Path(), where)
+    task.reach = reach
+    return task
+
+
+def example(kind: str) -> str:
+    """A commented task file of this kind."""
+    if kind not in KINDS:
+        raise unknown("kind of task", kind, KINDS)
+    return EXAMPLES[kind]
+
+
+def iterate() -> Iterator[Task]:
+    """Every built-in task."""
+    for build in TASKS.values():
+        yield build()
+
+
+TASKS: dict[str, Callable[[], Task]] = {f"digits/{name}": partial(Digits, name) for name in LABELLINGS}
+"""Built-in tasks, each on the base model that is shipped in the package."""
+
+KINDS: dict[str, Callable[[Mapping[str, Any], Path, str], Task]] = {
+    "text-classification": TextClassification.from_record,
+    "causal-lm": CausalLM.from_record,
+    "multiple-choice": MultipleChoice.from_record,
+    "image-classification": ImageClassification.from_record,
+    "clip": Clip.from_record,
+}
+"""Kinds of tasks that a file can describe: function (keys, folder of relative paths, where they stand) → task."""
+
+EXAMPLES: dict[str, str] = {
+    "text-classification": EXAMPLE,
+    "causal-lm": CAUSAL_EXAMPLE,
+    "multiple-choice": CHOICE_EXAMPLE,
+    "image-classification": CLASSIFICATION_EXAMPLE,
+    "clip": CLIP_EXAMPLE,
+}
+"""A commented file of each kind."""

@@ -1,0 +1,307 @@
+"""A task: a base model, data in three splits, and what counts as right.
+
+Adapters record the task that they were trained on, so that later commands need no flag.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from lora_lab.errors import DivergedError, OptionError, TaskError, unknown
+from lora_lab.files.trust import ANYWHERE
+from lora_lab.tasks import digests
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How a model did on each example of a split, in the split's order."""
+
+    loss: npt.NDArray[np.float64]
+    """Cross-entropy in nats; of a text, the mean over its tokens."""
+    correct: npt.NDArray[np.bool_] | npt.NDArray[np.float64]
+    """Whether it is; of a text, the share of its tokens that are predicted right."""
+    margin: npt.NDArray[np.float64]
+    """Logit of the right answer minus the highest of the others."""
+    logits: npt.NDArray[np.float32] | None = None
+    """[examples, labels], where they were asked for."""
+
+    @classmethod
+    def of(cls, logits: Tensor, labels: Tensor, *, keep_logits: bool = False) -> Scores:
+        """Scores of a classifier's logits [examples, labels]."""
+        right = logits.gather(1, labels[:, None])[:, 0]
+        others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
+        return cls(
+            nn.functional.cross_entropy(logits, labels, reduction="none").double().cpu().numpy(),
+            (logits.argmax(-1) == labels).cpu().numpy(),
+            (right - others).double().cpu().numpy(),
+            logits.cpu().numpy() if keep_logits else None,
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence[Scores]) -> Scores:
+        """Scores of consecutive batches as one."""
+        with_logits = all(part.logits is not None for part in parts)
+        return cls(
+            np.concatenate([part.loss for part in parts]),
+            np.concatenate([part.correct for part in parts]),
+            np.concatenate([part.margin for part in parts]),
+            np.concatenate([part.logits for part in parts if part.logits is not None]) if with_logits else None,
+        )
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    @property
+    def wrong(self) -> npt.NDArray[np.bool_] | npt.NDArray[np.float64]:
+        """The opposite of `correct`: whether an example is wrong, or the share of its tokens that are."""
+        if self.correct.dtype == np.bool_:
+            return np.logical_not(self.correct)
+        return 1.0 - self.correct.astype(np.float64)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of correct examples."""
+        return float(self.correct.mean())
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean cross-entropy in nats."""
+        return float(self.loss.mean())
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples as tensors with the example as first dimension, `labels` among them."""
+
+    inputs: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.inputs["labels"])
+
+    def subset(self, examples: int | None, seed: int = 0) -> Split:
+        """So many examples drawn without replacement, in the split's order; all of them for None."""
+        n = len(self)
+        if examples is None or examples >= n:
+            return self
+        if examples < 1:
+            raise OptionError(f"{examples} examples; at least 1 is needed")
+        chosen = torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(n)[:examples]))
+        return Split({name: tensor[chosen] for name, tensor in self.inputs.items()})
+
+    def batches(self, size: int) -> list[dict[str, Tensor]]:
+        """Consecutive batches, without the padding that all examples of a batch share."""
+        return [
+            trimmed({name: tensor[start : start + size] for name, tensor in self.inputs.items()})
+            for start in range(0, len(self), size)
+        ]
+
+
+def trimmed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A batch of padded texts cut to the longest of them; any other batch as it is."""
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return batch
+    used = mask.flatten(0, -2).any(0)
+    width, whole = int(used.nonzero()[-1]) + 1 if used.any() else 1, mask.shape[-1]
+    if width == whole:
+        return batch
+    return {n: t[..., :width] if t.ndim > 1 and t.shape[-1] == whole else t for n, t in batch.items()}
+
+
+def by_length(split: Split) -> Split:
+    """The same examples, shortest first, so that batches of texts have little padding."""
+    lengths = split.inputs["attention_mask"].flatten(1).sum(1)
+    order = lengths.argsort(stable=True)
+    return Split({name: tensor[order] for name, tensor in split.inputs.items()})
+
+
+class Task(ABC):
+    """A base model, data and what counts as right; kinds of tasks are subclasses, one a file."""
+
+    name: str
+    about: str
+    base: str
+    """Name of the base model, which adapters record."""
+    labels: int
+    batch_size = 250
+    """Examples per batch when scoring."""
+    dtype: str | None = None
+    """The model's, known once it has been scored."""
+    classifies = True
+    """Whether an example has one label; a language model predicts every token instead."""
+    counts_targets = False
+    """Whether examples have different numbers of targets, over which the loss of a training step is a mean."""
+    trains_head = False
+    """Whether the head is trained along with the adapter."""
+    rows_are_examples = True
+    """Whether the rows that a layer sees are the examples of a batch; not where options or prompts are rows, too."""
+    measures: Sequence[str] = ()
+    """Names of further ways to count an example as right (see `measured`)."""
+    threads: int | None = None
+    """Threads that training uses best; None leaves torch's own choice."""
+
+    reach = ANYWHERE
+    """How far its keys may lead; narrower for a task that a file from elsewhere names."""
+
+    # Defaults for training; every one can be set on the command line.
+    target_modules: str | Sequence[str] = "all-linear"
+    learning_rate = 1e-3
+    train_batch_size = 16
+    steps = 300
+    rank = 8
+
+    @property
+    @abstractmethod
+    def record(self) -> dict[str, Any]:
+        """All that `from_record` needs to build the task again, in JSON types."""
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The record with what is never written into an adapter's: for workers, and to tell runs apart."""
+        return self.record
+
+    @property
+    def base_digest(self) -> str:
+        """Changes when the base model does: of a folder, a hash of its files' contents; else the name."""
+        folder = Path(self.base)
+        return digests.of_folder(folder) if folder.is_dir() else self.base
+
+    @property
+    def digest(self) -> Sequence[Tensor]:
+        """What scores depend on besides the base, the record and the examples that are scored, such as a probe."""
+        return ()
+
+    @abstractmethod
+    def build_model(self) -> nn.Module:
+        """A fresh base model, frozen, in evaluation mode; its forward takes a batch and returns `.logits`."""
+
+    def model_on(self, device: torch.device) -> nn.Module:
+        """A fresh base model on a device, or where its own device map has put it."""
+        model = self.build_model()
+        return model if getattr(model, "hf_device_map", None) else model.to(device)
+
+    def heads(self, model: nn.Module) -> list[str]:
+        """Modules outside of the base within the task's model, which "all-linear" adapters leave alone."""
+        base = getattr(model, getattr(model, "base_model_prefix", ""), None)
+        if base is None:
+            return []
+        children = model.named_children()
+        return [name for name, child in children if child is not base and any(True for _ in child.parameters())]
+
+    def target_counts(self, split: str) -> npt.NDArray[np.int64]:
+        """How many predictions the loss of every example of a split is a mean over."""
+        return np.ones(len(self.split(split)), dtype=np.int64)
+
+    def targets(self, asked: str | Sequence[str] | None) -> str | Sequence[str]:
+        """Where adapters go: the modules asked for, or the task's own."""
+        return self.target_modules if asked is None else asked
+
+    def training_split(self) -> Split:
+        """What a training step sees, `labels` as the model's own loss needs them."""
+        return self.split("train")
+
+    @abstractmethod
+    def _load(self, split: str) -> Split:
+        """The examples of a split."""
+
+    def split(self, name: str) -> Split:
+        """A split by name, its labels checked."""
+        if name not in SPLITS:
+            raise unknown("split", name, SPLITS)
+        if name not in self._splits:
+            with torch.inference_mode(False):  # whoever asks first: the tensors are kept, and trained on later
+                split = self._load(name)
+            if not len(split):
+                raise TaskError(f"task {self.name}: its {name} split is empty")
+            self._splits[name] = split
+            try:
+                self._check_labels(name, split)
+            except TaskError:
+                del self._splits[name]
+                raise
+        return self._splits[name]
+
+    def check_split(self, name: str) -> None:
+        """Raise what scoring a split would raise for its columns and labels; kinds need not read the rest for it."""
+        self.split(name)
+
+    def _check_labels(self, name: str, split: Split) -> None:
+        """TaskError for a label that the model has no output for."""
+        wrong = [int(y) for y in split.inputs["labels"] if not 0 <= int(y) < self.labels]
+        if wrong:
+            raise TaskError(
+                f"task {self.name}: label {self.reach.quote(wrong[0])} in its {name} split ({len(wrong)} such) is out "
+                f"of range; labels go from 0 to {self.labels - 1}"
+            )
+
+    @cached_property
+    def _splits(self) -> dict[str, Split]:
+        return {}
+
+    def batches(self, split: str, device: torch.device) -> list[dict[str, Tensor]]:
+        """The batches of a split, placed on the device once."""
+        if (split, device) not in self._placed:
+            self._placed[split, device] = [
+                {name: tensor.to(device) for name, tensor in batch.items()}
+                for batch in self.split(split).batches(self.batch_size)
+            ]
+        return self._placed[split, device]
+
+    @cached_property
+    def _placed(self) -> dict[tuple[str, torch.device], list[dict[str, Tensor]]]:
+        return {}
+
+    @torch.inference_mode()
+    def score(self, model: nn.Module, split: str = "test", *, keep_logits: bool = False) -> Scores:
+        """Scores of every example of the split; the model is put into evaluation mode."""
+        model.eval()
+        device = next(model.parameters()).device
+        batches = self.batches(split, device)
+        scores = Scores.join([self.judge(model, batch, keep_logits=keep_logits) for batch in batches])
+        if not np.isfinite(scores.loss).all():
+            raise DivergedError(
+                f"task {self.name}: the model's loss is not finite on {int((~np.isfinite(scores.loss)).sum())} examples"
+            )
+        return scores
+
+    def measured(self, scores: Scores, split: str) -> dict[str, npt.NDArray[np.bool_]]:
+        """Measure → whether each example of a split is right by it; the scores must have kept their logits."""
+        return {}
+
+    def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the model says of a batch: [examples, labels], or of texts [examples, tokens, vocabulary]."""
+        found: Tensor = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
+        return found
+
+    def judge(self, model: nn.Module, batch: Mapping[str, Tensor], *, keep_logits: bool = False) -> Scores:
+        """Scores of one batch, finite or not; the model must be in evaluation mode."""
+        self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        return self.judge_logits(self.logits(model, batch), batch, keep_logits=keep_logits)
+
+    def judge_logits(self, logits: Tensor, batch: Mapping[str, Tensor], *, keep_logits: bool = False) -> Scores:
+        """Scores of what was said of a batch."""
+        return Scores.of(logits.float(), batch["labels"], keep_logits=keep_logits)
+
+
+def resolve_device(name: str | None = None) -> torch.device:
+    """The device by name; without one a GPU where there is one, else the CPU."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise OptionError(f"device {name!r} is not to be had here: {str(error).partition(chr(10))[0]}") from error
+    return device

@@ -1,0 +1,160 @@
+"""Trainings at several settings; the best is chosen on validation data, so that methods meet at their own best."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_lab.errors import LoraLabError, OptionError, TaskError
+from lora_lab.files.disk import refuse_existing
+from lora_lab.files.trust import recordable
+from lora_lab.results.result import Result, columns, fingerprint, finite, provenance
+from lora_lab.scoring.workers import Pool
+from lora_lab.training.runs import Job, Seen, finished, is_first, train_all
+
+if TYPE_CHECKING:
+    from lora_lab.training.recipe import Recipe
+
+Setting = Mapping[str, Any]
+"""Field of the recipe → value."""
+
+
+def settings_of(given: Mapping[str, Sequence[Any]]) -> list[Setting]:
+    """All combinations of the values given for some fields; one, empty, where there is one value each."""
+    names = [name for name, values in given.items() if len(values) > 1]
+    return [dict(zip(names, values, strict=True)) for values in itertools.product(*(given[name] for name in names))]
+
+
+def train_best(
+    task: Mapping[str, Any],
+    recipes: Sequence[Recipe],
+    settings: Sequence[Setting],
+    paths: Sequence[Path],
+    *,
+    device: str | None = None,
+    workers: int | None = None,
+    report_to: str = "none",
+    force: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+    pool: Pool | None = None,
+) -> tuple[list[Result], Result]:
+    """Train every recipe (a seed each) at every setting and keep the best; its logs, and what all of them gave.
+
+    Best is the setting of the highest validation accuracy, a mean over the recipes (then of the lowest loss); of a
+    language model, of the lowest loss. Its adapters go to `paths`, with all that was tried in their records; the others
+    stay in the folder `tried` beside them, from which a killed run goes on. A setting whose training diverges is kept
+    as a row and never chosen.
+    """
+    from lora_lab import tasks
+
+    by_loss = not tasks.from_record(task).classifies
+    began = time.perf_counter()
+    jobs = [
+        Job(task, dataclasses.replace(recipe, **setting), _tried(path, setting), device, report_to, may_diverge=True)
+        for setting in settings
+        for recipe, path in zip(recipes, paths, strict=True)
+    ]
+    seen: Seen = {}
+    known = {i: log for i, job in enumerate(jobs) if (log := finished(job, seen)) is not None}
+    for i, path in enumerate(paths) if is_first() else ():
+        logs_there = [known[k] for k in range(i, len(jobs), len(paths)) if k in known]
+        refuse_existing(path, force=force or _chosen_before(path, logs_there))
+    left = [i for i in range(len(jobs)) if i not in known]
+    if left:
+        done = train_all([jobs[i] for i in left], workers=workers, force=True, progress=progress, pool=pool)
+        known |= dict(zip(left, done, strict=True))
+    logs = [[known[k * len(recipes) + i] for i in range(len(recipes))] for k in range(len(settings))]
+    rows = [{**setting, **_mean(each)} for setting, each in zip(settings, logs, strict=True)]
+    able = [k for k, row in enumerate(rows) if row["accuracy"] is not None]
+    if not able:
+        raise TaskError(f"training diverged at every setting: {_words(settings)}; lower the learning rates")
+    best = min(able, key=lambda k: (0.0 if by_loss else -round(rows[k]["accuracy"], 12), rows[k]["loss"]))
+    for k, row in enumerate(rows):
+        row["chosen"] = k == best
+    chosen = jobs[best * len(recipes) : (best + 1) * len(recipes)]
+    for job, log, path in zip(chosen, logs[best], paths, strict=True) if is_first() else ():
+        _keep(job, log, path, rows)
+    found = [
+        {"method": recipe.method, "seed": recipe.seed, **setting, **_validated(log), "chosen": k == best}
+        for k, setting in enumerate(settings)
+        for recipe, log in zip(recipes, logs[k], strict=True)
+    ]
+    said = {"task": recordable(task), "options": list(settings[0]), "criterion": "loss" if by_loss else "accuracy"}
+    made = provenance(elapsed_s=time.perf_counter() - began, seeds=[recipe.seed for recipe in recipes])
+    return logs[best], Result("tuning", columns(found), said, {"settings": rows}, made)
+
+
+def _tried(path: Path, setting: Setting) -> Path:
+    words = "-".join(f"{name}={value}" for name, value in setting.items())
+    stem = path.name.removesuffix(".safetensors")
+    return path.parent / "tried" / f"{stem}-{words}.safetensors"
+
+
+def _chosen_before(path: Path, logs: Sequence[Result]) -> bool:
+    """Whether an adapter is what an earlier call has chosen among the trainings of these logs."""
+    from lora_lab.adapters.adapter import Adapter
+
+    if not path.exists():
+        return False
+    try:
+        adapter = Adapter.load(path)
+    except LoraLabError:
+        return False
+    if not adapter.origin.own or "tuning" not in adapter.record:
+        return False
+    names = ("task", "method", "seed", "recipe", "metrics")
+    found = fingerprint([finite(adapter.record.get(name)) for name in names])
+    records = [
+        recordable(log.parameters["record"]) | {"metrics": {"validation": log.summary["validation"]}} for log in logs
+    ]
+    return any(fingerprint([record.get(name) for name in names]) == found for record in records)
+
+
+def _validated(log: Result) -> dict[str, Any]:
+    """A training's validation accuracy and loss, None where it diverged."""
+    found = log.summary.get("validation", {})
+    return {name: found.get(name) for name in ("accuracy", "loss")}
+
+
+def _mean(logs: Sequence[Result]) -> dict[str, Any]:
+    """The same as means over the seeds, None where one of them diverged."""
+    found = [_validated(log) for log in logs]
+    if any(each["loss"] is None for each in found):
+        return {"accuracy": None, "loss": None}
+    return {name: float(np.mean([each[name] for each in found])) for name in ("accuracy", "loss")}
+
+
+def _keep(job: Job, log: Result, path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    from lora_lab import plots
+    from lora_lab.adapters.adapter import Adapter
+
+    adapter = Adapter.load(job.path)
+    record = {**adapter.record, "tuning": [dict(row) for row in rows]}
+    dataclasses.replace(adapter, record=record).save(path, force=True)  # what stands there has been looked at
+    json, *figures = dataclasses.replace(job, path=path).beside
+    log.save(json)
+    plots.save(plots.figure([log]), *figures, force=True)
+
+
+def _words(settings: Sequence[Setting]) -> str:
+    return "; ".join(", ".join(f"{name} {value}" for name, value in setting.items()) for setting in settings)
+
+
+def parse_values(text: str | None, name: str, kind: Callable[[str], Any]) -> list[Any]:
+    """'1e-3,2e-3' → [0.001, 0.002]; [None] where nothing was given."""
+    if text is None:
+        return [None]
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        what = "whole number" if kind is int else "number"
+        raise OptionError(f"{name} {text!r}: a {what} is needed, or several with commas between them") from error
+    if len(set(values)) < len(values):
+        raise OptionError(f"{name} {text!r}: a value is given twice")
+    return values

@@ -1,0 +1,138 @@
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from peft import LoHaConfig
+from test_game import TARGETS, random_adapter
+
+from lora_lab.analysis.game import Outcomes
+from lora_lab.analysis.sweep import check, sweep
+from lora_lab.errors import OptionError, TunerError
+from lora_lab.pruning import prune
+from lora_lab.pruning.patterns import choice_of, keep
+from lora_lab.scoring.evaluate import score
+from lora_lab.scoring.scorer import Scorer
+from lora_lab.tasks.digits import Digits
+
+OPTIONS = {"split": "validation", "examples": 80, "draws": 3, "sparsities": (0.0, 0.5, 1.0)}
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    made = [random_adapter(folder / f"s{seed}", seed=seed, scale=0.1) for seed in (0, 1)]
+    return [replace(adapter, record={"method": "lora", "seed": seed}) for seed, adapter in enumerate(made)]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def result(adapters, cache):
+    return sweep(adapters, Digits("relabel"), cache=cache, **OPTIONS)
+
+
+def own(adapter):
+    """The same examples, scored by another path."""
+    outcomes = Outcomes(adapter, Digits("relabel"), split="validation", examples=80)
+    keys = map(str, itertools.count())
+    return lambda other: outcomes.of_other(next(keys), lambda _: other)
+
+
+def test_patterns_are_the_adapter_without_the_others(adapters, result):
+    scored = own(adapters[0])
+    (chosen,) = result.rows(adapter="s0", kind="structured", criterion="top-shapley")
+    assert chosen["kept"] == 0.5
+    for label in ("even", "middle", "type:fc1", "top-norm:2"):
+        (row,) = result.rows(adapter="s0", kind="structured", label=label)
+        kept = prune.keep_modules(adapters[0], keep(choice_of(adapters[0]), label), source=label)
+        assert row["loss"] == pytest.approx(scored(kept).mean_loss, abs=1e-5)
+        assert row["kept"] == pytest.approx(len(kept.sites) / 12)
+
+
+def test_sparsities_and_ranks_are_the_pruned_adapters(adapters, result):
+    scored = own(adapters[1])
+    (row,) = result.rows(adapter="s1", criterion="magnitude", label="0.5")
+    half = prune.prune_weights(adapters[1], sparsity=0.5).adapter
+    assert row["loss"] == pytest.approx(scored(half).mean_loss, abs=1e-5)
+    (row,) = result.rows(adapter="s1", kind="rank", criterion="svd", label="1")
+    assert row["loss"] == pytest.approx(scored(prune.prune_rank(adapters[1], rank=1).adapter).mean_loss, abs=1e-5)
+
+
+def test_nothing_pruned_is_the_adapter_and_everything_pruned_the_base(adapters, result):
+    for criterion in ("magnitude", "random"):
+        (none,) = result.rows(adapter="s0", criterion=criterion, label="0", kind="unstructured")
+        (everything,) = result.rows(adapter="s0", kind="structured", label="all")
+        assert none["loss"] == pytest.approx(everything["loss"], abs=1e-5)
+        (gone,) = result.rows(adapter="s0", criterion=criterion, label="1", kind="unstructured")
+        outcomes = Outcomes(adapters[0], Digits("relabel"), split="validation", examples=80)
+        assert gone["loss"] == pytest.approx(outcomes.of([outcomes.keeping([])])[0].mean_loss, abs=1e-5)
+
+
+def test_random_controls_are_means_over_draws_with_wider_intervals(result):
+    (random,) = result.rows(adapter="s0", criterion="random", label="0.5")
+    assert random["draws"] == 3
+    assert random["loss_spread"] > 0
+    (layers,) = result.rows(adapter="s0", kind="structured", label="random:2")
+    assert layers["draws"] == 3
+    for row in result.rows():
+        assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
+
+
+def test_adapters_of_one_method_are_summed_up(result):
+    rows = result.rows(kind="structured", label="even")
+    (found,) = [r for r in result.summary["by_method"] if r["label"] == "even"]
+    assert found["adapters"] == 2
+    assert found["loss"] == pytest.approx(np.mean([row["loss"] for row in rows]))
+    assert found["loss_spread"] == pytest.approx(np.std([row["loss"] for row in rows], ddof=1))
+
+
+def test_adapters_without_a_recorded_method_are_never_pooled(adapters, cache):
+    bare = [replace(adapter, record={}) for adapter in adapters]
+    options = {**OPTIONS, "sparsities": (0.5,), "draws": 2, "kinds": ("structured",), "criteria": ()}
+    found = sweep([adapters[0], *bare], Digits("relabel"), cache=cache, **options).summary["by_method"]
+    assert {row["adapters"] for row in found} == {1}
+    assert len({row["method"] for row in found}) == 3
+
+
+def test_a_second_sweep_costs_nothing_and_says_the_same(adapters, cache, result, monkeypatch):
+    monkeypatch.setattr(Scorer, "batches", lambda *a, **k: pytest.fail("computed again"))
+    again = sweep(adapters, Digits("relabel"), cache=cache, **OPTIONS)
+    assert again.columns == result.columns
+
+
+def test_tuners_without_ranks_are_swept_without(tmp_path):
+    loha = random_adapter(tmp_path / "l", LoHaConfig(r=2, target_modules=TARGETS), scale=0.3)
+    with pytest.raises(OptionError, match="at sparsity 1 nothing of LOHA is left"):
+        sweep([loha], Digits("relabel"), **OPTIONS)
+    with pytest.raises(TunerError, match="LOHA"):
+        check([loha], kinds=["unstructured"], sparsities=(0.5,), criteria=["delta-magnitude"], draws=1)
+    options = {**OPTIONS, "sparsities": (0.0, 0.5)}
+    found = sweep([loha], Digits("relabel"), **options)
+    assert {row["kind"] for row in found.rows()} == {"structured", "unstructured"}
+    with pytest.raises(TunerError, match="LOHA"):
+        sweep([loha], Digits("relabel"), kinds=["rank"], **options)
+
+
+def test_whole_scores_are_those_of_evaluate(adapters):
+    found = sweep(adapters[:1], Digits("relabel"), kinds=["structured"], split="validation", draws=1)
+    (row,) = found.rows(label="all")
+    assert row["accuracy"] == score(Digits("relabel"), adapters[0], "validation").accuracy
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"kinds": ["structred"]}, r"did you mean 'structured'\?"),
+        ({"criteria": ["magnitud"]}, r"did you mean 'magnitude'\?"),
+        ({"sparsities": (0.5, 1.2)}, "sparsity 1.2 is outside of 0 to 1"),
+        ({"draws": 0}, "0 random draws"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(adapters, options, text):
+    base = {"kinds": ["structured"], "criteria": ["random"], "sparsities": (0.5,), "draws": 1}
+    with pytest.raises(OptionError, match=text):
+        check(adapters, **{**base, **options})

@@ -1,0 +1,239 @@
+"""Runs that are ended from outside, at any moment, lose nothing: run again, they come to the same end."""
+
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from making_adapters import random_adapter
+from peft import LoraConfig
+
+from lora_lab.results.result import Result, fingerprint
+from lora_lab.tasks.digits import Digits
+
+ENDED = "error: interrupted; nothing half-written was left"
+RUNS = {
+    "interpolate": ["a.safetensors", "b.safetensors", "--points", 3, "--ratios", "0:1"],
+    "stability": ["a.safetensors", "--samples", 2, "--examples", 40, "--p", "0.5"],
+    "shapley": ["a.safetensors", "--examples", 40, "--estimator", "exact"],
+    "sweep": ["a.safetensors", "--examples", 40, "--sparsities", "0.5", "--draws", 1],
+    "compare-merges": ["a.safetensors", "b.safetensors", "--methods", "average", "--coefficients", "1", "--latex"],
+    "evaluate": ["a.safetensors", "-o", "out/evaluate.json"],
+    "merge": ["a.safetensors", "b.safetensors", "--method", "ties", "-o", "out/merged"],
+    "prune": ["a.safetensors", "--rank", 1, "-o", "out/pruned"],
+    "train": ["--steps", 6, "--batch-size", 8, "-o", "out/trained.safetensors"],
+    "figure": ["line.json", "-o", "out/line.pdf", "-o", "out/line.svg"],
+}
+REPLACED = ("evaluate", "merge", "prune", "figure")
+"""Verbs that are told to replace what is there; the others find their result again."""
+
+
+def command(verb, arguments, folder, fatal=None):
+    """What a process runs: the command in a folder, its messages in err.txt; `fatal` names a function to die in."""
+    from lora_lab.cli import main
+
+    os.chdir(folder)
+    for stream, name in ((sys.stdout, "out.txt"), (sys.stderr, "err.txt")):
+        stream.flush()
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1 if name == "out.txt" else 2)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    if fatal:
+        module, name = fatal
+        setattr(
+            importlib.import_module(f"lora_lab.{module}"), name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+        )
+    main([verb, *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """What starts processes that have torch and all of this package loaded already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["lora_lab.cli", "lora_lab.analysis.compare", "lora_lab.analysis.sweep", "lora_lab.plots.registry", "peft"]
+    )
+    return context
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder, task = tmp_path_factory.mktemp("inputs"), Digits("relabel")
+    for seed, name in enumerate("ab"):
+        config = LoraConfig(r=2, lora_alpha=4, target_modules=r"vit\.layers\.[0-1]\..*fc1")
+        made = random_adapter(task, folder / f"from-{name}", config, seed=seed, scale=0.06)
+        record = {"task": task.record, "method": "lora", "seed": seed}
+        type(made)(made.tensors, made.config, made.sites, record, "a").save(folder / f"{name}.safetensors")
+        shutil.rmtree(folder / f"from-{name}")
+    shutil.copy(Path(__file__).parents[2] / "figures" / "results" / "interpolation_lora.json", folder / "line.json")
+    return folder
+
+
+def place(inputs, folder):
+    shutil.copytree(inputs, folder, dirs_exist_ok=True)
+    return folder
+
+
+def started(processes, verb, folder, *more, fatal=None):
+    process = processes.Process(target=command, args=(verb, [*RUNS[verb], *more], folder, fatal))
+    process.start()
+    return process
+
+
+def finished(process, folder, code=0):
+    process.join(120)
+    assert process.exitcode == code, (folder / "err.txt").read_text()
+    return (folder / "err.txt").read_text()
+
+
+def numbers(folder):
+    """File → what it says, without when and how long; hidden files and figures by their size alone."""
+    found = {}
+    for path in sorted((folder / "out").rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.suffix == ".json" and "adapter_config" not in name:
+            result = Result.load(path)
+            summary = {key: value for key, value in result.summary.items() if not key.endswith("_s")}
+            found[name] = fingerprint([result.kind, result.columns, summary])
+        elif path.suffix == ".jsonl":
+            found[name] = sorted(json.loads(line).get("key", "") for line in path.read_text().splitlines())
+        elif path.suffix in (".pdf", ".png", ".svg"):
+            found[name] = path.stat().st_size > 1000
+        else:
+            found[name] = None
+    return found
+
+
+SLOW = [pytest.param(verb, marks=pytest.mark.slow) for verb in ("stability", "sweep", "compare-merges")]
+
+
+@pytest.mark.parametrize("verb", ["interpolate", "shapley", *SLOW])
+def test_a_run_killed_between_result_and_figure_draws_it_when_run_again(processes, inputs, tmp_path, verb):
+    folder = place(inputs, tmp_path)
+    finished(started(processes, verb, folder, fatal=("plots.registry", "save")), folder, -signal.SIGKILL)
+    result, figures = folder / "out" / f"{verb}.json", [folder / "out" / f"{verb}.{end}" for end in ("pdf", "png")]
+    assert result.exists()
+    assert not any(path.exists() for path in figures)
+    before = result.read_bytes()
+    err = finished(started(processes, verb, folder), folder)
+    assert "this very result is there already" in err
+    assert result.read_bytes() == before
+    assert all(path.stat().st_size > 1000 for path in figures)
+    assert not [path for path in (folder / "out").iterdir() if path.suffix in (".journal", ".part")]
+
+
+def test_another_figure_than_the_results_is_drawn_again(processes, inputs, tmp_path):
+    folder = place(inputs, tmp_path)
+    finished(started(processes, "interpolate", folder), folder)
+    figures = [folder / "out" / f"interpolate.{end}" for end in ("pdf", "png")]
+    drawn = [path.read_bytes() for path in figures]
+    figures[0].write_bytes(drawn[1])  # a figure of ours, of another kind
+    figures[1].write_bytes(drawn[1][:-9])
+    finished(started(processes, "interpolate", folder), folder)
+    assert [path.read_bytes() for path in figures] == drawn
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_request_to_end_is_an_interrupt(processes, inputs, tmp_path, number):
+    folder = place(inputs, tmp_path)
+    process = started(processes, "shapley", folder, "--players", "rank")
+    while not (journals := list(folder.glob("out/.outcomes/*.jsonl"))) or journals[0].stat().st_size < 3000:
+        assert process.is_alive(), (folder / "err.txt").read_text()
+        time.sleep(0.01)
+    os.kill(process.pid, number)
+    assert finished(process, folder, 128 + number).splitlines()[-1] == ENDED
+    assert [path.name for path in folder.glob("out/*")] == [".outcomes"]
+    assert [path.name for path in folder.glob("out/.outcomes/*")] == [journals[0].name]
+
+
+def killed_and_run_again(processes, inputs, folder, verb, share, whole):
+    """Kill a run after a share of the time that it takes, and run it to its end."""
+    place(inputs, folder)
+    process = started(processes, verb, folder)
+    process.join(share * whole)
+    process.kill()
+    process.join()
+    more = ["--force"] if verb in REPLACED else []
+    finished(started(processes, verb, folder, *more), folder)
+
+
+def undisturbed(processes, inputs, folder, verb):
+    place(inputs, folder)
+    began = time.monotonic()
+    finished(started(processes, verb, folder), folder)
+    return numbers(folder), time.monotonic() - began
+
+
+@pytest.mark.parametrize(("verb", "share"), [("compare-merges", 0.93), ("shapley", 0.6), ("train", 0.8)])
+def test_a_run_killed_at_any_moment_comes_to_the_same_end(processes, inputs, tmp_path, verb, share):
+    expected, whole = undisturbed(processes, inputs, tmp_path / "whole", verb)
+    killed_and_run_again(processes, inputs, tmp_path / "killed", verb, share, whole)
+    assert numbers(tmp_path / "killed") == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("verb", RUNS)
+def test_runs_killed_at_random_moments_come_to_the_same_end(processes, inputs, tmp_path, verb):
+    expected, whole = undisturbed(processes, inputs, tmp_path / "whole", verb)
+    drawn = random.Random(verb)
+    for i in range(3):
+        folder = tmp_path / str(i)
+        killed_and_run_again(processes, inputs, folder, verb, drawn.uniform(0.2, 1.0), whole)
+        assert numbers(folder) == expected, (verb, i)
+
+
+# Workers end with the process that they work for; a command of its own, whose processes take seconds to start.
+
+
+def started_outright(folder, *arguments):
+    run = [sys.executable, "-c", "from lora_lab.cli import main; main()", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(run, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+
+
+def when_there(process, folder, pattern, count=1):
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob(pattern))) < count:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def gone(processes, within):
+    left = psutil.wait_procs(processes, timeout=within)[1]
+    return not [each for each in left if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_trainings_side_by_side_end_with_their_parent_and_write_no_more(tmp_path):
+    options = ["--seeds", "0-1", "--steps", 100_000, "--save-every", 20, "--jobs", 2, "-o", "runs"]
+    process = started_outright(tmp_path, "train", *options)
+    when_there(process, tmp_path, "runs/*.checkpoints/checkpoint-20", 2)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    assert gone(workers, within=3)
+    written = sorted(tmp_path.rglob("*"))
+    time.sleep(1)
+    assert sorted(tmp_path.rglob("*")) == written
+
+
+@pytest.mark.slow
+def test_workers_of_a_private_cluster_end_with_the_command(inputs, tmp_path):
+    folder = place(inputs, tmp_path)
+    options = ["--players", "rank", "--samples", 5000, "--yes", "--ray", "local:2"]
+    process = started_outright(folder, "shapley", "a.safetensors", *options)
+    when_there(process, folder, "out/.outcomes/*.jsonl")
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) > 2
+    process.kill()
+    process.wait()
+    assert gone(workers, within=10)

@@ -1,0 +1,453 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CASES = Path(__file__).parents[1] / "cases"
+SHORT = ["--steps", "6", "--batch-size", "8"]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two short CoTo runs, made by the command itself in processes of their own."""
+    folder = tmp_path_factory.mktemp("pair")
+    command = [Path(sys.executable).with_name("lora-lab"), "train", "--seeds", "0-1", "-o", folder, *SHORT, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert [run["summary"]["steps"] for run in json.loads(done.stdout)] == [6, 6]
+    return [folder / "coto-s0.safetensors", folder / "coto-s1.safetensors"]
+
+
+def one_line(result, *words, code=1):
+    found, out, err = result
+    assert found == code, err
+    lines = [line for line in err.splitlines() if not line.startswith("warning:") and line.strip()]
+    assert len(lines) == 1, err
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0], (word, lines[0])
+    assert not out
+
+
+def test_help_and_drawing_load_no_torch():
+    code = (
+        "import sys; from lora_lab.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "import lora_lab.plots.registry\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'sklearn', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "interpolate" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "quickstart",
+        "train",
+        "interpolate",
+        "stability",
+        "shapley",
+        "merge",
+        "compare-merges",
+        "prune",
+        "sweep",
+        "evaluate",
+        "inspect",
+        "tasks",
+        "figure",
+    ],
+)
+def test_every_verb_has_help_with_an_example(lora_lab, verb):
+    code, out, _ = lora_lab(verb, "--help")
+    assert code == 0
+    assert f"lora-lab {verb}" in out.partition("Example:")[2]
+
+
+def test_from_training_to_figure_as_the_readme_says(lora_lab, pair, tmp_path):
+    code, out, err = lora_lab("interpolate", *pair, "--points", 3, "--ratios", "0:1,1:1")
+    assert code == 0, err
+    assert "error barrier of the factor line" in out
+    assert "1:1 of coto-s0, coto-s1" in out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        f"interpolate.{end}" for end in ("json", "pdf", "png")
+    }
+    again, out2, err = lora_lab("interpolate", *pair, "--points", 3, "--ratios", "0:1,1:1")
+    assert (again, out2) == (0, out)
+    assert "this very result is there already" in err
+    one_line(lora_lab("interpolate", *pair, "--points", 5), "interpolate.json: exists already; --force replaces it")
+    code, out, _ = lora_lab("interpolate", *pair, "--points", 3, "-o", "other", "--json")
+    assert json.loads(out)["parameters"]["spaces"] == ["factors", "matched", "delta"]
+    code, _, err = lora_lab(
+        "figure", "out/interpolate.json", "other/interpolate.json", "-o", "x.pdf", "--width", "single"
+    )
+    assert code == 0
+    assert b"/FontFile2" in (tmp_path / "x.pdf").read_bytes()
+    one_line(lora_lab("figure", "out/interpolate.json", "-o", "x.pdf"), "x.pdf: exists already")
+
+
+def test_merges_are_compared_from_the_shell(lora_lab, pair, tmp_path):
+    few = ["--methods", "average,ties", "--coefficients", "0.5,1"]
+    code, out, err = lora_lab("compare-merges", *pair, *few, "--set", "ties.density=0.5", "--latex")
+    assert code == 0, err
+    assert "ensemble of logits 1:1" in out
+    assert "up to " in err
+    names = {f"compare-merges.{end}" for end in ("json", "pdf", "png", "tex")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert (tmp_path / "out" / "compare-merges.tex").read_text().startswith(r"\begin{tabular}")
+    again, out2, err = lora_lab("compare-merges", *pair, *few, "--set", "ties.density=0.5")
+    assert (again, out2) == (0, out)
+    assert "this very result is there already" in err
+    one_line(lora_lab("compare-merges", *pair, *few), "exists already")
+    one_line(lora_lab("compare-merges", pair[0]), "two adapters or more")
+    one_line(lora_lab("compare-merges", *pair, "--methods", "tise"), "did you mean 'ties'")
+    one_line(lora_lab("compare-merges", *pair, "--set", "dare.density=0.5", "--methods", "ties"), "not among")
+    one_line(lora_lab("compare-merges", *pair, "--coefficients", "a"), "numbers with commas")
+
+
+FEW = ["--examples", 30]
+
+
+def test_shapley_without_an_adapter_takes_the_newest_or_trains_one(lora_lab, tmp_path, monkeypatch):
+    from lora_lab.tasks.digits import Digits
+
+    monkeypatch.setattr(Digits, "steps", 6)
+    code, out, err = lora_lab("shapley", "--samples", 200, *FEW)
+    assert code == 0, err
+    assert "no adapter given and none of your own below this folder: training coto-s0.safetensors" in err
+    assert "exact, 64 coalitions" in out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        ".outcomes",
+        *(f"shapley.{end}" for end in ("json", "pdf", "png")),
+    }
+    code, out2, err = lora_lab("shapley", "--samples", 200, *FEW)
+    assert (code, out2) == (0, out)
+    assert "the newest of your own below this folder is coto-s0.safetensors" in err
+    assert "this very result is there already" in err
+    code, out, err = lora_lab("shapley", "--worth", "loss", *FEW, "--force", "--json")
+    assert json.loads(out)["parameters"]["worth"] == "loss"
+    assert "to be computed: up to 0 variants" in err
+    code, _, err = lora_lab("shapley", *FEW)
+    assert code == 1
+    assert "error: out/shapley.json: exists already; --force replaces it" in err
+
+
+def test_shapley_of_several_adapters_with_every_option(lora_lab, pair):
+    options = ["--players", "type-layer", "--estimator", "antithetic", "--samples", 2, "--order", 2, *FEW]
+    code, out, err = lora_lab("shapley", *pair, *options)
+    assert code == 0, err
+    assert "regression from the same coalitions differs by up to" in out or "biased" not in out
+    assert "Shapley values of coto-s1" in out
+    for kind in ("shapley:heatmap", "shapley:bars", "shapley:interactions"):
+        code, _, err = lora_lab("figure", "out/shapley.json", "--kind", kind, "-o", f"{kind[8:]}.pdf")
+        assert code == 0, err
+    code, out, err = lora_lab(
+        "shapley", pair[0], "--estimator", "owen", "--set", "nodes=2", "--samples", 8, "-o", "owen", *FEW
+    )
+    assert code == 0, err
+    assert "biased by the grid of 2 probabilities" in out
+
+
+def test_stability_shows_curves_epsilon_and_the_inequality(lora_lab, pair, tmp_path):
+    code, out, err = lora_lab("stability", pair[0], "--p", "0.25,0.75", *FEW)
+    assert code == 0, err
+    for words in ("k-of-G 3", "p 0.75", "leave-one-out vit.layers.5", "fixed even", "E[loss] ≥ Σ", "half or more kept"):
+        assert words in out
+    assert (tmp_path / "out" / "stability.pdf").stat().st_size > 5000
+    for kind in ("stability:p", "stability:leave-one-out"):
+        assert lora_lab("figure", "out/stability.json", "--kind", kind, "-o", f"{kind[10:]}.pdf")[0] == 0
+
+
+def test_sweep_shows_patterns_sparsities_and_ranks(lora_lab, pair, tmp_path):
+    options = ["--sparsities", "0,0.5", "--draws", 2, *FEW]
+    code, out, err = lora_lab("sweep", *pair, *options)
+    assert code == 0, err
+    for words in ("top-shapley:3", "magnitude 0.5", "svd 2", "mean ± s.d. over adapters"):
+        assert words in out
+    code, out, err = lora_lab("sweep", pair[0], "--rank", *options, "-o", "rank")
+    assert code == 0
+    assert "structured" not in out
+    assert "to be computed: up to 16 variants" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "modules", "words"),
+    [
+        (["--keep", "every-other"], 18, "18 of 36"),
+        (["--keep", "type:q,v"], 12, "12 of 36"),
+        (["--keep", "top-norm:2"], 12, "67% saved"),
+        (["--keep", "top-shapley:1", "--split", "validation"], 6, "6 of 36"),
+        (["--keep", "random:2", "--seed", "3"], 12, "12 of 36"),
+        (["--rank", "2"], 36, "72 of 144"),
+        (["--energy", "0.9"], 36, "relative error"),
+        (["--method", "delta-magnitude", "--sparsity", "0.3"], 36, "30.0%"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_pruned_adapters_are_smaller_and_load_again(lora_lab, pair, tmp_path, options, modules, words):
+    from peft import PeftModel
+
+    from lora_lab.adapters.adapter import Adapter
+    from lora_lab.scoring.evaluate import score
+    from lora_lab.tasks.digits import Digits
+
+    code, out, err = lora_lab("prune", pair[0], *options, "-o", "small")
+    assert code == 0, err
+    assert words in out
+    found = Adapter.load(tmp_path / "small")
+    assert len(found.sites) == modules
+    assert found.record["pruned"]
+    assert "pruned since" in lora_lab("inspect", "small")[1]
+    task = Digits("relabel")
+    theirs = task.score(PeftModel.from_pretrained(task.build_model(), tmp_path / "small"))
+    assert score(task, found).loss == pytest.approx(theirs.loss, abs=1e-5)
+    one_line(lora_lab("prune", pair[0], *options, "-o", "small"), "small: exists already")
+
+
+def test_a_long_run_is_asked_about_first(lora_lab, pair, monkeypatch):
+    from lora_lab.analysis.game import Outcomes
+
+    monkeypatch.setattr(Outcomes, "pace", 100.0)
+    code, out, err = lora_lab("shapley", pair[0], *FEW)
+    assert code == 1
+    assert "--yes goes ahead, --examples and --samples shorten it" in err
+    assert not out
+    assert "error: this may take" in err
+    assert lora_lab("shapley", pair[0], *FEW, "--yes")[0] == 0
+
+
+def test_evaluate_shows_intervals_and_writes_json(lora_lab, pair, tmp_path):
+    code, out, _ = lora_lab("evaluate", *pair, "--split", "validation", "-o", "scores.json")
+    assert code == 0
+    assert "(base model alone)" in out
+    rows = json.loads((tmp_path / "scores.json").read_text())["columns"]
+    assert rows["adapter"] == ["(base model alone)", "coto-s0", "coto-s1"]
+
+
+def test_training_one_adapter_writes_it_with_its_log_and_figure(lora_lab, tmp_path):
+    code, out, err = lora_lab("train", "--method", "lora", "-o", "a.safetensors", *SHORT)
+    assert code == 0, err
+    assert "a.safetensors" in out
+    names = {"a.safetensors", "a.train.json", "a.train.pdf", "a.train.png"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    one_line(lora_lab("train", "-o", "a.safetensors", *SHORT), "a.safetensors: exists already; --force replaces it")
+    code, _, _ = lora_lab("train", "-o", "folder", *SHORT, "--group", "all=.")
+    assert (tmp_path / "folder" / "adapter_config.json").exists()
+    groups = json.loads((tmp_path / "folder.train.json").read_text())["parameters"]["groups"]
+    assert list(groups) == ["all"]
+
+
+def test_inspect_as_json_has_the_promised_shape(lora_lab, pair):
+    code, out, _ = lora_lab("inspect", pair[0], "--json")
+    found = json.loads(out)
+    assert code == 0
+    expected = {"path", "format", "tuner", "base_model", "modules", "other_tensors", "warnings", "total_norm", "record"}
+    assert set(found) == expected
+    assert set(found["modules"][0]) == {"name", "type", "rank", "scale", "dtype", "shape", "norm", "effective_rank"}
+    assert len(found["modules"]) == 36
+    assert found["total_norm"] == pytest.approx(sum(m["norm"] ** 2 for m in found["modules"]) ** 0.5)
+    assert found["record"]["method"] == "coto"
+    code, out, _ = lora_lab("inspect", pair[0])
+    assert "36 modules, ranks 4" in out
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("R18_nan_inf_weights/adapter", ["model.layers.0.self_attn.v_proj", "non-finite"]),
+        ("R21_unpaired_lora_A/adapter", ["model.layers.1.self_attn.v_proj", "lora_B"]),
+        ("R22_rank_differs_from_config/adapter", ["rank 4", "8 in the config"]),
+        ("R28_dora/adapter", ["DoRA"]),
+        ("K10_pissa_olora_init/adapter", ["pissa"]),
+        ("K15_all_zero_B/adapter_all_zero", ["4 of 4 modules have zero delta (untrained?)"]),
+        ("R14_adapter_name_inside_keys/adapter_two_in_one_file", ["one", "two"]),
+        ("K03_single_file_no_config/adapter_only.safetensors", ["alpha"]),
+    ],
+)
+def test_inspect_reports_on_what_other_verbs_refuse(lora_lab, case, words):
+    code, out, _ = lora_lab("inspect", CASES / case, "--json")
+    assert code == 0
+    warnings = " ".join(json.loads(out)["warnings"])
+    for word in words:
+        assert word in warnings
+    code, out, err = lora_lab("inspect", CASES / case)
+    assert code == 0
+    assert words[0] in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--method", "cotoo"], ["unknown method 'cotoo'", "did you mean 'coto'"]),
+        (["train", "--task", "digits/relable"], ["did you mean 'digits/relabel'"]),
+        (["train", "--peft", "lroa"], ["unknown tuner 'lroa'", "did you mean 'lora'"]),
+        (["train", "--sed", "1"], ["no such option --sed", "did you mean --seed"]),
+        (["train", "--seeds", "0-x"], ["seeds '0-x'"]),
+        (["train", "--seeds", "3,3"], ["different seeds"]),
+        (["train", "--ramp", "liner"], ["did you mean 'linear'"]),
+        (["train", "--group", "a=(", *SHORT], ["not a regular expression"]),
+        (["train", "--group", "=x", *SHORT], ["NAME=REGEX"]),
+        (["train", "--peft-config", "none.json"], ["none.json"]),
+        (["train", "--jobs", "0"], ["0 jobs side by side"]),
+        (["trian"], ["no such command 'trian'", "did you mean train"]),
+        (["interpolate", "a.safetensors", "b.safetensors"], ["a.safetensors: no such file"]),
+        (["interpolate", CASES / "R01_rslora_scaling/adapter", CASES / "R01_rslora_scaling/adapter"], ["--task"]),
+        (["interpolate", CASES / "R01_rslora_scaling/adapter"], ["two adapters"]),
+        (["evaluate", "org/name"], ["org/name: no such file or folder here", "hub"]),
+        (["inspect", CASES / "R05_config_is_lfs_pointer/adapter"], ["adapter_config.json", "LFS"]),
+        (["inspect", CASES / "R07_truncated_safetensors/adapter_cut_data"], ["truncated", "3064"]),
+        (["figure", "none.json", "-o", "x.pdf"], ["none.json: no such file"]),
+        (["shapley", "none.safetensors"], ["none.safetensors: no such file"]),
+        (["prune", "x", "-o", "y"], ["in one way: --keep, --method with --sparsity, or --rank"]),
+        (["prune", "x", "--keep", "even", "--rank", "2", "-o", "y"], ["in one way"]),
+        (["prune", "x", "--method", "random", "-o", "y"], ["--method random needs --sparsity"]),
+        (["prune", "x", "--keep", "even"], ["-o names the adapter"]),
+        (["stability", "x", "--p", "a"], ["--p 'a'", "such as 0.25,0.5,0.75"]),
+        (["sweep", "x", "--sparsities", "half"], ["--sparsities 'half'"]),
+        (["tasks", "--example", "text"], ["unknown kind of task 'text'"]),
+    ],
+    ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, list) else None,
+)
+def test_bad_input_gives_one_line_and_writes_nothing(lora_lab, tmp_path, arguments, words):
+    one_line(lora_lab(*arguments), *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lone_file_without_a_configuration_takes_one_by_option(lora_lab, pair, tmp_path):
+    from lora_lab.adapters.adapter import Adapter
+
+    files = []
+    for i, path in enumerate(pair):
+        adapter = Adapter.load(path)
+        adapter.save(tmp_path / f"folder{i}")
+        (tmp_path / str(i)).mkdir()
+        files.append(
+            (tmp_path / f"folder{i}" / "adapter_model.safetensors").rename(tmp_path / str(i) / "x.safetensors")
+        )
+    config = tmp_path / "folder0" / "adapter_config.json"
+    options = ["--task", "digits/relabel", "--json"]
+    _, own, _ = lora_lab("evaluate", *pair, *options)
+    code, out, err = lora_lab("evaluate", *files, "--config", config, *options)
+    assert code == 0, err
+    assert json.loads(out)["columns"]["loss"] == json.loads(own)["columns"]["loss"]
+    code, out, _ = lora_lab("inspect", files[0], "--alpha", "8", "--json")
+    assert {module["scale"] for module in json.loads(out)["modules"]} == {2.0}
+
+
+def test_usage_errors_exit_with_2_in_one_line(lora_lab):
+    one_line(lora_lab("train", "--seed", "abc"), "--seed", code=2)
+    one_line(lora_lab("train", "--steps", "abc"), "--steps 'abc': a whole number is needed")
+    one_line(lora_lab("figure", "x.json"), "--output", code=2)
+
+
+def test_adapters_that_do_not_fit_are_refused_before_anything_is_written(lora_lab, pair, tmp_path):
+    other = CASES / "R01_rslora_scaling/adapter"
+    one_line(lora_lab("interpolate", pair[0], other, "--task", "digits/relabel"), "different base models")
+    one_line(lora_lab("interpolate", *pair, "--space", "detla"), "did you mean 'delta'")
+    one_line(lora_lab("interpolate", *pair, "--ratios", "1:1:1"), "ratio '1:1:1' has 3 weights")
+    one_line(lora_lab("interpolate", *pair, "--split", "tset", "--points", "2"), "did you mean 'test'")
+    assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["shapley", "--players", "layrs"], ["unknown set of players 'layrs'", "did you mean 'layer'"]),
+        (["shapley", "--players", "x=nothing"], ["player 'x' ('nothing') matches no module", "vit.layers.0"]),
+        (["shapley", "--players", "a=q_proj", "--players", "b=layers"], ["players overlap", "matches a, b"]),
+        (["shapley", "--worth", "f1"], ["unknown worth 'f1'", "accuracy"]),
+        (["shapley", "--estimator", "exct"], ["did you mean 'exact'"]),
+        (["shapley", "--estimator", "shapiq:Nothing"], ["unknown estimator of shapiq 'Nothing'"]),
+        (["shapley", "--estimator", "owen", "--set", "node=3"], ["did you mean 'nodes'"]),
+        (["shapley", "--estimator", "owen", "--set", "nodes=x"], ["nodes is a int"]),
+        (["shapley", "--set", "nodes=3"], ["the default estimator has no options to set"]),
+        (["shapley", "--estimator", "exact", "--set", "budget=5"], ["exact has no options to set"]),
+        (["shapley", "--estimator", "exact", "--budget", "10"], ["exact values of 6 players need 64"]),
+        (["shapley", "--samples", "0"], ["0 samples"]),
+        (["shapley", "--budget", "3", "--estimator", "antithetic"], ["a budget of 3 coalitions"]),
+        (["shapley", "--split", "tset"], ["did you mean 'test'"]),
+        (["stability", "--samples", "1"], ["1 keep-sets of each size"]),
+        (["stability", "--p", "2"], ["p = 2.0 is no probability"]),
+        (["sweep", "--criteria", "magnitud"], ["did you mean 'magnitude'"]),
+        (["sweep", "--sparsities", "1.5"], ["sparsity 1.5 is outside of 0 to 1"]),
+        (["prune", "--keep", "evn", "-o", "y"], ["did you mean 'even'"]),
+        (["prune", "--keep", "top-norm:7", "-o", "y"], ["7 of 6 players", "1 to 6 can"]),
+        (["prune", "--keep", "top-shapley:9", "-o", "y"], ["9 of 6 players"]),
+        (["prune", "--keep", "type:gate", "-o", "y"], ["no module of type 'gate'", "fc1"]),
+        (["prune", "--sparsity", "1.5", "-o", "y"], ["sparsity is 1.5", "from 0 to 1"]),
+        (["prune", "--sparsity", "1", "-o", "y"], ["nothing would be left"]),
+        (["prune", "--rank", "0", "-o", "y"], ["at least 1"]),
+        (["prune", "--rank", "2", "--energy", "0.5", "-o", "y"], ["exactly one"]),
+    ],
+    ids=lambda value: " ".join(map(str, value))[:50] if isinstance(value, list) else None,
+)
+def test_bad_options_of_analyses_give_one_line(lora_lab, pair, tmp_path, arguments, words):
+    verb, *options = arguments
+    one_line(lora_lab(verb, pair[0], *options), *words)
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".json", ".pdf")]
+    assert not (tmp_path / "y").exists()
+
+
+def test_a_tuner_without_ranks_is_refused_by_name(lora_lab, tmp_path):
+    code, _, err = lora_lab("train", "--peft", "loha", "--rank", 2, "-o", "h.safetensors", *SHORT)
+    assert code == 0, err
+    one_line(lora_lab("shapley", "h.safetensors", "--players", "rank"), "LOHA has no rank-1 components")
+    one_line(lora_lab("prune", "h.safetensors", "--rank", 1, "-o", "y"), "LOHA")
+    assert lora_lab("shapley", "h.safetensors", *FEW)[0] == 0
+    assert lora_lab("prune", "h.safetensors", "--keep", "odd", "-o", "y")[0] == 0
+
+
+def test_a_bug_shows_its_traceback(lora_lab, monkeypatch, pair):
+    import lora_lab.analysis.connectivity as connect
+
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(connect, "interpolate", broken)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        lora_lab("interpolate", *pair)
+
+
+def test_an_interrupt_leaves_no_output_and_the_same_command_goes_on(lora_lab, monkeypatch, pair, tmp_path):
+    from lora_lab.tasks.digits import Digits
+
+    original, calls = Digits.score, []
+
+    def interrupted(self, model, split="test"):
+        calls.append(split)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(self, model, split)
+
+    monkeypatch.setattr(Digits, "score", interrupted)
+    one_line(lora_lab("interpolate", *pair, "--points", 3), "interrupted", code=130)
+    assert not list((tmp_path / "out").glob("interpolate.*"))
+    code, _, _ = lora_lab("interpolate", *pair, "--points", 3)
+    assert code == 0
+    assert len(calls) == 4 + 5 - 3
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
+
+
+def test_no_module_called_cli_is_installed():
+    done = subprocess.run(
+        [sys.executable, "-c", "import cli"], capture_output=True, text=True, cwd=CASES, env={"PATH": ""}
+    )
+    assert "No module named 'cli'" in done.stderr
+
+
+def test_results_do_not_hang_on_the_number_of_threads(pair):
+    from lora_lab.adapters.adapter import Adapter
+    from lora_lab.scoring.evaluate import score, task_of
+
+    adapter = Adapter.load(pair[0])
+    before = score(task_of(adapter), adapter).loss
+    torch.set_num_threads(2)
+    try:
+        assert score(task_of(adapter), adapter).loss == pytest.approx(before, abs=1e-5)
+    finally:
+        torch.set_num_threads(1)

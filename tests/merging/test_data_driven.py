@@ -1,0 +1,933 @@
+import itertools
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from making_adapters import PREFIX, lora, write
+from torch import nn
+from torch.nn.functional import cross_entropy
+from transformers.pytorch_utils import Conv1D
+
+from lora_lab.adapters.adapter import Adapter
+from lora_lab.errors import MismatchError, OptionError, TunerError
+from lora_lab.merging import layer_inputs
+from lora_lab.merging import search as searching
+from lora_lab.merging.data_driven import examples_read
+from lora_lab.merging.merged import merge
+from lora_lab.merging.methods import MERGES, NEEDS_DATA
+from lora_lab.merging.panel import Panel
+from lora_lab.merging.sources import Sources, Weights
+from lora_lab.scoring.evaluate import score
+from lora_lab.tasks.task import Split, Task
+
+# kind → layer of 3 outputs, shape of its input without the examples, trailing shapes of A and B
+LAYERS = {
+    "linear": (lambda: nn.Linear(4, 3), (4,), (4,), ()),
+    "tokens": (lambda: nn.Linear(4, 3), (5, 4), (4,), ()),
+    "gpt2": (lambda: Conv1D(3, 4), (5, 4), (4,), ()),
+    "conv1d": (lambda: nn.Conv1d(2, 3, 3, stride=2, padding=1), (2, 9), (2, 3), (1,)),
+    "conv2d": (lambda: nn.Conv2d(2, 3, (2, 3), stride=(2, 1), padding=(0, 1)), (2, 4, 5), (2, 2, 3), (1, 1)),
+}
+KINDS = list(LAYERS)
+LAYER = "net.lin"
+
+
+class Net(nn.Module):
+    """One layer, its outputs averaged over all places."""
+
+    def __init__(self, layer, *, twice=False):
+        super().__init__()
+        self.convolution = isinstance(layer, nn.Conv1d | nn.Conv2d)
+        self.net = nn.ModuleDict({"lin": layer})
+        self.twice = twice
+
+    def forward(self, x):
+        out = self.net["lin"](x)
+        if self.twice:
+            out = out + self.net["lin"](x)
+        if out.ndim > 2:
+            out = out.flatten(2).mean(-1) if self.convolution else out.mean(1)
+        return SimpleNamespace(logits=out)
+
+
+class Tiny(Task):
+    """Random inputs, seen by one random layer; labels are those of the layer plus `planted`, unless shuffled."""
+
+    about, base, labels, batch_size = "a test", "tiny", 3, 32
+
+    def __init__(self, kind="linear", seed=0, *, examples=24, x=None, planted=None, shuffle=False, twice=False):
+        self.kind, self.seed, self.examples, self.x = kind, seed, examples, x
+        self.planted, self.shuffle, self.twice = planted, shuffle, twice
+        self.name = f"{kind}-{seed}"
+
+    @property
+    def record(self):
+        return {"name": self.name}
+
+    def build_model(self):
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            model = Net(LAYERS[self.kind][0](), twice=self.twice)
+        return model.requires_grad_(False).eval()
+
+    def _load(self, split):
+        assert split != "test", "the test split was read"
+        generator = torch.Generator().manual_seed(2 * self.seed + (split == "train"))
+        x = torch.randn(self.examples, *LAYERS[self.kind][1], generator=generator) if self.x is None else self.x
+        model = self.build_model()
+        if self.planted is not None:
+            model.net["lin"].weight += self.planted
+        y = model(x).logits.argmax(-1)
+        return Split({"x": x, "labels": y[torch.randperm(len(y), generator=generator)] if self.shuffle else y})
+
+
+class Two(Tiny):
+    """Two layers, one after the other."""
+
+    def build_model(self):
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            model = nn.Module()
+            model.one, model.two = nn.Linear(4, 6), nn.Linear(6, 3)
+        model.forward = lambda x: SimpleNamespace(logits=model.two(model.one(x).tanh()))
+        return model.requires_grad_(False).eval()
+
+    def _load(self, split):
+        return Split({"x": super()._load(split).inputs["x"], "labels": torch.arange(self.examples) % 3})
+
+
+class Texts(Tiny):
+    """Four places a text, whose next "tokens" (three kinds) are told from the place before; some are no targets."""
+
+    classifies = False
+
+    def build_model(self):
+        model = super().build_model()
+        model.forward = lambda x: SimpleNamespace(logits=model.net["lin"](x))
+        return model
+
+    def _load(self, split):
+        generator = torch.Generator().manual_seed(50 + self.seed + (split == "train"))
+        x = torch.randn(self.examples, 4, *LAYERS["linear"][1], generator=generator)
+        labels = torch.randint(3, x.shape[:2], generator=generator)
+        labels[:, 1], labels[::2, 3] = -100, -100
+        return Split({"x": x, "labels": labels})
+
+    def _check_labels(self, name, split):
+        """Targets may be anything."""
+
+
+def two_layers(folder, seed, names):
+    """A random adapter of some of the two layers."""
+    tensors = {}
+    for i, name in enumerate(names):
+        rows, columns = {"one": (6, 4), "two": (3, 6)}[name]
+        tensors |= lora(name, rows=rows, columns=columns, seed=10 * seed + i)
+    return Adapter.load(write(folder / f"two-{seed}", tensors, target_modules=names))
+
+
+def adapter_for(folder, kind, seed, *, scale=1.0):
+    """A random adapter of rank 2 of the layer."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    _, _, columns, ones = LAYERS[kind]
+    tensors = {
+        f"{PREFIX}{LAYER}.lora_A.weight": scale * torch.randn(2, *columns, generator=generator),
+        f"{PREFIX}{LAYER}.lora_B.weight": torch.randn(3, 2, *ones, generator=generator),
+    }
+    path = write(folder / f"{kind}-{seed}", tensors, fan_in_fan_out=kind == "gpt2", target_modules=["lin"])
+    return Adapter.load(path)
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """(kind, weights, options of the tasks) → two random adapters with a task each."""
+
+    def make(kind="linear", weights=(1.0, 1.0), seeds=(0, 1), inputs=(0, 1), **options):
+        adapters = [adapter_for(tmp_path, kind, seed) for seed in seeds]
+        return Sources(adapters, weights, tasks=[Tiny(kind, seed, **options) for seed in inputs])
+
+    return make
+
+
+def deltas_of(sources):
+    return [update.delta() for update in sources.updates_of(LAYER)]
+
+
+QUICK = {"fisher": {}, "regmean": {}, "lorahub": {"evaluations": 15}, "adamerging": {"steps": 15}}
+
+
+def quick(sources, method, **options):
+    return merged(sources, method, **QUICK[method], **options)
+
+
+def merged(sources, method, **options):
+    return merge(sources, method, options=options).adapter.updates[LAYER].delta()
+
+
+def close(found, wanted, tolerance=1e-4):
+    assert found.shape == wanted.shape
+    torch.testing.assert_close(found.double(), wanted.double(), rtol=tolerance, atol=tolerance)
+
+
+# Fisher
+
+
+def information(task, delta):
+    """By definition: the mean over examples of Σ_y p(y|x) (∂ log p(y|x)/∂W)², one example and one label at a time."""
+    model, split = task.build_model().double(), task.split("train")
+    weight = model.net["lin"].weight
+    weight += delta
+    weight.requires_grad_()
+    total = torch.zeros_like(delta, dtype=torch.float64)
+    for x in split.inputs["x"].double():
+        logs = model(x[None]).logits[0].log_softmax(-1)
+        for log in logs:
+            (gradient,) = torch.autograd.grad(log, weight, retain_graph=True)
+            total += log.exp().detach() * gradient.square()
+    return total / len(split)
+
+
+def fisher_by_hand(sources, floor=1e-6):
+    deltas = deltas_of(sources)
+    each = torch.stack([information(task, d) for task, d in zip(sources.tasks, deltas, strict=True)])
+    each += floor * each.mean()
+    each *= torch.tensor(sources.weights_of(LAYER)).reshape(-1, *[1] * (each.ndim - 1))
+    return (each * torch.stack(deltas)).sum(0) / each.sum(0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fisher_is_the_mean_weighted_by_the_information_of_each_task(sources, kind):
+    made = sources(kind, (1.0, 0.4))
+    close(merged(made, "fisher"), fisher_by_hand(made))
+
+
+def test_normalised_fisher_weighs_by_information_of_norm_one(sources):
+    made = sources("linear")
+    deltas = deltas_of(made)
+    each = [information(task, delta) for task, delta in zip(made.tasks, deltas, strict=True)]
+    each = torch.stack([one / one.norm() for one in each])
+    wanted = (each * torch.stack(deltas)).sum(0) / each.sum(0)
+    close(merged(made, "fisher", normalize=True, floor=0), wanted)
+    assert (merged(made, "fisher", floor=0).double() - wanted).norm() > 1e-2
+
+
+def test_fisher_of_a_linear_softmax_is_the_closed_form(sources):
+    made = sources()
+    task, delta = made.tasks[0], deltas_of(made)[0]
+    x = task.split("train").inputs["x"].double()
+    model = task.build_model().double()
+    model.net["lin"].weight += delta
+    p = model(x).logits.softmax(-1)
+    # E_y (1[k = y] - p_k)² x_j² = p_k (1 - p_k) x_j²
+    close(information(task, delta), torch.einsum("nk,nj->kj", p * (1 - p), x.square()) / len(x), 1e-10)
+
+
+def texts(folder, **options):
+    adapters = [adapter_for(folder, "linear", seed) for seed in (0, 1)]
+    return Sources(adapters, tasks=[Texts("linear", seed, **options) for seed in (0, 1)])
+
+
+def chances(task, delta, split):
+    """What is told from and with which chances, at the places before targets: [targets, in], [targets, 3]."""
+    inputs = task.split(split).inputs
+    x = inputs["x"][:, :-1][inputs["labels"][:, 1:] != -100]
+    model = task.build_model()
+    model.net["lin"].weight = nn.Parameter(model.net["lin"].weight + delta)
+    return x.double(), model(x).logits.double().softmax(-1)
+
+
+def test_fisher_of_texts_is_right_on_average_over_what_it_draws(tmp_path):
+    made = texts(tmp_path, examples=6)
+    x, p = chances(made.tasks[0], deltas_of(made)[0], "train")
+    exact = torch.einsum("nk,nj->kj", p * (1 - p), x.square()) / 6
+    drawn = torch.stack([layer_inputs.information(Panel(made), 0, 6, seed)[LAYER] for seed in range(900)]).double()
+    error = drawn.std(0) / 900**0.5
+    assert ((drawn.mean(0) - exact).abs() < 4 * error).all()
+    assert (error < 0.3 * exact).all()
+    assert not torch.equal(merged(made, "fisher", seed=0), merged(made, "fisher", seed=1))
+    assert torch.equal(merged(made, "fisher", seed=0), merged(texts(tmp_path, examples=6), "fisher", seed=0))
+
+
+def test_adamerging_of_texts_looks_at_the_places_of_targets_alone(tmp_path):
+    made = texts(tmp_path)
+    start = torch.full((2,), 0.3, requires_grad=True)
+    total = torch.zeros(())
+    for task in made.tasks:
+        delta = sum(c * d for c, d in zip(start, deltas_of(made), strict=True))
+        inputs = task.split("validation").inputs
+        places = inputs["labels"][:, 1:] != -100
+        logits = inputs["x"] @ (task.build_model().net["lin"].weight + delta).T + task.build_model().net["lin"].bias
+        total = total + torch.special.entr(logits[:, :-1][places].softmax(-1)).sum(-1).mean()
+    (slope,) = torch.autograd.grad(total, start)
+    found = coefficients_of(made, merged(made, "adamerging", steps=1, batch_size=24, learning_rate=0.05))
+    close(torch.tensor(found), 0.3 - 0.05 * slope.sign(), 1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fisher_of_equal_adapters_is_the_adapter(sources, kind):
+    made = sources(kind, (0.3, 2.0), seeds=(0, 0))
+    close(merged(made, "fisher"), deltas_of(made)[0])
+
+
+def test_fisher_of_a_deep_layer_and_of_one_before_it_are_of_one_backward_pass(tmp_path):
+    made = Sources([two_layers(tmp_path, seed, ["one", "two"]) for seed in (0, 1)], tasks=[Two(seed=0), Two(seed=1)])
+    found = merge(made, "fisher", options={"floor": 0.0}).adapter.updates
+    each = []
+    for i, task in enumerate(made.tasks):
+        model = task.build_model().double()
+        for name in made.modules:
+            model.get_submodule(name).weight += made.updates_of(name)[i].delta()
+        weights = [model.get_submodule(name).weight.requires_grad_() for name in made.modules]
+        total = [torch.zeros_like(weight) for weight in weights]
+        for x in task.split("train").inputs["x"].double():
+            for log in model.two(model.one(x).tanh()).log_softmax(-1):
+                slopes = torch.autograd.grad(log, weights, retain_graph=True)
+                total = [t + log.exp().detach() * slope.square() for t, slope in zip(total, slopes, strict=True)]
+        each.append(total)
+    for m, name in enumerate(made.modules):
+        deltas = [update.delta() for update in made.updates_of(name)]
+        close(found[name].delta(), (each[0][m] * deltas[0] + each[1][m] * deltas[1]) / (each[0][m] + each[1][m]))
+
+
+def test_equal_information_gives_the_average(tmp_path):
+    x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    task = Tiny("linear", x=x)
+    first = adapter_for(tmp_path, "linear", 0)
+    A, B = list(first.tensors)
+    same = torch.ones(3, 1)  # added to all logits, it changes no chance
+    shift = {**first.tensors, A: torch.cat([first.tensors[A], torch.ones(1, 4)])}
+    shift[B] = torch.cat([first.tensors[B], same], dim=1)
+    second = Adapter.load(write(tmp_path / "shifted", shift, r=3, lora_alpha=6, target_modules=["lin"]))
+    made = Sources([first, second], [1.0, 3.0], tasks=[task, task])
+    a, b = deltas_of(made)
+    close(b - a, 2 * torch.ones(3, 4))
+    close(merged(made, "fisher"), 0.25 * a + 0.75 * b)
+
+
+def test_fisher_averages_what_no_task_depends_on(tmp_path):
+    x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    x[:, 1] = 0
+    adapters = [adapter_for(tmp_path, "linear", seed) for seed in (0, 1)]
+    made = Sources(adapters, [1.0, 3.0], tasks=[Tiny("linear", seed, x=x) for seed in (0, 1)])
+    a, b = deltas_of(made)
+    close(merged(made, "fisher")[:, 1], (0.25 * a + 0.75 * b)[:, 1])
+    close(merged(made, "fisher", floor=1e9), 0.25 * a + 0.75 * b)
+
+
+# RegMean
+
+
+def outputs(task, delta):
+    """What the layer's inputs make of ΔW alone, in float64 and differentiable in ΔW."""
+    layer = task.build_model().double().net["lin"]
+    x = task.split("train").inputs["x"].double()
+    zero = dict.fromkeys(["bias"], torch.zeros_like(layer.bias))
+    return torch.func.functional_call(layer, {"weight": delta, **zero}, (x,))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_regmean_is_where_the_squared_distance_of_all_outputs_has_no_slope(sources, kind):
+    made = sources(kind, (1.0, 0.4), examples=60)
+    found = merged(made, "regmean", off_diagonal=1.0, ridge=1e-12).double()
+    deltas = [delta.double() for delta in deltas_of(made)]
+
+    def distance(W):
+        each = [
+            w * (outputs(task, W) - outputs(task, delta)).square().sum()
+            for task, delta, w in zip(made.tasks, deltas, made.weights_of(LAYER), strict=True)
+        ]
+        return sum(each)
+
+    def slope(W):
+        W = W.clone().requires_grad_()
+        return torch.autograd.grad(distance(W), W)[0].norm()
+
+    average = (deltas[0] + 0.4 * deltas[1]) / 1.4
+    assert distance(found) < distance(average)
+    assert slope(found) < 1e-5 * slope(average)
+
+
+def test_regmean_is_the_least_squares_solution(sources):
+    made = sources("linear", (1.0, 0.4), examples=60)
+    X = [task.split("train").inputs["x"].double() for task in made.tasks]
+    parts = [
+        (math.sqrt(w) * x, math.sqrt(w) * x @ delta.T.double())
+        for x, w, delta in zip(X, made.weights_of(LAYER), deltas_of(made), strict=True)
+    ]
+    wanted = torch.linalg.lstsq(torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])).solution.T
+    close(merged(made, "regmean", off_diagonal=1.0, ridge=1e-12), wanted, 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("off_diagonal", [0.0, 0.9, 1.0])
+def test_regmean_of_equal_inputs_is_the_average(sources, kind, off_diagonal):
+    made = sources(kind, (1.0, 3.0), inputs=(0, 0), examples=60)
+    a, b = deltas_of(made)
+    close(merged(made, "regmean", off_diagonal=off_diagonal), 0.25 * a + 0.75 * b)
+
+
+def test_regmean_without_off_diagonals_weighs_columns_by_the_size_of_their_inputs(sources):
+    made = sources("linear", (1.0, 0.4))
+    sizes = [task.split("train").inputs["x"].double().square().sum(0) for task in made.tasks]
+    shares = torch.stack([w * size for w, size in zip(made.weights_of(LAYER), sizes, strict=True)])
+    wanted = (shares[:, None] * torch.stack(deltas_of(made))).sum(0) / shares.sum(0)
+    close(merged(made, "regmean", off_diagonal=0.0, ridge=1e-12), wanted, 1e-5)
+
+
+def test_regmean_averages_directions_that_no_task_uses(tmp_path):
+    x = torch.randn(30, 4, generator=torch.Generator().manual_seed(0))
+    x[:, 1] = 0
+    adapters = [adapter_for(tmp_path, "linear", seed) for seed in (0, 1)]
+    made = Sources(adapters, [1.0, 3.0], tasks=[Tiny("linear", seed, x=x) for seed in (0, 1)])
+    a, b = deltas_of(made)
+    close(merged(made, "regmean", off_diagonal=1.0)[:, 1], (0.25 * a + 0.75 * b)[:, 1])
+
+
+def test_regmean_stays_in_factor_space(sources):
+    update = merge(sources("linear", examples=60), "regmean").adapter.updates[LAYER]
+    assert update.rank == 3  # four, which a layer of three outputs cannot have
+    wide = dict(MERGES["regmean"](sources("linear", examples=60)))[LAYER]
+    assert wide.rank == 4
+
+
+class Padded(Tiny):
+    """Texts of some words, padded with a token of huge inputs; an example is told from the mean over its words."""
+
+    def __init__(self, seed, words, *, batch_size=32, examples=24):
+        super().__init__("tokens", seed, examples=examples)
+        self.words, self.batch_size = words, batch_size
+
+    def build_model(self):
+        model = super().build_model()
+        table = torch.randn(20, 4, generator=torch.Generator().manual_seed(3))
+        table[0] = 100.0
+
+        def forward(input_ids, attention_mask):
+            share = attention_mask[..., None].float()
+            out = model.net["lin"](table[input_ids])
+            return SimpleNamespace(logits=(out * share).sum(1) / share.sum(1))
+
+        model.table, model.forward = table, forward
+        return model
+
+    def _load(self, split):
+        generator = torch.Generator().manual_seed(2 * self.seed + (split == "train"))
+        lengths = torch.randint(*self.words, (self.examples,), generator=generator)
+        mask = torch.arange(self.words[1])[None] < lengths[:, None]
+        ids = torch.randint(1, 20, mask.shape, generator=generator) * mask
+        labels = torch.arange(self.examples) % 3
+        return Split({"input_ids": ids, "attention_mask": mask.long(), "labels": labels})
+
+
+def of_texts(tmp_path, tasks):
+    return Sources([adapter_for(tmp_path, "tokens", seed) for seed in (0, 1)], tasks=tasks)
+
+
+@pytest.mark.parametrize("gram", ["mean", "sum"])
+def test_regmean_of_texts_is_the_closed_form_over_words_without_padding(tmp_path, gram):
+    made = of_texts(tmp_path, [Padded(0, (2, 6)), Padded(1, (9, 20))])
+    sizes = []
+    for task in made.tasks:
+        inputs = task.split("train").inputs
+        words = task.build_model().table[inputs["input_ids"][inputs["attention_mask"].bool()]].double()
+        sizes.append(words.square().mean(0) if gram == "mean" else words.square().sum(0))
+    shares = torch.stack(sizes) / sum(sizes)
+    wanted = (shares[:, None] * torch.stack(deltas_of(made))).sum(0)
+    close(merged(made, "regmean", off_diagonal=0.0, ridge=1e-12, gram=gram), wanted, 1e-5)
+
+
+def test_regmean_hangs_neither_on_the_length_of_texts_nor_on_the_size_of_batches(tmp_path):
+    short, long = (3, 4), (40, 41)
+    found = [
+        merged(of_texts(tmp_path, [Padded(0, short, batch_size=size), Padded(1, long, batch_size=size)]), "regmean")
+        for size in (1, 7, 32)
+    ]
+    for other in found[1:]:
+        close(other, found[0], 1e-5)
+    made = of_texts(tmp_path, [Padded(0, short, examples=200), Padded(1, long, examples=200)])
+    a, b = (delta.double() for delta in deltas_of(made))
+    merge_ = merged(made, "regmean", off_diagonal=0.0).double()
+    share = float(((merge_ - b) * (a - b)).sum() / (a - b).square().sum())
+    assert share == pytest.approx(0.5, abs=0.05)  # words of both are drawn alike
+
+
+def test_options_that_are_filled_up_and_texts_of_the_model_itself_are_known_by_their_masks():
+    mask, targets = torch.ones(2, 3, 4), torch.full((2, 3, 4), 5)
+    targets[0, 2], mask[:, :, 3] = -100, 0
+    model = nn.Module()
+    model.register_buffer("prompt_attention_mask", torch.tensor([[1, 1, 0]]))
+    masks = layer_inputs._masks(model, {"attention_mask": mask, "targets": targets})
+    assert [int(m.sum()) for m in masks] == [15, 2]
+    for shape, count in (((6, 4, 5), 15), ((24, 1, 5), 15), ((1, 3, 5), 2), ((6, 3, 5), 18)):
+        assert layer_inputs._unpadded(torch.zeros(shape), masks).shape == (count, 5)
+
+
+def test_an_unknown_gram_is_refused(sources):
+    with pytest.raises(OptionError, match="unknown gram 'median'"):
+        merged(sources(), "regmean", gram="median")
+
+
+def test_an_off_diagonal_that_is_no_share_is_refused(sources):
+    with pytest.raises(OptionError, match=r"off_diagonal is 1\.5; a share from 0 to 1"):
+        merged(sources(), "regmean", off_diagonal=1.5)
+
+
+def test_regmean_of_weights_that_are_all_zero_is_refused(sources):
+    with pytest.raises(OptionError):
+        merged(sources("linear", (0.0, 0.0)), "regmean")
+
+
+# LoraHub
+
+
+def objective(sources, coefficients, penalty=0.05):
+    """The mean validation loss of Σ cᵢ ΔWᵢ, scored on models of its own, plus the penalty."""
+    adapters = [replace(adapter, config={**adapter.config}) for adapter in sources.adapters]
+    mixed = Sources(adapters, list(coefficients), tasks=sources.tasks)
+    made = merge(mixed, "task-arithmetic").adapter
+    losses = [score(task, made, "validation").mean_loss for task in sources.tasks]
+    return sum(losses) / len(losses) + penalty * sum(map(abs, coefficients)) / len(coefficients)
+
+
+def coefficients_of(sources, found):
+    """c with Σ cᵢ ΔWᵢ = found."""
+    columns = torch.stack([delta.flatten().double() for delta in deltas_of(sources)], dim=1)
+    solution = torch.linalg.lstsq(columns, found.flatten().double()[:, None]).solution[:, 0]
+    close(columns @ solution, found.flatten())
+    return solution.tolist()
+
+
+def test_lorahub_does_better_on_validation_data_than_its_start(sources):
+    made = sources(planted=3.0 * torch.eye(3, 4))
+    found = coefficients_of(made, merged(made, "lorahub"))
+    assert objective(made, found) < objective(made, [0.5, 0.5]) - 0.05
+    assert max(map(abs, found)) <= 1.5 + 1e-6
+    for nearby in ([0.1, 0], [-0.1, 0], [0, 0.1], [0, -0.1]):
+        near = [c + d for c, d in zip(found, nearby, strict=True)]
+        if max(map(abs, near)) <= 1.5:
+            assert objective(made, near) > objective(made, found) - 1e-4
+
+
+def test_lorahub_keeps_its_coefficients_within_the_bound(sources):
+    made = sources(planted=None)
+    found = coefficients_of(made, merged(made, "lorahub", bound=0.2))
+    assert max(map(abs, found)) <= 0.2 + 1e-6
+
+
+def test_a_larger_penalty_gives_smaller_coefficients(sources):
+    made = sources(planted=3.0 * torch.eye(3, 4))
+    small, large = (coefficients_of(made, merged(made, "lorahub", penalty=penalty)) for penalty in (0.0, 5.0))
+    assert sum(map(abs, large)) < sum(map(abs, small))
+
+
+def test_lorahub_multiplies_the_weights(sources):
+    made = sources("linear", (1.0, 0.0))
+    found = coefficients_of(made, merged(made, "lorahub"))
+    assert abs(found[1]) < 1e-6
+    assert abs(found[0]) > 1e-3
+
+
+def test_lorahub_mixes_at_most_as_often_as_it_may(sources, monkeypatch):
+    from lora_lab.merging.panel import Panel
+
+    asked, scores = [], Panel.scores
+    monkeypatch.setattr(Panel, "scores", lambda self, seat, *rest: (asked.append(seat), scores(self, seat, *rest))[1])
+    merged(sources(), "lorahub", evaluations=9)
+    assert asked == [0, 1] * 9
+
+
+def test_lorahub_mixes_at_most_as_often_as_it_may_when_that_is_rarely(sources):
+    made = sources()
+    close(torch.tensor(coefficients_of(made, merged(made, "lorahub", evaluations=1))), torch.tensor([0.5, 0.5]))
+
+
+def test_lorahub_refuses_no_evaluations_and_no_bound(sources):
+    for options in ({"evaluations": 0}, {"bound": 0.0}):
+        with pytest.raises(OptionError, match="must be above 0"):
+            merged(sources(), "lorahub", **options)
+
+
+# AdaMerging
+
+
+def entropy(sources, coefficients):
+    """The summed mean entropy on validation inputs of Σ λᵢ ΔWᵢ, differentiable in λ."""
+    total = torch.zeros(())
+    for task in sources.tasks:
+        model = task.build_model()
+        weight = model.net["lin"].weight
+        delta = sum(c * d for c, d in zip(coefficients, deltas_of(sources), strict=True))
+        x = task.split("validation").inputs["x"]
+        logits = torch.func.functional_call(model, {"net.lin.weight": weight + delta}, (x,)).logits
+        total = total + torch.special.entr(logits.softmax(-1)).sum(-1).mean()
+    return total
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adamerging_makes_predictions_more_certain_than_its_start(sources, kind):
+    made = sources(kind)
+    found = coefficients_of(made, merged(made, "adamerging", steps=40))
+    assert entropy(made, found) < entropy(made, [0.3, 0.3]) - 0.01
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_step_of_adamerging_goes_down_the_slope_of_the_summed_entropy(sources, kind):
+    made = sources(kind)
+    start = torch.full((2,), 0.3, requires_grad=True)
+    (slope,) = torch.autograd.grad(entropy(made, start), start)
+    found = coefficients_of(made, merged(made, "adamerging", steps=1, batch_size=24, learning_rate=0.05))
+    close(torch.tensor(found), 0.3 - 0.05 * slope.sign(), 1e-4)  # Adam's first step is the rate
+
+
+def test_adamerging_multiplies_the_weights(sources):
+    made = sources("linear", (2.0, 0.0))
+    found = coefficients_of(made, merged(made, "adamerging", steps=1, learning_rate=0.01))
+    assert abs(found[1]) < 1e-6
+    assert found[0] == pytest.approx(0.6, abs=0.021)
+
+
+def test_adamerging_has_a_coefficient_for_every_module(tmp_path):
+    adapters = [two_layers(tmp_path, seed, ["one", "two"]) for seed in (0, 1)]
+    made = Sources(adapters, tasks=[Two(seed=0), Two(seed=1)])
+    updates = merge(made, "adamerging", options={"steps": 20}).adapter.updates
+    found = []
+    for name in made.modules:
+        columns = torch.stack([u.delta().flatten() for u in made.updates_of(name)], dim=1)
+        solution = torch.linalg.lstsq(columns, updates[name].delta().flatten()[:, None]).solution[:, 0]
+        close(columns @ solution, updates[name].delta().flatten())
+        found += solution.tolist()
+    assert len({round(coefficient, 3) for coefficient in found}) == 4
+
+
+def test_adamerging_refuses_no_steps(sources):
+    for options in ({"steps": 0}, {"batch_size": 0}):
+        with pytest.raises(OptionError, match="must be at least 1"):
+            merged(sources(), "adamerging", **options)
+
+
+def test_adamerging_refuses_a_negative_learning_rate(sources):
+    with pytest.raises(OptionError, match="learning_rate"):
+        merged(sources(), "adamerging", learning_rate=-1.0)
+
+
+# all of them
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean", "adamerging"])
+def test_labels_are_not_looked_at(sources, method):
+    assert torch.equal(quick(sources(), method), quick(sources(shuffle=True), method))
+
+
+def test_lorahub_looks_at_labels(sources):
+    assert not torch.equal(merged(sources(), "lorahub"), merged(sources(shuffle=True), "lorahub"))
+
+
+@pytest.mark.parametrize("method", NEEDS_DATA)
+def test_the_test_split_is_never_read(sources, method):
+    made = sources()
+    quick(made, method)
+    assert all("test" not in task._splits for task in made.tasks)
+    with pytest.raises(AssertionError, match="the test split was read"):
+        made.tasks[0].split("test")
+
+
+@pytest.mark.parametrize("method", NEEDS_DATA)
+def test_one_answer_whatever_the_global_random_state(sources, method):
+    torch.manual_seed(1)
+    first = quick(sources(), method)
+    torch.manual_seed(2)
+    assert torch.equal(first, quick(sources(), method))
+
+
+@pytest.mark.parametrize(
+    ("method", "few"), [("fisher", {"examples": 5}), ("regmean", {"examples": 8}), ("adamerging", {"batch_size": 3})]
+)
+def test_a_seed_draws_the_examples(sources, method, few):
+    made = sources()
+    zero = quick(made, method, seed=0, **few)
+    assert torch.equal(zero, quick(sources(), method, seed=0, **few))
+    assert not torch.equal(zero, quick(made, method, seed=1, **few))
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_an_adapter_of_weight_0_is_left_out(sources, method):
+    made = sources("linear", (2.0, 0.0), examples=60)
+    close(quick(made, method), deltas_of(made)[0])
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_weights_count_by_their_ratio(sources, method):
+    a, b, c = (merged(sources("linear", weights), method) for weights in ((1.0, 3.0), (2.0, 6.0), (3.0, 1.0)))
+    close(a, b)
+    assert float((a - c).norm()) > 0.1
+
+
+def test_weights_can_differ_between_modules(sources):
+    made = sources("linear", Weights((1.0, 0.0), {"lin": (0.0, 1.0)}))
+    close(merged(made, "fisher"), deltas_of(made)[1])
+
+
+@pytest.mark.parametrize("method", NEEDS_DATA)
+def test_scale_multiplies_the_result(sources, method):
+    close(quick(sources(), method, scale=-0.5), -0.5 * quick(sources(), method), 1e-5)
+
+
+@pytest.mark.parametrize("method", NEEDS_DATA)
+def test_an_adapter_may_leave_a_module_alone(tmp_path, method):
+    adapters = [two_layers(tmp_path, 0, ["one", "two"]), two_layers(tmp_path, 1, ["two"])]
+    made = Sources(adapters, tasks=[Two(seed=0), Two(seed=1)])
+    updates = merge(made, method, options=QUICK[method]).adapter.updates
+    assert list(updates) == ["one", "two"]
+    only, found = made.updates_of("one")[0].delta(), updates["one"].delta()
+    if method in ("lorahub", "adamerging"):  # a multiple of the only one
+        close(found, only * float((only * found).sum() / only.square().sum()))
+    elif method == "regmean":  # both see the same kind of input, and the other one's ΔW is 0
+        assert 0.2 < float((only * found).sum() / only.square().sum()) < 0.8
+    else:  # entry by entry a share
+        assert bool(((found / only) > 0).all() & ((found / only) < 1).all())
+
+
+@pytest.mark.parametrize("method", NEEDS_DATA)
+def test_without_tasks_it_is_said_what_is_missing(tmp_path, method):
+    with pytest.raises(OptionError, match="the adapters' own tasks, or --task, are needed"):
+        merge(Sources([adapter_for(tmp_path, "linear", 0)]), method)
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_a_layer_that_is_used_twice_in_a_pass_is_refused_by_name(sources, method):
+    with pytest.raises(TunerError, match=r"net.lin is used several times in one pass"):
+        merged(sources(twice=True), method)
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(2, 2, 3, padding="same"), nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular")]
+)
+def test_convolutions_that_unfold_differently_are_refused(tmp_path, method, layer, monkeypatch):
+    monkeypatch.setitem(LAYERS, "odd", (lambda: layer, (2, 4, 5), (2, 3, 3), (1, 1)))
+    tensors = {
+        f"{PREFIX}{LAYER}.lora_A.weight": torch.randn(2, 2, 3, 3),
+        f"{PREFIX}{LAYER}.lora_B.weight": torch.randn(2, 2, 1, 1),
+    }
+    adapter = Adapter.load(write(tmp_path / "odd", tensors, target_modules=["lin"]))
+    with pytest.raises(TunerError, match="know plain convolutions only"):
+        merged(Sources([adapter], tasks=[Tiny("odd", x=torch.randn(8, 2, 4, 5))]), method)
+
+
+@pytest.mark.parametrize("method", NEEDS_DATA)
+def test_the_models_of_one_merge_leave_no_trace_in_the_next(sources, method):
+    made = sources()
+    first = quick(made, method)
+    quick(sources("linear", seeds=(2, 3)), method)
+    assert torch.equal(first, quick(made, method))
+
+
+def test_the_cost_is_known_beforehand():
+    tasks = [Tiny(seed=0), Tiny(seed=1)]
+    assert examples_read("fisher", {"examples": 10}, tasks) == 2 * 10 * (1 + 3 * 3)
+    assert examples_read("regmean", {"examples": 10}, tasks) == 20
+    assert examples_read("lorahub", {"evaluations": 5}, tasks) == 5 * 2 * 24
+    assert examples_read("adamerging", {"steps": 7, "batch_size": 4}, tasks) == 3 * 7 * 4 * 2
+
+
+# searches
+
+
+class Planted(Tiny):
+    """Two labels and two halves of examples: one is right above a coefficient of 0.6, the other below 1."""
+
+    labels = 2
+    best = 0.8
+
+    def __init__(self):
+        super().__init__("linear")
+        self.name = "planted"
+
+    def build_model(self):
+        layer = nn.Linear(2, 2)
+        nn.init.zeros_(layer.bias)
+        layer.weight.data = torch.tensor([[0.0, 0.0], [0.0, 10.0]])
+        return Net(layer).requires_grad_(False).eval()
+
+    def _load(self, split):
+        assert split == "validation", f"the {split} split was read"
+        x = torch.tensor([[1.0, -0.6], [-1.0, 1.0]]).repeat(6, 1)
+        return Split({"x": x, "labels": torch.ones(12, dtype=torch.long)})
+
+
+@pytest.fixture
+def planted(tmp_path):
+    """Two adapters that add up to one unit of the direction that is searched."""
+    adapters = []
+    for name, share in (("a", 0.25), ("b", 0.75)):
+        tensors = {
+            f"{PREFIX}{LAYER}.lora_A.weight": torch.tensor([[10.0 * share, 0.0]]),
+            f"{PREFIX}{LAYER}.lora_B.weight": torch.tensor([[0.0], [1.0]]),
+        }
+        adapters.append(Adapter.load(write(tmp_path / name, tensors, r=1, lora_alpha=1, target_modules=["lin"])))
+    task = Planted()
+    return Sources(adapters, tasks=[task, task])
+
+
+def loss_at(coefficient):
+    z = torch.tensor([coefficient - 0.6, 1.0 - coefficient], dtype=torch.float64) * 10
+    return float(cross_entropy(torch.stack([torch.zeros(2), z], dim=1), torch.ones(2, dtype=torch.long)))
+
+
+def test_a_grid_finds_the_coefficient_and_all_trials_are_kept(planted):
+    found = searching.search(
+        planted, "task-arithmetic", searching.parse(["coefficient=0.5,0.8,0.9,2"], "task-arithmetic")
+    )
+    assert (found.coefficient, found.options) == (0.8, {})
+    assert [trial["coefficient"] for trial in found.trials] == [0.5, 0.8, 0.9, 2.0]
+    assert [trial["accuracy"] for trial in found.trials] == [0.5, 1.0, 1.0, 0.5]
+    for trial in found.trials:
+        assert trial["loss"] == pytest.approx(loss_at(trial["coefficient"]), rel=1e-5)
+
+
+def test_accuracy_counts_before_the_loss(planted, monkeypatch):
+    # three examples are right above 0.6, one is right below 0.125 and very wrong beyond
+    x = torch.tensor([[1.0, -0.6]] * 3 + [[-8.0, 1.0]])
+    labels = torch.ones(4, dtype=torch.long)
+    monkeypatch.setattr(Planted, "_load", lambda self, split: Split({"x": x, "labels": labels}))
+    found = searching.search(planted, "task-arithmetic", searching.parse(["coefficient=0.1,0.65"], "task-arithmetic"))
+    assert [trial["accuracy"] for trial in found.trials] == [0.25, 0.75]
+    assert found.trials[0]["loss"] < found.trials[1]["loss"]
+    assert found.coefficient == 0.65
+
+
+def test_an_interval_finds_the_coefficient_with_few_trials(planted):
+    found = searching.search(planted, "task-arithmetic", searching.parse(["coefficient=0.1..2"], "task-arithmetic"))
+    assert found.coefficient == pytest.approx(Planted.best, abs=0.005 * 1.9)
+    assert 3 < len(found.trials) <= 25
+    assert all(0.1 <= trial["coefficient"] <= 2 for trial in found.trials)
+    lowest = min(found.trials, key=lambda trial: trial["loss"])
+    assert lowest["coefficient"] == found.coefficient
+
+
+def test_options_are_tried_in_all_combinations_with_the_coefficient(planted):
+    given = ["scale=0.5,2", "density=0.25,1", "coefficient=0.4,1.6,9"]
+    seen = []
+    found = searching.search(planted, "ties", searching.parse(given, "ties"), progress=lambda *done: seen.append(done))
+    tried = [(t["scale"], t["density"], t["coefficient"]) for t in found.trials]
+    assert tried == list(itertools.product((0.5, 2.0), (0.25, 1.0), (0.4, 1.6, 9.0)))
+    assert seen == [(i + 1, 12) for i in range(12)]
+    # ties takes the mean of 2.5 and 7.5, half of what their sum is
+    assert found.options["scale"] * found.coefficient / 2 == pytest.approx(0.4)
+    assert set(found.options) == {"scale", "density"}
+
+
+def test_options_beside_the_search_are_kept_and_the_given_coefficient_is_tried(planted):
+    spaces = searching.parse(["scale=0.5,1,4"], "task-arithmetic")
+    found = searching.search(planted, "task-arithmetic", spaces, coefficient=0.8)
+    assert (found.options, found.coefficient) == ({"scale": 1.0}, 0.8)
+    found = searching.search(
+        planted, "task-arithmetic", searching.parse(["coefficient=0.4,0.8"], "task-arithmetic"), options={"scale": 2.0}
+    )
+    assert (found.options, found.coefficient) == ({"scale": 2.0}, 0.4)
+
+
+def test_equal_tasks_are_scored_once_a_trial(planted, monkeypatch):
+    asked, judge = [], Planted.judge
+    monkeypatch.setattr(Planted, "judge", lambda self, *rest, **more: (asked.append(1), judge(self, *rest, **more))[1])
+    searching.search(planted, "average", searching.parse(["coefficient=1,2,3"], "average"))
+    assert len(asked) == 3
+
+
+def test_what_a_search_found_is_what_the_merge_makes(planted):
+    found = searching.search(planted, "task-arithmetic", searching.parse(["coefficient=0.1..2"], "task-arithmetic"))
+    made = merge(planted, "task-arithmetic", options=found.options, coefficient=found.coefficient, trials=found.trials)
+    best = min(found.trials, key=lambda trial: trial["loss"])
+    assert score(Planted(), made.adapter, "validation").mean_loss == pytest.approx(best["loss"], rel=1e-6)
+    assert made.adapter.record["merge"]["trials"] == found.trials
+
+
+def test_a_search_parses_grids_with_the_types_of_the_options():
+    found = searching.parse(["density=0.1,1", "seed=0,1", "coefficient=-1..2.5"], "dare")
+    assert found == {
+        "density": searching.Grid((0.1, 1.0)),
+        "seed": searching.Grid((0, 1)),
+        "coefficient": searching.Interval(-1.0, 2.5),
+    }
+    assert [type(value) for value in found["seed"].values] == [int, int]
+    assert searching.parse(["inner=ties,dare"], "knots") == {"inner": searching.Grid(("ties", "dare"))}
+    assert searching.parse([], "ties") == {}
+
+
+def test_a_search_of_an_unknown_option_names_those_that_there_are():
+    with pytest.raises(OptionError, match=r"unknown option of ties 'densty' \(did you mean 'density'\?\)"):
+        searching.parse(["densty=0.1"], "ties")
+
+
+def test_a_search_of_an_unknown_method_is_refused():
+    with pytest.raises(OptionError, match="did you mean 'ties'"):
+        searching.parse(["density=0.1"], "tise")
+
+
+def test_a_search_without_values_is_refused():
+    for text in ("coefficient", "coefficient=", "coefficient=1,,2", "coefficient=1,"):
+        with pytest.raises(OptionError, match=r"NAME=VALUE,VALUE or coefficient=LOW\.\.HIGH is needed"):
+            searching.parse([text], "ties")
+
+
+def test_a_search_of_truth_takes_true_and_false():
+    assert searching.parse(["normalize=true,false"], "fisher")["normalize"].values == (True, False)
+    with pytest.raises(OptionError, match="normalize=yes"):
+        searching.parse(["normalize=yes"], "fisher")
+
+
+def test_a_search_of_what_is_no_number_is_refused():
+    for text in ("density=high", "coefficient=0.1..high", "coefficient=..", "coefficient=0..1..2"):
+        with pytest.raises(OptionError, match=r"NAME=VALUE,VALUE or coefficient=LOW\.\.HIGH is needed"):
+            searching.parse([text], "ties")
+
+
+def test_a_search_of_a_fraction_of_a_seed_is_refused():
+    with pytest.raises(OptionError, match=r"seed=0\.5"):
+        searching.parse(["seed=0.5"], "dare")
+
+
+def test_an_interval_of_another_option_is_refused():
+    with pytest.raises(OptionError, match="can be searched for coefficient only"):
+        searching.parse(["density=0.1..0.5"], "ties")
+
+
+def test_an_interval_from_high_to_low_is_refused():
+    for text in ("coefficient=2..1", "coefficient=1..1", "coefficient=nan..1"):
+        with pytest.raises(OptionError, match="LOW below HIGH"):
+            searching.parse([text], "ties")
+
+
+def test_an_interval_without_an_end_is_refused():
+    with pytest.raises(OptionError):
+        searching.parse(["coefficient=0..inf"], "ties")
+
+
+def test_a_coefficient_that_is_no_finite_number_is_refused():
+    with pytest.raises(OptionError):
+        searching.parse(["coefficient=nan,1"], "ties")
+
+
+def test_an_option_that_is_searched_twice_is_refused():
+    with pytest.raises(OptionError, match="twice"):
+        searching.parse(["density=0.1", "density=0.2"], "ties")
+
+
+def test_a_value_that_the_method_refuses_is_refused_in_a_search(planted):
+    with pytest.raises(OptionError, match="density is 2; a share"):
+        searching.search(planted, "ties", searching.parse(["density=2"], "ties"))
+
+
+def test_a_search_without_tasks_says_what_is_missing(tmp_path):
+    with pytest.raises(OptionError, match="or --task, are needed"):
+        searching.search(Sources([adapter_for(tmp_path, "linear", 0)]), "average", {})
+
+
+def test_a_panel_refuses_an_adapter_of_another_base(tmp_path):
+    tensors = {f"{PREFIX}else.lora_A.weight": torch.ones(2, 4), f"{PREFIX}else.lora_B.weight": torch.ones(3, 2)}
+    other = Adapter.load(write(tmp_path / "other", tensors, target_modules=["else"]))
+    for method in NEEDS_DATA:
+        with pytest.raises(MismatchError, match="no module else"):
+            merge(Sources([other], tasks=[Tiny()]), method)

@@ -1,0 +1,523 @@
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lora_lab import plots
+from lora_lab.errors import FileError, OptionError
+from lora_lab.plots import line as plot_line
+from lora_lab.plots import style as plot_style
+from lora_lab.plots import train as plot_train
+from lora_lab.results.result import Result, columns
+from lora_lab.training.schedule import Schedule
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted((ROOT / "figures").glob("*.py"))
+
+
+def line(method="lora", pairs=((0, 1),), spaces=("factors", "matched", "delta"), depth=0.3, ratios=()):
+    grid = np.linspace(0, 1, 5)
+    rows, barriers = [], []
+    for k, (i, j) in enumerate(pairs):
+        who = {"members": [f"{method}{i}", f"{method}{j}"], "indices": [i, j], "method": method}
+        for space in spaces:
+            dip = {"factors": depth + 0.1 * k, "matched": 0.02}.get(space, 0.0)
+            for t in grid:
+                rows.append(
+                    {**who, "space": space, "t": float(t), "ratio": None, **cells(0.9 - dip * 4 * t * (1 - t), t)}
+                )
+            barriers.append({**who, "space": space, "metric": "error", "barrier": "entezari", "value": dip})
+        for ratio in ratios:
+            rows.append({**who, "space": "delta", "t": None, "ratio": ratio, **cells(0.8 + 0.01 * k, 0.5)})
+    count = 1 + max(max(pair) for pair in pairs)
+    adapters = [{"label": f"{method}{i}", "method": method} for i in range(count)]
+    parameters = {"spaces": list(spaces), "adapters": adapters, "task": {"name": "digits/relabel"}, "split": "test"}
+    return Result("interpolate", columns(rows), parameters, {"barriers": barriers}, {"examples": 500})
+
+
+def cells(accuracy, t):
+    return {
+        "accuracy": accuracy,
+        "accuracy_low": accuracy - 0.02,
+        "accuracy_high": accuracy + 0.02,
+        "loss": 1 - accuracy,
+        "loss_low": 0.9 - accuracy,
+        "loss_high": 1.1 - accuracy,
+        "norm": 10 * (1 - 2 * t * (1 - t)),
+    }
+
+
+def merges(methods=("lora", "coto"), names=("average", "ties"), seeds=2, ratios=(None,)):
+    rows, sets, curves = [], [], []
+    for method in methods:
+        for seed in range(seeds):
+            for ratio in ratios:
+                head = {"set": f"{method} {seed} {ratio}", "method": method, "seed": seed, "ratio": ratio}
+                for name in ("alone", *names):
+                    value = 0.7 + 0.01 * seed + 0.05 * (method == "coto")
+                    ends = {"": value, "_low": value - 0.02, "_high": value + 0.03}
+                    cell = {key + end: v for key in ("accuracy", "normalised") for end, v in ends.items()}
+                    coefficient = None if name == "alone" else 1.0
+                    cell |= {"merge": name, "coefficient": coefficient, "chosen": True, "loss": 1.0}
+                    sets.append({**head, **cell, "at_edge": False})
+                    rows.append({**head, **cell, "task": "t1"})
+                    if name != "alone":
+                        points = {"coefficient": [0.1, 1.0, 3.0], "accuracy": [value] * 3}
+                        curves.append({**head, "merge": name, **points})
+    table = [
+        {"method": m, "merge": n, "ratio": r, "sets": seeds, "at_edge": 0, "coefficient": 1.0, "accuracy": 0.7}
+        for m in methods
+        for n in ("alone", *names)
+        for r in ratios
+    ]
+    parameters = {"merges": list(names), "one_task": ratios != (None,), "task_names": ["t1", "t2"], "split": "test"}
+    return Result(
+        "compare-merges",
+        columns(rows),
+        parameters,
+        {"sets": sets, "by_method": table, "curves": curves},
+        {"examples": 500},
+    )
+
+
+def run(method="coto", steps=40):
+    schedule = Schedule()
+    log = {
+        "step": list(range(steps)),
+        "p": [schedule.probability(t, steps) if method == "coto" else 1.0 for t in range(steps)],
+        "mask": [
+            "".join("01"[int(on)] for on in schedule.mask(t, steps, 4, 0)) if method == "coto" else None
+            for t in range(steps)
+        ],
+        "loss": [1 / (t + 1) for t in range(steps)],
+        "learning_rate": [1e-3] * steps,
+    }
+    groups = {f"layers.{i}": [f"layers.{i}.q"] for i in range(4)}
+    return Result("train", log, {"record": {"method": method, "seed": 0}, "groups": groups})
+
+
+def test_curves_are_the_columns_with_their_intervals():
+    t, value, low, high = plot_line.curves([line()], "accuracy")["LoRA"]["factors"]
+    assert t == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert value == pytest.approx([0.9, 0.675, 0.6, 0.675, 0.9])
+    assert value - low == pytest.approx([0.02] * 5)
+    assert high - value == pytest.approx([0.02] * 5)
+
+
+def test_several_pairs_give_mean_and_standard_deviation_also_over_results():
+    one = plot_line.curves([line(pairs=((0, 1), (0, 2)))], "accuracy")["LoRA"]["factors"]
+    two = plot_line.curves([line(depth=0.3), line(depth=0.4)], "accuracy")["LoRA"]["factors"]
+    for _, value, low, high in (one, two):
+        assert value[2] == pytest.approx(0.55)
+        assert high[2] - value[2] == pytest.approx(np.std([0.6, 0.5], ddof=1))
+        assert value[2] - low[2] == pytest.approx(high[2] - value[2])
+
+
+def test_a_line_figure_draws_every_curve_and_says_what_its_bands_are():
+    figure = plots.figure([line("lora"), line("coto", depth=0.1)])
+    lora, coto, norm = figure.axes
+    assert [ax.get_title() for ax in (lora, coto)] == ["LoRA", "CoTo"]
+    assert "LoRA solid, CoTo dashed" in norm.get_title()
+    assert lora.lines[0].get_ydata() == pytest.approx([0.9, 0.675, 0.6, 0.675, 0.9])
+    assert coto.lines[0].get_ydata()[2] == pytest.approx(0.8)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["factors A, B averaged", "factors, ‖ΔW‖ matched", "ΔW averaged"]
+    assert figure.get_supxlabel() == "digits/relabel, test split, n = 500; bands: 95 % interval over examples"
+    several = plots.figure([line(pairs=((0, 1), (1, 2)))])
+    assert several.get_supxlabel().endswith("bands: ±1 s.d. over pairs")
+
+
+def test_results_of_different_tasks_or_splits_do_not_share_a_figure():
+    one = line()
+    for name, value in (("task", {"name": "digits/mod3"}), ("split", "validation")):
+        other = Result(one.kind, one.columns, {**one.parameters, name: value}, one.summary, one.provenance)
+        with pytest.raises(OptionError, match=f"cannot share a figure: {name} is"):
+            plots.figure([one, other])
+
+
+def test_a_mixed_figure_says_whose_bands_are_what():
+    caption = plots.figure([line("lora", pairs=((0, 1), (0, 2))), line("coto")]).get_supxlabel()
+    assert caption.endswith("bands: LoRA ±1 s.d. over pairs, CoTo 95 % interval over examples")
+
+
+def test_norms_above_those_of_the_ends_are_on_the_axes():
+    result = line()
+    rows = [{**row, "norm": row["norm"] * (6 if row["t"] == 0.5 else 1)} for row in result.rows()]
+    figure = plots.figure([Result("interpolate", columns(rows), result.parameters, result.summary, result.provenance)])
+    norms = figure.axes[-1]
+    assert max(max(drawn.get_ydata()) for drawn in norms.lines) < norms.get_ylim()[1]
+
+
+def test_a_line_without_norms_has_no_norm_panel():
+    bare = line("coto", spaces=("factors",))
+    rows = [{**row, "norm": None} for row in bare.rows()]
+    figure = plots.figure([Result("interpolate", columns(rows), bare.parameters, bare.summary, bare.provenance)])
+    assert len(figure.axes) == 1
+
+
+def test_the_matrix_shows_every_barrier_twice_on_one_scale():
+    figure = plots.figure([line(pairs=((0, 1), (0, 2), (1, 2))), line("coto")], kind="interpolate:matrix")
+    first, second = figure.axes[:2]
+    assert sorted(text.get_text() for text in first.texts) == ["0.30", "0.30", "0.40", "0.40", "0.50", "0.50"]
+    assert first.images[0].get_clim() == second.images[0].get_clim() == (0, 0.5)
+
+
+def test_mixtures_show_each_combination_and_the_mean():
+    figure = plots.figure([line(pairs=((0, 1), (0, 2)), ratios=("0:1", "1:1"))], kind="interpolate:ratios")
+    (ax,) = figure.axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0:1", "1:1"]
+    assert ax.lines[-1].get_ydata() == pytest.approx([0.805, 0.805])
+    with pytest.raises(OptionError, match="no mixtures; compute them with"):
+        plots.figure([line()], kind="interpolate:ratios")
+
+
+def test_a_training_figure_shows_the_masks_that_were_drawn():
+    result = run()
+    drawn = plot_train.masks(result)
+    assert drawn.shape == (4, 40)
+    assert (drawn[:, 7] == Schedule().mask(7, 40, 4, 0)).all()
+    assert plot_train.full_from(result) == 30
+    figure = plots.figure([result, run("lora")])
+    top, _, middle, lora, *_ = figure.axes
+    assert (middle.images[0].get_array() == drawn).all()
+    assert lora.images[0].get_array().all()
+    assert [text.get_text() for text in top.texts] == ["all on"]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 40])
+def test_runs_of_any_length_are_drawn(steps):
+    figure = plots.figure([run(steps=steps)])
+    assert len(figure.axes[2].lines[1].get_ydata()) == steps
+
+
+def tried_result(method, values, **more):
+    """What some settings gave, without training: (learning rate, an accuracy a seed, whether it is chosen)."""
+    rows = [
+        {"method": method, "seed": seed, "learning_rate": rate, **more, "accuracy": value, "loss": 1.0, "chosen": best}
+        for rate, seeds, best in values
+        for seed, value in enumerate(seeds)
+    ]
+    said = {"task": {"name": "x"}, "options": ["learning_rate", *more], "criterion": "accuracy"}
+    return Result("tuning", columns(rows), said)
+
+
+def test_a_figure_overlays_methods_over_the_settings_and_leaves_gaps_where_one_diverged():
+    lora = tried_result("lora", [(1e-3, [0.6, 0.8], True), (4e-3, [0.5, None], False)])
+    coto = tried_result("coto", [(1e-3, [0.5, 0.5], False), (4e-3, [0.9, 0.7], True)])
+    (ax,) = plots.figure([lora, coto]).axes
+    lines = {container.get_label(): container[0] for container in ax.containers}
+    assert list(lines) == ["LoRA", "CoTo"]
+    assert lines["LoRA"].get_ydata() == pytest.approx([0.7, math.nan], nan_ok=True)
+    assert lines["CoTo"].get_ydata() == pytest.approx([0.5, 0.8])
+    rings = [line for line in ax.lines if line.get_markersize() == 9]
+    assert [ring.get_xdata()[0] for ring in rings] == [1e-3, 4e-3]
+    assert [ring.get_ydata()[0] for ring in rings] == pytest.approx([0.7, 0.8])
+    assert ax.get_xscale() == "log"
+    ranks = [tried_result("coto", [(1e-3, [0.5], False), (2e-3, [0.6], False)], rank=rank) for rank in (2, 4)]
+    table = columns([row for each in ranks for row in each.rows()])
+    both = Result("tuning", table, {**lora.parameters, "options": ["learning_rate", "rank"]})
+    (ax,) = plots.figure([both]).axes
+    assert [container.get_label() for container in ax.containers] == ["CoTo, rank 2", "CoTo, rank 4"]
+    other = Result("tuning", coto.columns, {**coto.parameters, "task": {"name": "y"}})
+    with pytest.raises(OptionError, match="different tasks"):
+        plots.figure([lora, other])
+
+
+def test_captions_name_tasks_of_files_too():
+    assert plot_style.task_name({"name": "digits/relabel"}) == "digits/relabel"
+    assert plot_style.task_name({"kind": "clip", "data": "x/birds.csv"}) == "clip, birds"
+    assert plot_style.task_name({"kind": "clip", "data": {"train": "a.csv"}}) == "clip, a"
+    result = line()
+    result.parameters["task"] = {"kind": "clip", "data": "x/birds.csv"}
+    assert "clip, birds" in plots.figure([result]).get_supxlabel()
+
+
+@pytest.mark.parametrize("width", plots.WIDTHS)
+@pytest.mark.parametrize("kind", plots.PLOTS)
+def test_every_figure_has_its_column_width_and_embeds_truetype(kind, width, tmp_path):
+    made = {
+        "train": run,
+        "tuning": lambda: tried_result("coto", [(1e-3, [0.5, 0.6], False), (2e-3, [0.7, 0.8], True)]),
+        "compare-merges": lambda: merges(ratios=("0:1", "1:1") if kind.endswith("ratios") else (None,)),
+        "interpolate": lambda: line(pairs=((0, 1), (0, 2)), ratios=("1:1",)),
+        "shapley": lambda: shapley_result(interactions=True),
+        "stability": stability_result,
+        "sweep": sweep_result,
+    }
+    results = [made[kind.partition(":")[0]]()]
+    figure = plots.figure(results, kind=kind, width=width)
+    assert figure.get_figwidth() == {"single": 3.25, "double": 6.75}[width]
+    paths = [tmp_path / f"x.{ending}" for ending in ("pdf", "png", "svg")]
+    plots.save(figure, *paths)
+    content = paths[0].read_bytes()
+    assert b"/FontFile2" in content
+    assert b"/Type3" not in content
+    again = tmp_path / "again.pdf"
+    plots.save(plots.figure(results, kind=kind, width=width), again)
+    assert again.read_bytes() == content
+
+
+def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path):
+    with pytest.raises(OptionError, match="different kinds cannot share a figure: interpolate, train"):
+        plots.figure([line(), run()])
+    with pytest.raises(OptionError, match=r"unknown width 'singel' .did you mean 'single'"):
+        plots.figure([line()], width="singel")
+    with pytest.raises(OptionError, match="did you mean 'interpolate:matrix'"):
+        plots.figure([line()], kind="interpolate:matrxi")
+    with pytest.raises(OptionError, match="there is no figure for results of kind 'evaluate'"):
+        plots.figure([Result("evaluate", {})])
+    with pytest.raises(OptionError, match="no results"):
+        plots.figure([])
+    with pytest.raises(OptionError, match=r"x.gif: figures are written as .pdf, .png, .svg"):
+        plots.save(plots.figure([line()]), tmp_path / "x.gif")
+    (tmp_path / "x.pdf").write_text("old")
+    with pytest.raises(FileError, match=r"x.pdf: exists already"):
+        plots.save(plots.figure([line()]), tmp_path / "y.png", tmp_path / "x.pdf")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.pdf"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_script_of_the_paper_draws_without_torch(script, tmp_path):
+    code = f"sys.argv = ['x', {str(tmp_path)!r}]; runpy.run_path({str(script)!r}); assert 'torch' not in sys.modules"
+    check = f"import sys, runpy; {code}"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    written = sorted(path.suffix for path in tmp_path.iterdir())
+    assert written.count(".pdf") == written.count(".png") >= 1
+
+
+def shapley_result(labels=("lora-s0", "coto-s0"), players="type-layer", trace=5, interactions=False):
+    rows, summaries = [], []
+    for a, label in enumerate(labels):
+        names = [(t, layer) for layer in range(3) for t in ("k_proj", "q_proj", "fc1")]
+        if players == "layer":
+            names = [(None, layer) for layer in range(3)]
+        for i, (kind, layer) in enumerate(names):
+            value = 0.1 * (a + 1) + 0.01 * i - 0.02 * (i == 0)
+            rows.append(
+                {
+                    "adapter": label,
+                    "method": label.partition("-")[0],
+                    "seed": int(label[-1]),
+                    "player": f"{kind}.{layer}" if kind else f"vit.layers.{layer}",
+                    "encoder": "",
+                    "type": kind,
+                    "layer": layer,
+                    "value": value,
+                    "low": value - 0.03,
+                    "high": value + 0.03,
+                }
+            )
+        steps = [{"evaluations": 10 * 2**k, "values": [0.1 + 0.1 / 2**k], "se": [0.1 / 2**k]} for k in range(trace)]
+        summaries.append({"adapter": label, "estimator": "antithetic", "trace": steps})
+        if interactions:
+            table = [[0.0, 0.2, None], [0.2, 0.0, -0.1], [None, -0.1, 0.0]]
+            summaries[-1]["interactions"] = {"players": ["a.0", "a.1", "a.2"], "values": table}
+    parameters = {"worth": "accuracy", "players": players, "task": {"name": "digits/relabel"}, "split": "test"}
+    return Result("shapley", columns(rows), parameters, {"adapters": summaries}, {"examples": 500})
+
+
+def test_a_heat_map_holds_the_values_by_type_and_layer_under_one_colour_bar():
+    figure = plots.figure([shapley_result()])
+    panels = [ax for ax in figure.axes if ax.images]
+    assert [ax.get_title() for ax in panels] == ["lora-s0", "coto-s0"]
+    assert [text.get_text() for text in panels[0].get_yticklabels()] == ["q_proj", "k_proj", "fc1"]
+    table = panels[1].images[0].get_array()
+    assert table[0].tolist() == pytest.approx([0.21, 0.24, 0.27])  # q_proj of the second adapter
+    for ax in panels:
+        assert ax.images[0].get_clim() == (0, pytest.approx(0.28))
+    assert len(figure.axes) == 3
+
+
+def test_negative_contributions_get_a_diverging_map_around_zero():
+    result = shapley_result()
+    result.columns["value"][0] = -0.4
+    image = plots.figure([result]).axes[0].images[0]
+    assert image.norm(0.0) == pytest.approx(0.5)
+
+
+def test_bars_show_values_and_intervals_and_several_seeds_as_means():
+    ax = plots.figure([shapley_result(players="layer")]).axes[0]
+    assert [bar.get_height() for bar in ax.patches[:3]] == pytest.approx([0.08, 0.11, 0.12])
+    labels = ("lora-s0", "lora-s1", "coto-s0", "coto-s1")
+    figure = plots.figure([shapley_result(labels, "layer")])
+    assert [bar.get_height() for bar in figure.axes[0].patches[:3]] == pytest.approx([0.13, 0.16, 0.17])
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["LoRA", "CoTo"]
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["0", "1", "2"]
+
+
+def test_a_player_that_one_adapter_lacks_leaves_the_other_bars_their_intervals():
+    result = shapley_result(players="layer")
+    lacking = Result("shapley", columns(result.rows()[:5]), result.parameters, result.summary, result.provenance)
+    ax = plots.figure([lacking]).axes[0]
+    assert [len(lines.get_segments()) for lines in ax.collections] == [3, 2]
+
+
+def test_convergence_is_that_of_the_trace_and_enumerated_values_have_none():
+    line, distance, *_ = plots.figure([shapley_result()], kind="shapley:convergence").axes[0].lines
+    assert line.get_ydata() == pytest.approx([0.1 / 2**k for k in range(5)])
+    assert distance.get_ydata() == pytest.approx([0.1 / 2**k - 0.1 / 16 for k in range(4)])
+    with pytest.raises(OptionError, match="enumerated"):
+        plots.figure([shapley_result(trace=1)], kind="shapley:convergence")
+
+
+def test_interactions_are_drawn_around_zero():
+    figure = plots.figure([shapley_result(interactions=True)], kind="shapley:interactions", width="single")
+    image = figure.axes[0].images[0]
+    assert image.get_clim() == (-0.2, 0.2)
+    with pytest.raises(OptionError, match="--order 2"):
+        plots.figure([shapley_result()], kind="shapley:interactions")
+
+
+def stability_result(labels=("lora-s0", "coto-s0"), rescaled=(False, True)):
+    rows = []
+    for a, label in enumerate(labels):
+        for scaled in rescaled:
+            who = {"adapter": label, "method": label[:4], "seed": a, "rescaled": scaled}
+            for family, count in (("k-of-G", 4), ("p", 3), ("leave-one-out", 3), ("one-alone", 3)):
+                for k in range(count):
+                    error = 0.8 - 0.2 * k + 0.05 * a
+                    ends = {"error": error, "error_low": error - 0.1, "error_high": error + 0.1}
+                    cells = {"label": f"x.{k}", "share": k / 3, **ends, "error_worst": error + 0.05}
+                    rows.append({**who, "family": family, **cells})
+    parameters = {"players": "layer", "task": {"name": "digits/relabel"}, "split": "test"}
+    return Result("stability", columns(rows), parameters, {}, {"examples": 500})
+
+
+def test_stability_curves_show_mean_band_and_worst():
+    figure = plots.figure([stability_result()])
+    plain, scaled = figure.axes
+    assert [plain.get_title(), scaled.get_title()] == ["as they are", "updates × G/k"]
+    mean, worst, *_ = plain.lines
+    assert mean.get_ydata() == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert worst.get_ydata() == pytest.approx([0.15, 0.35, 0.55, 0.75])
+    several = plots.figure([stability_result(("lora-s0", "lora-s1", "coto-s0"))], kind="stability:p", width="single")
+    assert several.axes[0].lines[0].get_ydata() == pytest.approx([0.175, 0.375, 0.575])
+    alone = plots.figure([stability_result(rescaled=(False,))], kind="stability:leave-one-out")
+    assert [ax.get_title() for ax in alone.axes] == ["each player left out", "each player alone"]
+
+
+def test_captions_say_whose_band_is_which():
+    one, several = "95 % interval", "±1 s.d. over seeds"
+    labels = ("lora-s0", "coto-s0", "coto-s1")
+    for result in (shapley_result(labels, "layer"), stability_result(labels), sweep_result(labels)):
+        caption = plots.figure([result], kind="shapley:bars" if result.kind == "shapley" else None).get_supxlabel()
+        assert f"LoRA {one}" in caption
+        assert f"CoTo {several}" in caption
+
+
+def sweep_result(labels=("lora-s0", "coto-s0")):
+    rows = []
+    for a, label in enumerate(labels):
+        who = {"adapter": label, "method": label[:4], "seed": a}
+        cells = [("structured", "all", "all"), ("structured", "even", "even"), ("structured", "random", "random:3")]
+        cells += [("unstructured", c, s) for c in ("magnitude", "random") for s in ("0", "0.5", "0.9")]
+        cells += [("rank", c, r) for c in ("svd", "random") for r in ("1", "2")]
+        for i, (kind, criterion, place) in enumerate(cells):
+            accuracy = 0.9 - 0.03 * i + 0.05 * a
+            ends = {"accuracy": accuracy, "accuracy_low": accuracy - 0.02, "accuracy_high": accuracy + 0.02}
+            rows.append({**who, "kind": kind, "criterion": criterion, "label": place, **ends})
+    parameters = {"task": {"name": "digits/relabel"}, "split": "test"}
+    return Result("sweep", columns(rows), parameters, {}, {"examples": 500})
+
+
+@pytest.mark.parametrize("width", ["single", "double"])
+def test_a_sweep_has_bars_for_patterns_and_curves_for_the_rest(width):
+    bars, sparsity, rank = plots.figure([sweep_result()], width=width).axes
+    assert [text.get_text() for text in bars.get_xticklabels()] == ["all", "even", "random:3"]
+    assert [patch.get_height() for patch in bars.patches[:3]] == pytest.approx([0.9, 0.87, 0.84])
+    assert sparsity.lines[0].get_xdata() == pytest.approx([0, 0.5, 0.9])
+    assert sparsity.lines[0].get_ydata() == pytest.approx([0.81, 0.78, 0.75])
+    assert rank.lines[0].get_xdata() == pytest.approx([1, 2])
+    for kind in ("structured", "unstructured", "rank"):
+        assert len(plots.figure([sweep_result()], kind=f"sweep:{kind}", width=width).axes) == 1
+
+
+def test_a_kind_that_was_not_swept_is_asked_for_by_name():
+    result = sweep_result()
+    only = [row for row in result.rows() if row["kind"] == "structured"]
+    with pytest.raises(OptionError, match="lora-lab sweep --rank"):
+        plots.figure([Result("sweep", columns(only), result.parameters, {}, {})], kind="sweep:rank")
+
+
+def test_a_method_has_its_colour_whatever_the_order():
+    from matplotlib.colors import to_hex
+
+    labels = ("coto-s0", "coto-s1", "lora-s0", "lora-s1")
+    bars = plots.figure([sweep_result(labels)], kind="sweep:structured").axes[0].patches
+    assert to_hex(bars[0].get_facecolor()) == "#d55e00"
+    bars = plots.figure([sweep_result(labels[::-1])], kind="sweep:structured").axes[0].patches
+    assert to_hex(bars[0].get_facecolor()) == "#0072b2"
+
+
+@pytest.mark.parametrize("width", ["single", "double"])
+def test_merges_are_bars_for_each_training_method_and_curves_over_the_coefficient(width):
+    figure = plots.figure([merges()], width=width)
+    bars, *curves = figure.axes
+    heights = [patch.get_width() if width == "single" else patch.get_height() for patch in bars.patches]
+    assert heights == pytest.approx([0.705] * 2 + [0.755] * 2)
+    assert [ax.get_title() for ax in curves] == ["ties"]
+    x, y = curves[0].lines[0].get_data()
+    assert list(x) == [0.1, 1.0, 3.0]
+    assert y == pytest.approx([0.705] * 3)
+    panels = plots.figure([merges()], width=width, kind="compare-merges:coefficients").axes
+    assert [ax.get_title() for ax in panels if ax.get_title()] == ["average", "ties"]
+
+
+def test_seeds_of_one_task_are_drawn_over_their_ratios():
+    figure = plots.figure([merges(ratios=("0:1", "1:1"))])
+    assert [ax.get_title() for ax in figure.axes] == ["average", "ties"]
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["0:1", "1:1"]
+    ax = plots.figure([merges(("lora",), seeds=1, ratios=("0:1", "1:1"))], kind="compare-merges:ratios").axes[0]
+    (band,) = ax.collections
+    assert sorted(set(band.get_paths()[0].vertices[:, 1])) == pytest.approx([0.68, 0.73])  # the interval of the one set
+    with pytest.raises(OptionError, match="over their ratios"):
+        plots.figure([merges(ratios=("0:1", "1:1"))], kind="compare-merges:bars")
+    with pytest.raises(OptionError, match="ratios are for seeds of one"):
+        plots.figure([merges()], kind="compare-merges:ratios")
+    with pytest.raises(OptionError, match="cannot share a figure"):
+        plots.figure([merges(), merges(ratios=("1:1",))])
+
+
+@pytest.mark.parametrize(
+    ("shared", "words"),
+    [
+        ([True, True], "adapters of a set share their initial A"),
+        ([False, False], "adapters of separate initial A"),
+        ([True, None], "some adapters share their initial A"),
+        ([None], ""),
+        ([], ""),
+    ],
+)
+def test_the_caption_of_merges_says_whether_adapters_began_alike(shared, words):
+    result = merges()
+    result = replace(result, summary={**result.summary, "shared_initial_A": [{"shared": each} for each in shared]})
+    caption = plots.figure([result]).get_supxlabel()
+    assert words in caption
+    assert ("initial A" in caption) == bool(words)
+
+
+def test_a_figure_has_the_same_bytes_in_whatever_order_its_files_are_written(tmp_path):
+    first, second = [tmp_path / name for name in ("a.png", "a.pdf")], [tmp_path / name for name in ("b.pdf", "b.png")]
+    plots.save(plots.figure([sweep_result()]), *first)
+    plots.save(plots.figure([sweep_result()]), *second)
+    assert first[0].read_bytes() == second[1].read_bytes()
+    assert first[1].read_bytes() == second[0].read_bytes()
+
+
+@pytest.mark.parametrize("width", ["single", "double"])
+def test_a_caption_of_any_length_stays_within_the_figure(width):
+    result = merges()
+    names = [f"a-task-with-a-long-name-{i}" for i in range(9)]
+    result = replace(result, parameters={**result.parameters, "task_names": names})
+    result = replace(result, summary={**result.summary, "shared_initial_A": [{"shared": True}]})
+    figure = plots.figure([result], width=width)
+    figure.draw_without_rendering()
+    inside, drawn = figure.bbox, figure._supxlabel.get_window_extent()
+    assert inside.x0 <= drawn.x0 < drawn.x1 <= inside.x1
+    caption = " ".join(figure.get_supxlabel().split())
+    assert all(word in caption for word in [*names, "initial A"])

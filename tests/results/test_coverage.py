@@ -1,0 +1,427 @@
+"""How often the intervals that are printed hold the truth: simulated with known truths and fixed seeds.
+
+95 % is promised. The bands that are held here, with what they are of:
+
+* one accuracy: at least .91 for every true value and 5 examples or more, computed exactly, not simulated;
+* differences, ratios and largest values of accuracies, means over tasks: at least .90 also where next to nothing is
+  wrong (there 1.0 is usual: intervals are then wide for what they could be, never of no width);
+* shares of tokens: at least .90, unless a few texts that are wrong from end to end are all that is ever wrong (.83 at a
+  mean of .995 and 100 texts), or most of 20 texts are wholly right or wholly wrong (.88);
+* losses (mean, perplexity, barriers): at least .85 from 50 examples, with losses as skewed as a classifier's (below 50
+  it can be far less: .66 at 20 examples of which a rare one has a loss many times the others');
+* Shapley values, interactions: at least .85 of all players in every game from 2 draws on, .90 over the games together;
+* means over keep-sets by size and by p, progressive gap: at least .90.
+
+Spreads over seeds, sets or pairs ("± s.d.") are sample standard deviations and promise no coverage.
+"""
+
+import math
+
+import numpy as np
+import pytest
+from making_games import saturating
+from scipy.stats import binom
+
+from lora_lab.analysis.compare import _measured
+from lora_lab.analysis.connectivity import BARRIERS, _shrinkage
+from lora_lab.analysis.court import Mix
+from lora_lab.analysis.sweep import _cells, _reach
+from lora_lab.games.estimators import all_coalitions, estimate, exact
+from lora_lab.games.interactions import interactions
+from lora_lab.games.progressive import LAWS, cross_entropy, inequality, stratum
+from lora_lab.results.stats import Sampled, half_of_strata, half_width, mean_and_error, proportion, student
+from lora_lab.scoring.evaluate import _estimates, _perplexity, _shares
+from lora_lab.tasks.digits import Digits
+from lora_lab.tasks.task import Scores
+
+GRID = np.linspace(0, 1, 11)
+
+
+def holds(low, high, truth):
+    return low - 1e-12 <= truth <= high + 1e-12
+
+
+def along(truths, examples, generator):
+    """Outcomes [points, examples], wrong with the chances of `truths`; most examples go the same way at all points."""
+    truths = np.asarray(truths)[:, None]
+    common, own = generator.random(examples) < truths, generator.random((len(truths), examples)) < truths
+    return np.where(generator.random(own.shape) < 0.15, own, common)
+
+
+def scores(wrong, loss=None):
+    return Scores(np.zeros(len(wrong)) if loss is None else loss, ~wrong, np.zeros(len(wrong)))
+
+
+@pytest.mark.parametrize("examples", [5, 10, 30, 100, 600])
+def test_one_accuracy_over_all_true_values(examples):
+    """Percentiles of a bootstrap hold .39 at 1 − accuracy = .01 and 50 examples, Wilson's alone .84."""
+    ends = np.array([proportion(np.arange(examples) < right) for right in range(examples + 1)])
+    truth = np.concatenate([np.geomspace(1e-4, 0.5, 400), 1 - np.geomspace(1e-4, 0.5, 400)])[:, None]
+    chances = binom.pmf(np.arange(examples + 1), examples, truth)
+    coverage = (chances * ((ends[:, 1] <= truth) & (truth <= ends[:, 2]))).sum(1)
+    assert coverage.min() > 0.905
+    assert 0.95 < coverage.mean() < 0.99
+    assert (ends[:, 2] - ends[:, 1]).min() > 0
+    assert ends[0, 1] == 0
+    assert ends[-1, 2] == 1
+    assert ends[:, 1] == pytest.approx(1 - ends[::-1, 2])
+
+
+def test_the_measures_of_choices_have_the_interval_of_an_accuracy():
+    cells = _shares(("acc", "acc_norm"), {"acc": np.ones(10, dtype=np.bool_)})
+    assert (cells["acc"], cells["acc_low"], cells["acc_high"]) == proportion(np.ones(10, dtype=np.bool_))
+    assert 0.6 < cells["acc_low"] < 0.8
+    assert cells["acc_norm"] is None
+
+
+def test_wilson_by_hand():
+    """10 of 40: (10 + z²/2)/(40 + z²) ± z/(40 + z²)·√(10·30/40 + z²/4)."""
+    z2 = 1.959964**2
+    centre, half = (10 + z2 / 2) / (40 + z2), math.sqrt(z2 * (10 * 30 / 40 + z2 / 4)) / (40 + z2)
+    assert proportion(np.arange(40) < 10) == pytest.approx((0.25, centre - half, centre + half))
+    assert np.isnan(proportion(np.array([0.5, np.nan]))).all()
+
+
+@pytest.mark.parametrize(("mean", "weight"), [(0.6, 6.0), (0.98, 10.0), (0.9, 2.0)])
+@pytest.mark.parametrize("texts", [20, 100])
+def test_shares_of_tokens(mean, weight, texts):
+    generator, inside = np.random.default_rng(0), []
+    for _ in range(600):
+        chance = generator.beta(mean * weight, (1 - mean) * weight, texts)
+        _, low, high = proportion(generator.binomial(30, chance) / 30)
+        inside.append(holds(low, high, mean))
+    assert np.mean(inside) > 0.9
+
+
+@pytest.mark.parametrize("examples", [20, 100])
+@pytest.mark.parametrize("truth", [0.005, 0.05, 0.4])
+def test_accuracy_over_random_prunings_of_a_sweep(examples, truth):
+    """Each draw is wrong on half of the examples of its own, and has a chance of its own besides."""
+    generator, inside = np.random.default_rng(0), []
+    for seed in range(200):
+        chances = np.minimum(1, truth * generator.uniform(0.5, 1.5, 5))
+        hard = generator.random(examples)
+        wrong = [
+            np.where(generator.random(examples) < 0.5, generator.random(examples), hard) < chance for chance in chances
+        ]
+        drawn = [scores(each, generator.random(examples)) for each in wrong]
+        row = _cells(drawn, _reach([drawn]), seed)
+        inside.append(holds(row["accuracy_low"], row["accuracy_high"], 1 - truth))
+    assert np.mean(inside) > 0.9
+
+
+def test_draws_that_are_one_model_do_not_widen_a_row_and_others_do():
+    generator = np.random.default_rng(0)
+    wrong = np.arange(40) < 4
+    one, others = scores(wrong, generator.random(40)), [scores(wrong, generator.random(40)) for _ in range(3)]
+    reach = _reach([[one], others])
+    assert reach["accuracy"] == 1 / 40
+    single, alike, different = (_cells(draws, reach, 0) for draws in ([one], [one] * 3, others))
+    assert (alike["accuracy_low"], alike["loss_low"]) == (single["accuracy_low"], single["loss_low"])
+    assert different["accuracy_low"] < single["accuracy_low"]
+
+
+CURVES = {
+    "flat, all right": np.zeros(11),
+    "flat": np.full(11, 0.01),
+    "low bump": 0.01 + 0.12 * GRID * (1 - GRID),
+    "bump from 0": 0.2 * GRID * (1 - GRID),
+    "plateau": 0.1 * np.minimum(1, 5 * np.minimum(GRID, 1 - GRID)),
+    "tilted": 0.02 + 0.05 * GRID + 0.2 * GRID * (1 - GRID),
+}
+
+
+@pytest.mark.parametrize("examples", [30, 100])
+@pytest.mark.parametrize("name", CURVES)
+def test_barriers_of_the_error_near_0(name, examples):
+    """Every barrier; 64 to 90 % without the examples that are added."""
+    truth, generator = CURVES[name], np.random.default_rng(0)
+    heights = {barrier: profile(truth[:, None], GRID).max() for barrier, profile in BARRIERS.items()}
+    inside = {barrier: [] for barrier in BARRIERS}
+    for seed in range(120):
+        sampled = Sampled.of(along(truth, examples, generator), seed=seed, resamples=200)
+        for barrier, profile in BARRIERS.items():
+            _, low, high = sampled.largest(lambda L, profile=profile: profile(L, GRID))
+            inside[barrier].append(holds(low, high, heights[barrier]))
+    assert {barrier: np.mean(each) for barrier, each in inside.items() if np.mean(each) < 0.9} == {}
+
+
+@pytest.mark.parametrize(("of_factors", "of_matched"), [(1.2, 0.1), (0.2, 0.2), (0.3, 0.0), (0.02, 0.0)])
+def test_what_norm_matching_takes_off_a_barrier(of_factors, of_matched):
+    """`removed`, `barrier` and `stays` of both metrics, 60 examples; the losses are exponential."""
+    truth = np.concatenate([0.01 + of_factors * GRID * (1 - GRID), 0.01 + of_matched * GRID * (1 - GRID)])
+    expected = {"barrier": of_factors / 4, "stays": of_matched / 4, "removed": (of_factors - of_matched) / 4}
+    generator, inside = np.random.default_rng(0), {(m, k): [] for m in ("loss", "error") for k in expected}
+    for seed in range(80):
+        wrong = along(truth, 60, generator)
+        loss = truth[:, None] * (0.8 * generator.exponential(1, 60) + 0.2 * generator.exponential(1, (22, 60)))
+        curves = {}
+        for metric, values in (("loss", loss), ("error", wrong)):
+            sampled = Sampled.of(values, seed=seed, resamples=200)
+            curves[(0, 1), "factors", metric] = sampled[list(range(11))]
+            curves[(0, 1), "matched", metric] = sampled[list(range(11, 22))]
+        for metric in ("loss", "error"):
+            cells = _shrinkage(curves, (0, 1), metric, GRID)
+            for name, height in expected.items():
+                inside[metric, name].append(holds(cells[f"{name}_low"], cells[f"{name}_high"], height))
+    assert {key: np.mean(each) for key, each in inside.items() if np.mean(each) < 0.88} == {}
+
+
+def test_the_two_ends_of_a_difference_of_maxima_are_the_right_way_round():
+    """One profile is certain and one skewed to above: what is taken away errs to below, and not the other way."""
+    generator, below, above = np.random.default_rng(0), [], []
+    for seed in range(100):
+        skewed = generator.exponential(1, (3, 40)) ** 2
+        values = np.concatenate([np.full((3, 40), 5.0), skewed])
+        sampled = Sampled.of(values, seed=seed, resamples=200)
+        value, low, high = sampled.largest(lambda L: L[:3], lambda L: L[3:])
+        _, low2, high2 = sampled.largest(lambda L: L[3:])
+        assert (low, high) == pytest.approx((5 - high2, 5 - low2))
+        below.append(value - low)
+        above.append(high - value)
+    assert abs(np.mean(below) - np.mean(above)) > 0.1  # so that ends that are swapped would be noticed
+
+
+@pytest.mark.parametrize(
+    "truth", [np.full(13, 0.01), np.append(0.0, np.full(12, 0.05)), np.append(0.01, np.linspace(0.01, 0.08, 12))]
+)
+@pytest.mark.parametrize("examples", [30, 100])
+def test_epsilon_near_0(truth, examples):
+    generator, inside = np.random.default_rng(0), []
+    for seed in range(120):
+        sampled = Sampled.of(along(truth, examples, generator), seed=seed, resamples=200)
+        _, low, high = sampled.largest(lambda L: L[1:] - L[0])
+        inside.append(holds(low, high, (truth[1:] - truth[0]).max()))
+    assert np.mean(inside) > 0.9
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.01, 0.05), (0.0, 0.02), (0.02, 0.0), (0.01, 0.01), (0.3, 0.35)])
+@pytest.mark.parametrize("examples", [20, 100])
+def test_the_difference_of_two_accuracies_on_the_same_examples(before, after, examples):
+    """Without the examples added, 29 to 90 %."""
+    generator, inside = np.random.default_rng(0), []
+    for seed in range(200):
+        sampled = Sampled.of(along([before, after], examples, generator), seed=seed, resamples=300)
+        _, low, high = sampled.estimate(lambda L: L[1] - L[0])
+        inside.append(holds(low, high, after - before))
+    assert np.mean(inside) > 0.9
+
+
+def test_points_that_are_one_model_differ_by_nothing():
+    sampled = Sampled.of(np.arange(20)[None] < np.array([[3], [5]]), seed=0)
+    assert sampled[[1, 1]].estimate(lambda L: L[1] - L[0]) == (0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("tasks", [1, 5])
+@pytest.mark.parametrize("wrong", [0.004, 0.03, 0.3])
+def test_merges_on_one_and_on_several_tasks(tasks, wrong):
+    """Accuracy and share of the adapters' own, by task and as means over tasks, 30 examples each."""
+    generator, inside = np.random.default_rng(0), {"accuracy": [], "normalised": [], "mean of shares": [], "mean": []}
+    truth = {"accuracy": 1 - wrong, "normalised": (1 - wrong) / (1 - wrong / 2)}
+    mix = Mix("x", "lora", 0, tuple(range(tasks)), (1.0,) * tasks)
+    digits, names = [Digits("relabel")] * tasks, [str(i) for i in range(tasks)]
+    for seed in range(100):
+        pairs = [along([wrong, wrong / 2], 30, generator) for _ in range(tasks)]
+        merged, own = [[scores(pair[0])] for pair in pairs], [[scores(pair[1])] for pair in pairs]
+        rows, whole = _measured(mix, "ties", merged, own, names, digits, seed)
+        for key in ("accuracy", "normalised"):
+            inside[key] += [holds(row[f"{key}_low"], row[f"{key}_high"], truth[key]) for row in rows]
+        inside["mean"].append(holds(whole["accuracy_low"], whole["accuracy_high"], truth["accuracy"]))
+        inside["mean of shares"].append(holds(whole["normalised_low"], whole["normalised_high"], truth["normalised"]))
+    assert {key: np.mean(each) for key, each in inside.items() if np.mean(each) < 0.9} == {}
+
+
+@pytest.mark.parametrize("examples", [50, 200])
+def test_mean_losses_and_perplexity(examples):
+    """Losses as of a classifier, small ones and a fifth of large ones; BCa intervals hold no more than 1 % more."""
+    generator, inside = np.random.default_rng(0), {"loss": [], "perplexity": []}
+    for seed in range(200):
+        hard = generator.random(examples) < 0.2
+        loss = np.where(hard, generator.exponential(2, examples), generator.exponential(0.1, examples))
+        cells = _estimates(scores(hard, loss), seed)
+        inside["loss"].append(holds(cells["loss_low"], cells["loss_high"], 0.2 * 2 + 0.8 * 0.1))
+        counts = generator.integers(5, 40, examples)
+        text = generator.gamma(2, 1.0, examples)
+        found = _perplexity(scores(hard, text), counts, seed)
+        inside["perplexity"].append(holds(found["perplexity_low"], found["perplexity_high"], math.exp(2)))
+    assert np.mean(inside["loss"]) > 0.85
+    assert np.mean(inside["perplexity"]) > 0.9
+
+
+def unanimity(n, members):
+    """All of the members are needed: rare contributions of 1. The value is shared evenly."""
+    members = np.asarray(members)
+    return (lambda coalitions: coalitions[:, members].all(1).astype(float)), np.isin(np.arange(n), members) / len(
+        members
+    )
+
+
+def unanimities(n, seed, count=6):
+    """A sum of games of unanimity with weights of either sign."""
+    generator, values, parts = np.random.default_rng(seed), np.zeros(n), []
+    for _ in range(count):
+        members, weight = generator.permutation(n)[: generator.integers(1, n)], generator.normal()
+        parts.append((weight, members))
+        values[members] += weight / len(members)
+    return (lambda coalitions: sum(w * coalitions[:, m].all(1) for w, m in parts)), values
+
+
+def voting(weights, quota):
+    weights = np.asarray(weights, float)
+
+    def game(coalitions):
+        return (coalitions @ weights >= quota * weights.sum()).astype(float)
+
+    return game, exact(game, len(weights)).values
+
+
+def accuracies(n, examples, seed):
+    """The accuracy on a few examples, each of which needs a strength of its own: saturating, in steps."""
+    generator = np.random.default_rng(seed)
+    strength, needed = generator.lognormal(0, 1, n), generator.exponential(1, examples)
+    strength *= 3 / strength.sum()
+
+    def game(coalitions):
+        return ((coalitions @ strength)[:, None] > needed).mean(1)
+
+    return game, exact(game, n).values
+
+
+N = 8
+GAMES = {
+    "all needed": unanimity(N, range(N)),
+    "three needed": unanimity(N, range(3)),
+    "sum": unanimities(N, 0),
+    "another sum": unanimities(N, 2),
+    "voting": voting([5, 4, 3, 2, 2, 1, 1, 1], 0.6),
+    "accuracy of 50": accuracies(N, 50, 0),
+    "saturating": saturating(N),
+}
+
+
+def played(game):
+    """The game from a table of all its worths."""
+    table, places = game(all_coalitions(N)), 1 << np.arange(N)
+    return lambda coalitions: table[coalitions @ places]
+
+
+@pytest.mark.parametrize("estimator", ["permutation", "antithetic", "stratified", "owen", "regression"])
+@pytest.mark.parametrize("draws", [2, 4, 12])
+def test_shapley_values_of_few_draws(estimator, draws):
+    """With 4 orders, [0, 0] held the value of a game of unanimity in a third of the cases."""
+    inside = {}
+    per_draw = {"antithetic": 2, "stratified": N, "owen": 8}.get(estimator, 1)
+    samples = 4 * draws if estimator == "regression" else draws * per_draw
+    for name, (game, values) in GAMES.items():
+        table, found = played(game), []
+        for seed in range(40):
+            each = estimate(table, N, estimator=estimator, samples=samples, seed=seed)
+            if each.draws > 1 and np.isfinite(each.se).all():
+                found.append(np.abs(each.values - values) <= student(each.draws) * each.se + 1e-9)
+        inside[name] = np.mean(found)
+    assert min(inside.values()) > 0.85, inside
+    assert np.mean(list(inside.values())) > 0.9
+
+
+def test_it_does_not_stop_at_draws_that_happen_to_be_equal():
+    """Whoever joins last makes all of the difference; the first orders may well give some player nothing."""
+    game, _ = unanimity(12, range(12))
+    with_all = estimate(game, 12, estimator="permutation", samples=400, seed=0)
+    stopped = estimate(game, 12, estimator="permutation", samples=400, seed=0, until_se=0.03)
+    assert stopped.draws > 50
+    assert with_all.se.min() > 0.005
+    one_order_each = estimate(lambda c: c.sum(1) * 1.0, 12, estimator="permutation", samples=30, seed=0)
+    assert student(30) * one_order_each.se == pytest.approx(np.full(12, 12 * (1 - 0.025 ** (1 / 30))))  # of v(N) − v(∅)
+
+
+@pytest.mark.parametrize("samples", [10, 40])
+def test_interactions_of_few_orders(samples):
+    """1.96 standard errors hold 16 to 60 % from 10 orders."""
+    inside = {}
+    off = ~np.eye(N, dtype=bool)
+    for name, (game, _) in GAMES.items():
+        table, found = played(game), []
+        truth = interactions(table, N, every=True).values
+        for seed in range(40):
+            each = interactions(table, N, samples=samples, seed=seed)
+            known = off & np.isfinite(each.half)
+            found += (np.abs(each.values - truth) <= each.half + 1e-9)[known].tolist()
+            assert (np.isnan(each.half) == np.isnan(each.se)).all()
+        inside[name] = np.mean(found)
+    assert min(inside.values()) > 0.85, inside
+    assert np.mean(list(inside.values())) > 0.9
+
+
+def test_values_of_few_examples():
+    """The part of an interval that is of the examples: on most of them a player changes nothing."""
+    generator, inside = np.random.default_rng(0), []
+    truth = np.array([0.0, 0.01, 0.05, 0.2])
+    for _ in range(400):
+        values = np.sign(truth) * (generator.random((60, 4)) < truth)
+        mean, error = mean_and_error(values)
+        inside.append(np.abs(mean - truth) <= student(60) * error + 1e-12)
+    assert np.mean(inside, axis=0).min() > 0.9
+
+
+@pytest.mark.parametrize("drawn", [3, 8, 40])
+@pytest.mark.parametrize("kind", ["smooth", "rare"])
+def test_means_over_keep_sets_of_a_size(drawn, kind):
+    """Drawn without replacement from 66 sets; with `rare` two of them are much worse than all the others."""
+    generator, held = np.random.default_rng(0), []
+    family = generator.normal(1, 0.2, 66) if kind == "smooth" else np.where(np.arange(66) < 2, 1.0, 0.1)
+    for _ in range(400):
+        means = family[generator.permutation(66)[:drawn]]
+        held.append(abs(means.mean() - family.mean()) <= half_width(means, reach=0.9, of=66))
+    assert np.mean(held) > 0.9
+    assert half_width(family, of=66) == 0
+    plain = student(3) * family[:3].std(ddof=1) / math.sqrt(3)
+    assert half_width(family[:3], reach=0.9, of=66) == pytest.approx(plain * math.sqrt(1 - 3 / 66))
+
+
+def outputs(n, examples, spread, seed):
+    """Logits of all 2^n keep-sets on some examples: a sum over the active players, and what the pairs of them add."""
+    generator = np.random.default_rng(seed)
+    own = generator.normal(0, spread, (n, examples, 3))
+    pairs = generator.normal(0, spread / 2, (n, n, examples, 3))
+    on = all_coalitions(n).astype(float)
+    logits = np.einsum("sp,pec->sec", on, own) + np.einsum("sp,sq,pqec->sec", on, on, pairs)
+    return logits, generator.integers(0, 3, examples)
+
+
+@pytest.mark.parametrize("drawn", [3, 8, 20])
+@pytest.mark.parametrize("spread", [0.3, 2.0])
+def test_the_progressive_gap_from_sampled_keep_sets(drawn, spread):
+    """Without the correction 3 to 87 % of the intervals hold the gap of all keep-sets, which are (m − 1)/m too low."""
+    n, examples = 8, 40
+    logits, labels = outputs(n, examples, spread, seed=0)
+    sizes = all_coalitions(n).sum(1)
+    places = {k: np.flatnonzero(sizes == k) for k in range(n + 1)}
+    whole = {k: stratum(logits[own], labels, len(own)) for k, own in places.items()}
+    truth = {(row["law"], row["p"]): row for row in inequality(whole, n, (0.2, 0.5))}
+    generator, inside, ratio, raw = np.random.default_rng(1), [], [], []
+    for _ in range(60):
+        chosen = {k: generator.permutation(own)[:drawn] for k, own in places.items()}
+        some = {k: stratum(logits[own], labels, len(places[k])) for k, own in chosen.items()}
+        for row in inequality(some, n, (0.2, 0.5)):
+            exact = truth[row["law"], row["p"]]
+            assert row["left"] - row["right"] == pytest.approx(row["gap"])
+            weights = LAWS[row["law"]](n, row["p"])
+            by_sets = half_of_strata([(weights[k] ** 2 * each.variance["gap"], each.draws) for k, each in some.items()])
+            by_examples = half_width(sum(weights[k] * each.by_example["gap"] for k, each in some.items()))
+            assert row["gap_high"] - row["gap"] == pytest.approx(math.hypot(by_sets, by_examples))
+            inside.append(abs(row["gap"] - exact["gap"]) <= by_sets)  # of the same examples
+            ratio.append(row["gap"] / exact["gap"])
+        raw.append(
+            sum(
+                LAWS["independent"](n, 0.5)[k]
+                * np.mean(
+                    np.mean([cross_entropy(logits[i], labels) for i in own], axis=0)
+                    - cross_entropy(logits[own].mean(0), labels)
+                )
+                for k, own in chosen.items()
+            )
+            / truth["independent", 0.5]["gap"]
+        )
+    assert np.mean(inside) > 0.9
+    assert np.mean(ratio) == pytest.approx(1, abs=0.07)
+    assert np.mean(raw) < 1 - 0.5 / drawn

@@ -1,0 +1,445 @@
+"""What comes from workers is what comes without them, whoever dies; one private cluster of two for all tests here."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from making_adapters import random_adapter
+from peft import LoraConfig
+
+from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.groups import players
+from lora_lab.analysis import compare, connectivity, shapley, stability, sweep
+from lora_lab.analysis.game import Game, Outcomes
+from lora_lab.errors import FileError, LoraLabError, LoraLabWarning, MismatchError, OptionError, TaskError
+from lora_lab.games.estimators import all_coalitions
+from lora_lab.results.result import Result
+from lora_lab.scoring import workers
+from lora_lab.scoring.evaluate import Examples
+from lora_lab.scoring.workers import Pool
+from lora_lab.tasks.digits import Digits
+from lora_lab.training.recipe import Recipe
+from lora_lab.training.runs import Job, train_all
+
+TARGETS = r"vit\.layers\.[0-3]\..*(q_proj|fc1)"
+DIED = pytest.warns(LoraLabWarning, match=r"a worker died \(ActorDiedError\); its batch is given to another")
+
+
+@pytest.fixture(scope="module")
+def pool():
+    import ray.cloudpickle
+
+    # workers cannot import the tests
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with Pool.open("local:2") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder, task = tmp_path_factory.mktemp("distribute"), Digits("relabel")
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=TARGETS)
+    made = [random_adapter(task, folder / f"a{seed}", config, seed=seed, scale=0.06) for seed in (0, 1)]
+    return [replace(a, record={"task": task.record, "method": "lora", "seed": i}) for i, a in enumerate(made)]
+
+
+def game_of(adapter, **options):
+    return Game(Outcomes(adapter, Digits("relabel"), split="validation", examples=60, **options), players(adapter))
+
+
+def test_shapley_values_are_the_same(pool, pair):
+    options = {"worth": "loss", "estimator": "antithetic", "samples": 4, "examples": 60}
+    costs = []
+    found = shapley.shapley(pair, Digits("relabel"), pool=pool, confirm=costs.append, **options)
+    assert found.columns == shapley.shapley(pair, Digits("relabel"), **options).columns
+    assert found.provenance["workers"] == 2
+    assert found.provenance["dtype"] == "float32"
+    assert found.summary["adapters"][0]["engine"]["block_evaluations"] > 0
+    assert costs[0].seconds > 0
+
+
+def test_stability_is_the_same(pool, pair):
+    options = {"by": {"low": r"layers\.[01]", "high": r"layers\.[23]"}, "samples": 3, "examples": 60}
+    found, alone = (stability.stability(pair[:1], Digits("relabel"), pool=each, **options) for each in (pool, None))
+    assert found.columns == alone.columns
+    assert found.summary == alone.summary
+
+
+def test_sweeps_are_the_same_down_to_the_base_alone(pool, pair):
+    options = {"sparsities": [0.5, 1.0], "draws": 2, "examples": 40}
+    told = []
+    found = sweep.sweep(pair[:1], Digits("relabel"), pool=pool, progress=lambda *n: told.append(n), **options)
+    assert found.columns == sweep.sweep(pair[:1], Digits("relabel"), **options).columns
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert told[-1][0] == told[-1][1]
+
+
+def test_lines_are_the_same(pool, pair):
+    options = {"points": 3, "ratios": [[1, 2]], "split": "validation"}
+    found, alone = (connectivity.interpolate(pair, Digits("relabel"), pool=each, **options) for each in (pool, None))
+    assert found.columns == alone.columns
+    assert found.summary == alone.summary
+    assert found.provenance["dtype"] == "float32"
+
+
+def test_comparisons_are_the_same_and_say_what_cannot_be_merged(pool, pair, tmp_path):
+    config = LoraConfig(r=3, lora_alpha=4, target_modules=TARGETS)
+    tasks = [Digits("identity"), Digits("mod3")]
+    wide = random_adapter(tasks[1], tmp_path / "wide", config, scale=0.06)
+    both = [
+        replace(a, record={"task": task.record, "method": "lora", "seed": 0})
+        for a, task in zip((pair[0], wide), tasks, strict=True)
+    ]
+    options = {"methods": ["average", "dare", "factor-average"], "coefficients": [0.5]}
+    journal = tmp_path / "journal"
+    with pytest.raises(KeyboardInterrupt):
+        compare.compare(both, tasks, pool=pool, journal=journal, progress=_interrupt_after(6), **options)
+    found = compare.compare(both, tasks, pool=pool, journal=journal, **options)
+    alone = compare.compare(both, tasks, **options)
+    assert found.columns == alone.columns
+    assert found.summary == alone.summary
+    assert [row["merge"] for row in found.summary["skipped"]] == ["factor-average"]
+    assert 0 < found.provenance["evaluations"] < alone.provenance["evaluations"]
+
+
+def test_trainings_are_the_same_and_are_saved_here(pool, tmp_path):
+    task = Digits("relabel").record
+    recipes = [Recipe(method="coto", seed=seed, steps=6, batch_size=8) for seed in (0, 1)]
+    there, here = (
+        [Job(task, recipe, tmp_path / where / f"{recipe.seed}.safetensors") for recipe in recipes]
+        for where in ("there", "here")
+    )
+    told = []
+    logs = train_all(there, pool=pool, progress=lambda *n: told.append(n))
+    assert told == [(1, 2), (2, 2)]
+    for job, log, own, same in zip(there, logs, here, train_all(here, workers=1), strict=True):
+        assert log.columns == same.columns
+        assert all(path.exists() for path in job.beside)
+        a, b = Adapter.load(job.path), Adapter.load(own.path)
+        assert a.record["recipe"] == b.record["recipe"]
+        assert all(torch.equal(a.tensors[key], b.tensors[key]) for key in b.tensors)
+    with pytest.raises(OptionError, match="--jobs"):
+        train_all(there, pool=pool, workers=2, force=True)
+
+
+def _interrupt_after(count):
+    def progress(done, total):
+        if done >= count:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_a_worker_that_is_killed_in_mid_run_loses_nothing_and_doubles_nothing(pool, pair, tmp_path):
+    import ray
+
+    victims = []
+
+    def kill(done, total):
+        if not victims:  # the other worker is in the middle of a batch
+            victims.append(next(worker for worker in pool._wears if worker not in pool._idle))
+            ray.kill(victims[0])
+
+    game = game_of(pair[0], pool=pool, cache=tmp_path, progress=kill)
+    with DIED:
+        worths = game(all_coalitions(4))
+    assert len(victims) == 1
+    assert (worths == game_of(pair[0])(all_coalitions(4))).all()
+    assert game.outcomes.evaluated == 16
+    (journal,) = tmp_path.glob("*.jsonl")
+    keys = [line.partition('"key": ')[2].partition(",")[0] for line in journal.read_text().splitlines()[1:]]
+    assert len(set(keys)) == len(keys) == 16
+
+
+@pytest.mark.parametrize("stop", ["with a pool", "without"])
+def test_a_run_goes_on_where_it_was_with_a_pool_of_another_size(pool, pair, tmp_path, monkeypatch, stop):
+    first = game_of(pair[0], pool=pool if stop == "with a pool" else None, cache=tmp_path, progress=_interrupt_after(6))
+    with pytest.raises(KeyboardInterrupt):
+        first(all_coalitions(4))
+    known = first.outcomes.evaluated
+    assert 6 <= known < 16
+    monkeypatch.setattr(pool, "size", 1)
+    again = game_of(pair[0], pool=pool, cache=tmp_path)
+    assert (again(all_coalitions(4)) == game_of(pair[0])(all_coalitions(4))).all()
+    assert again.outcomes.evaluated == 16 - known
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Answers with the process and the square; dies, or raises, as it is told."""
+
+    folder: Path
+    name: str = "squares"
+
+    @property
+    def fingerprint(self):
+        return f"{self.folder} {self.name}"
+
+    def __call__(self):
+        (self.folder / f"{self.name}-{os.getpid()}").touch()
+        return self.answer
+
+    def answer(self, item):
+        if isinstance(item, Exception):
+            raise item
+        if item < 0 and not (self.folder / "dead").exists():
+            (self.folder / "dead").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if item == 666:
+            os._exit(1)
+        return os.getpid(), item**2
+
+
+def test_a_batch_whose_worker_dies_is_answered_by_another(pool, tmp_path):
+    kept = []
+    with DIED:
+        found = pool.run(Setup(tmp_path), [1, -2, 3, 4], lambda item, answer: kept.append((item, answer[1])))
+    assert [square for _, square in found] == [1, 4, 9, 16]
+    assert sorted(kept) == [(-2, 4), (1, 1), (3, 9), (4, 16)]
+
+
+def test_a_batch_that_ends_every_worker_is_given_up(pool, tmp_path):
+    with DIED, pytest.raises(LoraLabError, match=r"a batch of work ended 3 workers, the last one so: .*died"):
+        pool.run(Setup(tmp_path), [666])
+    assert pool.run(Setup(tmp_path), [5])[0][1] == 25
+
+
+def test_a_worker_builds_once_and_keeps_one_model(pool, tmp_path):
+    for _ in range(3):
+        pool.run(Setup(tmp_path), [1])
+    assert len(list(tmp_path.iterdir())) == 1
+    pool.run(Setup(tmp_path, "others"), [1, 2, 3, 4])
+    built = len(list(tmp_path.iterdir()))
+    pool.run(Setup(tmp_path, "others"), [1])
+    assert len(list(tmp_path.iterdir())) == built
+
+
+@pytest.mark.parametrize("error", [FileError("a.csv: no such file"), OptionError("no"), TaskError("out of range")])
+def test_errors_of_the_project_arrive_as_they_are(pool, tmp_path, error):
+    with pytest.raises(type(error)) as raised:
+        pool.run(Setup(tmp_path), [1, error, 2])
+    assert str(raised.value) == str(error)
+    assert len(pool.run(Setup(tmp_path), [1, 2, 3])) == 3
+
+
+def test_other_errors_bring_the_traceback_of_the_worker(pool, tmp_path):
+    with pytest.raises(ZeroDivisionError, match=r"(?s)in answer.*ZeroDivisionError: division"):
+        pool.run(Setup(tmp_path), [ZeroDivisionError("division by zero")])
+
+
+def test_workers_use_as_many_threads_as_the_driver(pool):
+    @dataclass(frozen=True)
+    class Threads:
+        fingerprint: str = "threads"
+
+        def __call__(self):
+            return lambda _: torch.get_num_threads()
+
+    assert pool.run(Threads(), [0]) == [torch.get_num_threads()]
+
+
+def test_a_cluster_of_ones_own_listens_to_this_machine_alone(pool):
+    import psutil
+
+    @dataclass(frozen=True)
+    class Worker:
+        fingerprint: str = "worker"
+
+        def __call__(self):
+            return lambda _: os.getpid()
+
+    (worker,) = pool.run(Worker(), [0])
+    mine = psutil.Process()
+    processes = [mine, *mine.children(recursive=True)]
+    assert worker in [process.pid for process in processes]
+    heard = [
+        connection.laddr.ip
+        for process in processes
+        for connection in process.net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert len(heard) > 3
+    assert {ip.removeprefix("::ffff:") for ip in heard} <= {"127.0.0.1", "::1"}
+    assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
+
+
+def test_batches_are_consecutive_a_few_a_worker_and_no_longer_than_asked(pool):
+    assert pool.cut(range(16)) == [range(i, i + 2) for i in range(0, 16, 2)]
+    assert pool.cut(range(100), most=5) == [range(i, i + 5) for i in range(0, 100, 5)]
+    assert pool.cut([]) == []
+
+
+def test_a_task_that_its_record_does_not_give_again_is_refused(pool, pair):
+    class Own(Digits):
+        pass
+
+    with pytest.raises(OptionError, match=r"task digits/relabel \(Own\) cannot be built again from its record"):
+        shapley.shapley(pair, Own("relabel"), pool=pool)
+
+
+def test_other_data_on_a_worker_is_refused():
+    task = Digits("relabel")
+    assert len(Examples.of(task, "test", 7).of_task(task)) == 7
+    with pytest.raises(MismatchError, match="other data in the test split"):
+        Examples.of(Digits("identity"), "test").of_task(task)
+
+
+def test_without_ray_it_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(OptionError, match=r"^--ray needs Ray: pip install 'lora-lab\[ray\]'$"), Pool.open("auto"):
+        pass
+
+
+@pytest.mark.parametrize("spec", ["local", "local:0", "local:-1", "local:x", "", "somewhere", "host:1/0"])
+def test_a_cluster_that_cannot_be_is_refused(spec):
+    with pytest.raises(OptionError, match="HOST:PORT of a running cluster, or local:N"), Pool.open(spec):
+        pass
+
+
+def fake_ray(init=None, *, connected=False, version="2.60.0"):
+    return SimpleNamespace(__version__=version, init=init, is_initialized=lambda: connected, shutdown=lambda: None)
+
+
+@pytest.mark.parametrize("spec", ["auto", "127.0.0.1:6379"])
+@pytest.mark.parametrize("version", ["2.51.1", "2.40.0", "1.13.0"])
+def test_a_ray_without_authentication_joins_no_cluster(monkeypatch, spec, version):
+    monkeypatch.setitem(sys.modules, "ray", fake_ray(lambda **_: pytest.fail("it would connect"), version=version))
+    with pytest.raises(OptionError, match=rf"Ray {version} lets anybody .*2\.52 or newer"), Pool.open(spec):
+        pass
+
+
+def test_a_cluster_of_ones_own_that_would_listen_to_the_network_is_refused(monkeypatch):
+    fake = fake_ray(lambda **_: None)
+    fake._private = SimpleNamespace(ray_constants=SimpleNamespace(ENABLE_RAY_CLUSTER=True))
+    fake.nodes = lambda: [{"NodeManagerAddress": "192.0.2.2"}]
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    with pytest.raises(OptionError, match=r"would listen to the network, on 192\.0\.2\.2"), Pool.open("local:2"):
+        pass
+    assert fake._private.ray_constants.ENABLE_RAY_CLUSTER is True
+
+
+def test_nobody_at_the_address_is_one_line_at_once(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", fake_ray(lambda **_: pytest.fail("it would try for ten minutes")))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        text = rf"--ray 127.0.0.1:{port}: no cluster to be joined \(.*refused\)"
+        with pytest.raises(OptionError, match=text), Pool.open(f"127.0.0.1:{port}"):
+            pass
+
+
+def test_no_cluster_is_one_line(monkeypatch):
+    def init(**_):
+        raise ConnectionError("Could not find any running Ray instance.\n  Please specify the one to connect to.")
+
+    monkeypatch.setitem(sys.modules, "ray", fake_ray(init))
+    with (
+        pytest.raises(OptionError, match=r"no cluster to be joined .*`ray start --head` starts one"),
+        Pool.open("auto"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("spec", ["local:2", "localhost:6379"])
+def test_a_process_has_one_cluster(monkeypatch, spec):
+    monkeypatch.setitem(sys.modules, "ray", fake_ray(connected=True))
+    with pytest.raises(OptionError, match="uses a Ray cluster already; auto takes that one"), Pool.open(spec):
+        pass
+
+
+def nodes(*resources):
+    return SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": each} for each in resources])
+
+
+@pytest.mark.parametrize(
+    ("spec", "device", "resources", "expected"),
+    [
+        ("auto", None, [{"CPU": 8}, {"CPU": 6}], (3, "cpu", {"num_cpus": 4})),
+        ("auto", None, [{"CPU": 2}, {"CPU": 3}], (1, "cpu", {"num_cpus": 3})),
+        ("auto", None, [{"CPU": 1000}], (64, "cpu", {"num_cpus": 4})),
+        ("auto", None, [{"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 1}], (3, "cuda", {"num_cpus": 0, "num_gpus": 1})),
+        ("auto/2", None, [{"GPU": 4}, {"GPU": 3}], (3, "cuda", {"num_cpus": 0, "num_gpus": 2})),
+        ("auto", "cpu", [{"CPU": 8, "GPU": 2}], (2, "cpu", {"num_cpus": 4})),
+        ("local:2", "cuda:0", [{"CPU": 2, "GPU": 1}], (2, "cuda", {"num_cpus": 0, "num_gpus": 0.5})),
+        ("local:3", None, [{"CPU": 3}], (3, "cpu", {"num_cpus": 1})),
+    ],
+)
+def test_workers_are_one_for_each_gpu_or_for_the_cores_that_the_threads_take(spec, device, resources, expected):
+    assert workers._shares(nodes(*resources), workers._SPEC.fullmatch(spec), device, 4) == expected
+
+
+@pytest.mark.parametrize(
+    ("spec", "device", "text"),
+    [
+        ("auto", "cuda", "0 GPUs on the Ray cluster"),
+        ("auto/2", None, "on GPUs are not to be had"),
+        ("auto", "mps", "on mps are not to be had"),
+    ],
+)
+def test_gpus_that_are_not_there_are_refused(spec, device, text):
+    with pytest.raises(OptionError, match=text):
+        workers._shares(nodes({"CPU": 4}), workers._SPEC.fullmatch(spec), device, 1)
+
+
+def test_the_module_itself_loads_neither_torch_nor_ray():
+    code = "import sys, lora_lab.scoring.workers; assert not {'torch', 'ray'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def interrupted(command):
+    """Exit code, standard error and journals of a command that is interrupted once some of its work is done."""
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell in the background has it ignored
+    )
+    deadline = time.monotonic() + 120
+    while not (found := list(Path("out/.outcomes").glob("*.jsonl"))) or found[0].read_text().count("\n") < 15:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err, found
+
+
+def test_an_interrupted_command_ends_its_cluster_and_goes_on_from_its_journal(pool, pair, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pair[0].save("a.safetensors")
+    command = [Path(sys.executable).with_name("lora-lab"), "shapley", "a.safetensors", "--players", "module"]
+    command += ["--estimator", "exact", "--ray", "local:1"]
+    code, err, found = 0, "", []
+    for _ in range(5):  # on a busy machine it may be done before it hears of the interrupt
+        shutil.rmtree("out", ignore_errors=True)
+        code, err, found = interrupted(command)
+        if code:
+            break
+    assert code == 130
+    assert err.splitlines()[-1] == "error: interrupted; nothing half-written was left"
+    known = found[0].read_text().count("\n") - 1
+    assert 14 <= known < 256
+
+    evaluated = []
+    keep = Outcomes._keep
+    monkeypatch.setattr(Outcomes, "_keep", lambda self, *args: (evaluated.append(args), keep(self, *args)))
+    monkeypatch.setattr(Pool, "open", lambda spec, device: contextlib.nullcontext(pool))
+    (main,) = entry_points(group="console_scripts", name="lora-lab")
+    with pytest.raises(SystemExit) as ended:
+        main.load()(command[1:])
+    assert not ended.value.code
+    assert len(evaluated) == 256 - known
+    assert np.isfinite(Result.load(Path("out/shapley.json")).columns["value"]).all()
