@@ -61,7 +61,7 @@ def command(
     from ..files.ownership import MARK, foreign
     from ..merging import merged as merge
     from ..merging.methods import defaults
-    from ..scoring.evaluate import tasks_of
+    from ..tasks.choosing import tasks_of
 
     outputs = common.Outputs(output, "compare-merges")
     tex = output / "compare-merges.tex"

@@ -35,8 +35,8 @@ def command(
     Example:  lora-lab evaluate a.safetensors b.safetensors
     """
     from ..adapters.adapter import Adapter
+    from ..analysis.evaluate import evaluate
     from ..files.disk import refuse_existing
-    from ..scoring.evaluate import evaluate
     from ..tasks.task import resolve_device
 
     if output:

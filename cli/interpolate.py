@@ -56,7 +56,7 @@ def command(
     from ..adapters.renames import rename_all
     from ..analysis import connectivity
     from ..errors import unknown
-    from ..scoring.evaluate import task_of
+    from ..tasks.choosing import task_of
 
     if space not in _SPACES:
         raise unknown("space", space, _SPACES)

@@ -90,7 +90,7 @@ def command(
     from ..merging import search as searching
     from ..merging.methods import NEEDS_DATA, defaults
     from ..merging.sources import Sources, parse_weights
-    from ..scoring.evaluate import tasks_of
+    from ..tasks.choosing import tasks_of
     from ..tasks.task import resolve_device
 
     if output is None:

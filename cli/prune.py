@@ -62,7 +62,7 @@ def command(
     from ..errors import OptionError
     from ..files.disk import refuse_existing
     from ..pruning import patterns, prune
-    from ..scoring.evaluate import task_of
+    from ..tasks.choosing import task_of
 
     ways = [keep is not None, sparsity is not None or method is not None, rank is not None or energy is not None]
     if sum(ways) != 1:

@@ -64,7 +64,7 @@ def command(
     from ..adapters.adapter import Adapter
     from ..analysis import shapley
     from ..games import estimators
-    from ..scoring.evaluate import task_of
+    from ..tasks.choosing import task_of
 
     outputs = common.Outputs(output, "shapley")
     loaded = [

@@ -54,7 +54,7 @@ def command(
     from ..adapters.adapter import Adapter
     from ..analysis import stability
     from ..errors import OptionError
-    from ..scoring.evaluate import task_of
+    from ..tasks.choosing import task_of
 
     try:
         probabilities = [float(part) for part in grid.split(",")]

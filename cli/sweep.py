@@ -51,7 +51,7 @@ def command(
     from ..adapters.adapter import Adapter
     from ..analysis import sweep
     from ..errors import OptionError
-    from ..scoring.evaluate import task_of
+    from ..tasks.choosing import task_of
 
     chosen_kinds = {"structured": structured, "unstructured": unstructured, "rank": rank}
     kinds = [kind for kind, wanted in chosen_kinds.items() if wanted] or list(chosen_kinds)

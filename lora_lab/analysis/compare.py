@@ -21,6 +21,7 @@ import torch
 
 from lora_lab import escape
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.describe import described, identity, labels_of
 from lora_lab.adapters.initial import shared_start
 from lora_lab.adapters.renames import require_shared_modules
 from lora_lab.analysis.court import CANNOT, Clerks, Court, Judged, Mix, Way, correct, loss, share
@@ -30,7 +31,7 @@ from lora_lab.merging.methods import MERGES, check
 from lora_lab.merging.sources import Sources
 from lora_lab.results.result import Journal, Result, columns, fingerprint, finite, grouped, provenance
 from lora_lab.results.stats import ADDED, Floats, Sampled, around, interval, mean_and_spread, proportion
-from lora_lab.scoring.evaluate import described, examples_of, identity, labels_of
+from lora_lab.scoring.examples import examples_of
 from lora_lab.scoring.workers import Pool
 from lora_lab.tasks.task import Scores, Task, resolve_device
 

@@ -27,22 +27,12 @@ import torch
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.attached import put_on
+from lora_lab.adapters.describe import described, identity, labels_of, method_of
 from lora_lab.errors import OptionError
 from lora_lab.merging.paths import Mixer
 from lora_lab.results.result import Journal, Result, columns, fingerprint, finite, grouped, provenance
 from lora_lab.results.stats import Floats, Sampled, mean_and_spread, proportion
-from lora_lab.scoring.evaluate import (
-    Examples,
-    Sent,
-    bare,
-    described,
-    examples_of,
-    identity,
-    labels_of,
-    method_of,
-    pack,
-    remembered,
-)
+from lora_lab.scoring.examples import Examples, Sent, bare, examples_of, pack, remembered
 from lora_lab.scoring.workers import Pool
 from lora_lab.tasks.task import Scores, Task, resolve_device
 

@@ -23,7 +23,8 @@ from lora_lab.merging.panel import Panel
 from lora_lab.merging.sources import Sources
 from lora_lab.results.result import Journal, fingerprint
 from lora_lab.results.stats import Floats
-from lora_lab.scoring.evaluate import Examples, Sent, bare, pack, remembered, score
+from lora_lab.scoring.evaluate import score
+from lora_lab.scoring.examples import Examples, Sent, bare, pack, remembered
 from lora_lab.scoring.scorer import seconds_of
 from lora_lab.scoring.workers import Pool
 from lora_lab.tasks.task import Scores

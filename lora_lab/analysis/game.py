@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,15 @@ import numpy.typing as npt
 import torch
 
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.describe import identity
 from lora_lab.adapters.groups import Players, players
 from lora_lab.errors import LoraLabWarning, OptionError, TunerError, some, unknown
 from lora_lab.games.estimators import Bools
 from lora_lab.results.result import Journal, fingerprint, provenance
 from lora_lab.results.stats import Floats
-from lora_lab.scoring.evaluate import Examples, Sent, bare, examples_of, identity, pack, remembered
+from lora_lab.scoring.examples import Examples, Sent, bare, examples_of, pack, remembered
+from lora_lab.scoring.execution import Cost as Cost
+from lora_lab.scoring.execution import Progress as Progress
 from lora_lab.scoring.prefixes import Layout, State, Variant, Variants
 from lora_lab.scoring.scorer import Answer, Effort, Look, Make, Others, Scorer, ScorerSetup, Several
 from lora_lab.scoring.workers import Pool
@@ -37,9 +39,6 @@ _FORMAT = 2
 # the coalitions of antithetic orders over 80 blocks share .50 of their blocks in place of .52; cut into 8, .45.
 _LEAST, _SECONDS = 32, 60.0
 
-Progress = Callable[[int, int], None]
-"""Called with (coalitions done, coalitions in all)."""
-
 WORTHS: dict[str, Callable[[Scores], Floats]] = {
     "accuracy": lambda scores: scores.correct.astype(np.float64),
     "loss": lambda scores: -scores.loss,
@@ -50,24 +49,6 @@ WORTHS: dict[str, Callable[[Scores], Floats]] = {
 
 In classification the loss is the negative log-likelihood of the right label, so that the two are one number here.
 """
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What is still to be computed."""
-
-    variants: int
-    """Not known yet."""
-    block_evaluations: int
-    """On whole batches."""
-    naive_block_evaluations: int
-    seconds: float
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-    def __mul__(self, times: int) -> Cost:
-        return Cost(*(times * part for part in astuple(self)))
 
 
 class Outcomes:

@@ -15,6 +15,7 @@ import torch
 
 from lora_lab import files
 from lora_lab.adapters.adapter import SIGNATURE_KEY, Adapter
+from lora_lab.adapters.describe import described, identity, labels_of, method_of
 from lora_lab.adapters.groups import players
 from lora_lab.analysis.game import Cost, Game, Progress, game_of, measured
 from lora_lab.errors import LoraLabError, OptionError, unknown
@@ -22,7 +23,7 @@ from lora_lab.games import estimators, interactions
 from lora_lab.games.estimators import EXACT_LIMIT, Bools, Estimate, all_coalitions
 from lora_lab.results.result import Result, columns, fingerprint, finite, grouped
 from lora_lab.results.stats import INTERVALS, Floats, mean_and_error, mean_and_spread, student
-from lora_lab.scoring.evaluate import described, examples_of, identity, labels_of, method_of
+from lora_lab.scoring.examples import examples_of
 from lora_lab.scoring.workers import Pool
 from lora_lab.tasks.task import Task
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.describe import described, identity, labels_of, method_of
 from lora_lab.adapters.groups import players
 from lora_lab.analysis.game import Cost, Game, Progress, game_of, measured
 from lora_lab.errors import OptionError, TaskError, some
@@ -35,7 +36,7 @@ from lora_lab.results.stats import (
     mean_and_spread,
     proportion,
 )
-from lora_lab.scoring.evaluate import described, examples_of, identity, labels_of, method_of
+from lora_lab.scoring.examples import examples_of
 from lora_lab.scoring.workers import Pool
 from lora_lab.tasks.task import Scores, Task
 

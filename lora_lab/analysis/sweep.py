@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.describe import described, identity, labels_of, method_of
 from lora_lab.analysis.game import Cost, Outcomes, Progress, measured
 from lora_lab.analysis.shapley import forecast, values_of
 from lora_lab.errors import AdapterError, OptionError, TunerError, unknown
@@ -21,7 +22,7 @@ from lora_lab.pruning import patterns, prune
 from lora_lab.pruning.patterns import Choice
 from lora_lab.results.result import Result, columns, fingerprint, finite, grouped
 from lora_lab.results.stats import INTERVALS, Floats, Sampled, half_width, mean_and_spread, proportion
-from lora_lab.scoring.evaluate import described, examples_of, identity, labels_of, method_of
+from lora_lab.scoring.examples import examples_of
 from lora_lab.scoring.prefixes import Variant
 from lora_lab.scoring.scorer import Make
 from lora_lab.scoring.workers import Pool

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_lab import escape, files
 from lora_lab.adapters.adapter import Adapter, from_updates
+from lora_lab.adapters.describe import labels_of
 from lora_lab.adapters.lowrank import LowRank, factored, is_finite
 from lora_lab.adapters.renames import require_shared_modules
 from lora_lab.adapters.whole import HEADS, merge_heads, token_settings
@@ -25,7 +26,7 @@ from lora_lab.hub import base_model
 from lora_lab.merging.methods import MERGES, check, defaults
 from lora_lab.merging.sources import Sources
 from lora_lab.results.result import provenance
-from lora_lab.scoring.evaluate import labels_of, task_of
+from lora_lab.tasks.choosing import task_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHECKED = 1e-6

@@ -9,18 +9,15 @@ from lora_lab.lazy import face
 
 if TYPE_CHECKING:
     from lora_lab.scoring.evaluate import score as score
-    from lora_lab.scoring.evaluate import task_of as task_of
-    from lora_lab.scoring.evaluate import tasks_of as tasks_of
+    from lora_lab.scoring.execution import Cost as Cost
+    from lora_lab.scoring.execution import Execution as Execution
     from lora_lab.scoring.workers import Pool as Pool
 
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
-        "evaluate": (
-            "score",
-            "task_of",
-            "tasks_of",
-        ),
+        "evaluate": ("score",),
+        "execution": ("Cost", "Execution"),
         "workers": ("Pool",),
     },
 )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.attached import put_on
-from lora_lab.scoring.evaluate import Examples, Sent
+from lora_lab.scoring.examples import Examples, Sent
 from lora_lab.scoring.prefixes import Layout, Variant, Variants
 from lora_lab.tasks.task import Scores, Task
 

@@ -28,7 +28,8 @@ from lora_lab.adapters.lowrank import LowRank, combine
 from lora_lab.errors import LoraLabError, LoraLabWarning, OptionError, TunerError, unknown
 from lora_lab.files.trust import Origin
 from lora_lab.results.result import Result, fingerprint, finite, provenance
-from lora_lab.scoring.evaluate import examples_of, score
+from lora_lab.scoring.evaluate import score
+from lora_lab.scoring.examples import examples_of
 from lora_lab.tasks.task import Task
 from lora_lab.training import survival
 from lora_lab.training.checkpoints import StampCheckpoints, last_checkpoint

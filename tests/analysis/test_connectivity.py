@@ -16,7 +16,8 @@ from lora_lab.analysis.connectivity import BARRIERS, Point, evaluate, interpolat
 from lora_lab.errors import MismatchError, OptionError, TunerError
 from lora_lab.merging.paths import SPACES, Mixer
 from lora_lab.results.stats import Sampled
-from lora_lab.scoring.evaluate import pack, score, unpack
+from lora_lab.scoring.evaluate import score
+from lora_lab.scoring.examples import pack, unpack
 from lora_lab.tasks.digits import Digits
 from lora_lab.tasks.task import Scores
 

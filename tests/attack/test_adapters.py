@@ -16,7 +16,7 @@ from strategies import attack, changed, dumps, safetensors_of, scalars, texts, v
 from lora_lab import tasks
 from lora_lab.adapters.adapter import CONFIG_KEY, RECORD_KEY, Adapter
 from lora_lab.adapters.formats.peft_config import LORA_FIELDS
-from lora_lab.scoring.evaluate import task_of
+from lora_lab.tasks.choosing import task_of
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
 CONFIG = {

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lora_lab import plots
 from lora_lab.errors import LoraLabError
 from lora_lab.results.result import FORMAT, Journal, Result, _checksum, _line
-from lora_lab.scoring.evaluate import pack, remembered
+from lora_lab.scoring.examples import pack, remembered
 from lora_lab.tasks.task import Scores
 
 MOST_S = 5.0

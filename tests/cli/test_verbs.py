@@ -442,7 +442,8 @@ def test_no_module_called_cli_is_installed():
 
 def test_results_do_not_hang_on_the_number_of_threads(pair):
     from lora_lab.adapters.adapter import Adapter
-    from lora_lab.scoring.evaluate import score, task_of
+    from lora_lab.scoring.evaluate import score
+    from lora_lab.tasks.choosing import task_of
 
     adapter = Adapter.load(pair[0])
     before = score(task_of(adapter), adapter).loss

@@ -27,7 +27,9 @@ from lora_lab.hub import base_model
 from lora_lab.merging.merged import base_of, merge
 from lora_lab.merging.sources import Sources
 from lora_lab.pruning.prune import structured
-from lora_lab.scoring.evaluate import Sent, score, task_of
+from lora_lab.scoring.evaluate import score
+from lora_lab.scoring.examples import Sent
+from lora_lab.tasks.choosing import task_of
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import Recipe
 

@@ -25,12 +25,12 @@ from scipy.stats import binom
 from lora_lab.analysis.compare import _measured
 from lora_lab.analysis.connectivity import BARRIERS, _shrinkage
 from lora_lab.analysis.court import Mix
+from lora_lab.analysis.evaluate import _estimates, _perplexity, _shares
 from lora_lab.analysis.sweep import _cells, _reach
 from lora_lab.games.estimators import all_coalitions, estimate, exact
 from lora_lab.games.interactions import interactions
 from lora_lab.games.progressive import LAWS, cross_entropy, inequality, stratum
 from lora_lab.results.stats import Sampled, half_of_strata, half_width, mean_and_error, proportion, student
-from lora_lab.scoring.evaluate import _estimates, _perplexity, _shares
 from lora_lab.tasks.digits import Digits
 from lora_lab.tasks.task import Scores
 

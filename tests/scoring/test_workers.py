@@ -27,7 +27,7 @@ from lora_lab.errors import FileError, LoraLabError, LoraLabWarning, MismatchErr
 from lora_lab.games.estimators import all_coalitions
 from lora_lab.results.result import Result
 from lora_lab.scoring import workers
-from lora_lab.scoring.evaluate import Examples
+from lora_lab.scoring.examples import Examples
 from lora_lab.scoring.workers import Pool
 from lora_lab.tasks.digits import Digits
 from lora_lab.training.recipe import Recipe

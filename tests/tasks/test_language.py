@@ -14,13 +14,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from lora_lab import tasks
 from lora_lab.adapters.attached import attach
 from lora_lab.analysis import compare, connectivity
+from lora_lab.analysis.evaluate import evaluate
 from lora_lab.analysis.shapley import shapley
 from lora_lab.analysis.stability import stability
 from lora_lab.errors import LoraLabWarning, OptionError, TaskError
 from lora_lab.merging.merged import merge
 from lora_lab.merging.panel import Panel
 from lora_lab.merging.sources import Sources
-from lora_lab.scoring.evaluate import evaluate, score, task_of, tasks_of
+from lora_lab.scoring.evaluate import score
+from lora_lab.tasks.choosing import task_of, tasks_of
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import Recipe
 

@@ -19,8 +19,9 @@ from lora_lab.adapters.attached import attach
 from lora_lab.analysis import connectivity
 from lora_lab.analysis.shapley import shapley
 from lora_lab.analysis.stability import stability
-from lora_lab.scoring.evaluate import score, task_of
+from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.prefixes import Variants
+from lora_lab.tasks.choosing import task_of
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import Recipe
 

@@ -18,11 +18,14 @@ from transformers import (
 )
 
 from lora_lab import tasks
+from lora_lab.analysis.evaluate import evaluate
 from lora_lab.errors import FileError, LoraLabError, LoraLabWarning, MismatchError, OptionError, TaskError
 from lora_lab.merging.merged import merge
 from lora_lab.merging.sources import Sources
-from lora_lab.scoring.evaluate import evaluate, examples_of, score, task_of
+from lora_lab.scoring.evaluate import score
+from lora_lab.scoring.examples import examples_of
 from lora_lab.tasks import task
+from lora_lab.tasks.choosing import task_of
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import Recipe
 

@@ -29,8 +29,10 @@ from lora_lab.analysis.stability import stability
 from lora_lab.analysis.sweep import sweep
 from lora_lab.errors import FileError, OptionError, TaskError
 from lora_lab.files.trust import Origin
-from lora_lab.scoring.evaluate import examples_of, score, task_of, tasks_of
+from lora_lab.scoring.evaluate import score
+from lora_lab.scoring.examples import examples_of
 from lora_lab.tasks import task
+from lora_lab.tasks.choosing import task_of, tasks_of
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import Recipe
 

@@ -8,8 +8,10 @@ import torch
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.attached import attach, weight_deltas
 from lora_lab.analysis.connectivity import interpolate
+from lora_lab.analysis.evaluate import evaluate
 from lora_lab.errors import FileError, LoraLabError, LoraLabNote, OptionError, TaskError, TunerError
-from lora_lab.scoring.evaluate import evaluate, score, task_of
+from lora_lab.scoring.evaluate import score
+from lora_lab.tasks.choosing import task_of
 from lora_lab.tasks.digits import Digits
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import METHODS, Recipe, tuners

@@ -1,0 +1,55 @@
+"""A question about adapters on a task: a frozen dataclass whose fields are all that its answer hangs on.
+
+The same object gives the checks, the record in the result, the run id, and (in the command line) the verb's options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.describe import identity
+from lora_lab.errors import OptionError
+from lora_lab.options import check_options
+from lora_lab.results.result import Result, fingerprint, finite
+from lora_lab.results.stats import INTERVALS
+from lora_lab.scoring.examples import examples_of
+from lora_lab.scoring.execution import Execution
+from lora_lab.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Question(ABC):
+    """What is asked; `run` answers. Every subclass has a field `split`."""
+
+    kind: ClassVar[str]
+    """The kind of its results."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The fields in JSON types, by the names that they have in results."""
+        found: dict[str, Any] = finite({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        return found
+
+    def check(self, adapters: Sequence[Adapter]) -> None:
+        """Raise what `run` would raise for these adapters, before anything is computed."""
+        if not adapters:
+            raise OptionError("no adapter was given")
+
+    def run_id(self, adapters: Sequence[Adapter], task: Task) -> str:
+        """What the answer hangs on, hashed: the adapters, the examples, and the question."""
+        split = getattr(self, "split")  # noqa: B009  (of every subclass)
+        return fingerprint(
+            [self.kind, INTERVALS, [identity(each) for each in adapters], examples_of(task, split), self.record]
+        )
+
+    @abstractmethod
+    def run(self, adapters: Sequence[Adapter], task: Task, on: Execution = Execution()) -> Result:  # noqa: B008
+        """The answer, with the record of the question."""

@@ -1,0 +1,65 @@
+"""How a question is computed: where, with whom, and who is told. Nothing in here changes a number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from lora_lab.scoring.workers import Pool
+
+Progress = Callable[[int, int], None]
+"""Called with (pieces done, pieces in all)."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What is still to be computed."""
+
+    variants: int
+    """Not known yet."""
+    block_evaluations: int
+    """On whole batches."""
+    naive_block_evaluations: int
+    seconds: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(*(times * part for part in astuple(self)))
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where and how a question is computed; no part of its record, its run id or its numbers.
+
+    Numbers are the same bit for bit in this process and in workers on CPUs of one kind.
+    """
+
+    device: torch.device | None = None
+    """None: that of the workers, else a GPU where there is one."""
+    cache: Path | None = None
+    """Folder for the journals of scores, by which a killed run goes on and another question finds what is known."""
+    pool: Pool | None = None
+    """Workers that compute; None for this process."""
+    progress: Progress | None = None
+    confirm: Callable[[Cost], None] | None = None
+    """Told the cost before anything is computed; raises what stops the run."""
+
+    def place(self) -> torch.device:
+        """The device."""
+        import torch
+
+        from lora_lab.tasks.task import resolve_device
+
+        return self.device or (torch.device(self.pool.device) if self.pool else resolve_device())
+
+    def report(self, done: int, total: int) -> None:
+        """Tell whoever wants to know."""
+        if self.progress:
+            self.progress(done, total)
