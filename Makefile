@@ -25,6 +25,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python tests/sizes.py  # a report: it never fails
 
 format: $(STAMP)
 	$(BIN)/ruff format .
