@@ -15,7 +15,7 @@ PACKAGE = ROOT / "lora_lab"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 ROOMS = [  # from the ground up; a room may import from itself and from those before it
-    "ground",  # single files: errors, escape, hub, lazy, options
+    "ground",  # single files: errors, escape, hub, lazy, options, registry
     "files",
     "results",
     "plots",

@@ -1,0 +1,109 @@
+"""Registries: what can be chosen by name, built in, registered, or brought by other packages as entry points.
+
+An entry carries all that is asked of it, so that nothing outside of its registry looks at its name. Packages that are
+installed offer theirs under a group such as `lora_lab.merges`; they are looked for when a name is not known or when
+all names are listed, and imported only then.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
+
+from lora_lab.errors import LoraLabWarning, OptionError, unknown
+
+E = TypeVar("E")
+
+
+class Registry(Mapping[str, E], Generic[E]):
+    """Name → entry; built-ins first, then what was registered, then the entry points of `group` by package name.
+
+    A name that is not there raises OptionError with the nearest one. An entry point that cannot be loaded, is of
+    another type than `kind`, or has the name of another entry is left out with one warning that names its package.
+    """
+
+    def __init__(self, what: str, group: str, kind: Callable[..., E], builtin: Mapping[str, E]) -> None:
+        self.what = what
+        """An entry in the words of an error: method, space …"""
+        self.group = group
+        self.kind = kind
+        self.entries = dict(builtin)
+        """What is loaded: the built-ins, and all that was registered or brought so far."""
+        self._offered: dict[str, importlib.metadata.EntryPoint] | None = None  # None: not looked for yet
+
+    def register(self, name: str, entry: E | None = None, **fields: Any) -> Any:
+        """Add an entry, or decorate a function of which `kind(function, **fields)` is to be the entry.
+
+        OptionError where the name is taken or the entry is of another type.
+        """
+        if entry is None:
+
+            def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+                self.register(name, self.kind(function, **fields))
+                return function
+
+            return decorate
+        if name in self:
+            raise OptionError(f"there is a {self.what} {name!r} already")
+        self._require_kind(name, entry)
+        self.entries[name] = entry
+        return entry
+
+    def __getitem__(self, name: str) -> E:
+        if name not in self:
+            raise unknown(self.what, str(name), list(self))
+        return self.entries[name]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The entry, or the default where there is none."""
+        return self.entries[name] if name in self else default
+
+    def __contains__(self, name: object) -> bool:
+        if name not in self.entries and isinstance(name, str):
+            self._load(name)
+        return name in self.entries
+
+    def __iter__(self) -> Iterator[str]:
+        for name in list(self._offers()):
+            self._load(name)
+        return iter(list(self.entries))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def _offers(self) -> dict[str, importlib.metadata.EntryPoint]:
+        """Entry points that are not loaded yet."""
+        if self._offered is None:
+            self._offered = {}
+            for point in sorted(importlib.metadata.entry_points(group=self.group), key=_package):
+                if point.name in self.entries or point.name in self._offered:
+                    self._left_out(point, "the name is taken")
+                else:
+                    self._offered[point.name] = point
+        return self._offered
+
+    def _load(self, name: str) -> None:
+        point = self._offers().pop(name, None)
+        if point is None or name in self.entries:
+            return
+        try:
+            entry = point.load()
+            self._require_kind(name, entry)
+        except Exception as error:  # whatever a foreign package raises
+            self._left_out(point, f"{type(error).__name__}: {error}")
+        else:
+            self.entries[name] = entry
+
+    def _require_kind(self, name: str, entry: Any) -> None:
+        if isinstance(self.kind, type) and not isinstance(entry, self.kind):
+            raise OptionError(f"{name!r} is a {type(entry).__name__}; a {self.kind.__name__} is needed")
+
+    def _left_out(self, point: importlib.metadata.EntryPoint, reason: str) -> None:
+        message = f"{_package(point)} brings the {self.what} {point.name!r}, which is left out: {reason}"
+        warnings.warn(message, LoraLabWarning, stacklevel=4)
+
+
+def _package(point: importlib.metadata.EntryPoint) -> str:
+    return point.dist.name if point.dist else "a package"
