@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,15 @@ from lora_lab.adapters.initial import shared_start
 from lora_lab.adapters.renames import require_shared_modules
 from lora_lab.analysis.court import CANNOT, Clerks, Court, Judged, Mix, Way, correct, loss, share
 from lora_lab.analysis.game import Cost
+from lora_lab.analysis.question import Question
 from lora_lab.errors import MismatchError, OptionError, some
 from lora_lab.merging.methods import MERGES, check
 from lora_lab.merging.sources import Sources
+from lora_lab.options import option
 from lora_lab.results.result import Journal, Result, columns, fingerprint, finite, grouped, provenance
 from lora_lab.results.stats import ADDED, Floats, Sampled, around, interval, mean_and_spread, proportion
 from lora_lab.scoring.examples import examples_of
+from lora_lab.scoring.execution import Execution
 from lora_lab.scoring.workers import Pool
 from lora_lab.tasks.task import Scores, Task, resolve_device
 
@@ -40,6 +43,79 @@ RATIOS = ((0.0, 1.0), (1.0, 2.0), (1.0, 1.0), (1.0, 1.0, 1.0))
 ALONE, ENSEMBLE = "alone", "ensemble of logits"
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CompareMerges(Question):
+    """Accuracy of every merge on the tasks of its adapters, each with its own head; see the module's first lines.
+
+    Every number on the `split` has a 95 % interval over examples (bootstraps with `seed`; Wilson's for one task's
+    accuracy); normalised is divided by the adapter's own accuracy alone. The summary has the validation curves over the
+    coefficients. A method that cannot merge a set is left out, and the summary says why.
+    """
+
+    kind = "compare-merges"
+
+    methods: tuple[str, ...] = option(("all",), "Names of merges, NAME:RULE for an inner rule, or all.")
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Options of the merges, by their names."""
+    coefficients: tuple[float, ...] = option(
+        COEFFICIENTS, "Factors of the merged ΔW to choose from on the validation splits.", title="coefficient"
+    )
+    ratios: tuple[tuple[float, ...], ...] = option(RATIOS, "For seeds of one task: weights of the mixtures.")
+    base_name: str | None = option(None, "Folder or hub id of the base model, for DoRA, HiRA and others.", flag="base")
+    split: str = option("test", "Which examples are scored: validation or test.")
+    seed: int = option(0, "Seed of the bootstrap.", least=0)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The fields in JSON types; ratios in words, such as 1:2."""
+        return {**super().record, "ratios": [_ratio(ratio) for ratio in self.ratios]}
+
+    def check(self, adapters: Sequence[Adapter]) -> None:
+        """Raise what `run` would raise for these methods and options, before anything is computed."""
+        if len(adapters) < 2:
+            raise OptionError("a merge needs two adapters or more")
+        ways_of(self.methods, self.options)
+
+    def check_sets(self, adapters: Sequence[Adapter], tasks: Sequence[Task]) -> None:
+        """Raise what `run` would raise for adapters of these tasks, one a task each."""
+        self.check(adapters)
+        mixes_of(adapters, tasks, self.ratios)
+
+    def run_id(self, adapters: Sequence[Adapter], tasks: Sequence[Task]) -> str:  # type: ignore[override]
+        """What the answer hangs on, hashed: the adapters, the examples of every task, and the question."""
+        record = self.record
+        del record["split"]
+        return run_id(adapters, tasks, split=self.split, **record)
+
+    def run(  # type: ignore[override]
+        self,
+        adapters: Sequence[Adapter],
+        tasks: Sequence[Task],
+        on: Execution = Execution(),  # noqa: B008
+        *,
+        base: Callable[[], torch.nn.Module] | None = None,
+    ) -> Result:
+        """Every merge of every set; `tasks`, one an adapter, and `base`, for adapters whose ΔW hangs on its weights."""
+        run = self.run_id(adapters, tasks)
+        return compare(
+            adapters,
+            tasks,
+            methods=self.methods,
+            options=self.options,
+            coefficients=self.coefficients,
+            ratios=self.ratios,
+            split=self.split,
+            seed=self.seed,
+            base=base,
+            base_name=self.base_name,
+            device=on.device,
+            journal=on.cache / f"{run}.jsonl" if on.cache else None,
+            progress=on.progress,
+            confirm=on.confirm,
+            pool=on.pool,
+        )
 
 
 def compare(

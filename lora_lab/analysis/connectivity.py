@@ -18,7 +18,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,14 @@ import torch
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.attached import put_on
 from lora_lab.adapters.describe import described, identity, labels_of, method_of
+from lora_lab.analysis.question import Question
 from lora_lab.errors import OptionError
-from lora_lab.merging.paths import Mixer
+from lora_lab.merging.paths import SPACES, Mixer
+from lora_lab.options import option
 from lora_lab.results.result import Journal, Result, columns, fingerprint, finite, grouped, provenance
 from lora_lab.results.stats import Floats, Sampled, mean_and_spread, proportion
 from lora_lab.scoring.examples import Examples, Sent, bare, examples_of, pack, remembered
+from lora_lab.scoring.execution import Execution
 from lora_lab.scoring.workers import Pool
 from lora_lab.tasks.task import Scores, Task, resolve_device
 
@@ -72,6 +75,56 @@ class Point:
         if len(used) == 1 and used[0][1] == 1:
             return f"own:{used[0][0]}"
         return self.space + ":" + ",".join(f"{i}={w:.12g}" for i, w in used)
+
+
+@dataclass(frozen=True)
+class Interpolate(Question):
+    """Loss and accuracy along the line between every two of the adapters, with barriers.
+
+    Every number carries a 95 % interval over the examples: losses and barriers by a paired bootstrap with `seed` (one
+    resampling for all points of a curve), accuracies by `stats.proportion`. `factors` brings the norm-matched curve
+    with it wherever there is a ΔW. `ratios` are weights for the first adapters of every combination, normalised to sum
+    1. End points are the adapters themselves.
+    """
+
+    kind = "interpolate"
+
+    points: int = option(11, "Points on each line, both ends among them.", least=2)
+    spaces: tuple[str, ...] = option(
+        ("factors", "delta"), "What is averaged between the ends.", choices=lambda: SPACES, title="space"
+    )
+    ratios: tuple[tuple[float, ...], ...] = option(
+        (), "Also score weighted mixtures of the adapters, e.g. 0:1,1:2,1:1,1:1:1."
+    )
+    split: str = option("test", "Which examples are scored: validation or test.")
+    seed: int = option(0, "Seed of the bootstrap.", least=0)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The fields in JSON types; ratios in words, such as 1:2."""
+        return {**super().record, "ratios": [":".join(f"{w:g}" for w in ratio) for ratio in self.ratios]}
+
+    def check(self, adapters: Sequence[Adapter]) -> None:
+        """Raise what `run` would raise for these adapters, before anything is computed."""
+        check(adapters, points=self.points, spaces=self.spaces)
+
+    def run(self, adapters: Sequence[Adapter], task: Task, on: Execution = Execution()) -> Result:  # noqa: B008
+        """Curves, mixtures and barriers."""
+        run = self.run_id(adapters, task)
+        result = interpolate(
+            adapters,
+            task,
+            points=self.points,
+            spaces=self.spaces,
+            ratios=self.ratios,
+            split=self.split,
+            seed=self.seed,
+            device=on.device,
+            journal=on.cache / f"{run}.jsonl" if on.cache else None,
+            progress=on.progress,
+            pool=on.pool,
+        )
+        return replace(result, provenance={**result.provenance, "run": run})
 
 
 def interpolate(

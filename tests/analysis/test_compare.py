@@ -13,7 +13,7 @@ from tiny_models import update
 from lora_lab.adapters.initial import shared_start
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.analysis import compare
-from lora_lab.analysis.compare import ALONE, ENSEMBLE, _measured, joined, latex, mixes_of, ways_of
+from lora_lab.analysis.compare import ALONE, ENSEMBLE, CompareMerges, _measured, joined, latex, mixes_of, ways_of
 from lora_lab.analysis.court import Mix, _best, share
 from lora_lab.errors import MismatchError, OptionError
 from lora_lab.merging.merged import merge
@@ -399,3 +399,16 @@ def test_an_adapter_that_is_never_right_has_no_share_of_its_accuracy():
     rarely = Scores(np.ones(40), np.arange(40) == 0, np.zeros(40))  # many resamples miss the one right answer
     (row,), _ = _measured(mix, "ties", [[rarely]], [[rarely]], ["a"], [Few("mod3")], 0)
     assert (row["normalised_low"], row["normalised"], row["normalised_high"]) == (1.0, 1.0, 1.0)
+
+
+def test_the_question_is_its_record_and_its_checks(sets):
+    question = CompareMerges(methods=("average",), coefficients=(1.0,), ratios=((1.0, 2.0),))
+    told = question.run(sets[:2], tasks_of(sets[:2]))
+    names = ("options", "coefficients", "ratios", "base_name", "split", "seed")
+    assert {name: told.parameters[name] for name in names} == {name: question.record[name] for name in names}
+    assert question.record["ratios"] == ["1:2"]
+    assert told.provenance["run"] == question.run_id(sets[:2], tasks_of(sets[:2]))
+    with pytest.raises(OptionError, match="coefficient is inf"):
+        CompareMerges(coefficients=(math.inf,))
+    with pytest.raises(OptionError, match="did you mean 'ties'"):
+        CompareMerges(methods=("tise",)).check(sets[:2])

@@ -12,7 +12,7 @@ from peft import HiraConfig, LoraConfig
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.analysis import connectivity
-from lora_lab.analysis.connectivity import BARRIERS, Point, evaluate, interpolate, parse_ratios, run_id
+from lora_lab.analysis.connectivity import BARRIERS, Interpolate, Point, evaluate, interpolate, parse_ratios, run_id
 from lora_lab.errors import MismatchError, OptionError, TunerError
 from lora_lab.merging.paths import SPACES, Mixer
 from lora_lab.results.stats import Sampled
@@ -537,3 +537,23 @@ def test_too_few_points_or_adapters_are_refused(adapters):
         interpolate(adapters[:1], Digits("relabel"))
     with pytest.raises(OptionError, match="unknown space 'delat'"):
         interpolate(adapters[:2], Digits("relabel"), spaces=("delat",))
+
+
+def test_the_question_is_its_record_and_its_checks(adapters):
+    question = Interpolate(points=3, spaces=("factors",), ratios=((1.0, 2.0),), seed=4)
+    assert question.record == {"points": 3, "spaces": ["factors"], "ratios": ["1:2"], "split": "test", "seed": 4}
+    found = question.run(adapters[:2], Digits("relabel"))
+    assert {name: found.parameters[name] for name in ("points", "ratios", "split", "seed")} == {
+        name: question.record[name] for name in ("points", "ratios", "split", "seed")
+    }
+    assert found.provenance["run"] == question.run_id(adapters[:2], Digits("relabel"))
+    assert (
+        found.columns
+        == interpolate(
+            adapters[:2], Digits("relabel"), points=3, spaces=("factors",), ratios=((1.0, 2.0),), seed=4
+        ).columns
+    )
+    with pytest.raises(OptionError, match="at least 2"):
+        Interpolate(points=1)
+    with pytest.raises(OptionError, match="unknown space 'delat'"):
+        Interpolate(spaces=("delat",))
