@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ..analysis.game import Cost
     from ..results.result import Result
-    from ..scoring.workers import Pool
+    from ..scoring.workers import Workers
 
 # In a pipe or a file there is no width to keep to, and a cut table would lose numbers.
 console = Plain(width=None if sys.stdout and sys.stdout.isatty() else 160)
@@ -138,18 +138,15 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextlib.contextmanager
-def workers(ray: str | None, device: str | None) -> Iterator[tuple[Pool | None, torch.device]]:
+def workers_on(ray: str | None, device: str | None) -> Iterator[tuple[Workers | None, torch.device]]:
     """The workers that --ray asks for (None without it), and the device, theirs or this process's own."""
     import torch
 
-    from ..scoring.workers import Pool
+    from ..scoring.workers import open_workers
     from ..tasks.task import resolve_device
 
-    if ray is None:
-        yield None, resolve_device(device)
-        return
-    with Pool.open(ray, device=device) as pool:
-        yield pool, torch.device(pool.device)
+    with open_workers(ray=ray, device=device) as workers:
+        yield workers, torch.device(workers.device) if workers else resolve_device(device)
 
 
 # Options that several verbs share, to the word.
@@ -276,8 +273,8 @@ def computed(
     result = outputs.earlier(run, force=force)
     if result is None:
         ask = confirm(yes)
-        with workers(ray, device) as (pool, place), progress(what) as report:
-            result = compute(cache=outputs.cache, progress=report, confirm=ask, pool=pool, device=place)
+        with workers_on(ray, device) as (workers, place), progress(what) as report:
+            result = compute(cache=outputs.cache, progress=report, confirm=ask, workers=workers, device=place)
         say_written(outputs.save(result))
     return result
 

@@ -94,7 +94,7 @@ def command(
     run = compare.run_id(loaded, tasks, **settings)
     result = outputs.earlier(run, force=force)
     if result is None:
-        with common.workers(ray, device) as (pool, place), common.progress("merging and scoring") as report:
+        with common.workers_on(ray, device) as (workers, place), common.progress("merging and scoring") as report:
             result = compare.compare(
                 loaded,
                 tasks,
@@ -104,7 +104,7 @@ def command(
                 journal=outputs.journal,
                 progress=report,
                 confirm=common.confirm(yes),
-                pool=pool,
+                workers=workers,
             )
         common.say_written(outputs.save(result))
     if latex:

@@ -74,9 +74,9 @@ def command(
     chosen = task_of(*loaded, given=task, trust_record=trust_record)
     result = outputs.earlier(connectivity.run_id(loaded, chosen, **options), force=force)
     if result is None:
-        with common.workers(ray, device) as (pool, place), common.progress("interpolating") as report:
+        with common.workers_on(ray, device) as (workers, place), common.progress("interpolating") as report:
             result = connectivity.interpolate(
-                loaded, chosen, **options, device=place, journal=outputs.journal, progress=report, pool=pool
+                loaded, chosen, **options, device=place, journal=outputs.journal, progress=report, workers=workers
             )
         common.say_written(outputs.save(result))
     if json:

@@ -36,7 +36,7 @@ def command(
     paths = [output / f"{recipe.method}-s{recipe.seed}.safetensors" for recipe in recipes]
     todo = [Job(chosen.spec, recipe, path) for recipe, path in zip(recipes, paths, strict=True)]
     with common.progress("training 2 LoRA and 2 CoTo adapters") as report:
-        trained = train_all(todo, workers=jobs, force=force, progress=report)
+        trained = train_all(todo, processes=jobs, force=force, progress=report)
     train.show(paths, trained)
     common.console.print()
     results = []

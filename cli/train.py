@@ -135,7 +135,7 @@ def command(
     tried = None
     if is_first():
         _check_test_split(chosen)
-    with common.workers(ray, device) as (pool, _), common.progress("training") as report:
+    with common.workers_on(ray, device) as (workers, _), common.progress("training") as report:
         if len(settings) > 1:
             for setting in settings:  # refused before anything is trained
                 dataclasses.replace(recipes[0], **setting)
@@ -145,15 +145,15 @@ def command(
                 settings,
                 paths,
                 device=device,
-                workers=jobs,
+                processes=jobs,
                 report_to=report_to,
                 force=force,
                 progress=report,
-                pool=pool,
+                workers=workers,
             )
         else:
             todo = [Job(chosen.spec, r, path, device, report_to) for r, path in zip(recipes, paths, strict=True)]
-            results = train_all(todo, workers=jobs, force=force, progress=report, pool=pool)
+            results = train_all(todo, processes=jobs, force=force, progress=report, workers=workers)
     if not is_first():
         return
     written = _save_tuning(tried, paths, recipes[0].method) if tried else []

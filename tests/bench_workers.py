@@ -15,7 +15,7 @@ from peft import LoraConfig
 from lora_lab.adapters.groups import players
 from lora_lab.analysis.game import Game, Outcomes
 from lora_lab.scoring.scorer import Scorer
-from lora_lab.scoring.workers import Pool
+from lora_lab.scoring.workers import Workers, open_workers
 from lora_lab.tasks.digits import Digits
 
 COALITIONS = 1000
@@ -28,11 +28,11 @@ def bench_workers(repeats: int, folder: Path) -> None:
     adapter = random_adapter(task, folder / "workers", config, scale=0.05)
     coalitions = np.unique(np.random.default_rng(0).random((COALITIONS, 24)) < 0.5, axis=0)
 
-    def wall(pool: Pool | None) -> float:
-        game = Game(Outcomes(adapter, task, pool=pool), players(adapter, "module"))
+    def wall(workers: Workers | None) -> float:
+        game = Game(Outcomes(adapter, task, workers=workers), players(adapter, "module"))
         game.cost(coalitions)  # the model is built, and the workers are there
-        if pool:
-            pool.run(game.outcomes._setup, [_nothing] * pool.size)
+        if workers:
+            workers.map(game.outcomes._setup, [_nothing] * workers.size)
         began = time.perf_counter()
         game(coalitions)
         return time.perf_counter() - began
@@ -43,9 +43,9 @@ def bench_workers(repeats: int, folder: Path) -> None:
         found[0].append(wall(None))
         for count in (1, 2):
             began = time.perf_counter()
-            with Pool.open(f"local:{count}") as pool:
+            with open_workers(ray=f"local:{count}") as workers:
                 started[count] = time.perf_counter() - began
-                found[count].append(wall(pool))
+                found[count].append(wall(workers))
     here, one, two = (statistics.median(found[count]) for count in (0, 1, 2))
     print(
         f"{len(coalitions)} coalitions, wall seconds on {os.cpu_count()} cores, {torch.get_num_threads()} thread each"

@@ -35,7 +35,7 @@ from lora_lab.results.result import Journal, Result, columns, fingerprint, finit
 from lora_lab.results.stats import ADDED, Floats, Sampled, around, interval, mean_and_spread, proportion
 from lora_lab.scoring.examples import examples_of
 from lora_lab.scoring.execution import Execution
-from lora_lab.scoring.workers import Pool
+from lora_lab.scoring.workers import Workers
 from lora_lab.tasks.task import Scores, Task, resolve_device
 
 COEFFICIENTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
@@ -114,7 +114,7 @@ class CompareMerges(Question):
             journal=on.cache / f"{run}.jsonl" if on.cache else None,
             progress=on.progress,
             confirm=on.confirm,
-            pool=on.pool,
+            workers=on.workers,
         )
 
 
@@ -134,7 +134,7 @@ def compare(
     journal: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     confirm: Callable[[Cost], None] | None = None,
-    pool: Pool | None = None,
+    workers: Workers | None = None,
 ) -> Result:
     """Accuracy of every merge on the tasks of its adapters, each with its own head; see the module's first lines.
 
@@ -153,15 +153,15 @@ def compare(
     settings = {"options": _plain(options), "coefficients": list(coefficients), "seed": seed}
     settings |= {"ratios": [_ratio(ratio) for ratio in ratios], "base_name": base_name}
     run = run_id(adapters, tasks, split=split, methods=[way.name for way in asked], **settings)
-    device = device or (torch.device(pool.device) if pool else resolve_device())
+    device = device or (torch.device(workers.device) if workers else resolve_device())
     everyone = Sources(adapters, base=base, tasks=tasks, device=device)
     log = Journal(journal, fingerprint([run, device.type])) if journal else None
     court = Court(everyone, split, base=base, journal=log, progress=progress)
     court.total = sum(court.passes(mix, ways, grid) for mix in mixes)
-    clerks = Clerks(court, pool, run) if pool else None
+    clerks = Clerks(court, workers, run) if workers else None
     if confirm:
         cost = court.cost(mixes, ways, clerks.seconds() if clerks else court.seconds())
-        confirm(cost if pool is None else replace(cost, seconds=cost.seconds / pool.size))
+        confirm(cost if workers is None else replace(cost, seconds=cost.seconds / workers.size))
     if clerks:
         clerks.prepare(mixes, ways, grid)
     names = labels_of(adapters)
@@ -224,7 +224,7 @@ def compare(
             run=run,
             device=str(device),
             dtype=tasks[0].dtype,
-            workers=pool.size if pool else None,
+            workers=workers.size if workers else None,
         ),
     )
 

@@ -36,7 +36,7 @@ from lora_lab.results.result import Journal, Result, columns, fingerprint, finit
 from lora_lab.results.stats import Floats, Sampled, mean_and_spread, proportion
 from lora_lab.scoring.examples import Examples, Sent, bare, examples_of, pack, remembered
 from lora_lab.scoring.execution import Execution
-from lora_lab.scoring.workers import Pool
+from lora_lab.scoring.workers import Workers
 from lora_lab.tasks.task import Scores, Task, resolve_device
 
 Progress = Callable[[int, int], None]
@@ -122,7 +122,7 @@ class Interpolate(Question):
             device=on.device,
             journal=on.cache / f"{run}.jsonl" if on.cache else None,
             progress=on.progress,
-            pool=on.pool,
+            workers=on.workers,
         )
         return replace(result, provenance={**result.provenance, "run": run})
 
@@ -139,7 +139,7 @@ def interpolate(
     device: torch.device | None = None,
     journal: Path | None = None,
     progress: Progress | None = None,
-    pool: Pool | None = None,
+    workers: Workers | None = None,
 ) -> Result:
     """Loss and accuracy along the line between every two of the adapters, with barriers.
 
@@ -149,7 +149,7 @@ def interpolate(
     1. End points are the adapters themselves. With `journal`, a killed run goes on where it was.
     """
     check(adapters, points=points, spaces=spaces)
-    device = device or (torch.device(pool.device) if pool else resolve_device())
+    device = device or (torch.device(workers.device) if workers else resolve_device())
     mixer = Mixer(adapters)
     if ratios and not set(RATIO_SPACES) & set(spaces):
         raise OptionError(f"mixtures are scored in {' and '.join(RATIO_SPACES)}; name one of them as the space, too")
@@ -165,7 +165,7 @@ def interpolate(
     }
     mixes = _ratio_points(ratios, len(adapters), [space for space in RATIO_SPACES if space in spaces])
     wanted = [*(p for line in lines.values() for p in line), *(point for _, point in mixes)]
-    options: dict[str, Any] = {"device": device, "journal": journal, "progress": progress, "pool": pool}
+    options: dict[str, Any] = {"device": device, "journal": journal, "progress": progress, "workers": workers}
     scores = evaluate(mixer, task, wanted, split=split, **options)
 
     sampled = {metric: _Sampled(scores, metric, seed) for metric in METRICS}
@@ -203,7 +203,7 @@ def interpolate(
             run=run,
             device=str(device),
             dtype=task.dtype,
-            workers=pool.size if pool else None,
+            workers=workers.size if workers else None,
         ),
     )
 
@@ -233,14 +233,14 @@ def evaluate(
     device: torch.device | None = None,
     journal: Path | None = None,
     progress: Progress | None = None,
-    pool: Pool | None = None,
+    workers: Workers | None = None,
 ) -> dict[str, Scores]:
     """Scores by `Point.key`, every different point once, on one attached model whose weights change in place.
 
-    With a `pool`, on one such model in each of its workers.
+    With `workers`, on one such model in each of its workers.
     """
     unique = {point.key: point for point in points}
-    device = device or (torch.device(pool.device) if pool else resolve_device())
+    device = device or (torch.device(workers.device) if workers else resolve_device())
     run = fingerprint([run_id(mixer.adapters, task, split=split), device.type])
     log = Journal(journal, run) if journal else None
     scores: dict[str, Scores] = {}
@@ -260,10 +260,10 @@ def evaluate(
     missing = [point for key, point in unique.items() if key not in scores]
     if progress and scores:
         progress(len(scores), len(unique))
-    if missing and pool:
+    if missing and workers:
         sent, on = Sent.of(task), Examples.of(task, split)
         setup = _Setup(tuple(map(bare, mixer.adapters)), sent, on, str(device), fingerprint(["line", run, str(device)]))
-        pool.run(setup, pool.cut(missing), keep)
+        workers.map(setup, workers.cut(missing), keep)
     elif missing:
         walk = _walker(mixer, task, split, device)
         for point in missing:

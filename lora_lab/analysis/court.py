@@ -26,7 +26,7 @@ from lora_lab.results.stats import Floats
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.examples import Examples, Sent, bare, pack, remembered
 from lora_lab.scoring.scorer import seconds_of
-from lora_lab.scoring.workers import Pool
+from lora_lab.scoring.workers import Workers
 from lora_lab.tasks.task import Scores
 
 CANNOT = (MismatchError, TaskError, TunerError, OptionError)
@@ -291,8 +291,8 @@ Answer = tuple[dict[str, Scores], LoraLabError | None, list[str | None]]
 class Clerks:
     """Workers that compute beforehand what the court will ask for."""
 
-    def __init__(self, court: Court, pool: Pool, run: str) -> None:
-        self._court, self._pool = court, pool
+    def __init__(self, court: Court, workers: Workers, run: str) -> None:
+        self._court, self._workers = court, workers
         sent = {fingerprint(task.spec): (task, Sent.of(task)) for task in court.tasks}
         splits = ("validation", court.split)
         self._setup = _Setup(
@@ -307,7 +307,7 @@ class Clerks:
 
     def seconds(self) -> dict[str, float]:
         """What `Court.seconds` measures, on a worker."""
-        (found,) = self._pool.run(self._setup, [Court.seconds])
+        (found,) = self._workers.map(self._setup, [Court.seconds])
         seconds: dict[str, float] = found
         return seconds
 
@@ -321,14 +321,14 @@ class Clerks:
             self._question("ensemble", (mix, court.split), court.ensemble_keys(mix, court.split).values())
             for mix in several
         ]
-        self._pool.run(self._setup, [question for question in first if not question.answered], self._keep)
+        self._workers.map(self._setup, [question for question in first if not question.answered], self._keep)
         trials = []
         for mix, way in itertools.product(several, ways):
             keys = [court.own_key(i, "validation") for i in mix.members]
             for coefficient, split in itertools.product(way.coefficients(grid), splits):
                 keys += court.merge_keys(mix, way, coefficient, split).values()
             trials.append(self._question("trial", (mix, way, grid), keys))
-        self._pool.run(self._setup, trials, self._keep)
+        self._workers.map(self._setup, trials, self._keep)
 
     def _question(self, method: str, arguments: tuple[Any, ...], keys: Collection[str]) -> _Question:
         known = self._court.found(keys)

@@ -29,7 +29,7 @@ from lora_lab.scoring.execution import Cost as Cost
 from lora_lab.scoring.execution import Progress as Progress
 from lora_lab.scoring.prefixes import Layout, State, Variant, Variants
 from lora_lab.scoring.scorer import Answer, Effort, Look, Make, Others, Scorer, ScorerSetup, Several
-from lora_lab.scoring.workers import Pool
+from lora_lab.scoring.workers import Workers
 from lora_lab.tasks.task import Scores, Task, resolve_device
 
 _FORMAT = 2
@@ -56,7 +56,7 @@ class Outcomes:
 
     The journal lies in the folder `cache`, under a name made from the adapter's bits, the task and the examples; so
     another question about them finds what is known, and a killed run goes on. `examples` draws so many with seed 0.
-    With a `pool`, its workers do the computing, and no model is built here.
+    With `workers`, its workers do the computing, and no model is built here.
     """
 
     def __init__(
@@ -70,15 +70,15 @@ class Outcomes:
         cache: Path | None = None,
         share: bool = True,
         progress: Progress | None = None,
-        pool: Pool | None = None,
+        workers: Workers | None = None,
     ) -> None:
         self.adapter, self.task = adapter, task
-        self.device = device or (torch.device(pool.device) if pool else resolve_device())
+        self.device = device or (torch.device(workers.device) if workers else resolve_device())
         self.progress = progress
-        self.pool = pool
-        self._sent = Sent.of(task) if pool else None
+        self.workers = workers
+        self._sent = Sent.of(task) if workers else None
         self._data = task.split(split).subset(examples)
-        self._on = Examples.of(task, split, examples) if pool else Examples(split, examples)
+        self._on = Examples.of(task, split, examples) if workers else Examples(split, examples)
         who = identity(adapter)
         self.run = fingerprint([_FORMAT, who, examples_of(task, split), len(self._data), self.device.type])
         self._worn = fingerprint(["scorer", who, task.record, str(self.device), share])
@@ -112,7 +112,7 @@ class Outcomes:
     @property
     def layout(self) -> Layout:
         """The blocks of the model, and what variants share by them."""
-        return self._looked[0] if self.pool else self.variants.layout
+        return self._looked[0] if self.workers else self.variants.layout
 
     @property
     def variants(self) -> Variants:
@@ -122,7 +122,7 @@ class Outcomes:
     @property
     def effort(self) -> Effort:
         """What the scores took so far, here or in the workers."""
-        return self._effort if self.pool else self._scorer.effort
+        return self._effort if self.workers else self._scorer.effort
 
     def keeping(self, modules: Collection[str], factor: float = 1.0) -> Variant:
         """The variant with exactly these modules on, their updates scaled by `factor`."""
@@ -144,12 +144,12 @@ class Outcomes:
     def of_others(self, makes: Mapping[str, Make], *, progress: Progress | None = None) -> dict[str, Scores]:
         """Scores of other adapters in this one's place, by keys of the caller's that they are known by.
 
-        They must be of the same tuner and adapt no other modules; ranks may differ. With a pool, what makes them must
+        They must be of the same tuner and adapt no other modules; ranks may differ. With workers, what makes them must
         be picklable: they are made where they are scored.
         """
         missing = {key: make for key, make in makes.items() if not self._find(f"other:{key}", logits=False)}
-        if missing and self.pool:
-            parts = self.pool.cut(list(missing), self._most)
+        if missing and self.workers:
+            parts = self.workers.cut(list(missing), self._most)
             questions = [Others(tuple(part), tuple(missing[key] for key in part), self._on) for part in parts]
             self._ask(questions, progress, prefix="other:")
         else:
@@ -175,12 +175,12 @@ class Outcomes:
 
     def seconds(self, passes: int) -> float:
         """How long so many forward passes over all examples take, the workers side by side; one batch is timed."""
-        return passes * self.pace * self.batches / (self.pool.size if self.pool else 1)
+        return passes * self.pace * self.batches / (self.workers.size if self.workers else 1)
 
     @cached_property
     def pace(self) -> float:
         """Seconds of a forward pass on one batch with everything on, timed once."""
-        return self._looked[1] if self.pool else self._scorer.pace(self._on)
+        return self._looked[1] if self.workers else self._scorer.pace(self._on)
 
     @cached_property
     def _scorer(self) -> Scorer:
@@ -194,8 +194,8 @@ class Outcomes:
     @cached_property
     def _looked(self) -> tuple[Layout, float]:
         """What a worker tells of its model."""
-        assert self.pool is not None
-        (found,) = self.pool.run(self._setup, [Look(self._on)])
+        assert self.workers is not None
+        (found,) = self.workers.map(self._setup, [Look(self._on)])
         layout, pace = found
         self._effort = Effort(why_not=layout.why_not)
         return layout, pace
@@ -216,8 +216,8 @@ class Outcomes:
 
     def _compute(self, missing: Mapping[str, Variant], *, logits: bool) -> None:
         keys, variants = list(missing), list(missing.values())
-        if self.pool:
-            parts = self.pool.cut(self.layout.walk(variants)[0], self._most)  # neighbours share the longest prefixes
+        if self.workers:
+            parts = self.workers.cut(self.layout.walk(variants)[0], self._most)  # neighbours share the longest prefixes
             questions = [
                 Several(tuple(keys[i] for i in part), tuple(variants[i] for i in part), self._on, logits)
                 for part in parts
@@ -244,8 +244,8 @@ class Outcomes:
             if progress:
                 progress(done, total)
 
-        assert self.pool is not None
-        self.pool.run(self._setup, questions, keep)
+        assert self.workers is not None
+        self.workers.map(self._setup, questions, keep)
 
     def _keep(self, key: str, scores: Scores | None) -> None:
         if scores is None:  # the base, which is known as the variant with nothing on
@@ -345,7 +345,7 @@ def measured(outcomes: Outcomes, adapters: Sequence[Adapter], *, began: float, r
         run=run,
         device=str(outcomes.device),
         dtype=outcomes.task.dtype,
-        workers=outcomes.pool.size if outcomes.pool else None,
+        workers=outcomes.workers.size if outcomes.workers else None,
     )
 
 

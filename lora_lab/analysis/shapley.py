@@ -24,7 +24,7 @@ from lora_lab.games.estimators import EXACT_LIMIT, Bools, Estimate, all_coalitio
 from lora_lab.results.result import Result, columns, fingerprint, finite, grouped
 from lora_lab.results.stats import INTERVALS, Floats, mean_and_error, mean_and_spread, student
 from lora_lab.scoring.examples import examples_of
-from lora_lab.scoring.workers import Pool
+from lora_lab.scoring.workers import Workers
 from lora_lab.tasks.task import Task
 
 SHAPIQ = "shapiq:"
@@ -49,7 +49,7 @@ def shapley(
     cache: Path | None = None,
     progress: Progress | None = None,
     confirm: Callable[[Cost], None] | None = None,
-    pool: Pool | None = None,
+    workers: Workers | None = None,
 ) -> Result:
     """Shapley values of every adapter's players (see `players`), each from its own game.
 
@@ -73,7 +73,7 @@ def shapley(
         "seed": seed,
     }
     data: dict[str, Any] = {"split": split, "examples": examples, "device": device, "cache": cache}
-    data |= {"progress": progress, "pool": pool}
+    data |= {"progress": progress, "workers": workers}
     rows: list[dict[str, Any]] = []
     summaries: list[dict[str, Any]] = []
     for adapter, label in zip(adapters, labels_of(adapters), strict=True):

@@ -37,7 +37,7 @@ from lora_lab.results.stats import (
     proportion,
 )
 from lora_lab.scoring.examples import examples_of
-from lora_lab.scoring.workers import Pool
+from lora_lab.scoring.workers import Workers
 from lora_lab.tasks.task import Scores, Task
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -64,7 +64,7 @@ def stability(
     cache: Path | None = None,
     progress: Progress | None = None,
     confirm: Callable[[Cost], None] | None = None,
-    pool: Pool | None = None,
+    workers: Workers | None = None,
 ) -> Result:
     """Loss and error over families of keep-sets: by size, by probability, one left out, one alone, fixed patterns.
 
@@ -77,7 +77,7 @@ def stability(
     began = time.perf_counter()
     factors = [False, True] if rescale and all(adapter.scalable for adapter in adapters) else [False]
     data: dict[str, Any] = {"split": split, "examples": examples, "device": device, "cache": cache}
-    data |= {"progress": progress, "pool": pool}
+    data |= {"progress": progress, "workers": workers}
     rows: list[dict[str, Any]] = []
     summaries = []
     for adapter, label in zip(adapters, labels_of(adapters), strict=True):

@@ -25,7 +25,7 @@ from lora_lab.results.stats import INTERVALS, Floats, Sampled, half_width, mean_
 from lora_lab.scoring.examples import examples_of
 from lora_lab.scoring.prefixes import Variant
 from lora_lab.scoring.scorer import Make
-from lora_lab.scoring.workers import Pool
+from lora_lab.scoring.workers import Workers
 from lora_lab.tasks.task import Scores, Task
 
 KINDS = ("structured", "unstructured", "rank")
@@ -63,7 +63,7 @@ def sweep(
     cache: Path | None = None,
     progress: Progress | None = None,
     confirm: Callable[[Cost], None] | None = None,
-    pool: Pool | None = None,
+    workers: Workers | None = None,
 ) -> Result:
     """Accuracy and loss of every adapter pruned in every way; several adapters are summed up by method.
 
@@ -73,7 +73,7 @@ def sweep(
     """
     check(adapters, kinds=kinds, sparsities=sparsities, criteria=criteria, draws=draws)
     began = time.perf_counter()
-    data: dict[str, Any] = {"examples": examples, "device": device, "cache": cache, "pool": pool}
+    data: dict[str, Any] = {"examples": examples, "device": device, "cache": cache, "workers": workers}
     rows: list[Row] = []
     done = 0
     for adapter, label in zip(adapters, labels_of(adapters), strict=True):

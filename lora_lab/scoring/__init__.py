@@ -11,13 +11,14 @@ if TYPE_CHECKING:
     from lora_lab.scoring.evaluate import score as score
     from lora_lab.scoring.execution import Cost as Cost
     from lora_lab.scoring.execution import Execution as Execution
-    from lora_lab.scoring.workers import Pool as Pool
+    from lora_lab.scoring.workers import Workers as Workers
+    from lora_lab.scoring.workers import open_workers as open_workers
 
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
         "evaluate": ("score",),
         "execution": ("Cost", "Execution"),
-        "workers": ("Pool",),
+        "workers": ("Workers", "open_workers"),
     },
 )

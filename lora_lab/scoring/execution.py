@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-    from lora_lab.scoring.workers import Pool
+    from lora_lab.scoring.workers import Workers
 
 Progress = Callable[[int, int], None]
 """Called with (pieces done, pieces in all)."""
@@ -45,7 +45,7 @@ class Execution:
     """None: that of the workers, else a GPU where there is one."""
     cache: Path | None = None
     """Folder for the journals of scores, by which a killed run goes on and another question finds what is known."""
-    pool: Pool | None = None
+    workers: Workers | None = None
     """Workers that compute; None for this process."""
     progress: Progress | None = None
     confirm: Callable[[Cost], None] | None = None
@@ -57,7 +57,7 @@ class Execution:
 
         from lora_lab.tasks.task import resolve_device
 
-        return self.device or (torch.device(self.pool.device) if self.pool else resolve_device())
+        return self.device or (torch.device(self.workers.device) if self.workers else resolve_device())
 
     def report(self, done: int, total: int) -> None:
         """Tell whoever wants to know."""

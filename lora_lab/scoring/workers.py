@@ -52,7 +52,7 @@ class Setup(Protocol[Answering, Answer]):
         """Build it."""
 
 
-class Pool:
+class Workers:
     """The workers of a cluster, made when there is work for them; `size` at the most, each on `device`."""
 
     def __init__(self, ray: Any, size: int, device: str, options: dict[str, Any], threads: int) -> None:
@@ -69,48 +69,13 @@ class Pool:
         """Fingerprint of the last setup, and where workers find it."""
         self._failed = 0
 
-    @classmethod
-    @contextlib.contextmanager
-    def open(cls, spec: str, *, device: str | None = None) -> Iterator[Pool]:
-        """The workers that `spec` asks for; a cluster that was started for them ends with the context.
-
-        "local:N": N workers on a cluster of their own on this machine. "auto": those of the cluster that runs here (or
-        that this process is connected to), "HOST:PORT": of that one. One for each GPU where there are any and `device`
-        allows it ("/G" at the end: for every G GPUs), else one for as many cores as the driver has threads.
-        """
-        import torch
-
-        where = _SPEC.fullmatch(spec)
-        if where is None or where["count"] == "0":
-            raise OptionError(f"--ray {spec!r}: auto, HOST:PORT of a running cluster, or local:N workers")
-        ray = _import_ray()
-        began = not ray.is_initialized()
-        if where["where"] != "auto" and not began:
-            raise OptionError(f"--ray {spec}: this process uses a Ray cluster already; auto takes that one")
-        threads = torch.get_num_threads()
-        pool = None
-        with contextlib.ExitStack() as guarded:
-            try:
-                if began:
-                    _connect(ray, spec, where)
-                if where["count"]:  # some of Ray's own processes would outlive this one by minutes
-                    guarded.enter_context(children_end_too())
-                size, place, options = _shares(ray, where, device, threads)
-                pool = cls(ray, size, place, options, threads)
-                yield pool
-            finally:
-                if pool is not None:
-                    pool._dismiss()
-                if began:
-                    ray.shutdown()
-
     def cut(self, items: Sequence[Item], most: int | None = None) -> list[Sequence[Item]]:
         """Consecutive batches: a few for each worker, of at most `most` items."""
         size = max(1, -(-len(items) // (_PER_WORKER * self.size)))
         size = size if most is None else max(1, min(size, most))
         return [items[start : start + size] for start in range(0, len(items), size)]
 
-    def run(
+    def map(
         self, setup: Setup[Item, Output], items: Sequence[Item], keep: Callable[[Item, Output], None] | None = None
     ) -> list[Output]:
         """What workers with this setup answer to every item, in the items' order.
@@ -164,7 +129,7 @@ class Pool:
         return worker
 
     def _hire(self, items: int) -> None:
-        """Have as many workers as there are items, up to the pool's size."""
+        """Have as many workers as there are items, up to the most there may be."""
         for _ in range(min(self.size, items) - len(self._wears) - len(self._starting)):
             worker = self._actor.remote(self._threads, os.getcwd(), identity())
             self._starting[worker.about.remote()] = worker
@@ -212,6 +177,44 @@ class Pool:
         for worker in [*self._wears, *self._starting.values()]:
             with contextlib.suppress(Exception):  # the cluster itself may be gone
                 self._ray.kill(worker)
+
+
+@contextlib.contextmanager
+def open_workers(*, ray: str | None = None, device: str | None = None) -> Iterator[Workers | None]:
+    """The workers that `ray` asks for, None without; a cluster that was started for them ends with the context.
+
+    "local:N": N workers on a cluster of their own on this machine. "auto": those of the cluster that runs here (or
+    that this process is connected to), "HOST:PORT": of that one. One for each GPU where there are any and `device`
+    allows it ("/G" at the end: for every G GPUs), else one for as many cores as the driver has threads.
+    """
+    if ray is None:
+        yield None
+        return
+    import torch
+
+    where = _SPEC.fullmatch(ray)
+    if where is None or where["count"] == "0":
+        raise OptionError(f"--ray {ray!r}: auto, HOST:PORT of a running cluster, or local:N workers")
+    package = _import_ray()
+    began = not package.is_initialized()
+    if where["where"] != "auto" and not began:
+        raise OptionError(f"--ray {ray}: this process uses a Ray cluster already; auto takes that one")
+    threads = torch.get_num_threads()
+    workers = None
+    with contextlib.ExitStack() as guarded:
+        try:
+            if began:
+                _connect(package, ray, where)
+            if where["count"]:  # some of Ray's own processes would outlive this one by minutes
+                guarded.enter_context(children_end_too())
+            size, place, options = _shares(package, where, device, threads)
+            workers = Workers(package, size, place, options, threads)
+            yield workers
+        finally:
+            if workers is not None:
+                workers._dismiss()
+            if began:
+                package.shutdown()
 
 
 class _Worker:

@@ -20,7 +20,7 @@ from lora_lab.files.disk import refuse_existing
 from lora_lab.files.trust import recordable
 from lora_lab.results.result import Result, fingerprint, finite, provenance
 from lora_lab.scoring.processes import end_with_parent
-from lora_lab.scoring.workers import Pool
+from lora_lab.scoring.workers import Workers
 
 if TYPE_CHECKING:
     from lora_lab.adapters.adapter import Adapter
@@ -58,53 +58,53 @@ class Job:
 def train_all(
     jobs: Sequence[Job],
     *,
-    workers: int | None = None,
+    processes: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
-    pool: Pool | None = None,
+    workers: Workers | None = None,
 ) -> list[Result]:
     """Train every job and save its adapter, log and figure; the logs, in the order of the jobs.
 
     A job that is finished already (see `finished`) is kept, with a note, so that a killed call goes on where it was;
     `force` trains it again. Nothing starts if anything else is in an output's place and `force` does not allow to
-    replace it. A single job runs in this process. `progress` gets optimiser steps over all jobs. With a `pool`, a
+    replace it. A single job runs in this process. `progress` gets optimiser steps over all jobs. With `workers`, a
     worker trains each and sends it back to be saved here, and `progress` gets jobs; checkpoints lie where the worker
     runs.
     """
-    if workers is not None and workers < 1:
-        raise OptionError(f"{workers} jobs side by side; at least 1 is needed")
-    if pool and workers is not None:
+    if processes is not None and processes < 1:
+        raise OptionError(f"{processes} jobs side by side; at least 1 is needed")
+    if workers and processes is not None:
         raise OptionError("--jobs counts processes of this machine; with --ray, the workers are the cluster's")
-    if pool and _processes() > 1:
+    if workers and _processes() > 1:
         raise OptionError("torchrun has several processes train one adapter, --ray several adapters: one of the two")
     if _processes() > 1:  # torchrun's: all of them train one job after the other, together
-        workers = 1
+        processes = 1
     paths = [job.path for job in jobs]
     if len(set(paths)) < len(paths):
         raise OptionError("two of these runs would write the same file")
     kept = {} if force else _kept(jobs)
     left = [job for i, job in enumerate(jobs) if i not in kept]
-    trained = iter(_train_left(left, workers, force, progress, pool) if left else [])
+    trained = iter(_train_left(left, processes, force, progress, workers) if left else [])
     return [kept[i] if i in kept else next(trained) for i in range(len(jobs))]
 
 
 def _train_left(
-    jobs: Sequence[Job], workers: int | None, force: bool, progress: Progress | None, pool: Pool | None
+    jobs: Sequence[Job], processes: int | None, force: bool, progress: Progress | None, workers: Workers | None
 ) -> list[Result]:
     for job in jobs if is_first() else ():
         refuse_existing(job.path, *job.beside, force=force or _begun(job))
-    if pool:
-        return _train_in(pool, jobs, force, progress)
-    workers = min(workers or os.cpu_count() or 1, len(jobs))
-    if workers == 1:
+    if workers:
+        return _train_in(workers, jobs, force, progress)
+    processes = min(processes or os.cpu_count() or 1, len(jobs))
+    if processes == 1:
         return [_run(job, force, _Total(progress, len(jobs), i)) for i, job in enumerate(jobs)]
     # spawn, not fork: torch's threads do not survive a fork
     context = multiprocessing.get_context("spawn")
     done = context.RawArray("q", 2 * len(jobs))  # of every job the steps that are done, and all of them
     others = multiprocessing.active_children()
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(done,)) as processes:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin_worker, initargs=(done,)) as executor:
         with _deaf():
-            futures = [processes.submit(_run_in_worker, job, force, i) for i, job in enumerate(jobs)]
+            futures = [executor.submit(_run_in_worker, job, force, i) for i, job in enumerate(jobs)]
         try:
             while wait(futures, timeout=0.5).not_done:
                 if progress and any(done[1::2]):
@@ -113,7 +113,7 @@ def _train_left(
                     break
             return [future.result() for future in futures]
         except BaseException as error:
-            processes.shutdown(wait=False, cancel_futures=True)
+            executor.shutdown(wait=False, cancel_futures=True)
             for worker in set(multiprocessing.active_children()) - set(others):
                 worker.terminate()
             if isinstance(error, BrokenProcessPool):
@@ -248,7 +248,7 @@ def _run_in_worker(job: Job, force: bool, index: int) -> Result:
     return _run(job, force, report)
 
 
-def _train_in(pool: Pool, jobs: Sequence[Job], force: bool, progress: Progress | None) -> list[Result]:
+def _train_in(workers: Workers, jobs: Sequence[Job], force: bool, progress: Progress | None) -> list[Result]:
     logs: dict[Path, Result] = {}
     command = provenance()["command"]
 
@@ -259,7 +259,7 @@ def _train_in(pool: Pool, jobs: Sequence[Job], force: bool, progress: Progress |
         if progress:
             progress(len(logs), len(jobs))
 
-    pool.run(_Trainer(), [replace(job, device=pool.device) for job in jobs], keep)
+    workers.map(_Trainer(), [replace(job, device=workers.device) for job in jobs], keep)
     return [logs[job.path] for job in jobs]
 
 

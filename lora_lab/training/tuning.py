@@ -15,7 +15,7 @@ from lora_lab.errors import LoraLabError, OptionError, TaskError
 from lora_lab.files.disk import refuse_existing
 from lora_lab.files.trust import recordable
 from lora_lab.results.result import Result, columns, fingerprint, finite, provenance
-from lora_lab.scoring.workers import Pool
+from lora_lab.scoring.workers import Workers
 from lora_lab.training.runs import Job, Seen, finished, is_first, train_all
 
 if TYPE_CHECKING:
@@ -38,11 +38,11 @@ def train_best(
     paths: Sequence[Path],
     *,
     device: str | None = None,
-    workers: int | None = None,
+    processes: int | None = None,
     report_to: str = "none",
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
-    pool: Pool | None = None,
+    workers: Workers | None = None,
 ) -> tuple[list[Result], Result]:
     """Train every recipe (a seed each) at every setting and keep the best; its logs, and what all of them gave.
 
@@ -67,7 +67,7 @@ def train_best(
         refuse_existing(path, force=force or _chosen_before(path, logs_there))
     left = [i for i in range(len(jobs)) if i not in known]
     if left:
-        done = train_all([jobs[i] for i in left], workers=workers, force=True, progress=progress, pool=pool)
+        done = train_all([jobs[i] for i in left], processes=processes, force=True, progress=progress, workers=workers)
         known |= dict(zip(left, done, strict=True))
     logs = [[known[k * len(recipes) + i] for i in range(len(recipes))] for k in range(len(settings))]
     rows = [{**setting, **_mean(each)} for setting, each in zip(settings, logs, strict=True)]

@@ -26,9 +26,9 @@ from lora_lab.analysis.game import Game, Outcomes
 from lora_lab.errors import FileError, LoraLabError, LoraLabWarning, MismatchError, OptionError, TaskError
 from lora_lab.games.estimators import all_coalitions
 from lora_lab.results.result import Result
-from lora_lab.scoring import workers
+from lora_lab.scoring import workers as module
 from lora_lab.scoring.examples import Examples
-from lora_lab.scoring.workers import Pool
+from lora_lab.scoring.workers import open_workers
 from lora_lab.tasks.digits import Digits
 from lora_lab.training.recipe import Recipe
 from lora_lab.training.runs import Job, train_all
@@ -38,12 +38,12 @@ DIED = pytest.warns(LoraLabWarning, match=r"a worker died \(ActorDiedError\); it
 
 
 @pytest.fixture(scope="module")
-def pool():
+def workers():
     import ray.cloudpickle
 
     # workers cannot import the tests
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    with Pool.open("local:2") as opened:
+    with open_workers(ray="local:2") as opened:
         yield opened
 
 
@@ -59,10 +59,10 @@ def game_of(adapter, **options):
     return Game(Outcomes(adapter, Digits("relabel"), split="validation", examples=60, **options), players(adapter))
 
 
-def test_shapley_values_are_the_same(pool, pair):
+def test_shapley_values_are_the_same(workers, pair):
     options = {"worth": "loss", "estimator": "antithetic", "samples": 4, "examples": 60}
     costs = []
-    found = shapley.shapley(pair, Digits("relabel"), pool=pool, confirm=costs.append, **options)
+    found = shapley.shapley(pair, Digits("relabel"), workers=workers, confirm=costs.append, **options)
     assert found.columns == shapley.shapley(pair, Digits("relabel"), **options).columns
     assert found.provenance["workers"] == 2
     assert found.provenance["dtype"] == "float32"
@@ -70,31 +70,35 @@ def test_shapley_values_are_the_same(pool, pair):
     assert costs[0].seconds > 0
 
 
-def test_stability_is_the_same(pool, pair):
+def test_stability_is_the_same(workers, pair):
     options = {"by": {"low": r"layers\.[01]", "high": r"layers\.[23]"}, "samples": 3, "examples": 60}
-    found, alone = (stability.stability(pair[:1], Digits("relabel"), pool=each, **options) for each in (pool, None))
+    found, alone = (
+        stability.stability(pair[:1], Digits("relabel"), workers=each, **options) for each in (workers, None)
+    )
     assert found.columns == alone.columns
     assert found.summary == alone.summary
 
 
-def test_sweeps_are_the_same_down_to_the_base_alone(pool, pair):
+def test_sweeps_are_the_same_down_to_the_base_alone(workers, pair):
     options = {"sparsities": [0.5, 1.0], "draws": 2, "examples": 40}
     told = []
-    found = sweep.sweep(pair[:1], Digits("relabel"), pool=pool, progress=lambda *n: told.append(n), **options)
+    found = sweep.sweep(pair[:1], Digits("relabel"), workers=workers, progress=lambda *n: told.append(n), **options)
     assert found.columns == sweep.sweep(pair[:1], Digits("relabel"), **options).columns
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert told[-1][0] == told[-1][1]
 
 
-def test_lines_are_the_same(pool, pair):
+def test_lines_are_the_same(workers, pair):
     options = {"points": 3, "ratios": [[1, 2]], "split": "validation"}
-    found, alone = (connectivity.interpolate(pair, Digits("relabel"), pool=each, **options) for each in (pool, None))
+    found, alone = (
+        connectivity.interpolate(pair, Digits("relabel"), workers=each, **options) for each in (workers, None)
+    )
     assert found.columns == alone.columns
     assert found.summary == alone.summary
     assert found.provenance["dtype"] == "float32"
 
 
-def test_comparisons_are_the_same_and_say_what_cannot_be_merged(pool, pair, tmp_path):
+def test_comparisons_are_the_same_and_say_what_cannot_be_merged(workers, pair, tmp_path):
     config = LoraConfig(r=3, lora_alpha=4, target_modules=TARGETS)
     tasks = [Digits("identity"), Digits("mod3")]
     wide = random_adapter(tasks[1], tmp_path / "wide", config, scale=0.06)
@@ -105,8 +109,8 @@ def test_comparisons_are_the_same_and_say_what_cannot_be_merged(pool, pair, tmp_
     options = {"methods": ["average", "dare", "factor-average"], "coefficients": [0.5]}
     journal = tmp_path / "journal"
     with pytest.raises(KeyboardInterrupt):
-        compare.compare(both, tasks, pool=pool, journal=journal, progress=_interrupt_after(6), **options)
-    found = compare.compare(both, tasks, pool=pool, journal=journal, **options)
+        compare.compare(both, tasks, workers=workers, journal=journal, progress=_interrupt_after(6), **options)
+    found = compare.compare(both, tasks, workers=workers, journal=journal, **options)
     alone = compare.compare(both, tasks, **options)
     assert found.columns == alone.columns
     assert found.summary == alone.summary
@@ -114,7 +118,7 @@ def test_comparisons_are_the_same_and_say_what_cannot_be_merged(pool, pair, tmp_
     assert 0 < found.provenance["evaluations"] < alone.provenance["evaluations"]
 
 
-def test_trainings_are_the_same_and_are_saved_here(pool, tmp_path):
+def test_trainings_are_the_same_and_are_saved_here(workers, tmp_path):
     task = Digits("relabel").record
     recipes = [Recipe(method="coto", seed=seed, steps=6, batch_size=8) for seed in (0, 1)]
     there, here = (
@@ -122,16 +126,16 @@ def test_trainings_are_the_same_and_are_saved_here(pool, tmp_path):
         for where in ("there", "here")
     )
     told = []
-    logs = train_all(there, pool=pool, progress=lambda *n: told.append(n))
+    logs = train_all(there, workers=workers, progress=lambda *n: told.append(n))
     assert told == [(1, 2), (2, 2)]
-    for job, log, own, same in zip(there, logs, here, train_all(here, workers=1), strict=True):
+    for job, log, own, same in zip(there, logs, here, train_all(here, processes=1), strict=True):
         assert log.columns == same.columns
         assert all(path.exists() for path in job.beside)
         a, b = Adapter.load(job.path), Adapter.load(own.path)
         assert a.record["recipe"] == b.record["recipe"]
         assert all(torch.equal(a.tensors[key], b.tensors[key]) for key in b.tensors)
     with pytest.raises(OptionError, match="--jobs"):
-        train_all(there, pool=pool, workers=2, force=True)
+        train_all(there, workers=workers, processes=2, force=True)
 
 
 def _interrupt_after(count):
@@ -142,17 +146,17 @@ def _interrupt_after(count):
     return progress
 
 
-def test_a_worker_that_is_killed_in_mid_run_loses_nothing_and_doubles_nothing(pool, pair, tmp_path):
+def test_a_worker_that_is_killed_in_mid_run_loses_nothing_and_doubles_nothing(workers, pair, tmp_path):
     import ray
 
     victims = []
 
     def kill(done, total):
         if not victims:  # the other worker is in the middle of a batch
-            victims.append(next(worker for worker in pool._wears if worker not in pool._idle))
+            victims.append(next(worker for worker in workers._wears if worker not in workers._idle))
             ray.kill(victims[0])
 
-    game = game_of(pair[0], pool=pool, cache=tmp_path, progress=kill)
+    game = game_of(pair[0], workers=workers, cache=tmp_path, progress=kill)
     with DIED:
         worths = game(all_coalitions(4))
     assert len(victims) == 1
@@ -163,15 +167,17 @@ def test_a_worker_that_is_killed_in_mid_run_loses_nothing_and_doubles_nothing(po
     assert len(set(keys)) == len(keys) == 16
 
 
-@pytest.mark.parametrize("stop", ["with a pool", "without"])
-def test_a_run_goes_on_where_it_was_with_a_pool_of_another_size(pool, pair, tmp_path, monkeypatch, stop):
-    first = game_of(pair[0], pool=pool if stop == "with a pool" else None, cache=tmp_path, progress=_interrupt_after(6))
+@pytest.mark.parametrize("stop", ["with workers", "without"])
+def test_a_run_goes_on_where_it_was_with_other_numbers_of_workers(workers, pair, tmp_path, monkeypatch, stop):
+    first = game_of(
+        pair[0], workers=workers if stop == "with workers" else None, cache=tmp_path, progress=_interrupt_after(6)
+    )
     with pytest.raises(KeyboardInterrupt):
         first(all_coalitions(4))
     known = first.outcomes.evaluated
     assert 6 <= known < 16
-    monkeypatch.setattr(pool, "size", 1)
-    again = game_of(pair[0], pool=pool, cache=tmp_path)
+    monkeypatch.setattr(workers, "size", 1)
+    again = game_of(pair[0], workers=workers, cache=tmp_path)
     assert (again(all_coalitions(4)) == game_of(pair[0])(all_coalitions(4))).all()
     assert again.outcomes.evaluated == 16 - known
 
@@ -202,44 +208,44 @@ class Setup:
         return os.getpid(), item**2
 
 
-def test_a_batch_whose_worker_dies_is_answered_by_another(pool, tmp_path):
+def test_a_batch_whose_worker_dies_is_answered_by_another(workers, tmp_path):
     kept = []
     with DIED:
-        found = pool.run(Setup(tmp_path), [1, -2, 3, 4], lambda item, answer: kept.append((item, answer[1])))
+        found = workers.map(Setup(tmp_path), [1, -2, 3, 4], lambda item, answer: kept.append((item, answer[1])))
     assert [square for _, square in found] == [1, 4, 9, 16]
     assert sorted(kept) == [(-2, 4), (1, 1), (3, 9), (4, 16)]
 
 
-def test_a_batch_that_ends_every_worker_is_given_up(pool, tmp_path):
+def test_a_batch_that_ends_every_worker_is_given_up(workers, tmp_path):
     with DIED, pytest.raises(LoraLabError, match=r"a batch of work ended 3 workers, the last one so: .*died"):
-        pool.run(Setup(tmp_path), [666])
-    assert pool.run(Setup(tmp_path), [5])[0][1] == 25
+        workers.map(Setup(tmp_path), [666])
+    assert workers.map(Setup(tmp_path), [5])[0][1] == 25
 
 
-def test_a_worker_builds_once_and_keeps_one_model(pool, tmp_path):
+def test_a_worker_builds_once_and_keeps_one_model(workers, tmp_path):
     for _ in range(3):
-        pool.run(Setup(tmp_path), [1])
+        workers.map(Setup(tmp_path), [1])
     assert len(list(tmp_path.iterdir())) == 1
-    pool.run(Setup(tmp_path, "others"), [1, 2, 3, 4])
+    workers.map(Setup(tmp_path, "others"), [1, 2, 3, 4])
     built = len(list(tmp_path.iterdir()))
-    pool.run(Setup(tmp_path, "others"), [1])
+    workers.map(Setup(tmp_path, "others"), [1])
     assert len(list(tmp_path.iterdir())) == built
 
 
 @pytest.mark.parametrize("error", [FileError("a.csv: no such file"), OptionError("no"), TaskError("out of range")])
-def test_errors_of_the_project_arrive_as_they_are(pool, tmp_path, error):
+def test_errors_of_the_project_arrive_as_they_are(workers, tmp_path, error):
     with pytest.raises(type(error)) as raised:
-        pool.run(Setup(tmp_path), [1, error, 2])
+        workers.map(Setup(tmp_path), [1, error, 2])
     assert str(raised.value) == str(error)
-    assert len(pool.run(Setup(tmp_path), [1, 2, 3])) == 3
+    assert len(workers.map(Setup(tmp_path), [1, 2, 3])) == 3
 
 
-def test_other_errors_bring_the_traceback_of_the_worker(pool, tmp_path):
+def test_other_errors_bring_the_traceback_of_the_worker(workers, tmp_path):
     with pytest.raises(ZeroDivisionError, match=r"(?s)in answer.*ZeroDivisionError: division"):
-        pool.run(Setup(tmp_path), [ZeroDivisionError("division by zero")])
+        workers.map(Setup(tmp_path), [ZeroDivisionError("division by zero")])
 
 
-def test_workers_use_as_many_threads_as_the_driver(pool):
+def test_workers_use_as_many_threads_as_the_driver(workers):
     @dataclass(frozen=True)
     class Threads:
         fingerprint: str = "threads"
@@ -247,10 +253,10 @@ def test_workers_use_as_many_threads_as_the_driver(pool):
         def __call__(self):
             return lambda _: torch.get_num_threads()
 
-    assert pool.run(Threads(), [0]) == [torch.get_num_threads()]
+    assert workers.map(Threads(), [0]) == [torch.get_num_threads()]
 
 
-def test_a_cluster_of_ones_own_listens_to_this_machine_alone(pool):
+def test_a_cluster_of_ones_own_listens_to_this_machine_alone(workers):
     import psutil
 
     @dataclass(frozen=True)
@@ -260,7 +266,7 @@ def test_a_cluster_of_ones_own_listens_to_this_machine_alone(pool):
         def __call__(self):
             return lambda _: os.getpid()
 
-    (worker,) = pool.run(Worker(), [0])
+    (worker,) = workers.map(Worker(), [0])
     mine = psutil.Process()
     processes = [mine, *mine.children(recursive=True)]
     assert worker in [process.pid for process in processes]
@@ -275,18 +281,18 @@ def test_a_cluster_of_ones_own_listens_to_this_machine_alone(pool):
     assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
 
 
-def test_batches_are_consecutive_a_few_a_worker_and_no_longer_than_asked(pool):
-    assert pool.cut(range(16)) == [range(i, i + 2) for i in range(0, 16, 2)]
-    assert pool.cut(range(100), most=5) == [range(i, i + 5) for i in range(0, 100, 5)]
-    assert pool.cut([]) == []
+def test_batches_are_consecutive_a_few_a_worker_and_no_longer_than_asked(workers):
+    assert workers.cut(range(16)) == [range(i, i + 2) for i in range(0, 16, 2)]
+    assert workers.cut(range(100), most=5) == [range(i, i + 5) for i in range(0, 100, 5)]
+    assert workers.cut([]) == []
 
 
-def test_a_task_that_its_record_does_not_give_again_is_refused(pool, pair):
+def test_a_task_that_its_record_does_not_give_again_is_refused(workers, pair):
     class Own(Digits):
         pass
 
     with pytest.raises(OptionError, match=r"task digits/relabel \(Own\) cannot be built again from its record"):
-        shapley.shapley(pair, Own("relabel"), pool=pool)
+        shapley.shapley(pair, Own("relabel"), workers=workers)
 
 
 def test_other_data_on_a_worker_is_refused():
@@ -298,13 +304,16 @@ def test_other_data_on_a_worker_is_refused():
 
 def test_without_ray_it_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(OptionError, match=r"^--ray needs Ray: pip install 'lora-lab\[ray\]'$"), Pool.open("auto"):
+    with (
+        pytest.raises(OptionError, match=r"^--ray needs Ray: pip install 'lora-lab\[ray\]'$"),
+        open_workers(ray="auto"),
+    ):
         pass
 
 
 @pytest.mark.parametrize("spec", ["local", "local:0", "local:-1", "local:x", "", "somewhere", "host:1/0"])
 def test_a_cluster_that_cannot_be_is_refused(spec):
-    with pytest.raises(OptionError, match="HOST:PORT of a running cluster, or local:N"), Pool.open(spec):
+    with pytest.raises(OptionError, match="HOST:PORT of a running cluster, or local:N"), open_workers(ray=spec):
         pass
 
 
@@ -316,7 +325,7 @@ def fake_ray(init=None, *, connected=False, version="2.60.0"):
 @pytest.mark.parametrize("version", ["2.51.1", "2.40.0", "1.13.0"])
 def test_a_ray_without_authentication_joins_no_cluster(monkeypatch, spec, version):
     monkeypatch.setitem(sys.modules, "ray", fake_ray(lambda **_: pytest.fail("it would connect"), version=version))
-    with pytest.raises(OptionError, match=rf"Ray {version} lets anybody .*2\.52 or newer"), Pool.open(spec):
+    with pytest.raises(OptionError, match=rf"Ray {version} lets anybody .*2\.52 or newer"), open_workers(ray=spec):
         pass
 
 
@@ -325,7 +334,7 @@ def test_a_cluster_of_ones_own_that_would_listen_to_the_network_is_refused(monke
     fake._private = SimpleNamespace(ray_constants=SimpleNamespace(ENABLE_RAY_CLUSTER=True))
     fake.nodes = lambda: [{"NodeManagerAddress": "192.0.2.2"}]
     monkeypatch.setitem(sys.modules, "ray", fake)
-    with pytest.raises(OptionError, match=r"would listen to the network, on 192\.0\.2\.2"), Pool.open("local:2"):
+    with pytest.raises(OptionError, match=r"would listen to the network, on 192\.0\.2\.2"), open_workers(ray="local:2"):
         pass
     assert fake._private.ray_constants.ENABLE_RAY_CLUSTER is True
 
@@ -336,7 +345,7 @@ def test_nobody_at_the_address_is_one_line_at_once(monkeypatch):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         text = rf"--ray 127.0.0.1:{port}: no cluster to be joined \(.*refused\)"
-        with pytest.raises(OptionError, match=text), Pool.open(f"127.0.0.1:{port}"):
+        with pytest.raises(OptionError, match=text), open_workers(ray=f"127.0.0.1:{port}"):
             pass
 
 
@@ -347,7 +356,7 @@ def test_no_cluster_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", fake_ray(init))
     with (
         pytest.raises(OptionError, match=r"no cluster to be joined .*`ray start --head` starts one"),
-        Pool.open("auto"),
+        open_workers(ray="auto"),
     ):
         pass
 
@@ -355,7 +364,7 @@ def test_no_cluster_is_one_line(monkeypatch):
 @pytest.mark.parametrize("spec", ["local:2", "localhost:6379"])
 def test_a_process_has_one_cluster(monkeypatch, spec):
     monkeypatch.setitem(sys.modules, "ray", fake_ray(connected=True))
-    with pytest.raises(OptionError, match="uses a Ray cluster already; auto takes that one"), Pool.open(spec):
+    with pytest.raises(OptionError, match="uses a Ray cluster already; auto takes that one"), open_workers(ray=spec):
         pass
 
 
@@ -377,7 +386,7 @@ def nodes(*resources):
     ],
 )
 def test_workers_are_one_for_each_gpu_or_for_the_cores_that_the_threads_take(spec, device, resources, expected):
-    assert workers._shares(nodes(*resources), workers._SPEC.fullmatch(spec), device, 4) == expected
+    assert module._shares(nodes(*resources), module._SPEC.fullmatch(spec), device, 4) == expected
 
 
 @pytest.mark.parametrize(
@@ -390,7 +399,7 @@ def test_workers_are_one_for_each_gpu_or_for_the_cores_that_the_threads_take(spe
 )
 def test_gpus_that_are_not_there_are_refused(spec, device, text):
     with pytest.raises(OptionError, match=text):
-        workers._shares(nodes({"CPU": 4}), workers._SPEC.fullmatch(spec), device, 1)
+        module._shares(nodes({"CPU": 4}), module._SPEC.fullmatch(spec), device, 1)
 
 
 def test_the_module_itself_loads_neither_torch_nor_ray():
@@ -417,7 +426,7 @@ def interrupted(command):
     return process.returncode, err, found
 
 
-def test_an_interrupted_command_ends_its_cluster_and_goes_on_from_its_journal(pool, pair, tmp_path, monkeypatch):
+def test_an_interrupted_command_ends_its_cluster_and_goes_on_from_its_journal(workers, pair, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pair[0].save("a.safetensors")
     command = [Path(sys.executable).with_name("lora-lab"), "shapley", "a.safetensors", "--players", "module"]
@@ -436,7 +445,7 @@ def test_an_interrupted_command_ends_its_cluster_and_goes_on_from_its_journal(po
     evaluated = []
     keep = Outcomes._keep
     monkeypatch.setattr(Outcomes, "_keep", lambda self, *args: (evaluated.append(args), keep(self, *args)))
-    monkeypatch.setattr(Pool, "open", lambda spec, device: contextlib.nullcontext(pool))
+    monkeypatch.setattr(module, "open_workers", lambda **_: contextlib.nullcontext(workers))
     (main,) = entry_points(group="console_scripts", name="lora-lab")
     with pytest.raises(SystemExit) as ended:
         main.load()(command[1:])

@@ -215,7 +215,7 @@ def test_jobs_side_by_side_give_what_they_give_alone(tmp_path, coto):
         Job(task.record, Recipe(method="coto", seed=seed, **SHORT), tmp_path / f"{seed}.safetensors") for seed in (0, 1)
     ]
     seen = []
-    logs = train_all(jobs, workers=2, progress=lambda *n: seen.append(n))
+    logs = train_all(jobs, processes=2, progress=lambda *n: seen.append(n))
     assert same(Adapter.load(jobs[0].path), coto[0])
     assert [log.provenance["seeds"] for log in logs] == [[0], [1]]
     for job in jobs:

@@ -28,7 +28,7 @@ def job(folder, seed=0, **changes):
 def made(tmp_path_factory):
     """The bytes of all files of the jobs with the seeds 0 and 1."""
     folder = tmp_path_factory.mktemp("made")
-    train_all([job(folder, seed) for seed in (0, 1)], workers=1)
+    train_all([job(folder, seed) for seed in (0, 1)], processes=1)
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
@@ -69,7 +69,7 @@ def test_only_what_is_left_is_trained_and_the_logs_come_in_the_order_of_the_jobs
     for path in folder.glob("0.*"):
         path.unlink()
     with pytest.warns(LoraLabNote, match=r"1.safetensors: this very training"):
-        logs = train_all([job(folder, seed) for seed in (0, 1)], workers=workers)
+        logs = train_all([job(folder, seed) for seed in (0, 1)], processes=workers)
     assert trained == [0]
     assert [log.provenance["seeds"] for log in logs] == [[0], [1]]
 

@@ -35,7 +35,7 @@ def test_settings_are_all_combinations_of_what_has_several_values():
 def test_the_best_by_mean_validation_accuracy_is_kept_and_the_rest_recorded(tmp_path, monkeypatch):
     paths = [tmp_path / f"lora-s{seed}.safetensors" for seed in (0, 1)]
     settings = settings_of({"learning_rate": [1e-5, 1e-2]})
-    logs, tried = train_best(TASK.record, recipes(), settings, paths, workers=1)
+    logs, tried = train_best(TASK.record, recipes(), settings, paths, processes=1)
     rows = tried.summary["settings"]
     assert [row["learning_rate"] for row in rows] == [1e-5, 1e-2]
     assert [row["chosen"] for row in rows] == [row["accuracy"] == max(r["accuracy"] for r in rows) for row in rows]
@@ -76,24 +76,24 @@ def test_the_best_by_mean_validation_accuracy_is_kept_and_the_rest_recorded(tmp_
 def test_a_killed_run_trains_only_what_is_left(tmp_path, monkeypatch):
     paths = [tmp_path / "lora-s0.safetensors"]
     settings = settings_of({"learning_rate": [1e-3, 1e-2]})
-    train_best(TASK.record, recipes([0]), settings, paths, workers=1)
+    train_best(TASK.record, recipes([0]), settings, paths, processes=1)
     for file in (tmp_path / "tried").glob("*0.01*"):
         file.unlink()
     trained = []
     true = tuning.train_all
     monkeypatch.setattr(tuning, "train_all", lambda jobs, **k: trained.extend(jobs) or true(jobs, **k))
-    train_best(TASK.record, recipes([0]), settings, paths, workers=1, force=True)
+    train_best(TASK.record, recipes([0]), settings, paths, processes=1, force=True)
     assert [job.recipe.learning_rate for job in trained] == [1e-2]
     trained.clear()
     longer = [Recipe(method="lora", seed=0, steps=13, batch_size=8)]
-    train_best(TASK.record, longer, settings, paths, workers=1, force=True)
+    train_best(TASK.record, longer, settings, paths, processes=1, force=True)
     assert len(trained) == 2  # other trainings of the same name
 
 
 def test_a_setting_that_diverges_is_a_row_and_never_chosen(tmp_path):
     paths = [tmp_path / "lora-s0.safetensors"]
     diverging = [Recipe(method="lora", seed=0, steps=12, batch_size=8, max_grad_norm=1e30)]
-    _, tried = train_best(TASK.record, diverging, settings_of({"learning_rate": [1e-3, 1e25]}), paths, workers=1)
+    _, tried = train_best(TASK.record, diverging, settings_of({"learning_rate": [1e-3, 1e25]}), paths, processes=1)
     rows = tried.summary["settings"]
     assert rows[1] == {"learning_rate": 1e25, "accuracy": None, "loss": None, "chosen": False}
     assert rows[0]["chosen"]
@@ -103,7 +103,7 @@ def test_a_setting_that_diverges_is_a_row_and_never_chosen(tmp_path):
             diverging,
             settings_of({"learning_rate": [1e24, 1e25]}),
             [tmp_path / "b.safetensors"],
-            workers=1,
+            processes=1,
         )
     assert not (tmp_path / "b.safetensors").exists()
 
@@ -112,8 +112,8 @@ def test_only_the_very_same_training_is_taken_over(tmp_path, monkeypatch):
     paths = [tmp_path / "lora-s0.safetensors"]
     settings = settings_of({"learning_rate": [1e-3, 1e-2]})
     first = [dataclasses.replace(recipe, rank=2, lora_plus=16.0) for recipe in recipes([0])]
-    train_best(TASK.record, first, settings, paths, workers=1)
-    logs, _ = train_best(TASK.record, recipes([0]), settings, paths, workers=1, force=True)
+    train_best(TASK.record, first, settings, paths, processes=1)
+    logs, _ = train_best(TASK.record, recipes([0]), settings, paths, processes=1, force=True)
     recipe = logs[0].parameters["record"]["recipe"]
     assert (recipe["rank"], recipe["lora_plus"]) == (TASK.rank, None)  # the task's own, and none
 
@@ -125,8 +125,8 @@ def test_only_the_very_same_training_is_taken_over(tmp_path, monkeypatch):
         return Split({**inputs, "labels": other} if name == "train" else inputs)
 
     monkeypatch.setattr(Digits, "_load", changed_labels)
-    _, changed = train_best(TASK.record, recipes([0]), settings, paths, workers=1, force=True)
-    _, again = train_best(TASK.record, recipes([0]), settings, paths, workers=1, force=True)
+    _, changed = train_best(TASK.record, recipes([0]), settings, paths, processes=1, force=True)
+    _, again = train_best(TASK.record, recipes([0]), settings, paths, processes=1, force=True)
     assert again.columns == changed.columns
     assert min(changed.columns["loss"]) > logs[0].summary["validation"]["loss"] + 0.05
 
@@ -134,7 +134,7 @@ def test_only_the_very_same_training_is_taken_over(tmp_path, monkeypatch):
 def test_a_training_that_diverges_in_its_last_step_is_a_row_too(tmp_path):
     diverging = [Recipe(method="lora", seed=0, steps=1, batch_size=8, max_grad_norm=1e30)]
     paths, settings = [tmp_path / "lora-s0.safetensors"], settings_of({"learning_rate": [1e-3, 1e30]})
-    _, tried = train_best(TASK.record, diverging, settings, paths, workers=1)
+    _, tried = train_best(TASK.record, diverging, settings, paths, processes=1)
     assert tried.columns["accuracy"][1] is None
     assert tried.columns["chosen"] == [True, False]
 
@@ -150,7 +150,7 @@ def test_values_are_numbers_with_commas():
 
 def test_records_stay_strict_json(tmp_path):
     paths = [tmp_path / "lora-s0.safetensors"]
-    train_best(TASK.record, recipes([0]), settings_of({"rank": [1, 2]}), paths, workers=1)
+    train_best(TASK.record, recipes([0]), settings_of({"rank": [1, 2]}), paths, processes=1)
     record = Adapter.load(paths[0]).record
     assert json.loads(json.dumps(record, allow_nan=False))["tuning"][0]["rank"] == 1
     assert all(math.isfinite(row["loss"]) for row in record["tuning"])
