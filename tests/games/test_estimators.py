@@ -377,7 +377,7 @@ def test_intervals_of_few_draws_hold_the_values_as_often_as_they_say(estimator):
     n, inside, too_narrow = 8, [], []
     game, values = saturating(n)
     per_draw = plan(n, estimator=estimator, samples=1)[0].marginals
-    for seed in range(400):
+    for seed in range(150):
         found = estimate(game, n, estimator=estimator, samples=4 * per_draw, seed=seed)
         assert found.draws == 4
         error = np.abs(found.values - values)
