@@ -39,7 +39,7 @@ from lora_lab.analysis.game import Game, Outcomes
 from lora_lab.analysis.shapley import shapley
 from lora_lab.games import estimators
 from lora_lab.games.estimators import all_coalitions
-from lora_lab.merging.paths import Mixer
+from lora_lab.merging.paths import Paths
 from lora_lab.tasks.digits import Digits
 from lora_lab.tasks.task import Split, Task
 from lora_lab.training.fit import train
@@ -156,11 +156,11 @@ def bench_curves(repeats: int, folder: Any) -> None:
         points = [Point(w, space) for w in weights]
 
         def ours(points: list[Point] = points) -> float:
-            return cpu(lambda: evaluate(Mixer(adapters), task, points))
+            return cpu(lambda: evaluate(Paths(adapters), task, points))
 
         with attach(task.build_model(), adapters[0]) as attached:
             if space == "delta":  # as many columns as most points of the curve have
-                attached.set(Mixer(adapters).mix(weights[5], "delta"))
+                attached.set(Paths(adapters).mix(weights[5], "delta"))
             model = attached.model
             bare(model)
             found = side_by_side(ours, lambda model=model: cpu(lambda: bare(model)), repeats)
@@ -168,7 +168,7 @@ def bench_curves(repeats: int, folder: Any) -> None:
 
     points = [Point(w, "delta") for w in weights]
     found = side_by_side(
-        lambda: cpu(lambda: evaluate(Mixer(adapters), task, points)),
+        lambda: cpu(lambda: evaluate(Paths(adapters), task, points)),
         lambda: cpu(lambda: naive_curve(task.build_model(), task, adapters, folders, weights)),
         repeats,
     )

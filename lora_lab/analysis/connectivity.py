@@ -30,7 +30,7 @@ from lora_lab.adapters.attached import put_on
 from lora_lab.adapters.describe import described, identity, labels_of, method_of
 from lora_lab.analysis.question import Question
 from lora_lab.errors import OptionError
-from lora_lab.merging.paths import SPACES, Mixer
+from lora_lab.merging.paths import SPACES, Paths
 from lora_lab.options import option
 from lora_lab.results.result import Journal, Result, columns, fingerprint, finite, grouped, provenance
 from lora_lab.results.stats import Floats, Sampled, mean_and_spread, proportion
@@ -41,8 +41,6 @@ from lora_lab.tasks.task import Scores, Task, resolve_device
 
 Progress = Callable[[int, int], None]
 """Called with (evaluations done, evaluations in all)."""
-
-RATIO_SPACES = ("factors", "delta")
 
 
 BARRIERS: dict[str, Callable[[Floats, Floats], Floats]] = {
@@ -150,11 +148,13 @@ def interpolate(
     """
     check(adapters, points=points, spaces=spaces)
     device = device or (torch.device(workers.device) if workers else resolve_device())
-    mixer = Mixer(adapters)
-    if ratios and not set(RATIO_SPACES) & set(spaces):
-        raise OptionError(f"mixtures are scored in {' and '.join(RATIO_SPACES)}; name one of them as the space, too")
+    paths = Paths(adapters)
+    mixed = [space for space in spaces if SPACES[space].mixtures]
+    if ratios and not mixed:
+        names = " and ".join(name for name, path in SPACES.items() if path.mixtures)
+        raise OptionError(f"mixtures are scored in {names}; name one of them as the space, too")
     run = run_id(adapters, task, points=points, spaces=list(spaces), ratios=ratios, split=split, seed=seed)
-    spaces = _with_matched(mixer, spaces)
+    spaces = _with_matched(paths, spaces)
     began = time.perf_counter()
     grid = np.linspace(0, 1, points)
     pairs = list(itertools.combinations(range(len(adapters)), 2))
@@ -163,20 +163,20 @@ def interpolate(
         for pair in pairs
         for space in spaces
     }
-    mixes = _ratio_points(ratios, len(adapters), [space for space in RATIO_SPACES if space in spaces])
+    mixes = _ratio_points(ratios, len(adapters), mixed)
     wanted = [*(p for line in lines.values() for p in line), *(point for _, point in mixes)]
     options: dict[str, Any] = {"device": device, "journal": journal, "progress": progress, "workers": workers}
-    scores = evaluate(mixer, task, wanted, split=split, **options)
+    scores = evaluate(paths, task, wanted, split=split, **options)
 
     sampled = {metric: _Sampled(scores, metric, seed) for metric in METRICS}
     rows = []
     for (pair, _), line in lines.items():
         rows += [
-            {**_who(adapters, pair), "t": float(t), "ratio": None, **_cells(point, scores, sampled["loss"], mixer)}
+            {**_who(adapters, pair), "t": float(t), "ratio": None, **_cells(point, scores, sampled["loss"], paths)}
             for t, point in zip(grid, line, strict=True)
         ]
     for (members, ratio), point in mixes:
-        cells = _cells(point, scores, sampled["loss"], mixer)
+        cells = _cells(point, scores, sampled["loss"], paths)
         rows.append({**_who(adapters, members), "t": None, "ratio": ratio, **cells})
     curves = {
         (pair, space, metric): sampled[metric].line(line) for (pair, space), line in lines.items() for metric in METRICS
@@ -214,9 +214,9 @@ def check(adapters: Sequence[Adapter], *, points: int, spaces: Sequence[str]) ->
         raise OptionError("a line needs two adapters or more")
     if points < 2:
         raise OptionError(f"{points} points on a line; at least 2 are needed (its ends)")
-    mixer = Mixer(adapters)
-    for space in _with_matched(mixer, spaces):
-        mixer.check(space)
+    paths = Paths(adapters)
+    for space in _with_matched(paths, spaces):
+        paths.check(space)
 
 
 def run_id(adapters: Sequence[Adapter], task: Task, *, split: str, **options: Any) -> str:
@@ -225,7 +225,7 @@ def run_id(adapters: Sequence[Adapter], task: Task, *, split: str, **options: An
 
 
 def evaluate(
-    mixer: Mixer,
+    paths: Paths,
     task: Task,
     points: Sequence[Point],
     *,
@@ -241,7 +241,7 @@ def evaluate(
     """
     unique = {point.key: point for point in points}
     device = device or (torch.device(workers.device) if workers else resolve_device())
-    run = fingerprint([run_id(mixer.adapters, task, split=split), device.type])
+    run = fingerprint([run_id(paths.adapters, task, split=split), device.type])
     log = Journal(journal, run) if journal else None
     scores: dict[str, Scores] = {}
     for key in unique:
@@ -262,25 +262,25 @@ def evaluate(
         progress(len(scores), len(unique))
     if missing and workers:
         sent, on = Sent.of(task), Examples.of(task, split)
-        setup = _Setup(tuple(map(bare, mixer.adapters)), sent, on, str(device), fingerprint(["line", run, str(device)]))
+        setup = _Setup(tuple(map(bare, paths.adapters)), sent, on, str(device), fingerprint(["line", run, str(device)]))
         workers.map(setup, workers.cut(missing), keep)
     elif missing:
-        walk = _walker(mixer, task, split, device)
+        walk = _walker(paths, task, split, device)
         for point in missing:
             keep([point], walk([point]))
     return {key: scores[key] for key in unique}
 
 
 def _walker(
-    mixer: Mixer, task: Task, split: str, device: torch.device
+    paths: Paths, task: Task, split: str, device: torch.device
 ) -> Callable[[Sequence[Point]], tuple[list[Scores], str | None]]:
     """What scores points, and says in which dtype, on a model of its own."""
-    attached = put_on(task.model_on(device), *mixer.adapters)
+    attached = put_on(task.model_on(device), *paths.adapters)
 
     def walk(points: Sequence[Point]) -> tuple[list[Scores], str | None]:
         found = []
         for point in points:
-            attached.set(mixer.mix(point.weights, point.space))
+            attached.set(paths.mix(point.weights, point.space))
             found.append(task.score(attached.model, split))
         return found, task.dtype
 
@@ -300,7 +300,7 @@ class _Setup:
     def __call__(self) -> Callable[[Sequence[Point]], tuple[list[Scores], str | None]]:
         task = self.task.task()
         self.on.of_task(task)  # the same ones, or it says so
-        return _walker(Mixer(self.adapters), task, self.on.split, torch.device(self.device))
+        return _walker(Paths(self.adapters), task, self.on.split, torch.device(self.device))
 
 
 def parse_ratios(text: str, adapters: int) -> list[list[float]]:
@@ -321,14 +321,12 @@ def parse_ratios(text: str, adapters: int) -> list[list[float]]:
     return ratios
 
 
-def _with_matched(mixer: Mixer, spaces: Sequence[str]) -> list[str]:
-    """The spaces asked for; norms can be matched wherever there is a ΔW, and then the factor curve needs it."""
-    chosen = list(dict.fromkeys(spaces))
-    if not mixer.additive and chosen == ["factors", "delta"]:
-        chosen = ["factors"]  # the default, as far as this tuner allows it
-    if "factors" in chosen and mixer.additive and "matched" not in chosen:
-        chosen.insert(chosen.index("factors") + 1, "matched")
-    return chosen
+def _with_matched(paths: Paths, spaces: Sequence[str]) -> list[str]:
+    """The spaces asked for, each with its rescaled twin, wherever there is a ΔW to rescale."""
+    if not paths.additive and tuple(spaces) == Interpolate.spaces:  # the default, as far as this tuner allows it
+        return [space for space in spaces if not SPACES[space].needs_delta]
+    twins = [twin for space in spaces for twin in (space, SPACES[space].rescaled if paths.additive else None) if twin]
+    return list(dict.fromkeys(twins))
 
 
 def _on_line(pair: tuple[int, int], t: float, count: int, space: str) -> Point:
@@ -374,7 +372,7 @@ class _Sampled:
         return self._all[[self._index[point.key] for point in points]]
 
 
-def _cells(point: Point, scores: Mapping[str, Scores], losses: _Sampled, mixer: Mixer) -> dict[str, Any]:
+def _cells(point: Point, scores: Mapping[str, Scores], losses: _Sampled, paths: Paths) -> dict[str, Any]:
     """What a row says of its point."""
     loss = losses.line([point]).estimate(lambda L: L[0])
     accuracy = proportion(scores[point.key].correct)
@@ -383,7 +381,7 @@ def _cells(point: Point, scores: Mapping[str, Scores], losses: _Sampled, mixer: 
         "weights": list(point.weights),
         **dict(zip(("loss", "loss_low", "loss_high"), loss, strict=True)),
         **dict(zip(("accuracy", "accuracy_low", "accuracy_high"), accuracy, strict=True)),
-        "norm": mixer.norm(point.weights, point.space),
+        "norm": paths.norm(point.weights, point.space),
     }
 
 
@@ -406,9 +404,9 @@ def _summary(
             low = low if name == "midpoint" else max(0.0, low)
             barriers.append({**who, "barrier": name, "value": value, "low": low, "high": high})
     summary: dict[str, Any] = {"barriers": barriers}
-    if "matched" in spaces:
+    for space in [space for space in spaces if SPACES[space].rescaled in spaces][:1]:
         summary["shrinkage"] = [
-            {**_who(adapters, pair), "metric": metric, **_shrinkage(curves, pair, metric, grid)}
+            {**_who(adapters, pair), "metric": metric, **_shrinkage(curves, pair, space, metric, grid)}
             for pair in pairs
             for metric in METRICS
         ]
@@ -418,12 +416,12 @@ def _summary(
     return summary
 
 
-def _shrinkage(curves: Curves, pair: tuple[int, int], metric: str, grid: Floats) -> dict[str, float]:
-    """The factor curve's barrier (Entezari's), what norm matching takes away of it, and what stays.
+def _shrinkage(curves: Curves, pair: tuple[int, int], space: str, metric: str, grid: Floats) -> dict[str, float]:
+    """A curve's barrier, what keeping the norms takes away of it, and what stays.
 
     `removed` is a paired difference: its interval comes from one resampling of both curves.
     """
-    factors, matched = curves[pair, "factors", metric], curves[pair, "matched", metric]
+    factors, matched = curves[pair, space, metric], curves[pair, str(SPACES[space].rescaled), metric]
     both = factors.with_points(matched)
     n, above_chord = len(grid), BARRIERS["entezari"]
 

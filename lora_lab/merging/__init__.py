@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lora_lab.merging.merged import merge as merge
     from lora_lab.merging.merged import save as save
     from lora_lab.merging.methods import MERGES as MERGES
-    from lora_lab.merging.paths import Mixer as Mixer
+    from lora_lab.merging.paths import Paths as Paths
     from lora_lab.merging.sources import Sources as Sources
     from lora_lab.merging.sources import Weights as Weights
 
@@ -25,7 +25,7 @@ __getattr__, __dir__, __all__ = face(
             "save",
         ),
         "methods": ("MERGES",),
-        "paths": ("Mixer",),
+        "paths": ("Paths",),
         "sources": (
             "Sources",
             "Weights",

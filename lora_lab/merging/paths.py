@@ -1,12 +1,13 @@
-"""Adapters mixed by weights: in the factors, in ΔW, at matched norm, or aligned first (see connect.py)."""
+"""Paths between adapters: mixed by weights in the factors, in ΔW, at matched norm, or aligned first."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,11 +17,67 @@ from lora_lab.adapters.formats.keys import PREFIX
 from lora_lab.adapters.lowrank import LowRank, combine, combine_factors
 from lora_lab.adapters.renames import require_shared_modules
 from lora_lab.adapters.whole import with_rows_of_the_first
-from lora_lab.errors import MismatchError, OptionError, some
+from lora_lab.errors import MismatchError, some
+from lora_lab.registry import Registry
+
+Updates = Sequence[LowRank]
+"""Of one module, one an adapter."""
 
 
-class Mixer:
-    """Points in the span of some adapters: `mix(weights, space)` is a new adapter, the inputs stay as they are."""
+class Products:
+    """Inner products of some adapters' updates, by module, in float64; each kind computed when it is asked for."""
+
+    def __init__(self, updates: Callable[[], Sequence[Mapping[str, LowRank]]]) -> None:
+        self._updates = updates  # not held: what is mixed may be copies
+
+    @cached_property
+    def deltas(self) -> Tensor:
+        """⟨ΔW_i, ΔW_j⟩, [modules, adapters, adapters]."""
+        updates = self._updates()
+        values = [[[a[name].inner(b[name]) for b in updates] for a in updates] for name in updates[0]]
+        return torch.tensor(values, dtype=torch.float64)
+
+    @cached_property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A_i A_jᵀ and B_iᵀ B_j, [modules, adapters, adapters, rank, rank], zero-padded to one rank."""
+        updates = self._updates()
+        names, count = list(updates[0]), len(updates)
+        rank = max(u.rank for u in updates[0].values())
+        A = torch.zeros(len(names), count, count, rank, rank, dtype=torch.float64)
+        B = torch.zeros_like(A)
+        for m, name in enumerate(names):
+            for i, j in itertools.product(range(count), repeat=2):
+                a, b = updates[i][name], updates[j][name]
+                A[m, i, j, : a.rank, : b.rank] = a.A.double() @ b.A.double().T
+                B[m, i, j, : a.rank, : b.rank] = a.B.double().T @ b.B.double()
+        return A, B
+
+
+@dataclass(frozen=True)
+class Space:
+    """How updates are mixed by weights, and all that is asked of the curve which that gives."""
+
+    mix: Callable[[Updates, Sequence[float]], LowRank]
+    """Updates of one module and their weights → the mixed update."""
+    norms: Callable[[Products, Tensor], Tensor] | None = None
+    """Products of the updates that are mixed and their weights → ‖ΔW‖² by module; None: the mix itself is measured."""
+    prepare: Callable[[Updates], Updates] | None = None
+    """What is mixed instead of the updates, all of one module together."""
+    needs_delta: bool = True
+    """Whether it is for adapters with a ΔW only, and not for the bare tensors of any tuner."""
+    needs_factors: bool = True
+    """Whether all adapters must have factors of one shape."""
+    rescaled: str | None = None
+    """The path that is the same but for the norms, which it keeps: their barriers tell shrinkage apart."""
+    mixtures: bool = True
+    """Whether weighted mixtures are scored on it, besides the lines."""
+
+
+class Paths:
+    """Points in the span of some adapters: `mix(weights, space)` is a new adapter, the inputs stay as they are.
+
+    A space is a name in SPACES.
+    """
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         require_shared_modules(adapters)
@@ -36,15 +93,16 @@ class Mixer:
             _same_settings(adapters)
         self.adapters = list(adapters)
         self.additive = reasons[0] is None
+        self._last: tuple[Any, list[dict[str, LowRank]]] | None = None
+        self._known: dict[Any, Products] = {}
 
     def check(self, space: str) -> None:
         """Raise what `mix` in this space would raise, before anything is computed."""
-        if space not in SPACES:
-            raise OptionError(f"unknown space {space!r}; there are: {', '.join(SPACES)}")
-        if space != "factors" and not self.additive:
+        entry = SPACES[space]
+        if entry.needs_delta and not self.additive:
             self.adapters[0].require_additive()
         self._check_others()
-        if space != "delta":
+        if entry.needs_factors:
             self._check_factors()
 
     def mix(self, weights: Sequence[float], space: str) -> Adapter:
@@ -53,10 +111,7 @@ class Mixer:
             return self.adapters[weights.index(1.0)]
         if not self.additive:
             return self._mix_tensors(weights)
-        used = [i for i, weight in enumerate(weights) if weight]
-        chosen = [weights[i] for i in used]
-        source, given = SPACES[space], self._updates(space, used)
-        updates = {name: source([each[name] for each in given], chosen) for name in self.adapters[0].sites}
+        updates = self._mixed(weights, SPACES[space])
         mixed = self.adapters[0].with_updates(updates, source=f"{space} {self._label(weights)}")
         return replace(mixed, tensors={**mixed.tensors, **self._mix_others(weights)})
 
@@ -64,67 +119,37 @@ class Mixer:
         """‖ΔW‖_F over all modules at these weights, from rank × rank cores; None where there is no ΔW."""
         if not self.additive:
             return None
-        w = torch.tensor(weights, dtype=torch.float64)
-        if space == "delta" or (torch.count_nonzero(w) == 1 and 1.0 in weights):
-            squares = torch.einsum("i,j,mij->m", w, w, self._inner)
+        entry, used = SPACES[space], tuple(i for i, weight in enumerate(weights) if weight)
+        w = torch.tensor([weights[i] for i in used], dtype=torch.float64)
+        if len(used) == 1 and w[0] == 1:
+            squares = self._products(used, None).deltas[:, 0, 0]
+        elif entry.norms is None:
+            squares = torch.tensor([update.norm() ** 2 for update in self._mixed(weights, entry).values()])
         else:
-            used = [i for i, weight in enumerate(weights) if weight]
-            A, B = self._grams(space, used)
-            size = _size(A, w[used]) * _size(B, w[used])
-            A, B = (torch.einsum("i,j,mijrs->mrs", w[used], w[used], gram) for gram in (A, B))
-            squares = torch.einsum("mrs,mrs->m", A, B)
-            if space == "matched":
-                targets = (self._inner.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() @ w).square()
-                squares = torch.where(squares > (_CANCELLED * size).square(), targets, 0.0)
+            squares = entry.norms(self._products(used, entry.prepare), w)
         return math.sqrt(max(0.0, float(squares.sum())))
 
-    def _updates(self, space: str, used: Sequence[int]) -> list[dict[str, LowRank]]:
-        """The updates of these adapters; aligned, all are rotated onto the first of them."""
-        if space != "aligned":
-            return [self.adapters[i].updates for i in used]
-        return [self._aligned(used[0], i) for i in used]
+    def _mixed(self, weights: Sequence[float], entry: Space) -> dict[str, LowRank]:
+        used = tuple(i for i, weight in enumerate(weights) if weight)
+        updates = self._prepared(used, entry.prepare)
+        return {name: entry.mix([u[name] for u in updates], [weights[i] for i in used]) for name in updates[0]}
 
-    def _aligned(self, first: int, index: int) -> dict[str, LowRank]:
-        """An adapter's balanced factors, rotated onto those of another."""
-        if (first, index) not in self._rotated:
-            if index == first:
-                found = {name: update.balanced() for name, update in self.adapters[index].updates.items()}
-            else:
-                own, onto = self._aligned(index, index), self._aligned(first, first)
-                found = {name: update.rotated_to(onto[name]) for name, update in own.items()}
-            self._rotated[first, index] = found
-        return self._rotated[first, index]
+    def _prepared(
+        self, used: tuple[int, ...], prepare: Callable[[Updates], Updates] | None
+    ) -> list[Mapping[str, LowRank]]:
+        """What a space mixes of these adapters; only the last answer is kept, as a line's points come together."""
+        updates: list[Mapping[str, LowRank]] = [self.adapters[i].updates for i in used]
+        if prepare is None:
+            return updates
+        if self._last is None or self._last[0] != (used, prepare):
+            by_module = {name: prepare([u[name] for u in updates]) for name in self.adapters[0].sites}
+            self._last = (used, prepare), [{m: new[i] for m, new in by_module.items()} for i in range(len(used))]
+        return list(self._last[1])
 
-    @cached_property
-    def _rotated(self) -> dict[tuple[int, int], dict[str, LowRank]]:
-        return {}
-
-    @cached_property
-    def _inner(self) -> Tensor:
-        """⟨ΔW_i, ΔW_j⟩ by module, [modules, adapters, adapters], float64."""
-        updates = [adapter.updates for adapter in self.adapters]
-        values = [[[a[name].inner(b[name]) for b in updates] for a in updates] for name in self.adapters[0].sites]
-        return torch.tensor(values, dtype=torch.float64)
-
-    @cached_property
-    def _gram_cache(self) -> dict[tuple[str, tuple[int, ...]], tuple[Tensor, Tensor]]:
-        return {}
-
-    def _grams(self, space: str, used: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A_i A_jᵀ and B_iᵀ B_j by module, [modules, used, used, rank, rank], zero-padded to one rank."""
-        key = (space, tuple(used))
-        if key not in self._gram_cache:
-            updates = self._updates(space, used)
-            rank = max(u.rank for u in updates[0].values())
-            shape = (len(self.adapters[0].sites), len(updates), len(updates), rank, rank)
-            A, B = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
-            for m, name in enumerate(self.adapters[0].sites):
-                for i, j in itertools.product(range(len(updates)), repeat=2):
-                    a, b = updates[i][name], updates[j][name]
-                    A[m, i, j, : a.rank, : b.rank] = a.A.double() @ b.A.double().T
-                    B[m, i, j, : a.rank, : b.rank] = a.B.double().T @ b.B.double()
-            self._gram_cache[key] = A, B
-        return self._gram_cache[key]
+    def _products(self, used: tuple[int, ...], prepare: Callable[[Updates], Updates] | None) -> Products:
+        if (used, prepare) not in self._known:
+            self._known[used, prepare] = Products(lambda: self._prepared(used, prepare))
+        return self._known[used, prepare]
 
     def _check_others(self) -> None:
         """Heads and other whole tensors are averaged in every space, so all adapters must have the same."""
@@ -147,7 +172,7 @@ class Mixer:
                     raise MismatchError(
                         f"{first.source} and {other.source} have factors of different shapes, not to be averaged: "
                         f"{key.removeprefix(PREFIX)} is {list(tensor.shape)} and {shape}"
-                        + ("; ΔW can be: --space delta" if self.additive else "")
+                        + ("; ΔW can be, which is the space delta" if self.additive else "")
                     )
 
     def _mix_tensors(self, weights: Sequence[float]) -> Adapter:
@@ -221,20 +246,44 @@ def matched(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     return mixed * (target / norm if norm > _CANCELLED * size else 0.0)
 
 
-def _size(grams: Tensor, weights: Tensor) -> Tensor:
-    """Σ |wᵢ| ‖Fᵢ‖_F by module, of the factors F whose inner products these are."""
-    norms = torch.einsum("miirr->mi", grams).clamp(min=0).sqrt()
-    return norms @ weights.abs()
+def aligned(updates: Updates) -> list[LowRank]:
+    """Balanced factors, those after the first rotated onto its (orthogonal Procrustes): no gauge is left to choose."""
+    first, *others = [update.balanced() for update in updates]
+    return [first, *(other.rotated_to(first) for other in others)]
+
+
+def delta_norms(products: Products, weights: Tensor) -> Tensor:
+    """‖Σ wᵢΔWᵢ‖² = Σᵢⱼ wᵢwⱼ ⟨ΔWᵢ, ΔWⱼ⟩ by module."""
+    return torch.einsum("i,j,mij->m", weights, weights, products.deltas)
+
+
+def factor_norms(products: Products, weights: Tensor) -> Tensor:
+    """‖(Σ wᵢBᵢ)(Σ wᵢAᵢ)‖² by module: the inner product of Σᵢⱼ wᵢwⱼ AᵢAⱼᵀ and Σᵢⱼ wᵢwⱼ BᵢᵀBⱼ."""
+    A, B = (torch.einsum("i,j,mijrs->mrs", weights, weights, gram) for gram in products.factors)
+    return torch.einsum("mrs,mrs->m", A, B)
+
+
+def matched_norms(products: Products, weights: Tensor) -> Tensor:
+    """(Σ wᵢ‖ΔWᵢ‖)² by module, 0 where the factors cancel."""
+    # Σ |wᵢ| ‖Fᵢ‖_F of the factors F whose inner products these are
+    A, B = (torch.einsum("miirr->mi", gram).clamp(min=0).sqrt() @ weights.abs() for gram in products.factors)
+    targets = (products.deltas.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() @ weights).square()
+    return torch.where(factor_norms(products, weights) > (_CANCELLED * A * B).square(), targets, 0.0)
 
 
 _CANCELLED = 1e-6
 """Norm of a mixed ΔW, relative to that of its factors before they were added, at which it is rounding."""
 
 
-SPACES: dict[str, Callable[[Sequence[LowRank], Sequence[float]], LowRank]] = {
-    "factors": combine_factors,
-    "matched": matched,
-    "delta": combine,
-    "aligned": combine_factors,
-}
-"""How updates of one module are mixed: function (updates, weights) → update."""
+SPACES = Registry(
+    "space",
+    "lora_lab.spaces",
+    Space,
+    {
+        "factors": Space(combine_factors, factor_norms, needs_delta=False, rescaled="matched"),
+        "matched": Space(matched, matched_norms, mixtures=False),
+        "delta": Space(combine, delta_norms, needs_factors=False),
+        "aligned": Space(combine_factors, factor_norms, aligned, mixtures=False),
+    },
+)
+"""What can be averaged between adapters, by the name that is a space to users."""

@@ -14,7 +14,7 @@ from lora_lab.adapters.attached import attach
 from lora_lab.errors import LoraLabWarning, MismatchError, TunerError
 from lora_lab.hub import base_model
 from lora_lab.merging.merged import merge, save
-from lora_lab.merging.paths import Mixer
+from lora_lab.merging.paths import Paths
 from lora_lab.merging.sources import Sources
 from lora_lab.pruning.prune import keep_modules, keep_ranks
 from lora_lab.training.coto import Switches
@@ -75,7 +75,7 @@ def test_n27_what_is_made_of_an_adapter_lists_its_modules_and_loads_in_peft(name
     merged = merge(Sources([adapter, adapter], [0.5, 0.5]))
     save(merged, tmp_path / "merged")
     halves = keep_ranks(adapter, {site: range(3, -1, -1) for site in adapter.sites}).save(tmp_path / "ranks")
-    for folder in (tmp_path / "merged", halves, Mixer([adapter]).mix([1.0], "delta").save(tmp_path / "mixed")):
+    for folder in (tmp_path / "merged", halves, Paths([adapter]).mix([1.0], "delta").save(tmp_path / "mixed")):
         assert_in_peft(folder, case, f"{name}_io")
     config = json.loads((tmp_path / "merged" / "adapter_config.json").read_text())
     assert sorted(config["target_modules"]) == sorted(adapter.sites)
@@ -106,7 +106,7 @@ def test_n08_experts_of_their_own_meet_fused_ones_and_the_error_says_so():
 
 
 @pytest.mark.parametrize(
-    "use", [lambda pair: merge(Sources(pair)).adapter, lambda pair: Mixer(pair).mix([0.5, 0.5], "delta")]
+    "use", [lambda pair: merge(Sources(pair)).adapter, lambda pair: Paths(pair).mix([0.5, 0.5], "delta")]
 )
 def test_n06_updates_after_other_tokens_are_not_put_together(use):
     case = "N06_alora_mixed"
@@ -122,7 +122,7 @@ def test_n06_updates_after_other_tokens_are_not_put_together(use):
 
 
 @pytest.mark.parametrize(
-    "use", [lambda pair: merge(Sources(pair)).adapter, lambda pair: Mixer(pair).mix([0.5, 0.5], "delta")]
+    "use", [lambda pair: merge(Sources(pair)).adapter, lambda pair: Paths(pair).mix([0.5, 0.5], "delta")]
 )
 def test_n12_one_base_may_have_many_names(use):
     case = "N12_one_base_three_names"

@@ -13,7 +13,7 @@ from lora_lab.adapters.lowrank import LowRank
 from lora_lab.adapters.renames import rename_all, renamed, require_shared_modules, suggested
 from lora_lab.errors import MismatchError, OptionError
 from lora_lab.merging.merged import merge, save
-from lora_lab.merging.paths import Mixer
+from lora_lab.merging.paths import Paths
 from lora_lab.merging.sources import Sources
 
 SHAPES = {"layers.0.q": (6, 4), "layers.0.v": (5, 4), "layers.1.q": (6, 4), "layers.10.v": (5, 4)}
@@ -52,7 +52,7 @@ def test_a_renaming_that_is_offered_makes_the_modules_the_same(mine, theirs):
     merged = merge(Sources(moved)).adapter
     for name, delta in deltas(merged).items():
         assert torch.allclose(delta, deltas(first)[name] + deltas(moved[1])[name], atol=1e-6)
-    Mixer(moved).mix([0.5, 0.5], "delta")
+    Paths(moved).mix([0.5, 0.5], "delta")
 
 
 def test_one_of_two_may_have_more_modules():
@@ -79,7 +79,7 @@ def test_adapters_that_hang_together_by_others_are_let_through():
         require_shared_modules([chain[0], under("", {"layers.10.v": (5, 4)}), chain[1]])
 
 
-@pytest.mark.parametrize("use", [lambda pair: merge(Sources(pair)), Mixer])
+@pytest.mark.parametrize("use", [lambda pair: merge(Sources(pair)), Paths])
 def test_merges_and_lines_of_adapters_without_a_common_module_are_refused(use):
     with pytest.raises(MismatchError, match=r"model0 and bare9 update no module together: .*--rename =model makes"):
         use([under("model"), under("", seed=9)])

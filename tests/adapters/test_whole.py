@@ -12,7 +12,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.formats.keys import PREFIX
 from lora_lab.errors import AdapterError, MismatchError
 from lora_lab.merging.merged import merge, save
-from lora_lab.merging.paths import Mixer
+from lora_lab.merging.paths import Paths
 from lora_lab.merging.sources import Sources
 
 KEY = f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta"
@@ -53,8 +53,8 @@ def test_tokens_whose_rows_differ_are_named_and_follow_the_option():
 
 def test_as_many_other_tokens_are_not_averaged_row_by_row_on_a_line():
     with pytest.raises(MismatchError, match="t0 and t1 train different tokens: 5, 7 in one only"):
-        Mixer([trained(0, [7, 2]), trained(1, [2, 5])]).check("delta")
-    mixed = Mixer([trained(0, [7, 2]), trained(1, [2, 7])]).mix([0.25, 0.75], "delta")
+        Paths([trained(0, [7, 2]), trained(1, [2, 5])]).check("delta")
+    mixed = Paths([trained(0, [7, 2]), trained(1, [2, 7])]).mix([0.25, 0.75], "delta")
     assert mixed.config["trainable_token_indices"] == [7, 2]
     wanted = torch.stack([0.25 * row(token, 0) + 0.75 * row(token, 1) for token in (7, 2)])
     torch.testing.assert_close(mixed.tensors[KEY], wanted)
@@ -116,8 +116,8 @@ def test_running_statistics_are_averaged_nowhere():
             merge(Sources(pair), heads=name)
     assert merge(Sources(pair), heads="first").adapter.tensors[f"{PREFIX}norm.running_mean"].tolist() == [1.0] * 4
     with pytest.raises(MismatchError, match=r"norm\.\S+ differs, and running statistics"):
-        Mixer(pair).check("delta")
-    Mixer([pair[0], with_statistics(1, 1.0)]).check("delta")
+        Paths(pair).check("delta")
+    Paths([pair[0], with_statistics(1, 1.0)]).check("delta")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -129,7 +129,7 @@ def test_heads_are_averaged_in_float64_where_they_are_float64(dtype):
         head = {f"{PREFIX}score.weight": torch.full((2, 3), 1 + extra, dtype=torch.float64).to(dtype)}
         pair.append(replace(made, tensors={**made.tensors, **head}))
     wanted = 1 + 5e-13 if dtype == torch.float64 else 1.0
-    for found in (Mixer(pair).mix([0.5, 0.5], "delta"), merge(Sources(pair), heads="average").adapter):
+    for found in (Paths(pair).mix([0.5, 0.5], "delta"), merge(Sources(pair), heads="average").adapter):
         head = found.tensors[f"{PREFIX}score.weight"]
         assert head.dtype == dtype
         assert float(head[0, 0]) == pytest.approx(wanted, rel=0, abs=1e-14)

@@ -10,11 +10,11 @@ from making_adapters import random_adapter as from_noise
 from peft import HiraConfig, LoraConfig
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.lowrank import LowRank
+from lora_lab.adapters.lowrank import LowRank, combine
 from lora_lab.analysis import connectivity
 from lora_lab.analysis.connectivity import BARRIERS, Interpolate, Point, evaluate, interpolate, parse_ratios, run_id
 from lora_lab.errors import MismatchError, OptionError, TunerError
-from lora_lab.merging.paths import SPACES, Mixer
+from lora_lab.merging.paths import SPACES, Paths, Space
 from lora_lab.results.stats import Sampled
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.examples import pack, unpack
@@ -50,8 +50,8 @@ def dense(adapter):
 
 @pytest.mark.parametrize("weights", [(0.3, 0.7, 0.0), (0.2, 0.3, 0.5), (1.0, -0.5, 0.25)])
 def test_every_space_is_its_dense_definition(adapters, weights):
-    mixer = Mixer(adapters)
-    delta, factors, matched = (dense(mixer.mix(weights, space)) for space in ("delta", "factors", "matched"))
+    paths = Paths(adapters)
+    delta, factors, matched = (dense(paths.mix(weights, space)) for space in ("delta", "factors", "matched"))
     for name in adapters[0].sites:
         updates = [adapter.updates[name] for adapter in adapters]
         expected = sum(w * u.delta().double() for w, u in zip(weights, updates, strict=True))
@@ -65,8 +65,8 @@ def test_every_space_is_its_dense_definition(adapters, weights):
 
 
 def test_factors_minus_delta_is_the_cross_term(adapters):
-    mixer, t = Mixer(adapters[:2]), 0.3
-    factors, delta = dense(mixer.mix((1 - t, t), "factors")), dense(mixer.mix((1 - t, t), "delta"))
+    paths, t = Paths(adapters[:2]), 0.3
+    factors, delta = dense(paths.mix((1 - t, t), "factors")), dense(paths.mix((1 - t, t), "delta"))
     for name in adapters[0].sites:
         a, b = (adapter.updates[name] for adapter in adapters[:2])
         cross = -t * (1 - t) * (a.B - b.B).double() @ (a.A - b.A).double()
@@ -78,15 +78,25 @@ def test_factors_minus_delta_is_the_cross_term(adapters):
     "weights", [(0.5, 0.5, 0.0), (0.2, 0.3, 0.5), (0.0, 1.0, 0.0), (0.5, 0.0, 0.0), (0.0, -2.0, 0.0)]
 )
 def test_norms_from_cores_are_the_dense_norms(adapters, space, weights):
-    mixer = Mixer(adapters)
-    expected = torch.stack([delta.norm() for delta in dense(mixer.mix(weights, space)).values()]).norm()
-    assert mixer.norm(weights, space) == pytest.approx(float(expected), rel=1e-5)
+    paths = Paths(adapters)
+    expected = torch.stack([delta.norm() for delta in dense(paths.mix(weights, space)).values()]).norm()
+    assert paths.norm(weights, space) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_new_space_has_the_norm_of_what_it_mixes(adapters, monkeypatch):
+    mix = lambda updates, weights: 2.0 * combine(updates, weights)  # noqa: E731
+    monkeypatch.setitem(SPACES.entries, "doubled", Space(mix, needs_factors=False))
+    paths = Paths(adapters)
+    assert paths.norm((0.5, 0.3, 0.2), "doubled") == pytest.approx(2 * paths.norm((0.5, 0.3, 0.2), "delta"), rel=1e-6)
+    result = interpolate(adapters[:2], Digits("relabel"), points=3, spaces=("doubled",), ratios=[[1, 1]])
+    assert {row["space"] for row in result.rows()} == {"doubled"}
+    assert "shrinkage" not in result.summary
 
 
 def test_an_adapter_at_half_the_weight_has_a_quarter_of_its_norm_in_factors_and_half_of_it_otherwise(adapters):
-    whole, mixer = adapters[0].total_norm, Mixer(adapters)
+    whole, paths = adapters[0].total_norm, Paths(adapters)
     for space, share in (("factors", 0.25), ("aligned", 0.25), ("matched", 0.5), ("delta", 0.5)):
-        assert mixer.norm((0.5, 0.0, 0.0), space) == pytest.approx(share * whole, rel=1e-5), space
+        assert paths.norm((0.5, 0.0, 0.0), space) == pytest.approx(share * whole, rel=1e-5), space
 
 
 @pytest.mark.parametrize("side", ["A", "B"])
@@ -97,24 +107,24 @@ def test_factors_that_cancel_are_zero_at_any_norm(adapters, side):
         name: LowRank(u.A * (-1.0 if side == "A" else 1.0), u.B * (-1.0 if side == "B" else 1.0), u.shape)
         for name, u in a.updates.items()
     }
-    mixer = Mixer([a.with_updates(a.updates, source="a"), a.with_updates(turned, source="b")])
+    paths = Paths([a.with_updates(a.updates, source="a"), a.with_updates(turned, source="b")])
     near = torch.finfo(torch.float32).eps / 3
     for weights in ((0.5, 0.5), (0.5, 0.5 + near)):
-        assert all(float(delta.norm()) == 0 for delta in dense(mixer.mix(weights, "matched")).values())
-        assert mixer.norm(weights, "matched") == 0
-    assert mixer.norm((0.5, 0.5), "factors") == pytest.approx(0, abs=1e-6)
+        assert all(float(delta.norm()) == 0 for delta in dense(paths.mix(weights, "matched")).values())
+        assert paths.norm(weights, "matched") == 0
+    assert paths.norm((0.5, 0.5), "factors") == pytest.approx(0, abs=1e-6)
 
 
 def test_an_adapter_with_all_the_weight_is_returned_itself(adapters):
-    mixer = Mixer(adapters)
+    paths = Paths(adapters)
     for space in SPACES:
-        assert mixer.mix((0.0, 1.0, 0.0), space) is adapters[1]
+        assert paths.mix((0.0, 1.0, 0.0), space) is adapters[1]
 
 
 def test_mixing_leaves_the_inputs_alone(adapters):
     before = [{key: tensor.clone() for key, tensor in adapter.tensors.items()} for adapter in adapters]
     for space in SPACES:
-        Mixer(adapters).mix((0.4, 0.4, 0.2), space)
+        Paths(adapters).mix((0.4, 0.4, 0.2), space)
     for adapter, tensors in zip(adapters, before, strict=True):
         assert all(torch.equal(adapter.tensors[key], tensor) for key, tensor in tensors.items())
 
@@ -122,20 +132,20 @@ def test_mixing_leaves_the_inputs_alone(adapters):
 def test_a_gauge_twin_is_flat_in_delta_and_has_the_known_false_barrier_in_factors():
     expected = json.loads((CASES / "L01_gauge_twin_interpolation/expected.json").read_text())
     a, twin = (Adapter.load(CASES / "L01_gauge_twin_interpolation" / name) for name in ("a", "twin"))
-    mixer = Mixer([a, twin])
-    middle, own = dense(mixer.mix((0.5, 0.5), "delta")), dense(a)
+    paths = Paths([a, twin])
+    middle, own = dense(paths.mix((0.5, 0.5), "delta")), dense(a)
     for name in own:
         assert torch.allclose(middle[name], own[name], atol=1e-6)
-    assert mixer.norm((0.5, 0.5), "delta") == pytest.approx(expected["total_delta_fro"], rel=1e-5)
-    assert mixer.norm((0.5, 0.5), "factors") == pytest.approx(expected["factor_mid_total"], rel=1e-5)
-    false = dense(mixer.mix((0.5, 0.5), "factors"))
+    assert paths.norm((0.5, 0.5), "delta") == pytest.approx(expected["total_delta_fro"], rel=1e-5)
+    assert paths.norm((0.5, 0.5), "factors") == pytest.approx(expected["factor_mid_total"], rel=1e-5)
+    false = dense(paths.mix((0.5, 0.5), "factors"))
     off = torch.stack([(false[name] - own[name]).norm() for name in own]).norm() / a.total_norm
     assert float(off) == pytest.approx(expected["factor_mid_rel_err"], rel=1e-4)
 
 
 def test_alignment_undoes_the_gauge_of_a_twin():
     a, twin = (Adapter.load(CASES / "L01_gauge_twin_interpolation" / name) for name in ("a", "twin"))
-    middle, own = dense(Mixer([a, twin]).mix((0.5, 0.5), "aligned")), dense(a)
+    middle, own = dense(Paths([a, twin]).mix((0.5, 0.5), "aligned")), dense(a)
     for name in own:
         assert torch.allclose(middle[name], own[name], atol=1e-5)
 
@@ -203,7 +213,7 @@ def test_points_between_equal_a_model_with_the_dense_delta_added(adapters, resul
     task = Digits("relabel")
     for space in ("factors", "delta"):
         model = task.build_model()
-        for name, delta in dense(Mixer(adapters[:2]).mix((0.5, 0.5), space)).items():
+        for name, delta in dense(Paths(adapters[:2]).mix((0.5, 0.5), space)).items():
             model.get_submodule(name).weight.data += delta.float()
         expected = task.score(model)
         assert result.rows(space=space, t=0.5)[0]["loss"] == pytest.approx(expected.mean_loss, abs=1e-4)
@@ -286,11 +296,13 @@ def test_the_share_that_goes_is_what_does_not_stay():
     """A bump of 1 of which .25 stays, on every example alike."""
     bump = (4 * GRID * (1 - GRID))[:, None] * np.ones(20)
     sampled = {"factors": Sampled.of(bump, seed=0), "matched": Sampled.of(bump / 4, seed=0)}
-    cells = connectivity._shrinkage({((0, 1), space, "loss"): s for space, s in sampled.items()}, (0, 1), "loss", GRID)
+    cells = connectivity._shrinkage(
+        {((0, 1), space, "loss"): s for space, s in sampled.items()}, (0, 1), "factors", "loss", GRID
+    )
     assert (cells["barrier"], cells["stays"], cells["removed"]) == pytest.approx((1, 0.25, 0.75))
     assert cells["share"] == pytest.approx(0.75)
     none = connectivity._shrinkage(
-        {((0, 1), space, "loss"): sampled["factors"] for space in sampled}, (0, 1), "loss", GRID
+        {((0, 1), space, "loss"): sampled["factors"] for space in sampled}, (0, 1), "factors", "loss", GRID
     )
     assert none["share"] == 0
 
@@ -306,7 +318,7 @@ def test_barriers_are_not_said_to_be_negative(adapters):
     low = {row["barrier"]: row["low"] for row in summary["barriers"]}
     assert [low[name] for name in ("frankle", "entezari", "max_end")] == [0, 0, 0]
     assert low["midpoint"] > 0.1
-    cells = connectivity._shrinkage(curves, (0, 1), "error", GRID)
+    cells = connectivity._shrinkage(curves, (0, 1), "factors", "error", GRID)
     assert (cells["barrier_low"], cells["stays_low"]) == (0, 0)
     assert cells["removed_low"] < 0  # which a difference may be
 
@@ -318,7 +330,7 @@ def test_every_point_of_a_line_is_a_point_of_its_own(points):
 
 
 def test_the_aligned_line_of_a_pair_does_not_hang_on_other_adapters(adapters):
-    three, two = Mixer(adapters), Mixer(adapters[1:])
+    three, two = Paths(adapters), Paths(adapters[1:])
     among, alone = three.mix([0.0, 0.3, 0.7], "aligned"), two.mix([0.3, 0.7], "aligned")
     for name in alone.sites:
         torch.testing.assert_close(among.updates[name].delta(), alone.updates[name].delta())
@@ -414,7 +426,7 @@ def test_runs_are_told_apart_by_every_bit_of_their_inputs(adapters, tmp_path):
 
 def test_points_that_are_one_model_are_evaluated_once(adapters):
     points = [Point((1.0, 0.0), space) for space in SPACES] + [Point((0.5, 0.5), "delta")] * 2
-    found = evaluate(Mixer(adapters[:2]), Digits("relabel"), points, split="validation")
+    found = evaluate(Paths(adapters[:2]), Digits("relabel"), points, split="validation")
     assert list(found) == ["own:0", "delta:0=0.5,1=0.5"]
 
 
@@ -433,7 +445,7 @@ def test_the_factor_line_works_for_tuners_without_a_delta(tmp_path):
     found = interpolate(pair, Digits("relabel"), points=3, split="validation")
     assert found.parameters["spaces"] == ["factors"]
     assert [row["norm"] for row in found.rows()] == [None] * 3
-    middle = Mixer(pair).mix((0.5, 0.5), "factors")
+    middle = Paths(pair).mix((0.5, 0.5), "factors")
     for key, tensor in middle.tensors.items():
         assert torch.allclose(tensor, (pair[0].tensors[key] + pair[1].tensors[key]) / 2)
     with pytest.raises(TunerError, match="HIRA"):
@@ -446,7 +458,7 @@ def test_different_ranks_have_a_delta_line_and_no_factor_line(adapters, tmp_path
     found = interpolate([adapters[0], other], task, points=3, spaces=("delta",), split="validation")
     assert len(found.rows()) == 3
     with pytest.raises(
-        MismatchError, match=r"different shapes.*lora_A.weight is \[4, 64\] and \[2, 64\].*--space delta"
+        MismatchError, match=r"different shapes.*lora_A.weight is \[4, 64\] and \[2, 64\].*the space delta"
     ):
         interpolate([adapters[0], other], task, points=3)
 
@@ -458,7 +470,7 @@ def test_different_scales_are_folded_in_before_factors_are_averaged(adapters, tm
         config={**a.config, "lora_alpha": 12},
         sites={name: replace(site, scale=3.0) for name, site in a.sites.items()},
     )
-    mixed = Mixer([a, rescaled]).mix((0.5, 0.5), "factors")
+    mixed = Paths([a, rescaled]).mix((0.5, 0.5), "factors")
     for name, update in mixed.updates.items():
         assert torch.allclose(update.delta(), a.updates[name].delta() * 1.5, atol=1e-6)
 
@@ -467,7 +479,7 @@ def test_heads_are_averaged_with_the_rest(tmp_path):
     config = LoraConfig(r=2, target_modules=TARGETS, modules_to_save=["classifier"], init_lora_weights=False)
     pair = [random_adapter(seed, tmp_path, config) for seed in (0, 1)]
     for space in ("factors", "delta"):
-        mixed = Mixer(pair).mix((0.25, 0.75), space)
+        mixed = Paths(pair).mix((0.25, 0.75), space)
         key = next(key for key in mixed.others if key.endswith("classifier.weight"))
         assert torch.allclose(mixed.tensors[key], 0.25 * pair[0].tensors[key] + 0.75 * pair[1].tensors[key])
 
@@ -483,7 +495,7 @@ def test_heads_are_averaged_with_the_rest(tmp_path):
 def test_adapters_that_do_not_fit_together_are_refused(adapters, change, text):
     config = {**adapters[0].config, **change["config"]}
     with pytest.raises(MismatchError, match=text):
-        Mixer([adapters[0], replace(adapters[1], config=config)])
+        Paths([adapters[0], replace(adapters[1], config=config)])
 
 
 def test_tuners_without_a_delta_are_not_mixed_across_settings_they_compute_with(tmp_path):
@@ -491,7 +503,7 @@ def test_tuners_without_a_delta_are_not_mixed_across_settings_they_compute_with(
 
     pair = [random_adapter(i, tmp_path, LoHaConfig(r=2, alpha=8 + 24 * i, target_modules=TARGETS)) for i in (0, 1)]
     with pytest.raises(MismatchError, match="cannot be mixed: alpha is 8 and 32, which LOHA computes with"):
-        Mixer(pair)
+        Paths(pair)
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -511,7 +523,7 @@ def test_mixtures_need_a_space_they_are_scored_in(adapters):
 def test_different_modules_are_named(adapters):
     sites = dict(list(adapters[1].sites.items())[:-2])
     with pytest.raises(MismatchError, match=r"update different modules: vit.layers.3"):
-        Mixer([adapters[0], replace(adapters[1], sites=sites)])
+        Paths([adapters[0], replace(adapters[1], sites=sites)])
 
 
 @pytest.mark.parametrize(
