@@ -6,58 +6,54 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 import typer
 
 from ..errors import LoraLabError, LoraLabNote, LoraLabWarning, nearest
 from ..escape import visible
-from . import (
-    compare_merges,
-    evaluate,
-    figure,
-    inspect,
-    interpolate,
-    merge,
-    prune,
-    quickstart,
-    shapley,
-    stability,
-    streams,
-    sweep,
-    tasks,
-    train,
-)
+from . import streams
 from .terminal import escaping
 
 _EPILOG = "Start with `lora-lab quickstart`: a minute or two from nothing to a first figure."
 
-app = typer.Typer(
-    name="lora-lab",
-    help="Analyse LoRA adapters: train them with CoTo, walk the line between them, see what is shared and what breaks.",
-    epilog=_EPILOG,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"]},
+_VERBS = (
+    "quickstart",
+    "train",
+    "interpolate",
+    "stability",
+    "shapley",
+    "merge",
+    "compare-merges",
+    "prune",
+    "sweep",
+    "evaluate",
+    "inspect",
+    "tasks",
+    "figure",
 )
-for verb in (
-    quickstart,
-    train,
-    interpolate,
-    stability,
-    shapley,
-    merge,
-    compare_merges,
-    prune,
-    sweep,
-    evaluate,
-    inspect,
-    tasks,
-    figure,
-):
-    app.command(verb.__name__.rpartition(".")[2].replace("_", "-"))(verb.command)
+
+
+def _application(arguments: Sequence[str]) -> typer.Typer:
+    """All verbs, or the one that is called alone, since the others would only take time to build."""
+    app = typer.Typer(
+        name="lora-lab",
+        help="Analyse LoRA adapters: train them with CoTo, walk the line between them, see what is shared and what "
+        "breaks.",
+        epilog=_EPILOG,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(lambda: None)  # or typer would take a single verb for the whole program
+    for verb in [verb for verb in _VERBS if verb in arguments[:1]] or _VERBS:
+        app.command(verb)(import_module(f".{verb.replace('-', '_')}", __name__).command)
+    return app
+
 
 # typer may carry its own copy of click, so the class is taken from what typer itself raises
 _UsageError: Any = typer.BadParameter.__mro__[1]
@@ -72,18 +68,18 @@ def main(arguments: list[str] | None = None) -> None:
         warnings.filterwarnings("always", category=category)
     warnings.showwarning = _show_warning
     with streams.signals() as heard:
-        code = _run(arguments, heard)
+        code = _run(sys.argv[1:] if arguments is None else arguments, heard)
         refused = streams.finish()
         if refused and code == 0:
             _fail(f"standard output: cannot be written ({refused})")
     sys.exit(code)
 
 
-def _run(arguments: list[str] | None, heard: list[int]) -> int:
+def _run(arguments: list[str], heard: list[int]) -> int:
     """The exit code; what went wrong has been said."""
     try:
         with escaping():
-            code = app(arguments, standalone_mode=False)
+            code = _application(arguments)(arguments, standalone_mode=False)
     except LoraLabError as error:
         return _say(str(error))
     except BrokenPipeError:
@@ -155,9 +151,8 @@ def _usage(error: Any) -> tuple[str, bool]:
         return f"no such option {error.option_name}" + (f" (did you mean --{close}?)" if close else ""), True
     if text.startswith("No such command"):
         name = text.split("'")[1]
-        verbs = [command.name or "" for command in app.registered_commands]
-        close = nearest(name, verbs)
-        hint = f" (did you mean {close}?)" if close else f"; there are: {', '.join(verbs)}"
+        close = nearest(name, _VERBS)
+        hint = f" (did you mean {close}?)" if close else f"; there are: {', '.join(_VERBS)}"
         return f"no such command {name!r}{hint}", True
     where = f" (see `{error.ctx.command_path} --help`)" if error.ctx else ""
     return text[:1].lower() + text[1:] + where, False

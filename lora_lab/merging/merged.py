@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from lora_lab import escape, files
@@ -154,6 +153,8 @@ def save(merged: Merged, path: Path, *, inputs: Sequence[Path] = (), force: bool
 
 def card(adapter: Adapter) -> str:
     """The model card of a merged adapter."""
+    import yaml
+
     made = adapter.record["merge"]
     front: dict[str, Any] = {
         "library_name": "peft",

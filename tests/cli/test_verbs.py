@@ -31,20 +31,6 @@ def one_line(result, *words, code=1):
     assert not out
 
 
-def test_help_and_drawing_load_no_torch():
-    code = (
-        "import sys; from lora_lab.cli import main\n"
-        "try: main(['--help'])\n"
-        "except SystemExit: pass\n"
-        "import lora_lab.plots.registry\n"
-        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'sklearn', 'scipy'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "interpolate" in done.stdout
-
-
 @pytest.mark.parametrize(
     "verb",
     [
