@@ -57,16 +57,15 @@ def command(
     from ..analysis import compare
     from ..analysis.connectivity import parse_ratios
     from ..errors import OptionError
-    from ..files.disk import refuse_existing, write_bytes
-    from ..files.ownership import MARK, foreign
     from ..merging import merged as merge
     from ..merging.methods import defaults
+    from ..results import tables
     from ..tasks.choosing import tasks_of
 
     outputs = common.Outputs(output, "compare-merges")
     tex = output / "compare-merges.tex"
     if latex:
-        refuse_existing(tex, force=force or foreign(tex) is None)  # a table of ours is made anew without being asked
+        tables.refuse(tex, force=force)
     options: dict[str, dict[str, Any]] = {}
     names = [name.strip() for name in methods.split(",")]
     for given, value in common.pairs(set_).items():
@@ -108,8 +107,7 @@ def command(
             )
         common.say_written(outputs.save(result))
     if latex:
-        write_bytes(tex, f"{compare.latex(result).rstrip()}\n% {MARK} compare-merges\n".encode())
-        common.say_written([tex])
+        common.say_written(tables.save(result, tex))
     if json:
         common.print_json(result.to_json())
     else:

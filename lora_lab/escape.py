@@ -20,6 +20,7 @@ _LATEX = {
 }
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]()#+!|~$])")
 _HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+_QUOTES = {'"': "&quot;", "'": "&#x27;"}
 
 
 def visible(text: str) -> str:
@@ -47,6 +48,16 @@ def markdown(text: str) -> str:
     """The text for a line or a table's cell of Markdown, which shows it as it is; HTML within it is shown, too."""
     escaped = _MARKDOWN.sub(r"\\\1", visible(text))
     return "".join(_HTML.get(sign, sign) for sign in escaped)
+
+
+def html(text: str) -> str:
+    """The text for HTML, within a tag or between two."""
+    return "".join({**_HTML, **_QUOTES}.get(sign, sign) for sign in visible(text))
+
+
+def spreadsheet(text: str) -> str:
+    """The text for a cell of a CSV file, which no spreadsheet takes for a formula."""
+    return f"'{visible(text)}" if text.startswith(("=", "+", "-", "@")) else visible(text)
 
 
 def drawn(value: Any) -> Any:

@@ -23,6 +23,7 @@ from lora_lab.adapters.formats.sites import Parsed, Site
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import AdapterError, FileError, LoraLabWarning, MismatchError, TunerError, some
 from lora_lab.files import trust
+from lora_lab.results.result import finite
 
 CONFIG_KEY = "lora_lab.config"
 RECORD_KEY = "lora_lab.record"
@@ -136,9 +137,9 @@ class Adapter:
         """
         path = Path(path)
         files.refuse_existing(path, force=force)
-        plain = _plain(self.config)
+        plain = finite(self.config)
         config = json.dumps(plain, indent=2)  # unsorted: of the patterns, the first match counts
-        record = _plain(trust.recordable(self.record))
+        record = finite(trust.recordable(self.record))
         metadata = {"format": "pt", RECORD_KEY: json.dumps(record)}
         signature = trust.sign(record, self.tensors, plain) if self.origin.own else None
         if signature is not None:
@@ -375,16 +376,3 @@ def stored(update: LowRank, kind: str, fan_in_fan_out: bool) -> tuple[Tensor, Te
         return update.A, update.B
     ones = (1,) * (len(update.shape) - 2)
     return update.A.reshape(update.rank, *update.shape[1:]), update.B.reshape(*update.B.shape, *ones)
-
-
-def _plain(value: Any) -> Any:
-    """JSON types only, in a fixed order: sets become sorted lists, enums and dtypes their text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted(_plain(item) for item in value)
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, bool | int | float) or type(value) is str:
-        return value
-    return str(getattr(value, "value", value))

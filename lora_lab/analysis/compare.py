@@ -19,7 +19,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lora_lab import escape
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import described, identity, labels_of
 from lora_lab.adapters.initial import shared_start
@@ -423,36 +422,6 @@ def _by_method(sets: Sequence[Row]) -> list[Row]:
             row[f"plain_{key}"], row[f"plain_{key}_spread"] = mean_and_spread(np.array([r[key] for r in plain]))
         found.append(row)
     return found
-
-
-def latex(result: Result) -> str:
-    """The table of a comparison for LaTeX with booktabs: a line for each merge, columns for each training method."""
-    table = result.summary["by_method"]
-    methods = list(dict.fromkeys(row["method"] for row in table))
-    lines = [r"\begin{tabular}{l" + "rrr" * len(methods) + "}", r"\toprule"]
-    heads = [rf"\multicolumn{{3}}{{c}}{{{escape.latex(method or 'adapters')}}}" for method in methods]
-    lines += [
-        " & ".join(["", *heads]) + r" \\",
-        " & ".join(["merge"] + ["accuracy", "norm.", "coef."] * len(methods)) + r" \\",
-    ]
-    lines.append(r"\midrule")
-    for head, rows in grouped(table, "merge", "ratio"):
-        cells = [escape.latex(head["merge"] + (f" {head['ratio']}" if head["ratio"] else ""))]
-        for method in methods:
-            row = next((r for r in rows if r["method"] == method), None)
-            cells += _latex_cells(row) if row else ["--"] * 3
-        lines.append(" & ".join(cells) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}"]
-    return "\n".join(lines) + "\n"
-
-
-def _latex_cells(row: Mapping[str, Any]) -> list[str]:
-    several = row["sets"] > 1
-    cells = [
-        "--" if row[key] is None else f"${row[key]:.3f}" + (rf" \pm {row[f'{key}_spread']:.3f}$" if several else "$")
-        for key in ("accuracy", "normalised")
-    ]
-    return [*cells, "--" if row["coefficient"] is None else f"{row['coefficient']:.2g}"]
 
 
 def _ratio(weights: Sequence[float]) -> str:

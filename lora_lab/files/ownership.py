@@ -25,6 +25,7 @@ _KINDS = (
 )
 _ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md", "heads"}
 _JSON = re.compile(rb'\s*\{\s*"format":\s*"lora-lab (result|journal) \d+"')
+_CSV = re.compile(rb"\A[^\n]*," + MARK.encode() + rb"\n")
 _CARD = re.compile(rb"\A---\n(?:(?!---).*\n)*?tags:[^\n]*(?:\n- [^\n]*)*\blora-lab\b")
 _PLENTY = 100_000_000  # bytes of a safetensors header, as in safetensors itself
 _PART = 65_536  # bytes from either end of a file, where marks are
@@ -105,7 +106,7 @@ def _written_here(path: Path) -> bool:
         return b"<dc:title>" + mark + b"</dc:title>" in start
     if start.startswith(b"\\begin{tabular}"):
         return end.rstrip().rpartition(b"\n")[2].startswith(b"% " + mark)
-    return bool(_JSON.match(start) or _CARD.match(start)) or _of_safetensors(path, start)
+    return any(pattern.match(start) for pattern in (_JSON, _CARD, _CSV)) or _of_safetensors(path, start)
 
 
 def _of_safetensors(path: Path, start: bytes) -> bool:

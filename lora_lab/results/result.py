@@ -14,22 +14,28 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_lab import files
-from lora_lab.errors import FileError, LoraLabWarning, some
+from lora_lab.errors import FileError, LoraLabWarning, OptionError, some
 from lora_lab.files.trust import seal
+from lora_lab.results import schema, tables
+from lora_lab.results.schema import ROWS
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 FORMAT = "lora-lab result 1"
 _PACKAGES = ("lora-lab", "torch", "transformers", "peft", "numpy", "scipy")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
-    """One table with what it was made from. JSON types only; a number that is not finite is written as null.
+    """One table with what it was made from. JSON types only; a number that is not finite is null.
 
     `columns` are tidy: name → values, all of one length. `summary` holds what is said of the table as a whole
-    (barriers, means); shares are fractions, losses nats.
+    (barriers, means); shares are fractions, losses nats. What each kind of result holds is told by its schema (see
+    kinds.py), whose version it carries.
     """
 
     kind: str
@@ -37,6 +43,19 @@ class Result:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     summary: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    schema: int = 0
+    """Version of the kind's schema that it is written in; 0 becomes the present one."""
+
+    def __post_init__(self) -> None:
+        for name in _OBJECTS:
+            object.__setattr__(self, name, finite(getattr(self, name)))
+        object.__setattr__(self, "schema", self.schema or schema.version_of(self.kind))
+
+    def __repr__(self) -> str:
+        return tables.describe(self)
+
+    def _repr_html_(self) -> str:
+        return tables.to_html(self)
 
     def rows(self, **where: Any) -> list[dict[str, Any]]:
         """The table's rows as dictionaries, those only whose columns equal the values given."""
@@ -44,13 +63,37 @@ class Result:
         rows = [dict(zip(names, row, strict=True)) for row in zip(*self.columns.values(), strict=True)]
         return [row for row in rows if all(row[name] == value for name, value in where.items())]
 
+    @property
+    def tables(self) -> list[str]:
+        """The names of its tables, for `table`, `frame` and `to_csv`; the first is that of the rows."""
+        return tables.names_of(self)
+
+    def table(self, name: str = ROWS) -> list[dict[str, Any]]:
+        """The rows of one of its tables; OptionError for another name."""
+        return tables.table(self, name)
+
+    def frame(self, table: str = ROWS) -> DataFrame:
+        """One of its tables as a pandas DataFrame; OptionError where pandas is not installed."""
+        return tables.frame(self, table)
+
+    def to_csv(self, table: str = ROWS) -> str:
+        """One of its tables as CSV, numbers in full (see tables.py)."""
+        return tables.to_csv(self, table)
+
+    def to_latex(self, table: str | None = None, columns: Sequence[str] | None = None) -> str:
+        """The table that papers print, or another one, for LaTeX with booktabs, intervals beside their numbers."""
+        return tables.to_latex(self, table, columns)
+
     def to_json(self) -> dict[str, Any]:
         """The content of the file, with a checksum of all the rest at its end."""
-        content: dict[str, Any] = finite({"format": FORMAT, **asdict(self)})
+        content: dict[str, Any] = {"format": FORMAT, **asdict(self)}
         return {**content, _CHECKSUM: _checksum(content)}
 
     def save(self, path: Path) -> Path:
-        """Write the file, whole or not at all; an existing one is replaced."""
+        """Write the file whole, in place of an existing one; OptionError where it does not fit its schema."""
+        why = schema.why_not(self.kind, self.schema, self.columns, self.summary)
+        if why:
+            raise OptionError(f"{path}: not written ({why})")
         files.write_json(path, self.to_json())
         return path
 
@@ -65,13 +108,16 @@ class Result:
         checksum = content.pop(_CHECKSUM, None)
         if checksum is not None and checksum != _checksum(content):
             raise FileError(f"{path}: a damaged result (it does not agree with its own checksum)")
-        why = _why_no_result(content)
+        content.setdefault("schema", 1)  # of results of version 0.1, which do not say
+        why = _why_no_result(content) or schema.why_not(*(content[name] for name in _CHECKED))
         if why:
             raise FileError(f"{path}: a damaged result ({why})")
         return cls(**{each.name: content[each.name] for each in fields(cls)})
 
 
 _CHECKSUM = "sha256"
+_OBJECTS = ("columns", "parameters", "summary", "provenance")
+_CHECKED = ("kind", "schema", "columns", "summary")
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
@@ -89,7 +135,9 @@ def _why_no_result(content: Mapping[str, Any]) -> str | None:
         return f"without {some(missing)}"
     if not isinstance(content["kind"], str):
         return "its kind is no text"
-    for name in ("columns", "parameters", "summary", "provenance"):
+    if type(content["schema"]) is not int or content["schema"] < 1:
+        return "its schema is no version number"
+    for name in _OBJECTS:
         if not isinstance(content[name], dict):
             return f"its {name} are no JSON object"
     wrong = [name for name, values in content["columns"].items() if not isinstance(values, list)]
@@ -268,16 +316,23 @@ def _head(line: bytes) -> str | None:
 
 
 def finite(value: Any) -> Any:
-    """The value in JSON types; NaN and infinities become None, numpy scalars plain numbers."""
+    """The value in JSON types, in a fixed order: NaN and infinities become None, sets sorted lists.
+
+    Numpy's scalars and arrays become numbers and lists; enums, dtypes and all else their text.
+    """
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):
         return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(finite(item) for item in value)
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
+    if value is None or isinstance(value, bool | int) or type(value) is str:
+        return value
+    return str(getattr(value, "value", value))
 
 
 def _version(name: str) -> str | None:

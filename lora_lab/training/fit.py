@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import random
 import re
 import tempfile
@@ -268,7 +267,7 @@ def _extract(
 def _read(model: Any) -> Adapter:
     from peft.utils import get_peft_model_state_dict
 
-    config = json.loads(json.dumps(model.peft_config["default"].to_dict(), default=_jsonable))
+    config = finite(model.peft_config["default"].to_dict())
     state = {key: tensor.detach().cpu().clone() for key, tensor in get_peft_model_state_dict(model).items()}
     parsed = peft_format.parse(state, config, "the trained adapter")
     if parsed.problems:
@@ -278,12 +277,8 @@ def _read(model: Any) -> Adapter:
 
 def recipe_record(recipe: Recipe) -> dict[str, Any]:
     """A recipe in JSON types, without what the record has beside it."""
-    record: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe), default=_jsonable))
+    record: dict[str, Any] = finite(dataclasses.asdict(recipe))
     return {key: value for key, value in record.items() if key not in ("method", "seed")}
-
-
-def _jsonable(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set | frozenset) else str(getattr(value, "value", value))
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from tiny_models import update
 from lora_lab.adapters.initial import shared_start
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.analysis import compare
-from lora_lab.analysis.compare import ALONE, ENSEMBLE, CompareMerges, _measured, joined, latex, mixes_of, ways_of
+from lora_lab.analysis.compare import ALONE, ENSEMBLE, CompareMerges, _measured, joined, mixes_of, ways_of
 from lora_lab.analysis.court import Mix, _best, share
 from lora_lab.errors import MismatchError, OptionError
 from lora_lab.merging.merged import merge
@@ -360,7 +360,7 @@ def test_adapters_that_began_alike_are_told_by_their_rows(sets):
 
 
 def test_the_latex_table_has_a_line_for_each_merge_and_columns_for_each_method(result):
-    lines = latex(result).splitlines()
+    lines = result.to_latex().splitlines()
     assert lines[0] == r"\begin{tabular}{lrrrrrr}"
     body = lines[lines.index(r"\midrule") + 1 : lines.index(r"\bottomrule")]
     assert [line.partition(" & ")[0] for line in body] == [ALONE, ENSEMBLE, *METHODS]

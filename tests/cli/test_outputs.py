@@ -7,7 +7,7 @@ from lora_lab import plots
 from lora_lab.errors import FileError, LoraLabWarning
 from lora_lab.results.result import Result
 
-LOG = {"step": [1, 2], "loss": [2.0, 1.0], "p": [1.0, 1.0], "mask": ["1", "1"]}
+LOG = {"step": [1, 2], "loss": [2.0, 1.0], "p": [1.0, 1.0], "mask": ["1", "1"], "learning_rate": [0.1, 0.1]}
 SAID = {"record": {"method": "lora", "seed": 0}, "groups": ["a"]}
 
 

@@ -34,7 +34,7 @@ def place(tmp_path):
     adapter(tmp_path / "a.safetensors")
     (tmp_path / "task.toml").write_text(TASK)
     (tmp_path / "file").write_text("mine")
-    Result("sweep", {"a": [1]}).save(tmp_path / "r.json")
+    Result("sweep", {}, {}, {"by_method": []}).save(tmp_path / "r.json")
     return tmp_path
 
 

@@ -21,7 +21,7 @@ from lora_lab.results.result import Journal, Result
 
 TRAINED = Result(
     "train",
-    {"step": [1, 2], "loss": [2.0, 1.0], "p": [1.0, 1.0], "mask": ["1", "1"], "lr": [0.1, 0.1]},
+    {"step": [1, 2], "loss": [2.0, 1.0], "p": [1.0, 1.0], "mask": ["1", "1"], "learning_rate": [0.1, 0.1]},
     {"record": {"method": "lora", "seed": 0}, "groups": ["a"]},
 )
 

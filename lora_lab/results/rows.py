@@ -1,0 +1,45 @@
+"""Columns that the rows of several kinds of results share.
+
+Shares are fractions from 0 to 1, losses are nats, an error is 1 − accuracy. An interval is of 95 %: `x_low` to `x_high`
+for `x`; a spread is one sample standard deviation, 0 of a single value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lora_lab.results.schema import column
+
+_SEED = "seed that the adapter records"
+_METHOD = "training method; of an adapter that records none, null or its label"
+
+ADAPTERS = {"adapters": "label, method, seed and ‖ΔW‖ of each adapter"}
+PLAYERS = {"players": "how modules are grouped into players, or name → regular expression"}
+"""What results say of the adapters and players that they are about."""
+
+
+@dataclass
+class Adapted:
+    """Whose row it is."""
+
+    adapter: str = column("label of the adapter")
+    method: str | None = column(_METHOD)
+    seed: int | str | None = column(_SEED)
+
+
+@dataclass
+class Accuracy:
+    """An accuracy with its interval."""
+
+    accuracy: float = column("share of examples (of language models, of tokens) that are right", "share")
+    accuracy_low: float = column("low end of its interval", "share")
+    accuracy_high: float = column("high end of its interval", "share")
+
+
+@dataclass
+class Loss:
+    """A loss with its interval."""
+
+    loss: float = column("mean loss over the examples", "nats")
+    loss_low: float = column("low end of its interval", "nats")
+    loss_high: float = column("high end of its interval", "nats")
