@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
-import signal
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lab.errors import DivergedError, FileError, LoraLabError, LoraLabNote, OptionError
+from lora_lab.errors import DivergedError, FileError, LoraLabError, LoraLabNote, LoraLabWarning, OptionError
 from lora_lab.files.disk import refuse_existing
 from lora_lab.files.trust import recordable
 from lora_lab.results.result import Result, fingerprint, finite, provenance
-from lora_lab.scoring.processes import end_with_parent
-from lora_lab.scoring.workers import Workers
+from lora_lab.scoring.worker import report
+from lora_lab.scoring.workers import Workers, open_workers
 
 if TYPE_CHECKING:
     from lora_lab.adapters.adapter import Adapter
@@ -67,58 +63,70 @@ def train_all(
 
     A job that is finished already (see `finished`) is kept, with a note, so that a killed call goes on where it was;
     `force` trains it again. Nothing starts if anything else is in an output's place and `force` does not allow to
-    replace it. A single job runs in this process. `progress` gets optimiser steps over all jobs. With `workers`, a
-    worker trains each and sends it back to be saved here, and `progress` gets jobs; checkpoints lie where the worker
-    runs.
+    replace it. Several jobs are trained in so many `processes` of a thread each (by default as many as there are
+    cores), or by the `workers` given, a single one in this process; all are saved here, and checkpoints lie where they
+    are trained. `progress` gets optimiser steps over all jobs; from a cluster, which does not tell them, jobs.
     """
     if processes is not None and processes < 1:
         raise OptionError(f"{processes} jobs side by side; at least 1 is needed")
     if workers and processes is not None:
-        raise OptionError("--jobs counts processes of this machine; with --ray, the workers are the cluster's")
-    if workers and _processes() > 1:
-        raise OptionError("torchrun has several processes train one adapter, --ray several adapters: one of the two")
-    if _processes() > 1:  # torchrun's: all of them train one job after the other, together
+        raise OptionError(
+            "jobs side by side are counted in processes of this machine, or given as workers: one of the two"
+        )
+    if _together() > 1:  # torchrun's processes: all of them train one job after the other, together
+        if workers:
+            raise OptionError(
+                "torchrun has several processes train one adapter, workers several adapters: one of the two"
+            )
         processes = 1
     paths = [job.path for job in jobs]
     if len(set(paths)) < len(paths):
         raise OptionError("two of these runs would write the same file")
     kept = {} if force else _kept(jobs)
     left = [job for i, job in enumerate(jobs) if i not in kept]
-    trained = iter(_train_left(left, processes, force, progress, workers) if left else [])
-    return [kept[i] if i in kept else next(trained) for i in range(len(jobs))]
+    for job in left if is_first() else ():
+        refuse_existing(job.path, *job.beside, force=force or _begun(job))
+    logs = {jobs[i].path: log for i, log in kept.items()}
+    if left:
+        logs |= _train_left(left, min(processes or os.cpu_count() or 1, len(left)), force, progress, workers)
+    return [logs[path] for path in paths]
 
 
 def _train_left(
-    jobs: Sequence[Job], processes: int | None, force: bool, progress: Progress | None, workers: Workers | None
-) -> list[Result]:
-    for job in jobs if is_first() else ():
-        refuse_existing(job.path, *job.beside, force=force or _begun(job))
-    if workers:
-        return _train_in(workers, jobs, force, progress)
-    processes = min(processes or os.cpu_count() or 1, len(jobs))
-    if processes == 1:
-        return [_run(job, force, _Total(progress, len(jobs), i)) for i, job in enumerate(jobs)]
-    # spawn, not fork: torch's threads do not survive a fork
-    context = multiprocessing.get_context("spawn")
-    done = context.RawArray("q", 2 * len(jobs))  # of every job the steps that are done, and all of them
-    others = multiprocessing.active_children()
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin_worker, initargs=(done,)) as executor:
-        with _deaf():
-            futures = [executor.submit(_run_in_worker, job, force, i) for i, job in enumerate(jobs)]
-        try:
-            while wait(futures, timeout=0.5).not_done:
-                if progress and any(done[1::2]):
-                    progress(sum(done[::2]), max(done[1::2]) * len(jobs))
-                if any(future.done() and future.exception() for future in futures):
-                    break
-            return [future.result() for future in futures]
-        except BaseException as error:
-            executor.shutdown(wait=False, cancel_futures=True)
-            for worker in set(multiprocessing.active_children()) - set(others):
-                worker.terminate()
-            if isinstance(error, BrokenProcessPool):
-                raise LoraLabError("a process that trained was ended from outside, for its memory perhaps") from error
-            raise
+    jobs: Sequence[Job], processes: int, force: bool, progress: Progress | None, workers: Workers | None
+) -> dict[Path, Result]:
+    """The log of every job by the path of its adapter, once they are trained and saved."""
+    logs: dict[Path, Result] = {}
+    steps: dict[Path, tuple[int, int]] = {}
+
+    def hear(job: Job, done: int, total: int) -> None:
+        steps[job.path] = done, total
+        if progress:
+            progress(sum(done for done, _ in steps.values()), total * len(jobs))
+
+    def keep(job: Job, trained: Trained) -> None:
+        adapter, log, told = trained
+        for warning in told:
+            warnings.warn(warning, stacklevel=2)
+        logs[job.path] = replace(log, provenance={**log.provenance, "command": command})
+        if is_first():
+            _save(job, adapter, logs[job.path], force)
+        if progress and not steps:
+            progress(len(logs), len(jobs))
+
+    command = provenance()["command"]
+    if workers is None and processes == 1:
+        for job in jobs:
+            keep(job, (*_trained(job, partial(hear, job)), ()))
+        return logs
+    with contextlib.ExitStack() as opened:
+        if workers:
+            jobs = [replace(job, device=workers.device) for job in jobs]
+        else:
+            workers = opened.enter_context(open_workers(processes, device=jobs[0].device, threads=1))
+        assert workers is not None
+        workers.map(_Trainer(), jobs, keep, hear)
+    return logs
 
 
 def _kept(jobs: Sequence[Job]) -> dict[int, Result]:
@@ -193,20 +201,7 @@ def _log_of(job: Job, seen: Seen) -> Result | None:
     return log if fingerprint(found) == fingerprint(wanted) else None
 
 
-@contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """Processes that are started here do not hear Ctrl-C: this one does, and ends them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _processes() -> int:
+def _together() -> int:
     """How many processes train together, as torchrun and accelerate say it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -216,51 +211,8 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-class _Total:
-    """Progress of one job within all of them."""
-
-    def __init__(self, progress: Progress | None, jobs: int, index: int) -> None:
-        self._progress, self._jobs, self._index = progress, jobs, index
-
-    def __call__(self, step: int, steps: int) -> None:
-        if self._progress:
-            self._progress(self._index * steps + step, self._jobs * steps)
-
-
-_done: Any = None
-"""In a worker: what it tells of its steps."""
-
-
-def _begin_worker(done: Any) -> None:
-    global _done
-
-    end_with_parent()  # before torch, whose import takes seconds
-    import torch
-
-    torch.set_num_threads(1)
-    _done = done
-
-
-def _run_in_worker(job: Job, force: bool, index: int) -> Result:
-    def report(step: int, steps: int) -> None:
-        _done[2 * index : 2 * index + 2] = [step, steps]
-
-    return _run(job, force, report)
-
-
-def _train_in(workers: Workers, jobs: Sequence[Job], force: bool, progress: Progress | None) -> list[Result]:
-    logs: dict[Path, Result] = {}
-    command = provenance()["command"]
-
-    def keep(job: Job, trained: tuple[Adapter | None, Result]) -> None:
-        adapter, log = trained
-        logs[job.path] = replace(log, provenance={**log.provenance, "command": command})
-        _save(job, adapter, logs[job.path], force)
-        if progress:
-            progress(len(logs), len(jobs))
-
-    workers.map(_Trainer(), [replace(job, device=workers.device) for job in jobs], keep)
-    return [logs[job.path] for job in jobs]
+Trained = tuple["Adapter | None", Result, Sequence[Warning]]
+"""The adapter (None where the job may diverge, and did), its log, and what there was to be told meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -269,15 +221,15 @@ class _Trainer:
 
     fingerprint: str = "train"
 
-    def __call__(self) -> Callable[[Job], tuple[Adapter | None, Result]]:
-        return lambda job: _trained(job, None)
+    def __call__(self) -> Callable[[Job], Trained]:
+        return self._train
 
-
-def _run(job: Job, force: bool, progress: Progress) -> Result:
-    adapter, log = _trained(job, progress)
-    if is_first():
-        _save(job, adapter, log, force)
-    return log
+    def _train(self, job: Job) -> Trained:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            adapter, log = _trained(job, report)
+        told = [each.message for each in caught if issubclass(each.category, LoraLabWarning | LoraLabNote)]
+        return adapter, log, [message for message in told if isinstance(message, Warning)]
 
 
 def _trained(job: Job, progress: Progress | None) -> tuple[Adapter | None, Result]:

@@ -1,4 +1,4 @@
-"""What comes from workers is what comes without them, whoever dies; one private cluster of two for all tests here."""
+"""What comes from workers is what comes without them, whoever dies: two processes and a cluster of two."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ import pytest
 import torch
 from making_adapters import random_adapter
 from peft import LoraConfig
+from squaring import Squares
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.groups import players
@@ -26,7 +27,9 @@ from lora_lab.analysis.game import Game, Outcomes
 from lora_lab.errors import FileError, LoraLabError, LoraLabWarning, MismatchError, OptionError, TaskError
 from lora_lab.games.estimators import all_coalitions
 from lora_lab.results.result import Result
-from lora_lab.scoring import workers as module
+from lora_lab.scoring import local as local_module
+from lora_lab.scoring import ray as module
+from lora_lab.scoring import workers as opening
 from lora_lab.scoring.examples import Examples
 from lora_lab.scoring.workers import open_workers
 from lora_lab.tasks.digits import Digits
@@ -34,17 +37,28 @@ from lora_lab.training.recipe import Recipe
 from lora_lab.training.runs import Job, train_all
 
 TARGETS = r"vit\.layers\.[0-3]\..*(q_proj|fc1)"
-DIED = pytest.warns(LoraLabWarning, match=r"a worker died \(ActorDiedError\); its batch is given to another")
+DIED = pytest.warns(LoraLabWarning, match=r"a worker died \(.+\); its batch is given to another")
 
 
 @pytest.fixture(scope="module")
-def workers():
+def local():
+    with open_workers(2) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def cluster():
     import ray.cloudpickle
 
-    # workers cannot import the tests
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    # workers of a cluster cannot import the tests
+    ray.cloudpickle.register_pickle_by_value(sys.modules[Squares.__module__])
     with open_workers(ray="local:2") as opened:
         yield opened
+
+
+@pytest.fixture(params=["local", "cluster"])
+def workers(request):
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -70,35 +84,33 @@ def test_shapley_values_are_the_same(workers, pair):
     assert costs[0].seconds > 0
 
 
-def test_stability_is_the_same(workers, pair):
+def test_stability_is_the_same(local, pair):
     options = {"by": {"low": r"layers\.[01]", "high": r"layers\.[23]"}, "samples": 3, "examples": 60}
-    found, alone = (
-        stability.stability(pair[:1], Digits("relabel"), workers=each, **options) for each in (workers, None)
-    )
+    found, alone = (stability.stability(pair[:1], Digits("relabel"), workers=each, **options) for each in (local, None))
     assert found.columns == alone.columns
     assert found.summary == alone.summary
 
 
-def test_sweeps_are_the_same_down_to_the_base_alone(workers, pair):
+def test_sweeps_are_the_same_down_to_the_base_alone(local, pair):
     options = {"sparsities": [0.5, 1.0], "draws": 2, "examples": 40}
     told = []
-    found = sweep.sweep(pair[:1], Digits("relabel"), workers=workers, progress=lambda *n: told.append(n), **options)
+    found = sweep.sweep(pair[:1], Digits("relabel"), workers=local, progress=lambda *n: told.append(n), **options)
     assert found.columns == sweep.sweep(pair[:1], Digits("relabel"), **options).columns
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert told[-1][0] == told[-1][1]
 
 
-def test_lines_are_the_same(workers, pair):
+def test_lines_are_the_same(local, pair):
     options = {"points": 3, "ratios": [[1, 2]], "split": "validation"}
     found, alone = (
-        connectivity.interpolate(pair, Digits("relabel"), workers=each, **options) for each in (workers, None)
+        connectivity.interpolate(pair, Digits("relabel"), workers=each, **options) for each in (local, None)
     )
     assert found.columns == alone.columns
     assert found.summary == alone.summary
     assert found.provenance["dtype"] == "float32"
 
 
-def test_comparisons_are_the_same_and_say_what_cannot_be_merged(workers, pair, tmp_path):
+def test_comparisons_are_the_same_and_say_what_cannot_be_merged(local, pair, tmp_path):
     config = LoraConfig(r=3, lora_alpha=4, target_modules=TARGETS)
     tasks = [Digits("identity"), Digits("mod3")]
     wide = random_adapter(tasks[1], tmp_path / "wide", config, scale=0.06)
@@ -109,8 +121,8 @@ def test_comparisons_are_the_same_and_say_what_cannot_be_merged(workers, pair, t
     options = {"methods": ["average", "dare", "factor-average"], "coefficients": [0.5]}
     journal = tmp_path / "journal"
     with pytest.raises(KeyboardInterrupt):
-        compare.compare(both, tasks, workers=workers, journal=journal, progress=_interrupt_after(6), **options)
-    found = compare.compare(both, tasks, workers=workers, journal=journal, **options)
+        compare.compare(both, tasks, workers=local, journal=journal, progress=_interrupt_after(6), **options)
+    found = compare.compare(both, tasks, workers=local, journal=journal, **options)
     alone = compare.compare(both, tasks, **options)
     assert found.columns == alone.columns
     assert found.summary == alone.summary
@@ -118,7 +130,7 @@ def test_comparisons_are_the_same_and_say_what_cannot_be_merged(workers, pair, t
     assert 0 < found.provenance["evaluations"] < alone.provenance["evaluations"]
 
 
-def test_trainings_are_the_same_and_are_saved_here(workers, tmp_path):
+def test_trainings_are_the_same_and_are_saved_here(workers, request, tmp_path):
     task = Digits("relabel").record
     recipes = [Recipe(method="coto", seed=seed, steps=6, batch_size=8) for seed in (0, 1)]
     there, here = (
@@ -127,14 +139,16 @@ def test_trainings_are_the_same_and_are_saved_here(workers, tmp_path):
     )
     told = []
     logs = train_all(there, workers=workers, progress=lambda *n: told.append(n))
-    assert told == [(1, 2), (2, 2)]
+    steps = 6 if workers is request.getfixturevalue("local") else 1  # a cluster tells of whole trainings
+    assert (1, 2 * steps) in told
+    assert told[-1] == (2 * steps, 2 * steps)
     for job, log, own, same in zip(there, logs, here, train_all(here, processes=1), strict=True):
         assert log.columns == same.columns
         assert all(path.exists() for path in job.beside)
         a, b = Adapter.load(job.path), Adapter.load(own.path)
         assert a.record["recipe"] == b.record["recipe"]
         assert all(torch.equal(a.tensors[key], b.tensors[key]) for key in b.tensors)
-    with pytest.raises(OptionError, match="--jobs"):
+    with pytest.raises(OptionError, match="one of the two"):
         train_all(there, workers=workers, processes=2, force=True)
 
 
@@ -147,14 +161,12 @@ def _interrupt_after(count):
 
 
 def test_a_worker_that_is_killed_in_mid_run_loses_nothing_and_doubles_nothing(workers, pair, tmp_path):
-    import ray
-
     victims = []
 
     def kill(done, total):
         if not victims:  # the other worker is in the middle of a batch
-            victims.append(next(worker for worker in workers._wears if worker not in workers._idle))
-            ray.kill(victims[0])
+            victims.append(next(worker for worker in workers._workers if worker.place is not None))
+            getattr(victims[0], "_process", victims[0]).kill()
 
     game = game_of(pair[0], workers=workers, cache=tmp_path, progress=kill)
     with DIED:
@@ -162,9 +174,6 @@ def test_a_worker_that_is_killed_in_mid_run_loses_nothing_and_doubles_nothing(wo
     assert len(victims) == 1
     assert (worths == game_of(pair[0])(all_coalitions(4))).all()
     assert game.outcomes.evaluated == 16
-    (journal,) = tmp_path.glob("*.jsonl")
-    keys = [line.partition('"key": ')[2].partition(",")[0] for line in journal.read_text().splitlines()[1:]]
-    assert len(set(keys)) == len(keys) == 16
 
 
 @pytest.mark.parametrize("stop", ["with workers", "without"])
@@ -182,91 +191,112 @@ def test_a_run_goes_on_where_it_was_with_other_numbers_of_workers(workers, pair,
     assert again.outcomes.evaluated == 16 - known
 
 
-@dataclass(frozen=True)
-class Setup:
-    """Answers with the process and the square; dies, or raises, as it is told."""
-
-    folder: Path
-    name: str = "squares"
-
-    @property
-    def fingerprint(self):
-        return f"{self.folder} {self.name}"
-
-    def __call__(self):
-        (self.folder / f"{self.name}-{os.getpid()}").touch()
-        return self.answer
-
-    def answer(self, item):
-        if isinstance(item, Exception):
-            raise item
-        if item < 0 and not (self.folder / "dead").exists():
-            (self.folder / "dead").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        if item == 666:
-            os._exit(1)
-        return os.getpid(), item**2
-
-
 def test_a_batch_whose_worker_dies_is_answered_by_another(workers, tmp_path):
     kept = []
     with DIED:
-        found = workers.map(Setup(tmp_path), [1, -2, 3, 4], lambda item, answer: kept.append((item, answer[1])))
+        found = workers.map(Squares(tmp_path), [1, -2, 3, 4], lambda item, answer: kept.append((item, answer[1])))
     assert [square for _, square in found] == [1, 4, 9, 16]
     assert sorted(kept) == [(-2, 4), (1, 1), (3, 9), (4, 16)]
 
 
 def test_a_batch_that_ends_every_worker_is_given_up(workers, tmp_path):
-    with DIED, pytest.raises(LoraLabError, match=r"a batch of work ended 3 workers, the last one so: .*died"):
-        workers.map(Setup(tmp_path), [666])
-    assert workers.map(Setup(tmp_path), [5])[0][1] == 25
+    with (
+        DIED,
+        pytest.raises(LoraLabError, match=r"a batch of work ended 3 workers, the last one so: .*(died|exit code 1)"),
+    ):
+        workers.map(Squares(tmp_path), [666])
+    assert workers.map(Squares(tmp_path), [5])[0][1] == 25
 
 
 def test_a_worker_builds_once_and_keeps_one_model(workers, tmp_path):
     for _ in range(3):
-        workers.map(Setup(tmp_path), [1])
+        workers.map(Squares(tmp_path), [1])
     assert len(list(tmp_path.iterdir())) == 1
-    workers.map(Setup(tmp_path, "others"), [1, 2, 3, 4])
+    workers.map(Squares(tmp_path, "others"), [1, 2, 3, 4])
     built = len(list(tmp_path.iterdir()))
-    workers.map(Setup(tmp_path, "others"), [1])
+    workers.map(Squares(tmp_path, "others"), [1])
     assert len(list(tmp_path.iterdir())) == built
 
 
 @pytest.mark.parametrize("error", [FileError("a.csv: no such file"), OptionError("no"), TaskError("out of range")])
 def test_errors_of_the_project_arrive_as_they_are(workers, tmp_path, error):
     with pytest.raises(type(error)) as raised:
-        workers.map(Setup(tmp_path), [1, error, 2])
+        workers.map(Squares(tmp_path), [1, error, 2])
     assert str(raised.value) == str(error)
-    assert len(workers.map(Setup(tmp_path), [1, 2, 3])) == 3
+    assert len(workers.map(Squares(tmp_path), [1, 2, 3])) == 3
 
 
 def test_other_errors_bring_the_traceback_of_the_worker(workers, tmp_path):
-    with pytest.raises(ZeroDivisionError, match=r"(?s)in answer.*ZeroDivisionError: division"):
-        workers.map(Setup(tmp_path), [ZeroDivisionError("division by zero")])
+    with pytest.raises(ZeroDivisionError, match=r"(?s)division by 0\nin a worker:.*in answer.*ZeroDivisionError"):
+        workers.map(Squares(tmp_path), [ZeroDivisionError("division by 0")])
+    with pytest.raises(RuntimeError, match=r"UnportableError: 1 and 2"):
+        workers.map(Squares(tmp_path), ["unportable"])
 
 
-def test_workers_use_as_many_threads_as_the_driver(workers):
-    @dataclass(frozen=True)
-    class Threads:
-        fingerprint: str = "threads"
-
-        def __call__(self):
-            return lambda _: torch.get_num_threads()
-
-    assert workers.map(Threads(), [0]) == [torch.get_num_threads()]
+def test_a_setup_that_cannot_be_built_is_tried_again_when_it_is_asked_for_again(workers, tmp_path):
+    for _ in range(2):
+        with pytest.raises(OSError, match="nothing can be built"):
+            workers.map(Squares(tmp_path, "impossible"), [1, 2])
 
 
-def test_a_cluster_of_ones_own_listens_to_this_machine_alone(workers):
+def test_what_is_left_of_a_call_that_failed_does_not_answer_the_next(workers, tmp_path):
+    def fail(item, answer):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        workers.map(Squares(tmp_path), [1, 2, 3], fail)
+    assert [square for _, square in workers.map(Squares(tmp_path), [4, 5])] == [16, 25]
+
+
+def test_workers_use_as_many_threads_as_the_driver(workers, tmp_path):
+    assert workers.map(Squares(tmp_path), ["threads"]) == [torch.get_num_threads()]
+
+
+def test_what_a_worker_reports_of_an_item_is_heard_before_its_answer(local, tmp_path):
+    heard = []
+    local.map(Squares(tmp_path), [3], lambda *told: heard.append("answer"), lambda *told: heard.append(told))
+    assert heard == [(3, 1, 3), (3, 2, 3), (3, 3, 3), "answer"]
+
+
+def test_processes_are_gone_when_the_context_ends(tmp_path):
     import psutil
 
-    @dataclass(frozen=True)
-    class Worker:
-        fingerprint: str = "worker"
+    with open_workers(1) as none:
+        assert none is None
+    with open_workers(2, threads=3) as opened:
+        ((process, _),) = opened.map(Squares(tmp_path), [5])
+        assert opened.map(Squares(tmp_path), ["threads"]) == [3]
+        assert psutil.pid_exists(process)
+    assert not psutil.pid_exists(process)
 
-        def __call__(self):
-            return lambda _: os.getpid()
 
-    (worker,) = workers.map(Worker(), [0])
+def test_workers_that_cannot_be_started_are_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_module, "_work", os._exit)
+    with open_workers(2) as opened, pytest.raises(LoraLabError, match="workers cannot be started: exit code 1"):
+        opened.map(Squares(tmp_path), [1, 2])
+
+
+def test_workers_take_turns_with_the_gpus_that_this_process_sees(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert local_module._gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5")
+    assert local_module._gpus() == ["3", "GPU-5"]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [({"jobs": 0}, "0 jobs side by side"), ({"jobs": 2, "ray": "auto"}, "jobs counts processes of this machine")],
+)
+def test_workers_that_cannot_be_are_refused(options, text):
+    with pytest.raises(OptionError, match=text), open_workers(**options):
+        pass
+
+
+def test_a_cluster_of_ones_own_listens_to_this_machine_alone(cluster, tmp_path):
+    import psutil
+
+    ((worker, _),) = cluster.map(Squares(tmp_path), [5])
     mine = psutil.Process()
     processes = [mine, *mine.children(recursive=True)]
     assert worker in [process.pid for process in processes]
@@ -281,18 +311,18 @@ def test_a_cluster_of_ones_own_listens_to_this_machine_alone(workers):
     assert "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER" not in os.environ
 
 
-def test_batches_are_consecutive_a_few_a_worker_and_no_longer_than_asked(workers):
-    assert workers.cut(range(16)) == [range(i, i + 2) for i in range(0, 16, 2)]
-    assert workers.cut(range(100), most=5) == [range(i, i + 5) for i in range(0, 100, 5)]
-    assert workers.cut([]) == []
+def test_batches_are_consecutive_a_few_a_worker_and_no_longer_than_asked(local):
+    assert local.cut(range(16)) == [range(i, i + 2) for i in range(0, 16, 2)]
+    assert local.cut(range(100), most=5) == [range(i, i + 5) for i in range(0, 100, 5)]
+    assert local.cut([]) == []
 
 
-def test_a_task_that_its_record_does_not_give_again_is_refused(workers, pair):
+def test_a_task_that_its_record_does_not_give_again_is_refused(local, pair):
     class Own(Digits):
         pass
 
     with pytest.raises(OptionError, match=r"task digits/relabel \(Own\) cannot be built again from its record"):
-        shapley.shapley(pair, Own("relabel"), workers=workers)
+        shapley.shapley(pair, Own("relabel"), workers=local)
 
 
 def test_other_data_on_a_worker_is_refused():
@@ -305,7 +335,7 @@ def test_other_data_on_a_worker_is_refused():
 def test_without_ray_it_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with (
-        pytest.raises(OptionError, match=r"^--ray needs Ray: pip install 'lora-lab\[ray\]'$"),
+        pytest.raises(OptionError, match=r"^ray: Ray is needed: pip install 'lora-lab\[ray\]'$"),
         open_workers(ray="auto"),
     ):
         pass
@@ -344,7 +374,7 @@ def test_nobody_at_the_address_is_one_line_at_once(monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-        text = rf"--ray 127.0.0.1:{port}: no cluster to be joined \(.*refused\)"
+        text = rf"ray 127.0.0.1:{port}: no cluster to be joined \(.*refused\)"
         with pytest.raises(OptionError, match=text), open_workers(ray=f"127.0.0.1:{port}"):
             pass
 
@@ -426,7 +456,7 @@ def interrupted(command):
     return process.returncode, err, found
 
 
-def test_an_interrupted_command_ends_its_cluster_and_goes_on_from_its_journal(workers, pair, tmp_path, monkeypatch):
+def test_an_interrupted_command_ends_its_cluster_and_goes_on_from_its_journal(cluster, pair, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pair[0].save("a.safetensors")
     command = [Path(sys.executable).with_name("lora-lab"), "shapley", "a.safetensors", "--players", "module"]
@@ -445,7 +475,7 @@ def test_an_interrupted_command_ends_its_cluster_and_goes_on_from_its_journal(wo
     evaluated = []
     keep = Outcomes._keep
     monkeypatch.setattr(Outcomes, "_keep", lambda self, *args: (evaluated.append(args), keep(self, *args)))
-    monkeypatch.setattr(module, "open_workers", lambda **_: contextlib.nullcontext(workers))
+    monkeypatch.setattr(opening, "open_workers", lambda **_: contextlib.nullcontext(cluster))
     (main,) = entry_points(group="console_scripts", name="lora-lab")
     with pytest.raises(SystemExit) as ended:
         main.load()(command[1:])
