@@ -23,7 +23,7 @@ def command(
 
     Example:  lora-lab inspect a.safetensors --json
     """
-    from ..adapters.adapter import inspect
+    from ..adapters.reading import inspect
 
     listing = inspect(path, config=config, alpha=alpha, adapter_name=adapter_name)
     content = describe(listing)

@@ -10,7 +10,6 @@ from lora_lab.lazy import face
 
 if TYPE_CHECKING:
     from lora_lab.adapters.adapter import Adapter as Adapter
-    from lora_lab.adapters.adapter import inspect as inspect
     from lora_lab.adapters.attached import attach as attach
     from lora_lab.adapters.attached import put_on as put_on
     from lora_lab.adapters.attached import weight_deltas as weight_deltas
@@ -21,14 +20,12 @@ if TYPE_CHECKING:
     from lora_lab.adapters.lowrank import combine as combine
     from lora_lab.adapters.lowrank import combine_factors as combine_factors
     from lora_lab.adapters.lowrank import factored as factored
+    from lora_lab.adapters.reading import inspect as inspect
 
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
-        "adapter": (
-            "Adapter",
-            "inspect",
-        ),
+        "adapter": ("Adapter",),
         "attached": (
             "attach",
             "put_on",
@@ -45,5 +42,6 @@ __getattr__, __dir__, __all__ = face(
             "combine_factors",
             "factored",
         ),
+        "reading": ("inspect",),
     },
 )

@@ -18,20 +18,18 @@ from torch import Tensor
 from lora_lab import files
 from lora_lab.adapters.formats import peft_config, peft_format
 from lora_lab.adapters.formats.keys import PREFIX, anchored
-from lora_lab.adapters.formats.lookup import Found, locate
-from lora_lab.adapters.formats.sites import Parsed, Site
+from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank
-from lora_lab.errors import AdapterError, FileError, LoraLabWarning, MismatchError, TunerError, some
+from lora_lab.errors import AdapterError, LoraLabWarning, MismatchError, TunerError, some
 from lora_lab.files import trust
 from lora_lab.results.result import finite
 
 CONFIG_KEY = "lora_lab.config"
 RECORD_KEY = "lora_lab.record"
 SIGNATURE_KEY = "lora_lab.signature"
-_LARGEST_CONFIG = 2**23
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Adapter:
     """One adapter, read-only: transforms return new ones."""
 
@@ -63,6 +61,8 @@ class Adapter:
         lora_alpha where no configuration is to be had, `adapter_name` chooses one of several in the keys.
         Raises FileError (missing, broken, foreign) or AdapterError (readable, but unusable: names every module).
         """
+        from lora_lab.adapters.reading import inspect
+
         listing = inspect(path, config=config, alpha=alpha, adapter_name=adapter_name)
         if listing.problems:
             shown, count = listing.problems[:3], len(listing.problems)
@@ -70,6 +70,16 @@ class Adapter:
         for note in listing.warnings:
             warnings.warn(f"{path}: {note}", LoraLabWarning, stacklevel=2)
         return listing.adapter
+
+    def __repr__(self) -> str:
+        from lora_lab.adapters.describe import one_line
+
+        return f"Adapter({one_line(self)})"
+
+    def _repr_html_(self) -> str:
+        from lora_lab.adapters.describe import html_of
+
+        return html_of(self)
 
     @property
     def tuner(self) -> str:
@@ -212,54 +222,6 @@ def other_tensors(adapter: Adapter, modules: Container[str]) -> dict[str, Tensor
     return tensors
 
 
-@dataclass(frozen=True)
-class Listing:
-    """What `inspect` found: the adapter as far as it could be read, and everything wrong with it."""
-
-    adapter: Adapter
-    format: str
-    warnings: list[str]
-    problems: list[str]
-
-
-def inspect(
-    path: str | os.PathLike[str],
-    *,
-    config: str | os.PathLike[str] | None = None,
-    alpha: float | None = None,
-    adapter_name: str | None = None,
-) -> Listing:
-    """Read an adapter as far as it can be read; only missing and broken files raise (FileError)."""
-    found = locate(path)
-    raw_metadata: dict[str, str] = {}
-    if found.weights.suffix == ".safetensors":
-        tensors, raw_metadata = files.read_safetensors(found.weights)
-        if "lora_adapter_metadata" in raw_metadata:
-            raise FileError(f"{found.weights}: a diffusers file (its header says so); PEFT's format is needed")
-    else:
-        tensors = files.read_bin(found.weights)
-    settings = _find_config(found, config, raw_metadata)
-    record = _record(raw_metadata)
-    own = bool(record) and trust.is_own(raw_metadata.get(SIGNATURE_KEY), record, tensors, settings)
-    notes: list[str] = []
-    if settings is None:
-        settings, notes = peft_config.assumed_config(tensors, alpha, adapter_name)
-    elif alpha is not None and settings.get("lora_alpha") is None:
-        settings["lora_alpha"] = alpha
-    elif alpha is not None and settings["lora_alpha"] != alpha:
-        notes = [f"alpha {alpha:g} is not used, the config says {settings['lora_alpha']!r}"]
-    try:
-        settings, more = peft_config.complete_config(settings, tensors, adapter_name)
-    except AdapterError as error:
-        empty = Adapter({}, settings, {}, trust.well_formed(record), str(path))
-        return Listing(empty, found.format, found.notes, [f"{found.weights}: {error}"])
-    parsed: Parsed = peft_format.parse(tensors, settings, str(found.weights), adapter_name)
-    origin = trust.Origin(own, str(found.weights.parent.resolve()))
-    adapter = Adapter(parsed.tensors, settings, parsed.sites, trust.well_formed(record), str(path), origin)
-    notes = [*found.notes, *notes, *more, *parsed.warnings]
-    return Listing(adapter, found.format, notes, parsed.problems)
-
-
 def same_modules(adapters: Sequence[Adapter]) -> None:
     """MismatchError unless all adapters use one tuner, adapt the same modules, and act alike on one base model."""
     first = adapters[0]
@@ -307,37 +269,6 @@ _CONDITIONS = {
     "layer_replication": "adapt models with different layers",
 }
 """Field → what adapters that differ in it do: their ΔW is no ΔW of one model."""
-
-
-def _find_config(
-    found: Found, given: str | os.PathLike[str] | None, metadata: Mapping[str, str]
-) -> dict[str, Any] | None:
-    if given is not None:
-        path = Path(given).expanduser()
-        return files.read_json(path / "adapter_config.json" if path.is_dir() else path, largest=_LARGEST_CONFIG)
-    neighbour = found.weights.parent / "adapter_config.json"
-    in_header = CONFIG_KEY in metadata
-    if neighbour.exists() and not (in_header and found.folder is None):
-        return files.read_json(neighbour, largest=_LARGEST_CONFIG)
-    return _header_json(found.weights, CONFIG_KEY, metadata) if in_header else None
-
-
-def _header_json(path: Path, key: str, metadata: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        content = files.parse_json(metadata[key])
-    except ValueError as error:
-        raise FileError(f"{path}: {key} in its header is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise FileError(f"{path}: {key} in its header is not a JSON object")
-    return content
-
-
-def _record(metadata: Mapping[str, str]) -> dict[str, Any]:
-    try:
-        content = files.parse_json(metadata.get(RECORD_KEY, "{}"))
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 # What stays true of a new set of modules, ranks and factors: all but these.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,11 @@ from torch import Tensor
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.errors import TunerError
+from lora_lab.escape import visible
+from lora_lab.results.tables import html_table
+
+_LONGEST = 60
+"""Characters of a name from a file within a line."""
 
 
 def labels_of(adapters: Sequence[Adapter]) -> list[str]:
@@ -53,3 +59,52 @@ def tensor_digest(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def one_line(adapter: Adapter) -> str:
+    """What the adapter is, in a line without control characters: label, tuner, ranks, modules, base, training."""
+    record = adapter.record
+    task = record.get("task")
+    name = task.get("name", task.get("kind")) if isinstance(task, Mapping) else None
+    told = [
+        ("trained by", record.get("method")),
+        ("on", name),
+        ("with seed", record.get("seed")),
+    ]
+    training = " ".join(f"{words} {_cut(value)}" for words, value in told if value is not None)
+    ranks = _range(site.rank for site in adapter.sites.values())
+    count = len(adapter.sites)
+    of_rank = f" of rank {ranks}" if ranks else ""
+    base = f" of {_cut(adapter.base_model)}" if adapter.base_model else ""
+    what = f"{_cut(adapter.tuner)}{of_rank} in {count} module{'s' * (count != 1)}{base}"
+    return f"{_cut(adapter.label)}: {what}{', ' * bool(training)}{training}"
+
+
+def html_of(adapter: Adapter) -> str:
+    """A small table for notebooks, a row for each type of module; the norm is that of its modules together."""
+    types: dict[str, list[str]] = {}
+    for name in adapter.sites:
+        types.setdefault(name.rpartition(".")[2], []).append(name)
+    norms = {} if adapter.why_not_additive else {name: update.norm() for name, update in adapter.updates.items()}
+    rows = [
+        (
+            kind,
+            len(names),
+            _range(adapter.sites[name].rank for name in names) or None,
+            sum(adapter.tensors[key].numel() for name in names for key in adapter.sites[name].keys.values()),
+            math.hypot(*(norms[name] for name in names)) if norms else None,
+        )
+        for kind, names in types.items()
+    ]
+    return html_table(one_line(adapter), ("type", "modules", "rank", "parameters", "‖ΔW‖"), rows)
+
+
+def _cut(value: object) -> str:
+    text = visible(str(value))
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
+def _range(ranks: Iterable[int | None]) -> str:
+    known = [rank for rank in ranks if rank]
+    low, high = min(known, default=0), max(known, default=0)
+    return f"{low} to {high}" if low != high else str(high or "")

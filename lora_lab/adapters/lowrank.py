@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_lab.errors import MismatchError, OptionError
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LowRank:
     """ΔW = B A, in the layout in which the model stores the weight that it is added to.
 
@@ -36,6 +36,10 @@ class LowRank:
         if shape[0] != self.B.shape[0] or math.prod(shape[1:]) != self.A.shape[1]:
             raise MismatchError(f"shape {shape} does not fit A {list(self.A.shape)} and B {list(self.B.shape)}")
         object.__setattr__(self, "shape", shape)
+
+    def __repr__(self) -> str:
+        kind = str(self.A.dtype).removeprefix("torch.")
+        return f"LowRank({' × '.join(map(str, self.shape))} of rank {self.rank}, {kind})"
 
     @property
     def rank(self) -> int:

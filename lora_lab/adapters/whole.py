@@ -23,7 +23,7 @@ _IDS = ".token_adapter.token_indices"
 _STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Whole:
     """Whole tensors of a merged adapter."""
 

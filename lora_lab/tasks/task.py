@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.errors import DivergedError, OptionError, TaskError, unknown
+from lora_lab.escape import visible
 from lora_lab.files.trust import ANYWHERE
 from lora_lab.tasks import digests
 
 SPLITS = ("train", "validation", "test")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Scores:
     """How a model did on each example of a split, in the split's order."""
 
@@ -63,6 +64,9 @@ class Scores:
     def __len__(self) -> int:
         return len(self.loss)
 
+    def __repr__(self) -> str:
+        return f"Scores({len(self)} examples, accuracy {self.accuracy:.4g}, loss {self.mean_loss:.4g})"
+
     @property
     def wrong(self) -> npt.NDArray[np.bool_] | npt.NDArray[np.float64]:
         """The opposite of `correct`: whether an example is wrong, or the share of its tokens that are."""
@@ -81,7 +85,7 @@ class Scores:
         return float(self.loss.mean())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Split:
     """Examples as tensors with the example as first dimension, `labels` among them."""
 
@@ -89,6 +93,10 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.inputs["labels"])
+
+    def __repr__(self) -> str:
+        shapes = (f"{name} {list(tensor.shape)}" for name, tensor in self.inputs.items())
+        return f"Split({len(self)} examples: {', '.join(shapes)})"
 
     def subset(self, examples: int | None, seed: int = 0) -> Split:
         """So many examples drawn without replacement, in the split's order; all of them for None."""
@@ -161,6 +169,9 @@ class Task(ABC):
     train_batch_size = 16
     steps = 300
     rank = 8
+
+    def __repr__(self) -> str:
+        return visible(f"{type(self).__name__}({self.name}: {self.about})")
 
     @property
     @abstractmethod

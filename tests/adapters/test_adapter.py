@@ -8,9 +8,10 @@ from making_adapters import PREFIX, lora, product, write
 from safetensors.torch import load_file, save_file
 
 from lora_lab import hub
-from lora_lab.adapters.adapter import CONFIG_KEY, RECORD_KEY, Adapter, inspect, same_modules
+from lora_lab.adapters.adapter import CONFIG_KEY, RECORD_KEY, Adapter, same_modules
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank
+from lora_lab.adapters.reading import inspect
 from lora_lab.errors import AdapterError, FileError, LoraLabWarning, MismatchError, TaskError
 from lora_lab.hub import base_model
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from making_adapters import PREFIX, lora, write
 from torch import nn
 
-from lora_lab.adapters.adapter import Adapter, inspect
+from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.reading import inspect
 from lora_lab.errors import AdapterError
 
 MODULES = [

@@ -6,8 +6,9 @@ import pytest
 import torch
 from making_adapters import PREFIX, lora, product, write
 
-from lora_lab.adapters.adapter import Adapter, inspect
+from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.formats import peft_config
+from lora_lab.adapters.reading import inspect
 from lora_lab.errors import AdapterError, FileError, LoraLabWarning, TunerError
 
 Q, K = "layers.0.q_proj", "layers.0.k_proj"
