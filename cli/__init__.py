@@ -33,6 +33,7 @@ _VERBS = (
     "inspect",
     "tasks",
     "figure",
+    "schema",
 )
 
 

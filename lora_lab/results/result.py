@@ -20,12 +20,11 @@ from lora_lab import files
 from lora_lab.errors import FileError, LoraLabWarning, OptionError, some
 from lora_lab.files.trust import seal
 from lora_lab.results import schema, tables
-from lora_lab.results.schema import ROWS
+from lora_lab.results.schema import FORMAT, ROWS
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-FORMAT = "lora-lab result 1"
 _PACKAGES = ("lora-lab", "torch", "transformers", "peft", "numpy", "scipy")
 
 

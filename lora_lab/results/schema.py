@@ -14,7 +14,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_lab.errors import some
+from lora_lab.errors import some, unknown
+
+FORMAT = "lora-lab result 1"
+"""What the files of results say that they are."""
 
 ROWS = "rows"
 """The name of a result's main table; the others lie in its summary."""
@@ -186,3 +189,86 @@ def _of_rows(rows: Any, row: Any, *, strict: bool) -> str | None:
         return _of_columns({name: [each[name] for each in rows] for name in names}, row, strict=strict)
     reasons = (_of_columns({name: [value] for name, value in each.items()}, row, strict=strict) for each in rows)
     return next((reason for reason in reasons if reason), None)
+
+
+def documented(name: str) -> list[dict[str, Any]]:
+    """Every column of every table of a kind (or of a report): table, column, type, unit, meaning; OptionError else."""
+    found = []
+    for table, row in _tables(name).items():
+        for each in columns_of(row).values():
+            found.append(_line(table, each))
+            inner = columns_of(each.rows).values() if each.rows is not None else ()
+            found += [_line(f"{table}.{each.name}", part) for part in inner]
+    return found
+
+
+def _line(table: str, said: Column) -> dict[str, Any]:
+    kind = said.type_names + (", may be absent" if said.optional else "")
+    return {"table": table, "column": said.name, "type": kind, "unit": said.unit, "meaning": said.meaning}
+
+
+def json_schema(name: str) -> dict[str, Any]:
+    """The file of a kind's results (or a report) as a JSON Schema of draft 2020-12."""
+    said = kinds().get(name)
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"lora-lab {name}"}
+    if said is None:
+        (row,) = _tables(name).values()
+        return {**head, **_row_schema(row, further=False)}
+    others = {table: row for table, row in said.tables.items() if table != ROWS}
+    summary = {
+        "type": "object",
+        "properties": {
+            **{table: _array(_row_schema(row, further=table in said.open)) for table, row in others.items()},
+            **{each: {"description": meaning} for each, meaning in said.summary.items()},
+        },
+        "required": [table for table in others if table not in said.optional],
+    }
+    parameters = {each: {"description": meaning} for each, meaning in said.parameters.items()}
+    known = columns_of(said.tables[ROWS]).values()
+    rows: dict[str, Any] = {
+        "type": "object",
+        "properties": {each.name: {**_array(_value_schema(each)), "description": _about(each)} for each in known},
+        "additionalProperties": {"type": "array"} if ROWS in said.open else False,
+    }
+    parts = {
+        "format": {"const": FORMAT},
+        "kind": {"const": name},
+        "schema": {"const": said.version},
+        "columns": rows,
+        "parameters": {"type": "object", "properties": parameters},
+        "summary": summary,
+        "provenance": {"type": "object"},
+    }
+    return {**head, "description": said.meaning, "type": "object", "properties": parts, "required": list(parts)}
+
+
+def _tables(name: str) -> Mapping[str, Any]:
+    from lora_lab.results.reports import REPORTS
+
+    if name not in kinds() and name not in REPORTS:
+        raise unknown("kind of result", name, [*kinds(), *REPORTS])
+    return kinds()[name].tables if name in kinds() else {"report": REPORTS[name]}
+
+
+def _row_schema(row: Any, *, further: bool) -> dict[str, Any]:
+    known = columns_of(row)
+    return {
+        "type": "object",
+        "properties": {name: {**_value_schema(each), "description": _about(each)} for name, each in known.items()},
+        "required": [name for name, each in known.items() if not each.optional],
+        "additionalProperties": further,
+    }
+
+
+def _value_schema(said: Column) -> dict[str, Any]:
+    names = [_JSON_TYPES[each] for each in said.types]
+    inner = {"items": _row_schema(said.rows, further=False)} if said.rows is not None else {}
+    return {"type": names if len(names) > 1 else names[0], **inner}
+
+
+def _about(said: Column) -> str:
+    return said.meaning + (f" ({said.unit})" if said.unit else "")
+
+
+def _array(items: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": dict(items)}

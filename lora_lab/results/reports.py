@@ -1,0 +1,47 @@
+"""What the verbs that write an adapter say of it as JSON: not results, but documented like them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lora_lab.results.schema import column
+
+
+@dataclass
+class MergeReport:
+    """What was merged, and how."""
+
+    path: str = column("the adapter that was written")
+    method: str = column("name of the merge")
+    options: dict[str, Any] = column("its options")
+    coefficient: float = column("factor of the merged ΔW")
+    weights: list[Any] | dict[str, Any] = column("weight of each adapter, or of each of its blocks")
+    rank: int | None = column("the rank asked for; null for the one that the merge needs")
+    heads: str | None = column("how trained heads were treated")
+    dtype: str = column("type of the tensors written")
+    error: float = column("‖ΔW cut away‖ / ‖ΔW‖ over all modules", "share")
+    ranks: str = column("ranks of the modules, from and to")
+    trials: list[Any] | None = column("what a search has tried; null without one")
+    inputs: list[Any] = column("name, task, method, seed and hash of each adapter")
+    absent: dict[str, Any] = column("adapter → modules that it leaves alone")
+    versions: dict[str, Any] = column("versions of Python and of the packages that numbers hang on")
+    commit: str | None = column("commit of the checkout that it ran from")
+    errors: dict[str, Any] = column("module → ‖ΔW cut away‖ / ‖ΔW‖", "share")
+
+
+@dataclass
+class PruneReport:
+    """What was pruned, and what it cost."""
+
+    path: str = column("the adapter that was written")
+    modules: list[Any] = column("modules kept, and there before")
+    ranks: list[Any] | None = column("sum of the ranks kept, and before; null of an adapter without ranks")
+    sparsity: float = column("share of the entries of ΔW that are 0; null where none was asked for", "share")
+    error: float = column("‖ΔW taken away‖ / ‖ΔW‖ over all modules", "share")
+    errors: dict[str, Any] = column("module → ‖ΔW taken away‖ / ‖ΔW‖", "share")
+    bytes: list[Any] = column("size of the tensors before and after", "bytes")
+
+
+REPORTS = {"merge": MergeReport, "prune": PruneReport}
+"""Name of the verb → the class of its report."""
