@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from . import common
+from ..analysis.questions import Evaluate
+from ..options import option
+from .options import Computing, Loading, Output, TaskEach
+from .terminal import estimate, say_written, table
+from .verbs import verb
 
 
+@dataclass(frozen=True)
+class File(Output):
+    """The file that the scores go to."""
+
+    output: Path | None = option(None, "Write the result to this JSON file.", flag="o output")  # type: ignore[assignment]
+    force: bool = option(False, "Replace an existing file.")
+
+
+@verb
 def command(
     paths: Annotated[list[str], typer.Argument(help="Adapters.")],
-    task: Annotated[str | None, typer.Option(help="Built-in task or task file; by default the adapter's own.")] = None,
-    trust_record: common.TrustOption = False,
-    config: common.ConfigOption = None,
-    alpha: common.AlphaOption = None,
-    adapter_name: common.NameOption = None,
-    split: common.SplitOption = "test",
-    base: Annotated[bool, typer.Option(help="Score the base model without an adapter, too.")] = True,
-    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.", min=0)] = 0,
-    device: common.DeviceOption = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Write the result to this JSON file.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    question: Evaluate,
+    task: TaskEach,
+    loading: Loading,
+    computing: Computing,
+    output: File,
 ) -> None:
     """Score adapters on their own task's test split, with 95 % intervals over the examples.
 
@@ -34,35 +41,26 @@ def command(
 
     Example:  lora-lab evaluate a.safetensors b.safetensors
     """
-    from ..adapters.adapter import Adapter
-    from ..analysis.evaluate import evaluate
     from ..files.disk import refuse_existing
-    from ..tasks.task import resolve_device
 
-    if output:
-        refuse_existing(output, force=force, inputs=[Path(path) for path in paths])
-    adapters = [Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name) for path in paths]
-    with common.progress("evaluating") as report:
-        result = evaluate(
-            adapters,
-            given=task,
-            trust_record=trust_record,
-            split=split,
-            base=base,
-            seed=seed,
-            device=resolve_device(device),
-            progress=report,
-        )
-    if output:
-        result.save(output)
-    if json:
-        common.print_json(result.to_json())
-        return
+    if output.output:
+        refuse_existing(output.output, force=output.force, inputs=[Path(path) for path in paths])
+    adapters = loading.load(paths)
+    tasks = task.of(adapters)
+    with computing.execution("evaluating") as on:
+        result = question.run(adapters, tasks, on)
+    if output.output:
+        result.save(output.output)
+    output.print(result, show)
+    if output.output:
+        say_written([output.output])
+
+
+def show(result: Any) -> None:
+    """The scores as a table."""
     more = [name for name in ("perplexity", "acc", "acc_norm", "acc_bytes") if name in result.columns]
     headings = ("adapter", "task", "n", "accuracy", "loss", *more)
-    common.table(f"Scores on the {split} split, 95 % intervals", headings, _rows(result, more))
-    if output:
-        common.say_written([output])
+    table(f"Scores on the {result.parameters['split']} split, 95 % intervals", headings, _rows(result, more))
 
 
 def _rows(result: Any, more: list[str]) -> list[tuple[object, ...]]:
@@ -71,9 +69,9 @@ def _rows(result: Any, more: list[str]) -> list[tuple[object, ...]]:
             row["adapter"],
             row["task"],
             row["examples"],
-            common.estimate(row["accuracy"], row["accuracy_low"], row["accuracy_high"]),
-            common.estimate(row["loss"], row["loss_low"], row["loss_high"]),
-            *(common.estimate(row[name], row[f"{name}_low"], row[f"{name}_high"]) for name in more),
+            estimate(row["accuracy"], row["accuracy_low"], row["accuracy_high"]),
+            estimate(row["loss"], row["loss_low"], row["loss_high"]),
+            *(estimate(row[name], row[f"{name}_low"], row[f"{name}_high"]) for name in more),
         )
         for row in result.rows()
     ]

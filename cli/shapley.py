@@ -2,54 +2,32 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from . import common
+from ..analysis.questions import Shapley
+from . import parsing
+from .options import Computing, Loading, OneTask, Output
+from .outputs import answer
+from .terminal import console, estimate, messages, progress, table
+from .verbs import verb
 
 
+@verb
 def command(
+    *,
     adapters: Annotated[
         list[str] | None,
         typer.Argument(help="Adapters; without one, the newest of your own below this folder, or else one is trained."),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Marginal contributions a player; for permutations, orders.")] = 200,
-    players: common.PlayersOption = None,
-    worth: Annotated[str, typer.Option(help="accuracy, loss, log-likelihood or margin; what helps is positive.")] = (
-        "accuracy"
-    ),
-    estimator: Annotated[
-        str | None,
-        typer.Option(
-            help="exact, antithetic, permutation, stratified, owen, regression, or shapiq:NAME; by default exact where "
-            "that is cheaper, else antithetic."
-        ),
-    ] = None,
-    until_se: Annotated[
-        float | None, typer.Option(help="Stop once every standard error is this small (in units of the worth).")
-    ] = None,
-    budget: Annotated[int | None, typer.Option(help="Ask for at most so many different coalitions.")] = None,
-    order: Annotated[int, typer.Option(help="2 adds pairwise interactions.")] = 1,
-    option: Annotated[list[str] | None, typer.Option("--set", help="Option of the estimator, e.g. nodes=5.")] = None,
-    examples: common.ExamplesOption = None,
-    task: common.TaskOption = None,
-    trust_record: common.TrustOption = False,
-    config: common.ConfigOption = None,
-    alpha: common.AlphaOption = None,
-    adapter_name: common.NameOption = None,
-    split: common.SplitOption = "test",
-    seed: Annotated[int, typer.Option(help="Draws the coalitions.", min=0)] = 0,
-    device: common.DeviceOption = None,
-    ray: common.RayOption = None,
-    yes: common.YesOption = False,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder for shapley.json, .pdf and .png.")] = Path(
-        "out"
-    ),
-    force: common.ForceOption = False,
-    json: common.JsonOption = False,
+    question: Shapley,
+    task: OneTask,
+    loading: Loading,
+    computing: Computing,
+    output: Output,
 ) -> None:
     """Shapley values: how much of the worth each layer's adapter (or module, type, rank …) contributes.
 
@@ -61,42 +39,14 @@ def command(
 
     Example:  lora-lab shapley a.safetensors --players type-layer --samples 50 --worth loss
     """
-    from ..adapters.adapter import Adapter
-    from ..analysis import shapley
     from ..games import estimators
-    from ..tasks.choosing import task_of
 
-    outputs = common.Outputs(output, "shapley")
-    loaded = [
-        Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name)
-        for path in adapters or [_found_or_trained()]
-    ]
-    by = common.parse_players(players)
-    shapley.check(loaded, by=by, estimator=estimator, order=order, samples=samples, until_se=until_se, budget=budget)
-    source = estimators.ESTIMATORS.get(estimator or "", estimators.exact)
-    options = common.parse_set(option, common.keywords(source), estimator or "the default estimator") if option else {}
-    settings: dict[str, Any] = {
-        "by": by,
-        "worth": worth,
-        "estimator": estimator,
-        "samples": samples,
-        "until_se": until_se,
-        "budget": budget,
-        "order": order,
-        "examples": examples,
-        "seed": seed,
-        "options": options,
-    }
-    chosen = task_of(*loaded, given=task, trust_record=trust_record)
-    compute = partial(shapley.shapley, loaded, chosen, split=split, **settings)
-    run = shapley.run_id(loaded, chosen, split=split, **settings)
-    result = common.computed(
-        outputs, run, "asking for coalitions", compute, force=force, yes=yes, ray=ray, device=device
-    )
-    if json:
-        common.print_json(result.to_json())
-    else:
-        show(result)
+    if question.options:
+        known = parsing.keywords(estimators.ESTIMATORS.get(question.estimator or "", estimators.exact))
+        options = parsing.typed(question.options, known, question.estimator or "the default estimator")
+        question = replace(question, options=options)
+    paths = adapters or [_found_or_trained()]
+    answer(question, paths, loading, task, computing, output, doing="asking for coalitions", show=show)
 
 
 def show(result: Any) -> None:
@@ -109,7 +59,7 @@ def show(result: Any) -> None:
         cells = [
             (
                 row["player"],
-                common.estimate(row["value"], row["low"], row["high"]),
+                estimate(row["value"], row["low"], row["high"]),
                 row["se"],
                 row["se_examples"],
                 *([row["second"]] if second else []),
@@ -117,14 +67,14 @@ def show(result: Any) -> None:
             for row in rows
         ]
         title = f"Shapley values of {summary['adapter']}: {worth}, {result.parameters['split']} split, {n} examples"
-        common.table(title, headings, cells)
+        table(title, headings, cells)
         _show_summary(summary)
-        common.console.print()
+        console.print()
     _show_interactions(result)
 
 
 def _show_summary(summary: dict[str, Any]) -> None:
-    say = common.console.print
+    say = console.print
     engine = summary["engine"]
     say(
         f"{summary['estimator']}, {summary['evaluations']} coalitions: worth {summary['empty']:.3f} with nothing on, "
@@ -160,12 +110,12 @@ def _show_interactions(result: Any) -> None:
             if found["values"][i][j] is not None and found["se"][i][j] is not None
         ]
         rows = [
-            (pair, common.estimate(value, value - half, value + half), se)
+            (pair, estimate(value, value - half, value + half), se)
             for pair, value, half, se in sorted(pairs, key=lambda row: -abs(row[1]))[:10]
         ]
         title = f"Strongest interactions in {summary['adapter']} (above 0: more together than apart)"
-        common.table(title, ("pair", "interaction [95 % of sampling]", "s.e. of sampling"), rows)
-        common.console.print()
+        table(title, ("pair", "interaction [95 % of sampling]", "s.e. of sampling"), rows)
+        console.print()
 
 
 def _found_or_trained() -> str:
@@ -177,13 +127,11 @@ def _found_or_trained() -> str:
 
     found = shapley.newest_adapter(Path())
     if found is not None:
-        common.messages.print(f"no adapter given: the newest of your own below this folder is {found}")
+        messages.print(f"no adapter given: the newest of your own below this folder is {found}")
         return str(found)
     recipe = Recipe(method="coto", seed=0)
     path = Path("coto-s0.safetensors")
-    common.messages.print(
-        f"no adapter given and none of your own below this folder: training {path} on digits/relabel first"
-    )
-    with common.progress("training") as report:
+    messages.print(f"no adapter given and none of your own below this folder: training {path} on digits/relabel first")
+    with progress("training") as report:
         train_all([Job(tasks.from_name("digits/relabel").record, recipe, path)], progress=report)
     return str(path)

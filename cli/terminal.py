@@ -1,15 +1,19 @@
-"""What is printed shows control characters of names from files as escapes: tables, lines, errors, logs of others."""
+"""What is printed: tables, lines, bars, JSON; control characters of names from files are shown as escapes."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
+from rich.table import Table
 
-from ..escape import visible, visible_stream
+from ..escape import visible, visible_json, visible_stream
 
 
 class Visible:
@@ -60,3 +64,60 @@ class Plain(Console):
     def print(self, *objects: Any, **options: Any) -> None:
         """As rich's, with texts on one line."""
         super().print(*(visible(each) if isinstance(each, str) else each for each in objects), **options)
+
+
+# In a pipe or a file there is no width to keep to, and a cut table would lose numbers.
+console = Plain(width=None if sys.stdout and sys.stdout.isatty() else 160)
+messages = Plain(stderr=True)
+
+
+def say_written(paths: Iterable[Path]) -> None:
+    """Name the files written, on standard error."""
+    messages.print("wrote " + ", ".join(str(path) for path in paths))
+
+
+def print_json(content: object) -> None:
+    """Strict JSON on standard output."""
+    from ..results.result import finite
+
+    print(visible_json(json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False)))
+
+
+def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]], *, texts: int = 1) -> None:
+    """A table on standard output; the first column (or so many) is text, the others are set right."""
+    shown = Table(
+        title=visible(title), title_justify="left", box=None, pad_edge=False, padding=(0, 1), header_style="bold"
+    )
+    for i, heading in enumerate(headings):
+        heading = "\n".join(map(visible, heading.split("\n")))
+        shown.add_column(heading, justify="left" if i < texts else "right", overflow="fold")
+    for row in rows:
+        shown.add_row(*(visible(cell) if isinstance(cell, str) else number(cell) for cell in row))
+    console.print(shown)
+
+
+def number(value: object, digits: int = 3) -> str:
+    """A number for a table; – for none."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+
+
+def estimate(value: float | None, low: float | None, high: float | None) -> str:
+    """A number with its interval."""
+    return number(value) if low is None else f"{number(value)} [{number(low)}, {number(high)}]"
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar with the time left, on standard error, gone when the work is done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*bar, console=messages, transient=True) as shown:
+        row = shown.add_task(visible(what), total=None)
+
+        def report(done: int, total: int) -> None:
+            shown.update(row, completed=done, total=total)
+
+        yield report

@@ -38,8 +38,11 @@ class Option:
 
 
 def option(default: Any, help: str, **more: Any) -> Any:  # noqa: A002
-    """A dataclass field with an `Option` (see its fields for `more`)."""
-    return dataclasses.field(default=default, metadata={_KEY: Option(help, **more)})
+    """A dataclass field with an `Option` (see its fields for `more`); a mapping is copied for every instance."""
+    metadata = {_KEY: Option(help, **more)}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def options_of(cls: Any) -> Iterator[tuple[dataclasses.Field[Any], Option]]:

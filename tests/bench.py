@@ -36,7 +36,7 @@ from lora_lab.adapters.attached import attach
 from lora_lab.adapters.groups import players
 from lora_lab.analysis.connectivity import Point, evaluate
 from lora_lab.analysis.game import Game, Outcomes
-from lora_lab.analysis.shapley import shapley
+from lora_lab.analysis.questions import Shapley
 from lora_lab.games import estimators
 from lora_lab.games.estimators import all_coalitions
 from lora_lab.merging.paths import Paths
@@ -307,7 +307,7 @@ def bench_arithmetic(repeats: int, folder: Any) -> None:
 
     def run() -> float:
         began = time.process_time()
-        found = shapley([adapter], task, estimator="antithetic", samples=5).summary["adapters"][0]
+        found = Shapley(estimator="antithetic", samples=5).run([adapter], task).summary["adapters"][0]
         asked.append({**found["engine"], "evaluations": found["evaluations"]})
         return time.process_time() - began
 

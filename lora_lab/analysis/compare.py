@@ -92,7 +92,7 @@ class CompareMerges(Question):
         self,
         adapters: Sequence[Adapter],
         tasks: Sequence[Task],
-        on: Execution = Execution(),  # noqa: B008
+        on: Execution = Execution(),
         *,
         base: Callable[[], torch.nn.Module] | None = None,
     ) -> Result:

@@ -106,7 +106,7 @@ class Interpolate(Question):
         """Raise what `run` would raise for these adapters, before anything is computed."""
         check(adapters, points=self.points, spaces=self.spaces)
 
-    def run(self, adapters: Sequence[Adapter], task: Task, on: Execution = Execution()) -> Result:  # noqa: B008
+    def run(self, adapters: Sequence[Adapter], task: Task, on: Execution = Execution()) -> Result:
         """Curves, mixtures and barriers."""
         run = self.run_id(adapters, task)
         result = interpolate(

@@ -3,59 +3,47 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.analysis.questions import Evaluate as Evaluate
 from lora_lab.results.result import Result, columns, fingerprint, provenance
 from lora_lab.results.stats import Sampled, proportion
 from lora_lab.scoring.evaluate import score
-from lora_lab.tasks.choosing import task_of
+from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.task import Scores, Task
 
 
-def evaluate(
-    adapters: Sequence[Adapter],
-    *,
-    given: str | None = None,
-    trust_record: bool = False,
-    split: str = "test",
-    base: bool = True,
-    seed: int = 0,
-    device: torch.device | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Result:
-    """Every adapter on its own task (or the one given), and every base model alone, with 95 % intervals.
-
-    What an adapter's record may name without `trust_record` says trust.py.
-    """
-    began = time.perf_counter()
-    found = [task_of(adapter, given=given, trust_record=trust_record) for adapter in adapters]
-    shared = {fingerprint(task.record): task for task in reversed(found)}  # equal tasks load their data once
-    runs: list[tuple[Adapter | None, Task]] = [*((None, task) for task in shared.values() if base)]
-    runs += [(adapter, shared[fingerprint(task.record)]) for adapter, task in zip(adapters, found, strict=True)]
-    measures = list(dict.fromkeys(name for task in shared.values() for name in task.measures))
+def answer(question: Evaluate, adapters: Sequence[Adapter], task: Task | Sequence[Task], on: Execution) -> Result:
+    """Every adapter on its task, and every base model alone."""
+    began, split, seed = time.perf_counter(), question.split, question.seed
+    tasks = [task] * len(adapters) if isinstance(task, Task) else task
+    shared = {fingerprint(each.record): each for each in reversed(tasks)}  # equal tasks load their data once
+    runs: list[tuple[Adapter | None, Task]] = [(None, each) for each in shared.values() if question.base]
+    runs += [(adapter, shared[fingerprint(each.record)]) for adapter, each in zip(adapters, tasks, strict=True)]
+    measures = list(dict.fromkeys(name for each in shared.values() for name in each.measures))
     rows = []
-    for i, (adapter, task) in enumerate(runs):
-        scores = score(task, adapter, split, device=device, keep_logits=bool(task.measures))
-        rows.append({**_described(adapter, task), "examples": len(scores), **_estimates(scores, seed)})
-        if any(not each.classifies for each in found):
-            rows[-1] |= _perplexity(scores, None if task.classifies else task.target_counts(split), seed)
-        rows[-1] |= _shares(measures, task.measured(scores, split))
-        if progress:
-            progress(i + 1, len(runs))
+    for done, (adapter, own) in enumerate(runs, 1):
+        scores = score(own, adapter, split, device=on.device, keep_logits=bool(own.measures))
+        rows.append({**_described(adapter, own), "examples": len(scores), **_estimates(scores, seed)})
+        if any(not each.classifies for each in tasks):
+            rows[-1] |= _perplexity(scores, None if own.classifies else own.target_counts(split), seed)
+        rows[-1] |= _shares(measures, own.measured(scores, split))
+        on.report(done, len(runs))
     return Result(
-        "evaluate",
+        question.kind,
         columns(rows),
-        {"split": split, "tasks": [task.record for task in shared.values()], "seed": seed},
+        {**question.record, "tasks": [each.record for each in shared.values()]},
         {},
         provenance(
-            inputs=[Path(a.source) for a in adapters], elapsed_s=time.perf_counter() - began, examples=len(scores)
+            inputs=[Path(adapter.source) for adapter in adapters],
+            elapsed_s=time.perf_counter() - began,
+            examples=len(scores),
         ),
     )
 
@@ -77,10 +65,10 @@ def _shares(measures: Sequence[str], right: Mapping[str, npt.NDArray[np.bool_]])
     """Share of examples that are right by each measure, with Wilson's interval; None where there is no such measure."""
     cells: dict[str, float | None] = {}
     for name in measures:
-        found: tuple[float | None, ...] = (None, None, None)
+        share: tuple[float | None, ...] = (None, None, None)
         if name in right:
-            found = proportion(right[name])
-        cells |= dict(zip((name, f"{name}_low", f"{name}_high"), found, strict=True))
+            share = proportion(right[name])
+        cells |= dict(zip((name, f"{name}_low", f"{name}_high"), share, strict=True))
     return cells
 
 

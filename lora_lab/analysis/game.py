@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +19,14 @@ import torch
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import identity
-from lora_lab.adapters.groups import Players, players
+from lora_lab.adapters.groups import Players
 from lora_lab.errors import LoraLabWarning, OptionError, TunerError, some, unknown
 from lora_lab.games.estimators import Bools
 from lora_lab.results.result import Journal, fingerprint, provenance
 from lora_lab.results.stats import Floats
 from lora_lab.scoring.examples import Examples, Sent, bare, examples_of, pack, remembered
 from lora_lab.scoring.execution import Cost as Cost
+from lora_lab.scoring.execution import Execution
 from lora_lab.scoring.execution import Progress as Progress
 from lora_lab.scoring.prefixes import Layout, State, Variant, Variants
 from lora_lab.scoring.scorer import Answer, Effort, Look, Make, Others, Scorer, ScorerSetup, Several
@@ -329,11 +330,20 @@ class Game:
         return some(on, 6) if len(on) <= len(off) else f"all but {some(off, 6)}"
 
 
-def game_of(
-    adapter: Adapter, task: Task, by: str | Mapping[str, str], *, worth: str = "accuracy", **options: Any
-) -> Game:
-    """The game of an adapter's players (see `players`) on a task; `options` are those of `Outcomes`."""
-    return Game(Outcomes(adapter, task, **options), players(adapter, by), worth=worth)
+class Scored(Protocol):
+    """What a question says of the examples that it is scored on."""
+
+    @property
+    def split(self) -> str: ...  # noqa: D102
+
+    @property
+    def examples(self) -> int | None: ...  # noqa: D102
+
+
+def outcomes_of(question: Scored, adapter: Adapter, task: Task, on: Execution) -> Outcomes:
+    """The scores of the adapter's variants on the question's examples."""
+    where: dict[str, Any] = {"device": on.device, "cache": on.cache, "progress": on.progress, "workers": on.workers}
+    return Outcomes(adapter, task, split=question.split, examples=question.examples, **where)
 
 
 def measured(outcomes: Outcomes, adapters: Sequence[Adapter], *, began: float, run: str) -> dict[str, Any]:

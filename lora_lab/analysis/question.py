@@ -1,6 +1,7 @@
 """A question about adapters on a task: a frozen dataclass whose fields are all that its answer hangs on.
 
 The same object gives the checks, the record in the result, the run id, and (in the command line) the verb's options.
+Loads neither torch nor numpy before something is asked.
 """
 
 from __future__ import annotations
@@ -9,17 +10,16 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.describe import identity
 from lora_lab.errors import OptionError
 from lora_lab.options import check_options
-from lora_lab.results.result import Result, fingerprint, finite
-from lora_lab.results.stats import INTERVALS
-from lora_lab.scoring.examples import examples_of
 from lora_lab.scoring.execution import Execution
-from lora_lab.tasks.task import Task
+
+if TYPE_CHECKING:
+    from lora_lab.adapters.adapter import Adapter
+    from lora_lab.results.result import Result
+    from lora_lab.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,10 @@ class Question(ABC):
     @property
     def record(self) -> dict[str, Any]:
         """The fields in JSON types, by the names that they have in results."""
-        found: dict[str, Any] = finite({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
-        return found
+        from lora_lab.results.result import finite
+
+        fields: dict[str, Any] = finite({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        return fields
 
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise what `run` would raise for these adapters, before anything is computed."""
@@ -45,11 +47,15 @@ class Question(ABC):
 
     def run_id(self, adapters: Sequence[Adapter], task: Task) -> str:
         """What the answer hangs on, hashed: the adapters, the examples, and the question."""
+        from lora_lab.adapters.describe import identity
+        from lora_lab.results.result import fingerprint
+        from lora_lab.results.stats import INTERVALS
+        from lora_lab.scoring.examples import examples_of
+
         split = getattr(self, "split")  # noqa: B009  (of every subclass)
-        return fingerprint(
-            [self.kind, INTERVALS, [identity(each) for each in adapters], examples_of(task, split), self.record]
-        )
+        identities = [identity(adapter) for adapter in adapters]
+        return fingerprint([self.kind, INTERVALS, identities, examples_of(task, split), self.record])
 
     @abstractmethod
-    def run(self, adapters: Sequence[Adapter], task: Task, on: Execution = Execution()) -> Result:  # noqa: B008
+    def run(self, adapters: Sequence[Adapter], task: Task, on: Execution = Execution()) -> Result:
         """The answer, with the record of the question."""

@@ -7,30 +7,24 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.describe import described, identity, labels_of, method_of
-from lora_lab.analysis.game import Cost, Outcomes, Progress, measured
-from lora_lab.analysis.shapley import forecast, values_of
-from lora_lab.errors import AdapterError, OptionError, TunerError, unknown
+from lora_lab.adapters.describe import described, labels_of, method_of
+from lora_lab.analysis.game import Cost, Outcomes, Progress, measured, outcomes_of
+from lora_lab.analysis.questions import Shapley
+from lora_lab.analysis.questions import Sweep as Sweep
+from lora_lab.errors import AdapterError, OptionError, TunerError
 from lora_lab.pruning import patterns, prune
 from lora_lab.pruning.patterns import Choice
-from lora_lab.results.result import Result, columns, fingerprint, finite, grouped
-from lora_lab.results.stats import INTERVALS, Floats, Sampled, half_width, mean_and_spread, proportion
-from lora_lab.scoring.examples import examples_of
+from lora_lab.results.result import Result, columns, finite, grouped
+from lora_lab.results.stats import Floats, Sampled, half_width, mean_and_spread, proportion
+from lora_lab.scoring.execution import Execution
 from lora_lab.scoring.prefixes import Variant
 from lora_lab.scoring.scorer import Make
-from lora_lab.scoring.workers import Workers
 from lora_lab.tasks.task import Scores, Task
-
-KINDS = ("structured", "unstructured", "rank")
-SPARSITIES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
-CRITERIA = ("magnitude", "random")
 
 Row = dict[str, Any]
 
@@ -47,134 +41,87 @@ Piece = tuple[Row, list[_Other | Callable[[], Scores]]]
 """What a row says of itself, and how to get the scores of each of its draws."""
 
 
-def sweep(
-    adapters: Sequence[Adapter],
-    task: Task,
-    *,
-    kinds: Sequence[str] = KINDS,
-    sparsities: Sequence[float] = SPARSITIES,
-    criteria: Sequence[str] = CRITERIA,
-    per_matrix: bool = False,
-    draws: int = 5,
-    split: str = "test",
-    examples: int | None = None,
-    seed: int = 0,
-    device: torch.device | None = None,
-    cache: Path | None = None,
-    progress: Progress | None = None,
-    confirm: Callable[[Cost], None] | None = None,
-    workers: Workers | None = None,
-) -> Result:
-    """Accuracy and loss of every adapter pruned in every way; several adapters are summed up by method.
-
-    structured: patterns of modules kept (fixed ones; half of the layers by norm, and by Shapley values computed on the
-    validation split; as many random layers). unstructured: `criteria` at `sparsities`. rank: each lower rank by
-    SVD, by the largest units, and random units. Random rows are means over `draws`; every number has a 95 % interval.
-    """
-    check(adapters, kinds=kinds, sparsities=sparsities, criteria=criteria, draws=draws)
+def answer(question: Sweep, adapters: Sequence[Adapter], task: Task, on: Execution) -> Result:
+    """Every way of pruning every adapter; the cost of all is told before anything is computed."""
     began = time.perf_counter()
-    data: dict[str, Any] = {"examples": examples, "device": device, "cache": cache, "workers": workers}
     rows: list[Row] = []
     done = 0
     for adapter, label in zip(adapters, labels_of(adapters), strict=True):
-        outcomes = Outcomes(adapter, task, split=split, **data)
-        shapley = functools.partial(values_of, adapter, task, **data)  # on the validation split
-        choice = replace(patterns.choice_of(adapter, seed=seed), shapley=shapley)
-        pieces: list[Piece] = []
-        if "structured" in kinds:
-            pieces += _structured(outcomes, choice, draws)
-        if "unstructured" in kinds:
-            pieces += _unstructured(sparsities, criteria, per_matrix, draws, seed)
-        if "rank" in kinds:
-            pieces += _ranks(adapter, draws, seed)
-        total = sum(len(made) for _, made in pieces) * len(adapters)
-        if confirm and not rows:
-            blocks = total * outcomes.batches * outcomes.layout.blocks
-            plain = Cost(total, blocks, blocks, outcomes.seconds(total))
-            choosing = forecast(adapter, task, **data) * len(adapters) if "structured" in kinds else plain * 0
-            confirm(plain + choosing)
-        others = [draw for _, made in pieces for draw in made if isinstance(draw, _Other)]
-        report = functools.partial(_report, progress, done, total)
-        found = outcomes.of_others({draw.key: draw.make for draw in others}, progress=report)
-        done += len(others)
-        scored: list[tuple[Row, list[Scores]]] = []
-        for head, made in pieces:
-            scores = []
-            for draw in made:
-                if isinstance(draw, _Other):
-                    scores.append(found[draw.key])
-                    continue
-                scores.append(draw())
-                done += 1
-                if progress:
-                    progress(done, total)
-            scored.append((head, scores))
+        outcomes = outcomes_of(question, adapter, task, replace(on, progress=None))
+        shapley = functools.partial(
+            Shapley(split="validation", examples=question.examples).values, adapter, task, replace(on, progress=None)
+        )
+        choice = replace(patterns.choice_of(adapter, seed=question.seed), shapley=shapley)
+        pieces = [
+            piece for kind in KINDS if kind in question.kinds for piece in KINDS[kind](question, outcomes, choice)
+        ]
+        draws = sum(len(made) for _, made in pieces)
+        if on.confirm and not rows:
+            on.confirm(_cost(question, outcomes, draws * len(adapters), len(adapters), on))
+        scored = _scored(pieces, outcomes, functools.partial(_report, on, done, draws * len(adapters)))
+        done += draws
         who = {"adapter": label, "method": method_of(adapter, label), "seed": adapter.record.get("seed")}
         reach = _reach([scores for _, scores in scored])
-        rows += [{**who, **head, "draws": len(each), **_cells(each, reach, seed)} for head, each in scored]
-    settings = {
-        "kinds": list(kinds),
-        "sparsities": list(sparsities),
-        "criteria": list(criteria),
-        "per_matrix": per_matrix,
-        "draws": draws,
-        "examples": examples,
-        "seed": seed,
-    }
+        rows += [
+            {**who, **head, "draws": len(scores), **_cells(scores, reach, question.seed)} for head, scores in scored
+        ]
     return Result(
-        "sweep",
+        question.kind,
         finite(columns(rows)),
-        {"task": task.record, "split": split, **settings, "adapters": [described(adapter) for adapter in adapters]},
+        {"task": task.record, **question.record, "adapters": [described(adapter) for adapter in adapters]},
         finite({"by_method": _by_method(rows)}),
-        measured(outcomes, adapters, began=began, run=run_id(adapters, task, split=split, **settings)),
+        measured(outcomes, adapters, began=began, run=question.run_id(adapters, task)),
     )
 
 
-def check(
-    adapters: Sequence[Adapter],
-    *,
-    kinds: Sequence[str],
-    sparsities: Sequence[float],
-    criteria: Sequence[str],
-    draws: int,
-) -> None:
-    """Raise what `sweep` would raise for these options, before anything is computed."""
-    if not adapters:
-        raise OptionError("no adapter was given")
-    for kind in kinds:
-        if kind not in KINDS:
-            raise unknown("kind of pruning", kind, KINDS)
-    for name in criteria:
-        if name not in prune.WEIGHTS:
-            raise unknown("criterion", name, prune.WEIGHTS)
-    wrong = [s for s in sparsities if not 0 <= s <= 1]
-    if wrong:
-        raise OptionError(f"sparsity {wrong[0]} is outside of 0 to 1")
-    if "unstructured" in kinds and 1 in sparsities:
+def check(question: Sweep, adapters: Sequence[Adapter]) -> None:
+    """Raise what `answer` would raise for this question about these adapters."""
+    if "unstructured" in question.kinds and 1 in question.sparsities:
         for adapter in adapters:
             if adapter.why_not_additive:
                 raise OptionError(
                     f"{adapter.source}: at sparsity 1 nothing of {adapter.tuner} is left; a lower one is needed"
                 )
-    if draws < 1:
-        raise OptionError(f"{draws} random draws; at least 1 is needed")
-    needs_delta = "unstructured" in kinds and any(prune.needs_delta(name) for name in criteria)
-    if needs_delta or list(kinds) == ["rank"]:
+    needs_delta = "unstructured" in question.kinds and any(prune.needs_delta(name) for name in question.criteria)
+    if needs_delta or list(question.kinds) == ["rank"]:
         for adapter in adapters:
             adapter.require_additive()
 
 
-def _report(progress: Progress | None, before: int, total: int, done: int, _: int) -> None:
-    if progress:
-        progress(before + done, total)
+def _cost(question: Sweep, outcomes: Outcomes, draws: int, adapters: int, on: Execution) -> Cost:
+    """What all draws take, and the Shapley values that the layers are chosen by."""
+    blocks = draws * outcomes.batches * outcomes.layout.blocks
+    plain = Cost(draws, blocks, blocks, outcomes.seconds(draws))
+    if "structured" not in question.kinds:
+        return plain
+    shapley = Shapley(split="validation", examples=question.examples)
+    return plain + shapley.cost(outcomes.adapter, outcomes.task, replace(on, progress=None)) * adapters
 
 
-def run_id(adapters: Sequence[Adapter], task: Task, *, split: str, **options: Any) -> str:
-    """What a run's result hangs on: the adapters, the examples, and the options."""
-    return fingerprint(["sweep", INTERVALS, [identity(a) for a in adapters], examples_of(task, split), options])
+def _report(on: Execution, before: int, total: int, done: int, _: int) -> None:
+    on.report(before + done, total)
 
 
-def _structured(outcomes: Outcomes, choice: Choice, draws: int) -> list[Piece]:
+def _scored(pieces: Sequence[Piece], outcomes: Outcomes, progress: Progress) -> list[tuple[Row, list[Scores]]]:
+    """Every row with the scores of its draws; other adapters are scored first, all together."""
+    others = [draw for _, made in pieces for draw in made if isinstance(draw, _Other)]
+    total, done = sum(len(made) for _, made in pieces), len(others)
+    of_others = outcomes.of_others({draw.key: draw.make for draw in others}, progress=progress)
+    scored: list[tuple[Row, list[Scores]]] = []
+    for head, made in pieces:
+        scores = []
+        for draw in made:
+            if isinstance(draw, _Other):
+                scores.append(of_others[draw.key])
+                continue
+            scores.append(draw())
+            done += 1
+            progress(done, total)
+        scored.append((head, scores))
+    return scored
+
+
+def _structured(question: Sweep, outcomes: Outcomes, choice: Choice) -> list[Piece]:
     fixed = patterns.fixed(choice)
     count, total = len(choice.players), len(outcomes.names)
     picks = {name: [modules] for name, modules in fixed.items()}
@@ -183,7 +130,7 @@ def _structured(outcomes: Outcomes, choice: Choice, draws: int) -> list[Piece]:
         if choice.adapter.why_not_additive is None:
             picks[f"top-norm:{half}"] = [patterns.keep(choice, f"top-norm:{half}")]
         for size in dict.fromkeys((half, third)):
-            others = [replace(choice, seed=choice.seed + i) for i in range(draws)]
+            others = [replace(choice, seed=choice.seed + i) for i in range(question.draws)]
             picks[f"random:{size}"] = [patterns.keep(other, f"random:{size}") for other in others]
 
     @functools.cache
@@ -210,9 +157,9 @@ def _structured(outcomes: Outcomes, choice: Choice, draws: int) -> list[Piece]:
     return pieces
 
 
-def _unstructured(
-    sparsities: Sequence[float], criteria: Sequence[str], per_matrix: bool, draws: int, seed: int
-) -> list[Piece]:
+def _unstructured(question: Sweep, outcomes: Outcomes, choice: Choice) -> list[Piece]:
+    per_matrix, seed = question.per_matrix, question.seed
+
     def other(sparsity: float, by: str, draw: int) -> _Other:
         make = functools.partial(_pruned, sparsity=sparsity, by=by, per_matrix=per_matrix, seed=seed + draw)
         scope = "matrix" if per_matrix else "global"
@@ -221,10 +168,10 @@ def _unstructured(
     return [
         (
             _head("unstructured", by, f"{sparsity:g}", 1 - sparsity),
-            [other(sparsity, by, draw) for draw in range(draws if by == "random" else 1)],
+            [other(sparsity, by, draw) for draw in range(question.draws if by == "random" else 1)],
         )
-        for by in criteria
-        for sparsity in sparsities
+        for by in question.criteria
+        for sparsity in question.sparsities
     ]
 
 
@@ -237,7 +184,8 @@ def _pruned(adapter: Adapter, *, sparsity: float, by: str, per_matrix: bool, see
         return None
 
 
-def _ranks(adapter: Adapter, draws: int, seed: int) -> list[Piece]:
+def _ranks(question: Sweep, outcomes: Outcomes, choice: Choice) -> list[Piece]:
+    adapter, seed = outcomes.adapter, question.seed
     if adapter.why_not_additive:
         return []
     top = max(site.rank or 0 for site in adapter.sites.values())
@@ -252,11 +200,19 @@ def _ranks(adapter: Adapter, draws: int, seed: int) -> list[Piece]:
     return [
         (
             _head("rank", by, str(rank), sum(min(rank, site.rank or 0) for site in adapter.sites.values()) / total),
-            [other(rank, by, draw) for draw in range(draws if by == "random" else 1)],
+            [other(rank, by, draw) for draw in range(question.draws if by == "random" else 1)],
         )
         for by in [*prune.RANKS, "random"]
         for rank in _some_ranks(top)
     ]
+
+
+KINDS: dict[str, Callable[[Sweep, Outcomes, Choice], list[Piece]]] = {
+    "structured": _structured,
+    "unstructured": _unstructured,
+    "rank": _ranks,
+}
+"""Kind of pruning → the rows that it gives for an adapter."""
 
 
 def _lower_rank(adapter: Adapter, *, rank: int, by: str) -> Adapter:
@@ -267,8 +223,8 @@ def _random_units(adapter: Adapter, *, rank: int, seed: int) -> Adapter:
     generator = np.random.default_rng(seed)
     kept = {}
     for name in sorted(adapter.sites):
-        own = adapter.sites[name].rank or 0
-        kept[name] = sorted(int(i) for i in generator.permutation(own)[:rank])
+        full = adapter.sites[name].rank or 0
+        kept[name] = sorted(int(i) for i in generator.permutation(full)[:rank])
     return prune.keep_ranks(adapter, kept)
 
 
@@ -305,6 +261,7 @@ def _cells(scores: Sequence[Scores], reach: Mapping[str, float], seed: int) -> R
             value, low, high = proportion(scores[0].correct if one_model else values.mean(0))
         else:
             value, low, high = Sampled.of(values.mean(0, keepdims=True), seed=seed).estimate(lambda means: means[0])
+        # each end: √((distance of the end over examples)² + (half width over draws)²) from the value
         _, spread = mean_and_spread(values.mean(1))
         by_draws = 0.0 if one_model else half_width(values.mean(1), reach=reach[metric])
         ends = (value - math.hypot(value - low, by_draws), value + math.hypot(high - value, by_draws))
@@ -316,10 +273,10 @@ def _cells(scores: Sequence[Scores], reach: Mapping[str, float], seed: int) -> R
 
 def _by_method(rows: Sequence[Row]) -> list[Row]:
     """Mean and standard deviation over the adapters of each method."""
-    found = []
+    table = []
     for row, members in grouped(rows, "method", "kind", "criterion", "label"):
         row |= {"kept": float(np.mean([m["kept"] for m in members])), "adapters": len(members)}
         for metric in ("accuracy", "loss"):
             row[metric], row[f"{metric}_spread"] = mean_and_spread(np.array([m[metric] for m in members]))
-        found.append(row)
-    return found
+        table.append(row)
+    return table

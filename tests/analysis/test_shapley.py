@@ -9,13 +9,15 @@ from test_game import random_adapter
 
 from lora_lab.adapters.groups import players
 from lora_lab.analysis.game import Game, Outcomes
-from lora_lab.analysis.shapley import balance, check, choose, forecast, newest_adapter, shapley, values_of
+from lora_lab.analysis.questions import Shapley
+from lora_lab.analysis.shapley import balance, choose, newest_adapter
 from lora_lab.errors import LoraLabWarning, OptionError
 from lora_lab.files.trust import Origin
 from lora_lab.games import estimators
 from lora_lab.games.estimators import all_coalitions
 from lora_lab.games.interactions import interactions
 from lora_lab.results.stats import student
+from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.digits import Digits
 
 
@@ -27,7 +29,7 @@ def adapters(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exact(adapters):
-    return shapley(adapters, Digits("relabel"), worth="loss", split="validation", order=2)
+    return Shapley(worth="loss", split="validation", order=2).run(adapters, Digits("relabel"))
 
 
 def test_exact_values_are_those_of_the_game(adapters, exact):
@@ -56,7 +58,9 @@ def test_intervals_over_examples_are_those_of_per_example_values(adapters, exact
 
 
 def test_two_estimates_from_the_same_coalitions_are_compared(adapters):
-    found = shapley(adapters[:1], Digits("relabel"), by="module", estimator="antithetic", samples=4, examples=20)
+    found = Shapley(players="module", estimator="antithetic", samples=4, examples=20).run(
+        adapters[:1], Digits("relabel")
+    )
     summary = found.summary["adapters"][0]
     differences = [abs(row["value"] - row["second"]) for row in found.rows()]
     assert summary["disagreement"]["largest"] == pytest.approx(max(differences))
@@ -73,10 +77,10 @@ def test_two_estimates_from_the_same_coalitions_are_compared(adapters):
 
 def test_the_default_enumerates_where_that_is_cheaper(adapters):
     game = Game(Outcomes(adapters[0], Digits("relabel")), players(adapters[0]))
-    assert choose(game, samples=200) == "exact"
+    assert choose(Shapley(), game) == "exact"
     by_module = Game(Outcomes(adapters[0], Digits("relabel")), players(adapters[0], "module"))
-    assert choose(by_module, samples=2) == "antithetic"
-    assert choose(game, samples=200, budget=8) == "antithetic"
+    assert choose(Shapley(samples=2), by_module) == "antithetic"
+    assert choose(Shapley(budget=8), game) == "antithetic"
 
 
 def test_the_cost_is_told_before_anything_is_computed(adapters):
@@ -87,15 +91,15 @@ def test_the_cost_is_told_before_anything_is_computed(adapters):
         raise OptionError("no")
 
     with pytest.raises(OptionError, match="no"):
-        shapley(adapters, Digits("relabel"), split="validation", confirm=refuse)
+        Shapley(split="validation").run(adapters, Digits("relabel"), Execution(confirm=refuse))
     assert told[0].variants == 2 * 16
-    assert forecast(adapters[0], Digits("relabel")).variants == 16
+    assert Shapley(split="validation").cost(adapters[0], Digits("relabel")).variants == 16
 
 
 @pytest.mark.parametrize("name", ["KernelSHAP", "SHAPIQ", "SVARMIQ", "KernelSHAPIQ", "UnbiasedKernelSHAP"])
 def test_shapiq_estimates_on_the_same_game(adapters, exact, name):
-    found = shapley(
-        adapters[:1], Digits("relabel"), worth="loss", split="validation", estimator=f"shapiq:{name}", budget=16
+    found = Shapley(worth="loss", split="validation", estimator=f"shapiq:{name}", budget=16).run(
+        adapters[:1], Digits("relabel")
     )
     assert [row["value"] for row in found.rows()] == pytest.approx([row["value"] for row in exact.rows()[:4]], abs=1e-6)
     assert [row["se"] for row in found.rows()] == [None] * 4
@@ -104,13 +108,13 @@ def test_shapiq_estimates_on_the_same_game(adapters, exact, name):
 def test_an_adapter_that_changes_nothing_contributes_nothing(tmp_path):
     with pytest.warns(LoraLabWarning, match="zero delta"):
         zero = random_adapter(tmp_path / "zero", scale=0.0)
-    found = shapley([zero], Digits("relabel"), split="validation")
+    found = Shapley(split="validation").run([zero], Digits("relabel"))
     assert [row["value"] for row in found.rows()] == [0.0] * 4
     assert found.summary["adapters"][0]["variation"] is None
 
 
 def test_values_for_choosing_come_from_the_validation_split(adapters, exact):
-    found = values_of(adapters[0], Digits("relabel"), worth="loss")
+    found = Shapley(worth="loss", split="validation").values(adapters[0], Digits("relabel"))
     assert list(found.values()) == pytest.approx([row["value"] for row in exact.rows()[:4]])
 
 
@@ -119,16 +123,18 @@ def test_adapters_with_different_players_keep_their_own_values(adapters, exact):
     from lora_lab.results.result import by_adapter
 
     few = keep_modules(adapters[1], [name for name in adapters[1].sites if ".1." in name])
-    found = shapley([adapters[0], few], Digits("relabel"), worth="loss", split="validation")
+    found = Shapley(worth="loss", split="validation").run([adapters[0], few], Digits("relabel"))
     shown = {rows[0]["adapter"]: rows for rows in by_adapter([found])}
     assert [len(rows) for rows in shown.values()] == [4, 1]
     assert [row["value"] for row in shown["s0"]] == pytest.approx([row["value"] for row in exact.rows()[:4]])
 
 
 def test_what_shapiq_asked_for_is_counted_whatever_is_known(adapters, tmp_path):
-    options = {"estimator": "shapiq:PermutationSamplingSV", "budget": 10, "examples": 20, "cache": tmp_path}
+    options = {"estimator": "shapiq:PermutationSamplingSV", "budget": 10, "examples": 20}
+    on = Execution(cache=tmp_path)
     counts = [
-        shapley(adapters[:1], Digits("relabel"), **options).summary["adapters"][0]["evaluations"] for _ in range(2)
+        Shapley(**options).run(adapters[:1], Digits("relabel"), on).summary["adapters"][0]["evaluations"]
+        for _ in range(2)
     ]
     assert counts[0] == counts[1] > 4
 
@@ -159,17 +165,17 @@ def test_the_newest_adapter_below_a_folder_is_found(tmp_path, adapters):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"order": 3}, "order 3: 1"),
+        ({"order": 3}, "order is 3; it must be from 1 to 2"),
         ({"order": 2, "budget": 99}, "a budget holds for values alone"),
         ({"estimator": "exct"}, r"did you mean 'exact'\?"),
         ({"estimator": "shapiq:RegressionFBII"}, "other indices than the Shapley value"),
         ({"estimator": "shapiq:PermutationSamplingSTII"}, "other indices than the Shapley value"),
         ({"estimator": "shapiq:Kernel"}, "unknown estimator of shapiq 'Kernel'.*KernelSHAP"),
-        ({"by": "layrs"}, "unknown set of players 'layrs'"),
+        ({"players": "layrs"}, "unknown set of players 'layrs'"),
     ],
 )
 def test_options_that_cannot_be_are_refused(adapters, options, text):
     with pytest.raises(OptionError, match=text):
-        check(adapters, **{"by": "layer", **options})
+        Shapley(**options).check(adapters)
     with pytest.raises(OptionError, match="no adapter"):
-        check([], by="layer")
+        Shapley(players="layer").check([])

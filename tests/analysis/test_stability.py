@@ -10,11 +10,14 @@ from test_game import TARGETS, random_adapter
 
 from lora_lab.adapters.groups import players
 from lora_lab.analysis.game import Game, Outcomes
-from lora_lab.analysis.stability import _Seen, check, keep_sets, stability
+from lora_lab.analysis.keep_sets import KeepSetScores
+from lora_lab.analysis.questions import Stability
+from lora_lab.analysis.stability import keep_sets
 from lora_lab.errors import LoraLabWarning, OptionError
 from lora_lab.games.estimators import all_coalitions
 from lora_lab.games.progressive import binomial, inequality, stratum
 from lora_lab.results.stats import Sampled, half_of_strata
+from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.digits import Digits
 from lora_lab.tasks.task import Scores
 
@@ -27,7 +30,9 @@ def adapter(tmp_path_factory):
 @pytest.fixture(scope="module")
 def result(adapter, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
-    return stability([adapter], Digits("relabel"), split="validation", grid=(0.0, 0.3, 0.5, 1.0), cache=folder)
+    return Stability(split="validation", grid=(0.0, 0.3, 0.5, 1.0)).run(
+        [adapter], Digits("relabel"), Execution(cache=folder)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -131,16 +136,16 @@ def test_adapters_of_one_parity_and_of_different_players(adapter):
     from lora_lab.pruning.prune import keep_modules
 
     even = keep_modules(adapter, [name for name in adapter.sites if ".0." in name or ".2." in name])
-    found = stability([even], Digits("relabel"), examples=20, rescale=False)
+    found = Stability(examples=20, rescale=False).run([even], Digits("relabel"))
     assert "odd" not in {row["label"] for row in found.rows(family="fixed")}
     with pytest.raises(OptionError, match="2, 4 players; look at them one by one"):
-        stability([adapter, even], Digits("relabel"), examples=20)
+        Stability(examples=20).run([adapter, even], Digits("relabel"))
 
 
 def test_sampled_keep_sets_estimate_the_enumerated_ones(adapter):
     by = {f"{kind}{i}": rf"layers\.{i}\..*{kind}" for i in range(4) for kind in ("proj", "fc1")}
     every, some = (
-        stability([adapter], Digits("relabel"), by=by, samples=20, every=flag, rescale=False, examples=60)
+        Stability(players=by, samples=20, every=flag, rescale=False, examples=60).run([adapter], Digits("relabel"))
         for flag in (True, False)
     )
     assert every.summary["adapters"][0]["exhaustive"]
@@ -156,7 +161,7 @@ def test_sampled_keep_sets_estimate_the_enumerated_ones(adapter):
 
 def test_tuners_without_a_scale_are_not_rescaled(tmp_path):
     loha = random_adapter(tmp_path / "l", LoHaConfig(r=2, target_modules=TARGETS), scale=0.2)
-    found = stability([loha], Digits("relabel"), examples=20)
+    found = Stability(examples=20).run([loha], Digits("relabel"))
     assert {row["rescaled"] for row in found.rows()} == {False}
 
 
@@ -169,7 +174,7 @@ def test_a_keep_set_whose_loss_is_not_finite_is_named_and_left_out(adapter):
     lone = {**adapter.tensors, key: torch.full_like(adapter.tensors[key], torch.finfo(torch.float32).max)}
     broken = dataclasses.replace(adapter, tensors=lone)
     with pytest.warns(LoraLabWarning, match="not finite"), pytest.raises(Exception, match="with everything on"):
-        stability([broken], Digits("relabel"), examples=20, rescale=False)
+        Stability(examples=20, rescale=False).run([broken], Digits("relabel"))
 
 
 @pytest.mark.parametrize(("n", "samples"), [(4, 100), (7, 10), (40, 6)])
@@ -188,15 +193,21 @@ def test_binomial_weights():
 
 @pytest.mark.parametrize(
     ("options", "text"),
-    [({"samples": 1}, "1 keep-sets"), ({"grid": (0.2, 1.5)}, "p = 1.5"), ({"by": "x"}, "unknown set of players")],
+    [
+        ({"samples": 1}, "samples is 1"),
+        ({"grid": (0.2, 1.5)}, "p is 1.5"),
+        ({"players": "x"}, "unknown set of players"),
+    ],
 )
 def test_options_that_cannot_be_are_refused(adapter, options, text):
     with pytest.raises(OptionError, match=text):
-        check([adapter], **{"by": "layer", "samples": 5, "grid": (0.5,), **options})
+        Stability(**{"samples": 5, "grid": (0.5,), **options}).check([adapter])
 
 
 def test_intervals_of_few_keep_sets_are_students(adapter):
-    found = stability([adapter], Digits("relabel"), by="module", samples=3, every=False, examples=40, rescale=False)
+    found = Stability(players="module", samples=3, every=False, examples=40, rescale=False).run(
+        [adapter], Digits("relabel")
+    )
     sampled = [row for row in found.rows(family="k-of-G") if not row["exhaustive"]]
     assert sampled
     for row in sampled:
@@ -255,7 +266,7 @@ class Known:
 
 def seen(sets):
     game = Known()
-    return game, _Seen(game, sets, {}, seed=0)
+    return game, KeepSetScores(game, sets, {}, seed=0)
 
 
 def test_epsilon_of_each_family_is_that_of_its_keep_sets():

@@ -7,11 +7,12 @@ from peft import LoHaConfig
 from test_game import TARGETS, random_adapter
 
 from lora_lab.analysis.game import Outcomes
-from lora_lab.analysis.sweep import check, sweep
+from lora_lab.analysis.questions import Sweep
 from lora_lab.errors import OptionError, TunerError
 from lora_lab.pruning import prune
 from lora_lab.pruning.patterns import choice_of, keep
 from lora_lab.scoring.evaluate import score
+from lora_lab.scoring.execution import Execution
 from lora_lab.scoring.scorer import Scorer
 from lora_lab.tasks.digits import Digits
 
@@ -32,7 +33,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(adapters, cache):
-    return sweep(adapters, Digits("relabel"), cache=cache, **OPTIONS)
+    return Sweep(**OPTIONS).run(adapters, Digits("relabel"), Execution(cache=cache))
 
 
 def own(adapter):
@@ -93,32 +94,32 @@ def test_adapters_of_one_method_are_summed_up(result):
 def test_adapters_without_a_recorded_method_are_never_pooled(adapters, cache):
     bare = [replace(adapter, record={}) for adapter in adapters]
     options = {**OPTIONS, "sparsities": (0.5,), "draws": 2, "kinds": ("structured",), "criteria": ()}
-    found = sweep([adapters[0], *bare], Digits("relabel"), cache=cache, **options).summary["by_method"]
+    found = Sweep(**options).run([adapters[0], *bare], Digits("relabel"), Execution(cache=cache)).summary["by_method"]
     assert {row["adapters"] for row in found} == {1}
     assert len({row["method"] for row in found}) == 3
 
 
 def test_a_second_sweep_costs_nothing_and_says_the_same(adapters, cache, result, monkeypatch):
     monkeypatch.setattr(Scorer, "batches", lambda *a, **k: pytest.fail("computed again"))
-    again = sweep(adapters, Digits("relabel"), cache=cache, **OPTIONS)
+    again = Sweep(**OPTIONS).run(adapters, Digits("relabel"), Execution(cache=cache))
     assert again.columns == result.columns
 
 
 def test_tuners_without_ranks_are_swept_without(tmp_path):
     loha = random_adapter(tmp_path / "l", LoHaConfig(r=2, target_modules=TARGETS), scale=0.3)
     with pytest.raises(OptionError, match="at sparsity 1 nothing of LOHA is left"):
-        sweep([loha], Digits("relabel"), **OPTIONS)
+        Sweep(**OPTIONS).run([loha], Digits("relabel"))
     with pytest.raises(TunerError, match="LOHA"):
-        check([loha], kinds=["unstructured"], sparsities=(0.5,), criteria=["delta-magnitude"], draws=1)
+        Sweep(kinds=["unstructured"], sparsities=(0.5,), criteria=["delta-magnitude"], draws=1).check([loha])
     options = {**OPTIONS, "sparsities": (0.0, 0.5)}
-    found = sweep([loha], Digits("relabel"), **options)
+    found = Sweep(**options).run([loha], Digits("relabel"))
     assert {row["kind"] for row in found.rows()} == {"structured", "unstructured"}
     with pytest.raises(TunerError, match="LOHA"):
-        sweep([loha], Digits("relabel"), kinds=["rank"], **options)
+        Sweep(kinds=["rank"], **options).run([loha], Digits("relabel"))
 
 
 def test_whole_scores_are_those_of_evaluate(adapters):
-    found = sweep(adapters[:1], Digits("relabel"), kinds=["structured"], split="validation", draws=1)
+    found = Sweep(kinds=["structured"], split="validation", draws=1).run(adapters[:1], Digits("relabel"))
     (row,) = found.rows(label="all")
     assert row["accuracy"] == score(Digits("relabel"), adapters[0], "validation").accuracy
 
@@ -128,11 +129,11 @@ def test_whole_scores_are_those_of_evaluate(adapters):
     [
         ({"kinds": ["structred"]}, r"did you mean 'structured'\?"),
         ({"criteria": ["magnitud"]}, r"did you mean 'magnitude'\?"),
-        ({"sparsities": (0.5, 1.2)}, "sparsity 1.2 is outside of 0 to 1"),
-        ({"draws": 0}, "0 random draws"),
+        ({"sparsities": (0.5, 1.2)}, "sparsity is 1.2; it must be from 0 to 1"),
+        ({"draws": 0}, "draws is 0; it must be at least 1"),
     ],
 )
 def test_options_that_cannot_be_are_refused(adapters, options, text):
     base = {"kinds": ["structured"], "criteria": ["random"], "sparsities": (0.5,), "draws": 1}
     with pytest.raises(OptionError, match=text):
-        check(adapters, **{**base, **options})
+        Sweep(**{**base, **options}).check(adapters)

@@ -22,8 +22,9 @@ from squaring import Squares
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.groups import players
-from lora_lab.analysis import compare, connectivity, shapley, stability, sweep
+from lora_lab.analysis import compare, connectivity
 from lora_lab.analysis.game import Game, Outcomes
+from lora_lab.analysis.questions import Shapley, Stability, Sweep
 from lora_lab.errors import FileError, LoraLabError, LoraLabWarning, MismatchError, OptionError, TaskError
 from lora_lab.games.estimators import all_coalitions
 from lora_lab.results.result import Result
@@ -31,6 +32,7 @@ from lora_lab.scoring import local as local_module
 from lora_lab.scoring import ray as module
 from lora_lab.scoring import workers as opening
 from lora_lab.scoring.examples import Examples
+from lora_lab.scoring.execution import Execution
 from lora_lab.scoring.workers import open_workers
 from lora_lab.tasks.digits import Digits
 from lora_lab.training.recipe import Recipe
@@ -76,8 +78,8 @@ def game_of(adapter, **options):
 def test_shapley_values_are_the_same(workers, pair):
     options = {"worth": "loss", "estimator": "antithetic", "samples": 4, "examples": 60}
     costs = []
-    found = shapley.shapley(pair, Digits("relabel"), workers=workers, confirm=costs.append, **options)
-    assert found.columns == shapley.shapley(pair, Digits("relabel"), **options).columns
+    found = Shapley(**options).run(pair, Digits("relabel"), Execution(workers=workers, confirm=costs.append))
+    assert found.columns == Shapley(**options).run(pair, Digits("relabel")).columns
     assert found.provenance["workers"] == 2
     assert found.provenance["dtype"] == "float32"
     assert found.summary["adapters"][0]["engine"]["block_evaluations"] > 0
@@ -85,8 +87,10 @@ def test_shapley_values_are_the_same(workers, pair):
 
 
 def test_stability_is_the_same(local, pair):
-    options = {"by": {"low": r"layers\.[01]", "high": r"layers\.[23]"}, "samples": 3, "examples": 60}
-    found, alone = (stability.stability(pair[:1], Digits("relabel"), workers=each, **options) for each in (local, None))
+    options = {"players": {"low": r"layers\.[01]", "high": r"layers\.[23]"}, "samples": 3, "examples": 60}
+    found, alone = (
+        Stability(**options).run(pair[:1], Digits("relabel"), Execution(workers=each)) for each in (local, None)
+    )
     assert found.columns == alone.columns
     assert found.summary == alone.summary
 
@@ -94,8 +98,10 @@ def test_stability_is_the_same(local, pair):
 def test_sweeps_are_the_same_down_to_the_base_alone(local, pair):
     options = {"sparsities": [0.5, 1.0], "draws": 2, "examples": 40}
     told = []
-    found = sweep.sweep(pair[:1], Digits("relabel"), workers=local, progress=lambda *n: told.append(n), **options)
-    assert found.columns == sweep.sweep(pair[:1], Digits("relabel"), **options).columns
+    found = Sweep(**options).run(
+        pair[:1], Digits("relabel"), Execution(workers=local, progress=lambda *n: told.append(n))
+    )
+    assert found.columns == Sweep(**options).run(pair[:1], Digits("relabel")).columns
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert told[-1][0] == told[-1][1]
 
@@ -322,7 +328,7 @@ def test_a_task_that_its_record_does_not_give_again_is_refused(local, pair):
         pass
 
     with pytest.raises(OptionError, match=r"task digits/relabel \(Own\) cannot be built again from its record"):
-        shapley.shapley(pair, Own("relabel"), workers=local)
+        Shapley().run(pair, Own("relabel"), Execution(workers=local))
 
 
 def test_other_data_on_a_worker_is_refused():

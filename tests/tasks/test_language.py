@@ -14,9 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from lora_lab import tasks
 from lora_lab.adapters.attached import attach
 from lora_lab.analysis import compare, connectivity
-from lora_lab.analysis.evaluate import evaluate
-from lora_lab.analysis.shapley import shapley
-from lora_lab.analysis.stability import stability
+from lora_lab.analysis.questions import Evaluate, Shapley, Stability
 from lora_lab.errors import LoraLabWarning, OptionError, TaskError
 from lora_lab.merging.merged import merge
 from lora_lab.merging.panel import Panel
@@ -325,7 +323,7 @@ def test_acc_and_acc_norm_are_by_sums_and_by_sums_per_character_and_byte(folder,
     assert wanted["acc"] != wanted["acc_norm"]
     assert base == "gpt2" or wanted["acc_bytes"] not in (wanted["acc"], wanted["acc_norm"])
     adapter, _ = train(task, Recipe(method="lora", steps=1, batch_size=2, learning_rate=1e-9))
-    table = evaluate([adapter], split="test").columns
+    table = Evaluate(split="test").run([adapter]).columns
     for name, right in wanted.items():
         assert table[name] == pytest.approx([np.mean(right)] * 2)
         assert table[f"{name}_low"][0] < np.mean(right) < table[f"{name}_high"][0]
@@ -465,18 +463,18 @@ def test_every_analysis_runs_on_language_models(folder, base, rows, keys):
     ends = [first, last]
     assert ends == pytest.approx([after.mean_loss, score(task, adapters[1]).mean_loss], abs=1e-6)
 
-    found = shapley(adapters[:1], task, worth="loss")
+    found = Shapley(worth="loss").run(adapters[:1], task)
     summary = found.summary["adapters"][0]
     assert sum(row["value"] for row in found.rows()) == pytest.approx(summary["full"] - summary["empty"])
     assert summary["full"] == pytest.approx(-after.mean_loss, abs=1e-6)
     assert summary["engine"]["why_not_shared"] is None
 
-    assert stability(adapters[:1], task).rows(family="k-of-G", label="2", rescaled=False)
+    assert Stability().run(adapters[:1], task).rows(family="k-of-G", label="2", rescaled=False)
 
     merged = merge(Sources(adapters), "average").adapter
     assert score(task, merged).mean_loss == pytest.approx(middle, abs=1e-5)
 
-    table = evaluate(adapters)
+    table = Evaluate().run(adapters)
     losses = np.array(table.columns["loss"])
     assert losses == pytest.approx([before.mean_loss, *ends], abs=1e-6)
     assert ("perplexity" in table.columns) == (not task.classifies)

@@ -17,8 +17,7 @@ from lora_lab import tasks
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.attached import attach
 from lora_lab.analysis import connectivity
-from lora_lab.analysis.shapley import shapley
-from lora_lab.analysis.stability import stability
+from lora_lab.analysis.questions import Shapley, Stability
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.prefixes import Variants
 from lora_lab.tasks.choosing import task_of
@@ -169,7 +168,7 @@ def test_halfway_between_two_seeds_delta_is_as_good_as_its_ends(kinds, probe):
 @needs_minilm
 def test_shapley_values_of_minilm_add_up_and_its_prefixes_are_shared(kinds):
     task, (adapter, _) = kinds
-    found = shapley([adapter], task, worth="loss", examples=32)
+    found = Shapley(worth="loss", examples=32).run([adapter], task)
     (summary,) = found.summary["adapters"]
     values = [row["value"] for row in found.rows()]
     assert len(values) == 6
@@ -196,7 +195,7 @@ def test_shared_prefixes_of_minilm_give_the_same_bits(kinds):
 @needs_minilm
 def test_dropping_layers_of_minilm_costs_more_the_more_are_dropped(kinds):
     task, (adapter, _) = kinds
-    found = stability([adapter], task, examples=32, rescale=False, every=False, samples=3)
+    found = Stability(examples=32, rescale=False, every=False, samples=3).run([adapter], task)
     losses = {row["label"]: row["loss"] for row in found.rows(family="k-of-G")}
     assert losses["6"] < losses["3"] < losses["0"]
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from lora_lab import tasks
-from lora_lab.analysis.evaluate import evaluate
+from lora_lab.analysis.questions import Evaluate
 from lora_lab.errors import FileError, LoraLabError, LoraLabWarning, MismatchError, OptionError, TaskError
 from lora_lab.merging.merged import merge
 from lora_lab.merging.sources import Sources
@@ -103,7 +103,7 @@ def test_tasks_that_share_a_name_are_scored_apart(folder):
     (folder / "two.toml").write_text((folder / "my.toml").read_text().replace("reviews.csv", "flipped.csv"))
     second = tasks.from_name(str(folder / "two.toml"))
     other = dataclasses.replace(adapter, record={**adapter.record, "task": second.record})
-    found = evaluate([adapter, other], base=False)
+    found = Evaluate(base=False).run([adapter, other])
     assert found.columns["loss"] == [score(first, adapter).mean_loss, score(second, adapter).mean_loss]
     assert found.columns["loss"][0] != found.columns["loss"][1]
 
@@ -389,23 +389,21 @@ def test_the_example_file_is_valid_and_names_every_key(tmp_path):
 
 
 def test_coalitions_and_pruning_work_on_texts_too(folder):
-    from lora_lab.analysis.shapley import shapley
-    from lora_lab.analysis.stability import stability
-    from lora_lab.analysis.sweep import sweep
+    from lora_lab.analysis.questions import Shapley, Stability, Sweep
 
     built = tasks.from_name(str(folder / "my.toml"))
     adapter, _ = train(built, Recipe(method="lora", steps=60, learning_rate=1e-2, rank=2))
     for by in ("layer", "type", "rank"):
-        found = shapley([adapter], built, by=by, estimator="regression" if by == "rank" else None, samples=3)
+        found = Shapley(players=by, estimator="regression" if by == "rank" else None, samples=3).run([adapter], built)
         summary = found.summary["adapters"][0]
         assert sum(row["value"] for row in found.rows()) == pytest.approx(summary["full"] - summary["empty"])
         assert summary["full"] == pytest.approx(score(built, adapter).accuracy)
         assert summary["engine"]["why_not_shared"] is None
-    found = stability([adapter, adapter], built)
+    found = Stability().run([adapter, adapter], built)
     assert len({row["adapter"] for row in found.rows()}) == 2
     (row,) = found.rows(family="k-of-G", label="0", rescaled=False, adapter=found.columns["adapter"][0])
     assert row["loss"] == pytest.approx(score(built, None).mean_loss, abs=1e-6)
-    found = sweep([adapter], built, sparsities=(0.0, 1.0), draws=2)
+    found = Sweep(sparsities=(0.0, 1.0), draws=2).run([adapter], built)
     assert found.rows(label="1", criterion="magnitude")[0]["loss"] == pytest.approx(
         score(built, None).mean_loss, abs=1e-6
     )

@@ -24,9 +24,7 @@ from lora_lab.adapters.attached import attach, put_on
 from lora_lab.analysis import compare
 from lora_lab.analysis.connectivity import interpolate
 from lora_lab.analysis.game import Outcomes
-from lora_lab.analysis.shapley import shapley
-from lora_lab.analysis.stability import stability
-from lora_lab.analysis.sweep import sweep
+from lora_lab.analysis.questions import Shapley, Stability, Sweep
 from lora_lab.errors import FileError, OptionError, TaskError
 from lora_lab.files.trust import Origin
 from lora_lab.scoring.evaluate import score
@@ -235,7 +233,7 @@ def test_every_question_can_be_put_to_clip(built, tmp_path):
     clip = built("clip")
     adapters = [random_adapter(clip, tmp_path / str(i), RANDOM, seed=i, scale=0.3) for i in range(2)]
     full, empty = score(clip, adapters[0]), score(clip, None)
-    found = shapley(adapters[:1], clip, by="encoder-type-layer", worth="loss")
+    found = Shapley(players="encoder-type-layer", worth="loss").run(adapters[:1], clip)
     players = {row["player"] for row in found.rows()}
     assert players == {f"{e}_model.{t}.{i}" for e in ("text", "vision") for t in ("q_proj", "v_proj") for i in range(2)}
     assert sum(row["value"] for row in found.rows()) == pytest.approx(empty.mean_loss - full.mean_loss, abs=1e-5)
@@ -243,10 +241,10 @@ def test_every_question_can_be_put_to_clip(built, tmp_path):
     line = interpolate(adapters, clip, points=3)
     ends = [row for row in line.rows(space="delta") if row["t"] in (0, 1)]
     assert ends[0]["loss"] == pytest.approx(full.mean_loss, abs=1e-5)
-    steady = stability(adapters[:1], clip, samples=4)
+    steady = Stability(samples=4).run(adapters[:1], clip)
     (row,) = steady.rows(family="k-of-G", label="0", rescaled=False)
     assert row["loss"] == pytest.approx(empty.mean_loss, abs=1e-6)
-    swept = sweep(adapters[:1], clip, sparsities=(0.0, 1.0), draws=1)
+    swept = Sweep(sparsities=(0.0, 1.0), draws=1).run(adapters[:1], clip)
     assert {row["label"] for row in swept.rows(kind="structured")} >= {"even", "odd", "type:q_proj"}
 
 

@@ -8,7 +8,7 @@ import torch
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.attached import attach, weight_deltas
 from lora_lab.analysis.connectivity import interpolate
-from lora_lab.analysis.evaluate import evaluate
+from lora_lab.analysis.questions import Evaluate
 from lora_lab.errors import FileError, LoraLabError, LoraLabNote, OptionError, TaskError, TunerError
 from lora_lab.scoring.evaluate import score
 from lora_lab.tasks.choosing import task_of
@@ -268,7 +268,7 @@ def test_training_that_cannot_be_is_refused_in_one_line(options, error, text):
 
 def test_evaluation_has_intervals_and_the_base(coto, tmp_path):
     path = coto[0].save(tmp_path / "a.safetensors")
-    found = evaluate([Adapter.load(path)], split="validation")
+    found = Evaluate(split="validation").run([Adapter.load(path)])
     base, own = found.rows()
     assert base["adapter"] == "(base model alone)"
     assert own["accuracy"] == coto[0].record["metrics"]["validation"]["accuracy"]

@@ -1,0 +1,174 @@
+"""Options that several verbs share, each told once, with what is done with them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from ..errors import OptionError
+from ..options import option
+from ..scoring.execution import Cost, Execution
+from . import parsing
+from .terminal import messages, print_json, progress
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..adapters.adapter import Adapter
+    from ..results.result import Result
+    from ..tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How an adapter is read where its files do not say."""
+
+    config: Path | None = option(None, "adapter_config.json for a file that has none in its header or beside it.")
+    alpha: float | None = option(None, "lora_alpha, where no configuration is to be had.")
+    adapter_name: str | None = option(None, "Which adapter, where the keys of a file hold several.")
+
+    def load(self, paths: Sequence[str]) -> list[Adapter]:
+        """The adapters."""
+        from ..adapters.adapter import Adapter
+
+        options: dict[str, Any] = {"config": self.config, "alpha": self.alpha, "adapter_name": self.adapter_name}
+        return [Adapter.load(path, **options) for path in paths]
+
+
+@dataclass(frozen=True)
+class Loading(Reading):
+    """How adapters are read, and brought to common names of modules."""
+
+    rename: list[str] | None = option(
+        None,
+        "OLD=NEW: modules of an adapter that begin with OLD begin with NEW instead, as language_model.model="
+        "model.language_model; an empty side stands for nothing (repeatable).",
+    )
+
+    def load(self, paths: Sequence[str]) -> list[Adapter]:
+        """The adapters, renamed."""
+        from ..adapters.renames import rename_all
+
+        return rename_all(super().load(paths), parsing.renames(self.rename or []))
+
+
+def _trust() -> Any:
+    return option(
+        False,
+        "Take the adapters' records at their word: code that comes with the base, paths anywhere, any repository, "
+        "revision and device map. Only for adapters whose makers you trust. Without it, one that was not made by your "
+        "own lora-lab may name a built-in task, its own base, datasets on the hub, and files in its own folder.",
+    )
+
+
+@dataclass(frozen=True)
+class OneTask:
+    """The task that all adapters are scored on."""
+
+    task: str | None = option(None, "Built-in task or task file; by default the adapters' own.")
+    trust_record: bool = _trust()
+
+    def of(self, adapters: Sequence[Adapter]) -> Task:
+        """The task."""
+        from ..tasks.choosing import task_of
+
+        return task_of(*adapters, given=self.task, trust_record=self.trust_record)
+
+
+@dataclass(frozen=True)
+class TaskEach:
+    """The task of each adapter."""
+
+    task: list[str] | None = option(
+        None, "Built-in task or task file, for all adapters or once for each; by default their own."
+    )
+    trust_record: bool = _trust()
+
+    def of(self, adapters: Sequence[Adapter]) -> list[Task]:
+        """A task for each adapter."""
+        from ..tasks.choosing import tasks_of
+
+        return tasks_of(adapters, self.task or [], trust_record=self.trust_record)
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where something small is computed, in this process."""
+
+    device: str | None = option(None, "cpu, cuda …; by default a GPU where there is one.")
+
+    def resolved(self) -> torch.device:
+        """The device."""
+        from ..tasks.task import resolve_device
+
+        return resolve_device(self.device)
+
+
+@dataclass(frozen=True)
+class Computing(Device):
+    """Where and how much is computed."""
+
+    jobs: int | None = option(None, "Compute in so many processes of this machine.", least=1)
+    ray: str | None = option(
+        None, "Compute on workers of a Ray cluster: auto (the one that runs), HOST:PORT, or local:N workers of its own."
+    )
+    yes: bool = option(False, "Go on without asking, however long it takes.")
+
+    @contextlib.contextmanager
+    def execution(self, doing: str, cache: Path | None = None) -> Iterator[Execution]:
+        """Workers, where they are asked for, and a bar while the context lasts."""
+        import torch
+
+        from ..scoring.workers import open_workers
+
+        with open_workers(self.jobs, self.ray, self.device) as workers, progress(doing) as report:
+            device = torch.device(workers.device) if workers else self.resolved()
+            yield Execution(device=device, cache=cache, workers=workers, progress=report, confirm=self._confirm)
+
+    def _confirm(self, cost: Cost) -> None:
+        """Tell what a run will cost; one of more than ten minutes is asked about, or refused if nobody can answer."""
+        shared = f" of {cost.naive_block_evaluations} without sharing" if cost.naive_block_evaluations else ""
+        blocks = f"{cost.block_evaluations} block evaluations{shared}, " if cost.block_evaluations else ""
+        messages.print(f"to be computed: up to {cost.variants} variants, {blocks}about {_duration(cost.seconds)}")
+        if cost.seconds <= _LONG or self.yes:
+            return
+        if not (sys.stdin and sys.stdin.isatty()):
+            raise OptionError(
+                f"this may take {_duration(cost.seconds)}; --yes goes ahead, --examples and --samples shorten it"
+            )
+        typer.confirm("go ahead?", abort=True, err=True)
+
+
+_LONG = 600.0  # seconds from which a run is asked about first
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _json() -> Any:
+    return option(False, "Print the result as JSON instead of a table.")
+
+
+@dataclass(frozen=True)
+class Output:
+    """The folder that a result goes to with its figure, and what is printed of it."""
+
+    output: Path = option(Path("out"), "Folder for VERB.json, .pdf and .png.", flag="o output")
+    force: bool = option(False, "Replace the results that are there.")
+    json: bool = _json()
+
+    def print(self, result: Result, show: Callable[[Any], None]) -> None:
+        """The result as JSON, or as tables."""
+        if self.json:
+            print_json(result.to_json())
+        else:
+            show(result)

@@ -1,0 +1,100 @@
+"""Where results go, and the way from a question to its answer there."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..analysis.question import Question
+from ..errors import FileError, LoraLabWarning
+from ..files.disk import refuse_existing
+from ..files.ownership import foreign
+from .options import Computing, OneTask, Output, Reading, TaskEach
+from .terminal import messages, say_written
+
+if TYPE_CHECKING:
+    from ..results.result import Result
+
+
+def answer(
+    question: Question,
+    paths: Sequence[str],
+    loading: Reading,
+    task: OneTask | TaskEach,
+    computing: Computing,
+    output: Output,
+    *,
+    doing: str,
+    show: Callable[[Any], None],
+) -> None:
+    """The result of this very question if it is there, else computed, saved and named; then printed."""
+    outputs = Outputs(output.output, question.kind)
+    adapters = loading.load(paths)
+    question.check(adapters)
+    chosen: Any = task.of(adapters)
+    result = outputs.earlier(question.run_id(adapters, chosen), force=output.force)
+    if result is None:
+        with computing.execution(doing, outputs.cache) as on:
+            result = question.run(adapters, chosen, on)
+        say_written(outputs.save(result))
+    output.print(result, show)
+
+
+class Outputs:
+    """The files that a verb leaves in a folder: <verb>.json, .pdf, .png, and a journal while it runs."""
+
+    def __init__(self, folder: Path, verb: str) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise FileError(f"{folder}: not a folder; -o names the folder for {verb}.json and its figure")
+        self.folder = folder
+        self.json, self.pdf, self.png = (folder / f"{verb}.{ending}" for ending in ("json", "pdf", "png"))
+        self.journal = folder / f".{verb}.journal"
+        self.cache = folder / ".outcomes"
+        """Per-example scores, by adapter and data, that every later question below this folder finds again."""
+
+    def earlier(self, run: str, *, force: bool) -> Result | None:
+        """The result of this very run, if it is there already, its figure drawn again where that is missing.
+
+        Another run's result is in the way unless forced; one that is damaged counts as none, which is told.
+        """
+        from ..results.result import Result
+
+        refuse_existing(*(path for path in (self.pdf, self.png) if path.exists()), force=True)
+        if force or not os.path.lexists(self.json):
+            refuse_existing(self.json, force=force)
+            return None
+        reason = foreign(self.json)
+        try:
+            earlier = Result.load(self.json)
+        except FileError as error:
+            if reason:
+                refuse_existing(self.json, force=False)
+            warnings.warn(f"{error}; computed again", LoraLabWarning, stacklevel=2)
+            return None
+        if earlier.provenance.get("run") != run:
+            refuse_existing(self.json, force=False)
+        messages.print(f"{self.json}: this very result is there already; --force replaces it")
+        self.journal.unlink(missing_ok=True)  # of a run that was killed when all was done but this
+        self._draw_missing(earlier)
+        return earlier
+
+    def save(self, result: Result) -> list[Path]:
+        """Write the result and its figure; the journal is done with."""
+        from .. import plots
+
+        drawn = plots.figure([result])  # first: a result that cannot be drawn is not left behind alone
+        result.save(self.json)
+        plots.save(drawn, self.pdf, self.png, force=True)
+        self.journal.unlink(missing_ok=True)
+        return [self.json, self.pdf, self.png]
+
+    def _draw_missing(self, result: Result) -> None:
+        from .. import plots
+
+        missing = [path for path in (self.pdf, self.png) if not plots.shows(path, [result])]
+        if missing:
+            plots.save(plots.figure([result]), *missing, force=True)
+            say_written(missing)

@@ -1,0 +1,218 @@
+"""What can be asked, with every option: help, bounds and choices stand here once. What answers is loaded when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lora_lab.analysis.question import Question
+from lora_lab.lazy import later
+from lora_lab.options import option
+from lora_lab.scoring.execution import Cost, Execution
+
+if TYPE_CHECKING:
+    from lora_lab.adapters.adapter import Adapter
+    from lora_lab.results.result import Result
+    from lora_lab.tasks.task import Task
+
+
+def _players() -> Any:
+    return option(
+        "layer",
+        "layer, module, type, type-layer, encoder-type-layer, rank, or NAME=REGEX (repeatable).",
+        title="player",
+    )
+
+
+def _split() -> Any:
+    return option("test", "train, validation or test.", choices=later("lora_lab.tasks.task", "SPLITS"))
+
+
+def _examples() -> Any:
+    return option(None, "Score on so many examples of the split, drawn with seed 0.", least=1)
+
+
+@dataclass(frozen=True)
+class Shapley(Question):
+    """Shapley values of every adapter's players (see `players`), each from its own game.
+
+    Without an `estimator`, all coalitions are enumerated where that takes fewer block evaluations than `samples`
+    antithetic orders, which are taken otherwise. Every value has the standard error of its choice of coalitions (`se`:
+    0 for exact values; `stats.mean_and_error`), that of the examples (`se_examples`), and a 95 % interval from both.
+    `order` 2 adds pairwise interactions with intervals of the choice of coalitions alone.
+    """
+
+    kind = "shapley"
+
+    players: str | Mapping[str, str] = _players()
+    worth: str = option(
+        "accuracy",
+        "accuracy, loss, log-likelihood or margin; what helps is positive.",
+        choices=later("lora_lab.analysis.game", "WORTHS"),
+    )
+    estimator: str | None = option(
+        None,
+        "exact, antithetic, permutation, stratified, owen, regression, or shapiq:NAME; by default exact where that is "
+        "cheaper, else antithetic.",
+    )
+    samples: int = option(200, "Marginal contributions a player; for permutations, orders.", least=1)
+    until_se: float | None = option(
+        None,
+        "Stop once every standard error is this small (in units of the worth).",
+        above=0,
+        title="standard error to stop at",
+    )
+    budget: int | None = option(None, "Ask for at most so many different coalitions.")
+    order: int = option(1, "2 adds pairwise interactions.", least=1, most=2)
+    options: Mapping[str, Any] = option({}, "Option of the estimator, e.g. nodes=5.", flag="set")
+    split: str = _split()
+    examples: int | None = _examples()
+    seed: int = option(0, "Draws the coalitions.", least=0)
+
+    def check(self, adapters: Sequence[Adapter]) -> None:
+        """Raise what `run` would raise for these adapters, before anything is computed."""
+        from lora_lab.analysis import shapley
+
+        super().check(adapters)
+        shapley.check(self, adapters)
+
+    def run(self, adapters: Sequence[Adapter], task: Task, on: Execution = Execution()) -> Result:
+        """A row for every player of every adapter."""
+        from lora_lab.analysis import shapley
+
+        self.check(adapters)
+        return shapley.answer(self, adapters, task, on)
+
+    def values(self, adapter: Adapter, task: Task, on: Execution = Execution()) -> dict[str, float]:
+        """Player → Shapley value, without intervals."""
+        from lora_lab.analysis import shapley
+
+        return shapley.values(self, adapter, task, on)
+
+    def cost(self, adapter: Adapter, task: Task, on: Execution = Execution()) -> Cost:
+        """What the values of one adapter would cost."""
+        from lora_lab.analysis import shapley
+
+        return shapley.cost(self, adapter, task, on)
+
+
+@dataclass(frozen=True)
+class Stability(Question):
+    """Loss and error over families of keep-sets: by size, by probability, one left out, one alone, fixed patterns.
+
+    By size: all keep-sets, or `samples` different ones of each size k (`every` forces or forbids enumeration). By
+    probability: the same keep-sets, weighted by Binomial(G, p), a coin for every player (CoTo's masks in training have
+    at least one on; see `progressive`). With `rescale` everything comes a second time with the updates multiplied by
+    G/k. Every mean has a 95 % interval for the choice of keep-sets and of examples together.
+    """
+
+    kind = "stability"
+
+    players: str | Mapping[str, str] = _players()
+    samples: int = option(50, "Keep-sets of each size, where there are more.", least=2)
+    grid: tuple[float, ...] = option(
+        (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+        "Probabilities of the p-curve, with commas.",
+        flag="p",
+        least=0,
+        most=1,
+        title="probability p",
+    )
+    rescale: bool = option(True, "Everything a second time with the updates multiplied by G/k, k of G players on.")
+    every: bool | None = option(None, "All 2^G keep-sets or only samples; by default all where that costs little more.")
+    split: str = _split()
+    examples: int | None = _examples()
+    seed: int = option(0, "Draws the keep-sets and the bootstrap.", least=0)
+
+    def check(self, adapters: Sequence[Adapter]) -> None:
+        """Raise what `run` would raise for these adapters, before anything is computed."""
+        from lora_lab.analysis import stability
+
+        super().check(adapters)
+        stability.check(self, adapters)
+
+    def run(self, adapters: Sequence[Adapter], task: Task, on: Execution = Execution()) -> Result:
+        """A row for every family of keep-sets of every adapter."""
+        from lora_lab.analysis import stability
+
+        self.check(adapters)
+        return stability.answer(self, adapters, task, on)
+
+
+@dataclass(frozen=True)
+class Sweep(Question):
+    """Accuracy and loss of every adapter pruned in every way; several adapters are summed up by method.
+
+    structured: patterns of modules kept (fixed ones; half of the layers by norm, and by Shapley values computed on the
+    validation split; as many random layers). unstructured: `criteria` at `sparsities`. rank: each lower rank by
+    SVD, by the largest units, and random units. Random rows are means over `draws`; every number has a 95 % interval.
+    """
+
+    kind = "sweep"
+
+    kinds: tuple[str, ...] = option(
+        ("structured", "unstructured", "rank"),
+        "What is pruned: patterns of modules, single entries, ranks.",
+        flag="",
+        choices=later("lora_lab.analysis.sweep", "KINDS"),
+        title="kind of pruning",
+    )
+    sparsities: tuple[float, ...] = option(
+        (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99),
+        "Shares of entries set to 0, with commas.",
+        least=0,
+        most=1,
+        title="sparsity",
+    )
+    criteria: tuple[str, ...] = option(
+        ("magnitude", "random"),
+        "magnitude, random, delta-magnitude, with commas.",
+        choices=later("lora_lab.pruning.prune", "WEIGHTS"),
+        title="criterion",
+    )
+    per_matrix: bool = option(
+        False, "That share of every matrix, or of all entries together.", flag="per-matrix/global"
+    )
+    draws: int = option(5, "Draws of every random control.", least=1)
+    split: str = _split()
+    examples: int | None = _examples()
+    seed: int = option(0, "Of random controls and the bootstrap.", least=0)
+
+    def check(self, adapters: Sequence[Adapter]) -> None:
+        """Raise what `run` would raise for these adapters, before anything is computed."""
+        from lora_lab.analysis import sweep
+
+        super().check(adapters)
+        sweep.check(self, adapters)
+
+    def run(self, adapters: Sequence[Adapter], task: Task, on: Execution = Execution()) -> Result:
+        """A row for every way of pruning every adapter."""
+        from lora_lab.analysis import sweep
+
+        self.check(adapters)
+        return sweep.answer(self, adapters, task, on)
+
+
+@dataclass(frozen=True)
+class Evaluate(Question):
+    """Scores of every adapter on its own task, and of every base model alone, with 95 % intervals over the examples."""
+
+    kind = "evaluate"
+
+    split: str = _split()
+    base: bool = option(True, "Score the base model without an adapter, too.")
+    seed: int = option(0, "Seed of the bootstrap.", least=0)
+
+    def run(
+        self,
+        adapters: Sequence[Adapter],
+        task: Task | Sequence[Task] | None = None,
+        on: Execution = Execution(),
+    ) -> Result:
+        """A row for every adapter and every base; `task`: one for all, one an adapter, or (None) the adapters' own."""
+        from lora_lab.analysis import evaluate
+        from lora_lab.tasks.choosing import tasks_of
+
+        self.check(adapters)
+        return evaluate.answer(self, adapters, tasks_of(adapters) if task is None else task, on)
