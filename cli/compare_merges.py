@@ -57,8 +57,8 @@ def command(
     from ..analysis import compare
     from ..analysis.connectivity import parse_ratios
     from ..errors import OptionError
-    from ..merging import merged as merge
-    from ..merging.methods import defaults
+    from ..merging.methods import MERGES
+    from ..merging.sources import base_of
     from ..results import tables
     from ..tasks.choosing import tasks_of
 
@@ -73,7 +73,7 @@ def command(
         if not dot:
             raise OptionError(f"--set {given}: METHOD.OPTION=VALUE is needed here, such as ties.{given}={value}")
         method, _, inner = name.partition(":")
-        known = defaults(method, {"inner": inner} if inner else {})
+        known = MERGES[method].defaults({"inner": inner} if inner else {})
         options.setdefault(name, {}).update(common.parse_set([f"{option}={value}"], known, name))
     compare.ways_of(names, options)
     loaded = [Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name) for path in adapters]
@@ -89,7 +89,7 @@ def command(
     }
     tasks = tasks_of(loaded, task or [], trust_record=trust_record)
     compare.mixes_of(loaded, tasks, settings["ratios"])  # what cannot be merged is refused first
-    built = merge.base_of(loaded, base, trust_record=trust_record)
+    built = base_of(loaded, base, trust_record=trust_record)
     run = compare.run_id(loaded, tasks, **settings)
     result = outputs.earlier(run, force=force)
     if result is None:

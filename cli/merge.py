@@ -17,11 +17,9 @@ def _list(wanted: bool) -> None:
     from ..merging import methods
 
     rows = []
-    for name, function in methods.MERGES.items():
-        about = (function.__doc__ or "").partition("\n")[0]
-        known = methods.defaults(name).items()
-        options = ", ".join(key if value is None else f"{key}={value}" for key, value in known)
-        rows.append((name + (" *" if name in methods.NEEDS_DATA else ""), about, options, methods.variant(name)))
+    for name, merge in methods.MERGES.items():
+        options = ", ".join(key if value is None else f"{key}={value}" for key, value in merge.defaults().items())
+        rows.append((name + (" *" if merge.reads_data else ""), merge.about, options, merge.variant))
     headings = ("method", "what comes out", "options (--set)", "published variant")
     common.table("Methods (* looks at data)", headings, rows, texts=4)
     raise typer.Exit
@@ -88,14 +86,15 @@ def command(
     from ..files.disk import refuse_existing
     from ..merging import merged as merge
     from ..merging import search as searching
-    from ..merging.methods import NEEDS_DATA, defaults
-    from ..merging.sources import Sources, parse_weights
+    from ..merging.export import save
+    from ..merging.methods import MERGES
+    from ..merging.sources import Sources, base_of, parse_weights
     from ..tasks.choosing import tasks_of
     from ..tasks.task import resolve_device
 
     if output is None:
         raise OptionError("-o names the adapter to write: NAME.safetensors, or a name for a PEFT folder")
-    options = common.parse_set(set_, defaults(method, common.pairs(set_)), method)
+    options = common.parse_set(set_, MERGES[method].defaults(common.pairs(set_)), method)
     spaces = searching.parse(search or [], method, options)
     if "coefficient" in spaces and coefficient != 1:
         raise OptionError("the coefficient is both set and searched")
@@ -104,11 +103,12 @@ def command(
     loaded = [Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name) for path in adapters]
     loaded = rename_all(loaded, common.parse_renames(rename))
     require_shared_modules(loaded)
-    tasks = tasks_of(loaded, task or [], trust_record=trust_record) if method in NEEDS_DATA or spaces or task else None
+    needed = MERGES[method].reads_data or spaces or task
+    tasks = tasks_of(loaded, task or [], trust_record=trust_record) if needed else None
     sources = Sources(
         loaded,
         parsed,
-        base=merge.base_of(loaded, base, trust_record=trust_record),
+        base=base_of(loaded, base, trust_record=trust_record),
         tasks=tasks,
         device=resolve_device(device),
     )
@@ -128,7 +128,7 @@ def command(
             trials=trials,
             progress=report,
         )
-    merge.save(made, output, inputs=[Path(path) for path in adapters], force=force)
+    save(made, output, inputs=[Path(path) for path in adapters], force=force)
     report_ = _report(output, made)
     if json:
         common.print_json(report_)
@@ -147,7 +147,7 @@ def _report(output: Path, made: Any) -> dict[str, Any]:
 
 def show(report: dict[str, Any]) -> None:
     """What was merged, as a table."""
-    from ..merging.merged import words
+    from ..merging.export import words
 
     rows: list[tuple[str, object]] = [("method", report["method"])]
     if report["options"]:

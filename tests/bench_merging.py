@@ -22,6 +22,7 @@ from lora_lab.adapters.adapter import Adapter, from_updates
 from lora_lab.adapters.lowrank import LowRank, combine, factored
 from lora_lab.merging.elementwise import magnitude, ties
 from lora_lab.merging.merged import merge
+from lora_lab.merging.methods import rule_of
 from lora_lab.merging.sources import Sources
 from lora_lab.merging.subspaces import knots
 
@@ -88,7 +89,13 @@ def peft_ties(rows: int, columns: int) -> Callable[[], object]:
 def ours_knots(rows: int, columns: int) -> Callable[[], object]:
     """KnOTS with magnitude trimming inside, in factor space."""
     updates = [factors(rows, columns, seed) for seed in range(ADAPTERS)]
-    return lambda: knots(updates, [1.0] * ADAPTERS, inner="magnitude")
+    magnitude = rule_of("magnitude")
+
+    def merged() -> object:
+        shared = knots(updates)
+        return shared.back(magnitude(shared.cores, [1.0] * ADAPTERS))
+
+    return merged
 
 
 def dense_knots(rows: int, columns: int) -> Callable[[], object]:

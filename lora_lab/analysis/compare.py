@@ -265,31 +265,22 @@ def ways_of(methods: Sequence[str], options: Mapping[str, Mapping[str, Any]]) ->
 def joined(ways: Sequence[Way]) -> tuple[list[Way], dict[str, list[str]]]:
     """The ways without those that are others by another name, and name → the names that it stands for.
 
-    Task arithmetic, average and cat are points of one line, c Σ wᵢΔWᵢ: average at c is task arithmetic at c / Σ wᵢ.
+    Methods with a divisor d are points of one line, c Σ wᵢΔWᵢ / d: average at c is task arithmetic at c / Σ wᵢ.
     The first of them that is compared stays. One with options of its own stays, too.
     """
-    same = [way for way in ways if way.method in _ONE_LINE and not way.options]
+    same = [way for way in ways if MERGES[way.method].divisor and not way.options]
     return [way for way in ways if way not in same[1:]], {same[0].name: [w.name for w in same[1:]]} if same[1:] else {}
-
-
-_ONE_LINE = ("task-arithmetic", "average", "cat")
 
 
 def _tried(ways: Sequence[Way], mixes: Sequence[Mix], stands_for: Mapping[str, Sequence[str]]) -> list[Way]:
     """The ways, with the places on its line beside the grid at which those that one stands for are at 1."""
-    sums = [math.fsum(mix.weights) for mix in mixes]
-    also = {
-        "average": {1 / total for total in sums},
-        "task-arithmetic": set(sums),
-        "cat": set(sums),
-    }
-    found = []
+    completed = []
     for way in ways:
-        names = [name for name in stands_for.get(way.name, ()) if (name == "average") != (way.name == "average")]
-        extra = {c for name in names for c in also[name]}
+        pairs = [(MERGES[way.method].divisor, MERGES[name].divisor) for name in stands_for.get(way.name, ())]
+        extra = {ours(m.weights) / theirs(m.weights) for ours, theirs in pairs if ours and theirs for m in mixes}
         extra = {c for c in extra if not math.isclose(c, 1.0)}
-        found.append(replace(way, also=tuple(sorted(extra))))
-    return found
+        completed.append(replace(way, also=tuple(sorted(extra))))
+    return completed
 
 
 def mixes_of(adapters: Sequence[Adapter], tasks: Sequence[Task], ratios: Sequence[Sequence[float]]) -> list[Mix]:

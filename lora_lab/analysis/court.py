@@ -16,9 +16,8 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.analysis.game import Cost
 from lora_lab.errors import LoraLabError, MismatchError, OptionError, TaskError, TunerError
-from lora_lab.merging import data_driven
 from lora_lab.merging.merged import merge
-from lora_lab.merging.methods import NEEDS_DATA
+from lora_lab.merging.methods import MERGES
 from lora_lab.merging.panel import Panel
 from lora_lab.merging.sources import Sources
 from lora_lab.results.result import Journal, fingerprint
@@ -185,8 +184,7 @@ class Court:
         whole = self.total * max(seconds.values())
         one = seconds["validation"] / len(self.tasks[0].split("validation"))
         for mix, way in itertools.product(mixes, ways):
-            if way.method in NEEDS_DATA:
-                whole += one * data_driven.examples_read(way.method, way.options, [self.tasks[i] for i in mix.members])
+            whole += one * MERGES[way.method].examples_read(way.options, [self.tasks[i] for i in mix.members])
         return Cost(self.total, 0, 0, whole)
 
     def keep(self, key: str, scores: Scores) -> None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from lora_lab.lazy import face
 
 if TYPE_CHECKING:
+    from lora_lab.merging.export import save as save
     from lora_lab.merging.merged import Merged as Merged
     from lora_lab.merging.merged import merge as merge
-    from lora_lab.merging.merged import save as save
     from lora_lab.merging.methods import MERGES as MERGES
     from lora_lab.merging.paths import Paths as Paths
     from lora_lab.merging.sources import Sources as Sources
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
+        "export": ("save",),
         "merged": (
             "Merged",
             "merge",
-            "save",
         ),
         "methods": ("MERGES",),
         "paths": ("Paths",),

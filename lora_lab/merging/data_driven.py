@@ -6,9 +6,8 @@ ever looks at a test split.
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,23 +42,28 @@ def fisher(
     one token drawn by p at every target's place. With `normalize`, each Fᵢ is divided by its norm over all modules, so
     that no task counts for more because its gradients are larger. `floor`, times the mean information, is added, so
     that entries that no task depends on are averaged. Takes as much memory as T copies of the adapted weights.
-
-    Variant: the paper's, on ΔW; its authors' code can normalise, which is normalize=true.
     """
     _check(examples=(examples, 1), floor=(floor, 0), scale=(scale, None), seed=(seed, 0))
     _check_weights(sources, "fisher")
     panel = Panel(sources)
-    found = [information(panel, i, examples, seed) for i in range(len(sources.adapters))]
+    fishers = [information(panel, i, examples, seed) for i in range(len(sources.adapters))]
     if normalize:
-        found = [_normalized(each) for each in found]
+        fishers = [_normalized(fisher) for fisher in fishers]
     for name in sources.modules:
-        shares = torch.stack([each[name] for each in found])
+        # Σ sᵢ∘ΔWᵢ / Σ sᵢ with sᵢ = wᵢ (Fᵢ + floor · mean F)
+        shares = torch.stack([fisher[name] for fisher in fishers])
         shares += floor * shares.mean() + torch.finfo(shares.dtype).tiny
         weights = torch.tensor(sources.weights_of(name), dtype=shares.dtype)
         shares *= weights.reshape(-1, *[1] * (shares.ndim - 1))
         deltas = torch.stack([u.delta().flatten(1) for u in sources.updates_of(name)])
         merged = scale * (shares * deltas).sum(0) / shares.sum(0)
         yield name, merged.reshape(sources.shapes[name])
+
+
+def fisher_cost(options: Mapping[str, Any], tasks: Sequence[Task]) -> float:
+    """Forward passes of one example: one, and a forward and a backward pass (which counts as two) for each label."""
+    labels = [task.labels if task.classifies else 1 for task in tasks]
+    return float(sum(options["examples"] * (1 + 3 * count) for count in labels))
 
 
 def regmean(
@@ -80,8 +84,6 @@ def regmean(
     paper's formula. Entries of G off the diagonal are multiplied by
     `off_diagonal`; `ridge` times its mean diagonal is added, so that directions that no task uses are averaged. Exact
     in factor space: Bᵢ stays, Aᵢ becomes AᵢwᵢGᵢ (ΣwᵢGᵢ)⁻¹.
-
-    Variant: the authors' code's, with means over rows; gram=sum is the paper's formula.
     """
     if not 0 <= off_diagonal <= 1:
         raise OptionError(f"off_diagonal is {off_diagonal:g}; a share from 0 to 1 is needed")
@@ -90,24 +92,29 @@ def regmean(
     _check(examples=(examples, 1), ridge=(ridge, 0), scale=(scale, None), seed=(seed, 0))
     _check_weights(sources, "regmean")
     panel = Panel(sources)
-    found = [grams(panel, i, examples, seed, mean=gram == "mean") for i in range(len(sources.adapters))]
+    inputs = [grams(panel, i, examples, seed, mean=gram == "mean") for i in range(len(sources.adapters))]
     for name in sources.modules:
-        stored_transposed = found[0][name][1]
-        weighted = []
-        for each, weight in zip(found, sources.weights_of(name), strict=True):
-            G = each[name][0]
+        stored_transposed = inputs[0][name][1]
+        weighted = []  # wᵢ Gᵢ, off the diagonal times `off_diagonal`, plus the ridge
+        for of_modules, weight in zip(inputs, sources.weights_of(name), strict=True):
+            G = of_modules[name][0]
             diagonal = G.diagonal().clone()
             G = off_diagonal * G
             G.diagonal().copy_(diagonal)
             weighted.append(weight * (G + (ridge * diagonal.mean() + 1e-300) * torch.eye(len(G), dtype=G.dtype)))
         total = torch.stack(weighted).sum(0)
         updates = [_turned(u) if stored_transposed else u for u in sources.updates_of(name)]
-        # A G total⁻¹ = (total⁻¹ G Aᵀ)ᵀ: both are symmetric
+        # Σ Bᵢ AᵢwᵢGᵢ (ΣwᵢGᵢ)⁻¹, by concatenation; A G total⁻¹ = (total⁻¹ G Aᵀ)ᵀ, as both are symmetric
         A = torch.cat([u.A.double() @ G for u, G in zip(updates, weighted, strict=True)])
         A = torch.linalg.solve(total, A.T).T
         B = scale * torch.cat([u.B.double() for u in updates], dim=1)
         merged = LowRank(A, B, updates[0].shape)
         yield name, _turned(merged) if stored_transposed else merged
+
+
+def regmean_cost(options: Mapping[str, Any], tasks: Sequence[Task]) -> float:
+    """Forward passes of one example."""
+    return float(options["examples"] * len(tasks))
 
 
 def lorahub(
@@ -122,8 +129,6 @@ def lorahub(
 
     After Huang et al. 2023, arXiv:2307.13269: the lowest mean loss over the tasks plus `penalty` · mean |c|, c within
     ±`bound`, at most `evaluations` of them (COBYLA, from 1/T each). The paper mixes the factors; this mixes ΔW.
-
-    Variant: ΔW where the paper mixes factors, and COBYLA where it has Shiwa.
     """
     from scipy.optimize import minimize
 
@@ -135,20 +140,20 @@ def lorahub(
 
     def mixed(coefficients: Sequence[float]) -> dict[str, LowRank]:
         return {
-            name: combine(own, [float(c) * w for c, w in zip(coefficients, sources.weights_of(name), strict=True)])
-            for name, own in updates.items()
+            name: combine(ours, [float(c) * w for c, w in zip(coefficients, sources.weights_of(name), strict=True)])
+            for name, ours in updates.items()
         }
 
     best: tuple[float, list[float]] = (float("inf"), [1 / count] * count)
 
     def cost(coefficients: Any) -> float:
         nonlocal best
-        chosen = np.clip(coefficients, -bound, bound)
-        made = mixed(chosen)
-        found = mean_loss([panel.scores(seat, made, "validation") for seat in panel.seats])
-        found += penalty * float(np.abs(chosen).mean())
-        best = min(best, (found, chosen.tolist()))
-        return found
+        clipped = np.clip(coefficients, -bound, bound)
+        made = mixed(clipped)
+        loss = mean_loss([panel.scores(seat, made, "validation") for seat in panel.seats])
+        loss += penalty * float(np.abs(clipped).mean())
+        best = min(best, (loss, clipped.tolist()))
+        return loss
 
     if evaluations < count + 2:  # which COBYLA needs to begin with
         cost(best[1])
@@ -157,6 +162,11 @@ def lorahub(
         minimize(cost, best[1], method="COBYLA", bounds=[(-bound, bound)] * count, options=options)
     for name, update in mixed(best[1]).items():
         yield name, scale * update
+
+
+def lorahub_cost(options: Mapping[str, Any], tasks: Sequence[Task]) -> float:
+    """Forward passes of one example: all of every validation split for each choice of coefficients."""
+    return float(options["evaluations"] * sum(len(task.split("validation")) for task in tasks))
 
 
 def adamerging(
@@ -174,8 +184,6 @@ def adamerging(
     Yang et al. 2023, arXiv:2310.02575, layer-wise: Adam minimises the summed entropy of the predictions on unlabelled
     validation examples of every task (of texts, at every target's place), from `start`. The paper takes test inputs,
     500 steps and a rate of 1e-3.
-
-    Variant: the paper's, layer-wise, on validation inputs where it takes test inputs.
     """
     if steps < 1 or batch_size < 1:
         raise OptionError(f"steps is {steps} and batch_size {batch_size}; both must be at least 1")
@@ -200,19 +208,26 @@ def adamerging(
             swapped = {}
             for m, name in enumerate(joined):
                 key, B = places[seat][name]
-                each = coefficients[m].repeat_interleave(ranks[name]).to(B)
-                swapped[key] = B * each.reshape(1, -1, *[1] * (B.ndim - 2))
+                # B diag(λ₁ … λ₁, λ₂ …): a λ for each column of the concatenated B
+                columns = coefficients[m].repeat_interleave(ranks[name]).to(B)
+                swapped[key] = B * columns.reshape(1, -1, *[1] * (B.ndim - 2))
             asked = _Asked(panel.tasks[seat], panel.model(seat))
             logits = functional_call(asked, {f"model.{key}": B for key, B in swapped.items()}, (batch,))
             logs = predictions(panel.tasks[seat], logits, batch).log_softmax(-1)
             logs = logs.clamp(min=torch.finfo(torch.float32).min)  # −inf: no such option
+            # H = −Σ p log p, a mean over the batch's predictions, summed over the tasks
             entropy = -(logs.exp() * logs).sum(-1).mean()
             torch.autograd.backward(entropy)
         optimizer.step()
-    found = coefficients.detach()
+    final = coefficients.detach()
     for m, name in enumerate(joined):
-        chosen = (found[m].double() * torch.tensor(sources.weights_of(name), dtype=torch.float64)).tolist()
+        chosen = (final[m].double() * torch.tensor(sources.weights_of(name), dtype=torch.float64)).tolist()
         yield name, scale * combine(sources.updates_of(name), chosen)
+
+
+def adamerging_cost(options: Mapping[str, Any], tasks: Sequence[Task]) -> float:
+    """Forward passes of one example, a backward pass counted as two."""
+    return float(3 * options["steps"] * options["batch_size"] * len(tasks))
 
 
 def _check(**options: tuple[float, float | None]) -> None:
@@ -242,21 +257,6 @@ class _Asked(nn.Module):
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The task's logits."""
         return self.task.logits(self.model, batch)
-
-
-def examples_read(method: str, options: Mapping[str, Any], tasks: Sequence[Task]) -> float:
-    """About how many forward passes of one example a method takes, a backward pass counted as two."""
-    known = inspect.signature(METHODS[method]).parameters
-    values = {name: options.get(name, parameter.default) for name, parameter in known.items()}
-    match method:
-        case "fisher":
-            backward = [task.labels if task.classifies else 1 for task in tasks]
-            return float(sum(values["examples"] * (1 + 3 * each) for each in backward))
-        case "regmean":
-            return float(values["examples"] * len(tasks))
-        case "lorahub":
-            return float(values["evaluations"] * sum(len(task.split("validation")) for task in tasks))
-    return float(3 * values["steps"] * values["batch_size"] * len(tasks))
 
 
 def _wear_joined(panel: Panel, seat: int, joined: Mapping[str, LowRank]) -> dict[str, tuple[str, Tensor]]:
@@ -291,12 +291,3 @@ def _normalized(information: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _turned(update: LowRank) -> LowRank:
     return LowRank(update.B.T, update.A.T)
-
-
-METHODS: dict[str, Callable[..., Merged]] = {
-    "fisher": fisher,
-    "regmean": regmean,
-    "lorahub": lorahub,
-    "adamerging": adamerging,
-}
-"""Name → method that looks at data."""

@@ -22,70 +22,61 @@ from lora_lab.errors import MismatchError, OptionError, unknown
 Matrices = Iterable[Tensor]
 """Of one shape; gone through once, so that a generator saves the memory of all of them at a time."""
 
+Gram = Callable[[], Tensor]
+"""Gives the inner products [n, n] of n matrices, computed only when they are asked for."""
+
 # sums: coefficients of the matrices, from their inner products alone
 
 
-def task_arithmetic(gram: Tensor, weights: Sequence[float], *, scale: float = 1.0) -> list[float]:
+def task_arithmetic(gram: Gram, weights: Sequence[float], *, scale: float = 1.0) -> list[float]:
     """λ Σ wᵢ ΔWᵢ, λ = scale; weights may be negative.
 
     Ilharco et al. 2023, arXiv:2212.04089.
-
-    Variant: the paper's.
     """
     return [scale * weight for weight in weights]
 
 
-def average(gram: Tensor, weights: Sequence[float], *, scale: float = 1.0) -> list[float]:
-    """λ Σ wᵢ ΔWᵢ / Σ wᵢ.
-
-    Variant: the plain mean, a point on the line of task arithmetic.
-    """
-    return [scale * weight for weight in _shares(weights)]
+def average(gram: Gram, weights: Sequence[float], *, scale: float = 1.0) -> list[float]:
+    """λ Σ wᵢ ΔWᵢ / Σ wᵢ."""
+    return [scale * weight for weight in normalised(weights)]
 
 
-def slerp(gram: Tensor, weights: Sequence[float], *, scale: float = 1.0) -> list[float]:
+def slerp(gram: Gram, weights: Sequence[float], *, scale: float = 1.0) -> list[float]:
     """Mean direction on the sphere, at the mean norm.
 
     Of two it is the point of the great circle (spherical linear interpolation), of more the Karcher mean, found to
     1e-12. Where a matrix is 0, two point in opposite directions, or all cancel, it is the linear average.
-
-    Variant: common practice, module by module; of more than two, the Karcher mean is ours.
     """
     if min(weights) < 0:
         raise OptionError(f"slerp has no negative weights, and {min(weights):g} was given")
-    shares = torch.tensor(_shares(weights), dtype=torch.float64)
-    norms = gram.diagonal().clamp(min=0).sqrt().double()
+    shares = torch.tensor(normalised(weights), dtype=torch.float64)
+    products = gram()
+    norms = products.diagonal().clamp(min=0).sqrt().double()
     used = shares > 0
     if not bool((norms[used] > 0).all()):
         return (scale * shares).tolist()
     norms = torch.where(used, norms, 1.0)
-    cosines = (gram.double() / norms[:, None] / norms).clamp(-1, 1)
+    cosines = (products.double() / norms[:, None] / norms).clamp(-1, 1)
     length = float(shares @ cosines @ shares)
     if float(cosines[used][:, used].min()) < -1 + 1e-9 or length < 1e-12:
         return (scale * shares).tolist()
-    place = shares / math.sqrt(length)  # coefficients of unit directions
+    # m = Σ cᵢ ΔWᵢ/‖ΔWᵢ‖, a point of the sphere: cᵀ C c = 1 with C the cosines; only c and C are needed.
+    # The Karcher mean has Σ sᵢ log_m(ΔWᵢ/‖ΔWᵢ‖) = 0, where log_m(x) = θ/sin θ (x − cos θ m) and cos θ = ⟨m, x⟩.
+    point = shares / math.sqrt(length)
     pace, before = 1.0, math.inf
     for _ in range(1000):
-        angles = (cosines @ place).clamp(-1, 1).arccos()
+        angles = (cosines @ point).clamp(-1, 1).arccos()
         pull = shares * torch.where(angles > 1e-9, angles / angles.sin().clamp(min=1e-300), 1.0)
-        step = pull - (pull * angles.cos()).sum() * place
+        step = pull - (pull * angles.cos()).sum() * point
         length = float((step @ cosines @ step).clamp(min=0).sqrt())
         if length < 1e-12:
             break
         pace = pace / 2 if length > before else pace  # directions that are far apart can be overshot
         before = length
-        place = math.cos(pace * length) * place + math.sin(pace * length) / length * step
-        place = place / (place @ cosines @ place).sqrt()
-    coefficients: list[float] = (scale * float(shares @ norms) * place / norms).tolist()
+        point = math.cos(pace * length) * point + math.sin(pace * length) / length * step
+        point = point / (point @ cosines @ point).sqrt()
+    coefficients: list[float] = (scale * float(shares @ norms) * point / norms).tolist()
     return coefficients
-
-
-SUMS: dict[str, Callable[..., list[float]]] = {
-    "task-arithmetic": task_arithmetic,
-    "average": average,
-    "slerp": slerp,
-}
-"""Function (inner products [n, n], weights, options) → coefficients [n]."""
 
 
 # entry by entry
@@ -110,7 +101,6 @@ def _finite(matrix: Tensor) -> Tensor:
     return matrix
 
 
-@checked
 def magnitude(
     stack: Matrices,
     weights: Sequence[float],
@@ -123,13 +113,10 @@ def magnitude(
     """Sum of the largest entries of each, a share of `density`.
 
     `scope` as in ties.
-
-    Variant: no paper's: the trimming of TIES without its election.
     """
     return scale * _sum(_trimmed(stack, density, scope, cuts), weights)
 
 
-@checked
 def ties(
     stack: Matrices,
     weights: Sequence[float],
@@ -146,13 +133,10 @@ def ties(
     alone, of each), or the same share in every module (`module`, as PEFT and mergekit do). The elected sign is that of
     the weighted sum; where the sum is 0 it is the majority of all elected signs of the module (of the whole vector in
     the original code). Weights, which the paper has not, enter the election and the mean, not the trimming.
-
-    Variant: the paper's, trimmed over the whole task vector; on ΔW, where the paper has all trained parameters.
     """
     return scale * _elected_mean(list(_trimmed(stack, density, scope, cuts)), weights)
 
 
-@checked
 def dare(
     stack: Matrices, weights: Sequence[float], *, density: float = 0.5, scale: float = 1.0, seed: int = 0
 ) -> Tensor:
@@ -160,26 +144,19 @@ def dare(
 
     Entries stay with probability `density` and are divided by it (Yu et al. 2023, arXiv:2311.03099). Its mean over
     seeds is task arithmetic.
-
-    Variant: the paper's; on ΔW, where the paper has all trained parameters.
     """
     _check_share("density", density)
     return scale * _sum(_thinned(stack, density, seed), weights)
 
 
-@checked
 def dare_ties(
     stack: Matrices, weights: Sequence[float], *, density: float = 0.5, scale: float = 1.0, seed: int = 0
 ) -> Tensor:
-    """Randomly thinned as in dare, then elected and averaged as in ties.
-
-    Variant: the paper's DARE before TIES; nothing is trimmed.
-    """
+    """Randomly thinned as in dare, then elected and averaged as in ties."""
     _check_share("density", density)
     return scale * _elected_mean(list(_thinned(stack, density, seed)), weights)
 
 
-@checked
 def della(
     stack: Matrices,
     weights: Sequence[float],
@@ -193,8 +170,6 @@ def della(
 
     Deep et al. 2024, arXiv:2406.11617. Within every row an entry's chance to stay rises with the rank of its size,
     from density − window/2 to density + window/2; what stays is divided by its chance.
-
-    Variant: the paper's (MagPrune by rows, then election and fusion).
     """
     _check_share("density", density)
     low, high = density - window / 2, density + window / 2
@@ -207,21 +182,19 @@ def della(
     kept = []
     for matrix in stack:
         rows = matrix.flatten(1) if matrix.ndim > 1 else matrix  # of a kernel, too, a row is an output
+        # pᵢ = density − window/2 + window · rankᵢ / (n − 1), rank 0 the smallest of a row of n
         order = rows.abs().argsort(dim=-1, stable=True).argsort(dim=-1)
         chance = (low + window * order.to(matrix.dtype) / max(1, rows.shape[-1] - 1)).reshape(matrix.shape)
         kept.append(torch.where(_uniform(matrix, generator) < chance, matrix / chance, 0.0))
     return scale * _elected_mean(kept, weights)
 
 
-@checked
 def breadcrumbs(
     stack: Matrices, weights: Sequence[float], *, density: float = 0.9, gamma: float = 0.01, scale: float = 1.0
 ) -> Tensor:
     """Sum without the very largest (gamma) and the smallest entries; density stays.
 
     Davari & Belilovsky 2023, arXiv:2312.06795.
-
-    Variant: the paper's, layer by layer.
     """
     _check_share("density", density)
     if not 0 <= gamma <= 1 - density + 1e-9:
@@ -235,33 +208,23 @@ def breadcrumbs(
 
 
 def summed(coefficients: Callable[..., list[float]]) -> Callable[..., Tensor]:
-    """A sum of SUMS as a rule for matrices."""
+    """Coefficients of a sum as a rule for matrices."""
 
-    @checked
+    @functools.wraps(coefficients)
     def rule(stack: Matrices, weights: Sequence[float], **options: Any) -> Tensor:
         matrices = list(stack)
-        flat = torch.stack([matrix.flatten() for matrix in matrices]).double()
-        return _sum(matrices, coefficients(flat @ flat.T, weights, **options))
 
-    rule.__wrapped__ = coefficients  # type: ignore[attr-defined]  # its options are the sum's
-    return rule
+        def gram() -> Tensor:
+            flat = torch.stack([matrix.flatten() for matrix in matrices]).double()
+            return flat @ flat.T
 
+        return _sum(matrices, coefficients(gram, weights, **options))
 
-ENTRYWISE: dict[str, Callable[..., Tensor]] = {
-    "magnitude": magnitude,
-    "ties": ties,
-    "dare": dare,
-    "dare-ties": dare_ties,
-    "della": della,
-    "breadcrumbs": breadcrumbs,
-}
-"""Function (matrices [n, …], weights, options) → […], which works on single entries."""
-
-RULES: dict[str, Callable[..., Tensor]] = {**{name: summed(each) for name, each in SUMS.items()}, **ENTRYWISE}
-"""All rules for matrices."""
+    return checked(rule)
 
 
-def _shares(weights: Sequence[float]) -> list[float]:
+def normalised(weights: Sequence[float]) -> list[float]:
+    """The weights divided by their sum; OptionError where that is 0."""
     total = math.fsum(weights)
     if abs(total) < 1e-12 * max(1.0, *map(abs, weights)):
         raise OptionError(f"weights {', '.join(f'{w:g}' for w in weights)} sum to 0, so that they have no average")
@@ -334,24 +297,25 @@ def cuts_of(pieces: Callable[[], Iterable[Mapping[int, Tensor]]], density: float
     """
     _check_share("density", density)
     integer, rounds = _BITS[dtype]
-    found: dict[int, int] = {}
-    left: dict[int, int] = {}
+    leading: dict[int, int] = {}  # the bits of the size at the end of the share that are known so far
+    left: dict[int, int] = {}  # entries of the share that are still to be found among those of these bits
     for shift, width in rounds:
         counts: dict[int, Tensor] = {}
         for piece in pieces():
             for i, matrix in piece.items():
                 bits = matrix.abs().to(dtype).flatten().view(integer)
-                if i in found:
-                    bits = bits[bits >> (shift + width) == found[i]]
+                if i in leading:
+                    bits = bits[bits >> (shift + width) == leading[i]]
                 counted = torch.bincount((bits >> shift) & ((1 << width) - 1), minlength=1 << width)
                 counts[i] = counts[i] + counted if i in counts else counted
         for i, counted in counts.items():
             left.setdefault(i, max(1, round(density * int(counted.sum()))))
-            above = counted.flip(0).cumsum(0)  # entries in this bin and in all of larger sizes
-            place = int((above < left[i]).sum())
-            left[i] -= int(above[place - 1]) if place else 0
-            found[i] = found.get(i, 0) << width | len(counted) - 1 - place
-    return {i: Cut(torch.tensor(bits, dtype=integer).view(dtype), left[i]) for i, bits in found.items()}
+            # the bin in which the share ends: the largest with as many entries in it and above as are left
+            above = counted.flip(0).cumsum(0)
+            larger = int((above < left[i]).sum())  # bins of larger sizes, all of which stay
+            left[i] -= int(above[larger - 1]) if larger else 0
+            leading[i] = leading.get(i, 0) << width | len(counted) - 1 - larger
+    return {i: Cut(torch.tensor(bits, dtype=integer).view(dtype), left[i]) for i, bits in leading.items()}
 
 
 # Of a size, bits without the sign: the leading ones, then the next: (shift, width).
@@ -375,14 +339,14 @@ def _elected_mean(matrices: Sequence[Tensor], weights: Sequence[float]) -> Tenso
     flat = merged.view(-1)
     parts = [matrix.reshape(-1) for matrix in matrices]
     for start in range(0, len(flat), _CHUNK):  # in pieces that stay in the cache
-        place = slice(start, start + _CHUNK)
-        total, divisor = torch.zeros_like(flat[place]), torch.zeros_like(flat[place])
+        chunk = slice(start, start + _CHUNK)
+        total, divisor = torch.zeros_like(flat[chunk]), torch.zeros_like(flat[chunk])
         for part, weight in zip(parts, weights, strict=True):
-            weighted = part[place] * weight
-            agrees = (weighted * flat[place]) > 0
+            weighted = part[chunk] * weight
+            agrees = (weighted * flat[chunk]) > 0
             total += weighted * agrees
             divisor.add_(agrees, alpha=abs(weight))
-        flat[place] = torch.where(divisor > 0, total / divisor, 0.0)
+        flat[chunk] = torch.where(divisor > 0, total / divisor, 0.0)
     return merged
 
 

@@ -1,37 +1,48 @@
-"""Adapters merged into one by a method of methods.py: what it cost, and the file that PEFT loads."""
+"""Adapters merged into one by a method of methods.py, and what it cost."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora_lab import escape, files
+from lora_lab import escape
 from lora_lab.adapters.adapter import Adapter, from_updates
 from lora_lab.adapters.describe import labels_of
 from lora_lab.adapters.lowrank import LowRank, factored, is_finite
 from lora_lab.adapters.renames import require_shared_modules
-from lora_lab.adapters.whole import HEADS, merge_heads, token_settings
-from lora_lab.errors import FileError, LoraLabWarning, MismatchError, OptionError, some, unknown
-from lora_lab.files.ownership import METADATA
+from lora_lab.adapters.whole import HEADS, Whole, merge_heads, token_settings
+from lora_lab.errors import MismatchError, OptionError, some
 from lora_lab.files.trust import Origin
-from lora_lab.hub import base_model
-from lora_lab.merging.methods import MERGES, check, defaults
+from lora_lab.merging.methods import MERGES, check
 from lora_lab.merging.sources import Sources
-from lora_lab.results.result import provenance
-from lora_lab.tasks.choosing import task_of
+from lora_lab.options import check_options, option
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CHECKED = 1e-6
-"""Difference of ΔW, relative to the size of its factors, at which a written file is refused."""
 _CANCELLED = 1e-12
 """Norm of ΔW, relative to the size of its factors, at which it is rounding and stands for 0."""
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What a merge is besides its method; OptionError for what cannot be."""
+
+    coefficient: float = option(1.0, "The merged ΔW is multiplied by it.", title="the coefficient")
+    rank: int | None = option(None, "Cut to this rank, the error is told; by default exact.", least=1)
+    heads: str | None = option(
+        None,
+        "Heads that differ: keep-own (each its own, beside it), average (a plain mean), or first.",
+        choices=lambda: HEADS,
+        title="way with heads",
+    )
+    dtype: str = option("float32", "float32, bfloat16 or float16, of the file.", choices=lambda: DTYPES)
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass(frozen=True)
@@ -57,147 +68,66 @@ def merge(
     method: str = "task-arithmetic",
     *,
     options: Mapping[str, Any] | None = None,
-    coefficient: float = 1.0,
-    rank: int | None = None,
-    heads: str | None = None,
-    dtype: str = "float32",
     trials: Sequence[Mapping[str, Any]] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **settings: Any,
 ) -> Merged:
-    """The adapter that a method of MERGES makes of the sources, times `coefficient`.
+    """The adapter that a method of MERGES makes of the sources.
 
-    Exact at the rank that the method needs, or cut to `rank` with its error. `heads` says what becomes of heads and
-    other whole tensors where the sources differ in them: keep-own (each its own, beside the adapter), average, first.
-    `trials` of a search (search.py) go into the record.
+    `options` are the method's, `settings` the fields of `MergeOptions`. Exact at the rank that the method needs, or cut
+    to the `rank` asked for with its error. `heads` says what becomes of heads and other whole tensors where the sources
+    differ in them: keep-own (each its own, beside the adapter), average, first. `trials` of a search (search.py) go
+    into the record.
     """
-    chosen = check(method, options or {})
+    given, how = check(method, options or {}), MergeOptions(**settings)
     require_shared_modules(sources.adapters)
-    if heads is not None and heads not in HEADS:
-        raise unknown("way with heads", heads, HEADS)
-    if dtype not in DTYPES:
-        raise unknown("dtype", dtype, DTYPES)
-    if rank is not None and rank < 1:
-        raise OptionError(f"a rank of {rank} was asked for; it is at least 1")
-    if not math.isfinite(coefficient):
-        raise OptionError(f"the coefficient is {coefficient}; a finite number is needed")
-    whole = merge_heads(sources.adapters, _file_names(sources.adapters), heads)
+    whole = merge_heads(sources.adapters, _file_names(sources.adapters), how.heads)
+    every_option = {n: v for n, v in {**MERGES[method].defaults(given), **given}.items() if v is not None}
     updates: dict[str, LowRank] = {}
-    lost: dict[str, float] = {}
+    errors: dict[str, float] = {}
     norms: dict[str, float] = {}
-    whole_options = {n: v for n, v in {**defaults(method, chosen), **chosen}.items() if v is not None}
-    for done, (name, result) in enumerate(MERGES[method](sources, **whole_options), 1):
-        updates[name], lost[name], norms[name] = _finished(result, coefficient, rank, DTYPES[dtype], name, method)
+    for done, (name, result) in enumerate(MERGES[method](sources, **every_option), 1):
+        updates[name], errors[name], norms[name] = _finished(result, how, name, method)
         if progress:
             progress(done, len(sources.modules))
-    names = labels_of(sources.adapters)
+    # ‖lost‖ / ‖ΔW‖ over all modules, from ‖lost_m‖ = error_m ‖ΔW_m‖
     total = math.sqrt(math.fsum(norm**2 for norm in norms.values()))
-    gone = math.sqrt(math.fsum((lost[name] * norms[name]) ** 2 for name in norms))
-    made = {
+    lost = math.sqrt(math.fsum((errors[name] * norms[name]) ** 2 for name in norms))
+    names = labels_of(sources.adapters)
+    record = {
         "method": method,
-        "options": whole_options,
-        "coefficient": coefficient,
+        "options": every_option,
+        "coefficient": how.coefficient,
         "weights": sources.weights.record,
-        "rank": rank,
-        "heads": heads,
-        "dtype": dtype,
-        "error": gone / total if total else 0.0,
+        "rank": how.rank,
+        "heads": how.heads,
+        "dtype": how.dtype,
+        "error": lost / total if total else 0.0,
         "ranks": _range([update.rank for update in updates.values()]),
         "trials": trials,
         "inputs": [{"adapter": n, **_brief(a)} for n, a in zip(names, sources.adapters, strict=True)],
-        "absent": {name: len(gone) for name, gone in zip(names, sources.absent, strict=True) if gone},
+        "absent": {name: len(absent) for name, absent in zip(names, sources.absent, strict=True) if absent},
     }
     adapter = from_updates(updates, like=sources.like, source=f"{method} of {some(names)}")
-    adapter = replace(adapter, config=token_settings(adapter.config, whole.tokens))
-    if whole.apart:  # PEFT would make heads anew that the file does not hold
-        parts = adapter.config.get("modules_to_save") or []
-        saved = [part for part in parts if any(f".{part}." in key for key in whole.tensors)]
-        # by its task_type, too, PEFT would look for a head in the file
-        headless: dict[str, Any] = {} if saved else {"task_type": None}
-        adapter = replace(adapter, config={**adapter.config, "modules_to_save": saved or None, **headless})
-    tensors = {**_in_dtype(adapter, DTYPES[dtype]), **whole.tensors}
-    adapter = replace(adapter, tensors=tensors, record=_record(sources, made), origin=_origin(sources.adapters))
+    adapter = _with_whole(adapter, whole, DTYPES[how.dtype])
+    adapter = replace(adapter, record=_record(sources, record), origin=_origin(sources.adapters))
     return Merged(
-        adapter, method, made["options"], made["weights"], made["error"], dict(lost), whole.apart, sources.absent
+        adapter, method, every_option, record["weights"], record["error"], errors, whole.apart, sources.absent
     )
 
 
-def save(merged: Merged, path: Path, *, inputs: Sequence[Path] = (), force: bool = False) -> Path:
-    """Write the adapter, check that the file gives exactly its ΔW, and put it in its place.
-
-    A folder gets a README.md that tells how it was made, and with keep-own `heads/LABEL.safetensors` for each source.
-    """
-    files.refuse_existing(path, force=force, inputs=inputs)
-    if path.suffix in (".bin", ".pt", ".pth", ".json"):
-        raise OptionError(f"{path}: NAME.safetensors, or a name without an ending for a PEFT folder, is needed")
-    lone = path.suffix == ".safetensors"
-    if lone and merged.heads:
-        raise OptionError(f"{path}: with heads kept apart, -o must name a folder, not a lone file")
-    found = provenance()
-    made = {**merged.adapter.record["merge"], "versions": found["versions"], "commit": found["commit"]}
-    if inputs:
-        hashes = [files.file_hash(each) if each.exists() else None for each in inputs]
-        made["inputs"] = [{**each, "sha256": h} for each, h in zip(made["inputs"], hashes, strict=True)]
-    record = {**merged.adapter.record, "merge": made}
-    adapter = replace(merged.adapter, record=record)
-    with files.replacing(path) as beside:
-        adapter.save(beside)
-        if not lone:
-            files.write_bytes(beside / "README.md", card(adapter).encode())
-            for label, tensors in merged.heads.items():
-                (beside / "heads").mkdir(exist_ok=True)
-                mark = {"format": "pt", f"{METADATA}head": label}
-                files.write_safetensors(beside / "heads" / f"{label}.safetensors", tensors, mark)
-        _verify(beside, adapter)
-    return path
-
-
-def card(adapter: Adapter) -> str:
-    """The model card of a merged adapter."""
-    import yaml
-
-    made = adapter.record["merge"]
-    front: dict[str, Any] = {
-        "library_name": "peft",
-        **({"base_model": adapter.base_model} if adapter.base_model else {}),
-    }
-    front["tags"] = ["lora", "merge", "lora-lab"]
-    lines = [
-        "---",
-        *yaml.safe_dump(front, sort_keys=False, default_flow_style=None, width=4096).splitlines(),
-        "---",
-        "",
-    ]
-    lines += [f"# A merge by {made['method']}", "", "| | |", "|---|---|"]
-    rows = {"options": ", ".join(f"{name} = {value}" for name, value in made["options"].items()) or "none"}
-    rows["weights"] = words(made["weights"])
-    if made["coefficient"] != 1:
-        rows["coefficient"] = f"{made['coefficient']:g}"
-    rows["rank"] = "as the method needs" if made["rank"] is None else str(made["rank"])
-    rows["relative error of ΔW"] = f"{made['error']:.3g}"
-    if made["heads"]:
-        rows["heads"] = made["heads"]
-    rows |= {
-        name: made["versions"][name] for name in ("lora-lab", "peft", "torch") if made.get("versions", {}).get(name)
-    }
-    lines += [f"| {name} | {escape.markdown(text)} |" for name, text in rows.items()]
-    lines += ["", "Merged from:", ""]
-    for entry in made["inputs"]:
-        task = entry.get("task")
-        named = task.get("name", task.get("kind")) if isinstance(task, Mapping) else None
-        about = [entry.get("method"), named and f"on {named}", entry.get("sha256") and f"sha256 {entry['sha256']}"]
-        lines.append(f"* {escape.markdown(', '.join(str(part) for part in (entry['adapter'], *about) if part))}")
-    return "\n".join(lines) + "\n"
-
-
-def base_of(
-    adapters: Sequence[Adapter], given: str | None, *, trust_record: bool = False
-) -> Callable[[], nn.Module] | None:
-    """What builds the base model that is given, or that the record of an adapter without a plain ΔW leads to."""
-    needy = [adapter for adapter in adapters if adapter.why_not_additive is not None]
-    if given is not None:
-        return lambda: base_model(given, [name for adapter in needy for name in adapter.sites])
-    recorded = next((adapter for adapter in needy if adapter.record.get("task")), None)
-    return task_of(recorded, trust_record=trust_record).build_model if recorded else None
+def _with_whole(adapter: Adapter, whole: Whole, dtype: torch.dtype) -> Adapter:
+    """The adapter in its dtype with heads and other whole tensors, of which its configuration knows."""
+    config = token_settings(adapter.config, whole.tokens)
+    if whole.apart:  # PEFT would make heads anew that the file does not hold
+        parts = config.get("modules_to_save") or []
+        saved = [part for part in parts if any(f".{part}." in key for key in whole.tensors)]
+        # by its task_type, too, PEFT would look for a head in the file
+        headless: dict[str, Any] = {} if saved else {"task_type": None}
+        config = {**config, "modules_to_save": saved or None, **headless}
+    factors = {key for site in adapter.sites.values() for key in site.keys.values()}
+    tensors = {key: tensor.to(dtype) for key, tensor in adapter.tensors.items() if key in factors}
+    return replace(adapter, config=config, tensors={**tensors, **whole.tensors})
 
 
 def _range(ranks: Sequence[int]) -> str:
@@ -205,60 +135,33 @@ def _range(ranks: Sequence[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def words(weights: Any) -> str:
-    """Weights as a line of text."""
-    if isinstance(weights, Mapping):
-        return "; ".join(f"{name}: {', '.join(f'{w:g}' for w in each)}" for name, each in weights.items())
-    return ", ".join(w if isinstance(w, str) else f"{w:g}" for w in weights)
-
-
-def _verify(path: Path, adapter: Adapter) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LoraLabWarning)  # of modules without a change, by a name that goes away
-        found = Adapter.load(path)
-    if set(found.updates) != set(adapter.updates):
-        raise FileError(f"{path}: the file does not hold the modules that were written; it was not kept")
-    for name, update in adapter.updates.items():
-        if not (found.updates[name] - update).norm() <= CHECKED * update.bound():  # of NaN, too
-            raise FileError(f"{path}: the file does not give the ΔW of {name} that was written; it was not kept")
-
-
-def _finished(
-    made: LowRank | Tensor, coefficient: float, rank: int | None, dtype: torch.dtype, name: str, method: str
-) -> tuple[LowRank, float, float]:
+def _finished(merged: LowRank | Tensor, how: MergeOptions, name: str, method: str) -> tuple[LowRank, float, float]:
     """The update as it will be stored, its relative error and its norm."""
     too_large = f"{method}: ΔW of {name} is not finite: an adapter, a weight or an option is too large for it"
-    if not is_finite(made):
+    if not is_finite(merged):
         raise MismatchError(too_large)
-    if isinstance(made, Tensor):
-        norm = float(made.norm(dtype=torch.float64) if made.dtype == torch.float64 else made.norm()) * abs(coefficient)
-        update, error = factored(made, rank)
+    if isinstance(merged, Tensor):
+        norm = float(merged.norm(dtype=torch.float64) if merged.dtype == torch.float64 else merged.norm())
+        update, error = factored(merged, how.rank)
     else:
-        update, error = (made, 0.0) if rank is None or rank >= made.rank else made.truncate(rank)
+        norm = merged.norm()
+        update, error = (merged, 0.0) if how.rank is None or how.rank >= merged.rank else merged.truncate(how.rank)
         if update.rank > min(update.B.shape[0], update.A.shape[1]):
             update = factored(update.delta())[0]
-        norm = made.norm() * abs(coefficient)
-    update = update * coefficient
+    norm, update = norm * abs(how.coefficient), update * how.coefficient
     if not is_finite(update):
         raise MismatchError(too_large)
     if norm <= _CANCELLED * update.bound():  # or no factors at all, which PEFT has no rank for
         norm = 0.0
         rows, columns = update.B.shape[0], update.A.shape[1]
         update = LowRank(torch.zeros(1, columns), torch.zeros(rows, 1), update.shape)
-    wide = torch.float32
-    kept = LowRank(update.A.to(dtype).to(wide), update.B.to(dtype).to(wide), update.shape)
-    if not (torch.isfinite(kept.A).all() and torch.isfinite(kept.B).all()):
-        raise OptionError(
-            f"{name} has entries that {str(dtype).removeprefix('torch.')} cannot hold; --dtype float32 can"
-        )
+    dtype, wide = DTYPES[how.dtype], torch.float32
+    stored = LowRank(update.A.to(dtype).to(wide), update.B.to(dtype).to(wide), update.shape)
+    if not (torch.isfinite(stored.A).all() and torch.isfinite(stored.B).all()):
+        raise OptionError(f"{name} has entries that {how.dtype} cannot hold; float32 can")
     if dtype != wide and norm:
-        error = math.hypot(error, (kept - LowRank(update.A.to(wide), update.B.to(wide), update.shape)).norm() / norm)
-    return kept, error, norm
-
-
-def _in_dtype(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
-    owned = {key for site in adapter.sites.values() for key in site.keys.values()}
-    return {key: tensor.to(dtype) for key, tensor in adapter.tensors.items() if key in owned}
+        error = math.hypot(error, (stored - LowRank(update.A.to(wide), update.B.to(wide), update.shape)).norm() / norm)
+    return stored, error, norm
 
 
 def _file_names(adapters: Sequence[Adapter]) -> list[str]:

@@ -1,18 +1,19 @@
-"""Every method of merging in one place: a name, the function behind it, and its options with their defaults.
+"""Every method of merging in one place: a name, and an entry that carries all that is asked of it.
 
-A method takes sources and options and gives (module, merged ΔW) pairs. Those of one module take its updates and
-weights; they run in factor space where that is exact, and on a dense ΔW, one module at a time, where they work on
+What an entry's function works on is its `Kind`: single entries and sums of matrices (which are rules for the inner
+matrices of KnOTS and core space, too), the low-rank updates of one module, a subspace, or the sources as a whole.
+Modules are merged in factor space where that is exact, and on a dense ΔW, one module at a time, where a method works on
 single entries.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,59 +22,20 @@ from torch import Tensor
 from lora_lab.adapters.lowrank import LowRank, combine, combine_factors
 from lora_lab.errors import MismatchError, OptionError, some, unknown
 from lora_lab.merging import data_driven, elementwise, subspaces
-from lora_lab.merging.elementwise import RULES, SUMS
 from lora_lab.merging.sources import Sources
+from lora_lab.registry import Registry
+from lora_lab.tasks.task import Task
 
-Merge = Callable[..., Iterable[tuple[str, LowRank | Tensor]]]
+Method = Callable[..., Iterable[tuple[str, LowRank | Tensor]]]
 """Function (sources, options) → (module, merged ΔW), dense where the method works on entries."""
 
-
-def check(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options to call a method with; OptionError for a method or an option that does not exist."""
-    if method not in MERGES:
-        raise unknown("method", method, MERGES)
-    known = defaults(method, options)
-    for name in options:
-        if name not in known:
-            if not known:
-                raise OptionError(f"{method} has no options to set")
-            raise unknown(f"option of {method}", name, list(known))
-    for name, value in options.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise OptionError(f"{name} is {value}; a finite number is needed")
-    return dict(options)
+Rule = Callable[..., Tensor]
+"""Function (matrices, weights, options) → merged matrix."""
 
 
-def defaults(method: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The options of a method with their defaults, those of the inner rule that is chosen among them."""
-    if method not in MERGES:
-        raise unknown("method", method, MERGES)
-    found = _keywords(MERGES[method])
-    given = options or {}
-    if "inner" in found:
-        inner = given.get("inner", found["inner"])
-        if inner not in RULES:
-            raise unknown("inner rule", str(inner), RULES)
-        found |= {name: value for name, value in _keywords(RULES[inner]).items() if name not in found}
-    return found
-
-
-def variant(method: str) -> str:
-    """Which published variant a method is, from its docstring."""
-    paragraphs = inspect.cleandoc(MERGES[method].__doc__ or "").split("\n\n")
-    found = next((text for text in paragraphs if text.startswith("Variant: ")), "")
-    return " ".join(found.removeprefix("Variant: ").split())
-
-
-def _keywords(function: Callable[..., Any]) -> dict[str, Any]:
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
-def each(function: Callable[..., LowRank]) -> Merge:
+def by_updates(function: Callable[..., LowRank]) -> Method:
     """A method of one module's (updates, weights) as a method of all modules."""
 
-    @functools.wraps(function)
     def method(sources: Sources, **options: Any) -> Iterator[tuple[str, LowRank]]:
         for name in sources.modules:
             updates, weights = sources.updates_of(name), sources.weights_of(name)
@@ -82,39 +44,151 @@ def each(function: Callable[..., LowRank]) -> Merge:
                 yield name, 0.0 * updates[0]
                 continue
             with _naming(name):
-                made = function([updates[i] for i in used], [weights[i] for i in used], **_seeded(name, options))
-            yield name, made
+                merged = function([updates[i] for i in used], [weights[i] for i in used], **_seeded(name, options))
+            yield name, merged
 
     return method
 
 
-def dense(rule: Callable[..., Tensor]) -> Merge:
+def by_sums(coefficients: Callable[..., list[float]]) -> Method:
+    """A weighted sum as a method: exact by concatenation, its coefficients from r × r cores."""
+
+    def method(sources: Sources, **options: Any) -> Iterator[tuple[str, LowRank]]:
+        for name in sources.modules:
+            updates = sources.updates_of(name)
+
+            def gram(updates: Sequence[LowRank] = updates) -> Tensor:
+                return torch.tensor([[a.inner(b) for b in updates] for a in updates], dtype=torch.float64)
+
+            yield name, combine(updates, coefficients(gram, sources.weights_of(name), **options))
+
+    return method
+
+
+def by_matrices(rule: Rule) -> Method:
     """A rule for matrices as a method on ΔW itself, one dense module at a time."""
 
-    @functools.wraps(rule)
     def method(sources: Sources, **options: Any) -> Iterator[tuple[str, LowRank | Tensor]]:
         def view(updates: Sequence[LowRank]) -> tuple[Iterable[Tensor], Callable[[Tensor], Tensor]]:
             return (update.delta() for update in updates), lambda merged: merged
 
-        return _by_rule(sources, rule, view, options, everyone=True)
+        return _by_rule(sources, elementwise.checked(rule), view, options, everyone=True)
 
     return method
 
 
-def in_space(function: Callable[..., LowRank], space: Callable[..., subspaces.Space]) -> Merge:
+def by_subspace(subspace: Callable[..., subspaces.Subspace]) -> Method:
     """A merge by an inner rule in shared bases as a method of all modules."""
 
-    @functools.wraps(function)
-    def method(sources: Sources, *, inner: str = "ties", **options: Any) -> Iterator[tuple[str, LowRank | Tensor]]:
-        own = {name: options.pop(name, default) for name, default in _keywords(space).items()}
+    def method(sources: Sources, *, inner: str, **options: Any) -> Iterator[tuple[str, LowRank | Tensor]]:
+        bases = {name: options.pop(name, default) for name, default in keywords(subspace).items()}
 
         def view(updates: Sequence[LowRank]) -> tuple[Iterable[Tensor], Callable[[Tensor], LowRank]]:
-            made = space(updates, **own)
-            return made.cores, made.back
+            shared = subspace(updates, **bases)
+            return shared.cores, shared.back
 
-        return _by_rule(sources, RULES[inner], view, options, everyone=False)
+        return _by_rule(sources, rule_of(inner), view, options, everyone=False)
 
     return method
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What the function of an entry is given and gives back."""
+
+    method: Callable[[Callable[..., Any]], Method]
+    """The function → a method of all modules."""
+    rule: Callable[[Callable[..., Any]], Rule] | None = None
+    """The function → a rule for matrices, where it can be one inside of a subspace."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options with their defaults that are added to the function's own."""
+
+
+SOURCES = Kind(lambda function: function)
+"""(sources, options) → (module, merged ΔW) pairs."""
+UPDATES = Kind(by_updates)
+"""(low-rank updates of one module, their weights, options) → low-rank update."""
+MATRICES = Kind(by_matrices, elementwise.checked)
+"""(matrices of one shape, their weights, options) → matrix."""
+SUM = Kind(by_sums, elementwise.summed)
+"""(what gives the inner products, weights, options) → coefficients of a sum."""
+SUBSPACE = Kind(by_subspace, options={"inner": "ties"})
+"""(low-rank updates of one module, options) → `Subspace`, where the option `inner` names the rule."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A method of merging; the keyword-only arguments of its function are its options."""
+
+    function: Callable[..., Any]
+    """The first line of its docstring says what comes out."""
+    kind: Kind = SOURCES
+    variant: str = ""
+    """Which published variant it is."""
+    reads_data: bool = False
+    """Whether it looks at the tasks of the sources."""
+    cost: Callable[[Mapping[str, Any], Sequence[Task]], float] | None = None
+    """(options with their defaults, tasks) → about how many forward passes of one example it takes."""
+    divisor: Callable[[Sequence[float]], float] | None = None
+    """Of weights wᵢ: the d with which it is Σ wᵢΔWᵢ / d without options; None where it is no point of that line."""
+
+    def __call__(self, sources: Sources, **options: Any) -> Iterable[tuple[str, LowRank | Tensor]]:
+        """(module, merged ΔW) pairs; options that are not given have their defaults."""
+        return self.kind.method(self.function)(sources, **{**self.kind.options, **options})
+
+    @property
+    def about(self) -> str:
+        """What comes out, in a line."""
+        return (self.function.__doc__ or "").partition("\n")[0]
+
+    @property
+    def rule(self) -> Rule | None:
+        """The rule for matrices that it is, if it is one."""
+        return self.kind.rule(self.function) if self.kind.rule else None
+
+    def defaults(self, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Its options with their defaults, those of the inner rule that is chosen among them."""
+        names = {**self.kind.options, **keywords(self.function)}
+        if "inner" in self.kind.options:
+            inner = {**names, **(options or {})}["inner"]
+            names |= {name: value for name, value in keywords(rule_of(inner)).items() if name not in names}
+        return names
+
+    def examples_read(self, options: Mapping[str, Any], tasks: Sequence[Task]) -> float:
+        """About how many forward passes of one example it takes on these tasks, a backward pass counted as two."""
+        return self.cost({**self.defaults(options), **options}, tasks) if self.cost else 0.0
+
+
+def check(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options to call a method with; OptionError for a method or an option that does not exist."""
+    names = MERGES[method].defaults(options)
+    for name, value in options.items():
+        if name not in names:
+            if not names:
+                raise OptionError(f"{method} has no options to set")
+            raise unknown(f"option of {method}", name, list(names))
+        if isinstance(value, float) and not math.isfinite(value):
+            raise OptionError(f"{name} is {value}; a finite number is needed")
+    return dict(options)
+
+
+def rules() -> dict[str, Rule]:
+    """Name → rule for matrices, of all methods that are one."""
+    return {name: rule for name, merge in MERGES.items() if (rule := merge.rule)}
+
+
+def rule_of(name: object) -> Rule:
+    """The rule for matrices of this name."""
+    rule = MERGES[str(name)].rule if str(name) in MERGES else None
+    if rule is None:
+        raise unknown("inner rule", str(name), rules())
+    return rule
+
+
+def keywords(function: Callable[..., Any]) -> dict[str, Any]:
+    """The keyword-only arguments of a function with their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 View = Callable[[Sequence[LowRank]], tuple[Iterable[Tensor], Callable[[Tensor], LowRank | Tensor]]]
@@ -122,40 +196,40 @@ View = Callable[[Sequence[LowRank]], tuple[Iterable[Tensor], Callable[[Tensor], 
 
 
 def _by_rule(
-    sources: Sources, rule: Callable[..., Tensor], view: View, options: Mapping[str, Any], *, everyone: bool
+    sources: Sources, rule: Rule, view: View, options: Mapping[str, Any], *, everyone: bool
 ) -> Iterator[tuple[str, LowRank | Tensor]]:
     """A rule on what `view` makes of every module, of all adapters or of those with a weight there."""
 
-    def used(name: str) -> list[int]:
+    def used_in(name: str) -> list[int]:
         return [i for i, weight in enumerate(sources.weights_of(name)) if weight or everyone]
 
-    options = {**_keywords(rule), **options}
+    options = {**keywords(rule), **options}
     cuts = None
-    if options.get("scope") == "global":
-        cuts = _cuts(sources, view, used, options["density"], torch.float32 if everyone else torch.float64)
+    if options.get("scope") == "global" and "cuts" in inspect.signature(rule).parameters:
+        cuts = _cuts(sources, view, used_in, options["density"], torch.float32 if everyone else torch.float64)
     for name in sources.modules:
-        updates, weights, chosen = sources.updates_of(name), sources.weights_of(name), used(name)
-        if not chosen:
+        updates, weights, used = sources.updates_of(name), sources.weights_of(name), used_in(name)
+        if not used:
             yield name, 0.0 * updates[0]
             continue
         with _naming(name):
-            matrices, back = view([updates[i] for i in chosen])
-            known = [] if cuts is None else [[cuts.get(i, elementwise.NO_ENTRY) for i in chosen]]
-            made = back(rule(matrices, [weights[i] for i in chosen], *known, **_seeded(name, options)))
-        yield name, made
+            matrices, back = view([updates[i] for i in used])
+            of_used = [] if cuts is None else [[cuts.get(i, elementwise.NO_ENTRY) for i in used]]
+            merged = back(rule(matrices, [weights[i] for i in used], *of_used, **_seeded(name, options)))
+        yield name, merged
 
 
 def _cuts(
-    sources: Sources, view: View, used: Callable[[str], Sequence[int]], density: float, dtype: torch.dtype
+    sources: Sources, view: View, used_in: Callable[[str], Sequence[int]], density: float, dtype: torch.dtype
 ) -> dict[int, elementwise.Cut]:
     """Adapter → where its largest entries end, over all modules that it changes; in `dtype` or what is wider."""
 
     def pieces() -> Iterator[dict[int, Tensor]]:
         for name in sources.modules:
-            updates, chosen = sources.updates_of(name), used(name)
-            if chosen:
-                matrices, _ = view([updates[i] for i in chosen])
-                yield {i: matrix for i, matrix in zip(chosen, matrices, strict=True) if updates[i].rank}
+            updates, used = sources.updates_of(name), used_in(name)
+            if used:
+                matrices, _ = view([updates[i] for i in used])
+                yield {i: matrix for i, matrix in zip(used, matrices, strict=True) if updates[i].rank}
 
     given = (update.A.dtype for name in sources.modules for update in sources.updates_of(name))
     return elementwise.cuts_of(pieces, density, max(dtype, *given, key=lambda each: each.itemsize))
@@ -170,26 +244,15 @@ def _naming(module: str) -> Iterator[None]:
         raise MismatchError(f"{module}: {error}") from error
 
 
-def summed(coefficients: Callable[..., list[float]]) -> Merge:
-    """A weighted sum as a method: exact by concatenation, the coefficients from r × r cores."""
-
-    @functools.wraps(coefficients)
-    def method(sources: Sources, **options: Any) -> Iterator[tuple[str, LowRank]]:
-        for name in sources.modules:
-            updates = sources.updates_of(name)
-            gram = torch.zeros(len(updates), len(updates), dtype=torch.float64)
-            if coefficients is elementwise.slerp:  # the others are the same whatever is summed
-                gram = torch.tensor([[a.inner(b) for b in updates] for a in updates], dtype=torch.float64)
-            yield name, combine(updates, coefficients(gram, sources.weights_of(name), **options))
-
-    return method
+def _seeded(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with a seed of this module's own, so that modules of one shape are not thinned alike."""
+    if "seed" not in options:
+        return dict(options)
+    return {**options, "seed": (int(options["seed"]) * 0x9E3779B1 + zlib.crc32(name.encode())) % 2**32}
 
 
 def cat(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-    """Σ wᵢ ΔWᵢ by concatenation: what PEFT calls cat.
-
-    Variant: PEFT's cat, which is task arithmetic by another name.
-    """
+    """Σ wᵢ ΔWᵢ by concatenation: what PEFT calls cat."""
     return combine(updates, weights)
 
 
@@ -198,49 +261,81 @@ def factor_average(updates: Sequence[LowRank], weights: Sequence[float], *, scal
 
     Not an average of ΔW: it hangs on the gauge, and independent adapters lose most of their norm. The literature's
     "fusion". Adapters that leave a module alone count as 0.
-
-    Variant: the CoTo paper's fusion of factors.
     """
     present = [update for update in updates if update.rank]
     if not present:
         return updates[0]
     rank = present[0].rank
-    filled = [update if update.rank else present[0] * 0.0 for update in updates]
-    if any(update.rank != rank for update in filled):
+    if any(update.rank != rank for update in present):
         raise MismatchError(f"factors of ranks {some(u.rank for u in present)} cannot be averaged; ΔW can (average)")
-    shares = elementwise.average(torch.zeros(0), weights)
-    zeroed = [u if u_.rank else LowRank(u.A * 0.0, u.B, u.shape) for u, u_ in zip(filled, updates, strict=True)]
-    return scale * combine_factors(zeroed, shares)
+    filled = [
+        update if update.rank else LowRank(present[0].A * 0.0, present[0].B * 0.0, update.shape) for update in updates
+    ]
+    return scale * combine_factors(filled, elementwise.normalised(weights))
 
 
-def _seeded(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with a seed of this module's own, so that modules of one shape are not thinned alike."""
-    if "seed" not in options:
-        return dict(options)
-    return {**options, "seed": (int(options["seed"]) * 0x9E3779B1 + zlib.crc32(name.encode())) % 2**32}
-
-
-MERGES: dict[str, Merge] = {
-    "task-arithmetic": summed(SUMS["task-arithmetic"]),
-    "average": summed(SUMS["average"]),
-    "cat": each(cat),
-    "factor-average": each(factor_average),
-    "slerp": summed(SUMS["slerp"]),
-    "magnitude": dense(elementwise.magnitude),
-    "ties": dense(elementwise.ties),
-    "dare": dense(elementwise.dare),
-    "dare-ties": dense(elementwise.dare_ties),
-    "della": dense(elementwise.della),
-    "breadcrumbs": dense(elementwise.breadcrumbs),
-    "knots": in_space(subspaces.knots, subspaces.column_space),
-    "core-space": in_space(subspaces.core_space, subspaces.both_spaces),
-    "lego": each(subspaces.lego),
-    "tsv": each(subspaces.tsv),
-    "iso-c": each(subspaces.iso_c),
-    "iso-cts": each(subspaces.iso_cts),
-    **data_driven.METHODS,
-}
-"""Name → method; its keyword-only arguments are its options, its first line says what it is."""
-
-NEEDS_DATA = tuple(data_driven.METHODS)
-"""Methods that look at the tasks of the sources."""
+MERGES = Registry(
+    "method",
+    "lora_lab.merges",
+    Merge,
+    {
+        "task-arithmetic": Merge(elementwise.task_arithmetic, SUM, "the paper's.", divisor=lambda weights: 1.0),
+        "average": Merge(
+            elementwise.average, SUM, "the plain mean, a point on the line of task arithmetic.", divisor=math.fsum
+        ),
+        "cat": Merge(
+            cat, UPDATES, "PEFT's cat, which is task arithmetic by another name.", divisor=lambda weights: 1.0
+        ),
+        "factor-average": Merge(factor_average, UPDATES, "the CoTo paper's fusion of factors."),
+        "slerp": Merge(
+            elementwise.slerp, SUM, "common practice, module by module; of more than two, the Karcher mean is ours."
+        ),
+        "magnitude": Merge(elementwise.magnitude, MATRICES, "no paper's: the trimming of TIES without its election."),
+        "ties": Merge(
+            elementwise.ties,
+            MATRICES,
+            "the paper's, trimmed over the whole task vector; on ΔW, where the paper has all trained parameters.",
+        ),
+        "dare": Merge(elementwise.dare, MATRICES, "the paper's; on ΔW, where the paper has all trained parameters."),
+        "dare-ties": Merge(elementwise.dare_ties, MATRICES, "the paper's DARE before TIES; nothing is trimmed."),
+        "della": Merge(elementwise.della, MATRICES, "the paper's (MagPrune by rows, then election and fusion)."),
+        "breadcrumbs": Merge(elementwise.breadcrumbs, MATRICES, "the paper's, layer by layer."),
+        "knots": Merge(
+            subspaces.knots, SUBSPACE, "the paper's KnOTS-TIES, trimmed over the whole vector of all S Vᵢᵀ."
+        ),
+        "core-space": Merge(
+            subspaces.core_space,
+            SUBSPACE,
+            "with bases=factors the paper's; by default bases that do not hang on the gauge, which are ours.",
+        ),
+        "lego": Merge(subspaces.lego, UPDATES, "the paper's."),
+        "tsv": Merge(subspaces.tsv, UPDATES, "the paper's TSV-M."),
+        "iso-c": Merge(subspaces.iso_c, UPDATES, "the paper's, within the span of the factors."),
+        "iso-cts": Merge(subspaces.iso_cts, UPDATES, "the paper's, within the span of the factors."),
+        "fisher": Merge(
+            data_driven.fisher,
+            variant="the paper's, on ΔW; its authors' code can normalise, which is normalize=true.",
+            reads_data=True,
+            cost=data_driven.fisher_cost,
+        ),
+        "regmean": Merge(
+            data_driven.regmean,
+            variant="the authors' code's, with means over rows; gram=sum is the paper's formula.",
+            reads_data=True,
+            cost=data_driven.regmean_cost,
+        ),
+        "lorahub": Merge(
+            data_driven.lorahub,
+            variant="ΔW where the paper mixes factors, and COBYLA where it has Shiwa.",
+            reads_data=True,
+            cost=data_driven.lorahub_cost,
+        ),
+        "adamerging": Merge(
+            data_driven.adamerging,
+            variant="the paper's, layer-wise, on validation inputs where it takes test inputs.",
+            reads_data=True,
+            cost=data_driven.adamerging_cost,
+        ),
+    },
+)
+"""Methods of merging by name."""

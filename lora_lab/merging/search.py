@@ -11,7 +11,7 @@ from typing import Any
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import OptionError, unknown
 from lora_lab.merging.merged import merge
-from lora_lab.merging.methods import defaults
+from lora_lab.merging.methods import MERGES
 from lora_lab.merging.panel import Panel, mean_loss
 from lora_lab.merging.sources import Sources
 
@@ -45,7 +45,7 @@ class Found:
 
 def parse(given: Sequence[str], method: str, options: Mapping[str, Any] | None = None) -> dict[str, Grid | Interval]:
     """['density=0.1,0.2', 'coefficient=0.1..2'] → what is to be tried for each; `options` are those that are set."""
-    known: dict[str, Any] = {COEFFICIENT: 1.0, **defaults(method, options)}
+    known: dict[str, Any] = {COEFFICIENT: 1.0, **MERGES[method].defaults(options)}
     found: dict[str, Grid | Interval] = {}
     for text in given:
         name, equals, values = text.partition("=")
@@ -54,7 +54,7 @@ def parse(given: Sequence[str], method: str, options: Mapping[str, Any] | None =
         if name in (options or {}):
             raise OptionError(f"{name} is both set and searched")
         if name in found:
-            raise OptionError(f"--search {name} is given twice; all its values go into one list")
+            raise OptionError(f"{name} is searched twice; all its values go into one list")
         try:
             if ".." in values:
                 low, high = map(float, values.split(".."))
@@ -75,9 +75,9 @@ def parse(given: Sequence[str], method: str, options: Mapping[str, Any] | None =
         except (ValueError, TypeError, KeyError) as error:
             if isinstance(error, OptionError):
                 raise
-            raise OptionError(f"--search {text!r}: NAME=VALUE,VALUE or coefficient=LOW..HIGH is needed") from error
+            raise OptionError(f"{text!r} is no search: NAME=VALUE,VALUE or coefficient=LOW..HIGH is needed") from error
         if not equals:
-            raise OptionError(f"--search {text!r}: NAME=VALUE,VALUE or coefficient=LOW..HIGH is needed")
+            raise OptionError(f"{text!r} is no search: NAME=VALUE,VALUE or coefficient=LOW..HIGH is needed")
     return found
 
 

@@ -19,6 +19,8 @@ from lora_lab.adapters.formats.peft_format import update
 from lora_lab.adapters.groups import locate
 from lora_lab.adapters.lowrank import LowRank, factored, is_finite
 from lora_lab.errors import MismatchError, OptionError, TunerError, some
+from lora_lab.hub import base_model
+from lora_lab.tasks.choosing import task_of
 from lora_lab.tasks.task import Task
 
 
@@ -50,7 +52,7 @@ class Weights:
 
 
 def parse_weights(given: Sequence[str], count: int) -> Weights:
-    """Weights from the command line for so many adapters.
+    """Weights from texts for so many adapters.
 
     ['1,1,0.5']: one an adapter. ['0:1,11:0', '0:0,11:1']: for each adapter, its weight at some layers. ['w.json']: an
     object of {regular expression of modules: weights, …, "default": weights}.
@@ -61,17 +63,15 @@ def parse_weights(given: Sequence[str], count: int) -> Weights:
         return _from_file(Path(given[0]), count)
     if any(":" in text for text in given):
         if len(given) != count:
-            raise OptionError(
-                f"{count} adapters and {len(given)} lines of layer:weight; --weights is to be given {count} times"
-            )
+            raise OptionError(f"{count} adapters and {len(given)} lines of layer:weight; one line an adapter is needed")
         return Weights((1.0,) * count, layers=tuple(_line(text) for text in given))
     if len(given) > 1:
-        raise OptionError("--weights was given twice; one list with commas (1,1,0.5), or a line of layer:weight each")
+        raise OptionError("weights are given twice; one list with commas (1,1,0.5), or a line of layer:weight each")
     try:
         weights = tuple(float(part) for part in given[0].split(","))
     except ValueError as error:
         raise OptionError(
-            f"--weights {given[0]!r}: numbers with commas (1,1,0.5), layer:weight pairs, or a .json file are needed"
+            f"weights {given[0]!r}: numbers with commas (1,1,0.5), layer:weight pairs, or a .json file are needed"
         ) from error
     return Weights(_checked(weights, count))
 
@@ -167,6 +167,17 @@ class Sources:
         return {name: shapes[name][0] for name in sorted(shapes, key=natural)}
 
 
+def base_of(
+    adapters: Sequence[Adapter], given: str | None, *, trust_record: bool = False
+) -> Callable[[], nn.Module] | None:
+    """What builds the base model that is given, or that the record of an adapter without a plain ΔW leads to."""
+    needy = [adapter for adapter in adapters if adapter.why_not_additive is not None]
+    if given is not None:
+        return lambda: base_model(given, [name for adapter in needy for name in adapter.sites])
+    recorded = next((adapter for adapter in needy if adapter.record.get("task")), None)
+    return task_of(recorded, trust_record=trust_record).build_model if recorded else None
+
+
 def _exact(
     adapters: Sequence[Adapter], base: Callable[[], nn.Module] | None
 ) -> tuple[dict[int, dict[str, LowRank]], dict[str, str]]:
@@ -177,7 +188,7 @@ def _exact(
         if adapter.why_not_additive is None:
             continue
         if base is None:
-            raise TunerError(f"{adapter.source}: {adapter.why_not_additive}; give the base model with --base")
+            raise TunerError(f"{adapter.source}: {adapter.why_not_additive}; no base model was given")
         if any(part.endswith(".bias") for site in adapter.sites.values() for part in site.keys):
             raise TunerError(f"{adapter.source}: {adapter.why_not_additive}")
         model = base().float()
@@ -213,13 +224,13 @@ def _line(text: str) -> dict[int, float]:
     for part in text.split(","):
         layer, colon, value = part.partition(":")
         if layer.isdigit() and int(layer) in points:
-            raise OptionError(f"--weights {text!r}: layer {layer} is given twice")
+            raise OptionError(f"weights {text!r}: layer {layer} is given twice")
         try:
             points[int(layer)] = float(value)
         except ValueError as error:
-            raise OptionError(f"--weights {text!r}: layer:weight pairs are needed, such as 0:1,11:0.5") from error
+            raise OptionError(f"weights {text!r}: layer:weight pairs are needed, such as 0:1,11:0.5") from error
         if not colon or int(layer) < 0:
-            raise OptionError(f"--weights {text!r}: layers count from 0")
+            raise OptionError(f"weights {text!r}: layers count from 0")
     for weight in points.values():
         _checked((weight,), 1)
     return points

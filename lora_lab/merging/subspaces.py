@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,65 +17,43 @@ from torch import Tensor
 
 from lora_lab.adapters.lowrank import Basis, LowRank, combine
 from lora_lab.errors import OptionError, unknown
-from lora_lab.merging.elementwise import RULES
 
 Updates = Sequence[LowRank]
 
 
 @dataclass(frozen=True)
-class Space:
+class Subspace:
     """Updates in the bases that they share: a matrix each, and the way back from a merged matrix to a ΔW."""
 
     cores: list[Tensor]
     back: Callable[[Tensor], LowRank]
 
 
-def column_space(updates: Updates) -> Space:
-    """S Vᵢᵀ of every update, with [ΔW₁ … ΔW_T] = U S [V₁ … V_T]ᵀ."""
-    U = _columns(updates)
-    cores = [(U.T @ u.B.double()) @ u.A.double() for u in updates]
-    return Space(cores, lambda merged: LowRank(merged, U, updates[0].shape))
-
-
-def both_spaces(updates: Updates, *, bases: str = "delta") -> Space:
-    """Uᵀ ΔWᵢ V of every update in bases U of all columns and V of all rows; see core_space."""
-    if bases not in BASES:
-        raise unknown("kind of bases", bases, BASES)
-    joint = _columns if bases == "delta" else _factor_columns
-    U, V = joint(updates), joint([LowRank(u.B.T, u.A.T) for u in updates])
-    cores = [(U.T @ u.B.double()) @ (u.A.double() @ V) for u in updates]
-    return Space(cores, lambda merged: LowRank(merged @ V.T, U, updates[0].shape))
-
-
-BASES = ("delta", "factors")
-
-
-def knots(updates: Updates, weights: Sequence[float], *, inner: str = "ties", **options: Any) -> LowRank:
+def knots(updates: Updates) -> Subspace:
     """Merged by an inner rule in the joint column space.
 
     [ΔW₁ … ΔW_T] = U S [V₁ … V_T]ᵀ; the S Vᵢᵀ are merged by `inner`, and U is put before them (Stoica et al. 2024,
     arXiv:2410.19735). `inner` and its options are those of any rule for matrices.
-
-    Variant: the paper's KnOTS-TIES, trimmed over the whole vector of all S Vᵢᵀ.
     """
-    space = column_space(updates)
-    return space.back(_inner(inner)(space.cores, weights, **options))
+    U = _columns(updates)
+    cores = [(U.T @ u.B.double()) @ u.A.double() for u in updates]  # Uᵀ ΔWᵢ = S Vᵢᵀ
+    return Subspace(cores, lambda merged: LowRank(merged, U, updates[0].shape))
 
 
-def core_space(
-    updates: Updates, weights: Sequence[float], *, inner: str = "ties", bases: str = "delta", **options: Any
-) -> LowRank:
+def core_space(updates: Updates, *, bases: str = "delta") -> Subspace:
     """Merged by an inner rule in the joint column and row spaces.
 
     Mᵢ = Uᵀ ΔWᵢ V in bases U of all columns and V of all rows; the Mᵢ are merged by `inner`, and U M Vᵀ is the result:
     nothing of any ΔWᵢ is lost (Panariello et al. 2025, arXiv:2509.17786). The bases are the left singular vectors of
     [ΔW₁ … ΔW_T] and the right ones of all ΔWᵢ below each other; with `bases` factors they are, as in the paper, those
     of [B₁ … B_T] and of all Aᵢ below each other, which hang on their gauge. With averaging inside it is averaging.
-
-    Variant: with bases=factors the paper's; by default bases that do not hang on the gauge, which are ours.
     """
-    space = both_spaces(updates, bases=bases)
-    return space.back(_inner(inner)(space.cores, weights, **options))
+    if bases not in BASES:
+        raise unknown("kind of bases", bases, BASES)
+    joint = BASES[bases]
+    U, V = joint(updates), joint([LowRank(u.B.T, u.A.T) for u in updates])
+    cores = [(U.T @ u.B.double()) @ (u.A.double() @ V) for u in updates]
+    return Subspace(cores, lambda merged: LowRank(merged @ V.T, U, updates[0].shape))
 
 
 def tsv(updates: Updates, weights: Sequence[float], *, share: float | None = None, scale: float = 1.0) -> LowRank:
@@ -85,8 +62,6 @@ def tsv(updates: Updates, weights: Sequence[float], *, share: float | None = Non
     Gargiulo et al. 2024, arXiv:2412.00081: of each one's triplets ⌊min(rows, columns) / T⌋, so that all of them have
     room, at least one (of a low rank that is often all; or the share `share` of them, rounded up); U and V are replaced
     by their polar factors. Weights scale the singular values.
-
-    Variant: the paper's TSV-M.
     """
     if share is not None and not 0 < share <= 1:
         raise OptionError(f"share is {share:g}; a share of the triplets above 0 and up to 1 is needed")
@@ -97,6 +72,7 @@ def tsv(updates: Updates, weights: Sequence[float], *, share: float | None = Non
         k = room if share is None else math.ceil(share * len(S) - 1e-9)
         parts.append((U[:, :k], weight * S[:k], Vh[:k]))
     U, S, Vh = _joined(parts)
+    # λ P(U) diag(w₁S₁ … w_TS_T) P(V)ᵀ, P(X) the nearest matrix to X with orthonormal columns
     return _product(_polar(U, updates[0].A.dtype), scale * S, _polar(Vh.T, updates[0].A.dtype).T, updates)
 
 
@@ -105,8 +81,6 @@ def iso_c(updates: Updates, weights: Sequence[float], *, scale: float = 1.0) -> 
 
     Marczak et al. 2025, arXiv:2502.04959. Within the span of the factors: in the full space, null directions would be
     raised to the mean as well.
-
-    Variant: the paper's, within the span of the factors.
     """
     U, S, Vh = _svd(combine(updates, weights))
     return _product(U, scale * _flat(S), Vh, updates)
@@ -118,8 +92,6 @@ def iso_cts(updates: Updates, weights: Sequence[float], *, common: float = 0.8, 
     Marczak et al. 2025, arXiv:2502.04959, Alg. 2. Of the k directions of Σ wᵢΔWᵢ, the share `common` stays; the rest
     is dealt out evenly to what each wᵢΔWᵢ has orthogonally to the common column space. U and V are then replaced by
     their polar factors, and all singular values by their mean.
-
-    Variant: the paper's, within the span of the factors.
     """
     if not 0 <= common <= 1:
         raise OptionError(f"common is {common:g}; a share from 0 to 1 is needed")
@@ -130,6 +102,7 @@ def iso_cts(updates: Updates, weights: Sequence[float], *, common: float = 0.8, 
     for update, weight in zip(updates, weights, strict=True):
         B = weight * update.B.double()
         size = abs(weight) * float(update.singular_values().amax(0)) if update.rank else 0.0
+        # what (I − U Uᵀ) wᵢΔWᵢ, U the common columns, has of leading directions
         beside = _svd(LowRank(update.A.double(), B - U[:, :kept] @ (U[:, :kept].T @ B)), update.A.dtype, size)
         parts.append((beside[0][:, :own], beside[1][:own], beside[2][:own]))
     U, S, Vh = _joined(parts)
@@ -145,8 +118,6 @@ def lego(
     equal units of one adapter are one of their summed ΔW. A centroid is rescaled to its members' mean norm, the output
     to √(r/K), r the largest rank and K = `clusters` (r by default), also where there are fewer different units than K.
     Units are those of the factors as they are: this method depends on the gauge.
-
-    Variant: the paper's.
     """
     from sklearn.cluster import KMeans
 
@@ -159,23 +130,18 @@ def lego(
     if not len(units):
         return updates[0] * 0.0
     count = min(wanted, len(torch.unique(units, dim=0)))
-    found = KMeans(count, n_init=10, random_state=seed).fit_predict(units.numpy())
+    cluster_of = KMeans(count, n_init=10, random_state=seed).fit_predict(units.numpy())
     merged = []
     for cluster in range(count):
-        members = units[torch.from_numpy(np.flatnonzero(found == cluster))]
+        members = units[torch.from_numpy(np.flatnonzero(cluster_of == cluster))]
         if not len(members):
             continue
         centre = members.mean(0)
+        # the mean of the members, at the mean of their norms
         merged.append(centre * members.norm(dim=1).mean() / centre.norm().clamp(min=torch.finfo(centre.dtype).tiny))
     centres, columns = torch.stack(merged), updates[0].A.shape[1]
     A, B = centres[:, :columns], centres[:, columns:]
     return LowRank(A, scale * math.sqrt(rank / wanted) * B.T, updates[0].shape)
-
-
-def _inner(name: str) -> Any:
-    if name not in RULES:
-        raise unknown("inner rule", name, RULES)
-    return RULES[name]
 
 
 def _factor_columns(updates: Updates) -> Tensor:
@@ -193,6 +159,10 @@ def _columns(updates: Updates) -> Tensor:
         cores.append(R_B @ Basis(update.A.double().T).R.T)
     U, S, _ = torch.linalg.svd(torch.cat(cores, dim=1), full_matrices=False)
     return _signed(basis.times(U[:, _real(S, updates[0].A.dtype)]))
+
+
+BASES: dict[str, Callable[[Updates], Tensor]] = {"delta": _columns, "factors": _factor_columns}
+"""Whose left singular vectors are the bases: of the ΔW, which do not hang on the gauge, or of the factors."""
 
 
 def _signed(U: Tensor) -> Tensor:

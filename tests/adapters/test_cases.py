@@ -14,8 +14,9 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.lowrank import combine, combine_factors
 from lora_lab.errors import FileError, LoraLabError, LoraLabWarning, MismatchError, OptionError, TunerError
 from lora_lab.hub import base_model
-from lora_lab.merging.merged import base_of, merge, save
-from lora_lab.merging.sources import Sources
+from lora_lab.merging.export import save
+from lora_lab.merging.merged import merge
+from lora_lab.merging.sources import Sources, base_of
 
 CASES = Path(__file__).parents[1] / "cases"
 
@@ -444,4 +445,4 @@ def test_r28_dora_without_the_base_is_refused_by_name():
     with pytest.raises(TunerError) as caught:
         sources_of("R28_dora", "adapter", [1.0])
     assert_says(str(caught.value), "R28_dora")
-    assert "--base" in str(caught.value)
+    assert "no base model was given" in str(caught.value)

@@ -13,7 +13,8 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.attached import attach
 from lora_lab.errors import LoraLabWarning, MismatchError, TunerError
 from lora_lab.hub import base_model
-from lora_lab.merging.merged import merge, save
+from lora_lab.merging.export import save
+from lora_lab.merging.merged import merge
 from lora_lab.merging.paths import Paths
 from lora_lab.merging.sources import Sources
 from lora_lab.pruning.prune import keep_modules, keep_ranks

@@ -200,12 +200,12 @@ def test_a_file_name_is_one(text):
 def test_labels_that_give_one_file_name_give_several(made):
     from types import SimpleNamespace
 
-    from lora_lab.merging import merged as merge
+    from lora_lab.merging.merged import _file_names
 
     adapters = [SimpleNamespace(label=label, source=label) for label in ("a b", "a_b", "A_b")]
-    assert merge._file_names(adapters) == ["a_b-0", "a_b-1", "A_b-2"]
+    assert _file_names(adapters) == ["a_b-0", "a_b-1", "A_b-2"]
     adapters = [SimpleNamespace(label=label, source=label) for label in ("..", "c")]
-    assert merge._file_names(adapters) == ["adapter", "c"]
+    assert _file_names(adapters) == ["adapter", "c"]
 
 
 # What others print

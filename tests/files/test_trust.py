@@ -24,8 +24,8 @@ from lora_lab.analysis import shapley
 from lora_lab.errors import FileError, LoraLabError, LoraLabNote, TaskError, TrustError, TunerError
 from lora_lab.files import trust
 from lora_lab.hub import base_model
-from lora_lab.merging.merged import base_of, merge
-from lora_lab.merging.sources import Sources
+from lora_lab.merging.merged import merge
+from lora_lab.merging.sources import Sources, base_of
 from lora_lab.pruning.prune import structured
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.examples import Sent

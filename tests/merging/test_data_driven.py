@@ -14,9 +14,8 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.errors import MismatchError, OptionError, TunerError
 from lora_lab.merging import layer_inputs
 from lora_lab.merging import search as searching
-from lora_lab.merging.data_driven import examples_read
 from lora_lab.merging.merged import merge
-from lora_lab.merging.methods import MERGES, NEEDS_DATA
+from lora_lab.merging.methods import MERGES
 from lora_lab.merging.panel import Panel
 from lora_lab.merging.sources import Sources, Weights
 from lora_lab.scoring.evaluate import score
@@ -624,7 +623,7 @@ def test_lorahub_looks_at_labels(sources):
     assert not torch.equal(merged(sources(), "lorahub"), merged(sources(shuffle=True), "lorahub"))
 
 
-@pytest.mark.parametrize("method", NEEDS_DATA)
+@pytest.mark.parametrize("method", [name for name in MERGES if MERGES[name].reads_data])
 def test_the_test_split_is_never_read(sources, method):
     made = sources()
     quick(made, method)
@@ -633,7 +632,7 @@ def test_the_test_split_is_never_read(sources, method):
         made.tasks[0].split("test")
 
 
-@pytest.mark.parametrize("method", NEEDS_DATA)
+@pytest.mark.parametrize("method", [name for name in MERGES if MERGES[name].reads_data])
 def test_one_answer_whatever_the_global_random_state(sources, method):
     torch.manual_seed(1)
     first = quick(sources(), method)
@@ -669,12 +668,12 @@ def test_weights_can_differ_between_modules(sources):
     close(merged(made, "fisher"), deltas_of(made)[1])
 
 
-@pytest.mark.parametrize("method", NEEDS_DATA)
+@pytest.mark.parametrize("method", [name for name in MERGES if MERGES[name].reads_data])
 def test_scale_multiplies_the_result(sources, method):
     close(quick(sources(), method, scale=-0.5), -0.5 * quick(sources(), method), 1e-5)
 
 
-@pytest.mark.parametrize("method", NEEDS_DATA)
+@pytest.mark.parametrize("method", [name for name in MERGES if MERGES[name].reads_data])
 def test_an_adapter_may_leave_a_module_alone(tmp_path, method):
     adapters = [two_layers(tmp_path, 0, ["one", "two"]), two_layers(tmp_path, 1, ["two"])]
     made = Sources(adapters, tasks=[Two(seed=0), Two(seed=1)])
@@ -689,7 +688,7 @@ def test_an_adapter_may_leave_a_module_alone(tmp_path, method):
         assert bool(((found / only) > 0).all() & ((found / only) < 1).all())
 
 
-@pytest.mark.parametrize("method", NEEDS_DATA)
+@pytest.mark.parametrize("method", [name for name in MERGES if MERGES[name].reads_data])
 def test_without_tasks_it_is_said_what_is_missing(tmp_path, method):
     with pytest.raises(OptionError, match="the adapters' own tasks, or --task, are needed"):
         merge(Sources([adapter_for(tmp_path, "linear", 0)]), method)
@@ -716,7 +715,7 @@ def test_convolutions_that_unfold_differently_are_refused(tmp_path, method, laye
         merged(Sources([adapter], tasks=[Tiny("odd", x=torch.randn(8, 2, 4, 5))]), method)
 
 
-@pytest.mark.parametrize("method", NEEDS_DATA)
+@pytest.mark.parametrize("method", [name for name in MERGES if MERGES[name].reads_data])
 def test_the_models_of_one_merge_leave_no_trace_in_the_next(sources, method):
     made = sources()
     first = quick(made, method)
@@ -726,10 +725,10 @@ def test_the_models_of_one_merge_leave_no_trace_in_the_next(sources, method):
 
 def test_the_cost_is_known_beforehand():
     tasks = [Tiny(seed=0), Tiny(seed=1)]
-    assert examples_read("fisher", {"examples": 10}, tasks) == 2 * 10 * (1 + 3 * 3)
-    assert examples_read("regmean", {"examples": 10}, tasks) == 20
-    assert examples_read("lorahub", {"evaluations": 5}, tasks) == 5 * 2 * 24
-    assert examples_read("adamerging", {"steps": 7, "batch_size": 4}, tasks) == 3 * 7 * 4 * 2
+    assert MERGES["fisher"].examples_read({"examples": 10}, tasks) == 2 * 10 * (1 + 3 * 3)
+    assert MERGES["regmean"].examples_read({"examples": 10}, tasks) == 20
+    assert MERGES["lorahub"].examples_read({"evaluations": 5}, tasks) == 5 * 2 * 24
+    assert MERGES["adamerging"].examples_read({"steps": 7, "batch_size": 4}, tasks) == 3 * 7 * 4 * 2
 
 
 # searches
@@ -928,6 +927,6 @@ def test_a_search_without_tasks_says_what_is_missing(tmp_path):
 def test_a_panel_refuses_an_adapter_of_another_base(tmp_path):
     tensors = {f"{PREFIX}else.lora_A.weight": torch.ones(2, 4), f"{PREFIX}else.lora_B.weight": torch.ones(3, 2)}
     other = Adapter.load(write(tmp_path / "other", tensors, target_modules=["else"]))
-    for method in NEEDS_DATA:
+    for method in [name for name in MERGES if MERGES[name].reads_data]:
         with pytest.raises(MismatchError, match="no module else"):
             merge(Sources([other], tasks=[Tiny()]), method)

@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_lab.errors import MismatchError, OptionError
-from lora_lab.merging.elementwise import ENTRYWISE, RULES, SUMS, cuts_of
+from lora_lab.merging.elementwise import cuts_of
+from lora_lab.merging.methods import MATRICES, MERGES, rules
+
+RULES = rules()
 
 FEW = settings(max_examples=20)
 SEEDS = st.integers(0, 2**16)
@@ -365,10 +368,6 @@ def test_breadcrumbs_is_the_loop_over_sorted_entries(seed, weights, density, sha
 # what all rules have in common
 
 
-def test_rules_are_the_sums_and_those_that_work_on_entries():
-    assert set(RULES) == {*SUMS, *ENTRYWISE}
-
-
 @pytest.mark.parametrize("name", RULES)
 def test_one_matrix_of_weight_one_is_its_own_merge_where_nothing_is_dropped(name):
     for seed in range(3):
@@ -429,7 +428,7 @@ def test_weights_are_never_zipped_short(name):
 
 
 @pytest.mark.parametrize("density", [0.0, -0.1, 1.5, math.nan])
-@pytest.mark.parametrize("name", ENTRYWISE)
+@pytest.mark.parametrize("name", [name for name in RULES if MERGES[name].kind is MATRICES])
 def test_a_density_that_is_no_share_is_refused_by_name(name, density):
     with pytest.raises(OptionError, match=f"density is {density:g}; a share above 0 and up to 1"):
         RULES[name](random(2, 0), [1.0, 1.0], density=density)

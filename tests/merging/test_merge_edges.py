@@ -12,13 +12,15 @@ from tiny_models import Tiny, adapter, deltas, update
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import FileError, LoraLabError, LoraLabWarning, OptionError, TunerError
-from lora_lab.merging import merged as merging
-from lora_lab.merging.elementwise import RULES
-from lora_lab.merging.merged import merge, save
-from lora_lab.merging.methods import MERGES, NEEDS_DATA, check, defaults
+from lora_lab.merging import export
+from lora_lab.merging.export import save
+from lora_lab.merging.merged import merge
+from lora_lab.merging.methods import MERGES, check, rules
 from lora_lab.merging.search import parse
 from lora_lab.merging.sources import Sources
 from lora_lab.tasks.task import Split
+
+RULES = rules()
 
 TWINS = {"layers.0.fc": (8, 6), "layers.1.fc": (8, 6)}
 RANDOM = ("dare", "dare-ties", "della")
@@ -53,7 +55,7 @@ def test_modules_are_thinned_each_in_its_own_way_inside_of_a_subspace_too(method
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        *((name, {}) for name in MERGES if "seed" in defaults(name) and name not in NEEDS_DATA),
+        *((name, {}) for name in MERGES if "seed" in MERGES[name].defaults() and not MERGES[name].reads_data),
         *((name, {"inner": "dare"}) for name in ("knots", "core-space")),
     ],
 )
@@ -67,7 +69,7 @@ def test_the_default_seed_in_the_record_gives_the_merge_again(method, options):
 
 @pytest.mark.parametrize(
     "method",
-    [name for name in MERGES if name not in NEEDS_DATA],
+    [name for name in MERGES if not MERGES[name].reads_data],
 )
 def test_what_the_record_says_makes_the_merge_again(method):
     sources = twins(3)
@@ -135,7 +137,7 @@ def test_a_module_without_a_change_is_written_without_a_word_on_temporary_files(
         assert Adapter.load(tmp_path / "m").updates["layers.1.fc"].norm() == 0
 
 
-@pytest.mark.parametrize("method", [name for name in MERGES if name not in NEEDS_DATA])
+@pytest.mark.parametrize("method", [name for name in MERGES if not MERGES[name].reads_data])
 def test_adapters_that_cancel_leave_zeros_that_peft_can_load(method, tmp_path):
     nothing = adapter({name: 0.0 * update(2, shape, 0) for name, shape in TWINS.items()}, "a")
     merged = merge(Sources([nothing, nothing]), method)
@@ -177,7 +179,7 @@ def test_a_failed_replacement_leaves_what_was_there(tmp_path, monkeypatch):
     def broken(*args):
         raise FileError("broken")
 
-    monkeypatch.setattr(merging, "_verify", broken)
+    monkeypatch.setattr(export, "_verify", broken)
     with pytest.raises(FileError, match="broken"):
         save(merge(twins(3)), tmp_path / "m", force=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before
@@ -189,8 +191,8 @@ def test_a_failed_replacement_leaves_what_was_there(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", [name for name in RULES if name != "slerp"])
 def test_options_of_an_inner_rule_are_those_of_the_rule_itself(name):
-    own = defaults(name)
-    assert defaults("knots", {"inner": name}) == {"inner": "ties", **own}
+    own = MERGES[name].defaults()
+    assert MERGES["knots"].defaults({"inner": name}) == {"inner": "ties", **own}
     assert check("core-space", {"inner": name, **own}) == {"inner": name, **own}
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.errors import MismatchError, TunerError
-from lora_lab.merging.merged import merge, save
-from lora_lab.merging.methods import MERGES, NEEDS_DATA
+from lora_lab.merging.export import save
+from lora_lab.merging.merged import merge
+from lora_lab.merging.methods import MERGES
 from lora_lab.merging.sources import Sources
 
 # A second adapter for each base: another rank and scale, and modules that the first one leaves alone or has alone.
@@ -37,7 +38,7 @@ OTHER = {
         "task_type": "CAUSAL_LM",
     },
 }
-WITHOUT_DATA = [name for name in MERGES if name not in NEEDS_DATA]
+WITHOUT_DATA = [name for name in MERGES if not MERGES[name].reads_data]
 WEIGHTS = [1.0, -0.5]
 
 
@@ -156,7 +157,7 @@ def test_every_kind_of_layer_means_the_same_in_peft(tmp_path, method):
     assert_same(loaded(ids).detach(), with_deltas(make(), wide(merged.adapter))(ids).detach())
 
 
-@pytest.mark.parametrize("method", NEEDS_DATA)
+@pytest.mark.parametrize("method", [name for name in MERGES if MERGES[name].reads_data])
 def test_merges_that_look_at_data_mean_the_same_in_peft(tmp_path, method):
     options = {"lorahub": {"evaluations": 5}, "adamerging": {"steps": 2}}.get(method)
     tasks = [Tiny(0), Tiny(1)]
@@ -217,7 +218,7 @@ def test_an_adapter_without_a_plain_delta_is_merged_against_its_base_and_refused
     model = randomised(peft.get_peft_model(base_model("llama"), OTHER_TUNERS[name]), seed=1)
     model.save_pretrained(tmp_path / name)
     adapters = [Adapter.load(tmp_path / "plain"), Adapter.load(tmp_path / name)]
-    with pytest.raises(TunerError, match=rf"{name}: .*; give the base model with --base"):
+    with pytest.raises(TunerError, match=rf"{name}: .*; no base model was given"):
         Sources(adapters)
     merged = merge(Sources(adapters, [1.0, 2.0], base=lambda: base_model("llama")))
     base, whole_model = base_model("llama"), model.merge_and_unload()

@@ -11,15 +11,16 @@ from torch import nn
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import FileError, LoraLabError, LoraLabWarning, MismatchError, OptionError, TunerError
-from lora_lab.merging import merged as merging
 from lora_lab.merging import subspaces
-from lora_lab.merging.elementwise import RULES
-from lora_lab.merging.merged import merge, save
-from lora_lab.merging.methods import MERGES, NEEDS_DATA, check, defaults, variant
+from lora_lab.merging.export import save
+from lora_lab.merging.merged import merge
+from lora_lab.merging.methods import MERGES, check, rules
 from lora_lab.merging.sources import Sources, Weights, parse_weights
 from lora_lab.scoring.evaluate import score
 from lora_lab.tasks.digits import Digits
 from lora_lab.tasks.task import Split
+
+RULES = rules()
 
 TARGETS = ["q_proj", "fc1"]
 CONFIG = {"r": 2, "lora_alpha": 4, "target_modules": TARGETS}
@@ -129,7 +130,7 @@ def test_the_same_seed_gives_the_same_answer(method, pair, tasks):
     sources = Sources(pair, tasks=tasks)
     one, two = (merge(sources, method, options=FAST.get(method)).adapter for _ in range(2))
     assert all(torch.equal(one.tensors[key], two.tensors[key]) for key in one.tensors)
-    if "seed" in defaults(method) and method in RANDOM:
+    if "seed" in MERGES[method].defaults() and method in RANDOM:
         other = merge(sources, method, options={"seed": 1}).adapter
         assert any(not torch.equal(other.tensors[key], one.tensors[key]) for key in one.tensors)
 
@@ -143,7 +144,7 @@ def test_nothing_hangs_on_the_gauge(method, pair, tasks):
     close(deltas(one), deltas(two), 2e-3)
 
 
-@pytest.mark.parametrize("method", [name for name in MERGES if name not in NEEDS_DATA])
+@pytest.mark.parametrize("method", [name for name in MERGES if not MERGES[name].reads_data])
 def test_every_merge_gives_the_same_logits_in_peft(method, base_model, tmp_path):
     base = base_model("llama").float()
     config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"])
@@ -359,7 +360,7 @@ def test_inside_of_shared_bases_entries_are_trimmed_over_all_modules_together_to
         pytest.skip("knots has one kind of bases")
     found = [uneven(seed, torch.float64) for seed in range(2)]
     sources = Sources(found)
-    space = {"knots": subspaces.column_space, "core-space": subspaces.both_spaces}[method]
+    space = {"knots": subspaces.knots, "core-space": subspaces.core_space}[method]
     spaces = {name: space(sources.updates_of(name), **bases) for name in sources.modules}
     whole = [torch.cat([spaces[name].cores[i].flatten() for name in sources.modules]) for i in range(2)]
     merged = RULES["ties"](whole, [1.0, 1.0], density=0.2, scope="module")
@@ -372,7 +373,7 @@ def test_inside_of_shared_bases_entries_are_trimmed_over_all_modules_together_to
 
 def test_every_method_says_which_published_variant_it_is():
     for name in MERGES:
-        assert 8 < len(variant(name)) < 120, name
+        assert 8 < len(MERGES[name].variant) < 120, name
 
 
 def test_dora_needs_its_base_and_then_is_exact(base_model, tmp_path):
@@ -385,7 +386,7 @@ def test_dora_needs_its_base_and_then_is_exact(base_model, tmp_path):
                 parameter.add_(0.2 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path / "dora")
     dora = Adapter.load(tmp_path / "dora")
-    with pytest.raises(TunerError, match=r"dora: DoRA .*give the base model with --base"):
+    with pytest.raises(TunerError, match=r"dora: DoRA .*no base model was given"):
         Sources([dora])
     merged = merge(Sources([dora, dora], [0.5, 0.5], base=lambda: base_model("llama")), "task-arithmetic").adapter
     before = {name: base_model("llama").get_submodule(name).weight.float() for name in merged.updates}
@@ -427,7 +428,7 @@ def test_weights_by_pattern_and_by_layer(tmp_path):
         (["0:1,2:0"], "2 adapters and 1 lines of layer:weight"),
         (["0:1", "x:1"], "layer:weight pairs"),
         (["0:1", "-1:1"], "layers count from 0"),
-        (["1,1", "1,1"], "was given twice"),
+        (["1,1", "1,1"], "are given twice"),
         (["missing.json"], "no such file|missing"),
     ],
 )
@@ -469,7 +470,7 @@ def test_heads_that_differ_are_never_dropped_in_silence(tmp_path):
 
     for name, adapter in (("a", a), ("b", b)):
         assert torch.equal(load_file(tmp_path / "m" / "heads" / f"{name}.safetensors")[key], adapter.tensors[key])
-    with pytest.raises(OptionError, match="must name a folder"):
+    with pytest.raises(OptionError, match="a folder is needed"):
         save(apart, tmp_path / "m.safetensors")
     assert not (tmp_path / "m.safetensors").exists()
 
@@ -506,13 +507,13 @@ def test_methods_and_options_that_do_not_exist_are_refused():
 
 
 def test_every_method_says_in_its_first_line_what_comes_out():
-    for name, function in MERGES.items():
-        assert 10 < len(function.__doc__.partition("\n")[0]) < 90, name
+    for name, entry in MERGES.items():
+        assert 10 < len(entry.about) < 90, name
 
 
 def test_options_out_of_range_are_refused(tmp_path):
     a = tiny(tmp_path, "a")
-    for options, text in (({"rank": 0}, "rank of 0"), ({"dtype": "int8"}, "unknown dtype")):
+    for options, text in (({"rank": 0}, "rank is 0; it must be at least 1"), ({"dtype": "int8"}, "unknown dtype")):
         with pytest.raises(OptionError, match=text):
             merge(Sources([a]), **options)
 
@@ -524,7 +525,7 @@ def test_factors_whose_product_float32_cannot_hold_are_refused_with_their_source
         Sources([a, huge])
 
 
-@pytest.mark.parametrize("method", [name for name in MERGES if name not in NEEDS_DATA])
+@pytest.mark.parametrize("method", [name for name in MERGES if not MERGES[name].reads_data])
 def test_a_merge_that_float32_cannot_hold_is_refused_with_its_module(tmp_path, method):
     found = [tiny(tmp_path, f"{seed}", seed=seed) for seed in (0, 1)]
     with pytest.raises(MismatchError, match=r"net\.q_proj.* is not finite"):
@@ -604,5 +605,5 @@ def test_adamerging_sees_every_source_under_its_own_head(tmp_path):
 
 def test_progress_counts_modules(pair):
     told = []
-    merging.merge(Sources(pair), "ties", progress=lambda done, total: told.append((done, total)))
+    merge(Sources(pair), "ties", progress=lambda done, total: told.append((done, total)))
     assert told[-1] == (len(pair[0].sites), len(pair[0].sites))

@@ -83,17 +83,17 @@ def test_weights_of_each_kind_reach_the_sum_and_the_record(tmp_path):
     [
         (["1,1,1"], "2 adapters and 3 weights; one weight an adapter is needed"),
         (["1"], "2 adapters and 1 weights"),
-        ([""], "--weights '': numbers with commas"),
+        ([""], "weights '': numbers with commas"),
         (["1,"], "numbers with commas"),
-        (["1,x"], "--weights '1,x': numbers with commas"),
+        (["1,x"], "weights '1,x': numbers with commas"),
         (["1,nan"], "weights: nan is no weight; finite numbers are needed"),
         (["1,-inf"], "-inf is no weight"),
-        (["1,1", "1,1"], r"--weights was given twice; one list with commas"),
-        (["0:1"], r"2 adapters and 1 lines of layer:weight; --weights is to be given 2 times"),
+        (["1,1", "1,1"], r"weights are given twice; one list with commas"),
+        (["0:1"], r"2 adapters and 1 lines of layer:weight; one line an adapter"),
         (["0:1", "0:1", "0:1"], "2 adapters and 3 lines"),
-        (["0:1", "0:1,5"], "--weights '0:1,5': layer:weight pairs are needed"),
+        (["0:1", "0:1,5"], "weights '0:1,5': layer:weight pairs are needed"),
         (["0:1", "x:1"], "layer:weight pairs are needed"),
-        (["0:1", "-1:1"], "--weights '-1:1': layers count from 0"),
+        (["0:1", "-1:1"], "weights '-1:1': layers count from 0"),
         (["0:1", "0:nan"], "nan is no weight"),
     ],
 )
@@ -235,7 +235,7 @@ def test_scales_are_those_that_each_adapter_has_in_each_module(tmp_path):
 def test_dora_without_its_base_is_refused_by_name(tmp_path):
     tensors = {**lora(), f"{PREFIX}layers.0.q_proj.lora_magnitude_vector": torch.ones(6)}
     made = Adapter.load(write(tmp_path / "dora", tensors, use_dora=True))
-    with pytest.raises(TunerError, match=r"dora: DoRA rescales .*; give the base model with --base"):
+    with pytest.raises(TunerError, match=r"dora: DoRA rescales .*; no base model was given"):
         Sources([made])
 
 
