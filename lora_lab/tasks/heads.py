@@ -1,4 +1,4 @@
-"""A probe: a linear head fitted to a frozen base's features by logistic regression, and kept in the user's cache."""
+"""Heads: in float32 on any base, and the probe, fitted to a frozen base's features and kept in the user's cache."""
 
 from __future__ import annotations
 
@@ -21,6 +21,18 @@ from lora_lab.tasks.task import Split
 
 _FORMAT = 2
 """Of what is kept: another one is fitted anew."""
+
+
+def float_heads(model: torch.nn.Module, heads: Sequence[str]) -> None:
+    """Heads compute in float32 whatever the base does: small steps of training are lost in bfloat16."""
+    if next(model.parameters()).dtype == torch.float32:
+        return
+
+    def as_float(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(each.float() if isinstance(each, torch.Tensor) else each for each in inputs)
+
+    for name in heads:
+        model.get_submodule(name).float().register_forward_pre_hook(as_float)
 
 
 def probe(

@@ -6,16 +6,19 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from lora_lab.errors import LoraLabWarning, OptionError, TaskError
 from lora_lab.tasks.chat import NO_TARGET, Chat, cut
-from lora_lab.tasks.file import COMMON, FileTask, Settings, text_of
+from lora_lab.tasks.file import FileTask
+from lora_lab.tasks.settings import COMMON, Column, Settings
+from lora_lab.tasks.tables import text_of
 from lora_lab.tasks.task import Scores, Split, by_length
 
 CAUSAL_EXAMPLE = (
@@ -52,17 +55,27 @@ label = "answer"              # column with the right one: a number from 0, a le
 )
 
 
+_Tokens = Annotated[int, Ge(2), "a whole number of at least 2"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class CausalKeys(Settings):
     """The keys of a causal-lm file."""
 
     kind: str = "causal-lm"
-    text: str | None = None
-    prompt: str | None = None
-    completion: str | None = None
-    max_length: int = 512
+    text: Column | None = None
+    prompt: Column | None = None
+    completion: Column | None = None
+    max_length: _Tokens = 512
 
     columns: ClassVar[tuple[str, ...]] = ("text", "prompt", "completion")
+
+    def check(self, where: str) -> None:
+        """OptionError for values that do not go together."""
+        super().check(where)
+        named = [name is not None for name in (self.text, self.prompt, self.completion)]
+        if named not in ([True, False, False], [False, True, True]):
+            raise OptionError(f"{where}: either text, or prompt and completion, must name columns")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +85,15 @@ class ChoiceKeys(Settings):
     kind: str = "multiple-choice"
     prompt: str
     options: str | list[str]
-    label: str
+    label: Column
     label_from: int | None = None
-    max_length: int = 512
+    max_length: _Tokens = 512
+
+    def check(self, where: str) -> None:
+        """OptionError for values that do not go together."""
+        super().check(where)
+        if isinstance(self.options, list) and len(self.options) < 2:
+            raise OptionError(f"{where}: options is {self.options}; two columns or more, or one that holds lists")
 
 
 _FIELD = re.compile(r"{([^{}]+)}")
@@ -88,12 +107,6 @@ Row = tuple[list[int], list[int]]
 class _Language(FileTask):
     batch_size = 16
     counts_targets = True
-
-    @classmethod
-    def _check(cls, settings: Any, where: str) -> None:
-        super()._check(settings, where)
-        if settings.max_length < 2:
-            raise OptionError(f"{where}: max_length is {settings.max_length}; at least 2 tokens are needed")
 
     def build_model(self) -> nn.Module:
         """The language model, frozen."""
@@ -156,13 +169,6 @@ class CausalLM(_Language):
     Keys = CausalKeys
     labels = 0
     classifies = False
-
-    @classmethod
-    def _check(cls, settings: Any, where: str) -> None:
-        super()._check(settings, where)
-        named = [name is not None for name in (settings.text, settings.prompt, settings.completion)]
-        if named not in ([True, False, False], [False, True, True]):
-            raise OptionError(f"{where}: either text, or prompt and completion, must name columns")
 
     @property
     def _ending(self) -> list[int]:
@@ -248,12 +254,6 @@ class MultipleChoice(_Language):
     measures = ("acc", "acc_norm", "acc_bytes")
     Keys = ChoiceKeys
     rows_are_examples = False
-
-    @classmethod
-    def _check(cls, settings: Any, where: str) -> None:
-        super()._check(settings, where)
-        if isinstance(settings.options, list) and len(settings.options) < 2:
-            raise OptionError(f"{where}: options is {settings.options}; two columns or more, or one that holds lists")
 
     @property
     def labels(self) -> int:  # type: ignore[override]

@@ -10,11 +10,13 @@ from typing import Any
 
 from lora_lab.errors import FileError, OptionError, unknown
 from lora_lab.files.trust import ANYWHERE, Reach
+from lora_lab.tasks import clip, text, vision
+from lora_lab.tasks.clip import Clip
 from lora_lab.tasks.digits import LABELLINGS, Digits
 from lora_lab.tasks.language import CAUSAL_EXAMPLE, CHOICE_EXAMPLE, CausalLM, MultipleChoice
 from lora_lab.tasks.task import Task
-from lora_lab.tasks.text import EXAMPLE, TextClassification
-from lora_lab.tasks.vision import CLASSIFICATION_EXAMPLE, CLIP_EXAMPLE, Clip, ImageClassification
+from lora_lab.tasks.text import TextClassification
+from lora_lab.tasks.vision import ImageClassification
 
 
 def from_name(name: str) -> Task:
@@ -88,10 +90,10 @@ KINDS: dict[str, Callable[[Mapping[str, Any], Path, str], Task]] = {
 """Kinds of tasks that a file can describe: function (keys, folder of relative paths, where they stand) → task."""
 
 EXAMPLES: dict[str, str] = {
-    "text-classification": EXAMPLE,
+    "text-classification": text.EXAMPLE,
     "causal-lm": CAUSAL_EXAMPLE,
     "multiple-choice": CHOICE_EXAMPLE,
-    "image-classification": CLASSIFICATION_EXAMPLE,
-    "clip": CLIP_EXAMPLE,
+    "image-classification": vision.EXAMPLE,
+    "clip": clip.EXAMPLE,
 }
 """A commented file of each kind."""

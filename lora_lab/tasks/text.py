@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from lora_lab.errors import OptionError, unknown
-from lora_lab.tasks.file import COMMON, LabelledTask, Settings, float_heads, text_of
-from lora_lab.tasks.heads import probe
+from lora_lab.errors import OptionError
+from lora_lab.tasks.heads import float_heads, probe
+from lora_lab.tasks.labelled import LabelledTask
+from lora_lab.tasks.settings import COMMON, Column, Count, Head, Settings
+from lora_lab.tasks.tables import text_of
 from lora_lab.tasks.task import Split, by_length
-
-HEADS = ("frozen", "trained", "probe")
-POOLS = ("own", "mean")
 
 EXAMPLE = (
     """\
@@ -46,15 +45,21 @@ class Keys(Settings):
     """The keys of a task file."""
 
     kind: str = "text-classification"
-    text: str
-    label: str
-    text_pair: str | None = None
+    text: Column
+    label: Column
+    text_pair: Column | None = None
     labels: list[str] | None = None
-    head: str = "frozen"
-    pool: str = "own"
-    max_length: int = 128
+    head: Head = "frozen"
+    pool: Literal["own", "mean"] = "own"
+    max_length: Count = 128
 
     columns: ClassVar[tuple[str, ...]] = ("text", "text_pair", "label")
+
+    def check(self, where: str) -> None:
+        """OptionError for values that do not go together."""
+        super().check(where)
+        if self.head == "probe" and self.pool == "own":
+            raise OptionError(f'{where}: a probe needs pool = "mean"')
 
 
 class TextClassification(LabelledTask):
@@ -62,16 +67,6 @@ class TextClassification(LabelledTask):
 
     kind = "text-classification"
     Keys = Keys
-
-    @classmethod
-    def _check(cls, settings: Any, where: str) -> None:
-        super()._check(settings, where)
-        if settings.head not in HEADS:
-            raise unknown(f"head in {where}:", settings.head, HEADS)
-        if settings.pool not in POOLS:
-            raise unknown(f"pool in {where}:", settings.pool, POOLS)
-        if settings.head == "probe" and settings.pool == "own":
-            raise OptionError(f'{where}: a probe needs pool = "mean"')
 
     @property
     def trains_head(self) -> bool:  # type: ignore[override]

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from lora_lab import tasks
 from lora_lab.errors import TaskError
 from lora_lab.tasks.chat import NO_TARGET, cut
-from lora_lab.tasks.file import text_of
+from lora_lab.tasks.tables import text_of
 
 CASES = Path(__file__).parents[1] / "cases"
 CASE = CASES / "N14_chat_messages_column"

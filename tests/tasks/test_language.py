@@ -382,7 +382,7 @@ WRONG_KEYS = [
     ({**TEXT, "prompt": "question"}, "either text, or prompt and completion, must name columns"),
     ({"kind": "causal-lm", "prompt": "question"}, "either text, or prompt and completion, must name columns"),
     ({**CHOICE, "options": ["first"]}, r"options is \['first'\]; two columns or more, or one that holds lists"),
-    ({**TEXT, "max_length": 1}, "max_length is 1; at least 2 tokens are needed"),
+    ({**TEXT, "max_length": 1}, "max_length is 1; a whole number of at least 2 is needed"),
     ({"kind": "multiple-choice", "prompt": "{question}", "label": "answer"}, "no options, which a multiple-choice"),
     ({**TEXT, "txet": "text"}, "unknown key in .*'txet' .did you mean 'text'"),
 ]

@@ -1,0 +1,82 @@
+"""Keys of task files: what is wrong with one is told in a line that names the file, the key and what would be right."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from lora_lab import tasks
+from lora_lab.errors import OptionError
+
+SOUND = {
+    "text-classification": {"text": "text", "label": "label"},
+    "causal-lm": {"text": "text"},
+    "multiple-choice": {"prompt": "{question}", "options": "choices", "label": "label"},
+    "image-classification": {},
+    "clip": {},
+}
+WRONG = [
+    ("text-classification", "limit", "3", "limit is '3'; a whole number of at least 1 is needed"),
+    ("text-classification", "limit", True, "limit is True; a whole number of at least 1 is needed"),
+    ("text-classification", "limit", 3.0, "limit is 3.0; a whole number of at least 1 is needed"),
+    ("text-classification", "split_seed", -1, "split_seed is -1; a whole number of at least 0 is needed"),
+    ("text-classification", "learning_rate", "1e-3", "learning_rate is '1e-3'; a number above 0 is needed"),
+    ("text-classification", "learning_rate", float("inf"), "learning_rate is inf; a number above 0 is needed"),
+    ("text-classification", "learning_rate", float("nan"), "learning_rate is nan; a number above 0 is needed"),
+    ("text-classification", "learning_rate", False, "learning_rate is False; a number above 0 is needed"),
+    ("text-classification", "trust_remote_code", 1, "trust_remote_code is 1; true or false is needed"),
+    ("text-classification", "data", ["a.csv"], "data is ['a.csv']; a text or a table of texts is needed"),
+    ("text-classification", "data", {"train": 1}, "data is {'train': 1}; a text or a table of texts is needed"),
+    ("text-classification", "target_modules", ["q", 1], "target_modules is ['q', 1]; a text or a list of names is"),
+    ("text-classification", "text_pair", 2, "text_pair is 2; the name of a column is needed"),
+    ("text-classification", "splits", {"tset": "x"}, "unknown split in here.toml: 'tset' (did you mean 'test'?)"),
+    ("text-classification", "dtype", "bfloat61", "unknown dtype in here.toml: 'bfloat61' (did you mean 'bfloat16'?)"),
+    ("text-classification", "pool", 3, "pool is 3; one of own, mean is needed"),
+    ("causal-lm", "max_length", 1, "max_length is 1; a whole number of at least 2 is needed"),
+    ("multiple-choice", "label_from", "1", "label_from is '1'; a whole number is needed"),
+    ("multiple-choice", "options", 4, "options is 4; a text or a list of names is needed"),
+    ("image-classification", "head", "prob", "unknown head in here.toml: 'prob' (did you mean 'probe'?)"),
+    ("clip", "shots", 0, "shots is 0; a whole number of at least 1 is needed"),
+]
+
+
+def build(kind, folder, keys=()):
+    return tasks.from_record(
+        {"kind": kind, "base": "base", "data": "x.csv", **SOUND[kind], **dict(keys)}, base=folder, where="here.toml"
+    )
+
+
+@pytest.mark.parametrize("kind", SOUND)
+def test_every_key_may_have_its_default(kind, tmp_path):
+    settings = build(kind, tmp_path).settings
+    spelt = dataclasses.asdict(settings) | {"base": "base", "data": "x.csv"}
+    assert build(kind, tmp_path, spelt).settings == settings
+    assert build(kind, tmp_path, {"learning_rate": 1}).settings.learning_rate == 1  # a whole number is a number
+
+
+@pytest.mark.parametrize(("kind", "key", "value", "text"), WRONG)
+def test_a_value_of_another_type_or_out_of_bounds_is_named(kind, key, value, text, tmp_path):
+    with pytest.raises(OptionError) as found:
+        build(kind, tmp_path, {key: value})
+    assert text in str(found.value)
+    assert "here.toml" in str(found.value)
+    assert "\n" not in str(found.value)
+
+
+def test_a_misspelt_key_is_told_before_the_one_that_is_missing_for_it(tmp_path):
+    record = {"kind": "causal-lm", "bsae": "x", "data": "x.csv", "text": "text", "limit": "3"}
+    with pytest.raises(OptionError, match=r"unknown key in here.toml 'bsae' \(did you mean 'base'\?\)"):
+        tasks.from_record(record, base=tmp_path, where="here.toml")
+    del record["bsae"]
+    with pytest.raises(OptionError, match=r"here.toml: no base, which a causal-lm task needs"):
+        tasks.from_record(record, base=tmp_path, where="here.toml")
+
+
+def test_what_checks_task_files_is_loaded_with_the_first_of_them():
+    code = (
+        "import sys; from lora_lab import tasks; tasks.from_name('digits/relabel'); print('pydantic' in sys.modules)\n"
+        "try: tasks.from_record({'kind': 'clip'})\nexcept ValueError as error: print('pydantic' in sys.modules, error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["False", "True the record: no base, which a clip task needs"], done.stderr
