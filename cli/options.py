@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from ..errors import OptionError
-from ..options import option
+from ..options import check_options, option
 from ..scoring.execution import Cost, Execution
 from . import parsing
 from .terminal import messages, print_json, progress
@@ -111,13 +111,22 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Computing(Device):
-    """Where and how much is computed."""
+class Workers(Device):
+    """Where something large is computed, and by whom."""
 
     jobs: int | None = option(None, "Compute in so many processes of this machine.", least=1)
     ray: str | None = option(
         None, "Compute on workers of a Ray cluster: auto (the one that runs), HOST:PORT, or local:N workers of its own."
     )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class Computing(Workers):
+    """The same, and whether it may take long."""
+
     yes: bool = option(False, "Go on without asking, however long it takes.")
 
     @contextlib.contextmanager
@@ -154,17 +163,13 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _json() -> Any:
-    return option(False, "Print the result as JSON instead of a table.")
-
-
 @dataclass(frozen=True)
 class Output:
     """The folder that a result goes to with its figure, and what is printed of it."""
 
     output: Path = option(Path("out"), "Folder for VERB.json, .pdf and .png.", flag="o output")
     force: bool = option(False, "Replace the results that are there.")
-    json: bool = _json()
+    json: bool = option(False, "Print the result as JSON instead of a table.")
 
     def print(self, result: Result, show: Callable[[Any], None]) -> None:
         """The result as JSON, or as tables."""
@@ -172,3 +177,18 @@ class Output:
             print_json(result.to_json())
         else:
             show(result)
+
+
+@dataclass(frozen=True)
+class AdapterOutput:
+    """The adapter that is written, and what is printed of how it was made."""
+
+    output: Path | None = option(None, "NAME.safetensors, or a name for a PEFT folder.", flag="o output")
+    force: bool = option(False, "Replace what is there.")
+    json: bool = option(False, "Print what was done as JSON.")
+
+    def path(self) -> Path:
+        """Where the adapter goes; OptionError without."""
+        if self.output is None:
+            raise OptionError("-o names the adapter to write: NAME.safetensors, or a name for a PEFT folder")
+        return self.output

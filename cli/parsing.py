@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from ..errors import OptionError, unknown
 
@@ -14,10 +15,31 @@ def numbers(text: str, flag: str) -> tuple[float, ...]:
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError as error:
-        raise OptionError(f"{flag} {text!r}: numbers with commas between them are needed, such as 0.25,0.5") from error
+        raise OptionError(
+            f"{flag} {text!r}: numbers with commas between them are needed, such as 0.25,0.5,0.75"
+        ) from error
     if not all(math.isfinite(value) for value in values):
         raise OptionError(f"{flag} {text!r}: finite numbers are needed")
     return values
+
+
+def values(text: str, flag: str, kind: Callable[[str], Any]) -> list[Any]:
+    """'1e-3,2e-3' → [0.001, 0.002], numbers of a kind."""
+    try:
+        several = [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        what = "whole number" if kind is int else "number"
+        raise OptionError(f"{flag} {text!r}: a {what} is needed, or several with commas between them") from error
+    if len(set(several)) < len(several):
+        raise OptionError(f"{flag} {text!r}: a value is given twice")
+    return several
+
+
+def modules(text: str, _: str) -> str | list[str]:
+    """'q_proj,v_proj' → names; a regular expression, and all-linear, as they are."""
+    if text == "all-linear" or any(sign in text for sign in "*()[]\\^$|"):
+        return text
+    return text.split(",")
 
 
 def seeds(text: str) -> list[int]:

@@ -3,86 +3,39 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+from ..options import option
+from ..training.recipe import Recipe
+from . import parsing
+from .options import AdapterOutput, Workers
+from .terminal import console, print_json, progress, say_written, table
+from .verbs import Grid, flags, shown, verb
 
-from . import common
+
+@dataclass(frozen=True)
+class Runs:
+    """On what is trained, and how often."""
+
+    task: str = option("digits/relabel", "Built-in task or task file (see `lora-lab tasks`).")
+    seeds: str | None = option(None, "Several runs, e.g. 0-4; -o is then a folder.")
+    peft_config: Path | None = option(
+        None, "JSON file with fields of PEFT's configuration; they win over other options."
+    )
+    report_to: str = option("none", "Where the Trainer logs to: tensorboard, wandb … (which must be installed).")
 
 
-def command(
-    method: Annotated[
-        str,
-        typer.Option(
-            help="coto, coto-h, coto-l, lora, dropout, progressive-dropout, stochastic-depth, or "
-            "stochastic-depth-scaled: each block's update then times its survival rate, as its paper scores it."
-        ),
-    ] = "coto",
-    seed: Annotated[int, typer.Option(help="Orders the data and draws the masks.")] = 0,
-    seeds: Annotated[str | None, typer.Option(help="Several runs, e.g. 0-4; -o is then a folder.")] = None,
-    init_seed: Annotated[
-        int | None,
-        typer.Option(help="Draws the adapter's initial A; by default the seed. One value for all runs shares A."),
-    ] = None,
-    task: Annotated[str, typer.Option(help="Built-in task or task file (see `lora-lab tasks`).")] = "digits/relabel",
-    peft: Annotated[
-        str | None, typer.Option(help="Tuner: lora (the default), rslora, dora, pissa, hira, loha, lokr, oft …")
-    ] = None,
-    peft_config: Annotated[
-        Path | None, typer.Option(help="JSON file with fields of PEFT's configuration; they win over other options.")
-    ] = None,
-    rank: Annotated[str | None, typer.Option(help="r; by default the task's. ☰")] = None,
-    alpha: Annotated[str | None, typer.Option(help="lora_alpha; by default twice the rank. ☰")] = None,
-    target_modules: Annotated[
-        str | None, typer.Option(help="Names with commas, a regular expression, or all-linear; by default the task's.")
-    ] = None,
-    learning_rate: Annotated[
-        str | None, typer.Option("--lr", help="Peak learning rate; by default the task's. ☰")
-    ] = None,
-    lora_plus: Annotated[
-        str | None, typer.Option(help="LoRA+: the learning rate of B is so many times that of A. ☰")
-    ] = None,
-    steps: Annotated[str | None, typer.Option(help="Optimiser steps; by default the task's. ☰")] = None,
-    batch_size: Annotated[
-        str | None, typer.Option(help="Examples per batch, of all processes together; by default the task's. ☰")
-    ] = None,
-    accumulate: Annotated[int, typer.Option(help="Batches per optimiser step.")] = 1,
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Recompute activations to save memory.")
-    ] = False,
-    warmup: Annotated[str, typer.Option(help="Share of the steps over which the learning rate rises. ☰")] = "0.06",
-    weight_decay: Annotated[str, typer.Option(help="AdamW's weight decay. ☰")] = "0.0",
-    max_grad_norm: Annotated[str, typer.Option(help="Gradients are clipped to this norm. ☰")] = "1.0",
-    bf16: Annotated[bool, typer.Option("--bf16", help="Train in bfloat16 mixed precision.")] = False,
-    optimizer: Annotated[
-        str, typer.Option(help="A name of transformers' TrainingArguments.optim.")
-    ] = "adamw_torch_fused",
-    dropout: Annotated[str, typer.Option(help="(Initial) rate for dropout and progressive-dropout. ☰")] = "0.25",
-    ramp: Annotated[str, typer.Option(help="Shape of p(t): linear, exponential or sine.")] = "linear",
-    p0: Annotated[
-        str | None,
-        typer.Option(help="p at the first step (0.1); for stochastic-depth the last block's survival (0.5). ☰"),
-    ] = None,
-    stage: Annotated[str, typer.Option(help="Share of the steps after which every adapter is on. ☰")] = "0.75",
-    group: Annotated[
-        list[str] | None, typer.Option(help="What is switched together: block, module, or NAME=REGEX (repeatable).")
-    ] = None,
-    save_every: Annotated[
-        int | None, typer.Option(help="Keep a checkpoint every N steps; a killed run resumes there.")
-    ] = None,
-    report_to: Annotated[
-        str, typer.Option(help="Where the Trainer logs to: tensorboard, wandb … (which must be installed).")
-    ] = "none",
-    jobs: Annotated[int | None, typer.Option(help="Runs side by side, a process each; by default one a core.")] = None,
-    device: common.DeviceOption = None,
-    ray: common.RayOption = None,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="NAME.safetensors, or a name for a PEFT folder.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
+@dataclass(frozen=True)
+class SideBySide(Workers):
+    """Where the runs are trained."""
+
+    jobs: int | None = option(None, "Runs side by side, a process each; by default one a core.", title="jobs")
+
+
+@verb
+def command(recipe: Grid[Recipe], runs: Runs, workers: SideBySide, output: AdapterOutput) -> None:
     """Train an adapter, with CoTo unless told otherwise; beside it lies the run's log (.train.json) and its figure.
 
     CoTo switches the adapters of each block on with a probability p(t) that grows from 0.1 to 1 over the first
@@ -95,78 +48,64 @@ def command(
 
     Example:  lora-lab train --method coto --seed 0 -o a.safetensors
     """
-    import dataclasses
-
     from .. import tasks
-    from ..files.disk import read_json
-    from ..training import tuning
-    from ..training.recipe import Recipe
-    from ..training.runs import Job, is_first, train_all
+    from ..training.runs import is_first
 
-    chosen = tasks.from_name(task)
-    settings = read_json(peft_config) if peft_config else {}
-    wanted = common.parse_seeds(seeds) if seeds is not None else [seed]
-    whole = {"rank": rank, "steps": steps, "batch_size": batch_size}
-    real = {"alpha": alpha, "learning_rate": learning_rate, "lora_plus": lora_plus, "warmup": warmup}
-    real |= {"weight_decay": weight_decay, "max_grad_norm": max_grad_norm, "dropout": dropout, "p0": p0, "stage": stage}
-    values = {name: tuning.parse_values(text, _option(name), int) for name, text in whole.items()}
-    values |= {name: tuning.parse_values(text, _option(name), float) for name, text in real.items()}
-    recipes = [
-        Recipe(
-            method=method,
-            seed=each,
-            init_seed=init_seed,
-            peft=peft or str(settings.get("peft_type") or "lora").lower(),
-            peft_config=settings,
-            target_modules=_target_modules(target_modules),
-            accumulate=accumulate,
-            checkpointing=checkpointing,
-            bf16=bf16,
-            optimizer=optimizer,
-            ramp=ramp,
-            groups=common.parse_groups(group) if group else "block",
-            save_every=save_every,
-            **{name: each_value[0] for name, each_value in values.items()},
-        )
-        for each in wanted
-    ]
-    paths = [_path(output, recipe, folder=seeds is not None) for recipe in recipes]
-    settings = tuning.settings_of(values)
-    tried = None
+    task = tasks.from_name(runs.task)
+    recipes = _recipes(recipe.first, runs)
+    paths = [_path(output.output, each, folder=runs.seeds is not None) for each in recipes]
     if is_first():
-        _check_test_split(chosen)
-    with common.workers_on(ray, device) as (workers, _), common.progress("training") as report:
-        if len(settings) > 1:
-            for setting in settings:  # refused before anything is trained
-                dataclasses.replace(recipes[0], **setting)
-            results, tried = tuning.train_best(
-                chosen.spec,
-                recipes,
-                settings,
-                paths,
-                device=device,
-                processes=jobs,
-                report_to=report_to,
-                force=force,
-                progress=report,
-                workers=workers,
-            )
-        else:
-            todo = [Job(chosen.spec, r, path, device, report_to) for r, path in zip(recipes, paths, strict=True)]
-            results = train_all(todo, processes=jobs, force=force, progress=report, workers=workers)
+        _check_test_split(task)
+    results, tried = _trained(task.spec, recipes, recipe.values, paths, runs, workers, output.force)
     if not is_first():
         return
     written = _save_tuning(tried, paths, recipes[0].method) if tried else []
-    if json:
-        common.print_json(
-            [{"path": str(path), **result.to_json()} for path, result in zip(paths, results, strict=True)]
-        )
+    if output.json:
+        print_json([{"path": str(path), **result.to_json()} for path, result in zip(paths, results, strict=True)])
         return
     if tried:
         _show_tuning(tried)
     show(paths, results)
     if written:
-        common.say_written(written)
+        say_written(written)
+
+
+def _recipes(recipe: Recipe, runs: Runs) -> list[Recipe]:
+    """One for each seed, with the fields of PEFT's configuration that a file gives."""
+    from ..files.disk import read_json
+
+    if runs.peft_config:
+        fields = read_json(runs.peft_config)
+        kind = str(fields.get("peft_type") or "lora").lower()
+        recipe = replace(recipe, peft_config=fields, peft=kind if recipe.peft == "lora" else recipe.peft)
+    seeds = parsing.seeds(runs.seeds) if runs.seeds is not None else [recipe.seed]
+    return [replace(recipe, seed=seed) for seed in seeds]
+
+
+def _trained(
+    task: Any,
+    recipes: list[Recipe],
+    values: Any,
+    paths: list[Path],
+    runs: Runs,
+    where: SideBySide,
+    force: bool,
+) -> tuple[list[Any], Any | None]:
+    """The log of each run, and where options had several values, what every setting of them gave."""
+    from ..scoring.workers import open_workers
+    from ..training import tuning
+    from ..training.runs import Job, train_all
+
+    settings = tuning.settings_of(values)
+    for setting in settings:  # refused before anything is trained
+        replace(recipes[0], **setting)
+    with open_workers(None, where.ray, where.device) as workers, progress("training") as report:
+        how: dict[str, Any] = {"processes": where.jobs, "force": force, "progress": report, "workers": workers}
+        if len(settings) > 1:
+            how |= {"device": where.device, "report_to": runs.report_to}
+            return tuning.train_best(task, recipes, settings, paths, **how)
+        jobs = [Job(task, r, path, where.device, runs.report_to) for r, path in zip(recipes, paths, strict=True)]
+        return train_all(jobs, **how), None
 
 
 def _check_test_split(task: Any) -> None:
@@ -194,9 +133,10 @@ def _save_tuning(tried: Any, paths: list[Path], method: str) -> list[Path]:
 def _show_tuning(tried: Any) -> None:
     settings, names = tried.summary["settings"], tried.parameters["options"]
     rows = [[*(row[n] for n in names), row["accuracy"], row["loss"], "✓" if row["chosen"] else ""] for row in settings]
-    headings = [*(_option(name) for name in names), "validation accuracy", "validation loss", ""]
-    common.table("Tried, means over the seeds", headings, rows)
-    common.console.print()
+    flag = {field.name: flags(field, said)[-1] for field, said in shown(Recipe)}
+    headings = [*(flag[name] for name in names), "validation accuracy", "validation loss", ""]
+    table("Tried, means over the seeds", headings, rows)
+    console.print()
 
 
 def show(paths: list[Path], results: list[Any]) -> None:
@@ -208,17 +148,7 @@ def show(paths: list[Path], results: list[Any]) -> None:
             (str(path), record["method"], record["seed"], found["accuracy"], found["loss"], result.summary["cpu_s"])
         )
     headings = ("adapter", "method", "seed", "validation accuracy", "validation loss", "training CPU s")
-    common.table("Trained adapters", headings, rows)
-
-
-def _option(name: str) -> str:
-    return "--lr" if name == "learning_rate" else "--" + name.replace("_", "-")
-
-
-def _target_modules(text: str | None) -> str | list[str] | None:
-    if text is None or text == "all-linear" or any(sign in text for sign in "*()[]\\^$|"):
-        return text
-    return text.split(",")
+    table("Trained adapters", headings, rows)
 
 
 def _path(output: Path | None, recipe: Any, *, folder: bool) -> Path:

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
 from ..options import Option, options_of
 from . import parsing
+
+Asked = TypeVar("Asked")
+
+
+@dataclass(frozen=True)
+class Grid(Generic[Asked]):
+    """A dataclass some of whose options were given several values, of which the best is to be found."""
+
+    first: Asked
+    """With the first value of each."""
+    values: Mapping[str, Sequence[Any]]
+    """Option → its values, for all options that may have several."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,7 @@ FORMS: dict[Any, Form] = {
     Mapping[str, Any]: Form(list[str], _pairs, lambda _: None),
     Mapping[str, Mapping[str, Any]]: Form(list[str], _pairs, lambda _: None),
     str | Mapping[str, str]: Form(list[str], _groups, str),
+    str | Sequence[str] | None: Form(str, parsing.modules, str),
 }
 """Types of fields that typer does not know."""
 
@@ -59,9 +72,11 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(function).parameters.values():
         hint = hints[parameter.name]
-        if dataclasses.is_dataclass(hint):
+        if dataclasses.is_dataclass(get_origin(hint) or hint):
             groups[parameter.name] = hint
-            parameters += [_parameter(field, said, hint, name) for field, said in shown(hint)]
+            parameters += [
+                _parameter(field, said, group, name) for group in [_group(hint)] for field, said in shown(group)
+            ]
         else:
             parameters.append(parameter.replace(annotation=hint))
 
@@ -85,37 +100,55 @@ def shown(group: Any) -> list[tuple[dataclasses.Field[Any], Option]]:
 
 
 def flags(field: dataclasses.Field[Any], said: Option) -> list[str]:
-    """The option's names with their dashes: one for the letter before a name, both names of a switch with a slash."""
-    *short, name = (said.flag or field.name.replace("_", "-")).split()
-    return [*(f"-{letter}" for letter in short), "/".join(f"--{part}" for part in name.split("/"))]
+    """The option's names with their dashes: one for a letter before a name, both names of a switch with a slash."""
+    names = (said.flag or field.name.replace("_", "-")).split()
+    return [
+        f"-{name}" if len(name) == 1 < len(names) else "/".join(f"--{part}" for part in name.split("/"))
+        for name in names
+    ]
 
 
-def build(group: Any, given: dict[str, Any]) -> Any:
-    """The dataclass from what was written for its options, which are taken out of `given`."""
-    hints = get_type_hints(group)
-    values = {}
+def build(hint: Any, given: dict[str, Any]) -> Any:
+    """The dataclass (or the Grid of it) from what was written for its options, which are taken out of `given`."""
+    group, values, several = _group(hint), {}, {}
     for field, said in shown(group):
-        written, form = given.pop(field.name), FORMS.get(hints[field.name])
+        written, form = given.pop(field.name), _form(field, said, group)
         value = form.read(written, flags(field, said)[-1]) if form and written is not None else written
+        if said.several:
+            several[field.name] = [None] if value is None else value
+            value = several[field.name][0]
         if form is None or value is not None:
             values[field.name] = value
-    return group(**values)
+    return Grid(group(**values), several) if get_origin(hint) is Grid else group(**values)
+
+
+def _group(hint: Any) -> Any:
+    return get_args(hint)[0] if get_origin(hint) is Grid else hint
+
+
+def _form(field: dataclasses.Field[Any], said: Option, group: Any) -> Form | None:
+    hint = get_type_hints(group)[field.name]
+    if said.several:
+        kind = int if hint in (int, int | None) else float
+        return Form(str, lambda text, flag: parsing.values(text, flag, kind), str)
+    return FORMS.get(hint)
 
 
 def _parameter(field: dataclasses.Field[Any], said: Option, group: Any, verb_name: str) -> inspect.Parameter:
-    hint, form = get_type_hints(group)[field.name], None
+    hint, form, names = get_type_hints(group)[field.name], _form(field, said, group), flags(field, said)
     default = field.default if field.default_factory is dataclasses.MISSING else None
     more: dict[str, Any] = {}
-    names = flags(field, said)
-    if hint in FORMS:
-        form = FORMS[hint]
-        default = form.show(default) if default is not None else None
-        hint = form.kind
-        if hint == list[str]:
-            hint, default, more = list[str] | None, None, {"show_default": default} if default else {}
+    if form:
+        default = form.show(default) if default not in (None, ()) else None
+        hint = form.kind | None
+        if form.kind == list[str]:  # typer would add what is given to a default
+            more, default = {"show_default": default or False}, None
     elif hint in (bool, bool | None) and default is not False and "/" not in names[0]:
         names = [f"{names[0]}/--no-{names[0][2:]}"]
-    option = typer.Option(*names, help=said.help.replace("VERB", verb_name), **more)
+    text = said.help.replace("VERB", verb_name) + (" ☰" if said.several else "")
     return inspect.Parameter(
-        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option]
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=default,
+        annotation=Annotated[hint, typer.Option(*names, help=text, **more)],
     )

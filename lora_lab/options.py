@@ -73,10 +73,10 @@ def _check(title: str, value: Any, said: Option) -> None:
     if not math.isfinite(value):
         raise OptionError(f"{title} is {value}; a finite number is needed")
     if said.above is not None and not value > said.above:
-        raise OptionError(f"{title} is {value}; it must be above {said.above:g}")
+        raise OptionError(f"{title} is {value}; it must be above {said.above}")
     low, high = said.least, said.most
     if (low is not None and value < low) or (high is not None and value > high):
         if low is not None and high is not None:
-            raise OptionError(f"{title} is {value}; it must be from {low:g} to {high:g}")
-        bound = f"at least {low:g}" if low is not None else f"at most {high:g}"
+            raise OptionError(f"{title} is {value}; it must be from {low} to {high}")
+        bound = f"at least {low}" if low is not None else f"at most {high}"
         raise OptionError(f"{title} is {value}; it must be {bound}")

@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers.training_args import OptimizerNames
+from lora_lab.lazy import later
+from lora_lab.options import check_options, option
 
-from lora_lab.errors import OptionError, unknown
-from lora_lab.tasks.task import Task
-from lora_lab.training.schedule import Schedule
+if TYPE_CHECKING:
+    from lora_lab.tasks.task import Task
+    from lora_lab.training.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -49,68 +50,96 @@ METHODS: dict[str, Method] = {
 """Training methods by name."""
 
 
+def _optimizers() -> list[str]:
+    from transformers.training_args import OptimizerNames
+
+    return [name.value for name in OptimizerNames]
+
+
+def _tuner_names() -> list[str]:
+    return list(tuners())
+
+
 @dataclass(frozen=True)
 class Recipe:
     """All that a training run is made of; equal recipes give equal adapters (on one machine and device).
 
     None takes the task's own default. `seed` orders the data and draws the masks, `init_seed` the adapter's
-    initial weights (the seed's value by default). `peft` names the tuner (see TUNERS), `peft_config` overrides
-    fields of its configuration. `groups` is "block", "module", or {name: regular expression}.
+    initial weights (the seed's value by default). `peft` names the tuner (see `tuners`), `peft_config` overrides
+    fields of its configuration. `groups` is "block", "module", or {name: regular expression}. `lora_plus` is by Hayou
+    et al. 2024, arXiv:2402.12354. With `bf16` the adapter's own weights stay float32.
     """
 
-    method: str = "coto"
-    seed: int = 0
-    init_seed: int | None = None
-    peft: str = "lora"
-    peft_config: Mapping[str, Any] = field(default_factory=dict)
-    rank: int | None = None
-    alpha: float | None = None
-    target_modules: str | Sequence[str] | None = None
-    learning_rate: float | None = None
-    steps: int | None = None
-    batch_size: int | None = None
-    accumulate: int = 1
-    checkpointing: bool = False
-    warmup: float = 0.06
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    optimizer: str = "adamw_torch_fused"
-    """One of transformers' names, as TrainingArguments.optim."""
-    lora_plus: float | None = None
-    """LoRA+: the learning rate of B is so many times that of A (Hayou et al. 2024, arXiv:2402.12354)."""
-    bf16: bool = False
-    """Train in bfloat16 mixed precision; the adapter's own weights stay float32."""
-    dropout: float = 0.25
-    ramp: str = "linear"
-    p0: float | None = None
-    stage: float = 0.75
-    groups: str | Mapping[str, str] = "block"
-    save_every: int | None = None
-    """Keep a Trainer checkpoint every so many steps."""
+    method: str = option(
+        "coto",
+        "coto, coto-h, coto-l, lora, dropout, progressive-dropout, stochastic-depth, or stochastic-depth-scaled: each "
+        "block's update then times its survival rate, as its paper scores it.",
+        choices=lambda: METHODS,
+    )
+    seed: int = option(0, "Orders the data and draws the masks.", least=0, most=2**32 - 1)
+    init_seed: int | None = option(
+        None,
+        "Draws the adapter's initial A; by default the seed. One value for all runs shares A.",
+        least=0,
+        most=2**32 - 1,
+    )
+    peft: str = option(
+        "lora", "Tuner: lora, rslora, dora, pissa, hira, loha, lokr, oft …", choices=_tuner_names, title="tuner"
+    )
+    peft_config: Mapping[str, Any] = option({}, "Fields of PEFT's configuration; they win over other options.", flag="")
+    rank: int | None = option(None, "r; by default the task's.", above=0, several=True)
+    alpha: float | None = option(None, "lora_alpha; by default twice the rank.", above=0, several=True)
+    target_modules: str | Sequence[str] | None = option(
+        None, "Names with commas, a regular expression, or all-linear; by default the task's."
+    )
+    learning_rate: float | None = option(
+        None, "Peak learning rate; by default the task's.", flag="lr", above=0, several=True
+    )
+    lora_plus: float | None = option(
+        None, "LoRA+: the learning rate of B is so many times that of A.", above=0, several=True
+    )
+    steps: int | None = option(None, "Optimiser steps; by default the task's.", above=0, several=True)
+    batch_size: int | None = option(
+        None, "Examples per batch, of all processes together; by default the task's.", above=0, several=True
+    )
+    accumulate: int = option(1, "Batches per optimiser step.", above=0)
+    checkpointing: bool = option(False, "Recompute activations to save memory.")
+    warmup: float = option(
+        0.06, "Share of the steps over which the learning rate rises.", least=0, most=1, several=True
+    )
+    weight_decay: float = option(0.0, "AdamW's weight decay.", several=True)
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", several=True)
+    bf16: bool = option(False, "Train in bfloat16 mixed precision.")
+    optimizer: str = option(
+        "adamw_torch_fused", "A name of transformers' TrainingArguments.optim.", choices=_optimizers
+    )
+    dropout: float = option(0.25, "(Initial) rate for dropout and progressive-dropout.", least=0, most=1, several=True)
+    ramp: str = option(
+        "linear", "Shape of p(t): linear, exponential or sine.", choices=later("lora_lab.training.schedule", "RAMPS")
+    )
+    p0: float | None = option(
+        None,
+        "p at the first step (0.1); for stochastic-depth the last block's survival (0.5).",
+        least=0,
+        most=1,
+        several=True,
+    )
+    stage: float = option(0.75, "Share of the steps after which every adapter is on.", least=0, most=1, several=True)
+    groups: str | Mapping[str, str] = option(
+        "block", "What is switched together: block, module, or NAME=REGEX (repeatable).", flag="group"
+    )
+    save_every: int | None = option(
+        None, "Keep a Trainer checkpoint every so many steps; a killed run resumes there.", above=0
+    )
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise unknown("method", self.method, METHODS)
-        if self.peft not in tuners():
-            raise unknown("tuner", self.peft, tuners())
-        for name in ("rank", "steps", "batch_size", "accumulate", "save_every", "learning_rate", "alpha", "lora_plus"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise OptionError(f"{name.replace('_', ' ')} is {value}; it must be above 0")
-        for name in ("seed", "init_seed"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 2**32:
-                raise OptionError(f"{name.replace('_', ' ')} is {value}; it must be from 0 to {2**32 - 1}")
-        if self.optimizer not in [option.value for option in OptimizerNames]:
-            raise unknown("optimizer", self.optimizer, [option.value for option in OptimizerNames])
-        for name in ("warmup", "dropout", "stage"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise OptionError(f"{name} is {getattr(self, name)}; a share between 0 and 1 is needed")
-        _ = self.schedule
+        check_options(self)
 
     @property
     def schedule(self) -> Schedule:
         """The CoTo schedule of the method; for methods without masks only its ramp is used."""
+        from lora_lab.training.schedule import Schedule
+
         method = METHODS[self.method]
         return Schedule(self.ramp, method.p0 if self.p0 is None else self.p0, self.stage, method.law or "uniform")
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_lab.errors import LoraLabError, OptionError, TaskError
+from lora_lab.errors import LoraLabError, TaskError
 from lora_lab.files.disk import refuse_existing
 from lora_lab.files.trust import recordable
 from lora_lab.results.result import Result, columns, fingerprint, finite, provenance
@@ -144,17 +144,3 @@ def _keep(job: Job, log: Result, path: Path, rows: Sequence[Mapping[str, Any]]) 
 
 def _words(settings: Sequence[Setting]) -> str:
     return "; ".join(", ".join(f"{name} {value}" for name, value in setting.items()) for setting in settings)
-
-
-def parse_values(text: str | None, name: str, kind: Callable[[str], Any]) -> list[Any]:
-    """'1e-3,2e-3' → [0.001, 0.002]; [None] where nothing was given."""
-    if text is None:
-        return [None]
-    try:
-        values = [kind(part) for part in text.split(",")]
-    except ValueError as error:
-        what = "whole number" if kind is int else "number"
-        raise OptionError(f"{name} {text!r}: a {what} is needed, or several with commas between them") from error
-    if len(set(values)) < len(values):
-        raise OptionError(f"{name} {text!r}: a value is given twice")
-    return values

@@ -235,7 +235,7 @@ def test_jobs_side_by_side_give_what_they_give_alone(tmp_path, coto):
         ({"peft": "lroa"}, "unknown tuner 'lroa'"),
         ({"steps": 0}, "steps is 0; it must be above 0"),
         ({"learning_rate": -1.0}, "learning rate is -1.0"),
-        ({"warmup": 2}, "warmup is 2; a share"),
+        ({"warmup": 2}, "warmup is 2; it must be from 0 to 1"),
         ({"ramp": "lin"}, "unknown ramp 'lin'"),
         ({"seed": -1}, "seed is -1; it must be from 0"),
         ({"init_seed": 2**32}, "init seed is"),

@@ -5,14 +5,14 @@ import math
 import pytest
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.errors import FileError, OptionError, TaskError
+from lora_lab.errors import FileError, TaskError
 from lora_lab.results.result import Result
 from lora_lab.scoring.evaluate import score
 from lora_lab.tasks.digits import Digits
 from lora_lab.tasks.task import Split
 from lora_lab.training import tuning
 from lora_lab.training.recipe import Recipe
-from lora_lab.training.tuning import parse_values, settings_of, train_best
+from lora_lab.training.tuning import settings_of, train_best
 
 TASK = Digits("relabel")
 
@@ -137,15 +137,6 @@ def test_a_training_that_diverges_in_its_last_step_is_a_row_too(tmp_path):
     _, tried = train_best(TASK.record, diverging, settings, paths, processes=1)
     assert tried.columns["accuracy"][1] is None
     assert tried.columns["chosen"] == [True, False]
-
-
-def test_values_are_numbers_with_commas():
-    assert parse_values("1e-3,2e-3", "--lr", float) == [1e-3, 2e-3]
-    assert parse_values(None, "--lr", float) == [None]
-    with pytest.raises(OptionError, match=r"--rank '2,x': a whole number is needed"):
-        parse_values("2,x", "--rank", int)
-    with pytest.raises(OptionError, match="given twice"):
-        parse_values("2,2", "--rank", int)
 
 
 def test_records_stay_strict_json(tmp_path):
