@@ -60,6 +60,7 @@ def command(
     from ..merging.methods import MERGES
     from ..merging.sources import base_of
     from ..results import tables
+    from ..scoring.execution import Execution
     from ..tasks.choosing import tasks_of
 
     outputs = common.Outputs(output, "compare-merges")
@@ -75,36 +76,26 @@ def command(
         method, _, inner = name.partition(":")
         known = MERGES[method].defaults({"inner": inner} if inner else {})
         options.setdefault(name, {}).update(common.parse_set([f"{option}={value}"], known, name))
-    compare.ways_of(names, options)
     loaded = [Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name) for path in adapters]
     loaded = rename_all(loaded, common.parse_renames(rename))
-    settings: dict[str, Any] = {
-        "methods": names,
-        "options": options,
-        "coefficients": common.parse_numbers(coefficients, "--coefficients"),
-        "ratios": parse_ratios(ratios, 99),
-        "base_name": base,
-        "split": split,
-        "seed": seed,
-    }
+    question = compare.CompareMerges(
+        tuple(names),
+        options,
+        tuple(common.parse_numbers(coefficients, "--coefficients")),
+        tuple(map(tuple, parse_ratios(ratios, 99))),
+        base_name=base,
+        split=split,
+        seed=seed,
+    )
+    question.check(loaded)
     tasks = tasks_of(loaded, task or [], trust_record=trust_record)
-    compare.mixes_of(loaded, tasks, settings["ratios"])  # what cannot be merged is refused first
+    question.check_sets(loaded, tasks)  # what cannot be merged is refused first
     built = base_of(loaded, base, trust_record=trust_record)
-    run = compare.run_id(loaded, tasks, **settings)
-    result = outputs.earlier(run, force=force)
+    result = outputs.earlier(question.run_id(loaded, tasks), force=force)
     if result is None:
         with common.workers_on(ray, device) as (workers, place), common.progress("merging and scoring") as report:
-            result = compare.compare(
-                loaded,
-                tasks,
-                **settings,
-                base=built,
-                device=place,
-                journal=outputs.journal,
-                progress=report,
-                confirm=common.confirm(yes),
-                workers=workers,
-            )
+            on = Execution(place, outputs.cache, workers, report, common.confirm(yes))
+            result = question.run(loaded, tasks, on, base=built)
         common.say_written(outputs.save(result))
     if latex:
         common.say_written(tables.save(result, tex))

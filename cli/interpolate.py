@@ -56,6 +56,7 @@ def command(
     from ..adapters.renames import rename_all
     from ..analysis import connectivity
     from ..errors import unknown
+    from ..scoring.execution import Execution
     from ..tasks.choosing import task_of
 
     if space not in _SPACES:
@@ -63,21 +64,16 @@ def command(
     outputs = common.Outputs(output, "interpolate")
     loaded = [Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name) for path in adapters]
     loaded = rename_all(loaded, common.parse_renames(rename))
-    options: dict[str, Any] = {
-        "points": points,
-        "spaces": _SPACES[space],
-        "ratios": connectivity.parse_ratios(ratios, len(loaded)) if ratios else (),
-        "split": split,
-        "seed": seed,
-    }
-    connectivity.check(loaded, points=points, spaces=_SPACES[space])
+    mixtures = connectivity.parse_ratios(ratios, len(loaded)) if ratios else []
+    question = connectivity.Interpolate(
+        points, tuple(_SPACES[space]), tuple(map(tuple, mixtures)), split=split, seed=seed
+    )
+    question.check(loaded)
     chosen = task_of(*loaded, given=task, trust_record=trust_record)
-    result = outputs.earlier(connectivity.run_id(loaded, chosen, **options), force=force)
+    result = outputs.earlier(question.run_id(loaded, chosen), force=force)
     if result is None:
         with common.workers_on(ray, device) as (workers, place), common.progress("interpolating") as report:
-            result = connectivity.interpolate(
-                loaded, chosen, **options, device=place, journal=outputs.journal, progress=report, workers=workers
-            )
+            result = question.run(loaded, chosen, Execution(place, outputs.cache, workers, report))
         common.say_written(outputs.save(result))
     if json:
         common.print_json(result.to_json())

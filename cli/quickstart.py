@@ -27,6 +27,7 @@ def command(
     from .. import plots, tasks
     from ..adapters.adapter import Adapter
     from ..analysis import connectivity
+    from ..scoring.execution import Execution
     from ..training.recipe import Recipe
     from ..training.runs import Job, train_all
 
@@ -43,7 +44,8 @@ def command(
     for method, pair in (("lora", paths[:2]), ("coto", paths[2:])):
         outputs = common.Outputs(output / method, "interpolate")
         with common.progress(f"walking from one {method} adapter to the other") as report:
-            results.append(connectivity.interpolate([Adapter.load(path) for path in pair], chosen, progress=report))
+            loaded, on = [Adapter.load(path) for path in pair], Execution(progress=report)
+            results.append(connectivity.Interpolate().run(loaded, chosen, on))
         outputs.save(results[-1])
         interpolate.show(results[-1])
     drawn = [output / "line.pdf", output / "line.png"]

@@ -7,6 +7,7 @@ medians and the median of the ratios. Absolute times say more about the machine 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import statistics
 import time
@@ -34,12 +35,14 @@ from transformers import (
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.attached import attach
 from lora_lab.adapters.groups import players
-from lora_lab.analysis.connectivity import Point, evaluate
-from lora_lab.analysis.game import Game, Outcomes
+from lora_lab.analysis.connectivity import LineModels, MixPoint, score_points
+from lora_lab.analysis.game import Game
 from lora_lab.analysis.questions import Shapley
 from lora_lab.games import estimators
 from lora_lab.games.estimators import all_coalitions
 from lora_lab.merging.paths import Paths
+from lora_lab.scoring.evaluator import Evaluator
+from lora_lab.scoring.models import TaskModels
 from lora_lab.tasks.digits import Digits
 from lora_lab.tasks.task import Split, Task
 from lora_lab.training.fit import train
@@ -153,10 +156,10 @@ def bench_curves(repeats: int, folder: Any) -> None:
 
     weights = [(1 - t / 10, t / 10) for t in range(11)]
     for space in ("factors", "delta"):
-        points = [Point(w, space) for w in weights]
+        points = [MixPoint(w, space) for w in weights]
 
-        def ours(points: list[Point] = points) -> float:
-            return cpu(lambda: evaluate(Paths(adapters), task, points))
+        def ours(points: list[MixPoint] = points) -> float:
+            return cpu(lambda: score_points(Evaluator(adapters, task, build=LineModels), points))
 
         with attach(task.build_model(), adapters[0]) as attached:
             if space == "delta":  # as many columns as most points of the curve have
@@ -166,9 +169,9 @@ def bench_curves(repeats: int, folder: Any) -> None:
             found = side_by_side(ours, lambda model=model: cpu(lambda: bare(model)), repeats)
         report(f"11-point curve ({space}) / 11 bare forward passes", "at most 1.15", found)
 
-    points = [Point(w, "delta") for w in weights]
+    points = [MixPoint(w, "delta") for w in weights]
     found = side_by_side(
-        lambda: cpu(lambda: evaluate(Paths(adapters), task, points)),
+        lambda: cpu(lambda: score_points(Evaluator(adapters, task, build=LineModels), points)),
         lambda: cpu(lambda: naive_curve(task.build_model(), task, adapters, folders, weights)),
         repeats,
     )
@@ -265,7 +268,7 @@ def bench_models(repeats: int, folder: Any) -> None:
                     model(**{key: tensor for key, tensor in batch.items() if key != "labels"})
 
         def ours(task: Task = task, adapter: Adapter = adapter, coalitions: Any = coalitions) -> float:
-            game = Game(Outcomes(adapter, task), players(adapter))
+            game = Game(Evaluator([adapter], task), players(adapter))
             game.cost(coalitions[:1])  # builds the model
             return cpu(lambda: game(coalitions))
 
@@ -331,12 +334,13 @@ def report_sharing(name: str, goal: str, task: Task, adapter: Adapter, coalition
     computed, kept = [], []
 
     def asked(rows: Any, share: bool) -> float:
-        game = Game(Outcomes(adapter, task, share=share), players(adapter))
+        build = functools.partial(TaskModels, share=share)
+        game = Game(Evaluator([adapter], task, build=build), players(adapter))
         game.cost(rows[:1])  # builds the model
         seconds = cpu(lambda: game(rows))
         if share:
-            computed.append(game.outcomes.variants.computed)
-            kept.append(game.outcomes.variants.kept_bytes)
+            computed.append(game.evaluator.effort.computed)
+            kept.append(game.evaluator.effort.kept_bytes)
         return seconds
 
     subset = coalitions[:: max(1, len(coalitions) // 256)]
@@ -350,11 +354,11 @@ def report_sharing(name: str, goal: str, task: Task, adapter: Adapter, coalition
     print(f"  {share:.2f} of the blocks; activations kept: {kept[0] / 2**20:.1f} MiB", flush=True)
 
 
-def real_game(worth: str, outcomes: Outcomes) -> tuple[Any, Any]:
+def real_game(worth: str, evaluator: Evaluator) -> tuple[Any, Any]:
     """Twelve adapters of a trained LoRA (attention and MLP of six layers), all coalitions known."""
     halves = {"attention": "[qkvo]_proj", "mlp": "fc[12]"}
     by = {f"{name}{i}": rf"layers\.{i}\..*{pattern}" for i in range(6) for name, pattern in halves.items()}
-    worths = Game(outcomes, players(outcomes.adapter, by), worth=worth)(all_coalitions(12))
+    worths = Game(evaluator, players(evaluator.adapters[0], by), worth=worth)(all_coalitions(12))
 
     game = table_game(worths)
     return game, estimators.exact(game, 12).values
@@ -374,10 +378,10 @@ def bench_estimators(seeds: int = 20) -> None:
     """Relative L2 error at equal evaluations, mean over seeds, beside shapiq's estimators."""
     import shapiq
 
-    outcomes = Outcomes(train(Digits("relabel"), Recipe(method="lora"))[0], Digits("relabel"))
+    evaluator = Evaluator([train(Digits("relabel"), Recipe(method="lora"))[0]], Digits("relabel"))
     games = {
-        "12 real adapters, loss": (12, *real_game("loss", outcomes)),
-        "12 real adapters, accuracy": (12, *real_game("accuracy", outcomes)),
+        "12 real adapters, loss": (12, *real_game("loss", evaluator)),
+        "12 real adapters, accuracy": (12, *real_game("accuracy", evaluator)),
         "32, saturating": (32, *saturating(32, total=4.0)),
         "64, saturating": (64, *saturating(64, total=4.0)),
     }

@@ -13,8 +13,9 @@ from making_adapters import random_adapter
 from peft import LoraConfig
 
 from lora_lab.adapters.groups import players
-from lora_lab.analysis.game import Game, Outcomes
-from lora_lab.scoring.scorer import Scorer
+from lora_lab.analysis.game import Game
+from lora_lab.scoring.evaluator import Evaluator
+from lora_lab.scoring.execution import Execution
 from lora_lab.scoring.workers import Workers, open_workers
 from lora_lab.tasks.digits import Digits
 
@@ -29,10 +30,10 @@ def bench_workers(repeats: int, folder: Path) -> None:
     coalitions = np.unique(np.random.default_rng(0).random((COALITIONS, 24)) < 0.5, axis=0)
 
     def wall(workers: Workers | None) -> float:
-        game = Game(Outcomes(adapter, task, workers=workers), players(adapter, "module"))
+        game = Game(Evaluator([adapter], task, Execution(workers=workers)), players(adapter, "module"))
         game.cost(coalitions)  # the model is built, and the workers are there
         if workers:
-            workers.map(game.outcomes._setup, [_nothing] * workers.size)
+            workers.map(game.evaluator._setup, [_nothing] * workers.size)
         began = time.perf_counter()
         game(coalitions)
         return time.perf_counter() - began
@@ -54,7 +55,7 @@ def bench_workers(repeats: int, folder: Path) -> None:
     print(f"  all: {found}; load average {os.getloadavg()[0]:.1f}; a cluster starts in {started[2]:.1f} s", flush=True)
 
 
-def _nothing(scorer: Scorer) -> None:
+def _nothing(evaluator: Evaluator) -> None:
     """Builds the model, and keeps the worker busy until the other one has come, too."""
-    assert scorer.variants.blocks
+    assert evaluator.layout.blocks
     time.sleep(5)

@@ -18,30 +18,26 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.attached import put_on
-from lora_lab.adapters.describe import described, identity, labels_of, method_of
+from lora_lab.adapters.describe import described, labels_of, method_of
 from lora_lab.analysis.question import Question
 from lora_lab.errors import OptionError
 from lora_lab.merging.paths import SPACES, Paths
 from lora_lab.options import option
-from lora_lab.results.result import Journal, Result, columns, fingerprint, finite, grouped, provenance
+from lora_lab.results.result import Result, columns, finite, grouped
 from lora_lab.results.stats import Floats, Sampled, mean_and_spread, proportion
-from lora_lab.scoring.examples import Examples, Sent, bare, examples_of, pack, remembered
+from lora_lab.scoring.changes import Change
+from lora_lab.scoring.evaluator import Evaluator
+from lora_lab.scoring.examples import Examples
 from lora_lab.scoring.execution import Execution
-from lora_lab.scoring.workers import Workers
-from lora_lab.tasks.task import Scores, Task, resolve_device
-
-Progress = Callable[[int, int], None]
-"""Called with (evaluations done, evaluations in all)."""
-
+from lora_lab.scoring.models import TaskModels
+from lora_lab.tasks.task import Scores, Task
 
 BARRIERS: dict[str, Callable[[Floats, Floats], Floats]] = {
     "frankle": lambda L, t: L - (L[0] + L[-1]) / 2,
@@ -60,7 +56,7 @@ METRICS = ("loss", "error")
 
 
 @dataclass(frozen=True)
-class Point:
+class MixPoint(Change):
     """One place to be evaluated: weights over all adapters, and the space in which they act."""
 
     weights: tuple[float, ...]
@@ -73,6 +69,11 @@ class Point:
         if len(used) == 1 and used[0][1] == 1:
             return f"own:{used[0][0]}"
         return self.space + ":" + ",".join(f"{i}={w:.12g}" for i, w in used)
+
+    def apply(self, models: LineModels, examples: Examples) -> Scores:
+        """Scores of the mix; DivergedError where they are not finite."""
+        with models.wearing(models.paths.mix(self.weights, self.space)) as model:
+            return models.tasks[0].score(model, examples.split)
 
 
 @dataclass(frozen=True)
@@ -104,203 +105,72 @@ class Interpolate(Question):
 
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise what `run` would raise for these adapters, before anything is computed."""
-        check(adapters, points=self.points, spaces=self.spaces)
+        if len(adapters) < 2:
+            raise OptionError("a line needs two adapters or more")
+        if self.ratios and not self._mixture_spaces:
+            names = " and ".join(name for name, space in SPACES.items() if space.mixtures)
+            raise OptionError(f"mixtures are scored in {names}; name one of them as the space, too")
+        paths = Paths(adapters)
+        for space in _with_matched(paths, self.spaces):
+            paths.check(space)
 
     def run(self, adapters: Sequence[Adapter], task: Task, on: Execution = Execution()) -> Result:
         """Curves, mixtures and barriers."""
-        run = self.run_id(adapters, task)
-        result = interpolate(
-            adapters,
-            task,
-            points=self.points,
-            spaces=self.spaces,
-            ratios=self.ratios,
-            split=self.split,
-            seed=self.seed,
-            device=on.device,
-            journal=on.cache / f"{run}.jsonl" if on.cache else None,
-            progress=on.progress,
-            workers=on.workers,
-        )
-        return replace(result, provenance={**result.provenance, "run": run})
-
-
-def interpolate(
-    adapters: Sequence[Adapter],
-    task: Task,
-    *,
-    points: int = 11,
-    spaces: Sequence[str] = ("factors", "delta"),
-    ratios: Sequence[Sequence[float]] = (),
-    split: str = "test",
-    seed: int = 0,
-    device: torch.device | None = None,
-    journal: Path | None = None,
-    progress: Progress | None = None,
-    workers: Workers | None = None,
-) -> Result:
-    """Loss and accuracy along the line between every two of the adapters, with barriers.
-
-    Every number carries a 95 % interval over the examples: losses and barriers by a paired bootstrap with `seed` (one
-    resampling for all points of a curve), accuracies by `stats.proportion`. `factors` brings the norm-matched curve
-    with it wherever there is a ΔW. `ratios` are weights for the first adapters of every combination, normalised to sum
-    1. End points are the adapters themselves. With `journal`, a killed run goes on where it was.
-    """
-    check(adapters, points=points, spaces=spaces)
-    device = device or (torch.device(workers.device) if workers else resolve_device())
-    paths = Paths(adapters)
-    mixed = [space for space in spaces if SPACES[space].mixtures]
-    if ratios and not mixed:
-        names = " and ".join(name for name, path in SPACES.items() if path.mixtures)
-        raise OptionError(f"mixtures are scored in {names}; name one of them as the space, too")
-    run = run_id(adapters, task, points=points, spaces=list(spaces), ratios=ratios, split=split, seed=seed)
-    spaces = _with_matched(paths, spaces)
-    began = time.perf_counter()
-    grid = np.linspace(0, 1, points)
-    pairs = list(itertools.combinations(range(len(adapters)), 2))
-    lines = {
-        (pair, space): [_on_line(pair, float(t), len(adapters), space) for t in grid]
-        for pair in pairs
-        for space in spaces
-    }
-    mixes = _ratio_points(ratios, len(adapters), mixed)
-    wanted = [*(p for line in lines.values() for p in line), *(point for _, point in mixes)]
-    options: dict[str, Any] = {"device": device, "journal": journal, "progress": progress, "workers": workers}
-    scores = evaluate(paths, task, wanted, split=split, **options)
-
-    sampled = {metric: _Sampled(scores, metric, seed) for metric in METRICS}
-    rows = []
-    for (pair, _), line in lines.items():
-        rows += [
+        self.check(adapters)
+        began = time.perf_counter()
+        evaluator = Evaluator(adapters, task, on, split=self.split, build=LineModels)
+        paths: Paths = evaluator.models.paths
+        spaces, grid = _with_matched(paths, self.spaces), np.linspace(0, 1, self.points)
+        pairs = list(itertools.combinations(range(len(adapters)), 2))
+        lines = {
+            (pair, space): [_on_line(pair, float(t), len(adapters), space) for t in grid]
+            for pair in pairs
+            for space in spaces
+        }
+        mixtures = _ratio_points(self.ratios, len(adapters), self._mixture_spaces)
+        points = [*itertools.chain(*lines.values()), *(point for _, point in mixtures)]
+        scores = score_points(evaluator, points)
+        sampled = {metric: _Sampled(scores, metric, self.seed) for metric in METRICS}
+        rows = [
             {**_who(adapters, pair), "t": float(t), "ratio": None, **_cells(point, scores, sampled["loss"], paths)}
+            for (pair, _), line in lines.items()
             for t, point in zip(grid, line, strict=True)
         ]
-    for (members, ratio), point in mixes:
-        cells = _cells(point, scores, sampled["loss"], paths)
-        rows.append({**_who(adapters, members), "t": None, "ratio": ratio, **cells})
-    curves = {
-        (pair, space, metric): sampled[metric].line(line) for (pair, space), line in lines.items() for metric in METRICS
-    }
-    examples = len(next(iter(scores.values())))
-    return Result(
-        "interpolate",
-        finite(columns(rows)),
-        {
-            "task": task.record,
-            "split": split,
-            "points": points,
-            "spaces": list(spaces),
-            "adapters": [described(adapter) for adapter in adapters],
-            "ratios": [":".join(f"{w:g}" for w in ratio) for ratio in ratios],
-            "seed": seed,
-        },
-        finite(_summary(adapters, pairs, spaces, curves, grid)),
-        provenance(
-            inputs=[Path(a.source) for a in adapters],
-            elapsed_s=time.perf_counter() - began,
-            examples=examples,
-            evaluations=len(scores),
-            run=run,
-            device=str(device),
-            dtype=task.dtype,
-            workers=workers.size if workers else None,
-        ),
-    )
+        for (members, ratio), point in mixtures:
+            cells = _cells(point, scores, sampled["loss"], paths)
+            rows.append({**_who(adapters, members), "t": None, "ratio": ratio, **cells})
+        curves = {
+            (pair, space, metric): sampled[metric].line(line)
+            for (pair, space), line in lines.items()
+            for metric in METRICS
+        }
+        return Result(
+            self.kind,
+            finite(columns(rows)),
+            {"task": task.record, **self.record, "spaces": spaces, "adapters": [described(a) for a in adapters]},
+            finite(_summary(adapters, pairs, spaces, curves, grid)),
+            evaluator.provenance(adapters, began=began, run=self.run_id(adapters, task), evaluations=len(scores)),
+        )
+
+    @property
+    def _mixture_spaces(self) -> list[str]:
+        return [space for space in self.spaces if SPACES[space].mixtures]
 
 
-def check(adapters: Sequence[Adapter], *, points: int, spaces: Sequence[str]) -> None:
-    """Raise what `interpolate` would raise for these adapters, before anything is computed."""
-    if len(adapters) < 2:
-        raise OptionError("a line needs two adapters or more")
-    if points < 2:
-        raise OptionError(f"{points} points on a line; at least 2 are needed (its ends)")
-    paths = Paths(adapters)
-    for space in _with_matched(paths, spaces):
-        paths.check(space)
+class LineModels(TaskModels):
+    """A model that wears any mix of its adapters."""
+
+    @cached_property
+    def paths(self) -> Paths:
+        """What mixes them."""
+        return Paths(self.adapters)
 
 
-def run_id(adapters: Sequence[Adapter], task: Task, *, split: str, **options: Any) -> str:
-    """What a run's result hangs on: the adapters, the examples, and the options."""
-    return fingerprint([[identity(a) for a in adapters], examples_of(task, split), options])
-
-
-def evaluate(
-    paths: Paths,
-    task: Task,
-    points: Sequence[Point],
-    *,
-    split: str = "test",
-    device: torch.device | None = None,
-    journal: Path | None = None,
-    progress: Progress | None = None,
-    workers: Workers | None = None,
-) -> dict[str, Scores]:
-    """Scores by `Point.key`, every different point once, on one attached model whose weights change in place.
-
-    With `workers`, on one such model in each of its workers.
-    """
-    unique = {point.key: point for point in points}
-    device = device or (torch.device(workers.device) if workers else resolve_device())
-    run = fingerprint([run_id(paths.adapters, task, split=split), device.type])
-    log = Journal(journal, run) if journal else None
-    scores: dict[str, Scores] = {}
-    for key in unique:
-        known = remembered(log, key, len(task.split(split)))
-        scores |= {key: known} if known is not None else {}
-
-    def keep(batch: Sequence[Point], answer: tuple[list[Scores], str | None]) -> None:
-        found, task.dtype = answer
-        for point, each in zip(batch, found, strict=True):
-            scores[point.key] = each
-            if log is not None:
-                log.add(point.key, pack(each))
-        if progress:
-            progress(len(scores), len(unique))
-
-    missing = [point for key, point in unique.items() if key not in scores]
-    if progress and scores:
-        progress(len(scores), len(unique))
-    if missing and workers:
-        sent, on = Sent.of(task), Examples.of(task, split)
-        setup = _Setup(tuple(map(bare, paths.adapters)), sent, on, str(device), fingerprint(["line", run, str(device)]))
-        workers.map(setup, workers.cut(missing), keep)
-    elif missing:
-        walk = _walker(paths, task, split, device)
-        for point in missing:
-            keep([point], walk([point]))
-    return {key: scores[key] for key in unique}
-
-
-def _walker(
-    paths: Paths, task: Task, split: str, device: torch.device
-) -> Callable[[Sequence[Point]], tuple[list[Scores], str | None]]:
-    """What scores points, and says in which dtype, on a model of its own."""
-    attached = put_on(task.model_on(device), *paths.adapters)
-
-    def walk(points: Sequence[Point]) -> tuple[list[Scores], str | None]:
-        found = []
-        for point in points:
-            attached.set(paths.mix(point.weights, point.space))
-            found.append(task.score(attached.model, split))
-        return found, task.dtype
-
-    return walk
-
-
-@dataclass(frozen=True)
-class _Setup:
-    """A walker in a worker."""
-
-    adapters: tuple[Adapter, ...]
-    task: Sent
-    on: Examples
-    device: str
-    fingerprint: str
-
-    def __call__(self) -> Callable[[Sequence[Point]], tuple[list[Scores], str | None]]:
-        task = self.task.task()
-        self.on.of_task(task)  # the same ones, or it says so
-        return _walker(Paths(self.adapters), task, self.on.split, torch.device(self.device))
+def score_points(evaluator: Evaluator, points: Sequence[MixPoint]) -> dict[str, Scores]:
+    """Scores by `MixPoint.key`, every different point once; the evaluator is to build `LineModels`."""
+    different = {point.key: point for point in points}
+    evaluator.total = len(different)
+    return dict(zip(different, evaluator.scores(list(different.values())), strict=True))
 
 
 def parse_ratios(text: str, adapters: int) -> list[list[float]]:
@@ -329,15 +199,15 @@ def _with_matched(paths: Paths, spaces: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(twins))
 
 
-def _on_line(pair: tuple[int, int], t: float, count: int, space: str) -> Point:
+def _on_line(pair: tuple[int, int], t: float, count: int, space: str) -> MixPoint:
     weights = [0.0] * count
     weights[pair[0]], weights[pair[1]] = 1 - t, t
-    return Point(tuple(weights), space)
+    return MixPoint(tuple(weights), space)
 
 
 def _ratio_points(
     ratios: Sequence[Sequence[float]], count: int, spaces: Sequence[str]
-) -> list[tuple[tuple[tuple[int, ...], str], Point]]:
+) -> list[tuple[tuple[tuple[int, ...], str], MixPoint]]:
     found = []
     for ratio, space in itertools.product(ratios, spaces):
         for members in itertools.combinations(range(count), len(ratio)):
@@ -345,7 +215,7 @@ def _ratio_points(
             for member, weight in zip(members, ratio, strict=True):
                 weights[member] = weight / sum(ratio)
             label = ":".join(f"{weight:g}" for weight in ratio)
-            found.append(((members, label), Point(tuple(weights), space)))
+            found.append(((members, label), MixPoint(tuple(weights), space)))
     return found
 
 
@@ -368,11 +238,11 @@ class _Sampled:
         values = [s.loss if metric == "loss" else s.wrong for s in scores.values()]
         self._all = Sampled.of(np.stack(values), seed=seed)
 
-    def line(self, points: Sequence[Point]) -> Sampled:
+    def line(self, points: Sequence[MixPoint]) -> Sampled:
         return self._all[[self._index[point.key] for point in points]]
 
 
-def _cells(point: Point, scores: Mapping[str, Scores], losses: _Sampled, paths: Paths) -> dict[str, Any]:
+def _cells(point: MixPoint, scores: Mapping[str, Scores], losses: _Sampled, paths: Paths) -> dict[str, Any]:
     """What a row says of its point."""
     loss = losses.line([point]).estimate(lambda L: L[0])
     accuracy = proportion(scores[point.key].correct)

@@ -30,7 +30,7 @@ class KeepSetScores:
         self._sampled = len(sets)
         added = np.array([row for row in ends if row.tobytes() not in drawn]).reshape(-1, n)
         self._sets = np.concatenate([sets, added])
-        self._scores = game.scores(self._sets, logits=game.outcomes.task.classifies)
+        self._scores = game.scores(self._sets, logits=game.evaluator.task.classifies)
         self._size = self._sets.sum(1)
         self._good = [bool(np.isfinite(s.loss).all()) for s in self._scores]
         self._by_size: dict[int, list[int]] = {}
@@ -43,7 +43,7 @@ class KeepSetScores:
         self._fixed = self._score_fixed(fixed)
         self._full = self._scores[int(np.flatnonzero(self._size == n)[0])]
         if not np.isfinite(self._full.loss).all():
-            raise TaskError(f"{game.outcomes.adapter.source}: its loss is not finite with everything on")
+            raise TaskError(f"{game.evaluator.adapter.source}: its loss is not finite with everything on")
 
     def rows(self, grid: Sequence[float]) -> list[dict[str, Any]]:
         """One row for every family of keep-sets."""
@@ -95,13 +95,13 @@ class KeepSetScores:
 
     def _score_fixed(self, fixed: Mapping[str, list[str]]) -> dict[str, tuple[float, Scores]]:
         """Pattern → share of the modules kept, which is k/G here, and the scores."""
-        outcomes = self._game.outcomes
-        shares = [len(kept) / len(outcomes.names) for kept in fixed.values()]
-        variants = [
-            outcomes.keeping(kept, 1 / share if self._game.rescale else 1.0)
+        evaluator = self._game.evaluator
+        shares = [len(kept) / len(evaluator.names) for kept in fixed.values()]
+        masks = [
+            evaluator.keeping(kept, 1 / share if self._game.rescale else 1.0)
             for kept, share in zip(fixed.values(), shares, strict=True)
         ]
-        return dict(zip(fixed, zip(shares, outcomes.of(variants), strict=True), strict=True))
+        return dict(zip(fixed, zip(shares, evaluator.scores(masks), strict=True), strict=True))
 
     def _averaged(self, metric: str, k: int) -> tuple[Floats, Floats]:
         """Of the keep-sets of a size: means over the sets, by example, and means over the examples, by set."""
@@ -220,9 +220,9 @@ class KeepSetScores:
 
         Its logits, a vocabulary for every token, are not kept.
         """
-        if not self._game.outcomes.task.classifies:
+        if not self._game.evaluator.task.classifies:
             return {}
-        labels, n = self._game.outcomes.labels, self._game.n_players
+        labels, n = self._game.evaluator.labels, self._game.n_players
         return {
             k: stratum([_logits(self._scores[i]) for i in indices], labels, math.comb(n, k))
             for k, indices in self._by_size.items()

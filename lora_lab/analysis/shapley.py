@@ -16,13 +16,14 @@ from lora_lab import files
 from lora_lab.adapters.adapter import SIGNATURE_KEY, Adapter
 from lora_lab.adapters.describe import described, labels_of, method_of
 from lora_lab.adapters.groups import players
-from lora_lab.analysis.game import Game, measured, outcomes_of
+from lora_lab.analysis.game import Game
 from lora_lab.analysis.questions import Shapley as Shapley
 from lora_lab.errors import LoraLabError, OptionError, unknown
 from lora_lab.games import estimators, interactions
 from lora_lab.games.estimators import EXACT_LIMIT, Bools, Estimate, all_coalitions
 from lora_lab.results.result import Result, columns, finite, grouped
 from lora_lab.results.stats import Floats, mean_and_error, mean_and_spread, student
+from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.execution import Cost, Execution
 from lora_lab.tasks.task import Task
 
@@ -50,7 +51,7 @@ def answer(question: Shapley, adapters: Sequence[Adapter], task: Task, on: Execu
         finite(columns(rows)),
         {"task": task.record, **question.record, "adapters": [described(adapter) for adapter in adapters]},
         finite({"adapters": summaries, "by_method": _by_method(summaries)}),
-        measured(game.outcomes, adapters, began=began, run=question.run_id(adapters, task)),
+        game.evaluator.provenance(adapters, began=began, run=question.run_id(adapters, task)),
     )
 
 
@@ -119,8 +120,8 @@ def newest_adapter(folder: Path) -> Path | None:
 
 
 def _game(question: Shapley, adapter: Adapter, task: Task, on: Execution) -> Game:
-    outcomes = outcomes_of(question, adapter, task, on)
-    return Game(outcomes, players(adapter, question.players), worth=question.worth)
+    evaluator = Evaluator([adapter], task, on, split=question.split, examples=question.examples)
+    return Game(evaluator, players(adapter, question.players), worth=question.worth)
 
 
 def _estimate(question: Shapley, game: Game, estimator: str) -> Estimate:
@@ -175,7 +176,7 @@ def _rows(
         values_of_examples = estimate.weights @ game.per_example(estimate.coalitions)
         by_examples = mean_and_error(values_of_examples.T)[1]
     by_draws = student(estimate.draws) * estimate.se if estimate.draws > 1 else estimate.se
-    half = np.hypot(by_draws, student(game.outcomes.examples) * by_examples)
+    half = np.hypot(by_draws, student(game.evaluator.examples) * by_examples)
     rows = []
     for i, (name, units) in enumerate(game.players.units.items()):
         where = game.players.places.get(name)
@@ -204,7 +205,7 @@ def _rows(
 def _summary(adapter: Adapter, label: str, game: Game, estimate: Estimate, second: Estimate | None) -> dict[str, Any]:
     n = game.n_players
     empty, full = game(np.array([[False] * n, [True] * n]))
-    outcomes = game.outcomes
+    evaluator = game.evaluator
     summary = {
         "adapter": label,
         "method": method_of(adapter, label),
@@ -221,10 +222,10 @@ def _summary(adapter: Adapter, label: str, game: Game, estimate: Estimate, secon
         "always_on": list(game.players.left_out),
         **balance(estimate.values),
         "engine": {
-            "block_evaluations": outcomes.effort.computed,
-            "naive_block_evaluations": outcomes.evaluated * outcomes.layout.blocks * outcomes.batches,
-            "kept_bytes": outcomes.effort.kept_bytes,
-            "why_not_shared": outcomes.effort.why_not,
+            "block_evaluations": evaluator.effort.computed,
+            "naive_block_evaluations": evaluator.evaluated * evaluator.layout.blocks * evaluator.batches,
+            "kept_bytes": evaluator.effort.kept_bytes,
+            "why_not_shared": evaluator.effort.why_not,
         },
     }
     if second:

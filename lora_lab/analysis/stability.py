@@ -17,7 +17,7 @@ import numpy as np
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import described, labels_of, method_of
 from lora_lab.adapters.groups import players
-from lora_lab.analysis.game import Game, measured, outcomes_of
+from lora_lab.analysis.game import Game
 from lora_lab.analysis.keep_sets import KeepSetScores
 from lora_lab.analysis.questions import Stability as Stability
 from lora_lab.errors import OptionError, some
@@ -25,6 +25,7 @@ from lora_lab.games.estimators import Bools, all_coalitions
 from lora_lab.pruning import patterns
 from lora_lab.results.result import Result, columns, finite, grouped
 from lora_lab.results.stats import mean_and_spread
+from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.task import Task
 
@@ -39,8 +40,9 @@ def answer(question: Stability, adapters: Sequence[Adapter], task: Task, on: Exe
     rows: list[dict[str, Any]] = []
     summaries = []
     for adapter, label in zip(adapters, labels_of(adapters), strict=True):
-        outcomes, groups = outcomes_of(question, adapter, task, on), players(adapter, question.players)
-        games = [Game(outcomes, groups, worth="loss", rescale=rescale) for rescale in scales]
+        evaluator = Evaluator([adapter], task, on, split=question.split, examples=question.examples)
+        groups = players(adapter, question.players)
+        games = [Game(evaluator, groups, worth="loss", rescale=rescale) for rescale in scales]
         sets = _sets(question, games[0])
         if on.confirm and not rows:
             costs = [game.cost(sets, logits=task.classifies) * len(adapters) for game in games]
@@ -63,7 +65,7 @@ def answer(question: Stability, adapters: Sequence[Adapter], task: Task, on: Exe
             "adapters": [described(adapter) for adapter in adapters],
         },
         finite({"adapters": summaries, "by_method": _by_method(summaries)}),
-        measured(outcomes, adapters, began=began, run=question.run_id(adapters, task)),
+        evaluator.provenance(adapters, began=began, run=question.run_id(adapters, task)),
     )
 
 

@@ -6,14 +6,13 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import described, labels_of, method_of
-from lora_lab.analysis.game import Cost, Outcomes, Progress, measured, outcomes_of
 from lora_lab.analysis.questions import Shapley
 from lora_lab.analysis.questions import Sweep as Sweep
 from lora_lab.errors import AdapterError, OptionError, TunerError
@@ -21,23 +20,15 @@ from lora_lab.pruning import patterns, prune
 from lora_lab.pruning.patterns import Choice
 from lora_lab.results.result import Result, columns, finite, grouped
 from lora_lab.results.stats import Floats, Sampled, half_width, mean_and_spread, proportion
-from lora_lab.scoring.execution import Execution
-from lora_lab.scoring.prefixes import Variant
-from lora_lab.scoring.scorer import Make
+from lora_lab.scoring.changes import Replacement
+from lora_lab.scoring.evaluator import Evaluator
+from lora_lab.scoring.execution import Cost, Execution, Progress
 from lora_lab.tasks.task import Scores, Task
 
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _Other:
-    """A draw that is another adapter, by the key under which its scores are kept."""
-
-    key: str
-    make: Make
-
-
-Piece = tuple[Row, list[_Other | Callable[[], Scores]]]
+Piece = tuple[Row, list[Replacement | Callable[[], Scores]]]
 """What a row says of itself, and how to get the scores of each of its draws."""
 
 
@@ -47,18 +38,19 @@ def answer(question: Sweep, adapters: Sequence[Adapter], task: Task, on: Executi
     rows: list[Row] = []
     done = 0
     for adapter, label in zip(adapters, labels_of(adapters), strict=True):
-        outcomes = outcomes_of(question, adapter, task, replace(on, progress=None))
+        quiet = replace(on, progress=None)
+        evaluator = Evaluator([adapter], task, quiet, split=question.split, examples=question.examples)
         shapley = functools.partial(
             Shapley(split="validation", examples=question.examples).values, adapter, task, replace(on, progress=None)
         )
         choice = replace(patterns.choice_of(adapter, seed=question.seed), shapley=shapley)
         pieces = [
-            piece for kind in KINDS if kind in question.kinds for piece in KINDS[kind](question, outcomes, choice)
+            piece for kind in KINDS if kind in question.kinds for piece in KINDS[kind](question, evaluator, choice)
         ]
         draws = sum(len(made) for _, made in pieces)
         if on.confirm and not rows:
-            on.confirm(_cost(question, outcomes, draws * len(adapters), len(adapters), on))
-        scored = _scored(pieces, outcomes, functools.partial(_report, on, done, draws * len(adapters)))
+            on.confirm(_cost(question, evaluator, draws * len(adapters), len(adapters), on))
+        scored = _scored(pieces, evaluator, functools.partial(_report, on, done, draws * len(adapters)))
         done += draws
         who = {"adapter": label, "method": method_of(adapter, label), "seed": adapter.record.get("seed")}
         reach = _reach([scores for _, scores in scored])
@@ -70,7 +62,7 @@ def answer(question: Sweep, adapters: Sequence[Adapter], task: Task, on: Executi
         finite(columns(rows)),
         {"task": task.record, **question.record, "adapters": [described(adapter) for adapter in adapters]},
         finite({"by_method": _by_method(rows)}),
-        measured(outcomes, adapters, began=began, run=question.run_id(adapters, task)),
+        evaluator.provenance(adapters, began=began, run=question.run_id(adapters, task)),
     )
 
 
@@ -88,31 +80,31 @@ def check(question: Sweep, adapters: Sequence[Adapter]) -> None:
             adapter.require_additive()
 
 
-def _cost(question: Sweep, outcomes: Outcomes, draws: int, adapters: int, on: Execution) -> Cost:
+def _cost(question: Sweep, evaluator: Evaluator, draws: int, adapters: int, on: Execution) -> Cost:
     """What all draws take, and the Shapley values that the layers are chosen by."""
-    blocks = draws * outcomes.batches * outcomes.layout.blocks
-    plain = Cost(draws, blocks, blocks, outcomes.seconds(draws))
+    blocks = draws * evaluator.batches * evaluator.layout.blocks
+    plain = Cost(draws, blocks, blocks, evaluator.seconds(draws))
     if "structured" not in question.kinds:
         return plain
     shapley = Shapley(split="validation", examples=question.examples)
-    return plain + shapley.cost(outcomes.adapter, outcomes.task, replace(on, progress=None)) * adapters
+    return plain + shapley.cost(evaluator.adapter, evaluator.task, replace(on, progress=None)) * adapters
 
 
 def _report(on: Execution, before: int, total: int, done: int, _: int) -> None:
     on.report(before + done, total)
 
 
-def _scored(pieces: Sequence[Piece], outcomes: Outcomes, progress: Progress) -> list[tuple[Row, list[Scores]]]:
+def _scored(pieces: Sequence[Piece], evaluator: Evaluator, progress: Progress) -> list[tuple[Row, list[Scores]]]:
     """Every row with the scores of its draws; other adapters are scored first, all together."""
-    others = [draw for _, made in pieces for draw in made if isinstance(draw, _Other)]
+    others = [draw for _, made in pieces for draw in made if isinstance(draw, Replacement)]
     total, done = sum(len(made) for _, made in pieces), len(others)
-    of_others = outcomes.of_others({draw.key: draw.make for draw in others}, progress=progress)
+    replaced = dict(zip(others, evaluator.scores(others, progress=progress), strict=True))
     scored: list[tuple[Row, list[Scores]]] = []
     for head, made in pieces:
         scores = []
         for draw in made:
-            if isinstance(draw, _Other):
-                scores.append(of_others[draw.key])
+            if isinstance(draw, Replacement):
+                scores.append(replaced[draw])
                 continue
             scores.append(draw())
             done += 1
@@ -121,9 +113,9 @@ def _scored(pieces: Sequence[Piece], outcomes: Outcomes, progress: Progress) -> 
     return scored
 
 
-def _structured(question: Sweep, outcomes: Outcomes, choice: Choice) -> list[Piece]:
+def _structured(question: Sweep, evaluator: Evaluator, choice: Choice) -> list[Piece]:
     fixed = patterns.fixed(choice)
-    count, total = len(choice.players), len(outcomes.names)
+    count, total = len(choice.players), len(evaluator.names)
     picks = {name: [modules] for name, modules in fixed.items()}
     if count > 1:
         half, third = count // 2, max(1, count // 3)
@@ -134,12 +126,12 @@ def _structured(question: Sweep, outcomes: Outcomes, choice: Choice) -> list[Pie
             picks[f"random:{size}"] = [patterns.keep(other, f"random:{size}") for other in others]
 
     @functools.cache
-    def together() -> dict[Variant, Scores]:
-        variants = [outcomes.keeping(modules) for made in picks.values() for modules in made]
-        return dict(zip(variants, outcomes.of(variants), strict=True))
+    def together() -> dict[str, Scores]:
+        masks = [evaluator.keeping(modules) for made in picks.values() for modules in made]
+        return {mask.key: scores for mask, scores in zip(masks, evaluator.scores(masks), strict=True)}
 
     def scored(modules: Sequence[str]) -> Callable[[], Scores]:
-        return lambda: together()[outcomes.keeping(modules)]
+        return lambda: together()[evaluator.keeping(modules).key]
 
     pieces: list[Piece] = []
     for name, made in picks.items():
@@ -151,19 +143,19 @@ def _structured(question: Sweep, outcomes: Outcomes, choice: Choice) -> list[Pie
         def by_shapley() -> Scores:
             kept = patterns.keep(choice, f"top-shapley:{half}")  # computed only now
             head["kept"] = len(kept) / total
-            return outcomes.of([outcomes.keeping(kept)])[0]
+            return evaluator.scores([evaluator.keeping(kept)])[0]
 
         pieces.append((head, [by_shapley]))
     return pieces
 
 
-def _unstructured(question: Sweep, outcomes: Outcomes, choice: Choice) -> list[Piece]:
+def _unstructured(question: Sweep, evaluator: Evaluator, choice: Choice) -> list[Piece]:
     per_matrix, seed = question.per_matrix, question.seed
 
-    def other(sparsity: float, by: str, draw: int) -> _Other:
+    def other(sparsity: float, by: str, draw: int) -> Replacement:
         make = functools.partial(_pruned, sparsity=sparsity, by=by, per_matrix=per_matrix, seed=seed + draw)
         scope = "matrix" if per_matrix else "global"
-        return _Other(f"{by}:{scope}:{sparsity!r}:{seed + draw if by == 'random' else 0}", make)
+        return Replacement(f"{by}:{scope}:{sparsity!r}:{seed + draw if by == 'random' else 0}", make)
 
     return [
         (
@@ -184,18 +176,18 @@ def _pruned(adapter: Adapter, *, sparsity: float, by: str, per_matrix: bool, see
         return None
 
 
-def _ranks(question: Sweep, outcomes: Outcomes, choice: Choice) -> list[Piece]:
-    adapter, seed = outcomes.adapter, question.seed
+def _ranks(question: Sweep, evaluator: Evaluator, choice: Choice) -> list[Piece]:
+    adapter, seed = evaluator.adapter, question.seed
     if adapter.why_not_additive:
         return []
     top = max(site.rank or 0 for site in adapter.sites.values())
     total = sum(site.rank or 0 for site in adapter.sites.values())
 
-    def other(rank: int, by: str, draw: int) -> _Other:
+    def other(rank: int, by: str, draw: int) -> Replacement:
         if by == "random":
             make = functools.partial(_random_units, rank=rank, seed=seed + draw)
-            return _Other(f"rank:random:{rank}:{seed + draw}", make)
-        return _Other(f"rank:{by}:{rank}", functools.partial(_lower_rank, rank=rank, by=by))
+            return Replacement(f"rank:random:{rank}:{seed + draw}", make)
+        return Replacement(f"rank:{by}:{rank}", functools.partial(_lower_rank, rank=rank, by=by))
 
     return [
         (
@@ -207,7 +199,7 @@ def _ranks(question: Sweep, outcomes: Outcomes, choice: Choice) -> list[Piece]:
     ]
 
 
-KINDS: dict[str, Callable[[Sweep, Outcomes, Choice], list[Piece]]] = {
+KINDS: dict[str, Callable[[Sweep, Evaluator, Choice], list[Piece]]] = {
     "structured": _structured,
     "unstructured": _unstructured,
     "rank": _ranks,

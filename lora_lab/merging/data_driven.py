@@ -19,8 +19,8 @@ from lora_lab.adapters.attached import NAME
 from lora_lab.adapters.lowrank import LowRank, combine
 from lora_lab.errors import OptionError, unknown
 from lora_lab.merging.layer_inputs import grams, information, predictions
-from lora_lab.merging.panel import Panel, mean_loss
 from lora_lab.merging.sources import Sources
+from lora_lab.merging.task_models import MergeModels, mean_loss
 from lora_lab.tasks.task import Task
 
 Merged = Iterator[tuple[str, LowRank | Tensor]]
@@ -45,8 +45,8 @@ def fisher(
     """
     _check(examples=(examples, 1), floor=(floor, 0), scale=(scale, None), seed=(seed, 0))
     _check_weights(sources, "fisher")
-    panel = Panel(sources)
-    fishers = [information(panel, i, examples, seed) for i in range(len(sources.adapters))]
+    models = MergeModels(sources)
+    fishers = [information(models, i, examples, seed) for i in range(len(sources.adapters))]
     if normalize:
         fishers = [_normalized(fisher) for fisher in fishers]
     for name in sources.modules:
@@ -91,8 +91,8 @@ def regmean(
         raise unknown("gram", gram, ("mean", "sum"))
     _check(examples=(examples, 1), ridge=(ridge, 0), scale=(scale, None), seed=(seed, 0))
     _check_weights(sources, "regmean")
-    panel = Panel(sources)
-    inputs = [grams(panel, i, examples, seed, mean=gram == "mean") for i in range(len(sources.adapters))]
+    models = MergeModels(sources)
+    inputs = [grams(models, i, examples, seed, mean=gram == "mean") for i in range(len(sources.adapters))]
     for name in sources.modules:
         stored_transposed = inputs[0][name][1]
         weighted = []  # wᵢ Gᵢ, off the diagonal times `off_diagonal`, plus the ridge
@@ -135,7 +135,7 @@ def lorahub(
     if evaluations < 1 or not 0 < bound < np.inf:
         raise OptionError(f"evaluations is {evaluations} and bound {bound:g}; both must be above 0")
     _check(penalty=(penalty, 0), scale=(scale, None))
-    panel, count = Panel(sources), len(sources.adapters)
+    models, count = MergeModels(sources), len(sources.adapters)
     updates = {name: sources.updates_of(name) for name in sources.modules}
 
     def mixed(coefficients: Sequence[float]) -> dict[str, LowRank]:
@@ -150,7 +150,7 @@ def lorahub(
         nonlocal best
         clipped = np.clip(coefficients, -bound, bound)
         made = mixed(clipped)
-        loss = mean_loss([panel.scores(seat, made, "validation") for seat in panel.seats])
+        loss = mean_loss([models.scores(index, made, "validation") for index in models.indices])
         loss += penalty * float(np.abs(clipped).mean())
         best = min(best, (loss, clipped.tolist()))
         return loss
@@ -190,30 +190,30 @@ def adamerging(
     if not 0 < learning_rate < np.inf:
         raise OptionError(f"learning_rate is {learning_rate:g}; a number above 0 is needed")
     _check(start=(start, None), scale=(scale, None))
-    panel, count = Panel(sources), len(sources.adapters)
+    models, count = MergeModels(sources), len(sources.adapters)
     joined = {name: combine(sources.updates_of(name), sources.weights_of(name)) for name in sources.modules}
     ranks = {name: torch.tensor([u.rank for u in sources.updates_of(name)]) for name in sources.modules}
     coefficients = torch.full((len(joined), count), start, requires_grad=True)
     optimizer = torch.optim.Adam([coefficients], lr=learning_rate, betas=(0.9, 0.999))
-    places = {seat: _wear_joined(panel, seat, joined) for seat in panel.seats}
-    shared = len({id(panel.model(seat)) for seat in panel.seats}) < len(panel.seats)
+    places = {index: _load_joined(models, index, joined) for index in models.indices}
+    shared = len({id(models.model(index)) for index in models.indices}) < len(models.indices)
     generator = torch.Generator().manual_seed(seed)
-    batches = {seat: _unlabelled(panel, seat, batch_size, generator) for seat in panel.seats}
+    batches = {index: _unlabelled(models, index, batch_size, generator) for index in models.indices}
     for _ in range(steps):
         optimizer.zero_grad()
-        for seat in panel.seats:
-            batch = next(batches[seat])
-            if shared:  # a model that several seats share has the head of the last
-                panel.wear(seat, joined)
+        for index in models.indices:
+            batch = next(batches[index])
+            if shared:  # a model that several indices share has the head of the last
+                models.load(index, joined)
             swapped = {}
             for m, name in enumerate(joined):
-                key, B = places[seat][name]
+                key, B = places[index][name]
                 # B diag(λ₁ … λ₁, λ₂ …): a λ for each column of the concatenated B
                 columns = coefficients[m].repeat_interleave(ranks[name]).to(B)
                 swapped[key] = B * columns.reshape(1, -1, *[1] * (B.ndim - 2))
-            asked = _Asked(panel.tasks[seat], panel.model(seat))
+            asked = _Asked(models.tasks[index], models.model(index))
             logits = functional_call(asked, {f"model.{key}": B for key, B in swapped.items()}, (batch,))
-            logs = predictions(panel.tasks[seat], logits, batch).log_softmax(-1)
+            logs = predictions(models.tasks[index], logits, batch).log_softmax(-1)
             logs = logs.clamp(min=torch.finfo(torch.float32).min)  # −inf: no such option
             # H = −Σ p log p, a mean over the batch's predictions, summed over the tasks
             entropy = -(logs.exp() * logs).sum(-1).mean()
@@ -259,10 +259,10 @@ class _Asked(nn.Module):
         return self.task.logits(self.model, batch)
 
 
-def _wear_joined(panel: Panel, seat: int, joined: Mapping[str, LowRank]) -> dict[str, tuple[str, Tensor]]:
+def _load_joined(models: MergeModels, index: int, joined: Mapping[str, LowRank]) -> dict[str, tuple[str, Tensor]]:
     """Module → the live name of PEFT's B in the model (its second dimension is the rank), and its value."""
-    panel.wear(seat, joined)
-    named = dict(panel.model(seat).named_parameters())
+    models.load(index, joined)
+    named = dict(models.model(index).named_parameters())
     places = {}
     for name in joined:
         embedded = f"{name}.lora_embedding_B.{NAME}"
@@ -271,16 +271,16 @@ def _wear_joined(panel: Panel, seat: int, joined: Mapping[str, LowRank]) -> dict
     return places
 
 
-def _unlabelled(panel: Panel, seat: int, size: int, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+def _unlabelled(models: MergeModels, index: int, size: int, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
     """Batches of validation inputs, shuffled anew every time they have run out."""
-    inputs = panel.tasks[seat].split("validation").inputs
+    inputs = models.tasks[index].split("validation").inputs
     count = len(inputs["labels"])
     order: list[int] = []
     while True:
         if len(order) < min(size, count):
             order = torch.randperm(count, generator=generator).tolist()
         chosen, order = order[:size], order[size:]
-        yield {name: tensor[chosen].to(panel.sources.device) for name, tensor in inputs.items()}
+        yield {name: tensor[chosen].to(models.device) for name, tensor in inputs.items()}
 
 
 def _normalized(information: Mapping[str, Tensor]) -> dict[str, Tensor]:

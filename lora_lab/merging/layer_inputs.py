@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.attached import Attached, put_on
 from lora_lab.errors import TunerError
-from lora_lab.merging.panel import Panel
+from lora_lab.merging.task_models import MergeModels
 from lora_lab.tasks.chat import NO_TARGET
 from lora_lab.tasks.task import Task
 
@@ -23,15 +23,15 @@ def predictions(task: Task, logits: Tensor, batch: Mapping[str, Tensor]) -> Tens
     return logits[:, :-1][batch["labels"][:, 1:] != -100].float()
 
 
-def _worn_by_source(panel: Panel, index: int) -> tuple[nn.Module, Attached]:
-    model = panel.tasks[index].model_on(panel.sources.device)
-    return model, put_on(model, panel.sources.adapters[index])
+def _worn_by_source(models: MergeModels, index: int) -> tuple[nn.Module, Attached]:
+    model = models.tasks[index].model_on(models.device)
+    return model, put_on(model, models.sources.adapters[index])
 
 
-def information(panel: Panel, index: int, examples: int, seed: int) -> dict[str, Tensor]:
+def information(models: MergeModels, index: int, examples: int, seed: int) -> dict[str, Tensor]:
     """Module → diagonal Fisher information [rows, columns] of its weight, in the layout in which it is stored."""
-    sources, task = panel.sources, panel.tasks[index]
-    model, _ = _worn_by_source(panel, index)
+    sources, task = models.sources, models.tasks[index]
+    model, _ = _worn_by_source(models, index)
     data = task.split("train").subset(examples, seed)
     found = {name: torch.zeros(shape[0], shape[1:].numel()) for name, shape in sources.shapes.items()}
     generator = torch.Generator().manual_seed(seed)
@@ -70,14 +70,14 @@ def _backward(loss: Tensor, seen: Mapping[str, list[Any]], *, keep: bool) -> Non
         entry[2] = torch.zeros_like(entry[3]) if gradient is None else gradient
 
 
-def grams(panel: Panel, index: int, examples: int, seed: int, *, mean: bool) -> dict[str, tuple[Tensor, bool]]:
+def grams(models: MergeModels, index: int, examples: int, seed: int, *, mean: bool) -> dict[str, tuple[Tensor, bool]]:
     """Module → XᵀX of its inputs [in, in] (float64), and whether the model stores its weight as [in, out].
 
     X has a row for every input that is no padding; with `mean`, XᵀX is divided by their number, so that it hangs
     neither on how long texts are nor on how many there are.
     """
-    sources, task = panel.sources, panel.tasks[index]
-    model, _ = _worn_by_source(panel, index)
+    sources, task = models.sources, models.tasks[index]
+    model, _ = _worn_by_source(models, index)
     data = task.split("train").subset(examples, seed)
     found: dict[str, tuple[Tensor, bool]] = {}
     counts: dict[str, int] = {}

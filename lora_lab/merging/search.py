@@ -12,8 +12,8 @@ from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import OptionError, unknown
 from lora_lab.merging.merged import merge
 from lora_lab.merging.methods import MERGES
-from lora_lab.merging.panel import Panel, mean_loss
 from lora_lab.merging.sources import Sources
+from lora_lab.merging.task_models import MergeModels, mean_loss
 
 COEFFICIENT = "coefficient"
 
@@ -95,7 +95,7 @@ def search(
     Grids are tried in all combinations. An interval of coefficients is searched by scipy's bounded scalar minimiser
     for the lowest mean loss, at most 25 values for each combination.
     """
-    panel = Panel(sources)
+    models = MergeModels(sources)
     names = [name for name in spaces if name != COEFFICIENT]
     grids = [space.values for name in names if isinstance(space := spaces[name], Grid)]
     where = spaces.get(COEFFICIENT, Grid((coefficient,)))
@@ -108,7 +108,7 @@ def search(
 
         def judged(value: float, chosen: dict[str, Any] = chosen, made: Mapping[str, LowRank] = made) -> float:
             scaled = {name: float(value) * update for name, update in made.items()}
-            scores = [panel.scores(seat, scaled, "validation") for seat in panel.seats]
+            scores = [models.scores(index, scaled, "validation") for index in models.indices]
             accuracy = sum(s.accuracy for s in scores) / len(scores)
             trials.append({**chosen, COEFFICIENT: float(value), "accuracy": accuracy, "loss": mean_loss(scores)})
             if progress:

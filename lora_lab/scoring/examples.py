@@ -34,14 +34,14 @@ def examples_of(task: Task, split: str) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class Sent:
+class TaskSpec:
     """A task on its way to workers, as all that it is built from; made of a task, which was judged before."""
 
     record: Mapping[str, Any]
     reach: Reach = ANYWHERE
 
     @classmethod
-    def of(cls, task: Task) -> Sent:
+    def of(cls, task: Task) -> TaskSpec:
         """OptionError for a task that its record does not give again, such as one of a class of the user's own."""
         try:
             again = tasks.from_record(task.spec)
@@ -79,7 +79,7 @@ class Examples:
         return whole.subset(self.count)
 
 
-def bare(adapter: Adapter) -> Adapter:
+def detached(adapter: Adapter) -> Adapter:
     """The adapter without what was computed of it, each tensor with a storage of its own: small to send."""
     return replace(adapter, tensors={key: tensor.detach().cpu().clone() for key, tensor in adapter.tensors.items()})
 

@@ -12,13 +12,15 @@ from tiny_models import update
 
 from lora_lab.adapters.initial import shared_start
 from lora_lab.adapters.lowrank import LowRank
-from lora_lab.analysis import compare
-from lora_lab.analysis.compare import ALONE, ENSEMBLE, CompareMerges, _measured, joined, mixes_of, ways_of
-from lora_lab.analysis.court import Mix, _best, share
+from lora_lab.analysis.coefficients import _best, share
+from lora_lab.analysis.compare import ALONE, ENSEMBLE, CompareMerges, _measured
+from lora_lab.analysis.merge_sets import MergeSet, joined, merge_sets_of, specs_of, tried
 from lora_lab.errors import MismatchError, OptionError
 from lora_lab.merging.merged import merge
+from lora_lab.merging.methods import MERGES
 from lora_lab.merging.sources import Sources
 from lora_lab.scoring.evaluate import score
+from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.digits import Digits
 from lora_lab.tasks.task import Scores, Split
 
@@ -65,14 +67,18 @@ def sets(adapters):
     return again(adapters)
 
 
+def compared(adapters, tasks, *, cache=None, progress=None, confirm=None, **options):
+    return CompareMerges(**options).run(adapters, tasks, Execution(cache=cache, progress=progress, confirm=confirm))
+
+
 @pytest.fixture(scope="module")
 def result(sets):
-    return compare.compare(sets, tasks_of(sets), methods=METHODS, coefficients=[0.5, 2.0])
+    return compared(sets, tasks_of(sets), methods=METHODS, coefficients=[0.5, 2.0])
 
 
 def test_sets_are_the_adapters_of_one_method_and_seed(sets):
-    mixes = mixes_of(sets, tasks_of(sets), [])
-    assert [(mix.method, mix.seed, mix.members) for mix in mixes] == [
+    merge_sets = merge_sets_of(sets, tasks_of(sets), [])
+    assert [(each.method, each.seed, each.members) for each in merge_sets] == [
         ("lora", 0, (0, 1)),
         ("lora", 1, (2, 3)),
         ("coto", 0, (4, 5)),
@@ -82,7 +88,7 @@ def test_sets_are_the_adapters_of_one_method_and_seed(sets):
 
 def test_adapters_of_different_seeds_are_one_set_where_there_is_one_a_task(sets):
     mixed = [sets[0], sets[3]]
-    assert [mix.members for mix in mixes_of(mixed, tasks_of(mixed), [])] == [(0, 1)]
+    assert [each.members for each in merge_sets_of(mixed, tasks_of(mixed), [])] == [(0, 1)]
 
 
 def test_adapters_of_unknown_methods_are_never_summed_up_with_others(sets):
@@ -90,16 +96,16 @@ def test_adapters_of_unknown_methods_are_never_summed_up_with_others(sets):
     task = sets[0].record["task"]
     one_task = [replace(a, record={**a.record, "task": task}, source=f"s{i}") for i, a in enumerate(sets)]
     known, bare = one_task[:2], [replace(a, record={"task": a.record["task"]}) for a in one_task[2:5]]
-    mixes = mixes_of([*known, *bare], [Few("identity")] * 5, [(1.0, 1.0)])
-    assert [mix.method for mix in mixes] == ["lora", "s2 + s3", "s2 + s4", "s3 + s4"]
+    merge_sets = merge_sets_of([*known, *bare], [Few("identity")] * 5, [(1.0, 1.0)])
+    assert [each.method for each in merge_sets] == ["lora", "s2 + s3", "s2 + s4", "s3 + s4"]
     unknown = [replace(a, record={**a.record, "method": None}) for a in sets[:4]]
-    assert len({mix.method for mix in mixes_of(unknown, tasks_of(unknown), [])}) == 2
+    assert len({each.method for each in merge_sets_of(unknown, tasks_of(unknown), [])}) == 2
 
 
 def test_a_set_that_cannot_be_told_is_refused_by_name(sets):
     odd = [sets[0], sets[1], sets[2]]
     with pytest.raises(MismatchError, match="cannot be told which adapters belong together"):
-        mixes_of(odd, tasks_of(odd), [])
+        merge_sets_of(odd, tasks_of(odd), [])
 
 
 def test_alone_is_the_adapter_on_its_own_task(sets, result):
@@ -180,8 +186,7 @@ def test_seeds_of_a_method_are_summed_up(result):
 
 def test_equal_seeds_give_equal_results_and_another_bootstrap_only_other_intervals(sets):
     one, two, other = (
-        compare.compare(sets[:2], tasks_of(sets[:2]), methods=["average"], coefficients=[1.0], seed=seed)
-        for seed in (0, 0, 1)
+        compared(sets[:2], tasks_of(sets[:2]), methods=["average"], coefficients=[1.0], seed=seed) for seed in (0, 0, 1)
     )
     assert one.columns == two.columns
     assert one.columns["accuracy"] == other.columns["accuracy"]
@@ -190,23 +195,23 @@ def test_equal_seeds_give_equal_results_and_another_bootstrap_only_other_interva
 
 
 def test_a_killed_run_goes_on_where_it_was(sets, tmp_path):
-    options = {"methods": ["average", "ties"], "coefficients": [0.5], "journal": tmp_path / "journal"}
+    options = {"methods": ["average", "ties"], "coefficients": [0.5], "cache": tmp_path}
 
     def kill(done, total):
         if done == 9:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compare.compare(sets[:2], tasks_of(sets[:2]), progress=kill, **options)
-    resumed = compare.compare(sets[:2], tasks_of(sets[:2]), **options)
-    whole = compare.compare(sets[:2], tasks_of(sets[:2]), **{**options, "journal": None})
+        compared(sets[:2], tasks_of(sets[:2]), progress=kill, **options)
+    resumed = compared(sets[:2], tasks_of(sets[:2]), **options)
+    whole = compared(sets[:2], tasks_of(sets[:2]), **{**options, "cache": None})
     assert resumed.columns == whole.columns
     assert resumed.provenance["evaluations"] == whole.provenance["evaluations"] - 9
 
 
 def test_progress_ends_at_its_total_and_the_cost_is_told_first(sets):
     told = []
-    compare.compare(
+    compared(
         sets[:2],
         tasks_of(sets[:2]),
         methods=["average", "fisher"],
@@ -224,7 +229,7 @@ def test_a_method_that_cannot_merge_is_left_out_and_says_why(sets, tmp_path):
     task = Few("mod3")
     wide = random_adapter(task, tmp_path / "wide", LoraConfig(**{**CONFIG, "r": 3}), scale=0.05)
     wide = replace(wide, record={"task": task.record, "method": "lora", "seed": 0})
-    result = compare.compare(
+    result = compared(
         [sets[0], wide], [Few("identity"), task], methods=["factor-average", "average"], coefficients=[1.0]
     )
     assert [(row["merge"], row["set"]) for row in result.summary["skipped"]] == [("factor-average", "lora, seed 0")]
@@ -232,13 +237,13 @@ def test_a_method_that_cannot_merge_is_left_out_and_says_why(sets, tmp_path):
     assert result.rows(merge="average")
     assert not result.rows(merge="factor-average")
     with pytest.raises(OptionError, match="no method can merge these"):
-        compare.compare([sets[0], wide], [Few("identity"), task], methods=["factor-average"])
+        compared([sets[0], wide], [Few("identity"), task], methods=["factor-average"])
 
 
 def test_seeds_of_one_task_are_merged_in_every_combination_of_every_ratio(tmp_path):
     seeds = [made(tmp_path, "identity", "lora", seed) for seed in (0, 1, 2)]
     tasks = [Few("identity")] * 3
-    result = compare.compare(seeds, tasks, methods=["average"], coefficients=[1.0], ratios=[(0, 1), (1, 2), (1, 1, 1)])
+    result = compared(seeds, tasks, methods=["average"], coefficients=[1.0], ratios=[(0, 1), (1, 2), (1, 1, 1)])
     sums = {(row["ratio"], row["merge"]): row["sets"] for row in result.summary["by_method"]}
     assert sums == {
         ("0:1", ALONE): 3,
@@ -264,7 +269,7 @@ def test_each_source_brings_its_own_head(tmp_path):
         assert adapter.others
         found.append(replace(adapter, record={"task": task.record, "method": "lora", "seed": 0}))
     tasks = [Few(labelling) for labelling in TASKS]
-    result = compare.compare(found, tasks, methods=["average"], coefficients=[1.0])
+    result = compared(found, tasks, methods=["average"], coefficients=[1.0])
     merged = merge(Sources(found), "average", heads="keep-own")
     for (label, heads), adapter, task in zip(merged.heads.items(), found, tasks, strict=True):
         assert adapter.label == label
@@ -278,55 +283,47 @@ def test_each_source_brings_its_own_head(tmp_path):
 
 
 def test_names_stand_for_merges_with_their_options():
-    ways = ways_of(["all"], {"ties": {"density": 0.4}})
-    assert len(ways) == len(compare.MERGES)
-    assert {way.name: way.options for way in ways}["ties"] == {"density": 0.4}
-    assert [(way.method, way.options) for way in ways_of(["knots:dare"], {})] == [("knots", {"inner": "dare"})]
+    specs = specs_of(["all"], {"ties": {"density": 0.4}})
+    assert len(specs) == len(MERGES)
+    assert {spec.name: spec.options for spec in specs}["ties"] == {"density": 0.4}
+    assert [(spec.method, spec.options) for spec in specs_of(["knots:dare"], {})] == [("knots", {"inner": "dare"})]
     with pytest.raises(OptionError, match="did you mean 'ties'"):
-        ways_of(["tise"], {})
+        specs_of(["tise"], {})
     with pytest.raises(OptionError, match="not among the methods"):
-        ways_of(["ties"], {"dare": {"density": 0.4}})
+        specs_of(["ties"], {"dare": {"density": 0.4}})
     with pytest.raises(OptionError, match="did you mean 'density'"):
-        ways_of(["ties"], {"ties": {"denstiy": 0.4}})
+        specs_of(["ties"], {"ties": {"denstiy": 0.4}})
 
 
 def test_names_of_one_line_are_one_row(sets):
     """Average at c is task arithmetic at c / Σw; cat is task arithmetic."""
-    ways = ways_of(["average", "ties", "cat", "task-arithmetic"], {})
-    kept, stands_for = joined(ways)
-    assert [way.name for way in kept] == ["average", "ties"]
+    specs = specs_of(["average", "ties", "cat", "task-arithmetic"], {})
+    kept, stands_for = joined(specs)
+    assert [spec.name for spec in kept] == ["average", "ties"]
     assert stands_for == {"average": ["cat", "task-arithmetic"]}
-    assert joined(ways[:2]) == (ways[:2], {})
-    scaled = ways_of(["task-arithmetic", "average"], {"average": {"scale": 2.0}})
+    assert joined(specs[:2]) == (specs[:2], {})
+    scaled = specs_of(["task-arithmetic", "average"], {"average": {"scale": 2.0}})
     assert joined(scaled) == (scaled, {})
     pair = sets[:2]
-    found = compare.compare(pair, tasks_of(pair), methods=["task-arithmetic", "average", "cat"], coefficients=[2.0])
-    alone = compare.compare(pair, tasks_of(pair), methods=["average"], coefficients=[2.0])
+    found = compared(pair, tasks_of(pair), methods=["task-arithmetic", "average", "cat"], coefficients=[2.0])
+    alone = compared(pair, tasks_of(pair), methods=["average"], coefficients=[2.0])
     assert found.parameters["merges"] == ["task-arithmetic"]
     assert found.parameters["stands_for"] == {"task-arithmetic": ["average", "cat"]}
     (curve,), (other,) = found.summary["curves"], alone.summary["curves"]
     assert curve["coefficient"] == [0.5, 1.0, 2.0]  # 0.5 and 1 are average at 1 and at 2
     assert curve["loss"][:2] == pytest.approx(other["loss"], rel=1e-4)
-    assert found.provenance["run"] == compare.run_id(
-        pair,
-        tasks_of(pair),
-        methods=["task-arithmetic", "average", "cat"],
-        options={},
-        coefficients=[2.0],
-        ratios=compare.RATIOS,
-        base_name=None,
-        split="test",
-        seed=0,
-    )
+    everything = {"methods": ["task-arithmetic", "average", "cat"], "coefficients": [2.0]}
+    assert found.provenance["run"] == CompareMerges(**everything).run_id(pair, tasks_of(pair))
+    assert found.provenance["run"] != alone.provenance["run"]
 
 
 @pytest.mark.parametrize("method", ["average", "task-arithmetic"])
 def test_a_sum_that_stands_for_another_name_is_tried_where_that_one_is_at_one(sets, method):
-    mixes = mixes_of(sets, tasks_of(sets), [])
+    merge_sets = merge_sets_of(sets, tasks_of(sets), [])
     other = {"average": "task-arithmetic", "task-arithmetic": "average"}[method]
-    ways, stands_for = joined(ways_of([method, other, "ties"], {}))
-    found = compare._tried(ways, mixes, stands_for)
-    assert [way.also for way in found] == [(2.0,) if method == "average" else (0.5,), ()]
+    specs, stands_for = joined(specs_of([method, other, "ties"], {}))
+    found = tried(specs, merge_sets, stands_for)
+    assert [spec.also for spec in found] == [(2.0,) if method == "average" else (0.5,), ()]
 
 
 def test_adapters_that_began_alike_are_told_by_their_rows(sets):
@@ -354,7 +351,7 @@ def test_adapters_that_began_alike_are_told_by_their_rows(sets):
     assert shared_start([alike[0], alike[1], apart[0]])["shared"] is None
     other_rank = in_memory({n: update(4, s, 0) for n, s in shapes.items()})
     assert shared_start([alike[0], other_rank]) == {"cosine": None, "z": None, "shared": None}
-    told = compare.compare(sets[:2], tasks_of(sets[:2]), methods=["cat"], coefficients=[1.0])
+    told = compared(sets[:2], tasks_of(sets[:2]), methods=["cat"], coefficients=[1.0])
     (row,) = told.summary["shared_initial_A"]
     assert row["shared"] is False
 
@@ -370,12 +367,12 @@ def test_the_latex_table_has_a_line_for_each_merge_and_columns_for_each_method(r
 
 def test_too_few_adapters_and_impossible_ratios_are_refused(sets):
     with pytest.raises(OptionError, match="two adapters or more"):
-        mixes_of(sets[:1], tasks_of(sets[:1]), [])
+        merge_sets_of(sets[:1], tasks_of(sets[:1]), [])
     same = [sets[0], sets[2]]
     with pytest.raises(OptionError, match="ratio"):
-        mixes_of(same, tasks_of(same), [(-1.0, 2.0)])
+        merge_sets_of(same, tasks_of(same), [(-1.0, 2.0)])
     with pytest.raises(OptionError, match="nothing to merge"):
-        mixes_of(same, tasks_of(same), [(1.0, 1.0, 1.0)])
+        merge_sets_of(same, tasks_of(same), [(1.0, 1.0, 1.0)])
 
 
 def test_a_result_survives_the_file(result, tmp_path):
@@ -390,14 +387,14 @@ def test_an_adapter_that_is_never_right_has_no_share_of_its_accuracy():
     assert _best(tried) == 1.0
     wrong = Scores(np.ones(40), np.zeros(40, bool), np.zeros(40))
     right = Scores(np.ones(40), np.arange(40) % 2 == 0, np.zeros(40))
-    mix = Mix("x", "lora", 0, (0,), (1.0,))
-    (row,), whole = _measured(mix, "ties", [[right]], [[wrong]], ["a"], [Few("mod3")], 0)
+    merge_set = MergeSet("x", "lora", 0, (0,), (1.0,))
+    (row,), whole = _measured(merge_set, "ties", [[right]], [[wrong]], ["a"], [Few("mod3")], 0)
     for cells in (row, whole):
         assert cells["accuracy"] == 0.5
         assert cells["accuracy_low"] < 0.5 < cells["accuracy_high"]
         assert all(np.isnan(cells[f"normalised{end}"]) for end in ("", "_low", "_high"))
     rarely = Scores(np.ones(40), np.arange(40) == 0, np.zeros(40))  # many resamples miss the one right answer
-    (row,), _ = _measured(mix, "ties", [[rarely]], [[rarely]], ["a"], [Few("mod3")], 0)
+    (row,), _ = _measured(merge_set, "ties", [[rarely]], [[rarely]], ["a"], [Few("mod3")], 0)
     assert (row["normalised_low"], row["normalised"], row["normalised_high"]) == (1.0, 1.0, 1.0)
 
 

@@ -12,11 +12,14 @@ from peft import LoHaConfig, LoraConfig
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.groups import players
-from lora_lab.analysis.game import WORTHS, Game, Outcomes
+from lora_lab.analysis.game import WORTHS, Game
 from lora_lab.errors import LoraLabWarning, OptionError, TunerError
 from lora_lab.games.estimators import all_coalitions
+from lora_lab.scoring.changes import Replacement
 from lora_lab.scoring.evaluate import score
-from lora_lab.scoring.scorer import seconds_of
+from lora_lab.scoring.evaluator import Evaluator
+from lora_lab.scoring.execution import Execution
+from lora_lab.scoring.models import seconds_of
 from lora_lab.tasks.digits import Digits
 
 TARGETS = r"vit\.layers\.[0-3]\..*(q_proj|v_proj|fc1)"
@@ -34,7 +37,11 @@ def adapter(tmp_path_factory):
 
 def game_of(adapter, by="layer", **options):
     kept = {name: options.pop(name) for name in ("worth", "rescale") if name in options}
-    return Game(Outcomes(adapter, Digits("relabel"), split="validation", **options), players(adapter, by), **kept)
+    return Game(evaluator_of(adapter, **options), players(adapter, by), **kept)
+
+
+def evaluator_of(adapter, *, cache=None, split="validation", **options):
+    return Evaluator([adapter], Digits("relabel"), Execution(cache=cache), split=split, **options)
 
 
 def test_the_ends_are_the_base_and_the_adapter(adapter):
@@ -62,10 +69,8 @@ def test_a_coalition_is_the_adapter_with_the_others_zeroed(adapter, by):
         for name, rank in units:
             B = tensors[adapter.sites[name].keys["lora_B"]]
             B[:, slice(None) if rank is None else rank] *= float(on)
-    zeroed = Outcomes(
-        Adapter(tensors, adapter.config, adapter.sites), Digits("relabel"), split="validation", examples=50
-    )
-    expected = zeroed.of([zeroed.keeping(zeroed.names)])[0]
+    zeroed = evaluator_of(Adapter(tensors, adapter.config, adapter.sites), examples=50)
+    expected = zeroed.scores([zeroed.keeping(zeroed.names)])[0]
     assert game.scores(coalition)[0].loss == pytest.approx(expected.loss, abs=1e-5)
 
 
@@ -74,10 +79,8 @@ def test_rescaling_multiplies_the_updates_by_n_over_k(adapter):
     coalition = np.array([True, False, False, True])
     on = {name for i in (0, 3) for name, _ in list(game.players.units.values())[i]}
     doubled = {name: update * 2.0 for name, update in adapter.updates.items() if name in on}
-    plain = Outcomes(
-        adapter.with_updates(doubled, source="doubled"), Digits("relabel"), split="validation", examples=50
-    )
-    expected = plain.of([plain.keeping(plain.names)])[0]
+    plain = evaluator_of(adapter.with_updates(doubled, source="doubled"), examples=50)
+    expected = plain.scores([plain.keeping(plain.names)])[0]
     assert game.scores(coalition)[0].loss == pytest.approx(expected.loss, abs=1e-5)
 
 
@@ -89,10 +92,8 @@ def test_single_ranks_are_rescaled_too(adapter):
         B = tensors[site.keys["lora_B"]]
         B[:, 1] = 0
         B *= 2
-    doubled = Outcomes(
-        Adapter(tensors, adapter.config, adapter.sites), Digits("relabel"), split="validation", examples=50
-    )
-    expected = doubled.of([doubled.keeping(doubled.names)])[0]
+    doubled = evaluator_of(Adapter(tensors, adapter.config, adapter.sites), examples=50)
+    expected = doubled.scores([doubled.keeping(doubled.names)])[0]
     assert game.scores(coalition)[0].loss == pytest.approx(expected.loss, abs=1e-5)
 
 
@@ -101,31 +102,31 @@ def test_a_damaged_entry_of_the_journal_is_computed_again(adapter, tmp_path):
     worths = first(all_coalitions(4))
     (journal,) = tmp_path.glob("*.jsonl")
     journal.write_text(journal.read_text().replace('"margin"', '"margn"'))
+    again = game_of(adapter, cache=tmp_path, examples=20)
     with pytest.warns(LoraLabWarning, match=r"16 of 17 lines are damaged .* computed again"):
-        again = game_of(adapter, cache=tmp_path, examples=20)
-    assert (again(all_coalitions(4)) == worths).all()
-    assert again.outcomes.evaluated == 16
+        assert (again(all_coalitions(4)) == worths).all()
+    assert again.evaluator.evaluated == 16
 
 
 def test_modules_of_no_player_stay_on_and_are_not_rescaled(adapter):
     game = game_of(adapter, {"first": r"layers\.0", "second": r"layers\.1"}, rescale=True)
-    variant = dict(zip(game.outcomes.names, game.variant(np.array([True, False])), strict=True))
-    assert variant["vit.layers.0.attention.q_proj"] == 2.0
-    assert variant["vit.layers.1.attention.q_proj"] == 0.0
-    assert variant["vit.layers.3.attention.q_proj"] == 1.0
+    states = dict(zip(game.evaluator.names, game.mask(np.array([True, False])).states, strict=True))
+    assert states["vit.layers.0.attention.q_proj"] == 2.0
+    assert states["vit.layers.1.attention.q_proj"] == 0.0
+    assert states["vit.layers.3.attention.q_proj"] == 1.0
 
 
 def test_known_coalitions_cost_nothing(adapter, tmp_path):
     first = game_of(adapter, cache=tmp_path, examples=40)
     worths = first(all_coalitions(4))
-    assert first.outcomes.evaluated == 16
+    assert first.evaluator.evaluated == 16
     first(all_coalitions(4)[::-1])
-    assert first.outcomes.evaluated == 16
+    assert first.evaluator.evaluated == 16
     again = game_of(adapter, cache=tmp_path, examples=40)
     assert again.cost(all_coalitions(4)).variants == 0
     assert (again(all_coalitions(4)) == worths).all()
     assert (game_of(adapter, cache=tmp_path, examples=40, worth="loss")(all_coalitions(4)) < 0).all()
-    assert again.outcomes.evaluated == 0
+    assert again.evaluator.evaluated == 0
     by_module = game_of(adapter, "module", cache=tmp_path, examples=40)  # other players, some of the same variants
     assert by_module.cost(np.array([[False] * 12, [True] * 12])).variants == 0
 
@@ -133,19 +134,19 @@ def test_known_coalitions_cost_nothing(adapter, tmp_path):
 def test_another_adapter_or_other_examples_are_another_journal(adapter, tmp_path):
     other = random_adapter(tmp_path / "b", seed=1)
     runs = {
-        Outcomes(*each, cache=tmp_path, **options).run
-        for each in ((adapter, Digits("relabel")), (other, Digits("relabel")), (adapter, Digits("rot90")))
+        Evaluator([one], task, **options).run_of(options.get("split", "test"))
+        for one, task in ((adapter, Digits("relabel")), (other, Digits("relabel")), (adapter, Digits("rot90")))
         for options in ({}, {"examples": 30}, {"split": "validation"})
     }
     assert len(runs) == 9
 
 
 def test_examples_are_drawn_the_same_way_every_time(adapter):
-    few, again = (Outcomes(adapter, Digits("relabel"), examples=30) for _ in range(2))
+    few, again = (evaluator_of(adapter, split="test", examples=30) for _ in range(2))
     assert (few.labels == again.labels).all()
     assert len(few.labels) == few.examples == 30
     with pytest.raises(OptionError, match="0 examples"):
-        Outcomes(adapter, Digits("relabel"), examples=0)
+        evaluator_of(adapter, examples=0)
 
 
 def test_logits_are_kept_when_asked_for(adapter, tmp_path):
@@ -155,13 +156,13 @@ def test_logits_are_kept_when_asked_for(adapter, tmp_path):
     assert plain.logits is None
     with_logits = game.scores(coalition, logits=True)[0]
     assert with_logits.logits.shape == (20, 10)
-    right = with_logits.logits[np.arange(20), game.outcomes.labels]
-    others = np.where(np.eye(10)[game.outcomes.labels] > 0, -np.inf, with_logits.logits).max(1)
+    right = with_logits.logits[np.arange(20), game.evaluator.labels]
+    others = np.where(np.eye(10)[game.evaluator.labels] > 0, -np.inf, with_logits.logits).max(1)
     assert with_logits.margin == pytest.approx(right - others, abs=1e-5)
     assert (with_logits.loss == plain.loss).all()
     again = game_of(adapter, cache=tmp_path, examples=20)
     assert (again.scores(coalition, logits=True)[0].logits == with_logits.logits).all()
-    assert again.outcomes.evaluated == 0
+    assert again.evaluator.evaluated == 0
 
 
 def test_a_loss_that_is_not_finite_is_named_and_the_rest_is_kept(adapter):
@@ -179,9 +180,9 @@ def test_the_cost_is_told_before(adapter):
     game = game_of(adapter)
     cost = game.cost(all_coalitions(4))
     assert cost.variants == 16
-    assert cost.naive_block_evaluations == 16 * 6 * game.outcomes.batches
+    assert cost.naive_block_evaluations == 16 * 6 * game.evaluator.batches
     game(all_coalitions(4))
-    assert cost.block_evaluations == game.outcomes.variants.computed < cost.naive_block_evaluations
+    assert cost.block_evaluations == game.evaluator.effort.computed < cost.naive_block_evaluations
     assert cost.seconds > 0
 
 
@@ -197,15 +198,16 @@ def test_shapiq_takes_the_game_as_it_is(adapter):
 
 def test_another_adapter_can_be_scored_in_its_place(adapter, tmp_path):
     other = random_adapter(tmp_path / "b", LoraConfig(r=5, lora_alpha=3, target_modules=TARGETS), seed=3)
-    outcomes = Outcomes(adapter, Digits("relabel"), split="validation", cache=tmp_path)
-    whole = outcomes.of([outcomes.keeping(outcomes.names)])[0]
-    found = outcomes.of_other("b", lambda _: other)
+    evaluator = evaluator_of(adapter, cache=tmp_path)
+    whole = evaluator.scores([evaluator.keeping(evaluator.names)])[0]
+    (found,) = evaluator.scores([Replacement("b", lambda _: other)])
     assert found.loss == pytest.approx(score(Digits("relabel"), other, "validation").loss, abs=1e-5)
-    again = Outcomes(adapter, Digits("relabel"), split="validation")
-    assert (again.of([again.keeping(again.names)])[0].loss == whole.loss).all()
-    outcomes._known.clear()
-    assert (outcomes.of_other("b", lambda _: pytest.fail("known already")).loss == found.loss).all()
-    base = outcomes.of_other("nothing", lambda _: None)
+    again = evaluator_of(adapter)
+    assert (again.scores([again.keeping(again.names)])[0].loss == whole.loss).all()
+    evaluator.known.clear()
+    (known,) = evaluator.scores([Replacement("b", lambda _: pytest.fail("known already"))])
+    assert (known.loss == found.loss).all()
+    (base,) = evaluator.scores([Replacement("nothing", lambda _: None)])
     assert base.loss == pytest.approx(score(Digits("relabel"), None, "validation").loss, abs=1e-5)
 
 
@@ -214,7 +216,7 @@ def test_another_adapter_can_be_scored_in_its_place(adapter, tmp_path):
     [
         (lambda a, f: game_of(a, worth="f1"), OptionError, "unknown worth 'f1'; there are: accuracy, loss"),
         (lambda a, f: game_of(a)(np.ones((1, 3), bool)), OptionError, "3 places for 4 players"),
-        (lambda a, f: game_of(a).outcomes.keeping(["x"]), OptionError, "adapts no module x"),
+        (lambda a, f: game_of(a).evaluator.keeping(["x"]), OptionError, "adapts no module x"),
         (
             lambda a, f: game_of(random_adapter(f, LoHaConfig(r=2, target_modules=TARGETS)), rescale=True),
             TunerError,
@@ -234,10 +236,11 @@ def test_a_killed_run_goes_on_with_the_same_numbers(adapter, tmp_path):
         "from pathlib import Path\n"
         "from lora_lab.adapters.adapter import Adapter; from lora_lab.tasks.digits import Digits\n"
         "from lora_lab.games.estimators import all_coalitions\n"
-        "from lora_lab.analysis.game import Game, Outcomes; from lora_lab.adapters.groups import players\n"
+        "from lora_lab.analysis.game import Game; from lora_lab.adapters.groups import players\n"
+        "from lora_lab.scoring.evaluator import Evaluator; from lora_lab.scoring.execution import Execution\n"
         "adapter = Adapter.load(sys.argv[1])\n"
-        "outcomes = Outcomes(adapter, Digits('relabel'), cache=Path(sys.argv[2]))\n"
-        "Game(outcomes, players(adapter, 'module'))(all_coalitions(12)[::8])\n"
+        "evaluator = Evaluator([adapter], Digits('relabel'), Execution(cache=Path(sys.argv[2])))\n"
+        "Game(evaluator, players(adapter, 'module'))(all_coalitions(12)[::8])\n"
     )
     command = [sys.executable, "-c", script, tmp_path / "a.safetensors", tmp_path / "cache"]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -253,13 +256,13 @@ def test_a_killed_run_goes_on_with_the_same_numbers(adapter, tmp_path):
     (journal,) = found
     with journal.open("a") as file:
         file.write('{"run": "cut off in mid-li')
-    resumed = Game(Outcomes(adapter, Digits("relabel"), cache=tmp_path / "cache"), players(adapter, "module"))
+    resumed = game_of(adapter, "module", split="test", cache=tmp_path / "cache")
     some = all_coalitions(12)[::8][:40]
     known = 40 - resumed.cost(some).variants
     assert known > 0
-    fresh = Game(Outcomes(adapter, Digits("relabel")), players(adapter, "module"))
+    fresh = game_of(adapter, "module", split="test")
     assert (resumed(some) == fresh(some)).all()
-    assert resumed.outcomes.evaluated == 40 - known
+    assert resumed.evaluator.evaluated == 40 - known
 
 
 def test_the_shortest_of_several_timings_is_taken(monkeypatch):

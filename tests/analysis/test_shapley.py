@@ -8,7 +8,7 @@ import pytest
 from test_game import random_adapter
 
 from lora_lab.adapters.groups import players
-from lora_lab.analysis.game import Game, Outcomes
+from lora_lab.analysis.game import Game
 from lora_lab.analysis.questions import Shapley
 from lora_lab.analysis.shapley import balance, choose, newest_adapter
 from lora_lab.errors import LoraLabWarning, OptionError
@@ -17,6 +17,7 @@ from lora_lab.games import estimators
 from lora_lab.games.estimators import all_coalitions
 from lora_lab.games.interactions import interactions
 from lora_lab.results.stats import student
+from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.digits import Digits
 
@@ -34,7 +35,7 @@ def exact(adapters):
 
 def test_exact_values_are_those_of_the_game(adapters, exact):
     for i, adapter in enumerate(adapters):
-        game = Game(Outcomes(adapter, Digits("relabel"), split="validation"), players(adapter), worth="loss")
+        game = Game(Evaluator([adapter], Digits("relabel"), split="validation"), players(adapter), worth="loss")
         worths = game(all_coalitions(4))
         expected = estimators.exact(lambda c, w=worths: w[c @ (1 << np.arange(4))], 4).values
         rows = exact.rows()[4 * i : 4 * i + 4]
@@ -48,7 +49,7 @@ def test_exact_values_are_those_of_the_game(adapters, exact):
 
 
 def test_intervals_over_examples_are_those_of_per_example_values(adapters, exact):
-    game = Game(Outcomes(adapters[0], Digits("relabel"), split="validation"), players(adapters[0]), worth="loss")
+    game = Game(Evaluator([adapters[0]], Digits("relabel"), split="validation"), players(adapters[0]), worth="loss")
     each = game.per_example(all_coalitions(4))
     values = estimators.exact(lambda c: np.zeros(len(c)), 4).weights @ each
     error = values.std(1, ddof=1) / np.sqrt(each.shape[1])
@@ -76,9 +77,9 @@ def test_two_estimates_from_the_same_coalitions_are_compared(adapters):
 
 
 def test_the_default_enumerates_where_that_is_cheaper(adapters):
-    game = Game(Outcomes(adapters[0], Digits("relabel")), players(adapters[0]))
+    game = Game(Evaluator([adapters[0]], Digits("relabel")), players(adapters[0]))
     assert choose(Shapley(), game) == "exact"
-    by_module = Game(Outcomes(adapters[0], Digits("relabel")), players(adapters[0], "module"))
+    by_module = Game(Evaluator([adapters[0]], Digits("relabel")), players(adapters[0], "module"))
     assert choose(Shapley(samples=2), by_module) == "antithetic"
     assert choose(Shapley(budget=8), game) == "antithetic"
 

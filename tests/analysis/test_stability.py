@@ -9,7 +9,7 @@ from scipy import stats
 from test_game import TARGETS, random_adapter
 
 from lora_lab.adapters.groups import players
-from lora_lab.analysis.game import Game, Outcomes
+from lora_lab.analysis.game import Game
 from lora_lab.analysis.keep_sets import KeepSetScores
 from lora_lab.analysis.questions import Stability
 from lora_lab.analysis.stability import keep_sets
@@ -17,6 +17,7 @@ from lora_lab.errors import LoraLabWarning, OptionError
 from lora_lab.games.estimators import all_coalitions
 from lora_lab.games.progressive import binomial, inequality, stratum
 from lora_lab.results.stats import Sampled, half_of_strata
+from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.digits import Digits
 from lora_lab.tasks.task import Scores
@@ -37,8 +38,8 @@ def result(adapter, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scores(adapter):
-    game = Game(Outcomes(adapter, Digits("relabel"), split="validation"), players(adapter))
-    return game.scores(all_coalitions(4), logits=True), game.outcomes.labels
+    game = Game(Evaluator([adapter], Digits("relabel"), split="validation"), players(adapter))
+    return game.scores(all_coalitions(4), logits=True), game.evaluator.labels
 
 
 SIZES = all_coalitions(4).sum(1)
@@ -111,7 +112,9 @@ def test_both_sides_of_the_inequality_and_the_inequality(result, scores, law):
 
 
 def test_rescaled_keep_sets_have_their_updates_multiplied(adapter, result):
-    game = Game(Outcomes(adapter, Digits("relabel"), split="validation"), players(adapter), worth="loss", rescale=True)
+    game = Game(
+        Evaluator([adapter], Digits("relabel"), split="validation"), players(adapter), worth="loss", rescale=True
+    )
     expected = -game(all_coalitions(4)[SIZES == 2]).mean()
     (row,) = result.rows(rescaled=True, family="k-of-G", label="2")
     assert row["loss"] == pytest.approx(expected, abs=1e-6)
@@ -119,17 +122,17 @@ def test_rescaled_keep_sets_have_their_updates_multiplied(adapter, result):
 
 
 def test_fixed_patterns_are_scored(adapter, result):
-    outcomes = Outcomes(adapter, Digits("relabel"), split="validation")
-    even = [name for name in outcomes.names if ".0." in name or ".2." in name]
+    evaluator = Evaluator([adapter], Digits("relabel"), split="validation")
+    even = [name for name in evaluator.names if ".0." in name or ".2." in name]
     (row,) = result.rows(family="fixed", label="even", rescaled=False)
-    assert row["loss"] == pytest.approx(outcomes.of([outcomes.keeping(even)])[0].mean_loss, abs=1e-6)
+    assert row["loss"] == pytest.approx(evaluator.scores([evaluator.keeping(even)])[0].mean_loss, abs=1e-6)
 
 
 def test_fixed_patterns_are_rescaled_too(adapter, result):
-    outcomes = Outcomes(adapter, Digits("relabel"), split="validation")
-    low = [name for name in outcomes.names if ".0." in name or ".1." in name]
+    evaluator = Evaluator([adapter], Digits("relabel"), split="validation")
+    low = [name for name in evaluator.names if ".0." in name or ".1." in name]
     (row,) = result.rows(family="fixed", label="low", rescaled=True)
-    assert row["loss"] == pytest.approx(outcomes.of([outcomes.keeping(low, 2.0)])[0].mean_loss, abs=1e-6)
+    assert row["loss"] == pytest.approx(evaluator.scores([evaluator.keeping(low, 2.0)])[0].mean_loss, abs=1e-6)
 
 
 def test_adapters_of_one_parity_and_of_different_players(adapter):
@@ -249,7 +252,7 @@ class Known:
         self.player_names = [f"p{i}" for i in range(6)]
         self.players = SimpleNamespace(left_out=[])
         task, adapter = SimpleNamespace(classifies=False), SimpleNamespace(source="known")
-        self.outcomes = SimpleNamespace(task=task, adapter=adapter, of=lambda variants: [])
+        self.evaluator = SimpleNamespace(task=task, adapter=adapter, scores=lambda masks: [])
 
     def losses(self, sets):
         """2 − the share of the weights 1 … 6 that is on, and .3 where both of the first two are off."""

@@ -6,14 +6,15 @@ import pytest
 from peft import LoHaConfig
 from test_game import TARGETS, random_adapter
 
-from lora_lab.analysis.game import Outcomes
 from lora_lab.analysis.questions import Sweep
 from lora_lab.errors import OptionError, TunerError
 from lora_lab.pruning import prune
 from lora_lab.pruning.patterns import choice_of, keep
+from lora_lab.scoring.changes import Replacement
 from lora_lab.scoring.evaluate import score
+from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.execution import Execution
-from lora_lab.scoring.scorer import Scorer
+from lora_lab.scoring.models import TaskModels
 from lora_lab.tasks.digits import Digits
 
 OPTIONS = {"split": "validation", "examples": 80, "draws": 3, "sparsities": (0.0, 0.5, 1.0)}
@@ -38,9 +39,9 @@ def result(adapters, cache):
 
 def own(adapter):
     """The same examples, scored by another path."""
-    outcomes = Outcomes(adapter, Digits("relabel"), split="validation", examples=80)
+    evaluator = Evaluator([adapter], Digits("relabel"), split="validation", examples=80)
     keys = map(str, itertools.count())
-    return lambda other: outcomes.of_other(next(keys), lambda _: other)
+    return lambda other: evaluator.scores([Replacement(next(keys), lambda _: other)])[0]
 
 
 def test_patterns_are_the_adapter_without_the_others(adapters, result):
@@ -69,8 +70,8 @@ def test_nothing_pruned_is_the_adapter_and_everything_pruned_the_base(adapters, 
         (everything,) = result.rows(adapter="s0", kind="structured", label="all")
         assert none["loss"] == pytest.approx(everything["loss"], abs=1e-5)
         (gone,) = result.rows(adapter="s0", criterion=criterion, label="1", kind="unstructured")
-        outcomes = Outcomes(adapters[0], Digits("relabel"), split="validation", examples=80)
-        assert gone["loss"] == pytest.approx(outcomes.of([outcomes.keeping([])])[0].mean_loss, abs=1e-5)
+        evaluator = Evaluator([adapters[0]], Digits("relabel"), split="validation", examples=80)
+        assert gone["loss"] == pytest.approx(evaluator.scores([evaluator.keeping([])])[0].mean_loss, abs=1e-5)
 
 
 def test_random_controls_are_means_over_draws_with_wider_intervals(result):
@@ -100,7 +101,7 @@ def test_adapters_without_a_recorded_method_are_never_pooled(adapters, cache):
 
 
 def test_a_second_sweep_costs_nothing_and_says_the_same(adapters, cache, result, monkeypatch):
-    monkeypatch.setattr(Scorer, "batches", lambda *a, **k: pytest.fail("computed again"))
+    monkeypatch.setattr(TaskModels, "batches", lambda *a, **k: pytest.fail("computed again"))
     again = Sweep(**OPTIONS).run(adapters, Digits("relabel"), Execution(cache=cache))
     assert again.columns == result.columns
 

@@ -196,9 +196,9 @@ def test_pruned_adapters_are_smaller_and_load_again(lora_lab, pair, tmp_path, op
 
 
 def test_a_long_run_is_asked_about_first(lora_lab, pair, monkeypatch):
-    from lora_lab.analysis.game import Outcomes
+    from lora_lab.scoring.evaluator import Evaluator
 
-    monkeypatch.setattr(Outcomes, "pace", 100.0)
+    monkeypatch.setattr(Evaluator, "pace", 100.0)
     code, out, err = lora_lab("shapley", pair[0], *FEW)
     assert code == 1
     assert "--yes goes ahead, --examples and --samples shorten it" in err
@@ -394,7 +394,7 @@ def test_a_bug_shows_its_traceback(lora_lab, monkeypatch, pair):
     def broken(*args, **kwargs):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(connect, "interpolate", broken)
+    monkeypatch.setattr(connect.Interpolate, "run", broken)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         lora_lab("interpolate", *pair)
 

@@ -28,7 +28,7 @@ from lora_lab.merging.merged import merge
 from lora_lab.merging.sources import Sources, base_of
 from lora_lab.pruning.prune import structured
 from lora_lab.scoring.evaluate import score
-from lora_lab.scoring.examples import Sent
+from lora_lab.scoring.examples import TaskSpec
 from lora_lab.tasks.choosing import task_of
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import Recipe
@@ -658,11 +658,11 @@ def test_workers_get_a_task_as_it_was_judged(download, monkeypatch):
     found = saved(download / "a.safetensors", RECORD)
     with pytest.warns(LoraLabNote):
         built = task_of(found)
-    again = Sent.of(built).task()
+    again = TaskSpec.of(built).task()
     assert again.reach == built.reach == trust.Reach(str(download), quotes=False)
     assert (score(again, found).loss == score(built, found).loss).all()
     named = tasks.from_record({**RECORD, "trust_remote_code": True})
-    assert Sent.of(named).task().settings.trust_remote_code
+    assert TaskSpec.of(named).task().settings.trust_remote_code
     assert "trust_remote_code" not in named.record
 
 

@@ -16,8 +16,8 @@ from lora_lab.merging import layer_inputs
 from lora_lab.merging import search as searching
 from lora_lab.merging.merged import merge
 from lora_lab.merging.methods import MERGES
-from lora_lab.merging.panel import Panel
 from lora_lab.merging.sources import Sources, Weights
+from lora_lab.merging.task_models import MergeModels
 from lora_lab.scoring.evaluate import score
 from lora_lab.tasks.task import Split, Task
 
@@ -241,7 +241,8 @@ def test_fisher_of_texts_is_right_on_average_over_what_it_draws(tmp_path):
     made = texts(tmp_path, examples=6)
     x, p = chances(made.tasks[0], deltas_of(made)[0], "train")
     exact = torch.einsum("nk,nj->kj", p * (1 - p), x.square()) / 6
-    drawn = torch.stack([layer_inputs.information(Panel(made), 0, 6, seed)[LAYER] for seed in range(900)]).double()
+    models = MergeModels(made)
+    drawn = torch.stack([layer_inputs.information(models, 0, 6, seed)[LAYER] for seed in range(900)]).double()
     error = drawn.std(0) / 900**0.5
     assert ((drawn.mean(0) - exact).abs() < 4 * error).all()
     assert (error < 0.3 * exact).all()
@@ -529,10 +530,12 @@ def test_lorahub_multiplies_the_weights(sources):
 
 
 def test_lorahub_mixes_at_most_as_often_as_it_may(sources, monkeypatch):
-    from lora_lab.merging.panel import Panel
+    from lora_lab.merging.task_models import MergeModels
 
-    asked, scores = [], Panel.scores
-    monkeypatch.setattr(Panel, "scores", lambda self, seat, *rest: (asked.append(seat), scores(self, seat, *rest))[1])
+    asked, scores = [], MergeModels.scores
+    monkeypatch.setattr(
+        MergeModels, "scores", lambda self, index, *rest: (asked.append(index), scores(self, index, *rest))[1]
+    )
     merged(sources(), "lorahub", evaluations=9)
     assert asked == [0, 1] * 9
 
@@ -924,7 +927,7 @@ def test_a_search_without_tasks_says_what_is_missing(tmp_path):
         searching.search(Sources([adapter_for(tmp_path, "linear", 0)]), "average", {})
 
 
-def test_a_panel_refuses_an_adapter_of_another_base(tmp_path):
+def test_models_refuse_an_adapter_of_another_base(tmp_path):
     tensors = {f"{PREFIX}else.lora_A.weight": torch.ones(2, 4), f"{PREFIX}else.lora_B.weight": torch.ones(3, 2)}
     other = Adapter.load(write(tmp_path / "other", tensors, target_modules=["else"]))
     for method in [name for name in MERGES if MERGES[name].reads_data]:

@@ -24,8 +24,8 @@ from scipy.stats import binom
 
 from lora_lab.analysis.compare import _measured
 from lora_lab.analysis.connectivity import BARRIERS, _shrinkage
-from lora_lab.analysis.court import Mix
 from lora_lab.analysis.evaluate import _estimates, _perplexity, _shares
+from lora_lab.analysis.merge_sets import MergeSet
 from lora_lab.analysis.sweep import _cells, _reach
 from lora_lab.games.estimators import all_coalitions, estimate, exact, fit_pairs, plan
 from lora_lab.games.interactions import interactions
@@ -229,12 +229,12 @@ def test_merges_on_one_and_on_several_tasks(tasks, wrong):
     """Accuracy and share of the adapters' own, by task and as means over tasks, 30 examples each."""
     generator, inside = np.random.default_rng(0), {"accuracy": [], "normalised": [], "mean of shares": [], "mean": []}
     truth = {"accuracy": 1 - wrong, "normalised": (1 - wrong) / (1 - wrong / 2)}
-    mix = Mix("x", "lora", 0, tuple(range(tasks)), (1.0,) * tasks)
+    merge_set = MergeSet("x", "lora", 0, tuple(range(tasks)), (1.0,) * tasks)
     digits, names = [Digits("relabel")] * tasks, [str(i) for i in range(tasks)]
     for seed in range(100):
         pairs = [along([wrong, wrong / 2], 30, generator) for _ in range(tasks)]
         merged, own = [[scores(pair[0])] for pair in pairs], [[scores(pair[1])] for pair in pairs]
-        rows, whole = _measured(mix, "ties", merged, own, names, digits, seed)
+        rows, whole = _measured(merge_set, "ties", merged, own, names, digits, seed)
         for key in ("accuracy", "normalised"):
             inside[key] += [holds(row[f"{key}_low"], row[f"{key}_high"], truth[key]) for row in rows]
         inside["mean"].append(holds(whole["accuracy_low"], whole["accuracy_high"], truth["accuracy"]))

@@ -22,8 +22,9 @@ from squaring import Squares
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.groups import players
-from lora_lab.analysis import compare, connectivity
-from lora_lab.analysis.game import Game, Outcomes
+from lora_lab.analysis.compare import CompareMerges
+from lora_lab.analysis.connectivity import Interpolate
+from lora_lab.analysis.game import Game
 from lora_lab.analysis.questions import Shapley, Stability, Sweep
 from lora_lab.errors import FileError, LoraLabError, LoraLabWarning, MismatchError, OptionError, TaskError
 from lora_lab.games.estimators import all_coalitions
@@ -31,6 +32,7 @@ from lora_lab.results.result import Result
 from lora_lab.scoring import local as local_module
 from lora_lab.scoring import ray as module
 from lora_lab.scoring import workers as opening
+from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import Examples
 from lora_lab.scoring.execution import Execution
 from lora_lab.scoring.workers import open_workers
@@ -71,8 +73,9 @@ def pair(tmp_path_factory):
     return [replace(a, record={"task": task.record, "method": "lora", "seed": i}) for i, a in enumerate(made)]
 
 
-def game_of(adapter, **options):
-    return Game(Outcomes(adapter, Digits("relabel"), split="validation", examples=60, **options), players(adapter))
+def game_of(adapter, **execution):
+    evaluator = Evaluator([adapter], Digits("relabel"), Execution(**execution), split="validation", examples=60)
+    return Game(evaluator, players(adapter))
 
 
 def test_shapley_values_are_the_same(workers, pair):
@@ -109,7 +112,7 @@ def test_sweeps_are_the_same_down_to_the_base_alone(local, pair):
 def test_lines_are_the_same(local, pair):
     options = {"points": 3, "ratios": [[1, 2]], "split": "validation"}
     found, alone = (
-        connectivity.interpolate(pair, Digits("relabel"), workers=each, **options) for each in (local, None)
+        Interpolate(**options).run(pair, Digits("relabel"), Execution(workers=each)) for each in (local, None)
     )
     assert found.columns == alone.columns
     assert found.summary == alone.summary
@@ -124,12 +127,12 @@ def test_comparisons_are_the_same_and_say_what_cannot_be_merged(local, pair, tmp
         replace(a, record={"task": task.record, "method": "lora", "seed": 0})
         for a, task in zip((pair[0], wide), tasks, strict=True)
     ]
-    options = {"methods": ["average", "dare", "factor-average"], "coefficients": [0.5]}
-    journal = tmp_path / "journal"
+    question = CompareMerges(methods=("average", "dare", "factor-average"), coefficients=(0.5,))
+    on = Execution(workers=local, cache=tmp_path / "cache")
     with pytest.raises(KeyboardInterrupt):
-        compare.compare(both, tasks, workers=local, journal=journal, progress=_interrupt_after(6), **options)
-    found = compare.compare(both, tasks, workers=local, journal=journal, **options)
-    alone = compare.compare(both, tasks, **options)
+        question.run(both, tasks, replace(on, progress=_interrupt_after(6)))
+    found = question.run(both, tasks, on)
+    alone = question.run(both, tasks)
     assert found.columns == alone.columns
     assert found.summary == alone.summary
     assert [row["merge"] for row in found.summary["skipped"]] == ["factor-average"]
@@ -179,7 +182,7 @@ def test_a_worker_that_is_killed_in_mid_run_loses_nothing_and_doubles_nothing(wo
         worths = game(all_coalitions(4))
     assert len(victims) == 1
     assert (worths == game_of(pair[0])(all_coalitions(4))).all()
-    assert game.outcomes.evaluated == 16
+    assert game.evaluator.evaluated == 16
 
 
 @pytest.mark.parametrize("stop", ["with workers", "without"])
@@ -189,12 +192,12 @@ def test_a_run_goes_on_where_it_was_with_other_numbers_of_workers(workers, pair,
     )
     with pytest.raises(KeyboardInterrupt):
         first(all_coalitions(4))
-    known = first.outcomes.evaluated
+    known = first.evaluator.evaluated
     assert 6 <= known < 16
     monkeypatch.setattr(workers, "size", 1)
     again = game_of(pair[0], workers=workers, cache=tmp_path)
     assert (again(all_coalitions(4)) == game_of(pair[0])(all_coalitions(4))).all()
-    assert again.outcomes.evaluated == 16 - known
+    assert again.evaluator.evaluated == 16 - known
 
 
 def test_a_batch_whose_worker_dies_is_answered_by_another(workers, tmp_path):
@@ -479,9 +482,9 @@ def test_an_interrupted_command_ends_its_cluster_and_goes_on_from_its_journal(cl
     assert 14 <= known < 256
 
     evaluated = []
-    keep = Outcomes._keep
-    monkeypatch.setattr(Outcomes, "_keep", lambda self, *args: (evaluated.append(args), keep(self, *args)))
-    monkeypatch.setattr(opening, "open_workers", lambda **_: contextlib.nullcontext(cluster))
+    keep = Evaluator._keep
+    monkeypatch.setattr(Evaluator, "_keep", lambda self, *args: (evaluated.append(args), keep(self, *args)))
+    monkeypatch.setattr(opening, "open_workers", lambda *_, **__: contextlib.nullcontext(cluster))
     (main,) = entry_points(group="console_scripts", name="lora-lab")
     with pytest.raises(SystemExit) as ended:
         main.load()(command[1:])

@@ -11,8 +11,10 @@ import pytest
 import torch
 from tiny_models import Tiny, adapter, updates
 
-from lora_lab.analysis.game import Outcomes
 from lora_lab.errors import FileError
+from lora_lab.scoring.changes import LayerMask
+from lora_lab.scoring.evaluator import Evaluator
+from lora_lab.scoring.execution import Execution
 from lora_lab.tasks import digests
 from lora_lab.tasks.digits import Digits
 
@@ -187,8 +189,9 @@ def test_outcomes_of_a_task_that_was_edited_since_are_not_taken_over(monkeypatch
 
     def scores(source):
         task = own_task(monkeypatch, source)
-        outcomes = Outcomes(one, task, split="validation", device=torch.device("cpu"), cache=tmp_path / "outcomes")
-        return outcomes.of([(1.0, 1.0, 1.0)])[0], outcomes.evaluated
+        on = Execution(torch.device("cpu"), cache=tmp_path / "outcomes")
+        evaluator = Evaluator([one], task, on, split="validation")
+        return evaluator.scores([LayerMask((1.0, 1.0, 1.0))])[0], evaluator.evaluated
 
     first, _ = scores(SOURCE)
     again, evaluated = scores(SOURCE)

@@ -17,8 +17,8 @@ from lora_lab.analysis import compare, connectivity
 from lora_lab.analysis.questions import Evaluate, Shapley, Stability
 from lora_lab.errors import LoraLabWarning, OptionError, TaskError
 from lora_lab.merging.merged import merge
-from lora_lab.merging.panel import Panel
 from lora_lab.merging.sources import Sources
+from lora_lab.merging.task_models import MergeModels
 from lora_lab.scoring.evaluate import score
 from lora_lab.tasks.choosing import task_of, tasks_of
 from lora_lab.training.fit import train
@@ -458,7 +458,7 @@ def test_every_analysis_runs_on_language_models(folder, base, rows, keys):
     again = task_of(adapters[0])
     assert (score(again, adapters[0]).loss == after.loss).all()
 
-    found = connectivity.interpolate(adapters, task, points=3, spaces=["factors", "delta"])
+    found = connectivity.Interpolate(points=3).run(adapters, task)
     first, middle, last = (row["loss"] for row in found.rows(space="delta"))
     ends = [first, last]
     assert ends == pytest.approx([after.mean_loss, score(task, adapters[1]).mean_loss], abs=1e-6)
@@ -511,7 +511,7 @@ def test_merges_that_look_at_the_chances_of_options_work_on_choices(folder):
 def test_an_ensemble_of_language_models_averages_the_logits_of_every_token(folder):
     texts = build(folder, TEXTS, TEXT)
     adapters = [train(texts, Recipe(seed=seed, **RECIPE))[0] for seed in (0, 1)]
-    found = Panel(Sources(adapters, tasks=[texts, texts])).ensemble(
+    found = MergeModels(Sources(adapters, tasks=[texts, texts])).ensemble(
         0, [a.updates for a in adapters], [0.25, 0.75], "test"
     )
     logits = []
@@ -535,7 +535,7 @@ def test_merges_of_language_models_are_compared_beside_their_ensemble(folder):
         toml = (folder / "my.toml").read_text().replace("rows.jsonl", f"rows{i}.jsonl")
         (folder / f"t{i}.toml").write_text(toml)
         adapters.append(train(tasks.from_name(str(folder / f"t{i}.toml")), Recipe(seed=0, **RECIPE))[0])
-    found = compare.compare(adapters, tasks_of(adapters), methods=("average",), coefficients=(0.5, 1.0))
+    found = compare.CompareMerges(methods=("average",), coefficients=(0.5, 1.0)).run(adapters, tasks_of(adapters))
     assert {row["merge"] for row in found.rows()} == {compare.ALONE, compare.ENSEMBLE, "average"}
     alone = [row["loss"] for row in found.rows(merge=compare.ALONE)]
     assert [row["loss"] for row in found.rows(merge=compare.ENSEMBLE)] != alone

@@ -155,7 +155,7 @@ def test_lora_on_minilm_tells_words_that_it_never_saw_better_than_the_probe(kind
 @needs_minilm
 def test_halfway_between_two_seeds_delta_is_as_good_as_its_ends(kinds, probe):
     task, adapters = kinds
-    found = connectivity.interpolate(adapters, task, points=3)
+    found = connectivity.Interpolate(points=3).run(adapters, task)
     ends = [row for row in found.rows(space="delta") if row["t"] in (0, 1)]
     (middle,) = found.rows(space="delta", t=0.5)
     assert middle["loss"] < max(row["loss"] for row in ends) + 0.1
@@ -296,7 +296,7 @@ def learns(task, base):
         losses = np.array(log.columns["loss"])
         assert losses[-3:].mean() < losses[:3].mean()
         adapters.append(adapter)
-    found = connectivity.interpolate(adapters, task_of(*adapters), points=3, spaces=["delta"])
+    found = connectivity.Interpolate(points=3, spaces=("delta",)).run(adapters, task_of(*adapters))
     losses = [row["loss"] for row in found.rows(space="delta")]
     assert np.isfinite(losses).all()
     assert max(losses) < base.mean_loss

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import shutil
 
 import numpy as np
@@ -22,13 +23,15 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from lora_lab import tasks
 from lora_lab.adapters.attached import attach, put_on
 from lora_lab.analysis import compare
-from lora_lab.analysis.connectivity import interpolate
-from lora_lab.analysis.game import Outcomes
+from lora_lab.analysis.connectivity import Interpolate
 from lora_lab.analysis.questions import Shapley, Stability, Sweep
 from lora_lab.errors import FileError, OptionError, TaskError
 from lora_lab.files.trust import Origin
+from lora_lab.scoring.changes import LayerMask
 from lora_lab.scoring.evaluate import score
+from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import examples_of
+from lora_lab.scoring.models import TaskModels
 from lora_lab.tasks import task
 from lora_lab.tasks.choosing import task_of, tasks_of
 from lora_lab.training.fit import train
@@ -238,7 +241,7 @@ def test_every_question_can_be_put_to_clip(built, tmp_path):
     assert players == {f"{e}_model.{t}.{i}" for e in ("text", "vision") for t in ("q_proj", "v_proj") for i in range(2)}
     assert sum(row["value"] for row in found.rows()) == pytest.approx(empty.mean_loss - full.mean_loss, abs=1e-5)
     assert found.summary["adapters"][0]["engine"]["why_not_shared"] is None
-    line = interpolate(adapters, clip, points=3)
+    line = Interpolate(points=3).run(adapters, clip)
     ends = [row for row in line.rows(space="delta") if row["t"] in (0, 1)]
     assert ends[0]["loss"] == pytest.approx(full.mean_loss, abs=1e-5)
     steady = Stability(samples=4).run(adapters[:1], clip)
@@ -252,12 +255,15 @@ def test_shared_prefixes_of_both_encoders_are_bitwise_plain_passes(built, tmp_pa
     clip = built("clip", "limit = 30\n")
     clip.batch_size = 10
     adapter = random_adapter(clip, tmp_path / "a", RANDOM, scale=0.3)
-    variants = [tuple(float(on) for on in mask) for mask in np.random.default_rng(0).random((40, 8)) < 0.6]
-    shared, plain = (Outcomes(adapter, clip, split="train", share=share) for share in (True, False))
-    pairs = zip(shared.of(variants, logits=True), plain.of(variants, logits=True), strict=True)
+    masks = [LayerMask(tuple(float(on) for on in mask)) for mask in np.random.default_rng(0).random((40, 8)) < 0.6]
+    shared, plain = (
+        Evaluator([adapter], clip, split="train", build=functools.partial(TaskModels, share=share))
+        for share in (True, False)
+    )
+    pairs = zip(shared.scores(masks, logits=True), plain.scores(masks, logits=True), strict=True)
     assert all((a.logits == b.logits).all() for a, b in pairs)
-    assert shared.variants.why_not is None
-    assert shared.variants.computed < 0.9 * plain.variants.computed
+    assert shared.effort.why_not is None
+    assert shared.effort.computed < 0.9 * plain.effort.computed
 
 
 def test_adapters_of_two_clip_tasks_are_merged_and_compared(built, bases, pictures, tmp_path):
@@ -273,7 +279,7 @@ def test_adapters_of_two_clip_tasks_are_merged_and_compared(built, bases, pictur
         adapters.append(dataclasses.replace(adapter, record=record, origin=Origin(own=True)))
     recorded = tasks_of(adapters)
     assert [each.name for each in recorded] == ["clip/pictures", "clip/warm"]
-    found = compare.compare(adapters, recorded, methods=["average", "ties", "regmean"], coefficients=[0.5])
+    found = compare.CompareMerges(methods=("average", "ties", "regmean"), coefficients=(0.5,)).run(adapters, recorded)
     assert found.summary["skipped"] == []
     alone = {row["task"]: row["accuracy"] for row in found.rows(merge=compare.ALONE)}
     assert alone == {each.name: score(each, a).accuracy for each, a in zip(recorded, adapters, strict=True)}

@@ -7,7 +7,7 @@ import torch
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.attached import attach, weight_deltas
-from lora_lab.analysis.connectivity import interpolate
+from lora_lab.analysis.connectivity import Interpolate
 from lora_lab.analysis.questions import Evaluate
 from lora_lab.errors import FileError, LoraLabError, LoraLabNote, OptionError, TaskError, TunerError
 from lora_lab.scoring.evaluate import score
@@ -101,7 +101,7 @@ def test_every_tuner_trains_saves_and_scores_the_same_when_read_back(peft, tmp_p
     again = Adapter.load(adapter.save(tmp_path / "a"))
     expected = adapter.record["metrics"]["validation"]["loss"]
     assert score(task, again, "validation").mean_loss == expected
-    found = interpolate([again, again], task, points=3, spaces=("factors",), split="validation")
+    found = Interpolate(points=3, spaces=("factors",), split="validation").run([again, again], task)
     assert [row["loss"] for row in found.rows(space="factors")] == pytest.approx([expected] * 3, abs=1e-6)
 
 

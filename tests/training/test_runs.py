@@ -155,7 +155,7 @@ def test_force_trains_again(folder, trained):
 def test_quickstart_called_again_trains_only_what_is_missing_and_draws(lora_lab, monkeypatch, tmp_path):
     monkeypatch.setattr(Digits, "steps", 4)
     monkeypatch.setattr(
-        connectivity, "interpolate", functools.partial(connectivity.interpolate, points=3, spaces=["factors"])
+        connectivity, "Interpolate", functools.partial(connectivity.Interpolate, points=3, spaces=("factors",))
     )
     code, _, err = lora_lab("quickstart", "-o", "q", "--jobs", 1)
     assert code == 0, err
