@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..escape import visible, visible_json, visible_stream
+from ..progress import bar
 
 
 class Visible:
@@ -108,16 +109,6 @@ def estimate(value: float | None, low: float | None, high: float | None) -> str:
     return number(value) if low is None else f"{number(value)} [{number(low)}, {number(high)}]"
 
 
-@contextlib.contextmanager
-def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+def progress(what: str) -> contextlib.AbstractContextManager[Callable[[int, int], None]]:
     """A bar with the time left, on standard error, gone when the work is done."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    bar = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*bar, console=messages, transient=True) as shown:
-        row = shown.add_task(visible(what), total=None)
-
-        def report(done: int, total: int) -> None:
-            shown.update(row, completed=done, total=total)
-
-        yield report
+    return bar(what, messages)

@@ -1,5 +1,64 @@
 """Analysis of LoRA adapters: training with CoTo, mode connectivity, stability, merging and pruning.
 
-Import what you need from its module, for example ``from lora_lab.adapter import Adapter``. This file imports
-nothing, so that ``lora-lab --help`` and the drawing of figures stay light.
+    import lora_lab as ll
+
+    a, b = (ll.train("digits/relabel", seed=seed) for seed in (0, 1))
+    ll.figure(ll.interpolate([a, b])).savefig("line.pdf")
+
+What stands here is loaded when it is first used: the import itself loads neither torch nor numpy. The rooms below
+hold the rest; each one's first lines say what it knows.
 """
+
+from typing import TYPE_CHECKING
+
+from lora_lab.lazy import face
+
+if TYPE_CHECKING:
+    from lora_lab.adapters.adapter import Adapter as Adapter
+    from lora_lab.adapters.lowrank import LowRank as LowRank
+    from lora_lab.adapters.reading import inspect as inspect
+    from lora_lab.api import compare_merges as compare_merges
+    from lora_lab.api import evaluate as evaluate
+    from lora_lab.api import figure as figure
+    from lora_lab.api import interpolate as interpolate
+    from lora_lab.api import load as load
+    from lora_lab.api import merge as merge
+    from lora_lab.api import prune as prune
+    from lora_lab.api import shapley as shapley
+    from lora_lab.api import stability as stability
+    from lora_lab.api import sweep as sweep
+    from lora_lab.api import task as task
+    from lora_lab.api import train as train
+    from lora_lab.results.result import Result as Result
+    from lora_lab.scoring.execution import Execution as Execution
+    from lora_lab.training.coto import CoToCallback as CoToCallback
+    from lora_lab.training.recipe import Recipe as Recipe
+    from lora_lab.training.schedule import Schedule as Schedule
+
+__getattr__, __dir__, __all__ = face(
+    __name__,
+    {
+        "adapters.adapter": ("Adapter",),
+        "adapters.lowrank": ("LowRank",),
+        "adapters.reading": ("inspect",),
+        "api": (
+            "compare_merges",
+            "evaluate",
+            "figure",
+            "interpolate",
+            "load",
+            "merge",
+            "prune",
+            "shapley",
+            "stability",
+            "sweep",
+            "task",
+            "train",
+        ),
+        "results.result": ("Result",),
+        "scoring.execution": ("Execution",),
+        "training.coto": ("CoToCallback",),
+        "training.recipe": ("Recipe",),
+        "training.schedule": ("Schedule",),
+    },
+)

@@ -27,7 +27,7 @@ ROOMS = [  # from the ground up; a room may import from itself and from those be
     "merging",
     "pruning",
     "analysis",
-    "face",  # lora_lab/__init__.py
+    "face",  # lora_lab/__init__.py and api.py
 ]
 
 
@@ -38,7 +38,7 @@ def name_of(path):
 
 def room_of(module):
     parts = module.split(".")
-    if len(parts) == 1:
+    if parts in (["lora_lab"], ["lora_lab", "api"]):
         return "face"
     return parts[1] if (PACKAGE / parts[1]).is_dir() else "ground"
 

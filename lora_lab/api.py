@@ -1,0 +1,327 @@
+"""What `import lora_lab as ll` gives: each step from a task to a figure as one function.
+
+Adapters are given as `Adapter` or as what `load` reads, one or several; a task as a `Task`, as the name or file that
+`task` takes, or None for the one that the adapters record (TrustError where a record that is not the user's own asks
+for more than it may without `trust_record`). `on` says where it is computed; `progress` shows a bar.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lora_lab import tasks
+from lora_lab.adapters.adapter import Adapter
+from lora_lab.errors import OptionError, unknown
+from lora_lab.progress import bar
+from lora_lab.results.result import Result
+from lora_lab.scoring.execution import Execution
+from lora_lab.tasks.choosing import task_of, tasks_of
+from lora_lab.tasks.task import Task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+Path_ = str | os.PathLike[str]
+Adapters = Adapter | Path_ | Sequence[Adapter | Path_]
+TaskLike = Task | Path_ | None
+Made = TypeVar("Made")
+
+
+def load(
+    path: Path_, *, config: Path_ | None = None, alpha: float | None = None, adapter_name: str | None = None
+) -> Adapter:
+    """The adapter of a PEFT folder, a lone file, a Trainer checkpoint or a hub id; see `Adapter.load`."""
+    return Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name)
+
+
+def task(name: Path_) -> Task:
+    """The built-in task of this name (digits/relabel …), or the one that a TOML file describes."""
+    return tasks.from_name(os.fspath(name))
+
+
+def train(
+    task: Task | Path_, method: str = "coto", *, on: Execution | None = None, progress: bool = True, **recipe: Any
+) -> Adapter:
+    """An adapter trained on the task; `recipe` are the other fields of `Recipe` (seed, steps, rank …).
+
+    `lora_lab.training.train` gives the log of the run beside it.
+    """
+    from lora_lab.training.fit import train as fit
+    from lora_lab.training.recipe import Recipe
+
+    made = _made(Recipe, {"method": method, **recipe})
+    with _shown(on, "training", progress) as where:
+        return fit(_task(task), made, device=where.device, progress=where.progress)[0]
+
+
+def merge(
+    adapters: Adapters,
+    method: str = "task-arithmetic",
+    task: TaskLike | Sequence[Task | Path_] = None,
+    *,
+    on: Execution | None = None,
+    progress: bool = True,
+    trust_record: bool = False,
+    **options: Any,
+) -> Adapter:
+    """One adapter out of several by a method of `lora_lab.merging.MERGES`; its record tells the error of ΔW.
+
+    `options` are the method's (density=0.2 …), the fields of `MergeOptions` (coefficient, rank, heads, dtype), weights,
+    one an adapter, and base, the folder or hub id of the model, for adapters whose ΔW hangs on it. A method that looks
+    at data takes `task`, one for all or one an adapter. Heads kept apart are written by `lora_lab.merging.save` alone.
+    """
+    from lora_lab.adapters.renames import require_shared_modules
+    from lora_lab.merging import merged
+    from lora_lab.merging.methods import MERGES
+    from lora_lab.merging.sources import Sources, base_of
+
+    loaded = _adapters(adapters)
+    require_shared_modules(loaded)
+    common = {
+        field.name: options.pop(field.name)
+        for field in dataclasses.fields(merged.MergeOptions)
+        if field.name in options
+    }
+    weights, base = options.pop("weights", None), options.pop("base", None)
+    where = on or Execution()
+    sources = Sources(
+        loaded,
+        weights,
+        base=base_of(loaded, base, trust_record=trust_record),
+        tasks=_tasks(loaded, task, trust_record) if MERGES[method].reads_data else None,
+        device=where.place(),
+    )
+    with _shown(where, f"merging by {method}", progress) as told:
+        made = merged.merge(sources, method, options=options, progress=told.progress, **common)
+    if made.heads:
+        raise OptionError("heads kept apart are no part of an adapter; lora_lab.merging.save writes them beside it")
+    return made.adapter
+
+
+def prune(
+    adapter: Adapter | Path_,
+    task: TaskLike = None,
+    *,
+    keep: str | None = None,
+    sparsity: float | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    trust_record: bool = False,
+    **options: Any,
+) -> Adapter:
+    """The adapter with the modules that a pattern keeps, a share of its entries 0, or a lower rank: in one way.
+
+    keep: a pattern such as every-other or top-shapley:2, with the fields of `Shapley` as options (players and seed
+    for all patterns, the rest for those by Shapley values, which are computed on the validation split of `task`).
+    sparsity: a share, with by (the criterion), per_matrix, seed. rank, or energy, the share of ‖ΔW‖² that is kept: with
+    by (the order of the ranks). What it cost is told by the functions of `lora_lab.pruning`.
+    """
+    from lora_lab.pruning import prune as pruning
+
+    (loaded,) = _adapters(adapter)
+    if sum([keep is not None, sparsity is not None, rank is not None or energy is not None]) != 1:
+        raise OptionError("say how to prune, in one way: keep, sparsity, or rank (or energy)")
+    if keep is not None:
+        names = _kept(loaded, keep, partial(_task_of, [loaded], task, trust_record), options)
+        return pruning.structured(loaded, names, pattern=keep).adapter
+    if sparsity is not None:
+        _check_names("pruning by sparsity", options, _keywords(pruning.prune_weights))
+        return pruning.prune_weights(loaded, sparsity=sparsity, **options).adapter
+    _check_names("pruning by rank", options, _keywords(pruning.prune_rank))
+    return pruning.prune_rank(loaded, rank=rank, energy=energy, **options).adapter
+
+
+def interpolate(
+    adapters: Adapters,
+    task: TaskLike = None,
+    *,
+    on: Execution | None = None,
+    progress: bool = True,
+    trust_record: bool = False,
+    **options: Any,
+) -> Result:
+    """Loss and accuracy on the lines between adapters, with barriers; `options` are the fields of `Interpolate`."""
+    from lora_lab.analysis.connectivity import Interpolate
+
+    question, loaded = _made(Interpolate, options), _adapters(adapters)
+    question.check(loaded)
+    with _shown(on, "interpolating", progress) as where:
+        return question.run(loaded, _task_of(loaded, task, trust_record), where)
+
+
+def stability(
+    adapters: Adapters,
+    task: TaskLike = None,
+    *,
+    on: Execution | None = None,
+    progress: bool = True,
+    trust_record: bool = False,
+    **options: Any,
+) -> Result:
+    """Accuracy and loss with only some layers' updates on; `options` are the fields of `Stability`."""
+    from lora_lab.analysis.questions import Stability
+
+    question, loaded = _made(Stability, options), _adapters(adapters)
+    question.check(loaded)
+    with _shown(on, "scoring keep-sets", progress) as where:
+        return question.run(loaded, _task_of(loaded, task, trust_record), where)
+
+
+def shapley(
+    adapters: Adapters,
+    task: TaskLike = None,
+    *,
+    on: Execution | None = None,
+    progress: bool = True,
+    trust_record: bool = False,
+    **options: Any,
+) -> Result:
+    """What each layer (module, type …) of an adapter contributes; `options` are the fields of `Shapley`."""
+    from lora_lab.analysis.questions import Shapley
+
+    question, loaded = _made(Shapley, options), _adapters(adapters)
+    question.check(loaded)
+    with _shown(on, "asking for coalitions", progress) as where:
+        return question.run(loaded, _task_of(loaded, task, trust_record), where)
+
+
+def sweep(
+    adapters: Adapters,
+    task: TaskLike = None,
+    *,
+    on: Execution | None = None,
+    progress: bool = True,
+    trust_record: bool = False,
+    **options: Any,
+) -> Result:
+    """Adapters pruned in every way beside random controls; `options` are the fields of `Sweep`."""
+    from lora_lab.analysis.questions import Sweep
+
+    question, loaded = _made(Sweep, options), _adapters(adapters)
+    question.check(loaded)
+    with _shown(on, "scoring pruned adapters", progress) as where:
+        return question.run(loaded, _task_of(loaded, task, trust_record), where)
+
+
+def evaluate(
+    adapters: Adapters,
+    task: TaskLike | Sequence[Task | Path_] = None,
+    *,
+    on: Execution | None = None,
+    progress: bool = True,
+    trust_record: bool = False,
+    **options: Any,
+) -> Result:
+    """Scores of adapters and of their bases, with 95 % intervals; `options` are the fields of `Evaluate`."""
+    from lora_lab.analysis.questions import Evaluate
+
+    question, loaded = _made(Evaluate, options), _adapters(adapters)
+    question.check(loaded)
+    with _shown(on, "evaluating", progress) as where:
+        return question.run(loaded, _tasks(loaded, task, trust_record), where)
+
+
+def compare_merges(
+    adapters: Adapters,
+    task: TaskLike | Sequence[Task | Path_] = None,
+    *,
+    on: Execution | None = None,
+    progress: bool = True,
+    trust_record: bool = False,
+    **options: Any,
+) -> Result:
+    """Accuracy of every merge on the tasks of its adapters; `options` are the fields of `CompareMerges`."""
+    from lora_lab.analysis.compare import CompareMerges
+    from lora_lab.merging.sources import base_of
+
+    question, loaded = _made(CompareMerges, options), _adapters(adapters)
+    tasks = _tasks(loaded, task, trust_record)
+    question.check_sets(loaded, tasks)
+    base = base_of(loaded, question.base_name, trust_record=trust_record)
+    with _shown(on, "merging and scoring", progress) as where:
+        return question.run(loaded, tasks, where, base=base)
+
+
+def figure(
+    results: Result | Path_ | Sequence[Result | Path_], kind: str | None = None, *, width: str = "double"
+) -> Figure:
+    """The matplotlib figure of one or more results (or their files) of one kind; `kind` chooses another view."""
+    from lora_lab import plots
+
+    several = [results] if isinstance(results, Result | str | os.PathLike) else results
+    loaded = [result if isinstance(result, Result) else Result.load(Path(result)) for result in several]
+    return plots.figure(loaded, kind=kind, width=width)
+
+
+def _adapters(given: Adapters) -> list[Adapter]:
+    several = [given] if isinstance(given, Adapter | str | os.PathLike) else given
+    return [adapter if isinstance(adapter, Adapter) else load(adapter) for adapter in several]
+
+
+def _task(given: Task | Path_) -> Task:
+    return given if isinstance(given, Task) else task(given)
+
+
+def _task_of(adapters: Sequence[Adapter], given: TaskLike, trust_record: bool) -> Task:
+    return task_of(*adapters, trust_record=trust_record) if given is None else _task(given)
+
+
+def _tasks(adapters: Sequence[Adapter], given: TaskLike | Sequence[Task | Path_], trust_record: bool) -> list[Task]:
+    """A task for each adapter: its own, or the one for all, or one given for each of them."""
+    if given is None:
+        return tasks_of(adapters, trust_record=trust_record)
+    several = [_task(given)] if isinstance(given, Task | str | os.PathLike) else [_task(each) for each in given]
+    if len(several) not in (1, len(adapters)):
+        raise OptionError(f"{len(adapters)} adapters and {len(several)} tasks; one for all, or one an adapter")
+    return several * len(adapters) if len(several) == 1 else several
+
+
+def _kept(adapter: Adapter, pattern: str, task: Callable[[], Task], options: Mapping[str, Any]) -> list[str]:
+    """The modules that a pattern keeps; Shapley values are computed for those alone that are by them."""
+    from lora_lab.analysis.questions import Shapley
+    from lora_lab.pruning.patterns import choice_of, keep
+
+    question = _made(Shapley, {"split": "validation", **options})
+    choice = choice_of(adapter, by=question.players, seed=question.seed)
+    return keep(dataclasses.replace(choice, shapley=lambda: question.values(adapter, task())), pattern)
+
+
+@contextlib.contextmanager
+def _shown(on: Execution | None, what: str, progress: bool) -> Iterator[Execution]:
+    """The execution, with a bar unless it tells somebody already or none is wanted."""
+    on = on or Execution()
+    if not progress or on.progress:
+        yield on
+        return
+    with bar(what) as report:
+        yield dataclasses.replace(on, progress=report)
+
+
+def _made(cls: type[Made], options: Mapping[str, Any]) -> Made:
+    """A dataclass from keywords, where a list, or one text alone, stands for a tuple; OptionError for another name."""
+    defaults = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    _check_names(cls.__name__, options, list(defaults))
+    return cls(
+        **{name: _tupled(value) if isinstance(defaults[name], tuple) else value for name, value in options.items()}
+    )
+
+
+def _tupled(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
+
+
+def _check_names(what: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name in options:
+        if name not in known:
+            raise unknown(f"option of {what}", name, known)
+
+
+def _keywords(function: Callable[..., Any]) -> list[str]:
+    parameters = signature(function).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]

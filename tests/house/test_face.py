@@ -1,0 +1,203 @@
+"""What `import lora_lab as ll` gives, and that each of its functions is the library's own answer."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import lora_lab as ll
+from lora_lab import api, tasks
+from lora_lab.adapters.reading import inspect
+from lora_lab.analysis.connectivity import Interpolate
+from lora_lab.analysis.questions import Evaluate, Shapley, Stability, Sweep
+from lora_lab.errors import LoraLabError, MismatchError, OptionError, TrustError
+from lora_lab.merging.sources import Sources
+from lora_lab.pruning.prune import prune_rank, prune_weights
+from lora_lab.training.fit import train
+
+NAMES = ["Adapter", "CoToCallback", "Execution", "LowRank", "Recipe", "Result", "Schedule"]
+NAMES += ["compare_merges", "evaluate", "figure", "inspect", "interpolate", "load", "merge"]
+NAMES += ["prune", "shapley", "stability", "sweep", "task", "train"]
+QUIET = {"progress": False}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Two adapters of a few steps, and their files."""
+    folder = tmp_path_factory.mktemp("face")
+    adapters = [ll.train("digits/relabel", seed=seed, steps=6, batch_size=8, **QUIET) for seed in (0, 1)]
+    return adapters, [adapter.save(folder / f"{adapter.label}.safetensors") for adapter in adapters]
+
+
+def numbers(result):
+    """All of a result but its provenance."""
+    return json.dumps([result.kind, result.columns, result.summary, result.parameters])
+
+
+def test_the_public_names_are_these():
+    assert ll.__all__ == NAMES
+    assert dir(ll) == NAMES
+    with pytest.raises(AttributeError, match="'lora_lab' has no attribute 'nonsense'"):
+        _ = ll.nonsense
+
+
+def test_the_import_loads_neither_torch_nor_numpy():
+    code = (
+        "import sys, lora_lab as ll; print({'torch', 'numpy', 'rich', 'pydantic'} & set(sys.modules), len(dir(ll)));"
+        "ll.LowRank; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"set() {len(NAMES)}", "True False"]
+
+
+def test_training_gives_the_adapter_of_the_recipe(pair):
+    recipe = ll.Recipe(method="coto", seed=1, steps=6, batch_size=8)
+    adapter, _ = train(tasks.from_name("digits/relabel"), recipe)
+    made = pair[0][1]
+    assert adapter.record["recipe"] == made.record["recipe"]
+    assert all(torch.equal(adapter.tensors[key], made.tensors[key]) for key in adapter.tensors)
+
+
+@pytest.mark.parametrize(
+    ("function", "question", "options"),
+    [
+        (ll.interpolate, Interpolate, {"points": 2, "spaces": ["delta"], "split": "validation"}),
+        (ll.stability, Stability, {"samples": 2, "every": False, "examples": 20, "players": "type", "rescale": False}),
+        (ll.shapley, Shapley, {"samples": 2, "players": "type", "examples": 20, "estimator": "permutation"}),
+        (ll.sweep, Sweep, {"kinds": "rank", "draws": 1, "examples": 20}),
+        (ll.evaluate, Evaluate, {"split": "validation", "base": False}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_question_has_one_answer_however_adapters_and_tasks_are_given(pair, function, question, options):
+    adapters, paths = pair
+    task = ll.task("digits/relabel")
+    listed = {name: (value,) if name in ("kinds",) else value for name, value in options.items()}
+    wanted = question(**listed).run(adapters, [task] * 2 if function is ll.evaluate else task)
+    given = [(paths, None), ([adapters[0], str(paths[1])], "digits/relabel")]
+    for several, on in given:
+        assert numbers(function(several, on, **options, **QUIET)) == numbers(wanted)
+
+
+def test_one_adapter_needs_no_list(pair):
+    options = {"samples": 2, "players": "type", "examples": 20, **QUIET}
+    assert ll.shapley(pair[1][0], **options).columns == ll.shapley([pair[1][0]], **options).columns
+
+
+def test_merges_and_prunings_are_those_of_their_rooms(pair):
+    from lora_lab.merging.merged import merge
+
+    adapters, paths = pair
+    merged = ll.merge(paths, "ties", density=0.2, weights=[1, 0.5], coefficient=2.0, rank=3, **QUIET)
+    wanted = merge(Sources(adapters, [1, 0.5]), "ties", options={"density": 0.2}, coefficient=2.0, rank=3).adapter
+    assert all(torch.equal(merged.tensors[key], tensor) for key, tensor in wanted.tensors.items())
+    assert merged.record["merge"]["error"] == wanted.record["merge"]["error"]
+    for made, reference in [
+        (ll.prune(paths[0], rank=2), prune_rank(adapters[0], rank=2)),
+        (ll.prune(paths[0], energy=0.5, by="units"), prune_rank(adapters[0], energy=0.5, by="units")),
+        (
+            ll.prune(paths[0], sparsity=0.5, seed=3, by="random"),
+            prune_weights(adapters[0], sparsity=0.5, seed=3, by="random"),
+        ),
+    ]:
+        assert all(torch.equal(made.tensors[key], tensor) for key, tensor in reference.adapter.tensors.items())
+    assert {name.split(".")[2] for name in ll.prune(paths[0], keep="even").sites} == {"0", "2", "4"}
+
+
+def test_a_pattern_by_shapley_values_keeps_the_players_with_the_highest(pair):
+    adapters, paths = pair
+    options = {"players": "type", "samples": 2, "examples": 20}
+    question = Shapley(split="validation", **options)
+    values = question.values(adapters[0], ll.task("digits/relabel"))
+    kept = ll.prune(paths[0], keep="top-shapley:1", **options)
+    assert {name.rpartition(".")[2] for name in kept.sites} == {max(values, key=values.get)}
+
+
+def test_merges_are_compared_on_the_tasks_of_their_adapters(pair):
+    adapters, paths = pair
+    options = {"methods": "ties", "coefficients": [1.0], "ratios": [[1, 1]]}
+    assert numbers(ll.compare_merges(adapters, **options, **QUIET)) == numbers(
+        ll.compare_merges(paths, ["digits/relabel"] * 2, **options, **QUIET)
+    )
+
+
+def test_a_result_is_drawn_from_itself_or_its_file(pair, tmp_path):
+    result = ll.interpolate(pair[0], points=2, **QUIET)
+    path = result.save(tmp_path / "line.json")
+    assert ll.figure(path).get_gid() == ll.figure([result]).get_gid() == ll.figure(result).get_gid()
+    assert ll.figure(result, "interpolate:loss", width="single").get_gid() != ll.figure(result).get_gid()
+
+
+def test_a_bar_is_shown_unless_it_is_switched_off_or_somebody_else_is_told(pair, monkeypatch, capsys):
+    shown, told = [], []
+    monkeypatch.setattr(api, "bar", lambda what: shown.append(what) or pytest.MonkeyPatch.context())
+    options = {"split": "validation", "base": False}
+    on = ll.Execution(progress=lambda done, total: told.append((done, total)))
+    ll.evaluate(pair[0], on=on, **options)
+    assert told == [(1, 2), (2, 2)]
+    ll.evaluate(pair[0], **options, **QUIET)
+    assert not shown
+    monkeypatch.undo()
+    ll.evaluate(pair[0], **options)
+    assert not capsys.readouterr().out
+
+
+def test_a_bar_counts_on_the_console_that_it_is_given():
+    import io
+
+    from rich.console import Console
+
+    from lora_lab.progress import bar
+
+    screen = io.StringIO()
+    with bar("a\x1bb", Console(file=screen, force_terminal=True, width=80)) as report:
+        report(1, 4)
+    assert r"a\x1bb" in screen.getvalue()
+    assert "1/4" in screen.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (
+            lambda a: ll.interpolate(a, pionts=3),
+            OptionError,
+            "unknown option of Interpolate 'pionts' .did you mean 'points'",
+        ),
+        (lambda a: ll.interpolate(a, spaces="dleta"), OptionError, "unknown space 'dleta' .did you mean 'delta'"),
+        (
+            lambda a: ll.train("digits/relabel", sede=1),
+            OptionError,
+            "unknown option of Recipe 'sede' .did you mean 'seed'",
+        ),
+        (lambda a: ll.merge(a, "tise"), OptionError, "'tise' .did you mean 'ties'"),
+        (
+            lambda a: ll.merge(a, "ties", densty=0.1),
+            OptionError,
+            "unknown option of ties 'densty' .did you mean 'density'",
+        ),
+        (lambda a: ll.prune(a[0]), OptionError, "in one way: keep, sparsity, or rank"),
+        (lambda a: ll.prune(a[0], rank=2, keep="even"), OptionError, "in one way: keep, sparsity, or rank"),
+        (lambda a: ll.prune(a[0], rank=2, criterion="x"), OptionError, "unknown option of pruning by rank 'criterion'"),
+        (lambda a: ll.evaluate(a, ["digits/relabel"] * 3), OptionError, "2 adapters and 3 tasks"),
+        (lambda a: ll.evaluate([]), OptionError, "no adapter was given"),
+        (lambda a: ll.task("digits/rleabel"), OptionError, "did you mean 'digits/relabel'"),
+        (lambda a: ll.load("nowhere.safetensors"), LoraLabError, "nowhere.safetensors"),
+        (lambda a: ll.shapley(dataclasses.replace(a[0], record={})), MismatchError, "carries no record of its task"),
+    ],
+)
+def test_what_does_not_fit_is_told_by_name(pair, call, error, text):
+    with pytest.raises(error, match=text):
+        call(pair[0])
+
+
+def test_a_record_from_elsewhere_may_do_what_it_may_on_the_command_line(pair, tmp_path):
+    record = {"task": {"kind": "clip", "base": "x", "data": "y", "trust_remote_code": True}}
+    foreign = dataclasses.replace(pair[0][0], record=record, origin=inspect(pair[1][0]).adapter.origin)
+    foreign = dataclasses.replace(foreign, origin=dataclasses.replace(foreign.origin, own=False))
+    for function in (ll.evaluate, ll.shapley, ll.interpolate, ll.stability, ll.sweep):
+        with pytest.raises(TrustError, match="asks for trust_remote_code"):
+            function([foreign, foreign], **QUIET)
