@@ -90,6 +90,19 @@ def base_model() -> Callable[[str], nn.Module]:
     return make
 
 
+@pytest.fixture(scope="module")
+def few_digits():
+    """The digit tasks with 80 digits to validate and 100 to test by, for 297 and 500, in this process alone."""
+    from lora_lab.tasks import digits
+
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(digits, "VALIDATION", 80)
+        changed.setattr(digits, "TEST", 100)
+        digits.images.cache_clear()
+        yield
+    digits.images.cache_clear()
+
+
 @pytest.fixture
 def lora_lab(monkeypatch, capsys, tmp_path):
     """The installed command: arguments → (exit code, standard output, standard error), in a folder of its own."""

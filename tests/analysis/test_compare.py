@@ -24,6 +24,8 @@ from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.digits import Digits
 from lora_lab.tasks.task import Scores, Split
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
 TASKS = ("identity", "mod3")
 CONFIG = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "fc1"]}
 METHODS = ["average", "ties", "knots:dare"]

@@ -23,6 +23,8 @@ from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.digits import Digits
 from lora_lab.tasks.task import Scores
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
 CASES = Path(__file__).parents[1] / "cases"
 TARGETS = r"vit\.layers\.[0-3]\..*(q_proj|v_proj|fc1)"
 

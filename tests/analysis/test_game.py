@@ -1,9 +1,3 @@
-import os
-import signal
-import subprocess
-import sys
-import time
-
 import making_adapters as adapters
 import numpy as np
 import pytest
@@ -21,6 +15,8 @@ from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.execution import Execution
 from lora_lab.scoring.models import seconds_of
 from lora_lab.tasks.digits import Digits
+
+pytestmark = pytest.mark.usefixtures("few_digits")
 
 TARGETS = r"vit\.layers\.[0-3]\..*(q_proj|v_proj|fc1)"
 
@@ -229,31 +225,15 @@ def test_games_that_cannot_be_are_refused(adapter, tmp_path, make, error, text):
         make(adapter, tmp_path / "x")
 
 
-def test_a_killed_run_goes_on_with_the_same_numbers(adapter, tmp_path):
-    adapter.save(tmp_path / "a.safetensors")
-    script = (
-        "import sys, numpy as np, torch; torch.set_num_threads(1)\n"
-        "from pathlib import Path\n"
-        "from lora_lab.adapters.adapter import Adapter; from lora_lab.tasks.digits import Digits\n"
-        "from lora_lab.games.estimators import all_coalitions\n"
-        "from lora_lab.analysis.game import Game; from lora_lab.adapters.groups import players\n"
-        "from lora_lab.scoring.evaluator import Evaluator; from lora_lab.scoring.execution import Execution\n"
-        "adapter = Adapter.load(sys.argv[1])\n"
-        "evaluator = Evaluator([adapter], Digits('relabel'), Execution(cache=Path(sys.argv[2])))\n"
-        "Game(evaluator, players(adapter, 'module'))(all_coalitions(12)[::8])\n"
-    )
-    command = [sys.executable, "-c", script, tmp_path / "a.safetensors", tmp_path / "cache"]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    try:
-        deadline = time.monotonic() + 120
-        while not (found := list((tmp_path / "cache").glob("*.jsonl"))) or found[0].read_text().count("\n") < 15:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    (journal,) = found
+def test_an_interrupted_run_goes_on_with_the_same_numbers(adapter, tmp_path):
+    def interrupt(done, _):
+        if done >= 15:
+            raise KeyboardInterrupt
+
+    stopped = game_of(adapter, "module", split="test", cache=tmp_path / "cache", progress=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        stopped(all_coalitions(12)[::8])
+    (journal,) = (tmp_path / "cache").glob("*.jsonl")
     with journal.open("a") as file:
         file.write('{"run": "cut off in mid-li')
     resumed = game_of(adapter, "module", split="test", cache=tmp_path / "cache")

@@ -22,6 +22,8 @@ from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.digits import Digits
 from lora_lab.tasks.task import Scores
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
@@ -148,7 +150,7 @@ def test_adapters_of_one_parity_and_of_different_players(adapter):
 def test_sampled_keep_sets_estimate_the_enumerated_ones(adapter):
     by = {f"{kind}{i}": rf"layers\.{i}\..*{kind}" for i in range(4) for kind in ("proj", "fc1")}
     every, some = (
-        Stability(players=by, samples=20, every=flag, rescale=False, examples=60).run([adapter], Digits("relabel"))
+        Stability(players=by, samples=20, every=flag, rescale=False, examples=25).run([adapter], Digits("relabel"))
         for flag in (True, False)
     )
     assert every.summary["adapters"][0]["exhaustive"]

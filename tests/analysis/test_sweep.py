@@ -17,6 +17,8 @@ from lora_lab.scoring.execution import Execution
 from lora_lab.scoring.models import TaskModels
 from lora_lab.tasks.digits import Digits
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
 OPTIONS = {"split": "validation", "examples": 80, "draws": 3, "sparsities": (0.0, 0.5, 1.0)}
 
 
