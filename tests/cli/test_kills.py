@@ -1,20 +1,17 @@
 """Runs that are ended from outside, at any moment, lose nothing: run again, they come to the same end."""
 
-import importlib
 import json
-import multiprocessing
 import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 from making_adapters import random_adapter
+from making_processes import finished, started
 from peft import LoraConfig
 
 from lora_lab.results.result import Result, fingerprint
@@ -37,33 +34,6 @@ REPLACED = ("evaluate", "merge", "prune", "figure")
 """Verbs that are told to replace what is there; the others find their result again."""
 
 
-def command(verb, arguments, folder, fatal=None):
-    """What a process runs: the command in a folder, its messages in err.txt; `fatal` names a function to die in."""
-    from lora_lab.cli import main
-
-    os.chdir(folder)
-    for stream, name in ((sys.stdout, "out.txt"), (sys.stderr, "err.txt")):
-        stream.flush()
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1 if name == "out.txt" else 2)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-    if fatal:
-        module, name = fatal
-        setattr(
-            importlib.import_module(f"lora_lab.{module}"), name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
-        )
-    main([verb, *map(str, arguments)])
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """What starts processes that have torch and all of this package loaded already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["lora_lab.cli", "lora_lab.analysis.compare", "lora_lab.analysis.sweep", "lora_lab.plots.registry", "peft"]
-    )
-    return context
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     folder, task = tmp_path_factory.mktemp("inputs"), Digits("relabel")
@@ -82,16 +52,8 @@ def place(inputs, folder):
     return folder
 
 
-def started(processes, verb, folder, *more, fatal=None):
-    process = processes.Process(target=command, args=(verb, [*RUNS[verb], *more], folder, fatal))
-    process.start()
-    return process
-
-
-def finished(process, folder, code=0):
-    process.join(120)
-    assert process.exitcode == code, (folder / "err.txt").read_text()
-    return (folder / "err.txt").read_text()
+def begun(verb, folder, *more, fatal=None):
+    return started(folder, verb, *RUNS[verb], *more, fatal=fatal)
 
 
 def numbers(folder):
@@ -116,35 +78,35 @@ SLOW = [pytest.param(verb, marks=pytest.mark.slow) for verb in ("stability", "sw
 
 
 @pytest.mark.parametrize("verb", ["interpolate", "shapley", *SLOW])
-def test_a_run_killed_between_result_and_figure_draws_it_when_run_again(processes, inputs, tmp_path, verb):
+def test_a_run_killed_between_result_and_figure_draws_it_when_run_again(inputs, tmp_path, verb):
     folder = place(inputs, tmp_path)
-    finished(started(processes, verb, folder, fatal=("plots.registry", "save")), folder, -signal.SIGKILL)
+    finished(begun(verb, folder, fatal=("plots.registry", "save")), folder, -signal.SIGKILL)
     result, figures = folder / "out" / f"{verb}.json", [folder / "out" / f"{verb}.{end}" for end in ("pdf", "png")]
     assert result.exists()
     assert not any(path.exists() for path in figures)
     before = result.read_bytes()
-    err = finished(started(processes, verb, folder), folder)
+    err = finished(begun(verb, folder), folder)
     assert "this very result is there already" in err
     assert result.read_bytes() == before
     assert all(path.stat().st_size > 1000 for path in figures)
     assert not [path for path in (folder / "out").iterdir() if path.suffix in (".journal", ".part")]
 
 
-def test_another_figure_than_the_results_is_drawn_again(processes, inputs, tmp_path):
+def test_another_figure_than_the_results_is_drawn_again(inputs, tmp_path):
     folder = place(inputs, tmp_path)
-    finished(started(processes, "interpolate", folder), folder)
+    finished(begun("interpolate", folder), folder)
     figures = [folder / "out" / f"interpolate.{end}" for end in ("pdf", "png")]
     drawn = [path.read_bytes() for path in figures]
     figures[0].write_bytes(drawn[1])  # a figure of ours, of another kind
     figures[1].write_bytes(drawn[1][:-9])
-    finished(started(processes, "interpolate", folder), folder)
+    finished(begun("interpolate", folder), folder)
     assert [path.read_bytes() for path in figures] == drawn
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_request_to_end_is_an_interrupt(processes, inputs, tmp_path, number):
+def test_a_request_to_end_is_an_interrupt(inputs, tmp_path, number):
     folder = place(inputs, tmp_path)
-    process = started(processes, "shapley", folder, "--players", "rank")
+    process = begun("shapley", folder, "--players", "rank")
     while not (journals := list(folder.glob("out/.outcomes/*.jsonl"))) or journals[0].stat().st_size < 3000:
         assert process.is_alive(), (folder / "err.txt").read_text()
         time.sleep(0.01)
@@ -154,55 +116,49 @@ def test_a_request_to_end_is_an_interrupt(processes, inputs, tmp_path, number):
     assert [path.name for path in folder.glob("out/.outcomes/*")] == [journals[0].name]
 
 
-def killed_and_run_again(processes, inputs, folder, verb, share, whole):
+def killed_and_run_again(inputs, folder, verb, share, whole):
     """Kill a run after a share of the time that it takes, and run it to its end."""
     place(inputs, folder)
-    process = started(processes, verb, folder)
+    process = begun(verb, folder)
     process.join(share * whole)
     process.kill()
     process.join()
     more = ["--force"] if verb in REPLACED else []
-    finished(started(processes, verb, folder, *more), folder)
+    finished(begun(verb, folder, *more), folder)
 
 
-def undisturbed(processes, inputs, folder, verb):
+def undisturbed(inputs, folder, verb):
     place(inputs, folder)
     began = time.monotonic()
-    finished(started(processes, verb, folder), folder)
+    finished(begun(verb, folder), folder)
     return numbers(folder), time.monotonic() - began
 
 
 @pytest.mark.parametrize(("verb", "share"), [("compare-merges", 0.93), ("shapley", 0.6), ("train", 0.8)])
-def test_a_run_killed_at_any_moment_comes_to_the_same_end(processes, inputs, tmp_path, verb, share):
-    expected, whole = undisturbed(processes, inputs, tmp_path / "whole", verb)
-    killed_and_run_again(processes, inputs, tmp_path / "killed", verb, share, whole)
+def test_a_run_killed_at_any_moment_comes_to_the_same_end(inputs, tmp_path, verb, share):
+    expected, whole = undisturbed(inputs, tmp_path / "whole", verb)
+    killed_and_run_again(inputs, tmp_path / "killed", verb, share, whole)
     assert numbers(tmp_path / "killed") == expected
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("verb", RUNS)
-def test_runs_killed_at_random_moments_come_to_the_same_end(processes, inputs, tmp_path, verb):
-    expected, whole = undisturbed(processes, inputs, tmp_path / "whole", verb)
+def test_runs_killed_at_random_moments_come_to_the_same_end(inputs, tmp_path, verb):
+    expected, whole = undisturbed(inputs, tmp_path / "whole", verb)
     drawn = random.Random(verb)
     for i in range(3):
         folder = tmp_path / str(i)
-        killed_and_run_again(processes, inputs, folder, verb, drawn.uniform(0.2, 1.0), whole)
+        killed_and_run_again(inputs, folder, verb, drawn.uniform(0.2, 1.0), whole)
         assert numbers(folder) == expected, (verb, i)
 
 
-# Workers end with the process that they work for; a command of its own, whose processes take seconds to start.
-
-
-def started_outright(folder, *arguments):
-    run = [sys.executable, "-c", "from lora_lab.cli import main; main()", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(run, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+# Workers end with the process that they work for.
 
 
 def when_there(process, folder, pattern, count=1):
     deadline = time.monotonic() + 120
     while len(list(folder.glob(pattern))) < count:
-        assert process.poll() is None
+        assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
@@ -214,12 +170,12 @@ def gone(processes, within):
 
 def test_trainings_side_by_side_end_with_their_parent_and_write_no_more(tmp_path):
     options = ["--seeds", "0-1", "--steps", 100_000, "--save-every", 20, "--jobs", 2, "-o", "runs"]
-    process = started_outright(tmp_path, "train", *options)
+    process = started(tmp_path, "train", *options)
     when_there(process, tmp_path, "runs/*.checkpoints/checkpoint-20", 2)
     workers = psutil.Process(process.pid).children(recursive=True)
     assert len(workers) >= 2
     process.kill()
-    process.wait()
+    process.join()
     assert gone(workers, within=3)
     written = sorted(tmp_path.rglob("*"))
     time.sleep(1)
@@ -230,10 +186,10 @@ def test_trainings_side_by_side_end_with_their_parent_and_write_no_more(tmp_path
 def test_workers_of_a_private_cluster_end_with_the_command(inputs, tmp_path):
     folder = place(inputs, tmp_path)
     options = ["--players", "rank", "--samples", 5000, "--yes", "--ray", "local:2"]
-    process = started_outright(folder, "shapley", "a.safetensors", *options)
+    process = started(folder, "shapley", "a.safetensors", *options)
     when_there(process, folder, "out/.outcomes/*.jsonl")
     workers = psutil.Process(process.pid).children(recursive=True)
     assert len(workers) > 2
     process.kill()
-    process.wait()
+    process.join()
     assert gone(workers, within=10)

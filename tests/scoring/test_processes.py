@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from making_processes import finished, started
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.errors import OptionError
@@ -26,60 +27,87 @@ STEPS = 16
 def free_port():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+        return str(found.getsockname()[1])
 
 
-LAUNCHERS = {
-    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2", "--master-port"],
-    "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port"],
-}
-
-
-def together(tmp_path, launcher, *options):
-    """A training by two processes."""
-    launch = [sys.executable, "-m", *LAUNCHERS[launcher], str(free_port())]
-    run = ["-m", "lora_lab.training", "--method", "coto", "--steps", str(STEPS), "--device", "cpu", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launch, *run], capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("Trained adapters") == 1  # one of them speaks
-
-
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_two_processes_train_as_one_with_the_same_batch(tmp_path, launcher):
-    together(tmp_path, launcher, "--save-every", "8", "-o", "two.safetensors")
-    both, log2 = Adapter.load(tmp_path / "two.safetensors"), Result.load(tmp_path / "two.train.json")
-    alone, log = train(Digits("relabel"), Recipe(method="coto", steps=STEPS))
+def check_trained_together(folder, recipe):
+    """What two processes trained is what one does by the same recipe."""
+    both, log2 = Adapter.load(folder / "two.safetensors"), Result.load(folder / "two.train.json")
+    alone, log = train(Digits("relabel"), recipe)
     assert list(log2.columns["mask"]) == list(log.columns["mask"])
     assert np.allclose(log2.columns["loss"], log.columns["loss"], rtol=1e-4)
     for name, update in alone.updates.items():
         assert (both.updates[name] - update).norm() <= 1e-3 * max(update.norm(), 1e-3)
-    assert both.record["recipe"] == {**alone.record["recipe"], "save_every": 8}
+    assert both.record["recipe"] == alone.record["recipe"]
+
+
+def test_two_processes_of_torchrun_try_several_settings_as_one_with_the_same_batch(tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
+    options = [
+        "--method",
+        "coto",
+        "--steps",
+        str(STEPS),
+        "--lr",
+        "1e-3,1e-2",
+        "--device",
+        "cpu",
+        "-o",
+        "two.safetensors",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = [*launch, "-m", "lora_lab.training", *options]
+    done = subprocess.run(run, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Trained adapters") == 1  # one of them speaks
+    tried = Result.load(tmp_path / "two.tuning.json")
+    assert tried.columns["learning_rate"] == [1e-3, 1e-2]
+    (best,) = tried.rows(chosen=True)
+    check_trained_together(tmp_path, Recipe(method="coto", steps=STEPS, learning_rate=best["learning_rate"]))
+
+
+def test_two_processes_train_as_one_and_keep_checkpoints(tmp_path):
+    """By the variables that `accelerate launch` gives each of its processes."""
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared |= {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"}
+    folders = [tmp_path / str(rank) for rank in range(2)]  # for what each of them says
+    command = ["train", "--method", "coto", "--steps", STEPS, "--save-every", 8, "-o", tmp_path / "two.safetensors"]
+    runs = []
+    for rank, folder in enumerate(folders):
+        folder.mkdir()
+        runs.append(started(folder, *command, environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
+    for run, folder in zip(runs, folders, strict=True):
+        finished(run, folder)
+    assert [(folder / "out.txt").read_text().count("Trained adapters") for folder in folders] == [1, 0]
+    check_trained_together(tmp_path, Recipe(method="coto", steps=STEPS, save_every=8))
     assert Adapter.load(tmp_path / "two.checkpoints" / "checkpoint-8").record["step"] == 8
 
 
-def test_two_processes_try_several_settings(tmp_path):
-    together(tmp_path, "torchrun", "--lr", "1e-3,1e-2", "-o", "best.safetensors")
-    tried = Result.load(tmp_path / "best.tuning.json")
-    assert tried.columns["learning_rate"] == [1e-3, 1e-2]
-    best = Adapter.load(tmp_path / "best.safetensors")
-    assert best.record["recipe"]["learning_rate"] == tried.rows(chosen=True)[0]["learning_rate"]
-
-
 def test_a_run_that_was_killed_outright_goes_on_to_the_same_adapter(tmp_path):
-    options = ["--steps", "160", "--save-every", "10", "-o", str(tmp_path / "cut.safetensors")]
-    command = [sys.executable, "-m", "lora_lab.training", "--method", "coto", "--device", "cpu", *options]
-    run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "cut.checkpoints" / "checkpoint-30" / "trainer_state.json").exists():
-        assert run.poll() is None
-        time.sleep(0.05)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
+    command = [
+        "train",
+        "--method",
+        "coto",
+        "--steps",
+        60,
+        "--save-every",
+        5,
+        "--device",
+        "cpu",
+        "-o",
+        "cut.safetensors",
+    ]
+    run = started(tmp_path, *command)
+    while not (tmp_path / "cut.checkpoints" / "checkpoint-15" / "trainer_state.json").exists():
+        assert run.is_alive()
+        time.sleep(0.01)
+    run.kill()
+    run.join()
     assert not (tmp_path / "cut.safetensors").exists()
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    finished(started(tmp_path, *command), tmp_path)
     kept = sorted(int(p.name[11:]) for p in (tmp_path / "cut.checkpoints").glob("checkpoint-*"))
-    assert kept == list(range(10, 161, 10))
-    whole, log = train(Digits("relabel"), Recipe(method="coto", steps=160))
+    assert kept == list(range(5, 61, 5))
+    whole, log = train(Digits("relabel"), Recipe(method="coto", steps=60))
     resumed = Adapter.load(tmp_path / "cut.safetensors")
     assert all(torch.equal(tensor, resumed.tensors[key]) for key, tensor in whole.tensors.items())
     assert Result.load(tmp_path / "cut.train.json").columns == log.columns
@@ -116,22 +144,13 @@ def test_lora_plus_gives_b_its_own_rate_and_bf16_trains():
 
 @pytest.mark.parametrize(("send", "number"), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)])
 def test_interrupted_trainings_side_by_side_end_in_one_line_and_leave_no_process(tmp_path, send, number):
-    run = [sys.executable, "-c", "from lora_lab.cli import main; main()", "train", "--seeds", "0-1"]
-    options = ["--steps", "100000", "--save-every", "20", "--jobs", "2", "-o", "runs"]
-    process = subprocess.Popen(
-        [*run, *options],
-        cwd=tmp_path,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell in the background has it ignored
-    )
+    options = ["--steps", 100_000, "--save-every", 10, "--jobs", 2, "-o", "runs"]
+    process = started(tmp_path, "train", "--seeds", "0-1", *options, session=True)
     deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("runs/*.checkpoints/checkpoint-20"))) < 2 and time.monotonic() < deadline:
+    while len(list(tmp_path.glob("runs/*.checkpoints/checkpoint-10"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.2)
     send(process.pid, number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
+    err = finished(process, tmp_path, 128 + number)
     assert err.split() == ["error:", "interrupted;", "nothing", "half-written", "was", "left"]
     deadline = time.monotonic() + 10
     while (left := running_in(process.pid)) and time.monotonic() < deadline:
