@@ -251,14 +251,16 @@ def test_every_figure_has_its_column_width_and_embeds_truetype(kind, width, tmp_
     results = [made[kind.partition(":")[0]]()]
     figure = plots.figure(results, kind=kind, width=width)
     assert figure.get_figwidth() == {"single": 3.25, "double": 6.75}[width]
-    paths = [tmp_path / f"x.{ending}" for ending in ("pdf", "png", "svg")]
+    endings = ("pdf", "png", "svg") if width == "single" and ":" not in kind else ("pdf",)
+    paths = [tmp_path / f"x.{ending}" for ending in endings]
     plots.save(figure, *paths)
     content = paths[0].read_bytes()
     assert b"/FontFile2" in content
     assert b"/Type3" not in content
-    again = tmp_path / "again.pdf"
-    plots.save(plots.figure(results, kind=kind, width=width), again)
-    assert again.read_bytes() == content
+    if width == "single":
+        again = tmp_path / "again.pdf"
+        plots.save(plots.figure(results, kind=kind, width=width), again)
+        assert again.read_bytes() == content
 
 
 def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path):
@@ -280,13 +282,33 @@ def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.pdf"]
 
 
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A folder for every script's figures, and what went wrong with it; all are run in one process without torch."""
+    folder = tmp_path_factory.mktemp("scripts")
+    code = """if True:
+        import json, pathlib, runpy, sys, traceback
+        folder, *scripts = sys.argv[1:]
+        for script in map(pathlib.Path, scripts):
+            place = pathlib.Path(folder, script.stem)
+            place.mkdir()
+            sys.argv, failure = ["x", str(place)], ""
+            try:
+                runpy.run_path(str(script))
+                assert "torch" not in sys.modules
+            except BaseException:
+                failure = traceback.format_exc()
+            place.with_suffix(".txt").write_text(failure)
+    """
+    subprocess.run([sys.executable, "-c", code, folder, *SCRIPTS], check=True)
+    return folder
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_every_script_of_the_paper_draws_without_torch(script, tmp_path):
-    code = f"sys.argv = ['x', {str(tmp_path)!r}]; runpy.run_path({str(script)!r}); assert 'torch' not in sys.modules"
-    check = f"import sys, runpy; {code}"
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    written = sorted(path.suffix for path in tmp_path.iterdir())
+def test_every_script_of_the_paper_draws_without_torch(script, drawn):
+    failure = (drawn / f"{script.stem}.txt").read_text()
+    assert not failure, failure
+    written = sorted(path.suffix for path in (drawn / script.stem).iterdir())
     assert written.count(".pdf") == written.count(".png") >= 1
 
 

@@ -15,6 +15,8 @@ from lora_lab.training.checkpoints import _sealed
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
 task = Digits("relabel")
 RECIPE = Recipe(method="coto", steps=8, batch_size=4, save_every=2)
 

@@ -18,6 +18,8 @@ from lora_lab.training.recipe import METHODS, Recipe, tuners
 from lora_lab.training.runs import Job, train_all
 from lora_lab.training.schedule import Schedule
 
+pytestmark = pytest.mark.usefixtures("few_digits")
+
 SHORT = {"steps": 12, "batch_size": 8}
 task = Digits("relabel")
 
@@ -210,7 +212,8 @@ def test_checkpoints_are_adapters_that_know_their_task(tmp_path):
     assert score(task_of(adapter), adapter, "validation").accuracy > 0
 
 
-def test_jobs_side_by_side_give_what_they_give_alone(tmp_path, coto):
+def test_jobs_side_by_side_give_what_they_give_alone(tmp_path, coto, few_digits, monkeypatch):
+    monkeypatch.setattr("lora_lab.tasks.digits.images", few_digits)  # all of them, as in the other processes
     jobs = [
         Job(task.record, Recipe(method="coto", seed=seed, **SHORT), tmp_path / f"{seed}.safetensors") for seed in (0, 1)
     ]

@@ -16,6 +16,8 @@ from lora_lab.training import runs as parallel
 from lora_lab.training.recipe import Recipe
 from lora_lab.training.runs import Job, train_all
 
+pytestmark = pytest.mark.usefixtures("few_digits", "quick_figures")
+
 task = Digits("relabel")
 RECIPE = Recipe(method="coto", steps=4, batch_size=4)
 

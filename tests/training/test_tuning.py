@@ -14,6 +14,8 @@ from lora_lab.training import tuning
 from lora_lab.training.recipe import Recipe
 from lora_lab.training.tuning import settings_of, train_best
 
+pytestmark = pytest.mark.usefixtures("few_digits", "quick_figures")
+
 TASK = Digits("relabel")
 
 
@@ -166,7 +168,7 @@ def test_of_a_language_model_the_lowest_loss_is_best(tmp_path, monkeypatch):
 
 
 def test_the_command_writes_what_every_setting_gave(lora_lab, tmp_path):
-    code, out, err = lora_lab("train", "--lr", "1e-3,1e-2", "--steps", "4", "--seeds", "0-1", "-o", "runs")
+    code, out, err = lora_lab("train", "--lr", "1e-3,1e-2", "--steps", "4", "--seeds", "0-1", "--jobs", 1, "-o", "runs")
     assert code == 0
     assert "Tried, means over the seeds" in out
     assert "wrote runs/coto.tuning.json, runs/coto.tuning.pdf, runs/coto.tuning.png" in err
