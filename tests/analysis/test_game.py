@@ -36,8 +36,8 @@ def game_of(adapter, by="layer", **options):
     return Game(evaluator_of(adapter, **options), players(adapter, by), **kept)
 
 
-def evaluator_of(adapter, *, cache=None, split="validation", **options):
-    return Evaluator([adapter], Digits("relabel"), Execution(cache=cache), split=split, **options)
+def evaluator_of(adapter, *, cache=None, progress=None, split="validation", **options):
+    return Evaluator([adapter], Digits("relabel"), Execution(cache=cache, progress=progress), split=split, **options)
 
 
 def test_the_ends_are_the_base_and_the_adapter(adapter):
