@@ -39,11 +39,13 @@ def command(
 
     Example:  lora-lab shapley a.safetensors --players type-layer --samples 50 --worth loss
     """
-    from ..games import estimators
+    from ..games.estimators import ESTIMATORS
 
     if question.options:
-        known = parsing.keywords(estimators.ESTIMATORS.get(question.estimator or "", estimators.exact))
-        options = parsing.typed(question.options, known, question.estimator or "the default estimator")
+        entry = ESTIMATORS.get(question.estimator)
+        options = parsing.typed(
+            question.options, entry.options if entry else {}, question.estimator or "the default estimator"
+        )
         question = replace(question, options=options)
     paths = adapters or [_found_or_trained()]
     answer(question, paths, loading, task, computing, output, doing="asking for coalitions", show=show)

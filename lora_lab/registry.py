@@ -56,9 +56,9 @@ class Registry(Mapping[str, E], Generic[E]):
             raise unknown(self.what, str(name), list(self))
         return self.entries[name]
 
-    def get(self, name: str, default: Any = None) -> Any:
+    def get(self, name: object, default: Any = None) -> Any:
         """The entry, or the default where there is none."""
-        return self.entries[name] if name in self else default
+        return self.entries[str(name)] if name in self else default
 
     def __contains__(self, name: object) -> bool:
         if name not in self.entries and isinstance(name, str):

@@ -39,7 +39,7 @@ from lora_lab.analysis.connectivity import LineModels, MixPoint, score_points
 from lora_lab.analysis.game import Game
 from lora_lab.analysis.questions import Shapley
 from lora_lab.games import estimators
-from lora_lab.games.estimators import all_coalitions
+from lora_lab.games.coalitions import all_coalitions
 from lora_lab.merging.paths import Paths
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.models import TaskModels

@@ -13,7 +13,7 @@ import numpy as np
 
 from lora_lab.adapters.groups import Players
 from lora_lab.errors import LoraLabWarning, OptionError, TunerError, some, unknown
-from lora_lab.games.estimators import Bools
+from lora_lab.games.coalitions import Bools
 from lora_lab.results.stats import Floats
 from lora_lab.scoring.changes import LayerMask
 from lora_lab.scoring.evaluator import Evaluator

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from lora_lab.analysis.game import Game
 from lora_lab.errors import TaskError
-from lora_lab.games.estimators import Bools
+from lora_lab.games.coalitions import Bools
 from lora_lab.games.progressive import Stratum, binomial, inequality, stratum
 from lora_lab.results.stats import Floats, Sampled, half_of_strata, half_width, mean_and_error, proportion
 from lora_lab.tasks.task import Scores

@@ -20,7 +20,8 @@ from lora_lab.analysis.game import Game
 from lora_lab.analysis.questions import Shapley as Shapley
 from lora_lab.errors import LoraLabError, OptionError, unknown
 from lora_lab.games import estimators, interactions
-from lora_lab.games.estimators import EXACT_LIMIT, Bools, Estimate, all_coalitions
+from lora_lab.games.coalitions import EXACT_LIMIT, Bools, Draw, Estimate, all_coalitions
+from lora_lab.games.regression import fit_pairs
 from lora_lab.results.result import Result, columns, finite, grouped
 from lora_lab.results.stats import Floats, mean_and_error, mean_and_spread, student
 from lora_lab.scoring.evaluator import Evaluator
@@ -45,7 +46,7 @@ def answer(question: Shapley, adapters: Sequence[Adapter], task: Task, on: Execu
         rows += _rows(adapter, label, game, estimate, second)
         summaries.append(_summary(adapter, label, game, estimate, second))
         if question.order == 2:
-            summaries[-1]["interactions"] = _interactions(question, game, whole=estimator == "exact")
+            summaries[-1]["interactions"] = _interactions(question, game, whole=_whole(estimator))
     return Result(
         question.kind,
         finite(columns(rows)),
@@ -60,9 +61,9 @@ def check(question: Shapley, adapters: Sequence[Adapter]) -> None:
     estimator = question.estimator
     if estimator is not None and estimator.startswith(SHAPIQ):
         _approximator(estimator, 3, 0)
-    elif estimator is not None and estimator not in ("exact", *estimators.ESTIMATORS):
-        raise unknown("estimator", estimator, ["exact", *estimators.ESTIMATORS, "shapiq:NAME"])
-    if question.order == 2 and question.budget is not None and estimator != "exact":
+    elif estimator is not None and estimator not in estimators.ESTIMATORS:
+        raise unknown("estimator", estimator, [*estimators.ESTIMATORS, "shapiq:NAME"])
+    if question.order == 2 and question.budget is not None and not _whole(estimator):
         raise OptionError("a budget holds for values alone; leave out the budget, or the interactions (order 2)")
     for adapter in adapters:
         estimators.check(
@@ -143,27 +144,31 @@ def _estimate(question: Shapley, game: Game, estimator: str) -> Estimate:
 def _planned(question: Shapley, game: Game, estimator: str) -> Bools:
     """All coalitions that the run will at most ask for."""
     n, samples, seed = game.n_players, question.samples, question.seed
-    if estimator == "exact":
-        if n > EXACT_LIMIT:
-            raise OptionError(f"2^{n} coalitions are too many to enumerate; the estimator antithetic samples them")
-        return all_coalitions(n)
     name = "antithetic" if estimator.startswith(SHAPIQ) else estimator
     draws = estimators.plan(n, estimator=name, samples=samples, seed=seed, budget=question.budget, **question.options)
     asked = [_coalitions(draws)]
-    if question.order == 2:
+    if question.order == 2 and not _whole(estimator):
         asked.append(interactions.interaction_coalitions(n, samples=samples, seed=seed))
     return np.concatenate(asked)
 
 
-def _coalitions(draws: Sequence[estimators.Draw]) -> Bools:
+def _whole(estimator: str | None) -> bool:
+    entry = estimators.ESTIMATORS.get(estimator)
+    return bool(entry and entry.whole)
+
+
+def _coalitions(draws: Sequence[Draw]) -> Bools:
+    if len(draws) == 1:
+        return draws[0].coalitions
     return np.unique(np.concatenate([draw.coalitions for draw in draws]), axis=0)
 
 
 def _second_opinion(estimate: Estimate) -> Estimate | None:
     """Another estimate from the same coalitions."""
-    if estimate.estimator in ("exact", "regression") or not len(estimate.coalitions):
+    entry = estimators.ESTIMATORS.get(estimate.estimator)
+    if (entry and (entry.whole or entry.fit)) or not len(estimate.coalitions):
         return None
-    return estimators.fit_pairs(estimate.coalitions, estimate.worths)
+    return fit_pairs(estimate.coalitions, estimate.worths)
 
 
 def _rows(

@@ -21,7 +21,7 @@ from lora_lab.analysis.game import Game
 from lora_lab.analysis.keep_sets import KeepSetScores
 from lora_lab.analysis.questions import Stability as Stability
 from lora_lab.errors import OptionError, some
-from lora_lab.games.estimators import Bools, all_coalitions
+from lora_lab.games.coalitions import Bools, all_coalitions
 from lora_lab.pruning import patterns
 from lora_lab.results.result import Result, columns, finite, grouped
 from lora_lab.results.stats import mean_and_spread

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from lora_lab.lazy import face
 
 if TYPE_CHECKING:
+    from lora_lab.games.coalitions import Estimate as Estimate
+    from lora_lab.games.coalitions import all_coalitions as all_coalitions
     from lora_lab.games.estimators import ESTIMATORS as ESTIMATORS
-    from lora_lab.games.estimators import Estimate as Estimate
-    from lora_lab.games.estimators import all_coalitions as all_coalitions
+    from lora_lab.games.estimators import Estimator as Estimator
     from lora_lab.games.estimators import estimate as estimate
     from lora_lab.games.estimators import exact as exact
     from lora_lab.games.interactions import Interactions as Interactions
@@ -19,10 +20,13 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
-        "estimators": (
-            "ESTIMATORS",
+        "coalitions": (
             "Estimate",
             "all_coalitions",
+        ),
+        "estimators": (
+            "ESTIMATORS",
+            "Estimator",
             "estimate",
             "exact",
         ),

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_lab.errors import OptionError
-from lora_lab.games.estimators import EXACT_LIMIT, Bools, Game, all_coalitions
+from lora_lab.games.coalitions import EXACT_LIMIT, Bools, Game, all_coalitions
 from lora_lab.results.stats import Floats, mean_and_error, student
 
 

@@ -8,7 +8,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.groups import players
 from lora_lab.analysis.game import WORTHS, Game
 from lora_lab.errors import LoraLabWarning, OptionError, TunerError
-from lora_lab.games.estimators import all_coalitions
+from lora_lab.games.coalitions import all_coalitions
 from lora_lab.scoring.changes import Replacement
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.evaluator import Evaluator

@@ -14,7 +14,7 @@ from lora_lab.analysis.shapley import balance, choose, newest_adapter
 from lora_lab.errors import LoraLabWarning, OptionError
 from lora_lab.files.trust import Origin
 from lora_lab.games import estimators
-from lora_lab.games.estimators import all_coalitions
+from lora_lab.games.coalitions import all_coalitions
 from lora_lab.games.interactions import interactions
 from lora_lab.results.stats import student
 from lora_lab.scoring.evaluator import Evaluator

@@ -14,7 +14,7 @@ from lora_lab.analysis.keep_sets import KeepSetScores
 from lora_lab.analysis.questions import Stability
 from lora_lab.analysis.stability import keep_sets
 from lora_lab.errors import LoraLabWarning, OptionError
-from lora_lab.games.estimators import all_coalitions
+from lora_lab.games.coalitions import all_coalitions
 from lora_lab.games.progressive import binomial, inequality, stratum
 from lora_lab.results.stats import Sampled, half_of_strata
 from lora_lab.scoring.evaluator import Evaluator

@@ -27,9 +27,11 @@ from lora_lab.analysis.connectivity import BARRIERS, _shrinkage
 from lora_lab.analysis.evaluate import _estimates, _perplexity, _shares
 from lora_lab.analysis.merge_sets import MergeSet
 from lora_lab.analysis.sweep import _cells, _reach
-from lora_lab.games.estimators import all_coalitions, estimate, exact, fit_pairs, plan
+from lora_lab.games.coalitions import all_coalitions
+from lora_lab.games.estimators import estimate, exact, plan
 from lora_lab.games.interactions import interactions
 from lora_lab.games.progressive import LAWS, cross_entropy, inequality, stratum
+from lora_lab.games.regression import fit_pairs
 from lora_lab.results.stats import Sampled, half_of_strata, half_width, mean_and_error, proportion, student
 from lora_lab.tasks.digits import Digits
 from lora_lab.tasks.task import Scores
@@ -173,7 +175,7 @@ def test_what_norm_matching_takes_off_a_barrier(of_factors, of_matched):
             curves[(0, 1), "factors", metric] = sampled[list(range(11))]
             curves[(0, 1), "matched", metric] = sampled[list(range(11, 22))]
         for metric in ("loss", "error"):
-            cells = _shrinkage(curves, (0, 1), metric, GRID)
+            cells = _shrinkage(curves, (0, 1), "factors", metric, GRID)
             for name, height in expected.items():
                 inside[metric, name].append(holds(cells[f"{name}_low"], cells[f"{name}_high"], height))
     assert {key: np.mean(each) for key, each in inside.items() if np.mean(each) < 0.88} == {}

@@ -27,7 +27,7 @@ from lora_lab.analysis.connectivity import Interpolate
 from lora_lab.analysis.game import Game
 from lora_lab.analysis.questions import Shapley, Stability, Sweep
 from lora_lab.errors import FileError, LoraLabError, LoraLabWarning, MismatchError, OptionError, TaskError
-from lora_lab.games.estimators import all_coalitions
+from lora_lab.games.coalitions import all_coalitions
 from lora_lab.results.result import Result
 from lora_lab.scoring import local as local_module
 from lora_lab.scoring import ray as module
