@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import warnings
@@ -82,7 +83,7 @@ def _run(arguments: list[str], heard: list[int]) -> int:
         with escaping():
             code = _application(arguments)(arguments, standalone_mode=False)
     except LoraLabError as error:
-        return _say(str(error))
+        return _say(_with_flags(str(error)))
     except BrokenPipeError:
         streams.drop()
         return 1
@@ -167,4 +168,9 @@ def _option_names(context: Any) -> list[str]:
 
 def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
     kind = "note:" if isinstance(message, LoraLabNote) else "warning:"
-    print(kind, visible(str(message).strip()), file=sys.stderr)
+    print(kind, visible(_with_flags(str(message).strip())), file=sys.stderr)
+
+
+def _with_flags(text: str) -> str:
+    """The library's names of options, in backticks, as the flags that they are here."""
+    return re.sub(r"`([a-z_]+)`", lambda found: "--" + found[1].replace("_", "-"), text)

@@ -23,7 +23,10 @@ from lora_lab.escape import visible
 
 
 class LoraLabError(Exception):
-    """Base of every error of this project; its text is one line for the user, whatever a file put into it."""
+    """Base of every error of this project; its text is one line for the user, whatever a file put into it.
+
+    Names of options stand in backticks, which the command line replaces by its own: `adapter_name`, --adapter-name.
+    """
 
     def __str__(self) -> str:  # OSError would print its first argument as an errno
         return visible(" ".join(str(part) for part in self.args).strip())

@@ -203,7 +203,7 @@ def _by_pattern(names: Sequence[str], by: Mapping[str, str]) -> Players:
 
 def _by_rank(adapter: Adapter, names: Sequence[str]) -> Players:
     if adapter.tuner != "LORA" or any(adapter.sites[name].kind == "parameter" for name in names):
-        raise TunerError(f"{adapter.source}: {adapter.tuner} has no rank-1 components; --players module can be asked")
+        raise TunerError(f"{adapter.source}: {adapter.tuner} has no rank-1 components; `players` module can be asked")
     places = locate(names)
     units = {f"{name}#{r}": ((name, r),) for name in names for r in range(adapter.sites[name].rank or 0)}
     return Players("rank", units, {label: places[own[0][0]] for label, own in units.items()})

@@ -51,7 +51,7 @@ def rename_all(adapters: Sequence[Adapter], renames: Sequence[tuple[str, str]]) 
         chosen = [i for i, adapter in enumerate(found) if _wants(adapter, old, new)]
         if not chosen:
             shown = next((name for adapter in found for name in adapter.sites), "none")
-            raise OptionError(f"--rename {old}={new}: no adapter has modules that begin with {old!r}, such as {shown}")
+            raise OptionError(f"`rename` {old}={new}: no adapter has modules that begin with {old!r}, such as {shown}")
         for i in chosen:
             found[i] = renamed(found[i], old, new)
     return found
@@ -82,7 +82,7 @@ def require_shared_modules(adapters: Sequence[Adapter]) -> None:
     way = suggested([adapters[i] for i in sorted(joined)], other)
     raise MismatchError(
         f"{first.source} and {other.source} update no module together: {examples[0]}, and {examples[1]}; "
-        + (f"--rename {way[0]}={way[1]} makes them the same" if way else "adapters of one base model are needed")
+        + (f"`rename` {way[0]}={way[1]} makes them the same" if way else "adapters of one base model are needed")
     )
 
 

@@ -112,7 +112,7 @@ def _merge_tokens(made: Whole, adapters: Sequence[Adapter], key: str, labels: Se
     torn = sorted(token for token, own in rows.items() if not all(torch.equal(row, own[0]) for row in own))
     if torn and how is None:
         raise MismatchError(
-            f"{key.removeprefix(PREFIX)}: rows of the tokens {some(torn)} differ between the adapters; --heads "
+            f"{key.removeprefix(PREFIX)}: rows of the tokens {some(torn)} differ between the adapters; `heads` "
             "keep-own (each its own, beside the merged adapter), average or first says what becomes of them"
         )
     if torn and how == "keep-own":
@@ -145,7 +145,7 @@ def _merge_others(
         if how == "average" and key.endswith(_STATISTICS):
             name = key.removeprefix(PREFIX)
             raise MismatchError(
-                f"{name} differs between the adapters, {_NO_MEAN}; --heads keep-own or first can be had"
+                f"{name} differs between the adapters, {_NO_MEAN}; `heads` keep-own or first can be had"
             )
         if how is None or (how == "average" and _unlike(found)):
             _refuse_heads(adapters, found, key, how)
@@ -178,11 +178,11 @@ def _refuse_heads(adapters: Sequence[Adapter], found: Sequence[Tensor | None], k
         for adapter, tensor in zip(adapters, found, strict=True)
     )
     if how == "average":
-        raise MismatchError(f"{name} cannot be averaged: it is {shapes}; --heads keep-own or first can be had")
+        raise MismatchError(f"{name} cannot be averaged: it is {shapes}; `heads` keep-own or first can be had")
     ways = "keep-own (each its own, beside the merged adapter), average or first"
     if _unlike(found):
-        raise MismatchError(f"{name} differs: it is {shapes}; say what becomes of it with --heads keep-own or first")
+        raise MismatchError(f"{name} differs: it is {shapes}; say what becomes of it with `heads` keep-own or first")
     raise MismatchError(
-        f"{name} {tuple(found[0].shape)} differs between the adapters; --heads {ways} says what "  # type: ignore[union-attr]
+        f"{name} {tuple(found[0].shape)} differs between the adapters; `heads` {ways} says what "  # type: ignore[union-attr]
         "becomes of it"
     )

@@ -182,7 +182,7 @@ def refuse_existing(*paths: Path, force: bool, inputs: Iterable[Path] = ()) -> N
             continue
         reason = foreign(path)
         if not force:
-            raise FileError(f"{path}: exists already" + (f" ({reason})" if reason else "; --force replaces it"))
+            raise FileError(f"{path}: exists already" + (f" ({reason})" if reason else "; `force` replaces it"))
         if reason:
             raise FileError(f"{path}: {reason}, not replaced")
         _refuse_unwritable(path)

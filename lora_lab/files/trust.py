@@ -54,7 +54,7 @@ _FOREIGN_SIGNS = re.compile(r"[\x00-\x1f\x7f\\:*?\[\]{}|<>\"]|^[/~]|(^|/)\.\.(/|
 _FORMAT, _FORMAT_1 = b"lora-lab signature 2\0", b"lora-lab signature 1\0"
 _SEAL = b"lora-lab seal 1\0"
 _KEY_BYTES = 32
-WAYS = "--task names a task of yours instead, --trust-record takes the record at its word"
+WAYS = "`task` names a task of yours instead, `trust_record` takes the record at its word"
 """How a refused task can be had."""
 
 

@@ -9,15 +9,13 @@ from typing import Any
 
 from lora_lab import tasks
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.errors import MismatchError, OptionError
+from lora_lab.errors import MismatchError, OptionError, some
 from lora_lab.files.trust import judged
 from lora_lab.results.result import fingerprint
 from lora_lab.tasks.task import Task
 
-TASK_HELP = (
-    "say on which with --task NAME (`lora-lab tasks` lists them) or --task FILE.toml, a file such as: "
-    'kind = "text-classification" / base = "path/to/model" / data = "reviews.csv" / text = "text" / label = "label" '
-    "(one a line; `lora-lab tasks --example text-classification` prints a commented one)"
+_EXAMPLE = (
+    'kind = "text-classification" / base = "path/to/model" / data = "reviews.csv" / text = "text" / label = "label"'
 )
 
 
@@ -45,13 +43,16 @@ def task_of(*adapters: Adapter, given: str | None = None, trust_record: bool = F
     records = [adapter.record.get("task") for adapter in adapters]
     for adapter, record in zip(adapters, records, strict=True):
         if not record or not isinstance(record, dict):
-            raise MismatchError(f"{adapter.source}: carries no record of its task; {TASK_HELP}")
+            raise MismatchError(
+                f"{adapter.source}: carries no record of its task; `task` says on which: a built-in one "
+                f"({some(tasks.TASKS)}) or a file such as: {_EXAMPLE} (one a line)"
+            )
     first = records[0]
     for adapter, record in zip(adapters, records, strict=True):
         if record != first:
             raise MismatchError(
                 f"{adapters[0].source} and {adapter.source} were trained on different tasks, "
-                f"{_difference(first, record)}; choose one with --task"
+                f"{_difference(first, record)}; `task` names one for both"
             )
     assert isinstance(first, dict)
     # of equal records, one of the user's own speaks for all

@@ -31,7 +31,7 @@ def from_name(name: str) -> Task:
 
 
 def from_file(path: Path) -> Task:
-    """The task described in a TOML file (`lora-lab tasks --example` prints one)."""
+    """The task described in a TOML file (see `example`)."""
     import tomllib
 
     try:

@@ -331,7 +331,7 @@ def test_sets_and_enums_of_a_live_config_are_written_as_json(tmp_path):
 def test_an_adapter_in_the_way_is_replaced_whole_and_only_by_force(tmp_path, target):
     old, new = (Adapter.load(write(tmp_path / str(seed), lora(seed=seed))) for seed in (1, 2))
     path = old.save(tmp_path / target)
-    with pytest.raises(FileError, match=rf"{target}: exists already; --force replaces it"):
+    with pytest.raises(FileError, match=rf"{target}: exists already; `force` replaces it"):
         new.save(path)
     assert torch.equal(Adapter.load(path).updates[Q].B, old.updates[Q].B)
     new.save(path, force=True)

@@ -41,10 +41,10 @@ PAIRS = [
 def test_a_renaming_that_is_offered_makes_the_modules_the_same(mine, theirs):
     first, other = under(mine), under(theirs, seed=9)
     with pytest.raises(
-        MismatchError, match=r"update no module together: .*layers\.0\.q, and .*--rename (\S*)="
+        MismatchError, match=r"update no module together: .*layers\.0\.q, and .*`rename` (\S*)="
     ) as told:
         require_shared_modules([first, other])
-    old, _, new = str(told.value).rpartition("--rename ")[2].split()[0].partition("=")
+    old, _, new = str(told.value).rpartition("`rename` ")[2].split()[0].partition("=")
     moved = rename_all([first, other], [(old, new)])
     assert moved[0] is first
     assert deltas(moved[1]).keys() == deltas(first).keys()
@@ -82,7 +82,7 @@ def test_adapters_that_hang_together_by_others_are_let_through():
 
 @pytest.mark.parametrize("use", [lambda pair: merge(Sources(pair)), Paths])
 def test_merges_and_lines_of_adapters_without_a_common_module_are_refused(use):
-    with pytest.raises(MismatchError, match=r"model0 and bare9 update no module together: .*--rename =model makes"):
+    with pytest.raises(MismatchError, match=r"model0 and bare9 update no module together: .*`rename` =model makes"):
         use([under("model"), under("", seed=9)])
 
 

@@ -41,7 +41,7 @@ def test_rows_of_different_tokens_are_united_by_their_ids():
 
 def test_tokens_whose_rows_differ_are_named_and_follow_the_option():
     sources = Sources([trained(0, [7, 2]), trained(1, [2, 5])])
-    with pytest.raises(MismatchError, match=r"embed_tokens\.\S+: rows of the tokens 2 differ .*--heads"):
+    with pytest.raises(MismatchError, match=r"embed_tokens\.\S+: rows of the tokens 2 differ .*`heads`"):
         merge(sources)
     for how, twice in (("average", (row(2, 0) + row(2, 1)) / 2), ("first", row(2, 0))):
         merged = merge(sources, heads=how).adapter

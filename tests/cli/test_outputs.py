@@ -27,7 +27,7 @@ def test_a_result_is_found_again_and_its_figure_left_alone(outputs):
     assert outputs.earlier("this", force=False) == trained()
     assert [path.stat().st_mtime_ns for path in (outputs.pdf, outputs.png)] == times
     assert outputs.earlier("this", force=True) is None
-    with pytest.raises(FileError, match=r"train\.json: exists already; --force replaces it"):
+    with pytest.raises(FileError, match=r"train\.json: exists already; `force` replaces it"):
         outputs.earlier("other", force=False)
 
 

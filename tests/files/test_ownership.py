@@ -148,7 +148,7 @@ def test_what_this_program_wrote_is_ours_also_behind_a_link_which_stays_one(tmp_
     path = tmp_path / name
     OURS[name](path)
     files.refuse_existing(path, force=True)
-    with pytest.raises(FileError, match="exists already; --force replaces it"):
+    with pytest.raises(FileError, match="exists already; `force` replaces it"):
         files.refuse_existing(path, force=False)
     link = tmp_path / "link" / name
     link.parent.mkdir()

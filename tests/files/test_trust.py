@@ -266,8 +266,8 @@ def test_a_record_may_name_nothing_else(download, tmp_path, case):
     assert "\n" not in text
     assert key in text
     assert str(download / "a.safetensors") in text
-    assert "--task" in text
-    assert "--trust-record" in text
+    assert "`task`" in text
+    assert "`trust_record`" in text
 
 
 @pytest.mark.parametrize("case", ["absolute base", "upward base", "link to a file", "link within", "device map"])

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 import tarfile
@@ -103,6 +104,15 @@ def test_a_face_gives_away_what_it_declares(path):
     assert not declared & below  # a name must not turn into a module once that is imported
     for name in declared:
         assert getattr(package, name) is not None
+
+
+@pytest.mark.parametrize("room", ["files", "adapters", "tasks"])
+def test_the_library_keeps_no_words_of_the_command_line(room):
+    for path in (PACKAGE / room).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            text = node.value if isinstance(node, ast.Constant) else None
+            if isinstance(text, str) and "\n" not in text:  # the example of a task file says how it is used
+                assert not re.search(r"(^|[\s(])--[a-z]", text), f"{path}: {text!r}"
 
 
 def test_nothing_imports_the_command_line_or_the_figures():

@@ -451,7 +451,7 @@ def test_heads_that_differ_are_never_dropped_in_silence(tmp_path):
     a, b, c = headed(tmp_path, "a", 2, 0), headed(tmp_path, "b", 3, 1), headed(tmp_path, "c", 2, 2)
     with pytest.raises(MismatchError, match=r"classifier\.weight differs: it is \(2, 4\) in .*a and \(3, 4\) in .*b"):
         merge(Sources([a, b]))
-    with pytest.raises(MismatchError, match=r"classifier\.weight \(2, 4\) differs .*--heads keep-own"):
+    with pytest.raises(MismatchError, match=r"classifier\.weight \(2, 4\) differs .*`heads` keep-own"):
         merge(Sources([a, c]))
     with pytest.raises(MismatchError, match=r"classifier\.weight cannot be averaged"):
         merge(Sources([a, b]), heads="average")

@@ -226,7 +226,7 @@ def test_jobs_side_by_side_give_what_they_give_alone(tmp_path, coto, few_digits,
     other = Job(task.record, Recipe(method="lora", **SHORT), jobs[0].path)
     with (
         pytest.warns(LoraLabNote, match=r"1.safetensors: this very training is there already, and kept"),
-        pytest.raises(FileError, match=r"0.safetensors: exists already; --force"),
+        pytest.raises(FileError, match=r"0.safetensors: exists already; `force`"),
     ):
         train_all([other, jobs[1]])
 
@@ -282,7 +282,7 @@ def test_evaluation_has_intervals_and_the_base(coto, tmp_path):
 
 def test_an_adapter_without_a_record_asks_for_a_task_and_shows_a_file(coto):
     bare = dataclasses.replace(coto[0], record={})
-    with pytest.raises(LoraLabError, match=r"carries no record.*--task.*kind = \"text-classification\""):
+    with pytest.raises(LoraLabError, match=r"carries no record.*`task`.*kind = \"text-classification\""):
         task_of(bare)
     assert task_of(bare, given="digits/mod3").name == "digits/mod3"
 

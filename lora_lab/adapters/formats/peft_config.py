@@ -255,7 +255,7 @@ def assumed_config(
         notes.append(f"alpha {alpha:g} is not used where the file has alpha tensors")
     if alpha is None and not alphas.keys() >= modules:
         notes.append(
-            "no configuration found: lora_alpha is assumed equal to the rank (scale 1); --alpha or --config says"
+            "no configuration found: lora_alpha is assumed equal to the rank (scale 1); `alpha` or `config` says"
         )
     return config, notes
 

@@ -112,7 +112,7 @@ def _choose(
     listed = [repr(name) if name else "(unnamed)" for name in sorted(found.by_name)]
     if adapter_name is None and len(found.by_name) > 1:
         parsed.problems.append(
-            f"{where}: holds several adapters, {' and '.join(listed)}; choose one with --adapter-name"
+            f"{where}: holds several adapters, {' and '.join(listed)}; choose one with `adapter_name`"
         )
         return None
     if adapter_name is not None and adapter_name not in found.by_name:
