@@ -61,7 +61,10 @@ def command(
     from ..adapters.adapter import Adapter
     from ..errors import OptionError
     from ..files.disk import refuse_existing
-    from ..pruning import patterns, prune
+    from ..pruning import patterns
+    from ..pruning.entries import prune_weights
+    from ..pruning.modules import structured
+    from ..pruning.ranks import prune_rank
     from ..tasks.choosing import task_of
 
     ways = [keep is not None, sparsity is not None or method is not None, rank is not None or energy is not None]
@@ -80,13 +83,13 @@ def command(
             chosen = partial(task_of, loaded, given=task, trust_record=trust_record)
             options = {"by": by, "worth": worth, "samples": samples, "split": split, "seed": seed}
             choice = replace(choice, shapley=partial(_shapley, loaded, chosen, device, options))
-        pruned = prune.structured(loaded, patterns.keep(choice, keep), pattern=keep)
+        pruned = structured(loaded, patterns.keep(choice, keep), pattern=keep)
     elif ways[1]:
         assert sparsity is not None
         criterion = method or "magnitude"
-        pruned = prune.prune_weights(loaded, sparsity=sparsity, by=criterion, per_matrix=per_matrix, seed=seed)
+        pruned = prune_weights(loaded, sparsity=sparsity, by=criterion, per_matrix=per_matrix, seed=seed)
     else:
-        pruned = prune.prune_rank(loaded, rank=rank, energy=energy, by=rank_by)
+        pruned = prune_rank(loaded, rank=rank, energy=energy, by=rank_by, seed=seed)
     pruned.adapter.save(output, force=force)
     report = _report(output, pruned)
     if json:

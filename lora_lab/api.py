@@ -122,7 +122,7 @@ def prune(
     sparsity: a share, with by (the criterion), per_matrix, seed. rank, or energy, the share of ‖ΔW‖² that is kept: with
     by (the order of the ranks). What it cost is told by the functions of `lora_lab.pruning`.
     """
-    from lora_lab.pruning import prune as pruning
+    from lora_lab import pruning
 
     (loaded,) = _adapters(adapter)
     if sum([keep is not None, sparsity is not None, rank is not None or energy is not None]) != 1:

@@ -168,7 +168,7 @@ class Sweep(Question):
     criteria: tuple[str, ...] = option(
         ("magnitude", "random"),
         "magnitude, random, delta-magnitude, with commas.",
-        choices=later("lora_lab.pruning.prune", "WEIGHTS"),
+        choices=later("lora_lab.pruning.entries", "CRITERIA"),
         title="criterion",
     )
     per_matrix: bool = option(

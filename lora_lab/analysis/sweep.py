@@ -16,8 +16,10 @@ from lora_lab.adapters.describe import described, labels_of, method_of
 from lora_lab.analysis.questions import Shapley
 from lora_lab.analysis.questions import Sweep as Sweep
 from lora_lab.errors import AdapterError, OptionError, TunerError
-from lora_lab.pruning import patterns, prune
+from lora_lab.pruning import patterns
+from lora_lab.pruning.entries import CRITERIA, prune_weights
 from lora_lab.pruning.patterns import Choice
+from lora_lab.pruning.ranks import RANK_ORDERS, prune_rank
 from lora_lab.results.result import Result, columns, finite, grouped
 from lora_lab.results.stats import Floats, Sampled, half_width, mean_and_spread, proportion
 from lora_lab.scoring.changes import Replacement
@@ -74,7 +76,7 @@ def check(question: Sweep, adapters: Sequence[Adapter]) -> None:
                 raise OptionError(
                     f"{adapter.source}: at sparsity 1 nothing of {adapter.tuner} is left; a lower one is needed"
                 )
-    needs_delta = "unstructured" in question.kinds and any(prune.needs_delta(name) for name in question.criteria)
+    needs_delta = "unstructured" in question.kinds and any(CRITERIA[name].of_delta for name in question.criteria)
     if needs_delta or list(question.kinds) == ["rank"]:
         for adapter in adapters:
             adapter.require_additive()
@@ -155,12 +157,12 @@ def _unstructured(question: Sweep, evaluator: Evaluator, choice: Choice) -> list
     def other(sparsity: float, by: str, draw: int) -> Replacement:
         make = functools.partial(_pruned, sparsity=sparsity, by=by, per_matrix=per_matrix, seed=seed + draw)
         scope = "matrix" if per_matrix else "global"
-        return Replacement(f"{by}:{scope}:{sparsity!r}:{seed + draw if by == 'random' else 0}", make)
+        return Replacement(f"{by}:{scope}:{sparsity!r}:{seed + draw if CRITERIA[by].random else 0}", make)
 
     return [
         (
             _head("unstructured", by, f"{sparsity:g}", 1 - sparsity),
-            [other(sparsity, by, draw) for draw in range(question.draws if by == "random" else 1)],
+            [other(sparsity, by, draw) for draw in range(question.draws if CRITERIA[by].random else 1)],
         )
         for by in question.criteria
         for sparsity in question.sparsities
@@ -169,7 +171,7 @@ def _unstructured(question: Sweep, evaluator: Evaluator, choice: Choice) -> list
 
 def _pruned(adapter: Adapter, *, sparsity: float, by: str, per_matrix: bool, seed: int) -> Adapter | None:
     try:
-        return prune.prune_weights(adapter, sparsity=sparsity, by=by, per_matrix=per_matrix, seed=seed).adapter
+        return prune_weights(adapter, sparsity=sparsity, by=by, per_matrix=per_matrix, seed=seed).adapter
     except AdapterError as error:
         if isinstance(error, TunerError) or adapter.why_not_additive:
             raise  # only of a sum is nothing left the base
@@ -184,17 +186,15 @@ def _ranks(question: Sweep, evaluator: Evaluator, choice: Choice) -> list[Piece]
     total = sum(site.rank or 0 for site in adapter.sites.values())
 
     def other(rank: int, by: str, draw: int) -> Replacement:
-        if by == "random":
-            make = functools.partial(_random_units, rank=rank, seed=seed + draw)
-            return Replacement(f"rank:random:{rank}:{seed + draw}", make)
-        return Replacement(f"rank:{by}:{rank}", functools.partial(_lower_rank, rank=rank, by=by))
+        key = f"rank:{by}:{rank}" + (f":{seed + draw}" if RANK_ORDERS[by].random else "")
+        return Replacement(key, functools.partial(_lower_rank, rank=rank, by=by, seed=seed + draw))
 
     return [
         (
             _head("rank", by, str(rank), sum(min(rank, site.rank or 0) for site in adapter.sites.values()) / total),
-            [other(rank, by, draw) for draw in range(question.draws if by == "random" else 1)],
+            [other(rank, by, draw) for draw in range(question.draws if RANK_ORDERS[by].random else 1)],
         )
-        for by in [*prune.RANKS, "random"]
+        for by in RANK_ORDERS
         for rank in _some_ranks(top)
     ]
 
@@ -207,17 +207,8 @@ KINDS: dict[str, Callable[[Sweep, Evaluator, Choice], list[Piece]]] = {
 """Kind of pruning → the rows that it gives for an adapter."""
 
 
-def _lower_rank(adapter: Adapter, *, rank: int, by: str) -> Adapter:
-    return prune.prune_rank(adapter, rank=rank, by=by).adapter
-
-
-def _random_units(adapter: Adapter, *, rank: int, seed: int) -> Adapter:
-    generator = np.random.default_rng(seed)
-    kept = {}
-    for name in sorted(adapter.sites):
-        full = adapter.sites[name].rank or 0
-        kept[name] = sorted(int(i) for i in generator.permutation(full)[:rank])
-    return prune.keep_ranks(adapter, kept)
+def _lower_rank(adapter: Adapter, *, rank: int, by: str, seed: int) -> Adapter:
+    return prune_rank(adapter, rank=rank, by=by, seed=seed).adapter
 
 
 def _some_ranks(top: int) -> list[int]:

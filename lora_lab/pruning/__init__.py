@@ -8,25 +8,33 @@ from typing import TYPE_CHECKING
 from lora_lab.lazy import face
 
 if TYPE_CHECKING:
+    from lora_lab.pruning.cost import Pruned as Pruned
+    from lora_lab.pruning.entries import CRITERIA as CRITERIA
+    from lora_lab.pruning.entries import prune_weights as prune_weights
+    from lora_lab.pruning.modules import structured as structured
+    from lora_lab.pruning.patterns import KEEPS as KEEPS
     from lora_lab.pruning.patterns import Choice as Choice
     from lora_lab.pruning.patterns import keep as keep
-    from lora_lab.pruning.prune import Pruned as Pruned
-    from lora_lab.pruning.prune import prune_rank as prune_rank
-    from lora_lab.pruning.prune import prune_weights as prune_weights
-    from lora_lab.pruning.prune import structured as structured
+    from lora_lab.pruning.ranks import RANK_ORDERS as RANK_ORDERS
+    from lora_lab.pruning.ranks import prune_rank as prune_rank
 
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
+        "cost": ("Pruned",),
+        "entries": (
+            "CRITERIA",
+            "prune_weights",
+        ),
+        "modules": ("structured",),
         "patterns": (
+            "KEEPS",
             "Choice",
             "keep",
         ),
-        "prune": (
-            "Pruned",
+        "ranks": (
+            "RANK_ORDERS",
             "prune_rank",
-            "prune_weights",
-            "structured",
         ),
     },
 )

@@ -17,7 +17,8 @@ from lora_lab.merging.export import save
 from lora_lab.merging.merged import merge
 from lora_lab.merging.paths import Paths
 from lora_lab.merging.sources import Sources
-from lora_lab.pruning.prune import keep_modules, keep_ranks
+from lora_lab.pruning.modules import keep_modules
+from lora_lab.pruning.ranks import keep_ranks
 from lora_lab.training.coto import Switches
 
 CASES = Path(__file__).parents[1] / "cases"

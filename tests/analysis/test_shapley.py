@@ -122,7 +122,7 @@ def test_values_for_choosing_come_from_the_validation_split(adapters, exact):
 
 
 def test_adapters_with_different_players_keep_their_own_values(adapters, exact):
-    from lora_lab.pruning.prune import keep_modules
+    from lora_lab.pruning.modules import keep_modules
     from lora_lab.results.result import by_adapter
 
     few = keep_modules(adapters[1], [name for name in adapters[1].sites if ".1." in name])

@@ -138,7 +138,7 @@ def test_fixed_patterns_are_rescaled_too(adapter, result):
 
 
 def test_adapters_of_one_parity_and_of_different_players(adapter):
-    from lora_lab.pruning.prune import keep_modules
+    from lora_lab.pruning.modules import keep_modules
 
     even = keep_modules(adapter, [name for name in adapter.sites if ".0." in name or ".2." in name])
     found = Stability(examples=20, rescale=False).run([even], Digits("relabel"))

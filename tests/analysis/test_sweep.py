@@ -8,8 +8,10 @@ from test_game import TARGETS, random_adapter
 
 from lora_lab.analysis.questions import Sweep
 from lora_lab.errors import OptionError, TunerError
-from lora_lab.pruning import prune
+from lora_lab.pruning.entries import prune_weights
+from lora_lab.pruning.modules import keep_modules
 from lora_lab.pruning.patterns import choice_of, keep
+from lora_lab.pruning.ranks import prune_rank
 from lora_lab.scoring.changes import Replacement
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.evaluator import Evaluator
@@ -52,7 +54,7 @@ def test_patterns_are_the_adapter_without_the_others(adapters, result):
     assert chosen["kept"] == 0.5
     for label in ("even", "middle", "type:fc1", "top-norm:2"):
         (row,) = result.rows(adapter="s0", kind="structured", label=label)
-        kept = prune.keep_modules(adapters[0], keep(choice_of(adapters[0]), label), source=label)
+        kept = keep_modules(adapters[0], keep(choice_of(adapters[0]), label), source=label)
         assert row["loss"] == pytest.approx(scored(kept).mean_loss, abs=1e-5)
         assert row["kept"] == pytest.approx(len(kept.sites) / 12)
 
@@ -60,10 +62,10 @@ def test_patterns_are_the_adapter_without_the_others(adapters, result):
 def test_sparsities_and_ranks_are_the_pruned_adapters(adapters, result):
     scored = own(adapters[1])
     (row,) = result.rows(adapter="s1", criterion="magnitude", label="0.5")
-    half = prune.prune_weights(adapters[1], sparsity=0.5).adapter
+    half = prune_weights(adapters[1], sparsity=0.5).adapter
     assert row["loss"] == pytest.approx(scored(half).mean_loss, abs=1e-5)
     (row,) = result.rows(adapter="s1", kind="rank", criterion="svd", label="1")
-    assert row["loss"] == pytest.approx(scored(prune.prune_rank(adapters[1], rank=1).adapter).mean_loss, abs=1e-5)
+    assert row["loss"] == pytest.approx(scored(prune_rank(adapters[1], rank=1).adapter).mean_loss, abs=1e-5)
 
 
 def test_nothing_pruned_is_the_adapter_and_everything_pruned_the_base(adapters, result):

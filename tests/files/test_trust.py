@@ -26,7 +26,7 @@ from lora_lab.files import trust
 from lora_lab.hub import base_model
 from lora_lab.merging.merged import merge
 from lora_lab.merging.sources import Sources, base_of
-from lora_lab.pruning.prune import structured
+from lora_lab.pruning.modules import structured
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.examples import TaskSpec
 from lora_lab.tasks.choosing import task_of

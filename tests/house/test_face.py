@@ -15,7 +15,8 @@ from lora_lab.analysis.connectivity import Interpolate
 from lora_lab.analysis.questions import Evaluate, Shapley, Stability, Sweep
 from lora_lab.errors import LoraLabError, MismatchError, OptionError, TrustError
 from lora_lab.merging.sources import Sources
-from lora_lab.pruning.prune import prune_rank, prune_weights
+from lora_lab.pruning.entries import prune_weights
+from lora_lab.pruning.ranks import prune_rank
 from lora_lab.training.fit import train
 
 NAMES = ["Adapter", "CoToCallback", "Execution", "LowRank", "Recipe", "Result", "Schedule"]

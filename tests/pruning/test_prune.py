@@ -17,19 +17,14 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.attached import layers
+from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import AdapterError, OptionError, TunerError
-from lora_lab.pruning import prune
-from lora_lab.pruning.prune import (
-    RANKS,
-    WEIGHTS,
-    keep_modules,
-    keep_ranks,
-    nth_smallest,
-    prune_rank,
-    prune_weights,
-    structured,
-)
+from lora_lab.pruning.entries import CRITERIA, Criterion, nth_smallest, prune_weights
+from lora_lab.pruning.modules import keep_modules, structured
+from lora_lab.pruning.ranks import RANK_ORDERS, RankOrder, _enough, keep_ranks, prune_rank
+
+ORDERS = [name for name in RANK_ORDERS if not RANK_ORDERS[name].random]
 
 CASES = Path(__file__).parents[1] / "cases"
 Q, K, V = "layers.0.q_proj", "layers.0.k_proj", "layers.1.q_proj"
@@ -379,7 +374,7 @@ def test_any_rank_keeps_the_scale_to_the_last_bits(rank, left, alpha, rslora):
     left = min(rank, left)
     config = {"r": rank, "lora_alpha": alpha, "use_rslora": rslora}
     tensors = lora(Q, rank=rank)
-    site = prune.Site(
+    site = Site(
         Q, "linear", {key.split(".")[-2]: key for key in tensors}, rank, alpha / (rank**0.5 if rslora else rank)
     )
     pruned = keep_ranks(Adapter(tensors, config, {Q: site}), {Q: range(left)})
@@ -395,7 +390,7 @@ def test_any_rank_keeps_the_scale_to_the_last_bits(rank, left, alpha, rslora):
 @pytest.mark.parametrize(("rank", "left", "alpha"), [(4, 3, 8), (8, 3, 16.5), (64, 7, 0.1875)])
 def test_the_scale_stays_to_the_last_bit_where_a_float_gives_it(rank, left, alpha):
     tensors = lora(Q, rank=rank)
-    site = prune.Site(Q, "linear", {key.split(".")[-2]: key for key in tensors}, rank, alpha / rank)
+    site = Site(Q, "linear", {key.split(".")[-2]: key for key in tensors}, rank, alpha / rank)
     pruned = keep_ranks(Adapter(tensors, {"r": rank, "lora_alpha": alpha}, {Q: site}), {Q: range(left)})
     assert pruned.config["lora_alpha"] == alpha * left / rank
     assert pruned.sites[Q].scale == site.scale
@@ -409,7 +404,7 @@ def test_modules_that_are_not_named_stay_whole(tmp_path):
     assert keep_ranks(adapter, {}).config == adapter.config
 
 
-@pytest.mark.parametrize("by", RANKS)
+@pytest.mark.parametrize("by", ORDERS)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_uneven_ranks_give_the_same_logits_in_peft_as_the_dense_deltas(base_model, tmp_path, name, by):
     options = {"gpt2": {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}}
@@ -430,7 +425,7 @@ def test_uneven_ranks_give_the_same_logits_in_peft_as_the_dense_deltas(base_mode
     assert float((logits(again) - logits(model)).abs().max()) > 1e-4
 
 
-@pytest.mark.parametrize("by", RANKS)
+@pytest.mark.parametrize("by", ORDERS)
 def test_every_kind_of_layer_is_pruned_in_its_own_layout(tmp_path, by):
     tensors = {
         f"{PREFIX}conv.lora_A.weight": torch.randn(4, 3, 2, 2),
@@ -473,7 +468,7 @@ def test_the_svd_loses_the_tail_of_the_singular_values(tmp_path):
 
 
 @pytest.mark.parametrize(("energy", "rank"), [(0.5, 1), (16 / 30, 1), (0.54, 2), (25 / 30, 2), (0.96, 3), (1, 4)])
-@pytest.mark.parametrize("by", RANKS)
+@pytest.mark.parametrize("by", ORDERS)
 def test_energy_keeps_as_few_ranks_as_it_takes(tmp_path, energy, rank, by):
     tensors = {  # squares of the singular values, in this order: 4, 16, 1, 9
         f"{PREFIX}{Q}.lora_A.weight": torch.eye(4, 6, dtype=torch.float64),
@@ -488,17 +483,17 @@ def test_energy_keeps_as_few_ranks_as_it_takes(tmp_path, energy, rank, by):
 def test_units_that_reach_the_share_exactly_are_enough():
     """What is lost after one unit, 2⁻⁵⁰ + 2⁻¹⁰⁰, is to the last bit what rounding is allowed to lose: 4 ε ‖ΔW‖²."""
     sizes = torch.tensor([1.0, 2.0**-25, 2.0**-50], dtype=torch.float64)
-    assert prune._enough(LowRank(torch.diag(sizes), torch.eye(3, dtype=torch.float64), (3, 3)), 1.0) == 1
+    assert _enough(LowRank(torch.diag(sizes), torch.eye(3, dtype=torch.float64), (3, 3)), 1.0) == 1
     larger = sizes * torch.tensor([1.0, 1 + 2.0**-50, 1.0], dtype=torch.float64)
-    assert prune._enough(LowRank(torch.diag(larger), torch.eye(3, dtype=torch.float64), (3, 3)), 1.0) == 2
+    assert _enough(LowRank(torch.diag(larger), torch.eye(3, dtype=torch.float64), (3, 3)), 1.0) == 2
 
 
-@given(seed=st.integers(0, 2**31), energy=st.floats(0.01, 1), by=st.sampled_from(sorted(RANKS)))
+@given(seed=st.integers(0, 2**31), energy=st.floats(0.01, 1), by=st.sampled_from(ORDERS))
 def test_the_share_of_energy_is_reached_and_one_rank_less_would_not_reach_it(seed, energy, by):
     generator = torch.Generator().manual_seed(seed)
     A, B = torch.randn(5, 6, generator=generator).double(), torch.randn(4, 5, generator=generator).double()
     tensors = dict(zip(lora(Q), (A, B), strict=True))
-    site = prune.Site(Q, "linear", {key.split(".")[-2]: key for key in tensors}, 5, 1.0)
+    site = Site(Q, "linear", {key.split(".")[-2]: key for key in tensors}, 5, 1.0)
     adapter = Adapter(tensors, {"r": 5, "lora_alpha": 5}, {Q: site})
     pruned = prune_rank(adapter, energy=energy, by=by)
     assert 1 - pruned.error**2 >= energy - 1e-12
@@ -507,7 +502,7 @@ def test_the_share_of_energy_is_reached_and_one_rank_less_would_not_reach_it(see
         assert 1 - fewer.error**2 < energy + 1e-12
 
 
-@pytest.mark.parametrize("by", RANKS)
+@pytest.mark.parametrize("by", ORDERS)
 def test_a_rank_that_a_module_does_not_exceed_leaves_it_alone(tmp_path, by):
     tensors = {**lora(Q, rank=1), **lora(K, rank=3)}
     adapter = Adapter.load(write(tmp_path / "in", tensors, r=3, rank_pattern={"q_proj": 1}))
@@ -543,7 +538,7 @@ def test_svd_factors_have_the_dtype_of_the_old(tmp_path):
     assert pruned.error == pytest.approx(adapter.updates[Q].truncate(2)[1], rel=0.05)
 
 
-@pytest.mark.parametrize("by", RANKS)
+@pytest.mark.parametrize("by", ORDERS)
 def test_under_energy_a_zero_module_is_removed_but_never_the_last(tmp_path, by):
     zero = {f"{PREFIX}{K}.lora_B.weight": torch.zeros(8, 4)}
     with pytest.warns(UserWarning, match="1 of 2 modules have zero delta"):
@@ -592,7 +587,7 @@ def test_units_that_are_not_there_are_refused(tmp_path, kept, text):
         ({"energy": 0.0}, r"energy is 0\.0; a share above 0 and up to 1"),
         ({"energy": 1.5}, r"energy is 1\.5"),
         ({"energy": math.nan}, "energy is nan"),
-        ({"rank": 2, "by": "unit"}, r"unknown criterion 'unit' \(did you mean 'units'\?\); there are: svd, units"),
+        ({"rank": 2, "by": "unit"}, r"unknown order of ranks 'unit' \(did you mean 'units'"),
     ],
 )
 def test_options_of_rank_pruning_that_cannot_be_are_refused(tmp_path, options, text):
@@ -693,7 +688,7 @@ def test_dora_keeps_its_magnitudes_and_shapes(base_model, tmp_path):
         assert torch.equal(tensor, adapter.tensors[key]) == ("magnitude" in key)
 
 
-@pytest.mark.parametrize("by", WEIGHTS)
+@pytest.mark.parametrize("by", CRITERIA)
 @pytest.mark.parametrize("per_matrix", [False, True])
 def test_sparsity_zero_changes_nothing_and_one_is_refused(tmp_path, by, per_matrix):
     adapter = made(tmp_path, Q, K)
@@ -767,7 +762,7 @@ def test_delta_pruning_removes_modules_that_it_empties(tmp_path):
     assert (pruned.modules, pruned.errors[V]) == ((2, 3), 1)
 
 
-@pytest.mark.parametrize("by", WEIGHTS)
+@pytest.mark.parametrize("by", CRITERIA)
 def test_pruning_removes_a_module_that_was_zero_before(tmp_path, by):
     with pytest.warns(UserWarning, match="1 of 2 modules have zero delta"):
         adapter = made(tmp_path, Q, K, extra={f"{PREFIX}{K}.lora_B.weight": torch.zeros(8, 4)})
@@ -816,14 +811,14 @@ def test_options_of_weight_pruning_that_cannot_be_are_refused(tmp_path, options,
 
 
 def test_a_new_criterion_is_one_function_and_one_line(tmp_path, monkeypatch):
-    def last(update: LowRank):
+    def last(update: LowRank, generator):
         return update, list(range(update.rank))[::-1]
 
     def inverse(tensor: Tensor, generator: torch.Generator) -> Tensor:
         return 1 / tensor.abs()
 
-    monkeypatch.setitem(RANKS, "last", last)
-    monkeypatch.setitem(WEIGHTS, "inverse", (WEIGHTS["magnitude"][0], inverse))
+    monkeypatch.setitem(RANK_ORDERS.entries, "last", RankOrder(last))
+    monkeypatch.setitem(CRITERIA.entries, "inverse", Criterion(inverse))
     adapter = made(tmp_path, Q)
     A, B = adapter.sites[Q].keys.values()
     assert torch.equal(prune_rank(adapter, rank=1, by="last").adapter.tensors[A], adapter.tensors[A][3:])

@@ -1,0 +1,83 @@
+"""What a pruning cost: the error of ΔW, and the modules, ranks and bytes that are left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lora_lab.adapters.adapter import Adapter
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned adapter and what the pruning cost."""
+
+    adapter: Adapter
+    error: float | None
+    """Relative Frobenius error of ΔW over all modules together (0 for ΔW = 0); None for a tuner without ΔW."""
+    errors: Mapping[str, float]
+    """Module → its relative error: 1 where it was removed, 0 where ΔW is the same. Empty for a tuner without ΔW."""
+    sparsity: float | None
+    """Share of zeros among the entries that were to be pruned; None where modules or ranks were removed."""
+    modules: tuple[int, int]
+    """Modules kept, of how many."""
+    ranks: tuple[int, int] | None
+    """Sum of the ranks kept, of how many; None for a tuner without ranks."""
+    bytes: tuple[int, int]
+    """Size of all tensors before and after."""
+
+
+def measured(
+    before: Adapter,
+    after: Adapter,
+    options: Mapping[str, Any] | None = None,
+    *,
+    lost: tuple[Mapping[str, float], Mapping[str, float]] | None = None,
+) -> Pruned:
+    """`after` with its record (for given options) and its cost; `lost` are ‖lost‖² and ‖ΔW‖² by module, if known."""
+    if lost is None and before.why_not_additive is None:
+        whole = {name: update.norm() ** 2 for name, update in before.updates.items()}
+        lost = {name: _lost(name, before, after) for name in whole}, whole
+    gone, all_of_it = lost or ({}, {})
+    error = None if lost is None else _ratio(math.fsum(gone.values()), math.fsum(all_of_it.values()))
+    ranks = [[site.rank for site in adapter.sites.values()] for adapter in (after, before)]
+    has_ranks = all(rank is not None for rank in ranks[1])
+    return Pruned(
+        adapter=after if options is None else recorded(before, after, options),
+        error=error,
+        errors={name: _ratio(gone[name], all_of_it[name]) for name in gone},
+        sparsity=None,
+        modules=(len(after.sites), len(before.sites)),
+        ranks=(sum(r or 0 for r in ranks[0]), sum(r or 0 for r in ranks[1])) if has_ranks else None,
+        bytes=(_bytes(before), _bytes(after)),
+    )
+
+
+def _lost(name: str, before: Adapter, after: Adapter) -> float:
+    """‖ΔW_before − ΔW_after‖² of one module."""
+    if name not in after.sites:
+        return before.updates[name].norm() ** 2
+    sites = before.sites[name], after.sites[name]
+    if sites[0].scale == sites[1].scale and all(
+        before.tensors[sites[0].keys[part]] is after.tensors[sites[1].keys[part]] for part in sites[0].pair
+    ):
+        return 0.0
+    return (before.updates[name] - after.updates[name]).norm() ** 2
+
+
+def _ratio(lost: float, whole: float) -> float:
+    return math.sqrt(lost / whole) if whole else 0.0
+
+
+def _bytes(adapter: Adapter) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in adapter.tensors.values())
+
+
+def recorded(before: Adapter, after: Adapter, options: Mapping[str, Any]) -> Adapter:
+    """`after` with one more entry in its record's list of prunings."""
+    earlier = before.record.get("pruned") or []
+    entries = list(earlier) if isinstance(earlier, list | tuple) else [earlier]
+    record = {**before.record, "pruned": [*entries, {**options, "from": before.label}]}
+    return replace(after, record=record, source=f"pruned {before.label}")

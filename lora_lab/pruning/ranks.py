@@ -1,0 +1,200 @@
+"""Adapters of lower rank: rank-one units cut from the factors, or new ones by the SVD of ΔW."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_lab.adapters.adapter import Adapter, stored
+from lora_lab.adapters.formats.keys import anchored
+from lora_lab.adapters.formats.peft_config import pattern_values
+from lora_lab.adapters.formats.sites import Site
+from lora_lab.adapters.lowrank import LowRank
+from lora_lab.errors import AdapterError, OptionError, TunerError, some
+from lora_lab.pruning.cost import Pruned, measured
+from lora_lab.pruning.modules import keep_modules
+from lora_lab.registry import Registry
+
+
+def keep_ranks(adapter: Adapter, kept: Mapping[str, Sequence[int]]) -> Adapter:
+    """The adapter with these rank-one units (row i of A and column i of B) of each module, sliced from the tensors.
+
+    Modules that `kept` does not name stay whole, those without a unit are removed. The dtype and each module's
+    scale α/r (α/√r for rsLoRA) stay, so α follows the rank. Plain LoRA only: TunerError for anything else.
+    """
+    require_ranks(adapter)
+    absent = sorted(set(kept) - set(adapter.sites))
+    if absent:
+        raise OptionError(f"{adapter.label} has no module {some(absent)}; there are: {some(adapter.sites)}")
+    for name, units in kept.items():
+        _check_units(name, units, adapter.sites[name])
+    left = keep_modules(adapter, [name for name in adapter.sites if len(kept.get(name, [0]))])
+    tensors, sites, alphas = dict(left.tensors), dict(left.sites), {}
+    for name, site in left.sites.items():
+        units = sorted(kept.get(name, range(site.rank or 0)))
+        alphas[name] = _alpha(site, len(units), left.config)
+        if len(units) == site.rank:
+            continue
+        index = torch.tensor(units)
+        A, B = (site.keys[part] for part in site.pair)
+        tensors[A] = left.tensors[A].index_select(0, index)
+        tensors[B] = left.tensors[B].index_select(1, index)
+        scale = alphas[name] / _divisor(len(units), left.config)
+        sites[name] = replace(site, rank=len(units), scale=scale)
+    if all(sites[name] is site for name, site in left.sites.items()):
+        return left
+    return replace(left, tensors=tensors, sites=sites, config=_ranked(left.config, sites, alphas))
+
+
+def require_ranks(adapter: Adapter) -> None:
+    """TunerError for a tuner without ranks that could be removed."""
+    reason = adapter.why_not_additive
+    if reason:
+        raise TunerError(f"{adapter.label}: this {adapter.tuner} adapter has no ranks to be removed: {reason}")
+
+
+def _check_units(name: str, units: Sequence[int], site: Site) -> None:
+    rank = site.rank or 0
+    wrong = [unit for unit in units if not 0 <= unit < rank]
+    if wrong:
+        raise OptionError(f"{name} has no unit {some(wrong)}; its {rank} units are 0 to {rank - 1}")
+    if len(set(units)) < len(units):
+        raise OptionError(f"units of {name} are named twice: {some(u for u, n in Counter(units).items() if n > 1)}")
+
+
+def _divisor(rank: int, config: Mapping[str, Any]) -> float:
+    return math.sqrt(rank) if config.get("use_rslora") else rank
+
+
+def _alpha(site: Site, rank: int, config: Mapping[str, Any]) -> float:
+    """The lora_alpha that gives this site at this rank the scale that it has now, to the last bit if any number does.
+
+    That is the float nearest to scale · divisor: those that round back to the scale lie evenly around the product.
+    """
+    if rank == site.rank:
+        alpha: float = pattern_values(config.get("alpha_pattern") or {}, [site.name], config.get("lora_alpha"))[
+            site.name
+        ]
+        return alpha
+    alpha = float((site.scale or 0.0) * _divisor(rank, config))
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def _ranked(config: Mapping[str, Any], sites: Mapping[str, Site], alphas: Mapping[str, float]) -> dict[str, Any]:
+    """The configuration with these ranks and alphas: the commonest of each, and a pattern for the others."""
+    ranks = {name: site.rank for name, site in sites.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    changed = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {anchored(name): own for name, own in ranks.items() if own != rank},
+        "alpha_pattern": {anchored(name): own for name, own in alphas.items() if own != alpha},
+    }
+    if config.get("init_lora_weights") == "orthogonal":  # which PEFT has for even ranks only
+        changed["init_lora_weights"] = True
+    return {**config, **changed}
+
+
+Units = tuple[LowRank, Sequence[int] | None]
+"""ΔW with its rank-one units in the order of their worth, and which of the module's own they are (None: new ones)."""
+
+
+def svd(update: LowRank, generator: np.random.Generator) -> Units:
+    """The singular triplets, so that the first k of them are the best approximation of rank k."""
+    if not update.norm():
+        return update, range(update.rank)
+    return update.truncate(update.rank)[0], None
+
+
+def units(update: LowRank, generator: np.random.Generator) -> Units:
+    """The module's own units by ‖b_i‖‖a_i‖, which is the norm of each; of two that tie, the first comes first."""
+    size = update.A.double().norm(dim=1) * update.B.double().norm(dim=0)
+    order = size.argsort(descending=True, stable=True)
+    return LowRank(update.A[order], update.B[:, order], update.shape), order.tolist()
+
+
+def random(update: LowRank, generator: np.random.Generator) -> Units:
+    """The module's own units in an order drawn at random."""
+    numbers = generator.permutation(update.rank).tolist()
+    return LowRank(update.A[numbers], update.B[:, numbers], update.shape), numbers
+
+
+@dataclass(frozen=True)
+class RankOrder:
+    """An order of rank-one units by their worth, in which the last ones go first."""
+
+    order: Callable[[LowRank, np.random.Generator], Units]
+    random: bool = False
+    """Whether the seed decides, so that a mean over draws is wanted."""
+
+
+RANK_ORDERS = Registry(
+    "order of ranks",
+    "lora_lab.rank_orders",
+    RankOrder,
+    {"svd": RankOrder(svd), "units": RankOrder(units), "random": RankOrder(random, random=True)},
+)
+"""How ranks are ordered, by name."""
+
+
+def prune_rank(
+    adapter: Adapter, *, rank: int | None = None, energy: float | None = None, by: str = "svd", seed: int = 0
+) -> Pruned:
+    """The adapter at a lower rank: the first units of each module in the order that `by` (see RANK_ORDERS) gives.
+
+    Either `rank` units of each, or as few as keep the share `energy` of its ‖ΔW‖² (1 − ‖lost‖²/‖ΔW‖²). A module
+    whose own rank is no larger stays bit for bit; with `energy`, modules whose ΔW is 0 are removed. Scales stay.
+    New factors (svd) are rounded to the dtype of the old. Plain LoRA only: TunerError for anything else.
+    """
+    order = RANK_ORDERS[by].order
+    if (rank is None) == (energy is None):
+        raise OptionError(f"{'neither' if rank is None else 'both'} of rank and energy given; exactly one is needed")
+    if rank is not None and rank < 1:
+        raise OptionError(f"a rank of {rank} was asked for; it is at least 1")
+    if energy is not None and not 0 < energy <= 1:
+        raise OptionError(f"energy is {energy}; a share above 0 and up to 1 is needed")
+    require_ranks(adapter)
+    tensors, kept = dict(adapter.tensors), {}
+    generator = np.random.default_rng(seed)
+    for name, update in sorted(adapter.updates.items()):
+        if rank is not None and rank >= update.rank:
+            continue
+        ordered, numbers = order(update, generator)
+        count = min(rank or update.rank, ordered.rank) if energy is None else _enough(ordered, energy)
+        if count >= update.rank:
+            continue
+        kept[name] = list(range(count) if numbers is None else numbers[:count])
+        if numbers is None:
+            tensors |= _written(ordered, adapter, adapter.sites[name])
+    if kept and all(name in kept and not kept[name] for name in adapter.sites):
+        raise AdapterError(f"{adapter.label}: nothing would be left: ΔW is 0 in all {len(adapter.sites)} modules")
+    pruned = keep_ranks(replace(adapter, tensors=tensors), kept)
+    options = {"rank": rank} if energy is None else {"energy": energy}
+    return measured(adapter, pruned, {**options, "by": by} | ({"seed": seed} if RANK_ORDERS[by].random else {}))
+
+
+def _enough(ordered: LowRank, energy: float) -> int:
+    """How few of the leading units keep this share of ‖ΔW‖²; 0 for ΔW = 0."""
+    gram = (ordered.A.double() @ ordered.A.double().T) * (ordered.B.double().T @ ordered.B.double())
+    # ‖units k and later‖² is the sum over the lower right corner of their inner products
+    lost = gram.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
+    total = ordered.norm() ** 2
+    if not total:
+        return 0
+    # the last digits that energy = 1 asks for are rounding
+    allowed = (1 - energy) * total + 4 * torch.finfo(torch.float64).eps * float(gram.diagonal().sum())
+    return next(k for k, value in enumerate([*lost.tolist()[1:], 0.0], 1) if value <= allowed)
+
+
+def _written(update: LowRank, adapter: Adapter, site: Site) -> dict[str, Tensor]:
+    """The site's tensors with the factors of `update`, at the site's scale and in its dtypes and layout."""
+    factors = stored(update * (1 / (site.scale or 1.0)), site.kind, bool(adapter.config.get("fan_in_fan_out")))
+    keys = [site.keys[part] for part in site.pair]
+    return {key: new.to(adapter.tensors[key].dtype) for key, new in zip(keys, factors, strict=True)}
