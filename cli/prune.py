@@ -79,10 +79,9 @@ def command(
     if keep is not None:
         by = common.parse_players(players)
         choice = patterns.choice_of(loaded, by=by, seed=seed)
-        if keep.startswith("top-shapley"):
-            chosen = partial(task_of, loaded, given=task, trust_record=trust_record)
-            options = {"by": by, "worth": worth, "samples": samples, "split": split, "seed": seed}
-            choice = replace(choice, shapley=partial(_shapley, loaded, chosen, device, options))
+        chosen = partial(task_of, loaded, given=task, trust_record=trust_record)
+        options = {"by": by, "worth": worth, "samples": samples, "split": split, "seed": seed}
+        choice = replace(choice, shapley=partial(_shapley, loaded, chosen, device, options))
         pruned = structured(loaded, patterns.keep(choice, keep), pattern=keep)
     elif ways[1]:
         assert sparsity is not None

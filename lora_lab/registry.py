@@ -7,12 +7,14 @@ all names are listed, and imported only then.
 
 from __future__ import annotations
 
-import importlib.metadata
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lora_lab.errors import LoraLabWarning, OptionError, unknown
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 E = TypeVar("E")
 
@@ -21,17 +23,18 @@ class Registry(Mapping[str, E], Generic[E]):
     """Name → entry; built-ins first, then what was registered, then the entry points of `group` by package name.
 
     A name that is not there raises OptionError with the nearest one. An entry point that cannot be loaded, is of
-    another type than `kind`, or has the name of another entry is left out with one warning that names its package.
+    another type than `kind` (None: a bare function), or has the name of another entry is left out with one warning that
+    names its package.
     """
 
-    def __init__(self, what: str, group: str, kind: Callable[..., E], builtin: Mapping[str, E]) -> None:
+    def __init__(self, what: str, group: str, kind: type[E] | None, builtin: Mapping[str, E]) -> None:
         self.what = what
         """An entry in the words of an error: method, space …"""
         self.group = group
         self.kind = kind
         self.entries = dict(builtin)
         """What is loaded: the built-ins, and all that was registered or brought so far."""
-        self._offered: dict[str, importlib.metadata.EntryPoint] | None = None  # None: not looked for yet
+        self._offered: dict[str, EntryPoint] | None = None  # None: not looked for yet
 
     def register(self, name: str, entry: E | None = None, **fields: Any) -> Any:
         """Add an entry, or decorate a function of which `kind(function, **fields)` is to be the entry.
@@ -41,7 +44,8 @@ class Registry(Mapping[str, E], Generic[E]):
         if entry is None:
 
             def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-                self.register(name, self.kind(function, **fields))
+                make: Any = self.kind or (lambda entry: entry)
+                self.register(name, make(function, **fields))
                 return function
 
             return decorate
@@ -73,11 +77,13 @@ class Registry(Mapping[str, E], Generic[E]):
     def __len__(self) -> int:
         return len(list(iter(self)))
 
-    def _offers(self) -> dict[str, importlib.metadata.EntryPoint]:
+    def _offers(self) -> dict[str, EntryPoint]:
         """Entry points that are not loaded yet."""
         if self._offered is None:
+            from importlib.metadata import entry_points
+
             self._offered = {}
-            for point in sorted(importlib.metadata.entry_points(group=self.group), key=_package):
+            for point in sorted(entry_points(group=self.group), key=_package):
                 if point.name in self.entries or point.name in self._offered:
                     self._left_out(point, "the name is taken")
                 else:
@@ -97,13 +103,14 @@ class Registry(Mapping[str, E], Generic[E]):
             self.entries[name] = entry
 
     def _require_kind(self, name: str, entry: Any) -> None:
-        if isinstance(self.kind, type) and not isinstance(entry, self.kind):
-            raise OptionError(f"{name!r} is a {type(entry).__name__}; a {self.kind.__name__} is needed")
+        if not (isinstance(entry, self.kind) if self.kind else callable(entry)):
+            needed = self.kind.__name__ if self.kind else "function"
+            raise OptionError(f"{name!r} is a {type(entry).__name__}; a {needed} is needed")
 
-    def _left_out(self, point: importlib.metadata.EntryPoint, reason: str) -> None:
+    def _left_out(self, point: EntryPoint, reason: str) -> None:
         message = f"{_package(point)} brings the {self.what} {point.name!r}, which is left out: {reason}"
         warnings.warn(message, LoraLabWarning, stacklevel=4)
 
 
-def _package(point: importlib.metadata.EntryPoint) -> str:
+def _package(point: EntryPoint) -> str:
     return point.dist.name if point.dist else "a package"

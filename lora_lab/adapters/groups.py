@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.formats.keys import natural
 from lora_lab.errors import OptionError, TunerError, some, unknown
+from lora_lab.registry import Registry
 
 _NESTED_LISTS = ("blocks", "attentions", "resnets", "transformer_blocks")
 
@@ -47,7 +48,7 @@ class Players:
 
 
 def players(adapter: Adapter, by: str | Mapping[str, str] = "layer") -> Players:
-    """The players of an adapter, by a name in PLAYERS, by "rank", or by {name: regular expression}.
+    """The players of an adapter, by a name in PLAYERS or by {name: regular expression}.
 
     A layer is a transformer block; a type is a module's name within its block (query, fc1 …); `type-layer` joins
     the encoders of a model that has several, `encoder-type-layer` keeps them apart. A regular expression is searched
@@ -59,33 +60,28 @@ def players(adapter: Adapter, by: str | Mapping[str, str] = "layer") -> Players:
         raise OptionError(f"{adapter.source or 'adapter'}: adapts no module, so there is no player")
     if not isinstance(by, str):
         return _by_pattern(names, by)
-    if by == "rank":
-        return _by_rank(adapter, names)
     if by not in PLAYERS:
-        raise unknown("set of players", by, [*PLAYERS, "rank", "NAME=REGEX"])
-    key, found = PLAYERS[by], blocks(names)
-    places = locate(names)
-    units: dict[str, tuple[Unit, ...]] = {}
-    for name in names:
-        label = key(name, places[name], found[name])
-        units[label] = (*units.get(label, ()), (name, None))
-    return Players(by, units, {label: _common([places[name] for name, _ in own]) for label, own in units.items()})
+        raise unknown("set of players", by, [*PLAYERS, "NAME=REGEX"])
+    return PLAYERS[by](adapter, names)
+
+
+def by_label(kind: str, label: Callable[[str, Place, str], str]) -> Callable[[Adapter, Sequence[str]], Players]:
+    """Players of whole modules by a label of each: function (module, its place, its block) → player."""
+
+    def divide(adapter: Adapter, names: Sequence[str]) -> Players:
+        places, block_of = locate(names), blocks(names)
+        units: dict[str, tuple[Unit, ...]] = {}
+        for name in names:
+            player = label(name, places[name], block_of[name])
+            units[player] = (*units.get(player, ()), (name, None))
+        common = {player: _common([places[name] for name, _ in switched]) for player, switched in units.items()}
+        return Players(kind, units, common)
+
+    return divide
 
 
 def _type_layer(name: str, place: Place, block: str) -> str:
     return f"{place.type}.{place.layer}" if place.layer is not None else str(place.type)
-
-
-PLAYERS: dict[str, Callable[[str, Place, str], str]] = {
-    "layer": lambda name, place, block: block,
-    "module": lambda name, place, block: name,
-    "type": lambda name, place, block: str(place.type),
-    "type-layer": _type_layer,
-    "encoder-type-layer": lambda name, place, block: f"{place.encoder}.{_type_layer(name, place, block)}".removeprefix(
-        "."
-    ),
-}
-"""Name of a set of players → function (module, its place, its block) → player; "rank" has players within modules."""
 
 
 def locate(names: Sequence[str]) -> dict[str, Place]:
@@ -207,6 +203,25 @@ def _by_rank(adapter: Adapter, names: Sequence[str]) -> Players:
     places = locate(names)
     units = {f"{name}#{r}": ((name, r),) for name in names for r in range(adapter.sites[name].rank or 0)}
     return Players("rank", units, {label: places[own[0][0]] for label, own in units.items()})
+
+
+PLAYERS: Registry[Callable[[Adapter, Sequence[str]], Players]] = Registry(
+    "set of players",
+    "lora_lab.players",
+    None,
+    {
+        "layer": by_label("layer", lambda name, place, block: block),
+        "module": by_label("module", lambda name, place, block: name),
+        "type": by_label("type", lambda name, place, block: str(place.type)),
+        "type-layer": by_label("type-layer", _type_layer),
+        "encoder-type-layer": by_label(
+            "encoder-type-layer",
+            lambda name, place, block: f"{place.encoder}.{_type_layer(name, place, block)}".removeprefix("."),
+        ),
+        "rank": _by_rank,
+    },
+)
+"""Name of a set of players → function (adapter, its modules in natural order) → players."""
 
 
 def _matches(names: Sequence[str], by: Mapping[str, str]) -> dict[str, list[str]]:

@@ -30,6 +30,7 @@ from lora_lab.analysis.question import Question
 from lora_lab.errors import OptionError
 from lora_lab.merging.paths import SPACES, Paths
 from lora_lab.options import option
+from lora_lab.registry import Registry
 from lora_lab.results.result import Result, columns, finite, grouped
 from lora_lab.results.stats import Floats, Sampled, mean_and_spread, proportion
 from lora_lab.scoring.changes import Change
@@ -39,18 +40,43 @@ from lora_lab.scoring.execution import Execution
 from lora_lab.scoring.models import TaskModels
 from lora_lab.tasks.task import Scores, Task
 
-BARRIERS: dict[str, Callable[[Floats, Floats], Floats]] = {
-    "frankle": lambda L, t: L - (L[0] + L[-1]) / 2,
-    "entezari": lambda L, t: L - (1 - t)[:, None] * L[0] - t[:, None] * L[-1],
-    "max_end": lambda L, t: L - np.maximum(L[0], L[-1]),
-    "midpoint": lambda L, t: L[[len(t) // 2]] if len(t) % 2 else np.full((1, L.shape[1]), np.nan),
-}
+
+@dataclass(frozen=True)
+class Barrier:
+    """A barrier of a curve."""
+
+    profile: Callable[[Floats, Floats], Floats]
+    """Values [points, k] over t [points] → [rows, k], the largest row of which is the barrier."""
+    least: float = 0.0
+    """Below which it cannot be, as the ends are points of the grid."""
+
+    def __call__(self, L: Floats, t: Floats) -> Floats:
+        """The profile."""
+        return self.profile(L, t)
+
+
+BARRIERS = Registry(
+    "barrier",
+    "lora_lab.barriers",
+    Barrier,
+    {
+        "frankle": Barrier(lambda L, t: L - (L[0] + L[-1]) / 2),
+        "entezari": Barrier(lambda L, t: L - (1 - t)[:, None] * L[0] - t[:, None] * L[-1]),
+        "max_end": Barrier(lambda L, t: L - np.maximum(L[0], L[-1])),
+        "midpoint": Barrier(
+            lambda L, t: L[[len(t) // 2]] if len(t) % 2 else np.full((1, L.shape[1]), np.nan), least=-math.inf
+        ),
+    },
+)
 """Barriers of a curve, as profiles whose largest row is the barrier: values [points, k] over t [points] → [rows, k].
 
 frankle: sup L − ½(L(0) + L(1)) (arXiv:1912.05671). entezari: sup [L − linear] (arXiv:2110.06296). max_end: sup L −
 max(L(0), L(1)). midpoint: the value L(½) itself. The supremum is over the grid, ends included, so that the first three
 are never negative; with noise it is above 0 even where there is no barrier, and the interval tells.
 """
+
+MAIN_BARRIER = "entezari"
+"""The one by which shrinkage and matrices of pairs are told."""
 
 METRICS = ("loss", "error")
 
@@ -271,7 +297,7 @@ def _summary(
         for name, barrier in BARRIERS.items():
             value, low, high = curve.largest(lambda L, f=barrier: f(L, grid))  # type: ignore[misc]
             who = {**_who(adapters, pair), "space": space, "metric": metric}
-            low = low if name == "midpoint" else max(0.0, low)
+            low = max(barrier.least, low)
             barriers.append({**who, "barrier": name, "value": value, "low": low, "high": high})
     summary: dict[str, Any] = {"barriers": barriers}
     for space in [space for space in spaces if SPACES[space].rescaled in spaces][:1]:
@@ -293,7 +319,7 @@ def _shrinkage(curves: Curves, pair: tuple[int, int], space: str, metric: str, g
     """
     factors, matched = curves[pair, space, metric], curves[pair, str(SPACES[space].rescaled), metric]
     both = factors.with_points(matched)
-    n, above_chord = len(grid), BARRIERS["entezari"]
+    n, above_chord = len(grid), BARRIERS[MAIN_BARRIER]
 
     def of_factors(L: Floats) -> Floats:
         return above_chord(L[:n], grid)
@@ -313,7 +339,7 @@ def _matrix(count: int, barriers: Sequence[Mapping[str, Any]]) -> dict[str, dict
     """Space → metric → Entezari barriers between all adapters, symmetric, zero on the diagonal."""
     found: dict[str, dict[str, list[list[float]]]] = {}
     for row in barriers:
-        if row["barrier"] == "entezari":
+        if row["barrier"] == MAIN_BARRIER:
             empty = [[0.0] * count for _ in range(count)]
             table = found.setdefault(row["space"], {}).setdefault(row["metric"], empty)
             i, j = row["indices"]

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lora_lab.adapters.groups import Players
-from lora_lab.errors import LoraLabWarning, OptionError, TunerError, some, unknown
+from lora_lab.errors import LoraLabWarning, OptionError, TunerError, some
 from lora_lab.games.coalitions import Bools
+from lora_lab.registry import Registry
 from lora_lab.results.stats import Floats
 from lora_lab.scoring.changes import LayerMask
 from lora_lab.scoring.evaluator import Evaluator
@@ -21,12 +22,17 @@ from lora_lab.scoring.execution import Cost
 from lora_lab.scoring.prefixes import State
 from lora_lab.tasks.task import Scores
 
-WORTHS: dict[str, Callable[[Scores], Floats]] = {
-    "accuracy": lambda scores: scores.correct.astype(np.float64),
-    "loss": lambda scores: -scores.loss,
-    "log-likelihood": lambda scores: -scores.loss,
-    "margin": lambda scores: scores.margin,
-}
+WORTHS: Registry[Callable[[Scores], Floats]] = Registry(
+    "worth",
+    "lora_lab.worths",
+    None,
+    {
+        "accuracy": lambda scores: scores.correct.astype(np.float64),
+        "loss": lambda scores: -scores.loss,
+        "log-likelihood": lambda scores: -scores.loss,
+        "margin": lambda scores: scores.margin,
+    },
+)
 """Name → worth of each example, signed so that what helps is positive.
 
 In classification the loss is the negative log-likelihood of the right label, so that the two are one number here.
@@ -44,8 +50,7 @@ class Game:
     def __init__(
         self, evaluator: Evaluator, players: Players, *, worth: str = "accuracy", rescale: bool = False
     ) -> None:
-        if worth not in WORTHS:
-            raise unknown("worth", worth, WORTHS)
+        _ = WORTHS[worth]
         if rescale and not evaluator.adapter.scalable:
             raise TunerError(f"{evaluator.adapter.source}: {evaluator.adapter.tuner} has no scale to multiply")
         self.evaluator, self.players, self.worth, self.rescale = evaluator, players, worth, rescale

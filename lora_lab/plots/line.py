@@ -24,6 +24,11 @@ SPACES: dict[str, dict[str, Any]] = {
 }
 
 
+def _style_of(space: str) -> dict[str, Any]:
+    """How a space is drawn; one that is not known has the last of all styles and its own name."""
+    return SPACES.get(space, {**plot_style.CYCLE[-1], "label": space})
+
+
 def curves(results: Sequence[Result], metric: str) -> dict[str, dict[str, tuple[Floats, Floats, Floats, Floats]]]:
     """Group → space → (t, value, low, high), groups by method over all results.
 
@@ -83,13 +88,13 @@ def draw_ratios(results: Sequence[Result], width: str) -> Figure:
     methods = list(dict.fromkeys(method for method, _ in groups))
     for i, ((method, space), cells) in enumerate(groups.items()):
         marker = plot_style.CYCLE[methods.index(method) % len(plot_style.CYCLE)]["marker"]
-        color = SPACES[space]["color"]
+        color = _style_of(space)["color"]
         shift = (i - (len(groups) - 1) / 2) * 0.7 / len(groups)
         for x, ratio in enumerate(names):
             values = np.array(cells.get(ratio, []))
             ax.plot(np.full(len(values), x + shift), values, "_", color=color, markersize=7)
         means = [np.mean(cells.get(ratio, [np.nan])) for ratio in names]
-        label = f"{method}, {SPACES[space]['label']}"
+        label = f"{method}, {_style_of(space)['label']}"
         ax.plot(np.arange(len(names)) + shift, means, marker, color=color, markersize=5, label=label)
     ax.set_xticks(range(len(names)), names)
     ax.set_xlim(-0.6, len(names) - 0.4)
@@ -109,7 +114,7 @@ def _draw_lines(results: Sequence[Result], width: str, metric: str, label: str) 
     for ax, (group, spaces) in zip(axes, groups.items(), strict=False):
         ax.sharey(axes[0])
         for space, band in spaces.items():
-            _line(ax, band, **SPACES[space])
+            _line(ax, band, **_style_of(space))
         ax.set_title(group)
         if ax is axes[0] or width == "single":
             ax.set_ylabel(label)
@@ -131,7 +136,7 @@ def _draw_norms(ax: Axes, norms: Mapping[str, Mapping[str, tuple[Floats, Floats,
         for space, (t, value, low, high) in spaces.items():
             if space != "matched":
                 ends = np.maximum((1 - t) * value[0] + t * value[-1], np.finfo(float).tiny)
-                style = {**SPACES[space], "linestyle": plot_style.CYCLE[i]["linestyle"], "label": f"{group} {space}"}
+                style = {**_style_of(space), "linestyle": plot_style.CYCLE[i]["linestyle"], "label": f"{group} {space}"}
                 _line(ax, (t, value / ends, low / ends, high / ends), **style)
     ax.axhline(1, color=SPACES["matched"]["color"], linestyle="--", linewidth=1)
     ax.set_ylim(0, max(1.08, 1.05 * ax.dataLim.ymax))

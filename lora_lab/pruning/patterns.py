@@ -12,6 +12,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.formats.keys import natural
 from lora_lab.adapters.groups import Place, Players, locate, players
 from lora_lab.errors import OptionError, some, unknown
+from lora_lab.registry import Registry
 
 TYPES: dict[str, tuple[str, ...]] = {
     "q": ("q_proj", "query", "q_lin", "to_q", "wq", "q"),
@@ -42,6 +43,16 @@ class Choice:
         return locate(sorted(self.adapter.sites, key=natural))
 
 
+@dataclass(frozen=True)
+class Keep:
+    """A pattern of modules to keep."""
+
+    choose: Callable[[Choice, str], Collection[str]]
+    """(choice, what stands after the colon) → modules to keep."""
+    argument: str = ""
+    """What stands after the colon, where something does."""
+
+
 def keep(choice: Choice, spec: str) -> list[str]:
     """The modules that a pattern such as "even", "type:q,k" or "top-norm:3" keeps, in natural order.
 
@@ -50,11 +61,11 @@ def keep(choice: Choice, spec: str) -> list[str]:
     """
     name, _, argument = spec.partition(":")
     if name not in KEEPS:
-        raise unknown("pattern", name, [f"{n}{a}" for n, a in _listed()])
-    wants = _ARGUMENTS.get(name)
+        raise unknown("pattern", name, [f"{n}:{k.argument}" if k.argument else n for n, k in KEEPS.items()])
+    wants = KEEPS[name].argument
     if bool(argument) != bool(wants):
         raise OptionError(f"pattern {spec!r}: {f'{name}:{wants} is needed' if wants else f'{name} takes no argument'}")
-    kept = KEEPS[name](choice, argument)
+    kept = KEEPS[name].choose(choice, argument)
     if not kept:
         raise OptionError(f"pattern {spec!r} keeps no module of {choice.adapter.label}")
     return sorted(kept, key=natural)
@@ -130,7 +141,7 @@ def _top_norm(choice: Choice, argument: str) -> list[str]:
 def _top_shapley(choice: Choice, argument: str) -> list[str]:
     _count(choice, argument)
     if choice.shapley is None:
-        raise OptionError("top-shapley needs a task to compute Shapley values on; name one with --task")
+        raise OptionError("top-shapley needs a task to compute Shapley values on")
     return _largest(choice, argument, choice.shapley())
 
 
@@ -162,31 +173,30 @@ def _modules(choice: Choice, chosen: Collection[str]) -> list[str]:
 
 _even = _by_layer(lambda layer, layers: layer % 2 == 0)
 
-KEEPS: dict[str, Callable[[Choice, str], Collection[str]]] = {
-    "all": lambda choice, argument: list(choice.adapter.sites),
-    "every-other": _even,
-    "even": _even,
-    "odd": _by_layer(lambda layer, layers: layer % 2 == 1),
-    "low": _by_layer(_third(0)),
-    "middle": _by_layer(_third(1)),
-    "high": _by_layer(_third(2)),
-    "type": _type,
-    "top-norm": _top_norm,
-    "top-shapley": _top_shapley,
-    "random": _random,
-}
-"""Pattern → function (choice, what stands after the colon) → modules to keep."""
-
-_ARGUMENTS = {"type": "NAME,…", "top-norm": "K", "top-shapley": "K", "random": "K"}
-
-
-def _listed() -> list[tuple[str, str]]:
-    return [(name, f":{_ARGUMENTS[name]}" if name in _ARGUMENTS else "") for name in KEEPS]
+KEEPS = Registry(
+    "pattern",
+    "lora_lab.keeps",
+    Keep,
+    {
+        "all": Keep(lambda choice, argument: list(choice.adapter.sites)),
+        "every-other": Keep(_even),
+        "even": Keep(_even),
+        "odd": Keep(_by_layer(lambda layer, layers: layer % 2 == 1)),
+        "low": Keep(_by_layer(_third(0))),
+        "middle": Keep(_by_layer(_third(1))),
+        "high": Keep(_by_layer(_third(2))),
+        "type": Keep(_type, "NAME,…"),
+        "top-norm": Keep(_top_norm, "K"),
+        "top-shapley": Keep(_top_shapley, "K"),
+        "random": Keep(_random, "K"),
+    },
+)
+"""Patterns by name."""
 
 
 def choice_of(adapter: Adapter, *, by: str | Mapping[str, str] = "layer", seed: int = 0) -> Choice:
     """A choice among an adapter's players; single ranks cannot be kept by pattern."""
-    found = players(adapter, by)
-    if found.kind == "rank":
-        raise OptionError("patterns keep whole modules; for ranks there are --rank and --energy")
-    return Choice(adapter, found, seed)
+    divided = players(adapter, by)
+    if any(rank is not None for units in divided.units.values() for _, rank in units):
+        raise OptionError("patterns keep whole modules; ranks are cut by a rank or an energy")
+    return Choice(adapter, divided, seed)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from lora_lab.lazy import face
 
 if TYPE_CHECKING:
-    from lora_lab.tasks.registry import EXAMPLES as EXAMPLES
     from lora_lab.tasks.registry import KINDS as KINDS
     from lora_lab.tasks.registry import TASKS as TASKS
     from lora_lab.tasks.registry import example as example
@@ -23,7 +22,6 @@ __getattr__, __dir__, __all__ = face(
     __name__,
     {
         "registry": (
-            "EXAMPLES",
             "KINDS",
             "TASKS",
             "example",

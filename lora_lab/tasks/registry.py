@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lora_lab.errors import FileError, OptionError, unknown
 from lora_lab.files.trust import ANYWHERE, Reach
+from lora_lab.registry import Registry
 from lora_lab.tasks import clip, text, vision
 from lora_lab.tasks.clip import Clip
 from lora_lab.tasks.digits import LABELLINGS, Digits
@@ -59,16 +61,14 @@ def from_record(
         raise OptionError(f"{where}: no kind of task; there are: {', '.join(KINDS)}")
     if kind not in list(KINDS):
         raise unknown(f"kind of task in {where}:", str(kind), KINDS)
-    task = KINDS[kind](record, base or Path(), where)
+    task = KINDS[kind].build(record, base or Path(), where)
     task.reach = reach
     return task
 
 
 def example(kind: str) -> str:
     """A commented task file of this kind."""
-    if kind not in KINDS:
-        raise unknown("kind of task", kind, KINDS)
-    return EXAMPLES[kind]
+    return KINDS[kind].example
 
 
 def iterate() -> Iterator[Task]:
@@ -80,20 +80,27 @@ def iterate() -> Iterator[Task]:
 TASKS: dict[str, Callable[[], Task]] = {f"digits/{name}": partial(Digits, name) for name in LABELLINGS}
 """Built-in tasks, each on the base model that is shipped in the package."""
 
-KINDS: dict[str, Callable[[Mapping[str, Any], Path, str], Task]] = {
-    "text-classification": TextClassification.from_record,
-    "causal-lm": CausalLM.from_record,
-    "multiple-choice": MultipleChoice.from_record,
-    "image-classification": ImageClassification.from_record,
-    "clip": Clip.from_record,
-}
-"""Kinds of tasks that a file can describe: function (keys, folder of relative paths, where they stand) → task."""
 
-EXAMPLES: dict[str, str] = {
-    "text-classification": text.EXAMPLE,
-    "causal-lm": CAUSAL_EXAMPLE,
-    "multiple-choice": CHOICE_EXAMPLE,
-    "image-classification": vision.EXAMPLE,
-    "clip": clip.EXAMPLE,
-}
-"""A commented file of each kind."""
+@dataclass(frozen=True)
+class TaskKind:
+    """A kind of task that a file can describe."""
+
+    build: Callable[[Mapping[str, Any], Path, str], Task]
+    """(keys, folder of relative paths, where they stand) → task."""
+    example: str
+    """A commented file."""
+
+
+KINDS = Registry(
+    "kind of task",
+    "lora_lab.task_kinds",
+    TaskKind,
+    {
+        "text-classification": TaskKind(TextClassification.from_record, text.EXAMPLE),
+        "causal-lm": TaskKind(CausalLM.from_record, CAUSAL_EXAMPLE),
+        "multiple-choice": TaskKind(MultipleChoice.from_record, CHOICE_EXAMPLE),
+        "image-classification": TaskKind(ImageClassification.from_record, vision.EXAMPLE),
+        "clip": TaskKind(Clip.from_record, clip.EXAMPLE),
+    },
+)
+"""Kinds of tasks by name."""

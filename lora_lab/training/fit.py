@@ -34,6 +34,7 @@ from lora_lab.training import survival
 from lora_lab.training.checkpoints import StampCheckpoints, last_checkpoint
 from lora_lab.training.coto import CoToCallback, DropoutRamp
 from lora_lab.training.recipe import METHODS, Recipe, tuners
+from lora_lab.training.schedule import MASK_LAWS
 from lora_lab.training.trainer import Batches, LeanTrainer, Log, Progress, arguments, as_it_is, training_mode
 
 
@@ -232,7 +233,7 @@ def _callbacks(recipe: Recipe, record: Mapping[str, Any], base: Mapping[str, Any
 def _survival(callbacks: Sequence[TrainerCallback], recipe: Recipe) -> dict[str, Any]:
     """What the record says of stochastic depth: how often each group was on."""
     coto = next((callback for callback in callbacks if isinstance(callback, CoToCallback)), None)
-    if coto is None or coto.schedule.law != "depth":
+    if coto is None or MASK_LAWS[coto.schedule.law].chances is None:
         return {}
     return {"survival": survival.rates(coto.schedule, list(coto.groups))}
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_lab.lazy import later
 from lora_lab.options import check_options, option
+from lora_lab.registry import Registry
 
 if TYPE_CHECKING:
     from lora_lab.tasks.task import Task
@@ -22,7 +23,7 @@ class Method:
 
     about: str
     law: str | None = None
-    """The law of the masks (see schedule.LAWS); None for no masks."""
+    """The law of the masks (see schedule.MASK_LAWS); None for no masks."""
     dropout: bool = False
     """Dropout inside the adapters, at the recipe's rate."""
     progressive: bool = False
@@ -32,21 +33,28 @@ class Method:
     """Every ΔW of the trained adapter is multiplied by the survival rate of its group."""
 
 
-METHODS: dict[str, Method] = {
-    "lora": Method("plain training, every adapter always on"),
-    "coto": Method("CoTo: each block on with a probability that grows to 1", law="uniform"),
-    "coto-h": Method("CoTo-H: high blocks dropped more", law="high"),
-    "coto-l": Method("CoTo-L: low blocks dropped more", law="low"),
-    "dropout": Method("dropout inside the adapters", dropout=True),
-    "progressive-dropout": Method("dropout inside the adapters, its rate falling to 0", dropout=True, progressive=True),
-    "stochastic-depth": Method("blocks dropped at a constant rate that grows with depth", law="depth", p0=0.5),
-    "stochastic-depth-scaled": Method(
-        "the same, its updates then times their blocks' survival rates, as Huang et al. 2016 score it",
-        law="depth",
-        p0=0.5,
-        survival_scaled=True,
-    ),
-}
+METHODS = Registry(
+    "method",
+    "lora_lab.methods",
+    Method,
+    {
+        "lora": Method("plain training, every adapter always on"),
+        "coto": Method("CoTo: each block on with a probability that grows to 1", law="uniform"),
+        "coto-h": Method("CoTo-H: high blocks dropped more", law="high"),
+        "coto-l": Method("CoTo-L: low blocks dropped more", law="low"),
+        "dropout": Method("dropout inside the adapters", dropout=True),
+        "progressive-dropout": Method(
+            "dropout inside the adapters, its rate falling to 0", dropout=True, progressive=True
+        ),
+        "stochastic-depth": Method("blocks dropped at a constant rate that grows with depth", law="depth", p0=0.5),
+        "stochastic-depth-scaled": Method(
+            "the same, its updates then times their blocks' survival rates, as Huang et al. 2016 score it",
+            law="depth",
+            p0=0.5,
+            survival_scaled=True,
+        ),
+    },
+)
 """Training methods by name."""
 
 

@@ -12,16 +12,22 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lora_lab.errors import OptionError, unknown
+from lora_lab.errors import OptionError
+from lora_lab.registry import Registry
 
 Mask = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 
-RAMPS: dict[str, Callable[[float], float]] = {
-    "linear": lambda s: s,
-    "exponential": lambda s: math.expm1(s) / math.expm1(1.0),
-    "sine": lambda s: math.sin(math.pi * s / 2),
-}
+RAMPS: Registry[Callable[[float], float]] = Registry(
+    "ramp",
+    "lora_lab.ramps",
+    None,
+    {
+        "linear": lambda s: s,
+        "exponential": lambda s: math.expm1(s) / math.expm1(1.0),
+        "sine": lambda s: math.sin(math.pi * s / 2),
+    },
+)
 """How far the ramp has come at the share s of its length; each goes from 0 to 1."""
 
 
@@ -30,7 +36,7 @@ class Schedule:
     """p(t): the probability that a group of adapters is on at optimiser step t of T.
 
     p(t) = p0 + (1 − p0)·ramp(t / ⌈stage·T⌉), and 1 from step ⌈stage·T⌉ on: the last phase trains all adapters.
-    `law` says how a mask comes from p (see LAWS): uniform (CoTo), high (CoTo-H) or low (CoTo-L) layers dropped
+    `law` says how a mask comes from p (see MASK_LAWS): uniform (CoTo), high (CoTo-H) or low (CoTo-L) layers dropped
     first, or depth (stochastic depth: survival falls with the layer's index and stays constant in time;
     p0 is then the survival of the last layer).
     """
@@ -41,10 +47,7 @@ class Schedule:
     law: str = "uniform"
 
     def __post_init__(self) -> None:
-        if self.ramp not in RAMPS:
-            raise unknown("ramp", self.ramp, RAMPS)
-        if self.law not in LAWS:
-            raise unknown("law", self.law, LAWS)
+        _ = RAMPS[self.ramp], MASK_LAWS[self.law]
         if not 0 <= self.p0 <= 1:
             raise OptionError(f"p0 is {self.p0}; a probability between 0 and 1 is needed")
         if not 0 <= self.stage <= 1:
@@ -57,15 +60,16 @@ class Schedule:
 
     def probability(self, step: int, steps: int) -> float:
         """p at optimiser step `step` (from 0) of `steps`."""
-        if self.law == "depth":
+        if MASK_LAWS[self.law].chances:
             return self.p0
         return self.p0 + (1 - self.p0) * self.progress(step, steps)
 
     def survival(self, groups: int) -> list[float]:
-        """Of stochastic depth, the chance of each group to be on in a step, given that at least one is."""
-        if self.law != "depth":
+        """Of a law that is constant in time, each group's chance to be on in a step, given that at least one is."""
+        chances = MASK_LAWS[self.law].chances
+        if chances is None:
             raise OptionError(f"the chances of the law {self.law!r} change from step to step")
-        each = _by_depth(self.p0, groups)
+        each = chances(self.p0, groups)
         some_on = -math.expm1(sum(math.log1p(-chance) if chance < 1 else -math.inf for chance in each))
         return [chance / some_on for chance in each] if some_on > 0 else [1 / groups] * groups
 
@@ -75,7 +79,7 @@ class Schedule:
         So a resumed run, a recomputed forward pass and every rank of a distributed run see the same mask.
         """
         generator = np.random.default_rng([seed, step])
-        return LAWS[self.law](self.probability(step, steps), groups, generator)
+        return MASK_LAWS[self.law].draw(self.probability(step, steps), groups, generator)
 
 
 def uniform(p: float, groups: int, generator: np.random.Generator) -> Mask:
@@ -106,13 +110,23 @@ def _by_depth(p: float, groups: int) -> list[float]:
     return [1 - (1 - p) * level / groups for level in range(1, groups + 1)]
 
 
-LAWS: dict[str, Callable[[float, int, np.random.Generator], Mask]] = {
-    "uniform": uniform,
-    "high": high,
-    "low": low,
-    "depth": depth,
-}
-"""How a mask comes from p: function (p, groups, generator) → bool[groups] with at least one True."""
+@dataclass(frozen=True)
+class MaskLaw:
+    """How a mask comes from p."""
+
+    draw: Callable[[float, int, np.random.Generator], Mask]
+    """(p, groups, generator) → bool[groups] with at least one True."""
+    chances: Callable[[float, int], list[float]] | None = None
+    """Of a law that is constant in time, (p0, groups) → each group's chance; None where p grows along the ramp."""
+
+
+MASK_LAWS = Registry(
+    "law",
+    "lora_lab.mask_laws",
+    MaskLaw,
+    {"uniform": MaskLaw(uniform), "high": MaskLaw(high), "low": MaskLaw(low), "depth": MaskLaw(depth, _by_depth)},
+)
+"""Laws of the masks by name."""
 
 
 def conditional_bernoulli(p: Sequence[float], generator: np.random.Generator) -> Mask:

@@ -47,7 +47,9 @@ def _torch_file() -> bytes:
 TENSORS, BIN = _tensors(), _torch_file()
 FILE = save(TENSORS, {CONFIG_KEY: json.dumps(CONFIG), RECORD_KEY: json.dumps(RECORD)})
 _LENGTH = struct.unpack("<Q", FILE[:8])[0]
-KEYS = sorted({f.name for kind in tasks.KINDS.values() for f in dataclasses.fields(kind.__self__.Keys)} | {"name"})
+KEYS = sorted(
+    {f.name for kind in tasks.KINDS.values() for f in dataclasses.fields(kind.build.__self__.Keys)} | {"name"}
+)
 HEADER, BODY = json.loads(FILE[8 : 8 + _LENGTH]), FILE[8 + _LENGTH :]
 
 

@@ -14,7 +14,7 @@ from lora_lab import tasks
 # datasets leaves a table open that it could not read
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-KEYS = sorted({field.name for kind in tasks.KINDS.values() for field in dataclasses.fields(kind.__self__.Keys)})
+KEYS = sorted({field.name for kind in tasks.KINDS.values() for field in dataclasses.fields(kind.build.__self__.Keys)})
 SOUND = 'kind = "text-classification"\nbase = "base"\ndata = "table.jsonl"\ntext = "text"\nlabel = "label"\n'
 
 
@@ -34,7 +34,11 @@ def build(path, survived):
         task.split("train")
 
 
-@attack(data=st.one_of(st.binary(max_size=120), *[changed(text.encode()) for text in tasks.EXAMPLES.values()]))
+@attack(
+    data=st.one_of(
+        st.binary(max_size=120), *[changed(text.encode()) for text in (kind.example for kind in tasks.KINDS.values())]
+    )
+)
 def test_any_bytes_are_a_task_or_refused(place, survived, data):
     path = place / "bytes.toml"
     path.write_bytes(data)

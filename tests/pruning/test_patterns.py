@@ -104,5 +104,5 @@ def test_fixed_patterns_are_those_that_apply(choice):
 
 
 def test_ranks_are_no_pattern(choice):
-    with pytest.raises(OptionError, match="--rank and --energy"):
+    with pytest.raises(OptionError, match="a rank or an energy"):
         choice_of(choice.adapter, by="rank")

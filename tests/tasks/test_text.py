@@ -379,10 +379,10 @@ def test_the_example_file_is_valid_and_names_every_key(tmp_path):
     import tomllib
     from dataclasses import fields
 
-    for kind, text in tasks.EXAMPLES.items():
+    for kind, text in ((kind, entry.example) for kind, entry in tasks.KINDS.items()):
         assert tomllib.loads(text)["kind"] == kind
         uncommented = "\n".join(line.removeprefix("# ") for line in text.splitlines()[1:] if "data = {" not in line)
-        keys = tasks.KINDS[kind].__self__.Keys
+        keys = tasks.KINDS[kind].build.__self__.Keys
         assert set(tomllib.loads(uncommented)) == {field.name for field in fields(keys)}
     with pytest.raises(OptionError, match="did you mean"):
         tasks.example("text-clasification")

@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_lab.errors import OptionError
-from lora_lab.training.schedule import LAWS, RAMPS, Schedule, activation_probability, conditional_bernoulli
+from lora_lab.training.schedule import MASK_LAWS, RAMPS, Schedule, activation_probability, conditional_bernoulli
 
 probabilities = st.floats(0, 1, allow_nan=False)
 
 
 def draws(law, p, groups, n=20_000):
     generator = np.random.default_rng(0)
-    return np.stack([LAWS[law](p, groups, generator) for _ in range(n)])
+    return np.stack([MASK_LAWS[law].draw(p, groups, generator) for _ in range(n)])
 
 
 def exact_conditional(p):

@@ -1,0 +1,147 @@
+"""What an entry must carry: a throw-away one in each registry is used as a built-in one is."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from making_adapters import random_adapter
+from peft import LoraConfig
+
+from lora_lab import plots
+from lora_lab.adapters.groups import PLAYERS, by_label
+from lora_lab.adapters.lowrank import combine
+from lora_lab.analysis.compare import CompareMerges
+from lora_lab.analysis.connectivity import BARRIERS, Barrier, Interpolate
+from lora_lab.analysis.game import WORTHS
+from lora_lab.analysis.questions import Shapley, Sweep
+from lora_lab.games.estimators import ESTIMATORS, Estimator, antithetic
+from lora_lab.merging.merged import merge
+from lora_lab.merging.methods import MATRICES, MERGES, UPDATES, Merge
+from lora_lab.merging.paths import SPACES, Space
+from lora_lab.merging.sources import Sources
+from lora_lab.pruning.entries import CRITERIA, Criterion
+from lora_lab.pruning.patterns import KEEPS, Keep, choice_of, keep
+from lora_lab.pruning.ranks import RANK_ORDERS, RankOrder
+from lora_lab.scoring.execution import Execution
+from lora_lab.tasks.digits import Digits
+from lora_lab.tasks.registry import KINDS, TaskKind, example, from_record
+from lora_lab.training.fit import train
+from lora_lab.training.recipe import METHODS, Method, Recipe
+from lora_lab.training.schedule import MASK_LAWS, RAMPS, MaskLaw, uniform
+
+pytestmark = pytest.mark.usefixtures("few_digits")
+
+TARGETS = r"vit\.layers\.[0-3]\..*q_proj"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=TARGETS)
+    made = [random_adapter(Digits("relabel"), folder / f"s{i}", config, seed=i, scale=0.1) for i in (0, 1)]
+    return [replace(adapter, record={"method": "lora", "seed": seed}) for seed, adapter in enumerate(made)]
+
+
+@pytest.fixture
+def add(monkeypatch):
+    """Puts an entry into a registry for the time of a test."""
+    return lambda registry, entry: monkeypatch.setitem(registry.entries, "throwaway", entry)
+
+
+def asked(question, adapters, *views):
+    """The answer, its cost told before, and its figures drawn."""
+    costs = []
+    result = question.run(adapters, Digits("relabel"), Execution(confirm=costs.append))
+    for view in views:
+        assert plots.figure([result], kind=view).axes
+    return result
+
+
+def test_a_space(pair, add):
+    add(SPACES, Space(lambda updates, weights: 2.0 * combine(updates, weights), needs_factors=False))
+    question = Interpolate(points=3, spaces=("throwaway",), ratios=((1.0, 1.0),), split="validation")
+    result = asked(question, pair, "interpolate", "interpolate:loss", "interpolate:matrix", "interpolate:ratios")
+    middle = result.rows(space="throwaway", t=0.5)[0]
+    delta = Interpolate(points=3, spaces=("delta",), split="validation").run(pair, Digits("relabel"))
+    assert middle["norm"] == pytest.approx(2 * delta.rows(t=0.5)[0]["norm"], rel=1e-5)
+
+
+def test_a_barrier(pair, add):
+    add(BARRIERS, Barrier(lambda L, t: L - L[0]))
+    result = asked(Interpolate(points=3, split="validation"), pair, "interpolate")
+    assert [row for row in result.summary["barriers"] if row["barrier"] == "throwaway"]
+
+
+def test_a_worth_and_a_set_of_players_and_an_estimator(pair, add):
+    add(WORTHS, lambda scores: scores.correct * 2.0)
+    add(PLAYERS, by_label("throwaway", lambda name, place, block: f"half {int(place.layer) % 2}"))
+    add(ESTIMATORS, Estimator(antithetic, bias=lambda n, options: "its name"))
+    question = Shapley(players="throwaway", worth="throwaway", estimator="throwaway", samples=4, split="validation")
+    result = asked(question, pair[:1], "shapley")
+    (summary,) = result.summary["adapters"]
+    assert {row["player"] for row in result.rows()} == {"half 0", "half 1"}
+    assert (summary["estimator"], summary["bias"]) == ("throwaway", "its name")
+    assert sum(row["value"] for row in result.rows()) == pytest.approx(summary["full"] - summary["empty"])
+
+
+def test_a_pattern_a_criterion_and_an_order_of_ranks(pair, add):
+    add(KEEPS, Keep(lambda choice, argument: [name for name in choice.adapter.sites if argument in name], "PART"))
+    assert keep(choice_of(pair[0]), "throwaway:layers.0") == ["vit.layers.0.attention.q_proj"]
+    add(CRITERIA, Criterion(lambda tensor, generator: 1 / (1 + tensor.abs())))
+    add(RANK_ORDERS, RankOrder(lambda update, generator: (update, list(range(update.rank)))))
+    question = Sweep(
+        kinds=("unstructured", "rank"), criteria=("throwaway",), sparsities=(0.5,), draws=2, split="validation"
+    )
+    result = asked(question, pair[:1], "sweep")
+    assert {row["kind"] for row in result.rows(criterion="throwaway")} == {"unstructured", "rank"}
+    assert all(row["draws"] == 1 for row in result.rows(criterion="throwaway"))
+
+
+def smallest(matrices, weights, *, scale=1.0):
+    """The entry of the smallest size."""
+    stack = torch.stack([weight * matrix for matrix, weight in zip(matrices, weights, strict=True)])
+    return scale * stack.gather(0, stack.abs().argmin(0, keepdim=True))[0]
+
+
+def first(updates, weights):
+    """The first alone."""
+    return updates[0]
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_rule_is_a_merge_and_an_inner_rule(pair, add, inner):
+    add(MERGES, Merge(smallest, MATRICES))
+    method, options = ("knots", {"inner": "throwaway", "scale": 2.0}) if inner else ("throwaway", {"scale": 2.0})
+    merged = merge(Sources(pair), method, options=options, heads="first").adapter
+    assert merged.record["merge"]["options"] == options
+    if not inner:
+        name = next(iter(merged.sites))
+        deltas = [adapter.updates[name].delta() for adapter in pair]
+        assert torch.allclose(merged.updates[name].delta(), smallest(deltas, [1, 1], scale=2.0), atol=1e-5)
+
+
+def test_a_merge_in_a_comparison(pair, add):
+    add(MERGES, Merge(first, UPDATES, reads_data=True, cost=lambda options, tasks: 100.0))
+    costs = []
+    question = CompareMerges(methods=("throwaway",), coefficients=(1.0,), ratios=((1.0, 1.0),))
+    result = question.run(pair, [Digits("relabel")] * 2, Execution(confirm=costs.append))
+    assert "throwaway" in {row["merge"] for row in result.rows()}
+    assert costs
+    assert plots.figure([result]).axes
+
+
+def test_a_training_method_its_law_and_its_ramp(add):
+    add(MASK_LAWS, MaskLaw(uniform, chances=lambda p, groups: [p] * groups))
+    add(RAMPS, lambda s: s * s)
+    add(METHODS, Method("a law of one's own", law="throwaway", survival_scaled=True))
+    recipe = Recipe(method="throwaway", ramp="throwaway", steps=2, batch_size=4, rank=2, p0=0.5)
+    adapter, result = train(Digits("relabel"), recipe)
+    assert adapter.record["method"] == "throwaway"
+    assert adapter.record["survival"]
+    assert plots.figure([result]).axes
+
+
+def test_a_kind_of_task(add):
+    add(KINDS, TaskKind(lambda keys, folder, where: Digits(keys["labelling"]), 'kind = "throwaway"'))
+    assert example("throwaway") == 'kind = "throwaway"'
+    assert from_record({"kind": "throwaway", "labelling": "invert"}).name == Digits("invert").name
