@@ -8,6 +8,7 @@ of a set, and what it does is reported on the test splits, beside the merge as i
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -122,9 +123,9 @@ class CompareMerges(Question):
         )
         searches = self._searches(evaluator, merge_sets, specs)
         table = _Table(evaluator, self.seed)
-        for merge_set in merge_sets:
-            table.add(merge_set, [each for each in searches if each[0].merge_set == merge_set])
-        if searches and len(table.skipped) == len(searches):
+        for merge_set, of_set in zip(merge_sets, searches, strict=True):
+            table.add(merge_set, of_set)
+        if len(table.skipped) == sum(map(len, searches)):
             raise OptionError(f"no method can merge these: {table.skipped[0]['why']}")
         parameters = {
             "tasks": [task.record for task in {fingerprint(task.record): task for task in tasks}.values()],
@@ -142,15 +143,11 @@ class CompareMerges(Question):
 
     def _searches(
         self, evaluator: Evaluator, merge_sets: Sequence[MergeSet], specs: Sequence[MergeSpec]
-    ) -> list[tuple[CoefficientSearch, LoraLabError | None]]:
-        """Every merge of every set, and why a worker could not make it; what they are compared with is scored here."""
+    ) -> list[list[tuple[CoefficientSearch, LoraLabError | None]]]:
+        """The merges of every set, and why a worker could not make them; what they are compared with is scored here."""
         several = [merge_set for merge_set in merge_sets if len(merge_set.members) > 1]
-        grid = tuple(dict.fromkeys([*self.coefficients, 1.0]))
-        searches = [
-            CoefficientSearch(merge_set, spec, tuple(spec.coefficients(grid)))
-            for merge_set in several
-            for spec in specs
-        ]
+        grid = [*self.coefficients, 1.0]
+        searches = [CoefficientSearch(each, spec, spec.coefficients(grid)) for each in several for spec in specs]
         members = [Alone(i) for i in sorted({i for merge_set in merge_sets for i in merge_set.members})]
         together = [ensemble for merge_set in several for ensemble in ensembles(evaluator, merge_set)]
         evaluator.total = 2 * len(members) + len(together)
@@ -160,10 +157,11 @@ class CompareMerges(Question):
             evaluator.on.confirm(_cost(evaluator, searches))
         evaluator.scores(members, "validation")
         evaluator.scores([*members, *together])
-        if not evaluator.on.workers:
-            return [(search, None) for search in searches]
-        errors = evaluator.prepare([(search, search.changes(evaluator)) for search in searches], CANNOT)
-        return list(zip(searches, errors, strict=True))
+        errors: Sequence[LoraLabError | None] = [None] * len(searches)
+        if evaluator.on.workers:
+            errors = evaluator.prepare([(search, search.changes(evaluator)) for search in searches], CANNOT)
+        told = iter(zip(searches, errors, strict=True))
+        return [list(itertools.islice(told, len(specs) * (merge_set in several))) for merge_set in merge_sets]
 
     def _examples(self, tasks: Sequence[Task]) -> list[Any]:
         different = {fingerprint(task.record): task for task in tasks}

@@ -41,9 +41,9 @@ class MergeSpec:
     also: tuple[float, ...] = ()
     """Coefficients that are tried beside those of the grid."""
 
-    def coefficients(self, grid: Sequence[float]) -> list[float]:
+    def coefficients(self, grid: Sequence[float]) -> tuple[float, ...]:
         """All that are tried, in order of first mention."""
-        return list(dict.fromkeys((*grid, *self.also)))
+        return tuple(dict.fromkeys((*grid, *self.also)))
 
 
 def specs_of(methods: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> list[MergeSpec]:

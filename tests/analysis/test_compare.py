@@ -262,6 +262,14 @@ def test_seeds_of_one_task_are_merged_in_every_combination_of_every_ratio(tmp_pa
     assert row["normalised"] == pytest.approx(own.accuracy / alone)
 
 
+def test_a_ratio_given_twice_is_two_sets_of_the_same_numbers(tmp_path):
+    seeds, ratios = [made(tmp_path, "identity", "lora", seed) for seed in (0, 1)], ((1.0, 1.0), (1.0, 1.0))
+    result = compared(seeds, [Few("identity")] * 2, methods=("average",), coefficients=(1.0,), ratios=ratios)
+    first, second = result.rows(merge="average", chosen=True)
+    assert first == second
+    assert result.provenance["evaluations"] == 2 * 2 + 1 + 2  # adapters on two splits, ensemble, merge on two splits
+
+
 def test_each_source_brings_its_own_head(tmp_path):
     config = LoraConfig(**CONFIG, modules_to_save=["classifier"])
     found = []
