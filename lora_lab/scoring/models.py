@@ -74,7 +74,7 @@ class TaskModels:
         """Of all variants scored so far."""
         if "variants" not in vars(self):
             return Effort()
-        return Effort(self.variants.computed, self.variants.kept_bytes, self.variants.why_not)
+        return Effort(self.variants.computed, self.variants.kept_bytes, self.variants.layout.why_not)
 
     def batches(self, examples: Examples, index: int = 0) -> list[dict[str, Tensor]]:
         """The examples of a task in batches on the device."""

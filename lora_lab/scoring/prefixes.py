@@ -109,16 +109,6 @@ class Variants:
             why_not = "it was not asked for"
         self.layout = Layout(tuple(self.names), _members(self.names, self._blocks), why_not)
 
-    @property
-    def blocks(self) -> int:
-        """Blocks of the model that one forward pass runs."""
-        return self.layout.blocks
-
-    @property
-    def why_not(self) -> str | None:
-        """Why no block is shared; None where they are."""
-        return self.layout.why_not
-
     def all_on(self) -> Variant:
         """The adapter as it is."""
         return (1.0,) * len(self.names)
@@ -129,10 +119,6 @@ class Variants:
             if state != self._state[i]:
                 self._set_one(i, state)
                 self._state[i] = state
-
-    def cost(self, variants: Sequence[Variant]) -> int:
-        """Block evaluations for these variants on one batch, see `Layout.cost`."""
-        return self.layout.cost(variants)
 
     def run(
         self, variants: Sequence[Variant], batches: Sequence[Mapping[str, Tensor]], judge: Judge
@@ -146,7 +132,7 @@ class Variants:
             return
         order, cost = self.layout.walk(variants)
         # Where next to nothing is shared, comparing arguments would cost more than it saves.
-        worthwhile = cost < 0.97 * self.blocks * len(variants)
+        worthwhile = cost < 0.97 * self.layout.blocks * len(variants)
         with self._remembering(share=worthwhile) as memory:
             size = self._fitting(memory, variants[order[0]], batches, judge)
             for start in range(0, len(order), size):

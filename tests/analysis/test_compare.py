@@ -211,6 +211,16 @@ def test_a_killed_run_goes_on_where_it_was(sets, tmp_path):
     assert resumed.provenance["evaluations"] == whole.provenance["evaluations"] - 9
 
 
+def test_a_finer_grid_computes_only_what_is_new(sets, tmp_path):
+    options = {"methods": ("average",), "cache": tmp_path}
+    first, second = (
+        compared(sets[:2], tasks_of(sets[:2]), coefficients=grid, **options) for grid in ((1.0,), (1.0, 0.5))
+    )
+    assert first.provenance["evaluations"] == 2 * 2 + 2 + 2 * 2  # adapters, ensembles, the merge: each on two tasks
+    chosen = {row["coefficient"] for row in second.rows(merge="average")}
+    assert second.provenance["evaluations"] == 2 + 2 * (0.5 in chosen)
+
+
 def test_progress_ends_at_its_total_and_the_cost_is_told_first(sets):
     told = []
     compared(

@@ -415,6 +415,15 @@ def test_a_killed_run_goes_on_with_the_same_numbers(adapters, tmp_path):
     assert resumed.summary == whole.summary
 
 
+def test_a_finer_line_computes_only_what_is_new(adapters, tmp_path, monkeypatch):
+    options, applied, apply = {"spaces": ("delta",), "split": "validation"}, [], MixPoint.apply
+    monkeypatch.setattr(MixPoint, "apply", lambda self, *rest: (applied.append(self.key), apply(self, *rest))[1])
+    for points, new in ((3, 3), (5, 2), (5, 0)):
+        applied.clear()
+        interpolate(adapters[:2], Digits("relabel"), points=points, cache=tmp_path, **options)
+        assert len(applied) == new
+
+
 def test_runs_are_told_apart_by_every_bit_of_their_inputs(adapters, tmp_path):
     task, question = Digits("relabel"), Interpolate(points=3)
     name, update = next(iter(adapters[0].updates.items()))

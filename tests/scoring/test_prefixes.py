@@ -166,8 +166,8 @@ def test_shared_prefixes_are_bitwise_the_plain_way(name, tmp_path):
     masks[:2] = [[True] * count, [False] * count]
     variants, _ = by_block(engine, masks)
     shared, plain = assert_shared_is_plain(attached, variants, [data(3), data(2)])
-    assert shared.why_not is None
-    assert plain.computed == 2 * 24 * plain.blocks
+    assert shared.layout.why_not is None
+    assert plain.computed == 2 * 24 * plain.layout.blocks
     assert shared.computed < 0.8 * plain.computed
     assert shared.kept_bytes > 0
 
@@ -207,9 +207,9 @@ def test_cost_is_what_is_then_computed(tmp_path):
     masks = (np.arange(16)[:, None] >> np.arange(4) & 1).astype(bool)
     engine = Variants(attached)
     variants, _ = by_block(engine, masks)
-    assert engine.cost(variants) == 2 + 4 + 8 + 16  # the nodes of the trie
+    assert engine.layout.cost(variants) == 2 + 4 + 8 + 16  # the nodes of the trie
     list(engine.run(variants, [tokens(3), tokens(2)], judge))
-    assert engine.computed == 2 * engine.cost(variants)
+    assert engine.computed == 2 * engine.layout.cost(variants)
 
 
 def test_little_memory_takes_variants_through_each_batch_together(tmp_path):
@@ -254,13 +254,13 @@ def test_a_model_that_writes_into_its_blocks_outputs_falls_back_and_says_so(tmp_
     attached, _ = worn(tmp_path, Spoiler, r"layers\.\d\.0")
     variants, _ = by_block(Variants(attached), (np.arange(8)[:, None] >> np.arange(3) & 1).astype(bool))
     shared, _ = assert_shared_is_plain(attached, variants, [data(5)])
-    assert "in place" in shared.why_not
+    assert "in place" in shared.layout.why_not
 
 
 def test_one_shared_block_called_three_times_is_no_list_and_that_is_said(tmp_path):
     attached, _ = worn(tmp_path, albert, ["query"])
     engine = Variants(attached)
-    assert "no repeated list" in engine.why_not
+    assert "no repeated list" in engine.layout.why_not
     on, off = engine.all_on(), (0.0,) * len(engine.names)
     assert_shared_is_plain(attached, [on, off], [tokens(3)])
 
@@ -278,7 +278,7 @@ def test_lists_of_lists_are_no_blocks_and_that_is_said(tmp_path):
             return dataclasses.make_dataclass("Output", ["logits"])(x)
 
     attached, _ = worn(tmp_path, Nested, r"layers\.\d\.0")
-    assert "no repeated list" in Variants(attached).why_not
+    assert "no repeated list" in Variants(attached).layout.why_not
 
 
 def test_ranks_are_masked_one_by_one(tmp_path):
