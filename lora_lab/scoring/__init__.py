@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING
 from lora_lab.lazy import face
 
 if TYPE_CHECKING:
+    from lora_lab.scoring.changes import Change as Change
+    from lora_lab.scoring.changes import LayerMask as LayerMask
+    from lora_lab.scoring.changes import Replacement as Replacement
     from lora_lab.scoring.evaluate import score as score
+    from lora_lab.scoring.evaluator import Evaluator as Evaluator
     from lora_lab.scoring.execution import Cost as Cost
     from lora_lab.scoring.execution import Execution as Execution
     from lora_lab.scoring.workers import Workers as Workers
@@ -17,7 +21,9 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
+        "changes": ("Change", "LayerMask", "Replacement"),
         "evaluate": ("score",),
+        "evaluator": ("Evaluator",),
         "execution": ("Cost", "Execution"),
         "workers": ("Workers", "open_workers"),
     },
