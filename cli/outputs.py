@@ -44,14 +44,13 @@ def answer(
 
 
 class Outputs:
-    """The files that a verb leaves in a folder: <verb>.json, .pdf, .png, and a journal while it runs."""
+    """The files that a verb leaves in a folder: <verb>.json, .pdf and .png, and beside them what was scored."""
 
     def __init__(self, folder: Path, verb: str) -> None:
         if folder.exists() and not folder.is_dir():
             raise FileError(f"{folder}: not a folder; -o names the folder for {verb}.json and its figure")
         self.folder = folder
         self.json, self.pdf, self.png = (folder / f"{verb}.{ending}" for ending in ("json", "pdf", "png"))
-        self.journal = folder / f".{verb}.journal"
         self.cache = folder / ".outcomes"
         """Per-example scores, by adapter and data, that every later question below this folder finds again."""
 
@@ -77,18 +76,16 @@ class Outputs:
         if earlier.provenance.get("run") != run:
             refuse_existing(self.json, force=False)
         messages.print(f"{self.json}: this very result is there already; --force replaces it")
-        self.journal.unlink(missing_ok=True)  # of a run that was killed when all was done but this
         self._draw_missing(earlier)
         return earlier
 
     def save(self, result: Result) -> list[Path]:
-        """Write the result and its figure; the journal is done with."""
+        """Write the result and its figure."""
         from .. import plots
 
         drawn = plots.figure([result])  # first: a result that cannot be drawn is not left behind alone
         result.save(self.json)
         plots.save(drawn, self.pdf, self.png, force=True)
-        self.journal.unlink(missing_ok=True)
         return [self.json, self.pdf, self.png]
 
     def _draw_missing(self, result: Result) -> None:

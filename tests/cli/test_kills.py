@@ -89,7 +89,7 @@ def test_a_run_killed_between_result_and_figure_draws_it_when_run_again(inputs, 
     assert "this very result is there already" in err
     assert result.read_bytes() == before
     assert all(path.stat().st_size > 1000 for path in figures)
-    assert not [path for path in (folder / "out").iterdir() if path.suffix in (".journal", ".part")]
+    assert not [path for path in (folder / "out").iterdir() if path.suffix == ".part"]
 
 
 def test_another_figure_than_the_results_is_drawn_again(inputs, tmp_path):

@@ -36,7 +36,6 @@ def test_a_figure_that_is_missing_or_of_other_numbers_is_drawn(outputs):
     drawn = outputs.pdf.read_bytes(), outputs.png.read_bytes()
     outputs.png.unlink()
     plots.save(plots.figure([trained(loss=1.5)]), outputs.pdf, force=True)
-    outputs.journal.touch()
     outputs.earlier("this", force=False)
     assert (outputs.pdf.read_bytes(), outputs.png.read_bytes()) == drawn
     assert sorted(path.name for path in outputs.folder.iterdir()) == ["train.json", "train.pdf", "train.png"]

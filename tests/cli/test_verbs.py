@@ -60,9 +60,8 @@ def test_from_training_to_figure_as_the_readme_says(lora_lab, pair, tmp_path):
     assert code == 0, err
     assert "error barrier of the factor line" in out
     assert "1:1 of coto-s0, coto-s1" in out
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        f"interpolate.{end}" for end in ("json", "pdf", "png")
-    }
+    names = {f"interpolate.{end}" for end in ("json", "pdf", "png")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".outcomes", *names}
     again, out2, err = lora_lab("interpolate", *pair, "--points", 3, "--ratios", "0:1,1:1")
     assert (again, out2) == (0, out)
     assert "this very result is there already" in err
@@ -84,7 +83,7 @@ def test_merges_are_compared_from_the_shell(lora_lab, pair, tmp_path):
     assert "ensemble of logits 1:1" in out
     assert "up to " in err
     names = {f"compare-merges.{end}" for end in ("json", "pdf", "png", "tex")}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".outcomes", *names}
     assert (tmp_path / "out" / "compare-merges.tex").read_text().startswith(r"\begin{tabular}")
     again, out2, err = lora_lab("compare-merges", *pair, *few, "--set", "ties.density=0.5")
     assert (again, out2) == (0, out)
