@@ -59,9 +59,9 @@ def parse(given: Sequence[str], method: str, options: Mapping[str, Any] | None =
             if ".." in values:
                 low, high = map(float, values.split(".."))
                 if name != COEFFICIENT:
-                    raise OptionError(f"--search {text!r}: an interval can be searched for coefficient only")
+                    raise OptionError(f"search {text!r}: an interval can be searched for coefficient only")
                 if not -math.inf < low < high < math.inf:
-                    raise OptionError(f"--search {text!r}: LOW..HIGH must be finite, LOW below HIGH")
+                    raise OptionError(f"search {text!r}: LOW..HIGH must be finite, LOW below HIGH")
                 found[name] = Interval(low, high)
             else:
                 whole = all(value.strip().lstrip("+-").isdigit() for value in values.split(","))
@@ -71,13 +71,13 @@ def parse(given: Sequence[str], method: str, options: Mapping[str, Any] | None =
                 tried = tuple(kind(value) for value in values.split(","))
                 found[name] = Grid(tried)
                 if any(isinstance(value, float) and not math.isfinite(value) for value in tried):
-                    raise OptionError(f"--search {text!r}: finite numbers are needed")
+                    raise OptionError(f"search {text!r}: finite numbers are needed")
         except (ValueError, TypeError, KeyError) as error:
             if isinstance(error, OptionError):
                 raise
-            raise OptionError(f"{text!r} is no search: NAME=VALUE,VALUE or coefficient=LOW..HIGH is needed") from error
+            raise OptionError(f"search {text!r}: NAME=VALUE,VALUE or coefficient=LOW..HIGH is needed") from error
         if not equals:
-            raise OptionError(f"{text!r} is no search: NAME=VALUE,VALUE or coefficient=LOW..HIGH is needed")
+            raise OptionError(f"search {text!r}: NAME=VALUE,VALUE or coefficient=LOW..HIGH is needed")
     return found
 
 
