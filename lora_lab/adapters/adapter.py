@@ -202,11 +202,11 @@ def from_updates(updates: Mapping[str, LowRank], *, like: Adapter, source: str) 
     return Adapter(tensors, config, sites, like.record, source, like.origin)
 
 
-def exact_targets(names: Iterable[str], known: Iterable[str]) -> list[str] | str:
+def exact_targets(names: Iterable[str], others: Iterable[str]) -> list[str] | str:
     """What target_modules says for these modules and no other one of `known`: their names, or else a pattern."""
     names = sorted(names)
     # PEFT takes listed names as endings, so a list must hold none that another module's name ends in.
-    endings = {name[i + 1 :] for name in {*names, *known} for i, letter in enumerate(name) if letter == "."}
+    endings = {name[i + 1 :] for name in {*names, *others} for i, letter in enumerate(name) if letter == "."}
     listable = all("." in name for name in names) and endings.isdisjoint(names)
     return names if listable else f"^({'|'.join(map(re.escape, names))})$"
 
@@ -217,8 +217,8 @@ def other_tensors(adapter: Adapter, modules: Container[str]) -> dict[str, Tensor
     for key in adapter.others:
         module = key.removeprefix(PREFIX).rpartition(".base_layer.")[0]
         # an embedding saved along with its adapter, which is no PEFT layer any more without one
-        own = key if module in modules or not module else key.replace(".base_layer.", ".")
-        tensors[own] = adapter.tensors[key]
+        name = key if module in modules or not module else key.replace(".base_layer.", ".")
+        tensors[name] = adapter.tensors[key]
     return tensors
 
 

@@ -75,14 +75,14 @@ class Attached:
             short = key.removeprefix(PREFIX)
             if key not in self._tensors:
                 raise MismatchError(f"{adapter.source}: {short} has no place in the model")
-            place = self._shapes[key]
-            odd = [i for i, (a, b) in enumerate(zip(tensor.shape, place, strict=False)) if a != b]
+            shape = self._shapes[key]
+            odd = [i for i, (a, b) in enumerate(zip(tensor.shape, shape, strict=False)) if a != b]
             if key in owned and len(odd) == 1:  # the rank's axis, which for LoRA is known
                 axis = next((axis for part, axis in _RANK_AXES if part in short.split(".")), odd[0])
                 odd = [] if odd[0] == axis else odd
-            if odd or tensor.ndim != len(place):
+            if odd or tensor.ndim != len(shape):
                 raise MismatchError(
-                    f"{adapter.source}: {short} is {list(tensor.shape)}, its place in the model {list(place)}"
+                    f"{adapter.source}: {short} is {list(tensor.shape)}, its place in the model {list(shape)}"
                 )
 
     @staticmethod
@@ -160,19 +160,19 @@ def peft_config(adapter: Adapter, *others: Adapter) -> Any:
     cls = by_name.get(adapter.tuner)
     if cls is None:
         raise TunerError(f"{adapter.source}: the installed PEFT knows no tuner {adapter.tuner}")
-    known = {key: value for key, value in adapter.config.items() if key in cls.__dataclass_fields__}
+    fields = {key: value for key, value in adapter.config.items() if key in cls.__dataclass_fields__}
     for key in _LOADS:
-        if known.get(key) and known[key] != "mirror":  # of the base itself
+        if fields.get(key) and fields[key] != "mirror":  # of the base itself
             raise TunerError(f"{adapter.source}: its configuration has PEFT load more than its file ({key})")
-    names = sorted({name for each in (adapter, *others) for name in each.sites})
-    known |= _exact_names(known, adapter, names)
+    names = sorted({name for other in (adapter, *others) for name in other.sites})
+    fields |= _exact_names(fields, adapter, names)
     if adapter.tuner == "LORA":
-        known["lora_dropout"] = 0.0
+        fields["lora_dropout"] = 0.0
         if not _changes_base(adapter):
-            known["init_lora_weights"] = True
-    known["inference_mode"] = True
+            fields["init_lora_weights"] = True
+    fields["inference_mode"] = True
     try:
-        return cls(**known)
+        return cls(**fields)
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{adapter.source}: PEFT refuses its configuration: {error}") from error
 
@@ -209,7 +209,7 @@ def _by_value(values: Mapping[str, Any]) -> dict[str, Any]:
     names: dict[Any, list[str]] = {}
     for name, value in values.items():
         names.setdefault(value, []).append(name)
-    return {_one_of(sorted(found)): value for value, found in names.items()}
+    return {_one_of(sorted(keys)): value for value, keys in names.items()}
 
 
 _NAMES_LABELS = ("id2label", "label2id", "num_labels", "problem_type", "pad_token_id", "use_cache")
@@ -226,8 +226,8 @@ def base_config(model: nn.Module) -> dict[str, str] | None:
     if not isinstance(config, dict):
         return None
     kept = {k: v for k, v in config.items() if not k.startswith(("_", "transformers", "torch_dtype", "dtype"))}
-    found = fingerprint({k: v for k, v in kept.items() if k not in _NAMES_LABELS})
-    return {"hash": found, "transformers": version("transformers")}
+    digest = fingerprint({k: v for k, v in kept.items() if k not in _NAMES_LABELS})
+    return {"hash": digest, "transformers": version("transformers")}
 
 
 def layers(model: nn.Module) -> dict[str, Any]:
@@ -316,16 +316,16 @@ def _changes_base(adapter: Adapter) -> bool:
 
 
 def _check_fit(model: nn.Module, *adapters: Adapter) -> None:
-    known = dict(model.named_modules())
-    found = base_config(model)
+    submodules = dict(model.named_modules())
+    present = base_config(model)
     for adapter in adapters:
         trained_on = adapter.record.get("base_config")
-        if isinstance(trained_on, dict) and found and trained_on.get("hash") != found["hash"]:
+        if isinstance(trained_on, dict) and present and trained_on.get("hash") != present["hash"]:
             difference = (
                 f"{adapter.source}: trained on a base whose configuration has the hash {trained_on.get('hash')}; this "
-                f"one's is {found['hash']} ({type(model).__name__})"
+                f"one's is {present['hash']} ({type(model).__name__})"
             )
-            then, now = trained_on.get("transformers"), found["transformers"]
+            then, now = trained_on.get("transformers"), present["transformers"]
             if then == now:
                 raise MismatchError(f"{difference}: another model, or another version of it")
             text = f"{difference}: read by transformers {then} and {now}, or another model"
@@ -334,9 +334,9 @@ def _check_fit(model: nn.Module, *adapters: Adapter) -> None:
             raise TunerError(
                 f"{adapter.source}: layer_replication builds another model, which cannot be attached to this one"
             )
-        missing = [name for name in adapter.sites if name not in known and not name.endswith(".base_layer")]
+        missing = [name for name in adapter.sites if name not in submodules and not name.endswith(".base_layer")]
         experts = [name for name in missing if re.search(r"\.experts\.\d+\.", name)]
-        if experts and any(module.endswith(".experts") and module in known for module in _above(experts)):
+        if experts and any(module.endswith(".experts") and module in submodules for module in _above(experts)):
             raise MismatchError(
                 f"{adapter.source}: trained on experts that were modules of their own ({some(experts)}), which newer "
                 "versions of transformers have fused into one parameter; PEFT converts such an adapter when it loads it"
@@ -347,7 +347,7 @@ def _check_fit(model: nn.Module, *adapters: Adapter) -> None:
             )
         if adapter.why_not_additive is None:
             for name, update in adapter.updates.items():
-                weight = getattr(known[name], "weight", None)
+                weight = getattr(submodules[name], "weight", None)
                 # PEFT sets fan_in_fan_out by the layer that it meets, whatever the file says
                 if weight is not None and tuple(weight.shape) not in (update.shape, update.shape[::-1]):
                     raise MismatchError(

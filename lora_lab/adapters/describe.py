@@ -105,6 +105,6 @@ def _cut(value: object) -> str:
 
 
 def _range(ranks: Iterable[int | None]) -> str:
-    known = [rank for rank in ranks if rank]
-    low, high = min(known, default=0), max(known, default=0)
+    positive = [rank for rank in ranks if rank]
+    low, high = min(positive, default=0), max(positive, default=0)
     return f"{low} to {high}" if low != high else str(high or "")

@@ -91,9 +91,9 @@ def locate(names: Sequence[str]) -> dict[str, Place]:
     part of the path in the block, or all of that path where blocks hold several modules of one last part (BERT's
     three `dense`). Modules outside of blocks have no layer, and their path is their type.
     """
-    found = blocks(names)
-    inside = {name: name.removeprefix(found[name]).removeprefix(".") for name in names}
-    lists = list(dict.fromkeys(found[name].rpartition(".")[0] for name in names if inside[name]))
+    blocks_of = blocks(names)
+    inside = {name: name.removeprefix(blocks_of[name]).removeprefix(".") for name in names}
+    lists = list(dict.fromkeys(blocks_of[name].rpartition(".")[0] for name in names if inside[name]))
     short = _distinct(lists)
     by_last: dict[str, set[str]] = {}
     for path in inside.values():
@@ -105,7 +105,7 @@ def locate(names: Sequence[str]) -> dict[str, Place]:
             places[name] = Place("", name, None)
             continue
         last = path.rpartition(".")[2]
-        in_list, _, index = found[name].rpartition(".")
+        in_list, _, index = blocks_of[name].rpartition(".")
         places[name] = Place(short[in_list], last if len(by_last[last]) == 1 else path, int(index))
     return places
 
@@ -116,11 +116,11 @@ def blocks(names: Sequence[str]) -> dict[str, str]:
     As `block` has it, save that an index at the very front (a model in an nn.Sequential) is no block where blocks lie
     deeper: 0.auto_model.pooler.dense beside 0.auto_model.encoder.layer.0.output.dense stands for itself.
     """
-    found = {name: block(name) for name in names}
+    labels = {name: block(name) for name in names}
     ends = {name: end if first.isdigit() else "" for name in names for first, _, end in [name.partition(".")]}
-    if not any(ends[name] and not label.isdigit() for name, label in found.items()):
-        return found
-    return {name: name.removesuffix(end) + block(end) if end else found[name] for name, end in ends.items()}
+    if not any(ends[name] and not label.isdigit() for name, label in labels.items()):
+        return labels
+    return {name: name.removesuffix(end) + block(end) if end else labels[name] for name, end in ends.items()}
 
 
 def block(name: str) -> str:
@@ -176,8 +176,8 @@ def group(names: Sequence[str], by: str | Mapping[str, str] = "block") -> dict[s
     _refuse_empty("group", names, by, fits)
     for name in names:
         if len(fits[name]) != 1:
-            found = some(fits[name]) if fits[name] else "no group"
-            raise OptionError(f"{name} matches {found}; each module needs exactly one")
+            matching = some(fits[name]) if fits[name] else "no group"
+            raise OptionError(f"{name} matches {matching}; each module needs exactly one")
     return {label: [name for name in names if fits[name] == [label]] for label in by}
 
 
@@ -192,7 +192,7 @@ def _by_pattern(names: Sequence[str], by: Mapping[str, str]) -> Players:
     return Players(
         "regex",
         units,
-        {label: _common([places[name] for name, _ in own]) for label, own in units.items()},
+        {label: _common([places[name] for name, _ in members]) for label, members in units.items()},
         tuple(name for name in names if not fits[name]),
     )
 
@@ -202,7 +202,7 @@ def _by_rank(adapter: Adapter, names: Sequence[str]) -> Players:
         raise TunerError(f"{adapter.source}: {adapter.tuner} has no rank-1 components; `players` module can be asked")
     places = locate(names)
     units = {f"{name}#{r}": ((name, r),) for name in names for r in range(adapter.sites[name].rank or 0)}
-    return Players("rank", units, {label: places[own[0][0]] for label, own in units.items()})
+    return Players("rank", units, {label: places[members[0][0]] for label, members in units.items()})
 
 
 PLAYERS: Registry[Callable[[Adapter, Sequence[str]], Players]] = Registry(
@@ -234,7 +234,7 @@ def _matches(names: Sequence[str], by: Mapping[str, str]) -> dict[str, list[str]
 
 def _refuse_empty(what: str, names: Sequence[str], by: Mapping[str, str], fits: Mapping[str, list[str]]) -> None:
     for label in by:
-        if not any(label in found for found in fits.values()):
+        if not any(label in labels for labels in fits.values()):
             raise OptionError(f"{what} {label!r} ({by[label]!r}) matches no module; there are: {some(names, 6)}")
 
 

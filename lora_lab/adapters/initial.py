@@ -22,11 +22,11 @@ def shared_start(adapters: Sequence[Adapter]) -> dict[str, Any]:
     is standard normal. `z` is the mean over modules and pairs; `shared` is true where that of every pair is above 5,
     false where that of none is, None where some are, or where there is nothing to compare (other tuners, other ranks).
     """
-    found = [pair for a, b in itertools.combinations(adapters, 2) if (pair := _pair(a, b))]
-    if not found:
+    similarities = [pair for a, b in itertools.combinations(adapters, 2) if (pair := _pair(a, b))]
+    if not similarities:
         return {"cosine": None, "z": None, "shared": None}
-    alike = {z > FLAGGED for _, z in found}
-    cosine, z = (sum(values) / len(found) for values in zip(*found, strict=True))
+    alike = {z > FLAGGED for _, z in similarities}
+    cosine, z = (sum(values) / len(similarities) for values in zip(*similarities, strict=True))
     return {"cosine": cosine, "z": z, "shared": alike.pop() if len(alike) == 1 else None}
 
 

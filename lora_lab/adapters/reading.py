@@ -11,7 +11,7 @@ from typing import Any
 from lora_lab import files
 from lora_lab.adapters.adapter import CONFIG_KEY, RECORD_KEY, SIGNATURE_KEY, Adapter
 from lora_lab.adapters.formats import peft_config, peft_format
-from lora_lab.adapters.formats.lookup import Found, locate
+from lora_lab.adapters.formats.lookup import Location, locate
 from lora_lab.adapters.formats.sites import Parsed
 from lora_lab.errors import AdapterError, FileError
 from lora_lab.files import trust
@@ -37,15 +37,15 @@ def inspect(
     adapter_name: str | None = None,
 ) -> Listing:
     """Read an adapter as far as it can be read; only missing and broken files raise (FileError)."""
-    place = locate(path)
+    location = locate(path)
     raw_metadata: dict[str, str] = {}
-    if place.weights.suffix == ".safetensors":
-        tensors, raw_metadata = files.read_safetensors(place.weights)
+    if location.weights.suffix == ".safetensors":
+        tensors, raw_metadata = files.read_safetensors(location.weights)
         if "lora_adapter_metadata" in raw_metadata:
-            raise FileError(f"{place.weights}: a diffusers file (its header says so); PEFT's format is needed")
+            raise FileError(f"{location.weights}: a diffusers file (its header says so); PEFT's format is needed")
     else:
-        tensors = files.read_bin(place.weights)
-    settings = _find_config(place, config, raw_metadata)
+        tensors = files.read_bin(location.weights)
+    settings = _find_config(location, config, raw_metadata)
     record = _record(raw_metadata)
     own = bool(record) and trust.is_own(raw_metadata.get(SIGNATURE_KEY), record, tensors, settings)
     notes: list[str] = []
@@ -59,25 +59,25 @@ def inspect(
         settings, more = peft_config.complete_config(settings, tensors, adapter_name)
     except AdapterError as error:
         empty = Adapter({}, settings, {}, trust.well_formed(record), str(path))
-        return Listing(empty, place.format, place.notes, [f"{place.weights}: {error}"])
-    parsed: Parsed = peft_format.parse(tensors, settings, str(place.weights), adapter_name)
-    origin = trust.Origin(own, str(place.weights.parent.resolve()))
+        return Listing(empty, location.format, location.notes, [f"{location.weights}: {error}"])
+    parsed: Parsed = peft_format.parse(tensors, settings, str(location.weights), adapter_name)
+    origin = trust.Origin(own, str(location.weights.parent.resolve()))
     adapter = Adapter(parsed.tensors, settings, parsed.sites, trust.well_formed(record), str(path), origin)
-    notes = [*place.notes, *notes, *more, *parsed.warnings]
-    return Listing(adapter, place.format, notes, parsed.problems)
+    notes = [*location.notes, *notes, *more, *parsed.warnings]
+    return Listing(adapter, location.format, notes, parsed.problems)
 
 
 def _find_config(
-    place: Found, given: str | os.PathLike[str] | None, metadata: Mapping[str, str]
+    location: Location, given: str | os.PathLike[str] | None, metadata: Mapping[str, str]
 ) -> dict[str, Any] | None:
     if given is not None:
         path = Path(given).expanduser()
         return files.read_json(path / "adapter_config.json" if path.is_dir() else path, largest=_LARGEST_CONFIG)
-    neighbour = place.weights.parent / "adapter_config.json"
+    neighbour = location.weights.parent / "adapter_config.json"
     in_header = CONFIG_KEY in metadata
-    if neighbour.exists() and not (in_header and place.folder is None):
+    if neighbour.exists() and not (in_header and location.folder is None):
         return files.read_json(neighbour, largest=_LARGEST_CONFIG)
-    return _header_json(place.weights, CONFIG_KEY, metadata) if in_header else None
+    return _header_json(location.weights, CONFIG_KEY, metadata) if in_header else None
 
 
 def _header_json(path: Path, key: str, metadata: Mapping[str, str]) -> dict[str, Any]:

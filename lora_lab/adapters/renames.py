@@ -46,15 +46,15 @@ def rename_all(adapters: Sequence[Adapter], renames: Sequence[tuple[str, str]]) 
 
     Raises OptionError for a renaming that no adapter has a use for.
     """
-    found = list(adapters)
+    adapted = list(adapters)
     for old, new in renames:
-        chosen = [i for i, adapter in enumerate(found) if _wants(adapter, old, new)]
-        if not chosen:
-            shown = next((name for adapter in found for name in adapter.sites), "none")
+        concerned = [i for i, adapter in enumerate(adapted) if _wants(adapter, old, new)]
+        if not concerned:
+            shown = next((name for adapter in adapted for name in adapter.sites), "none")
             raise OptionError(f"`rename` {old}={new}: no adapter has modules that begin with {old!r}, such as {shown}")
-        for i in chosen:
-            found[i] = renamed(found[i], old, new)
-    return found
+        for i in concerned:
+            adapted[i] = renamed(adapted[i], old, new)
+    return adapted
 
 
 def require_shared_modules(adapters: Sequence[Adapter]) -> None:

@@ -133,13 +133,13 @@ def _merge_tokens(made: Whole, adapters: Sequence[Adapter], key: str, labels: Se
 def _merge_others(
     adapters: Sequence[Adapter], everything: Sequence[Mapping[str, Tensor]], labels: Sequence[str], how: str | None
 ) -> Whole:
-    keys = sorted({key for each in everything for key in each}, key=lambda key: (-_entries(everything, key), key))
+    keys = sorted({key for tensors in everything for key in tensors}, key=lambda key: (-_entries(everything, key), key))
     whole: dict[str, Tensor] = {}
     apart: dict[str, dict[str, Tensor]] = {}
     for key in keys:
-        found = [each.get(key) for each in everything]
-        first = next(tensor for tensor in found if tensor is not None)
-        if all(t is not None and t.shape == first.shape and torch.equal(t, first) for t in found):
+        copies = [tensors.get(key) for tensors in everything]
+        first = next(tensor for tensor in copies if tensor is not None)
+        if all(t is not None and t.shape == first.shape and torch.equal(t, first) for t in copies):
             whole[key] = first
             continue
         if how == "average" and key.endswith(_STATISTICS):
@@ -147,42 +147,42 @@ def _merge_others(
             raise MismatchError(
                 f"{name} differs between the adapters, {_NO_MEAN}; `heads` keep-own or first can be had"
             )
-        if how is None or (how == "average" and _unlike(found)):
-            _refuse_heads(adapters, found, key, how)
-        if how == "first" and found[0] is not None:
-            whole[key] = found[0]
+        if how is None or (how == "average" and _unlike(copies)):
+            _refuse_heads(adapters, copies, key, how)
+        if how == "first" and copies[0] is not None:
+            whole[key] = copies[0]
         elif how == "first":
             raise MismatchError(f"{adapters[0].source}: has no {key.removeprefix(PREFIX)}, which others have")
         elif how == "average":
-            present = [t.double() for t in found if t is not None]
+            present = [t.double() for t in copies if t is not None]
             whole[key] = (torch.stack(present).sum(0) / len(present)).to(first.dtype)
         else:
-            for label, tensor in zip(labels, found, strict=True):
+            for label, tensor in zip(labels, copies, strict=True):
                 if tensor is not None:
                     apart.setdefault(label, {})[key] = tensor
     return Whole(whole, apart)
 
 
 def _entries(everything: Sequence[Mapping[str, Tensor]], key: str) -> int:
-    return max(each[key].numel() for each in everything if key in each)
+    return max(tensors[key].numel() for tensors in everything if key in tensors)
 
 
-def _unlike(found: Sequence[Tensor | None]) -> bool:
-    return len({tensor.shape if tensor is not None else None for tensor in found}) > 1
+def _unlike(copies: Sequence[Tensor | None]) -> bool:
+    return len({tensor.shape if tensor is not None else None for tensor in copies}) > 1
 
 
-def _refuse_heads(adapters: Sequence[Adapter], found: Sequence[Tensor | None], key: str, how: str | None) -> None:
+def _refuse_heads(adapters: Sequence[Adapter], copies: Sequence[Tensor | None], key: str, how: str | None) -> None:
     name = key.removeprefix(PREFIX)
     shapes = " and ".join(
         f"{tuple(tensor.shape)} in {adapter.source}" if tensor is not None else f"absent from {adapter.source}"
-        for adapter, tensor in zip(adapters, found, strict=True)
+        for adapter, tensor in zip(adapters, copies, strict=True)
     )
     if how == "average":
         raise MismatchError(f"{name} cannot be averaged: it is {shapes}; `heads` keep-own or first can be had")
     ways = "keep-own (each its own, beside the merged adapter), average or first"
-    if _unlike(found):
+    if _unlike(copies):
         raise MismatchError(f"{name} differs: it is {shapes}; say what becomes of it with `heads` keep-own or first")
     raise MismatchError(
-        f"{name} {tuple(found[0].shape)} differs between the adapters; `heads` {ways} says what "  # type: ignore[union-attr]
+        f"{name} {tuple(copies[0].shape)} differs between the adapters; `heads` {ways} says what "  # type: ignore[union-attr]
         "becomes of it"
     )

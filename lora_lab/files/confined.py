@@ -68,9 +68,9 @@ def check_repository(name: str, where: str) -> None:
 
 def check_files(data_files: Mapping[Any, Any] | None, name: str, reach: Reach, where: str) -> None:
     """TrustError for a data file, as datasets has resolved it, that is neither in the folder nor of the repository."""
-    own = f"hf://datasets/{name}@"
+    prefix = f"hf://datasets/{name}@"
     for path in (str(file) for split in (data_files or {}).values() for file in split):
-        if not path.startswith(own) or "/../" in path:
+        if not path.startswith(prefix) or "/../" in path:
             if "://" in path or "::" in path:
                 raise TrustError(f"{where}: it names files of another place; {WAYS}")
             reach.require(Path(path), where)
@@ -98,8 +98,8 @@ def _front_matter(path: Path) -> dict[str, Any]:
 
     text = path.read_text(encoding="utf-8", errors="replace").lstrip("\ufeff")
     if path.suffix == ".md":
-        found = re.match(r"\s*---\s*\n(.*?)\n---", text, re.DOTALL)
-        text = found[1] if found else ""
+        match = re.match(r"\s*---\s*\n(.*?)\n---", text, re.DOTALL)
+        text = match[1] if match else ""
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError:

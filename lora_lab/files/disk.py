@@ -65,7 +65,7 @@ def parse_json(text: str) -> Any:
         raise ValueError(f"nested deeper than {_DEEPEST} levels") from error
     level = [value]
     for _ in range(_DEEPEST):
-        inner = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list)]
+        inner = [node.values() if isinstance(node, dict) else node for node in level if isinstance(node, dict | list)]
         level = [part for parts in inner for part in parts]
         if not level:
             return value
@@ -175,7 +175,7 @@ def refuse_existing(*paths: Path, force: bool, inputs: Iterable[Path] = ()) -> N
     What this program did not write is refused in any case, and so are the `inputs` that the outputs are made from.
     """
     for path in paths:
-        if any(_same(path, each) for each in inputs):
+        if any(_same(path, given) for given in inputs):
             raise FileError(f"{path}: one of the inputs; the output needs another name")
         if status_of(path) is None:
             _refuse_unwritable(path)
@@ -192,8 +192,8 @@ def _same(output: Path, given: Path) -> bool:
     """Whether they are one file or folder, or the output a folder that the other lies in."""
     if not os.path.lexists(output):
         return False
-    place, lies = (Path(os.path.realpath(path)) for path in (output, given))
-    return place == lies or place in lies.parents
+    target, lies = (Path(os.path.realpath(path)) for path in (output, given))
+    return target == lies or target in lies.parents
 
 
 def _refuse_unwritable(path: Path) -> None:
@@ -231,10 +231,10 @@ def _with_sorted_header(data: bytes) -> bytes:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    members = dict(pairs)
+    if len(members) < len(pairs):
         raise ValueError("a name twice in one object")
-    return found
+    return members
 
 
 def _check_torch_file(path: Path, size: int) -> None:

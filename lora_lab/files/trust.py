@@ -89,7 +89,7 @@ class Reach:
     def require(self, path: Path, what: str) -> None:
         """TrustError for a file or folder, or anything in it, that lies outside; `what` names it."""
         if self.folder is not None:
-            outside = next((each for each in _with_content(path) if not is_inside(each, self.folder)), None)
+            outside = next((inner for inner in _with_content(path) if not is_inside(inner, self.folder)), None)
             if outside is not None:
                 raise TrustError(f"{what} {str(path)!r} leads out of {self.folder} (by {outside.name!r}); {WAYS}")
 
@@ -157,9 +157,9 @@ def _judge(record: Mapping[str, Any], origin: Origin, config: Mapping[str, Any],
     revision, base = record.get("revision"), config.get("base_model_name_or_path")
     if revision is not None and revision != config.get("revision"):
         raise refuse("revision", revision, "which its configuration does not name")
-    chosen = record.get("data_config")
-    if isinstance(chosen, str) and (not _CONFIGURATION.fullmatch(chosen) or ".." in chosen):
-        raise refuse("data_config", chosen, "which is no name of a configuration")
+    data_config = record.get("data_config")
+    if isinstance(data_config, str) and (not _CONFIGURATION.fullmatch(data_config) or ".." in data_config):
+        raise refuse("data_config", data_config, "which is no name of a configuration")
     for key, value in _names(record):
         if _FOREIGN_SIGNS.search(value) or not value:
             raise refuse(key, value, "which is neither a path inside its own folder nor a hub id")
@@ -177,10 +177,10 @@ def _judge(record: Mapping[str, Any], origin: Origin, config: Mapping[str, Any],
 def _names(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(Key, text) of all that names a base or data; what is of another type is refused where tasks are built."""
     data = record.get("data")
-    found = {"base": record.get("base"), "data": data}
+    named = {"base": record.get("base"), "data": data}
     if isinstance(data, Mapping):
-        found = {"base": record.get("base"), **{f"data.{split}": value for split, value in data.items()}}
-    return [(key, value) for key, value in found.items() if isinstance(value, str)]
+        named = {"base": record.get("base"), **{f"data.{split}": value for split, value in data.items()}}
+    return [(key, value) for key, value in named.items() if isinstance(value, str)]
 
 
 def _place(value: str, origin: Origin) -> str:
@@ -203,9 +203,9 @@ def _with_content(path: Path) -> Iterable[Path]:
 
 def is_inside(path: Path, folder: str) -> bool:
     """Whether a path lies in the folder once links are resolved; the hub's cache keeps the files of a folder apart."""
-    root, found = Path(folder).resolve(), path.resolve()
+    root, resolved = Path(folder).resolve(), path.resolve()
     stored = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
-    return found.is_relative_to(root) or found.is_relative_to(stored)
+    return resolved.is_relative_to(root) or resolved.is_relative_to(stored)
 
 
 def refuse_indirections(config: Mapping[str, Any], where: str) -> None:

@@ -117,7 +117,7 @@ def _is_long(name: str) -> bool:
 
 def _made_for(left: Path, said: str) -> str:
     """The name of what is made in a workplace; that of a long one lies within."""
-    return next((each for each in os.listdir(left) if _is_long(each)), said) if said == "long" else said
+    return next((name for name in os.listdir(left) if _is_long(name)), said) if said == "long" else said
 
 
 def _replaced(name: str) -> str:
@@ -129,17 +129,17 @@ def _locked(folder: Path) -> int | None:
     if sys.platform == "win32":  # nothing is locked there, and so nothing counts as left over
         return os.open(os.devnull, os.O_RDONLY) if not any(folder.iterdir()) else None
     try:
-        found = os.open(folder, os.O_RDONLY)
+        handle = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
         return None
     try:
-        fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        there = os.path.samestat(os.fstat(found), folder.stat())
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        there = os.path.samestat(os.fstat(handle), folder.stat())
     except (FileNotFoundError, BlockingIOError):
         there = False
     except OSError:  # a file system without locks
         there = not any(folder.iterdir())
     if not there:
-        os.close(found)
+        os.close(handle)
         return None
-    return found
+    return handle

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lora_lab.tasks.registry import from_file as from_file
     from lora_lab.tasks.registry import from_name as from_name
     from lora_lab.tasks.registry import from_record as from_record
+    from lora_lab.tasks.registry import iterate as iterate
     from lora_lab.tasks.task import Scores as Scores
     from lora_lab.tasks.task import Split as Split
     from lora_lab.tasks.task import Task as Task
@@ -28,6 +29,7 @@ __getattr__, __dir__, __all__ = face(
             "from_file",
             "from_name",
             "from_record",
+            "iterate",
         ),
         "task": (
             "Scores",

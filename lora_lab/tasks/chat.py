@@ -54,8 +54,8 @@ class Chat:
 
     def _marked(self, whole: Sequence[Message]) -> tuple[list[int], list[int]]:
         """By the template's own marks."""
-        found = self._apply(whole, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        ids, marks = list(found["input_ids"]), found["assistant_masks"]
+        encoded = self._apply(whole, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        ids, marks = list(encoded["input_ids"]), encoded["assistant_masks"]
         return ids, [token if mark else NO_TARGET for token, mark in zip(ids, marks, strict=True)]
 
     def _between(self, whole: Sequence[Message], first: int) -> tuple[list[int], list[int]]:
@@ -100,7 +100,7 @@ def messages(value: object, where: str) -> list[Message]:
         raise TaskError(f"{where} holds a {type(value).__name__} beside lists of messages; one kind is needed")
     if not value:
         raise TaskError(f"{where} holds an empty conversation")
-    found = []
+    checked = []
     for message in value:
         if not isinstance(message, Mapping):
             raise TaskError(f"{where} holds lists of {type(message).__name__}; a text, or messages, are needed")
@@ -112,8 +112,8 @@ def messages(value: object, where: str) -> list[Message]:
                     f"{where} holds a message whose {key} is {kind} (it has {some(there)}); a role and a content that "
                     "are texts are needed"
                 )
-        found.append(there)
-    return found
+        checked.append(there)
+    return checked
 
 
 def cut(row: tuple[list[int], list[int]], most: int) -> tuple[list[int], list[int]]:

@@ -26,11 +26,11 @@ def tasks_of(adapters: Sequence[Adapter], given: Sequence[str] = (), *, trust_re
     names: list[str | None] = [*given] or [None]
     names = names * len(adapters) if len(names) == 1 else names
     built: dict[str, Task] = {}  # equal tasks load their data once
-    found = []
+    chosen = []
     for adapter, name in zip(adapters, names, strict=True):
         task = task_of(adapter, given=name, trust_record=trust_record)
-        found.append(built.setdefault(fingerprint(task.record), task))
-    return found
+        chosen.append(built.setdefault(fingerprint(task.record), task))
+    return chosen
 
 
 def task_of(*adapters: Adapter, given: str | None = None, trust_record: bool = False) -> Task:

@@ -109,20 +109,20 @@ class Clip(ImageTask):
         """Tokens of every class in every prompt, class by class."""
         texts = [prompt.replace("{}", name) for name in self.classes for prompt in _listed(self.settings.prompt)]
         longest = self.config.text_config.max_position_embeddings
-        found: Mapping[str, Tensor] = self.tokenizer(
+        encoded: Mapping[str, Tensor] = self.tokenizer(
             texts, truncation=True, max_length=longest, padding=True, return_tensors="pt"
         )
-        return found
+        return encoded
 
     def _chosen(self, split: str, labels: Tensor) -> list[int]:
         shots = self.settings.shots
         if shots is None or split != "train":
             return super()._chosen(split, labels)
         draw = np.random.default_rng(self.settings.split_seed)
-        chosen: list[int] = []
+        drawn: list[int] = []
         for label in sorted(set(labels.tolist())):  # more shots add to fewer
-            chosen += draw.permutation((labels == label).nonzero()[:, 0].numpy())[:shots].tolist()
-        return sorted(chosen)
+            drawn += draw.permutation((labels == label).nonzero()[:, 0].numpy())[:shots].tolist()
+        return sorted(drawn)
 
 
 @cache

@@ -31,12 +31,12 @@ def of_folder(folder: Path) -> str:
     Hidden ones are left out, and so is what this program itself wrote there. A file is read again only where its size,
     its times or its inode have changed since, or where it changed so lately that this could not be seen.
     """
-    known = _Known()
+    hashes = _Known()
     digest = hashlib.sha256()
     for path in _files(folder):
         name = path.relative_to(folder).as_posix()
-        digest.update(f"{len(os.fsencode(name))} ".encode() + os.fsencode(name) + known.of(path).encode())
-    known.save()
+        digest.update(f"{len(os.fsencode(name))} ".encode() + os.fsencode(name) + hashes.of(path).encode())
+    hashes.save()
     return digest.hexdigest()
 
 
@@ -44,10 +44,10 @@ def _files(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise FileError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
-    for place, folders, names in os.walk(folder, onerror=refuse):
+    for parent, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
-            path = Path(place) / name
+            path = Path(parent) / name
             if not name.startswith(".") and path.is_file() and (path.stat().st_size == 0 or foreign(path)):
                 yield path
 
@@ -72,16 +72,16 @@ class _Known:
                 entry = self._hashes.get(key)
                 if isinstance(entry, list) and entry[:-1] == state and isinstance(entry[-1], str):
                     return entry[-1]
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
                 settled = _state(os.fstat(file.fileno())) == state and _is_settled(state)
         except OSError as error:
             raise FileError(f"{path}: cannot be read ({error.strerror})") from error
         if settled:
-            self._hashes[key] = [*state, found]
+            self._hashes[key] = [*state, digest]
         elif entry is not None:
             del self._hashes[key]
         self._new = self._new or settled or entry is not None
-        return found
+        return digest
 
     def save(self) -> None:
         """Remember them, without the files that are gone; a cache that cannot be written is none."""
@@ -124,8 +124,8 @@ def of_code(instance: object) -> str:
             walk.add_plain(cls.__qualname__, vars(cls))
     if walk.empty:
         return ""
-    own = {key: value for key, value in vars(instance).items() if not _is_cache(type(instance), key)}
-    walk.add_plain("instance", own)
+    attributes = {key: value for key, value in vars(instance).items() if not _is_cache(type(instance), key)}
+    walk.add_plain("instance", attributes)
     return walk.digest.hexdigest()
 
 
@@ -239,5 +239,5 @@ def _installed(module: str | None) -> bool:
         return False
     if top == _OWN or top in sys.stdlib_module_names:
         return True
-    place = getattr(sys.modules.get(module or ""), "__file__", None)
-    return place is not None and not {"site-packages", "dist-packages"}.isdisjoint(Path(place).parts)
+    path = getattr(sys.modules.get(module or ""), "__file__", None)
+    return path is not None and not {"site-packages", "dist-packages"}.isdisjoint(Path(path).parts)

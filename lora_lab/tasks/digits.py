@@ -118,9 +118,9 @@ def images(split: str) -> tuple[Tensor, Tensor]:
     data = load_digits()
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(data.images))
     bounds = {"test": (0, TEST), "validation": (TEST, TEST + VALIDATION), "train": (TEST + VALIDATION, len(order))}
-    chosen = order[slice(*bounds[split])]
-    pixels = torch.tensor(data.images[chosen] / 8 - 1, dtype=torch.float32)[:, None]
-    return pixels, torch.tensor(data.target[chosen])
+    indices = order[slice(*bounds[split])]
+    pixels = torch.tensor(data.images[indices] / 8 - 1, dtype=torch.float32)[:, None]
+    return pixels, torch.tensor(data.target[indices])
 
 
 def config() -> Any:
@@ -168,8 +168,8 @@ def train_base(seed: int = 0, steps: int = 700, batch: int = 48) -> Any:
         for _ in range(steps):
             if len(order) < batch:
                 order = torch.randperm(len(digits)).tolist()
-            chosen, order = order[:batch], order[batch:]
-            loss = model(pixel_values=pixels[chosen], labels=digits[chosen]).loss
+            indices, order = order[:batch], order[batch:]
+            loss = model(pixel_values=pixels[indices], labels=digits[indices]).loss
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)

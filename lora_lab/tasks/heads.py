@@ -29,7 +29,7 @@ def float_heads(model: torch.nn.Module, heads: Sequence[str]) -> None:
         return
 
     def as_float(_: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(each.float() if isinstance(each, torch.Tensor) else each for each in inputs)
+        return tuple(value.float() if isinstance(value, torch.Tensor) else value for value in inputs)
 
     for name in heads:
         model.get_submodule(name).float().register_forward_pre_hook(as_float)
@@ -43,24 +43,24 @@ def probe(
     `key` is all that the features hang on besides the split's inputs. Fitted once: afterwards it comes from
     $XDG_CACHE_HOME/lora-lab, and `features` is not called.
     """
-    place = _place(key, split)
-    found = _kept(place, labels) if place.exists() else None
-    if found is None:
-        found = _fit(features(), split.inputs["labels"].numpy(), labels)
-        weight, bias = found
-        files.write_safetensors(place, {"weight": weight, "bias": bias}, {"format": "pt", _CHECKSUM: _checksum(*found)})
-    return found
+    path = _place(key, split)
+    fitted = _kept(path, labels) if path.exists() else None
+    if fitted is None:
+        fitted = _fit(features(), split.inputs["labels"].numpy(), labels)
+        weight, bias = fitted
+        files.write_safetensors(path, {"weight": weight, "bias": bias}, {"format": "pt", _CHECKSUM: _checksum(*fitted)})
+    return fitted
 
 
-def _kept(place: Path, labels: int) -> tuple[Tensor, Tensor] | None:
+def _kept(path: Path, labels: int) -> tuple[Tensor, Tensor] | None:
     """What was fitted before; None, and a warning, where it is damaged."""
     with contextlib.suppress(FileError, KeyError):
-        tensors, metadata = files.read_safetensors(place)
+        tensors, metadata = files.read_safetensors(path)
         weight, bias = tensors["weight"], tensors["bias"]
         sound = metadata.get(_CHECKSUM) == _checksum(weight, bias)
         if sound and weight.ndim == 2 and len(weight) == len(bias) == labels:
             return weight, bias
-    warnings.warn(f"{place}: damaged; the probe is fitted again", LoraLabWarning, stacklevel=4)
+    warnings.warn(f"{path}: damaged; the probe is fitted again", LoraLabWarning, stacklevel=4)
     return None
 
 

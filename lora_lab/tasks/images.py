@@ -52,9 +52,9 @@ class ImageTask(LabelledTask):
     def _load(self, split: str) -> Split:
         table = self.table(split)
         labels = self._labels(table)
-        chosen = self._chosen(split, labels)
+        indices = self._chosen(split, labels)
         values = table[self.settings.image]
-        return Split({"pixel_values": self._pixels(split, [values[i] for i in chosen]), "labels": labels[chosen]})
+        return Split({"pixel_values": self._pixels(split, [values[i] for i in indices]), "labels": labels[indices]})
 
     def _chosen(self, split: str, labels: Tensor) -> list[int]:
         """The examples of the split that are used."""
@@ -76,19 +76,19 @@ class ImageTask(LabelledTask):
         data = self.settings.data
         path = Path(data if isinstance(data, str) else data.get(split, data.get("train", "")))
         folder = path if path.is_dir() else path.parent
-        found = torch.empty(0)
+        stacked = torch.empty(0)
         for i, value in enumerate(values):
             image = _read(value, folder, f"task {self.name}: image {i} of its {split} split", self.reach)
             pixels = self._processed(_in_channels(image, self._channels))
             if not i:
-                found = torch.empty(len(values), *pixels.shape)
-            if pixels.shape != found.shape[1:] or len(pixels) != self._channels:
+                stacked = torch.empty(len(values), *pixels.shape)
+            if pixels.shape != stacked.shape[1:] or len(pixels) != self._channels:
                 raise TaskError(
                     f"task {self.name}: the image processor of {self.settings.base!r} makes {list(pixels.shape)} of "
-                    f"image {i}; {[self._channels, *found.shape[2:]]} is needed"
+                    f"image {i}; {[self._channels, *stacked.shape[2:]]} is needed"
                 )
-            found[i] = pixels
-        return found
+            stacked[i] = pixels
+        return stacked
 
     def _processed(self, image: Image.Image) -> Tensor:
         if self._processor is None:
@@ -96,12 +96,12 @@ class ImageTask(LabelledTask):
             scaled = np.asarray(small, dtype=np.float32) / 127.5 - 1
             return torch.from_numpy(scaled.reshape(*scaled.shape[:2], -1)).permute(2, 0, 1)
         try:
-            found = self._processor(images=image, return_tensors="pt", **self._options)["pixel_values"][0]
+            pixels = self._processor(images=image, return_tensors="pt", **self._options)["pixel_values"][0]
         except ValueError as error:  # for one, means of three colours for a base that sees one
             why = str(error).partition("\n")[0]
             raise TaskError(f"task {self.name}: the image processor of {self.settings.base!r} fails: {why}") from error
-        assert isinstance(found, Tensor)
-        return found
+        assert isinstance(pixels, Tensor)
+        return pixels
 
     @cached_property
     def _processor(self) -> Any:
@@ -121,10 +121,10 @@ class ImageTask(LabelledTask):
 
         name, revision = self.settings.base, self.settings.revision
         try:
-            found = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+            path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
         except OSError:
             return True
-        return found is not None
+        return path is not None
 
     @cached_property
     def _options(self) -> dict[str, Any]:
@@ -134,9 +134,9 @@ class ImageTask(LabelledTask):
         if getattr(self._processor, "do_convert_rgb", None):
             options["do_convert_rgb"] = False  # the image has the base's channels already
         for key in ("size", "crop_size") if size else ():
-            own = getattr(self._processor, key, None)
-            if own:
-                options[key] = {each: size for each, value in dict(own).items() if value is not None}
+            default = getattr(self._processor, key, None)
+            if default:
+                options[key] = {side: size for side, value in dict(default).items() if value is not None}
         return options
 
     @property
@@ -169,9 +169,9 @@ class ImageTask(LabelledTask):
 
 def _read(value: object, folder: Path, where: str, reach: Reach) -> Image.Image:
     """The image, upright: of a path (relative to the folder), of bytes, or of both as datasets keeps them."""
-    known: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
-    content = value if isinstance(value, bytes) else known.get("bytes")
-    path = value if isinstance(value, str) else known.get("path")
+    parts: Mapping[str, Any] = value if isinstance(value, Mapping) else {}
+    content = value if isinstance(value, bytes) else parts.get("bytes")
+    path = value if isinstance(value, str) else parts.get("path")
     if content is None and path is None:
         raise TaskError(f"{where} is a {type(value).__name__}; a picture or the path of one is needed")
     file = folder / (path or "")

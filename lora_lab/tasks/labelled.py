@@ -34,8 +34,8 @@ class LabelledTask(FileTask):
 
     def _in_the_models_order(self, names: list[str] | None) -> list[str] | None:
         """A finished classifier of just these names knows the order of its outputs."""
-        known = [self.config.id2label[i] for i in range(self.config.num_labels)] if names else None
-        return known if known and names and set(known) == set(names) else names
+        ordered = [self.config.id2label[i] for i in range(self.config.num_labels)] if names else None
+        return ordered if ordered and names and set(ordered) == set(names) else names
 
     @property
     def _declared(self) -> list[str] | None:
@@ -72,8 +72,8 @@ class LabelledTask(FileTask):
         if isinstance(value, str):
             assert names is not None
             if value not in names:
-                known = some(map(repr, names), 8) if self.reach.quotes else f"the {len(names)} names"
-                raise TaskError(f"{label} none of {known} {row}")
+                choices = some(map(repr, names), 8) if self.reach.quotes else f"the {len(names)} names"
+                raise TaskError(f"{label} none of {choices} {row}")
             return names.index(value)
         if isinstance(value, bool | int | np.integer):
             return int(value)

@@ -120,8 +120,8 @@ class _Language(FileTask):
         """Nothing: targets are tokens, and places of options are checked as they are read."""
 
     def _tokens(self, text: str) -> list[int]:
-        found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return found
+        tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokens
 
     @property
     def _start(self) -> list[int]:
@@ -224,9 +224,9 @@ def _row_of(given: Sequence[int], targets: Sequence[int]) -> Row:
 
 
 def _by_example(logits: Tensor, targets: Tensor) -> Scores:
-    known = targets.clamp(min=0)
-    right = logits.gather(-1, known[..., None])[..., 0]
-    others = logits.scatter(-1, known[..., None], -torch.inf).amax(-1)
+    answers = targets.clamp(min=0)
+    right = logits.gather(-1, answers[..., None])[..., 0]
+    others = logits.scatter(-1, answers[..., None], -torch.inf).amax(-1)
     means = (_losses(logits, targets), logits.argmax(-1) == targets, right - others)
     # of float32 precision, as journals keep them
     return Scores(*(_mean(values, targets).float().double().cpu().numpy() for values in means))
@@ -307,13 +307,13 @@ class MultipleChoice(_Language):
         flat = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask")}
         targets = batch["targets"].flatten(0, 1)[:, 1:]
         losses = _mean(_losses(model(**flat).logits[:, :-1].float(), targets), targets)
-        found = -losses.float().reshape(ids.shape[:2])
-        return found.masked_fill((batch["targets"] == NO_TARGET).all(-1), -torch.inf)
+        likelihoods = -losses.float().reshape(ids.shape[:2])
+        return likelihoods.masked_fill((batch["targets"] == NO_TARGET).all(-1), -torch.inf)
 
     def _examples(self, split: str) -> list[tuple[str, list[str], int]]:
         """Prompt, options and the place of the right one."""
         keys, table = self.settings, self.table(split)
-        found = []
+        examples = []
         for i, right in enumerate(table[keys.label]):
             cells = {name: text_of(self, table[name][i], name) for name in _FIELD.findall(keys.prompt)}
             prompt = _FIELD.sub(lambda name: cells[name[1]], keys.prompt)  # noqa: B023 (used at once)
@@ -326,25 +326,25 @@ class MultipleChoice(_Language):
                     )
             else:
                 options = [table[name][i] for name in keys.options]
-            found.append((prompt, *self._filled_in(options, right)))
+            examples.append((prompt, *self._filled_in(options, right)))
         counted = [number for right in table[keys.label] if (number := _number(right)) is not None]
         if keys.label_from is None and counted and min(counted) > 0:
             raise TaskError(
                 f"task {self.name}: no answer of its {split} split is 0; say label_from = 1 if they count from 1, "
                 "or label_from = 0 if from 0"
             )
-        return found
+        return examples
 
     def _filled_in(self, options: Sequence[object], right: object) -> tuple[list[str], int]:
         """The options that are not empty, and the place of the right one among them."""
-        place = self._place(right, options)
-        if options[place] in (None, ""):
+        index = self._place(right, options)
+        if options[index] in (None, ""):
             raise TaskError(f"task {self.name}: its right answer {self.reach.quote(right)} is an empty option")
         column = self.settings.options if isinstance(self.settings.options, str) else ", ".join(self.settings.options)
         there = [text_of(self, option, column) for option in options if option not in (None, "")]
         if len(there) < 2:
             raise TaskError(f"task {self.name}: options {self.reach.quote(there)}; two or more are needed")
-        return there, place - sum(option in (None, "") for option in options[:place])
+        return there, index - sum(option in (None, "") for option in options[:index])
 
     def _place(self, right: object, options: Sequence[object]) -> int:
         if isinstance(right, str) and right in options:

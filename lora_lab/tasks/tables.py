@@ -33,15 +33,15 @@ class TableTask(Task):
 
     def table(self, split: str) -> dict[str, Sequence[Any]]:
         """The columns of a split that the task needs; where the data has no such split, it is drawn from training."""
-        found = self._whole(split)
-        self._check_cells(found)
+        rows = self._whole(split)
+        self._check_cells(rows)
         limit = self.settings.limit
-        if limit is not None and limit < len(found):
-            drawn = np.random.default_rng(self.settings.split_seed).permutation(len(found))[:limit]
-            found = found.select(np.sort(drawn))  # not the first of them: tables are often sorted by label
-        columns = self._columns(found.column_names)
+        if limit is not None and limit < len(rows):
+            drawn = np.random.default_rng(self.settings.split_seed).permutation(len(rows))[:limit]
+            rows = rows.select(np.sort(drawn))  # not the first of them: tables are often sorted by label
+        columns = self._columns(rows.column_names)
         try:
-            return {name: list(found[name]) for name in columns}
+            return {name: list(rows[name]) for name in columns}
         except Exception as error:  # datasets cannot make Python values of every cell that it took in
             raise TaskError(f"{self._where}: its cells cannot be read ({self._why(error)})") from error
 
@@ -53,10 +53,10 @@ class TableTask(Task):
 
     def _whole(self, split: str) -> Any:
         """All examples of a split; TaskError where there is none."""
-        found = self._carved[split] if split in self._carved else self._tables[split]
-        if not len(found):
+        rows = self._carved[split] if split in self._carved else self._tables[split]
+        if not len(rows):
             raise TaskError(f"task {self.name}: its {split} split is empty; it needs more rows, or a file of its own")
-        return found
+        return rows
 
     def check_split(self, name: str) -> None:
         """As of any task, by the columns; kinds with labels look at these, too."""
@@ -67,8 +67,8 @@ class TableTask(Task):
         wanted = self._wanted()
         for name in wanted:
             if name not in there:
-                known = f"there are: {', '.join(there)}" if self.reach.quotes else f"it has {len(there)} others"
-                raise TaskError(f"{self._where}: no column {name!r}; {known}")
+                hint = f"there are: {', '.join(there)}" if self.reach.quotes else f"it has {len(there)} others"
+                raise TaskError(f"{self._where}: no column {name!r}; {hint}")
         return wanted
 
     def _wanted(self) -> list[str]:
@@ -91,22 +91,22 @@ class TableTask(Task):
             return {name: self._file(Path(path)) for name, path in data.items()}
         if is_file(data):
             return {"train": self._file(Path(data))}
-        found = self._dataset(data)
-        chosen = self.settings.splits or {}
-        free = [name for name in found if name not in chosen.values()]
+        dataset = self._dataset(data)
+        named = self.settings.splits or {}
+        free = [name for name in dataset if name not in named.values()]
         tables = {}
         for split, spellings in _SPELLINGS.items():
-            name = chosen.get(split) or next((each for each in spellings if each in free), None)
-            if split in chosen and name not in found:
-                raise TaskError(f"{data}: has no split {name!r}; {self._splits_of(found)}")
+            name = named.get(split) or next((each for each in spellings if each in free), None)
+            if split in named and name not in dataset:
+                raise TaskError(f"{data}: has no split {name!r}; {self._splits_of(dataset)}")
             if name is not None:
-                tables[split] = found[name]
+                tables[split] = dataset[name]
         if "train" not in tables:
-            raise TaskError(f"{data}: has no train split; {self._splits_of(found)}; name it in splits")
+            raise TaskError(f"{data}: has no train split; {self._splits_of(dataset)}; name it in splits")
         return tables
 
-    def _splits_of(self, found: Mapping[str, Any]) -> str:
-        return f"there are: {', '.join(found)}" if self.reach.quotes else f"it has {len(found)} others"
+    def _splits_of(self, dataset: Mapping[str, Any]) -> str:
+        return f"there are: {', '.join(dataset)}" if self.reach.quotes else f"it has {len(dataset)} others"
 
     @cached_property
     def _carved(self) -> dict[str, Any]:
@@ -154,9 +154,9 @@ class TableTask(Task):
         with _silent():
             try:
                 if os.path.exists(folder / "dataset_dict.json") or os.path.exists(folder / "state.json"):
-                    found = load_from_disk(name)
+                    dataset = load_from_disk(name)
                 else:
-                    found = self._built(name)
+                    dataset = self._built(name)
             except LoraLabError:
                 raise
             except Exception as error:  # as above, and the hub client's
@@ -166,7 +166,7 @@ class TableTask(Task):
                     f"task {self.name}: its data {name!r} is no file or folder here, and the Hugging Face hub gave no "
                     f"such dataset ({self._why(error)}); give a local folder or file where there is no network"
                 ) from error
-        return found if isinstance(found, DatasetDict) else {"train": found}
+        return dataset if isinstance(dataset, DatasetDict) else {"train": dataset}
 
     def _built(self, name: str) -> Any:
         from datasets import load_dataset, load_dataset_builder

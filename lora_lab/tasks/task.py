@@ -105,8 +105,8 @@ class Split:
             return self
         if examples < 1:
             raise OptionError(f"{examples} examples; at least 1 is needed")
-        chosen = torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(n)[:examples]))
-        return Split({name: tensor[chosen] for name, tensor in self.inputs.items()})
+        indices = torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(n)[:examples]))
+        return Split({name: tensor[indices] for name, tensor in self.inputs.items()})
 
     def batches(self, size: int) -> list[dict[str, Tensor]]:
         """Consecutive batches, without the padding that all examples of a batch share."""
@@ -293,8 +293,8 @@ class Task(ABC):
 
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """What the model says of a batch: [examples, labels], or of texts [examples, tokens, vocabulary]."""
-        found: Tensor = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
-        return found
+        logits: Tensor = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
+        return logits
 
     def judge(self, model: nn.Module, batch: Mapping[str, Tensor], *, keep_logits: bool = False) -> Scores:
         """Scores of one batch, finite or not; the model must be in evaluation mode."""

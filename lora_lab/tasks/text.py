@@ -123,7 +123,7 @@ class TextClassification(LabelledTask):
         model = self._built_anew().requires_grad_(False).eval()
         batches = self.split("train").batches(self.batch_size)
         pooled = [model(**{n: t for n, t in batch.items() if n != "labels"}).pooled for batch in batches]
-        return np.concatenate([each.double().numpy() for each in pooled])
+        return np.concatenate([features.double().numpy() for features in pooled])
 
     def _load(self, split: str) -> Split:
         keys, table = self.settings, self.table(split)

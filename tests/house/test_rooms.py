@@ -115,6 +115,27 @@ def test_the_library_keeps_no_words_of_the_command_line(room):
                 assert not re.search(r"(^|[\s(])--[a-z]", text), f"{path}: {text!r}"
 
 
+FACES = {path.parent.name: path for path in PACKAGE.glob("*/__init__.py")}
+
+
+@pytest.mark.parametrize("path", [*MODULES, *sorted((ROOT / "cli").glob("*.py"))], ids=lambda path: path.stem)
+def test_what_is_taken_from_a_room_by_its_name_is_given_away_there(path):
+    tree = ast.parse(path.read_text())
+    rooms = {
+        alias.asname or alias.name: alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module == "lora_lab" or (node.level == 2 and not node.module))
+        for alias in node.names
+        if alias.name in FACES
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in rooms:
+            room = rooms[node.value.id]
+            given = __import__(f"lora_lab.{room}", fromlist=["*"]).__all__
+            below = {other.stem for other in FACES[room].parent.glob("*.py")}
+            assert node.attr in {*given, *below}, f"{room}.{node.attr}"
+
+
 def test_nothing_imports_the_command_line_or_the_figures():
     for path in [*MODULES, *(ROOT / "figures").glob("*.py")]:
         assert "lora_lab.cli" not in path.read_text()

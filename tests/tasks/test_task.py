@@ -132,3 +132,11 @@ def test_an_unknown_split_or_device_is_refused():
         Digits("relabel").split("tset")
     with pytest.raises(OptionError, match="device 'nonsense' is not to be had"):
         task.resolve_device("nonsense")
+
+
+def test_the_command_lists_every_built_in_task_with_its_splits(lora_lab):
+    code, out, err = lora_lab("tasks")
+    assert (code, err) == (0, "")
+    rows = {line.split()[0]: line.split()[1:5] for line in out.splitlines() if line.startswith("digits/")}
+    assert set(rows) == set(tasks.TASKS)
+    assert rows["digits/mod3"] == ["3", "1000", "297", "500"]

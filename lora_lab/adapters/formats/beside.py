@@ -29,7 +29,7 @@ class Beside:
 
 def others(
     loose: Collection[tuple[str, Tensor]],
-    chosen: str,
+    adapter_name: str,
     names: Collection[str],
     alphas: Mapping[str, float | None],
     config: Mapping[str, Any],
@@ -41,10 +41,10 @@ def others(
     `alphas` has what the configuration gives each adapted module; of them, no tensor is carried along that PEFT
     has no place for (`strict`; other tuners have tensors of names unknown here).
     """
-    found = Beside()
+    beside = Beside()
     # PEFT itself saves no key with an adapter's name in it: such a file is the state_dict of the whole model.
     weights = {f"{module}.weight" for module in alphas}
-    whole = chosen != "" and any(key.endswith(".base_layer.weight") or key in weights for key, _ in loose)
+    whole = adapter_name != "" and any(key.endswith(".base_layer.weight") or key in weights for key, _ in loose)
     copies, strange = [], []
     for raw, tensor in loose:
         key, name = without_name(raw, names)
@@ -54,23 +54,23 @@ def others(
         if ".original_module." in f".{key}" or (whole and not trained and not odd):
             copies.append(key)
         elif owner is not None and key == f"{owner}.alpha":
-            found.problems += _alpha_problems(owner, tensor, alphas[owner])
+            beside.problems += _alpha_problems(owner, tensor, alphas[owner])
         elif odd:
             strange.append(f"{key} ({odd})")
         elif strict and (split(key, "lora_") or ".lora_A." in key or ".lora_B." in key):
             strange.append(f"{key} (no .weight of a factor)")
         elif strict and owner is not None and key == f"{owner}.bias":  # as an early PEFT saved it
-            found.tensors[f"{PREFIX}{owner}.base_layer.bias"] = tensor
+            beside.tensors[f"{PREFIX}{owner}.base_layer.bias"] = tensor
         elif strict and owner is not None and key[len(owner) + 1 :].split(".")[0] not in _WITHIN:
             strange.append(f"{key} (beside the factors of {owner})")
-        elif name in ("", chosen) or name not in names:
-            found.tensors[PREFIX + key] = tensor
+        elif name in ("", adapter_name) or name not in names:
+            beside.tensors[PREFIX + key] = tensor
     if copies:
-        found.warnings.append(f"{len(copies)} copies of the base model's weights left out: {some(copies)}")
+        beside.warnings.append(f"{len(copies)} copies of the base model's weights left out: {some(copies)}")
     if strange:
-        found.problems.append(f"tensors that no plain adapter has, and that may change what it does: {some(strange)}")
-    found.problems += _token_problems(found.tensors, config)
-    return found
+        beside.problems.append(f"tensors that no plain adapter has, and that may change what it does: {some(strange)}")
+    beside.problems += _token_problems(beside.tensors, config)
+    return beside
 
 
 def _owner(key: str, modules: Collection[str]) -> str | None:
@@ -102,7 +102,7 @@ def _token_problems(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) ->
         layer = clean(key).removesuffix(".token_adapter.trainable_tokens_delta")
         ids = said
         if isinstance(said, Mapping):
-            ids = next((own for name, own in said.items() if f".{layer}".endswith(f".{name}")), None)
+            ids = next((tokens for name, tokens in said.items() if f".{layer}".endswith(f".{name}")), None)
         listed = len(ids) if isinstance(ids, list | tuple) else 0
         if listed != tensor.shape[0]:
             problems.append(

@@ -131,9 +131,9 @@ def _unlike_the_file(parsed: Parsed, config: Mapping[str, Any]) -> list[str]:
     if config.get("use_dora") and len(magnitudes) < len(parsed.sites):
         bare = [name for name in parsed.sites if name not in magnitudes]
         problems.append(f"use_dora is on, but there is no lora_magnitude_vector of {some(bare)}")
-    known = PLAIN | {"lora_magnitude_vector", "lora_A.bias", "lora_B.bias"} | set(_OF_VARIANTS)
+    expected = PLAIN | {"lora_magnitude_vector", "lora_A.bias", "lora_B.bias"} | set(_OF_VARIANTS)
     for name, site in parsed.sites.items():
-        off = [part for part in site.keys if not (part in known and config.get(_OF_VARIANTS.get(part, "peft_type")))]
+        off = [part for part in site.keys if not (part in expected and config.get(_OF_VARIANTS.get(part, "peft_type")))]
         if off:
             problems.append(f"{name}: {some(off)} belongs to no LoRA as the config describes it")
     biased = [name for name, site in parsed.sites.items() if any(part.endswith(".bias") for part in site.keys)]

@@ -13,7 +13,7 @@ from lora_lab.hub import stay_offline_without_network
 _HUB_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
 
 
-class Found:
+class Location:
     """Where the weights are, the folder that they were named by, in what form, and what there is to tell of it."""
 
     def __init__(self, weights: Path, folder: Path | None, form: str, notes: Iterable[str] = ()) -> None:
@@ -23,7 +23,7 @@ class Found:
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-def locate(given: str | os.PathLike[str]) -> Found:
+def locate(given: str | os.PathLike[str]) -> Location:
     """Where the adapter lies that is named by a folder, a file, or a hub id; FileError where there is none."""
     path = Path(given).expanduser()
     if path.is_dir():
@@ -33,26 +33,26 @@ def locate(given: str | os.PathLike[str]) -> Found:
             return _in_folder(path.parent)
         if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
             raise FileError(f"{path}: not an adapter; a PEFT folder, a .safetensors or a .bin file is needed")
-        return Found(path, None, path.suffix.removeprefix("."))
+        return Location(path, None, path.suffix.removeprefix("."))
     if _HUB_ID.match(str(given)) and path.suffix not in (".safetensors", ".bin"):
         return _on_hub(str(given))
     raise FileError(f"{given}: no such file or folder")
 
 
-def _in_folder(folder: Path) -> Found:
+def _in_folder(folder: Path) -> Location:
     checkpoint = re.match(r"^checkpoint-(\d+)$", folder.name)
     for name in _WEIGHTS:
         if (folder / name).is_file():
-            return Found(folder / name, folder, "trainer-checkpoint" if checkpoint else "peft")
+            return Location(folder / name, folder, "trainer-checkpoint" if checkpoint else "peft")
     steps = sorted(
         (p for p in folder.glob("checkpoint-*") if p.is_dir() and p.name[11:].isdigit()),
         key=lambda p: int(p.name[11:]),
     )
     for inner in reversed(steps):
         if any((inner / name).is_file() for name in _WEIGHTS):
-            found = _in_folder(inner)
-            found.notes.append(f"its last checkpoint is read: {inner.name}")
-            return found
+            location = _in_folder(inner)
+            location.notes.append(f"its last checkpoint is read: {inner.name}")
+            return location
     inside = [p.name for p in sorted(folder.iterdir()) if any((p / name).is_file() for name in _WEIGHTS)]
     if inside:
         raise FileError(f"{folder}: no adapter itself, but holds some: {some(inside, 5)}; name one of them")
@@ -61,7 +61,7 @@ def _in_folder(folder: Path) -> Found:
     raise FileError(f"{folder}: no {' and no '.join(_WEIGHTS)} in this folder")
 
 
-def _on_hub(name: str) -> Found:
+def _on_hub(name: str) -> Location:
     from huggingface_hub import snapshot_download
 
     repo, _, revision = name.partition("@")
@@ -77,6 +77,6 @@ def _on_hub(name: str) -> Found:
             f"{name}: no such file or folder here, and the Hugging Face hub gave none ({reason}); "
             "download it where there is a network and give the folder"
         ) from error
-    found = _in_folder(Path(folder))
-    found.format = "hub"
-    return found
+    location = _in_folder(Path(folder))
+    location.format = "hub"
+    return location

@@ -72,15 +72,15 @@ def first_match(patterns: Mapping[str, Any], names: Collection[str]) -> dict[str
 def numbered(patterns: Collection[str], names: Iterable[str]) -> dict[str, int]:
     """Name → its layer's number as PEFT finds it: after layers_pattern's first match, or else first in the name."""
     engine = _Engine()
-    found: dict[str, int] = {}
+    indices: dict[str, int] = {}
     # Without a pattern, the number stands behind two components: that of the list of layers and one before it.
     for whole, pattern in [(r"(?:^|.*?\.){}\.(?P<idx>\d+)\.", p) for p in patterns] or [
         (r".*?\.{}\.(?P<idx>\d+)\.", "[^.]*")
     ]:
         for name in names:
-            if name not in found and (match := engine.match(whole, pattern, name)):
-                found[name] = int(match["idx"])
-    return found
+            if name not in indices and (match := engine.match(whole, pattern, name)):
+                indices[name] = int(match["idx"])
+    return indices
 
 
 def _search(
@@ -93,14 +93,14 @@ def _search(
 ) -> dict[str, list[str]]:
     """Pattern → names: by operators with `whole` around the pattern, without any by `texts` (told of a leading ^)."""
     engine = _Engine()
-    found: dict[str, list[str]] = {}
+    matches: dict[str, list[str]] = {}
     literal: dict[tuple[bool, int, tuple[int, ...]], list[tuple[str, str]]] = defaultdict(list)
     for pattern in patterns:
         plain = None if whole.endswith(_AFTER) and "$" in pattern else _alternatives(pattern)
         if plain is None:
-            found[pattern] = [name for name in names if engine.match(whole, pattern, name, full=full)]
+            matches[pattern] = [name for name in names if engine.match(whole, pattern, name, full=full)]
             continue
-        found[pattern] = []
+        matches[pattern] = []
         for each in plain:
             literal[each.head, len(each.text), each.gaps].append((each.text, pattern))
     by_length: dict[tuple[bool, int], list[tuple[str, list[str]]]] = defaultdict(list)
@@ -114,8 +114,8 @@ def _search(
         for text, matched in by_length[head, length]:
             blanked[_blank(text, gaps)] += matched
         for text, pattern in keys:
-            found[pattern] += blanked.get(text, [])
-    return {pattern: list(dict.fromkeys(matched)) for pattern, matched in found.items()}
+            matches[pattern] += blanked.get(text, [])
+    return {pattern: list(dict.fromkeys(matched)) for pattern, matched in matches.items()}
 
 
 def _blank(text: str, gaps: tuple[int, ...]) -> str:

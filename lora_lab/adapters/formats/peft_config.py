@@ -36,8 +36,8 @@ def patterns_of(config: Mapping[str, Any], field_name: str) -> Mapping[str, Any]
 
 def pattern_values(patterns: Mapping[str, Any], names: Collection[str], default: Any) -> dict[str, Any]:
     """Name → what rank_pattern or alpha_pattern gives it: PEFT takes the first key that matches the name's end."""
-    found = first_match(patterns, names)
-    return {name: found.get(name, default) for name in names}
+    values = first_match(patterns, names)
+    return {name: values.get(name, default) for name in names}
 
 
 def number(value: Any) -> float | None:
@@ -137,14 +137,14 @@ def parameter_sites(config: Mapping[str, Any], names: Collection[str]) -> set[st
     if not isinstance(targets, list | tuple | set):
         return set()
     owners = {str(target).rpartition(".")[0] for target in targets}
-    found = set()
+    sites = set()
     for name in names:
         bare = ".".join(part for part in name.split(".") if part != "base_layer")
         if bare in owners or any(bare[i + 1 :] in owners for i, letter in enumerate(bare) if letter == "."):
-            found.add(name)
+            sites.add(name)
     if "" in owners:  # a parameter's bare name, in any module
-        found |= set(names) - (_targeted(config, names) if config.get("target_modules") else set())
-    return found
+        sites |= set(names) - (_targeted(config, names) if config.get("target_modules") else set())
+    return sites
 
 
 def _excluded(config: Mapping[str, Any], names: Collection[str]) -> set[str]:
@@ -263,14 +263,14 @@ def assumed_config(
 def alpha_tensors(tensors: Mapping[str, Tensor]) -> dict[str, float]:
     """Module → its lora_alpha, of files that hold it as a tensor of one number (ComfyUI and others)."""
     modules = _modules(tensors)
-    found = {}
+    alphas = {}
     for key, tensor in tensors.items():
         module, _, last = clean(key).rpartition(".")
         if last == "alpha" and module in modules and tensor.numel() == 1 and not tensor.is_complex():
             value = float(tensor.reshape(()))
             if math.isfinite(value):
-                found[module] = value
-    return found
+                alphas[module] = value
+    return alphas
 
 
 def _from_tensors(alphas: Mapping[str, float]) -> str:
@@ -278,16 +278,16 @@ def _from_tensors(alphas: Mapping[str, float]) -> str:
 
 
 def _modules(tensors: Mapping[str, Tensor]) -> set[str]:
-    return {found[0] for key in tensors if (found := split(clean(key), "lora_"))}
+    return {parts[0] for key in tensors if (parts := split(clean(key), "lora_"))}
 
 
 def _ranks(tensors: Mapping[str, Tensor], adapter_name: str | None) -> tuple[int, dict[str, int]]:
     """The commonest rank of the pairs, and a pattern for the modules of another rank."""
     ranks = {}
     for key, tensor in tensors.items():
-        found = split(clean(key), "lora_")
-        if found and found[1] in ("lora_A", "lora_embedding_A") and tensor.ndim and adapter_name in (None, found[2]):
-            ranks[found[0]] = tensor.shape[0]
+        parts = split(clean(key), "lora_")
+        if parts and parts[1] in ("lora_A", "lora_embedding_A") and tensor.ndim and adapter_name in (None, parts[2]):
+            ranks[parts[0]] = tensor.shape[0]
     counts = Counter(ranks.values())
     common = max(sorted(counts), key=lambda rank: counts[rank], default=8)
     return common, {anchored(name): rank for name, rank in sorted(ranks.items()) if rank != common}

@@ -48,18 +48,18 @@ def parse(
         parsed.problems.append(f"{where}: {bad_name}")
         return parsed
     sorted_keys = _Keys(parsed, keys.masked(tensors), prefix, bare=tuner == "ADALORA")
-    chosen = _choose(parsed, sorted_keys, tensors, tuner, where, adapter_name)
-    if chosen is None:
+    name = _choose(parsed, sorted_keys, tensors, tuner, where, adapter_name)
+    if name is None:
         return parsed
-    if sorted_keys.clashes[chosen]:
-        parsed.problems.append(f"{where}: two tensors each for {some(sorted_keys.clashes[chosen])}")
-    found = sorted_keys.by_name.get(chosen, {})
+    if sorted_keys.clashes[name]:
+        parsed.problems.append(f"{where}: two tensors each for {some(sorted_keys.clashes[name])}")
+    modules = sorted_keys.by_name.get(name, {})
     try:
-        settings = _Settings(config, found)
-        for module in sorted(found, key=natural):
-            _add_site(parsed, module, found[module], config, settings, where)
+        settings = _Settings(config, modules)
+        for module in sorted(modules, key=natural):
+            _add_site(parsed, module, modules[module], config, settings, where)
         _check_ranks(parsed, settings, where)
-        _add_others(parsed, sorted_keys, chosen, settings, config, where)
+        _add_others(parsed, sorted_keys, name, settings, config, where)
         checks.configuration(parsed, config, where)
     except AdapterError as error:
         parsed.problems.append(f"{where}: {error}")
@@ -101,24 +101,24 @@ class _Keys:
 
 
 def _choose(
-    parsed: Parsed, found: _Keys, tensors: Mapping[str, Tensor], tuner: str, where: str, adapter_name: str | None
+    parsed: Parsed, sorted_keys: _Keys, tensors: Mapping[str, Tensor], tuner: str, where: str, adapter_name: str | None
 ) -> str | None:
     """The name in the keys of the adapter that is read; None, with a problem noted, where there is no such one."""
     foreign = keys.foreign_format(tensors)
-    if foreign or not (found.by_name or parsed.others):
+    if foreign or not (sorted_keys.by_name or parsed.others):
         what = "LoRA" if tuner == "LORA" else tuner
         parsed.problems.append(f"{where}: no {what} tensors found{foreign or _other_content(tensors)}")
         return None
-    listed = [repr(name) if name else "(unnamed)" for name in sorted(found.by_name)]
-    if adapter_name is None and len(found.by_name) > 1:
+    listed = [repr(name) if name else "(unnamed)" for name in sorted(sorted_keys.by_name)]
+    if adapter_name is None and len(sorted_keys.by_name) > 1:
         parsed.problems.append(
             f"{where}: holds several adapters, {' and '.join(listed)}; choose one with `adapter_name`"
         )
         return None
-    if adapter_name is not None and adapter_name not in found.by_name:
+    if adapter_name is not None and adapter_name not in sorted_keys.by_name:
         parsed.problems.append(f"{where}: has no adapter {adapter_name!r}; it holds {some(listed)}")
         return None
-    return next(iter(found.by_name), "") if adapter_name is None else adapter_name
+    return next(iter(sorted_keys.by_name), "") if adapter_name is None else adapter_name
 
 
 class _Settings:
@@ -190,15 +190,15 @@ def _add_site(
     where: str,
 ) -> None:
     tuner = tuner_of(config)
-    own = {}
+    keys = {}
     for part, (raw, tensor) in parts.items():
-        own[part] = key = f"{PREFIX}{module}.{_canonical(part, raw) if tuner in ('LORA', 'ADALORA') else part}"
+        keys[part] = key = f"{PREFIX}{module}.{_canonical(part, raw) if tuner in ('LORA', 'ADALORA') else part}"
         parsed.tensors[key] = tensor
     if tuner != "LORA":
-        parsed.sites[module] = Site(module, tuner.lower(), own)
+        parsed.sites[module] = Site(module, tuner.lower(), keys)
         return
     embedding = any(part.startswith("lora_embedding") for part in parts)
-    site = Site(module, "embedding" if embedding else "linear", own)
+    site = Site(module, "embedding" if embedding else "linear", keys)
     pair = site.pair
     missing = [part for part in pair if part not in parts]
     if missing:
@@ -215,7 +215,7 @@ def _add_site(
             if A.ndim < 2 or B.ndim < 2 or not A.numel() or not B.numel()
             else "a grouped convolution or another adapter's half?"
         )
-        parsed.sites[module] = Site(module, kind, own)
+        parsed.sites[module] = Site(module, kind, keys)
         parsed.problems.append(
             f"{where}: {module}: lora_A {list(A.shape)} and lora_B {list(B.shape)} are no pair ({reason})"
         )
@@ -233,7 +233,7 @@ def _add_site(
         )
     else:
         scale = alpha / (math.sqrt(rank_for_scale) if config.get("use_rslora") is True else rank_for_scale)
-    parsed.sites[module] = Site(module, kind, own, rank, scale)
+    parsed.sites[module] = Site(module, kind, keys, rank, scale)
 
 
 def _canonical(part: str, raw: str) -> str:
@@ -258,11 +258,11 @@ def _check_ranks(parsed: Parsed, settings: _Settings, where: str) -> None:
 
 
 def _add_others(
-    parsed: Parsed, found: _Keys, chosen: str, settings: _Settings, config: Mapping[str, Any], where: str
+    parsed: Parsed, sorted_keys: _Keys, chosen: str, settings: _Settings, config: Mapping[str, Any], where: str
 ) -> None:
     alphas = {name: number(settings.alphas.get(name)) for name in parsed.sites if name not in settings.parameters}
     strict = tuner_of(config) == "LORA"
-    other = beside.others(found.loose, chosen, found.by_name, alphas, config, strict=strict)
+    other = beside.others(sorted_keys.loose, chosen, sorted_keys.by_name, alphas, config, strict=strict)
     parsed.tensors |= other.tensors
     parsed.others += other.tensors
     parsed.warnings += other.warnings
