@@ -496,13 +496,22 @@ def test_different_scales_are_folded_in_before_factors_are_averaged(adapters, tm
         assert torch.allclose(update.delta(), a.updates[name].delta() * 1.5, atol=1e-6)
 
 
-def test_heads_are_averaged_with_the_rest(tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "wide"),
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
+    ids=str,
+)
+def test_heads_are_averaged_with_the_rest_and_as_finely_as_they_are_kept(tmp_path, dtype, wide):
     config = LoraConfig(r=2, target_modules=TARGETS, modules_to_save=["classifier"], init_lora_weights=False)
     pair = [random_adapter(seed, tmp_path, config) for seed in (0, 1)]
+    key = next(key for key in pair[0].others if key.endswith("classifier.weight"))
+    heads = [torch.sqrt(a.tensors[key].double() ** 2 + 0.01).to(dtype) for a in pair]  # to the last bits of each
+    pair = [replace(a, tensors={**a.tensors, key: head}) for a, head in zip(pair, heads, strict=True)]
     for space in ("factors", "delta"):
-        mixed = Paths(pair).mix((0.25, 0.75), space)
-        key = next(key for key in mixed.others if key.endswith("classifier.weight"))
-        assert torch.allclose(mixed.tensors[key], 0.25 * pair[0].tensors[key] + 0.75 * pair[1].tensors[key])
+        mixed = Paths(pair).mix((0.25, 0.75), space).tensors[key]
+        expected = (0.25 * heads[0].to(wide) + 0.75 * heads[1].to(wide)).to(dtype)
+        assert mixed.dtype == dtype
+        assert torch.equal(mixed, expected)
 
 
 @pytest.mark.parametrize(

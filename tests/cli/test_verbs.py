@@ -1,10 +1,16 @@
+import contextlib
+import io
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from lora_lab.cli import main
+
+pytestmark = pytest.mark.usefixtures("few_digits")
 
 CASES = Path(__file__).parents[1] / "cases"
 SHORT = ["--steps", "6", "--batch-size", "8"]
@@ -12,11 +18,13 @@ SHORT = ["--steps", "6", "--batch-size", "8"]
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """Two short CoTo runs, made by the command itself in processes of their own."""
-    folder = tmp_path_factory.mktemp("pair")
-    command = [Path(sys.executable).with_name("lora-lab"), "train", "--seeds", "0-1", "-o", folder, *SHORT, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert [run["summary"]["steps"] for run in json.loads(done.stdout)] == [6, 6]
+    """Two short CoTo runs, made by the command itself."""
+    folder, said = tmp_path_factory.mktemp("pair"), io.StringIO()
+    command = ["train", "--seeds", "0-1", "--jobs", "1", "-o", str(folder), *SHORT, "--json"]
+    with contextlib.redirect_stdout(said), warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
+        main(command)
+    assert not ended.value.code
+    assert [run["summary"]["steps"] for run in json.loads(said.getvalue())] == [6, 6]
     return [folder / "coto-s0.safetensors", folder / "coto-s1.safetensors"]
 
 

@@ -6,7 +6,7 @@ from importlib.metadata import entry_points
 import peft
 import pytest
 import torch
-from test_peft_reference import logits, randomised
+from peft_models import logits, randomised
 from tiny_models import Tiny, adapter, deltas, update
 
 from lora_lab.adapters.adapter import Adapter

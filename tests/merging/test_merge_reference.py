@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from making_adapters import PREFIX
-from test_peft_reference import LORA, Layers, assert_same, logits, quiet_embeddings, randomised
+from peft_models import LORA, Layers, assert_same, logits, quiet_embeddings, randomised
 from tiny_models import SHAPES, Net, Tiny, adapter, updates
 from torch import Tensor, nn
 
