@@ -181,6 +181,13 @@ def test_what_norm_matching_takes_off_a_barrier(of_factors, of_matched):
     assert {key: np.mean(each) for key, each in inside.items() if np.mean(each) < 0.88} == {}
 
 
+def test_the_interval_of_a_maximum_goes_by_the_percentiles_of_its_largest_error():
+    """Errors common to both rows, evenly from −1 to 1: their 97.5th percentile is .95."""
+    means = np.array([[1.0], [3.0]])
+    sampled = Sampled(means, means + np.linspace(-1, 1, 201))
+    assert sampled.largest(lambda L: L) == pytest.approx((3.0, 3 - 0.95, 3 + 0.95))
+
+
 def test_the_two_ends_of_a_difference_of_maxima_are_the_right_way_round():
     """One profile is certain and one skewed to above: what is taken away errs to below, and not the other way."""
     generator, below, above = np.random.default_rng(0), [], []
@@ -222,6 +229,15 @@ def test_the_difference_of_two_accuracies_on_the_same_examples(before, after, ex
 def test_points_that_are_one_model_differ_by_nothing():
     sampled = Sampled.of(np.arange(20)[None] < np.array([[3], [5]]), seed=0)
     assert sampled[[1, 1]].estimate(lambda L: L[1] - L[0]) == (0.0, 0.0, 0.0)
+
+
+def test_outcomes_are_resampled_with_four_more_examples_of_which_half_are_wrong():
+    """3 of 20 are wrong, and (3 + 2)/(20 + 4) of what is drawn from."""
+    sampled = Sampled.of(np.arange(20)[None] < 3, seed=0, resamples=4000)
+    assert sampled.means.tolist() == [[3 / 20]]
+    assert sampled.drawn == pytest.approx(np.array([[5 / 24]]))
+    assert sampled.samples.mean() == pytest.approx(5 / 24, abs=0.004)
+    assert sampled.samples.var() == pytest.approx(5 * 19 / 24**3, rel=0.1)  # of 24 draws, each wrong or not
 
 
 @pytest.mark.parametrize("tasks", [1, 5])

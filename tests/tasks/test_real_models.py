@@ -91,13 +91,13 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory, cache):
-    """The task on MiniLM, and two adapters trained on it with 40 steps."""
+    """The task on MiniLM, and two adapters trained on it with 28 steps."""
     with only_once(tmp_path_factory, "kinds") as (folder, empty):
         if empty:
             for split, count, words in (
-                ("train", 480, slice(30)),
+                ("train", 320, slice(30)),
                 ("validation", 60, slice(30)),
-                ("test", 240, slice(30, 40)),
+                ("test", 120, slice(30, 40)),
             ):
                 with (folder / f"{split}.csv").open("w", newline="") as file:
                     rows = sentences(count, len(split), words)
@@ -111,7 +111,7 @@ def kinds(tmp_path_factory, cache):
         for seed in (0, 1):
             if empty:
                 adapter, _ = train(
-                    task, Recipe(method="lora", seed=seed, steps=40, rank=4, batch_size=16, learning_rate=1e-3)
+                    task, Recipe(method="lora", seed=seed, steps=28, rank=4, batch_size=16, learning_rate=1.5e-3)
                 )
                 adapter.save(folder / f"{seed}.safetensors")
     return task, [Adapter.load(folder / f"{seed}.safetensors") for seed in (0, 1)]
