@@ -139,6 +139,10 @@ def test_owen_with_enough_nodes_has_no_error_in_p_and_says_so_otherwise():
     assert "2 probabilities" in estimate(game, n, estimator="owen", samples=6, nodes=2).bias
     assert "grid" in estimate(game, n, estimator="owen", samples=6, grid="trapezoid", nodes=5).bias
 
+    for grid in ("gauss", "trapezoid"):  # the shares of the probabilities sum to 1, or sums would come out larger
+        added = estimate(lambda coalitions: coalitions @ np.arange(6.0), n, estimator="owen", samples=20, grid=grid)
+        assert added.values == pytest.approx(np.arange(6.0), abs=1e-12)
+
     def only_sizes(coalitions):  # every R of one size is alike, so that only the grid could be wrong
         return (coalitions.sum(1) / n) ** 5
 
