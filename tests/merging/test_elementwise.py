@@ -473,3 +473,12 @@ def test_a_sum_that_leaves_the_numbers_is_refused_even_where_only_its_sign_count
     one = torch.full((3, 4), 1e30)
     with pytest.raises(MismatchError, match="ΔW is not finite"):
         RULES[name]([one, -one], [1e30, 1e30])
+
+
+def test_the_chances_of_della_may_reach_one_and_no_more():
+    """density ± window/2: of 0.9 and 0.2 from 0.8 to 1."""
+    matrices = [torch.arange(1.0, 13).reshape(3, 4)]
+    merged = RULES["della"](matrices, [1.0], density=0.9, window=0.2)
+    assert torch.equal(merged[:, -1], matrices[0][:, -1])  # the largest of each row, whose chance is 1
+    with pytest.raises(OptionError, match="chances from"):
+        RULES["della"](matrices, [1.0], density=0.95, window=0.2)
