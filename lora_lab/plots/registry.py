@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lora_lab import files
@@ -21,34 +23,89 @@ from lora_lab.plots import stability as plot_stability
 from lora_lab.plots import style as plot_style
 from lora_lab.plots import sweep as plot_sweep
 from lora_lab.plots import train as plot_train
+from lora_lab.plots.primitives import Panels
 from lora_lab.plots.style import WIDTHS
+from lora_lab.registry import Registry
 from lora_lab.results.result import Result, fingerprint
-
-__all__ = ["PLOTS", "WIDTHS", "figure", "save", "shows"]
 
 _FORMATS = (".pdf", ".png", ".svg")
 _ENDS = {".pdf": b"%%EOF", ".png": b"IEND\xaeB`\x82", ".svg": b"</svg>"}
 
 
-def figure(results: Sequence[Result], *, kind: str | None = None, width: str = "double") -> Figure:
+@dataclass(frozen=True)
+class View:
+    """One way to show results of a kind."""
+
+    draw: Callable[[Sequence[Result], Panels], list[Axes]]
+    """What draws results, their texts made harmless, and gives its panels in reading order."""
+    kind: str
+    """Of the results that it shows."""
+    title: str
+    """What is to be seen, in a few words."""
+    shared: tuple[str, ...] = ("task", "split")
+    """Parameters in which results must agree to share a figure."""
+
+    def __call__(
+        self, results: Result | Sequence[Result], ax: Axes | Sequence[Axes] | None = None, *, width: str = "double"
+    ) -> Any:
+        """The Axes drawn on: one of a view with one panel, else a list in reading order.
+
+        `ax` is where to draw: Axes, in whose place the view's panels are laid out (of a grid, where they are several),
+        or as many Axes as it has panels. Without, it is a figure of its own with a legend and a caption around.
+        """
+        results = [results] if isinstance(results, Result) else list(results)
+        _agree(results, self.shared)
+        if width not in WIDTHS:
+            raise unknown("width", width, WIDTHS)
+        with plot_style.styled(), _one_line(f"results of kind {self.kind!r} that lack what {self.title} shows"):
+            axes = self.draw([_drawn(result) for result in results], Panels(ax, width))
+        return axes[0] if len(axes) == 1 else axes
+
+
+def draw(
+    results: Result | Sequence[Result],
+    kind: str | None = None,
+    ax: Axes | Sequence[Axes] | None = None,
+    *,
+    width: str = "double",
+) -> Any:
+    """Draw results of one kind, in their usual view or another one of PLOTS; the Axes (see `View`)."""
+    results = [results] if isinstance(results, Result) else list(results)
+    return _view(results, kind)[1](results, ax, width=width)
+
+
+def figure(results: Result | Sequence[Result], *, kind: str | None = None, width: str = "double") -> Figure:
     """The figure of some results of one kind; `kind` chooses another view of them (see PLOTS)."""
+    results = [results] if isinstance(results, Result) else list(results)
+    name, view = _view(results, kind)
+    axes = view(results, width=width)
+    made: Figure = (axes[0] if isinstance(axes, list) else axes).get_figure()
+    made.set_gid(_identity(results, name, width))
+    return made
+
+
+def _view(results: Sequence[Result], kind: str | None) -> tuple[str, View]:
     if not results:
         raise OptionError("no results to draw")
     kinds = sorted({result.kind for result in results})
     if len(kinds) > 1:
         raise OptionError(f"results of different kinds cannot share a figure: {some(kinds)}")
-    views = [name for name in PLOTS if name.partition(":")[0] == kinds[0]]
-    chosen = kind or kinds[0]
-    if not views:
+    names = [name for name, view in PLOTS.items() if view.kind == kinds[0]]
+    if not names:
         raise OptionError(f"there is no figure for results of kind {kinds[0]!r}; there are: {', '.join(PLOTS)}")
-    if chosen not in views:
-        raise unknown(f"figure of {kinds[0]} results", chosen, views)
-    if width not in WIDTHS:
-        raise unknown("width", width, WIDTHS)
-    with plot_style.styled(), _one_line(f"results of kind {kinds[0]!r} that lack what {chosen} shows"):
-        made = PLOTS[chosen]([_drawn(result) for result in results], width)
-    made.set_gid(_identity(results, chosen, width))
-    return made
+    name = kind or kinds[0]
+    if name not in names:
+        raise unknown(f"figure of {kinds[0]} results", name, names)
+    return name, PLOTS[name]
+
+
+def _agree(results: Sequence[Result], names: Sequence[str]) -> None:
+    """Only what was measured alike shares axes."""
+    for name in names:
+        values = [result.parameters.get(name) for result in results]
+        if any(value != values[0] for value in values):
+            different = some(dict.fromkeys(map(str, values)))
+            raise OptionError(f"these results cannot share a figure: {name.replace('_', ' ')} is {different}")
 
 
 @contextlib.contextmanager
@@ -76,7 +133,8 @@ def shows(path: Path, results: Sequence[Result], *, kind: str | None = None, wid
 def _identity(results: Sequence[Result], kind: str, width: str) -> str:
     """What a figure says it was drawn from; when and where the numbers were computed is not part of it."""
     shown = [[result.kind, result.columns, result.parameters, result.summary] for result in results]
-    return f"{MARK} {fingerprint([kind, width, shown])}"
+    style = [] if plot_style.in_use() == (plot_style.DEFAULT,) else [plot_style.in_use()]
+    return f"{MARK} {fingerprint([kind, width, shown, *style])}"
 
 
 def _drawn(result: Result) -> Result:
@@ -110,28 +168,49 @@ def _metadata(ending: str, identity: str) -> dict[str, str | None]:
     return formats[ending]
 
 
-PLOTS: dict[str, Callable[[Sequence[Result], str], Figure]] = {
-    "interpolate": plot_line.draw_accuracy,
-    "interpolate:loss": plot_line.draw_loss,
-    "interpolate:matrix": plot_line.draw_matrix,
-    "interpolate:ratios": plot_line.draw_ratios,
-    "shapley": plot_shapley.draw,
-    "shapley:bars": plot_shapley.draw_bars,
-    "shapley:heatmap": plot_shapley.draw_heatmap,
-    "shapley:convergence": plot_shapley.draw_convergence,
-    "shapley:interactions": plot_shapley.draw_interactions,
-    "stability": plot_stability.draw,
-    "stability:p": plot_stability.draw_p,
-    "stability:leave-one-out": plot_stability.draw_leave_one_out,
-    "sweep": plot_sweep.draw,
-    "sweep:structured": plot_sweep.draw_structured,
-    "sweep:unstructured": plot_sweep.draw_unstructured,
-    "sweep:rank": plot_sweep.draw_rank,
-    "compare-merges": plot_merges.draw,
-    "compare-merges:bars": plot_merges.draw_bars,
-    "compare-merges:coefficients": plot_merges.draw_coefficients,
-    "compare-merges:ratios": plot_merges.draw_ratios,
-    "train": plot_train.draw,
-    "tuning": plot_train.draw_tuning,
-}
-"""Kind of result, and after a colon the view → function (results, width) → figure."""
+_ON_LINES = ("task", "split", "points")
+_IN_GAMES = ("task", "split", "worth")
+_OF_MERGES = ("one_task", "split")
+
+PLOTS = Registry(
+    "figure",
+    "lora_lab.plots",
+    View,
+    {
+        "interpolate": View(plot_line.draw_accuracy, "interpolate", "accuracy along lines, and ‖ΔW‖", _ON_LINES),
+        "interpolate:loss": View(plot_line.draw_loss, "interpolate", "loss along lines, and ‖ΔW‖", _ON_LINES),
+        "interpolate:matrix": View(plot_line.draw_matrix, "interpolate", "barriers between all adapters", _ON_LINES),
+        "interpolate:ratios": View(plot_line.draw_ratios, "interpolate", "accuracy of mixtures", _ON_LINES),
+        "shapley": View(plot_shapley.draw, "shapley", "a heat map of types and layers, or bars", _IN_GAMES),
+        "shapley:bars": View(plot_shapley.draw_bars, "shapley", "values with their intervals", _IN_GAMES),
+        "shapley:heatmap": View(plot_shapley.draw_heatmap, "shapley", "values by type and layer", _IN_GAMES),
+        "shapley:convergence": View(
+            plot_shapley.draw_convergence, "shapley", "standard errors over the coalitions", _IN_GAMES
+        ),
+        "shapley:interactions": View(plot_shapley.draw_interactions, "shapley", "pairwise interactions", _IN_GAMES),
+        "stability": View(plot_stability.draw, "stability", "accuracy over the share of players kept"),
+        "stability:p": View(plot_stability.draw_p, "stability", "accuracy over the probability of keeping players"),
+        "stability:leave-one-out": View(
+            plot_stability.draw_leave_one_out, "stability", "accuracy without each player, and with it alone"
+        ),
+        "sweep": View(plot_sweep.draw, "sweep", "accuracy after all kinds of pruning"),
+        "sweep:structured": View(plot_sweep.draw_structured, "sweep", "accuracy of patterns"),
+        "sweep:unstructured": View(plot_sweep.draw_unstructured, "sweep", "accuracy over sparsity"),
+        "sweep:rank": View(plot_sweep.draw_rank, "sweep", "accuracy over the rank kept"),
+        "compare-merges": View(
+            plot_merges.draw, "compare-merges", "all merges, and curves over the coefficient", _OF_MERGES
+        ),
+        "compare-merges:bars": View(
+            plot_merges.draw_bars, "compare-merges", "all merges at their chosen coefficients", _OF_MERGES
+        ),
+        "compare-merges:coefficients": View(
+            plot_merges.draw_coefficients, "compare-merges", "accuracy over the coefficient", _OF_MERGES
+        ),
+        "compare-merges:ratios": View(
+            plot_merges.draw_ratios, "compare-merges", "accuracy over the ratios of seeds", _OF_MERGES
+        ),
+        "train": View(plot_train.draw, "train", "p(t), masks and loss", ()),
+        "tuning": View(plot_train.draw_tuning, "tuning", "accuracy over the settings tried", ("task", "criterion")),
+    },
+)
+"""Kind of result, and after a colon the view → how it is drawn."""

@@ -6,98 +6,81 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from lora_lab.errors import OptionError
+from lora_lab.plots import primitives
 from lora_lab.plots import style as plot_style
+from lora_lab.plots.primitives import Panels
 from lora_lab.results.result import Result, by_adapter
 
-Floats = npt.NDArray[np.float64]
+_FEW = 4
+"""So many groups may have two lines of a legend each."""
+
+Groups = dict[str, list[list[dict[str, Any]]]]
 
 
-def draw(results: Sequence[Result], width: str) -> Figure:
+def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
     """Accuracy over the share of players kept: mean over keep-sets with its band, and the worst keep-set."""
-    return _draw_curves(results, width, "k-of-G", "share of players kept", worst=True)
+    return _draw_curves(results, panels, "k-of-G", "share of players kept", worst=True)
 
 
-def draw_p(results: Sequence[Result], width: str) -> Figure:
+def draw_p(results: Sequence[Result], panels: Panels) -> list[Axes]:
     """Accuracy over the probability with which each player is kept."""
-    return _draw_curves(results, width, "p", "probability p of keeping each player", worst=False)
+    return _draw_curves(results, panels, "p", "probability p of keeping each player", worst=False)
 
 
-def draw_leave_one_out(results: Sequence[Result], width: str) -> Figure:
+def draw_leave_one_out(results: Sequence[Result], panels: Panels) -> list[Axes]:
     """Accuracy lost by leaving out each player, and accuracy with it alone."""
-    groups = _groups(results, rescaled=False)
-    figure = plot_style.new(width, 2.4 if width == "double" else 4.2)
-    axes = figure.subplots(*((1, 2) if width == "double" else (2, 1)))
-    for ax, family, title in zip(axes, ("leave-one-out", "one-alone"), ("left out", "alone"), strict=True):
+    axes = panels.grid(2, 1 if panels.single else 2, 4.2 if panels.single else 2.4)
+    for ax, family, words in zip(axes, ("leave-one-out", "one-alone"), ("left out", "alone"), strict=True):
+        groups = _groups(results, family, rescaled=False)
         for i, (label, adapters) in enumerate(groups.items()):
-            lines = [[row for row in rows if row["family"] == family] for rows in adapters]
-            names = [row["label"] for row in lines[0]]
-            accuracy = np.array([[1 - row["error"] for row in line] for line in lines])
-            style = {**plot_style.look(label, i), "label": label}
-            _line(ax, np.arange(len(names), dtype=float), accuracy, lines[0], **style)
-        short = [name.rpartition(".")[2] if len(name) > 4 else name for name in names]
-        ax.set_xticks(range(len(names)), short, rotation=60 if max(map(len, short)) > 3 else 0)
-        ax.set_title(f"each player {title}")
+            value = primitives.band(list(zip(*adapters, strict=True)), "accuracy")
+            primitives.curve(ax, np.arange(len(adapters[0])), value, **plot_style.look(label, i), label=label)
+        names = plot_style.labels([row["label"] for row in next(iter(groups.values()))[0]])
+        primitives.name_axis(ax.xaxis, names, rotation=60 if max(map(len, names)) > 3 else 0)
+        ax.set_title(f"each player {words}")
         ax.set_ylabel("accuracy")
     axes[-1].set_xlabel("player")
     if len(groups) > 1:
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    return figure
+        panels.legend(axes[0], 4)
+    return axes
 
 
-def _draw_curves(results: Sequence[Result], width: str, family: str, label: str, *, worst: bool) -> Figure:
-    panels = [rescaled for rescaled in (False, True) if _groups(results, rescaled=rescaled)]
-    shape = (1, len(panels)) if width == "double" else (len(panels), 1)
-    figure = plot_style.new(width, 2.5 if width == "double" else 0.6 + 1.9 * len(panels))
-    axes = figure.subplots(*shape, squeeze=False, sharey=True).ravel()
-    for ax, rescaled in zip(axes, panels, strict=True):
-        for i, (name, adapters) in enumerate(_groups(results, rescaled=rescaled).items()):
-            lines = [[row for row in rows if row["family"] == family] for rows in adapters]
-            x = np.array([row["share"] for row in lines[0]])
-            style = {**plot_style.look(name, i), "label": name}
-            _line(ax, x, np.array([[1 - row["error"] for row in line] for line in lines]), lines[0], **style)
+def _draw_curves(results: Sequence[Result], panels: Panels, family: str, label: str, *, worst: bool) -> list[Axes]:
+    kinds = [rescaled for rescaled in (False, True) if by_adapter(results, rescaled=rescaled)]
+    height = 0.6 + 1.9 * len(kinds) if panels.single else 2.5
+    axes = panels.grid(len(kinds), 1 if panels.single else len(kinds), height, sharey=True)
+    for ax, rescaled in zip(axes, kinds, strict=True):
+        groups = _groups(results, family, rescaled=rescaled)
+        for i, (name, adapters) in enumerate(groups.items()):
+            x = np.array([row["share"] for row in adapters[0]])
+            places = list(zip(*adapters, strict=True))
+            look = plot_style.look(name, i)
+            primitives.curve(ax, x, primitives.band(places, "accuracy"), **look, label=name)
             if worst:
-                lowest = np.mean([[1 - row["error_worst"] for row in line] for line in lines], axis=0)
-                ax.plot(x, lowest, color=style["color"], linestyle=":", linewidth=0.9, label=f"{name}, worst keep-set")
+                lowest = [np.mean([1 - row["error_worst"] for row in rows]) for rows in places]
+                thin = {"color": look["color"], "linestyle": ":", "linewidth": 0.9}
+                words = f"{name}, worst keep-set" if len(groups) <= _FEW else "worst keep-set" if i == 0 else None
+                ax.plot(x, lowest, label=words, **thin)
         ax.set_title("updates × G/k" if rescaled else "as they are")
         ax.set_xlabel(label)
     axes[0].set_ylabel("accuracy")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4 if width == "double" else 2)
-    plot_style.caption(figure, width, _caption(results))
-    return figure
+    panels.legend(axes[0])
+    counts = {name: len(adapters) for name, adapters in groups.items()}
+    kind = plot_style.bands(counts, "95 % interval (keep-sets and examples)", "±1 s.d. over seeds")
+    where = plot_style.measured_on(results)
+    panels.caption(axes[0], f"players: {plot_style.players(results)}; {where}; bands: {kind}")
+    return axes
 
 
-def _line(ax: Axes, x: Floats, accuracy: Floats, rows: Sequence[dict[str, Any]], **style: Any) -> None:
-    """One adapter with its interval, or the mean of several with their spread."""
-    mean = accuracy.mean(0)
-    if len(accuracy) > 1:
-        spread = accuracy.std(0, ddof=1)
-        low, high = mean - spread, mean + spread
-    else:
-        low, high = (np.array([1 - row[f"error_{end}"] for row in rows]) for end in ("high", "low"))
-    ax.fill_between(x, low, high, color=style["color"], alpha=0.16, linewidth=0)
-    ax.plot(x, mean, **style)
-
-
-def _groups(results: Sequence[Result], *, rescaled: bool) -> dict[str, list[list[dict[str, Any]]]]:
-    """Label → rows of each adapter; by method where a method has several seeds."""
-    adapters = by_adapter(results, rescaled=rescaled)
+def _groups(results: Sequence[Result], family: str, *, rescaled: bool) -> Groups:
+    """Label → rows of each adapter, with accuracies; by method where a method has several seeds."""
+    adapters = by_adapter(results, rescaled=rescaled, family=family)
     if len({len(rows) for rows in adapters}) > 1:
         raise OptionError("results with different players or probabilities cannot share a figure")
+    ends = {"accuracy": "error", "accuracy_low": "error_high", "accuracy_high": "error_low"}
+    for row in (row for rows in adapters for row in rows):
+        row |= {name: 1 - row[error] for name, error in ends.items()}
     return plot_style.grouped(adapters)
-
-
-def _caption(results: Sequence[Result]) -> str:
-    first = results[0]
-    counts = {name: len(rows) for name, rows in _groups(results, rescaled=False).items()}
-    band = plot_style.bands(counts, "95 % interval (keep-sets and examples)", "±1 s.d. over seeds")
-    players = first.parameters["players"]
-    what = players if isinstance(players, str) else "group"
-    task = plot_style.task_name(first.parameters["task"])
-    n = first.provenance.get("examples")
-    return f"players: {what}; {task}, {first.parameters['split']} split, n = {n}; bands: {band}"

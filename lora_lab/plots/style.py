@@ -1,56 +1,26 @@
-"""The looks that all figures share: column widths, type sizes, colours that everyone can tell apart."""
+"""The looks that all figures share: a style sheet, column widths, colours that everyone can tell apart, names."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
-from matplotlib import rc_context
+from matplotlib import rcParams
+from matplotlib import style as sheets
 from matplotlib.figure import Figure
 
-from lora_lab.errors import unknown
+from lora_lab.errors import OptionError, unknown
 
 WIDTHS = {"single": 3.25, "double": 6.75}
 """Inches: one and two columns of the usual conference templates."""
 
-STYLE: dict[str, Any] = {
-    "pdf.fonttype": 42,  # TrueType, embedded: what publishers ask for
-    "ps.fonttype": 42,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "lora-lab",
-    "font.family": "DejaVu Sans",  # ships with matplotlib, so figures look alike everywhere
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e5e5e5",
-    "grid.linewidth": 0.5,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "lines.linewidth": 1.3,
-    "lines.markersize": 3.5,
-    "legend.frameon": False,
-    "savefig.dpi": 300,
-}
+DEFAULT = "lora-lab"
+"""The style sheet of this package (lora-lab.mplstyle)."""
 
-# Okabe & Ito's palette, which colour-blind readers can tell apart; markers and dashes say it again in grey.
-CYCLE = [
-    {"color": "#0072B2", "marker": "o", "linestyle": "-"},
-    {"color": "#D55E00", "marker": "s", "linestyle": "--"},
-    {"color": "#009E73", "marker": "^", "linestyle": "-."},
-    {"color": "#CC79A7", "marker": "D", "linestyle": ":"},
-    {"color": "#E69F00", "marker": "v", "linestyle": "-"},
-    {"color": "#56B4E9", "marker": "P", "linestyle": "--"},
-    {"color": "#333333", "marker": "X", "linestyle": "-."},
-]
+_FORMS = (("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("P", "--"), ("X", "-."))
+_HATCHES = ("", "//", "..", "xx", "--", "\\\\", "++")
+_current: list[tuple[str | Path, ...]] = [(DEFAULT,)]
 
 METHODS = {
     "lora": "LoRA",
@@ -65,6 +35,37 @@ METHODS = {
 """Training methods as papers write them."""
 
 
+class use:  # noqa: N801  (a function to its users, as matplotlib.style.use)
+    """Draw in another style from here on, or within a `with`: names of matplotlib styles, sheets' paths, or "lora-lab".
+
+    Of several, the later ones have the last word: use("lora-lab", "dark_background"). OptionError for an unknown one.
+    """
+
+    def __init__(self, *styles: str | Path) -> None:
+        self._before = _current[0]
+        for style in styles:
+            if style != DEFAULT and str(style) not in sheets.available and not Path(style).is_file():
+                raise unknown("style", str(style), [DEFAULT, *sheets.available])
+        _current[0] = styles or (DEFAULT,)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        _current[0] = self._before
+
+
+def in_use() -> tuple[str, ...]:
+    """The style sheets that figures are drawn with."""
+    return tuple(map(str, _current[0]))
+
+
+def styled() -> Any:
+    """The style, as a context to draw and save in."""
+    own = Path(__file__).with_name("lora-lab.mplstyle")
+    return sheets.context([own if style == DEFAULT else style for style in _current[0]])
+
+
 def new(width: str, height: float) -> Figure:
     """An empty figure of a column width, `height` inches high, that lays itself out."""
     if width not in WIDTHS:
@@ -72,9 +73,30 @@ def new(width: str, height: float) -> Figure:
     return Figure(figsize=(WIDTHS[width], height), layout="constrained")
 
 
-def styled() -> Any:
-    """The style, as a context to draw and save in."""
-    return rc_context(STYLE)
+def look(label: str, place: int) -> dict[str, Any]:
+    """Colour, marker and dashes of a group: a method's own everywhere, else by its place.
+
+    Markers go on where the colours of the style begin anew, so that no two of many groups look alike.
+    """
+    names = list(METHODS.values())
+    place = names.index(label) if label in names else place
+    colors = rcParams["axes.prop_cycle"].by_key().get("color", ["black"])
+    turn, color = divmod(place, len(colors))
+    return {"color": colors[color], "marker": _FORMS[(color + turn) % len(_FORMS)][0], "linestyle": dashes(place)}
+
+
+def dashes(place: int) -> str:
+    """The dashes of the group at a place."""
+    return _FORMS[place % len(_FORMS)][1]
+
+
+def bar_look(label: str, place: int) -> dict[str, Any]:
+    """The same for bars: colour, and a hatch that tells them apart in grey."""
+    names = list(METHODS.values())
+    place = names.index(label) if label in names else place
+    look_there = look("", place)
+    hatch = _HATCHES[[marker for marker, _ in _FORMS].index(look_there["marker"])]
+    return {"color": look_there["color"], "hatch": hatch, "edgecolor": "white", "linewidth": 0.3}
 
 
 def method_name(method: str | None) -> str:
@@ -89,17 +111,43 @@ def task_name(record: Mapping[str, Any]) -> str:
     return str(record.get("name") or f"{record.get('kind', 'task')}, {place.stem}")
 
 
+def shortened(text: str, most: int = 28) -> str:
+    """A name of so many characters at most, cut in its middle: ends of names are what tells them apart."""
+    front = (most - 1) // 3
+    return text if len(text) <= most else f"{text[:front]}…{text[len(text) - (most - 1 - front) :]}"
+
+
+def distinct(names: Sequence[str], most: int = 28) -> list[str]:
+    """The names shortened, but no further than leaves different ones different."""
+    longest = max(map(len, names), default=0)
+    while len({shortened(name, most) for name in names}) < len(set(names)) and most < longest:
+        most += 4
+    return [shortened(name, most) for name in names]
+
+
+def labels(names: Sequence[str]) -> list[str]:
+    """Names of modules or players without what all of them have in front, shortened."""
+    parts = [name.split(".") for name in names]
+    front = 0
+    while all(len(p) > front + 1 for p in parts) and len({p[front] for p in parts}) == 1:
+        front += 1
+    return distinct([".".join(p[front:]) for p in parts])
+
+
 def grouped(adapters: Sequence[list[dict[str, Any]]]) -> dict[str, list[list[dict[str, Any]]]]:
     """Rows of adapters by label; by method instead, where methods have several seeds."""
     methods = [rows[0]["method"] for rows in adapters]
     several = len(adapters) > 2 and None not in methods and len(set(methods)) < len(methods)
-    found: dict[str, list[list[dict[str, Any]]]] = {}
-    for rows in adapters:
-        label = method_name(rows[0]["method"]) if several else rows[0]["adapter"]
-        while not several and label in found:  # two files of one name are two adapters
+    groups: dict[str, list[list[dict[str, Any]]]] = {}
+    names = distinct([rows[0]["adapter"] for rows in adapters])
+    for rows, name in zip(adapters, names, strict=True):
+        label = method_name(rows[0]["method"]) if several else name
+        while not several and label in groups:  # two files of one name are two adapters
             label += "′"
-        found.setdefault(label, []).append(rows)
-    return found
+        groups.setdefault(label, []).append(rows)
+    if not groups:
+        raise OptionError("these results hold no adapters")
+    return groups
 
 
 def bands(counts: Mapping[str, int], one: str, several: str) -> str:
@@ -107,53 +155,18 @@ def bands(counts: Mapping[str, int], one: str, several: str) -> str:
     kinds = {name: several if count > 1 else one for name, count in counts.items()}
     if len(set(kinds.values())) == 1:
         return next(iter(kinds.values()))
+    if len(kinds) > 4:
+        return f"{one}, or {several} where there are several"
     return ", ".join(f"{name} {kind}" for name, kind in kinds.items())
 
 
-def look(label: str, place: int) -> dict[str, Any]:
-    """Colour, marker and dashes of a group: a method's own everywhere, else by its place."""
-    names = list(METHODS.values())
-    return dict(CYCLE[(names.index(label) if label in names else place) % len(CYCLE)])
+def measured_on(results: Sequence[Any]) -> str:
+    """What a caption says of where the numbers come from: task, split, number of examples."""
+    said, n = results[0].parameters, results[0].provenance.get("examples")
+    return f"{task_name(said['task'])}, {said['split']} split, n = {n}"
 
 
-def hatch(label: str, place: int) -> str:
-    """What tells bars of a group apart in grey."""
-    return ["", "//", "..", "xx", "--", "\\\\", "++"][CYCLE.index(look(label, place))]
-
-
-def caption(figure: Figure, width: str, text: str) -> None:
-    """Grey lines below the figure that say what it was measured on; in one column, a line for each part.
-
-    Parts stand between semicolons; what is wider than the figure goes on in a further line.
-    """
-    room = figure.get_figwidth() - 0.2
-    lines: list[str] = []
-    for part in text.split("; "):
-        whole = f"{lines[-1]}; {part}" if lines and width != "single" else part
-        if whole is not part and _inches(whole) <= room:
-            lines[-1] = whole
-        else:
-            lines += _folded(part, room)
-    figure.supxlabel("\n".join(lines), fontsize=_CAPTION, color="#555555")
-
-
-def _folded(text: str, room: float) -> list[str]:
-    """The words of a text in lines of so many inches, of one word at least."""
-    lines = [""]
-    for word in text.split(" "):
-        longer = f"{lines[-1]} {word}".lstrip()
-        if lines[-1] and _inches(longer) > room:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return lines
-
-
-def _inches(text: str) -> float:
-    from matplotlib.textpath import TextPath
-
-    return float(TextPath((0, 0), text, size=_CAPTION).get_extents().width) / 72
-
-
-_CAPTION = 7
-"""Points."""
+def players(results: Sequence[Any]) -> str:
+    """What a caption calls the players."""
+    given = results[0].parameters["players"]
+    return given if isinstance(given, str) else "group"

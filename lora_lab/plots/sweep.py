@@ -3,97 +3,88 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from lora_lab.errors import OptionError
+from lora_lab.plots import primitives
 from lora_lab.plots import style as plot_style
+from lora_lab.plots.primitives import Panels
 from lora_lab.results.result import Result, by_adapter
 
-Floats = npt.NDArray[np.float64]
-
 _AXIS = {"unstructured": "sparsity (share of entries set to 0)", "rank": "rank kept"}
+_KINDS = ("structured", *_AXIS)
+
+_FEW = 8
+"""Up to so many curves, each has its own words in the legend; of more, adapters and criteria have them."""
 
 
-def draw(results: Sequence[Result], width: str) -> Figure:
+def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
     """All kinds of pruning that the results hold: patterns above, curves below."""
-    kinds = _kinds(results)
+    kinds = [kind for kind in _KINDS if any(result.rows(kind=kind) for result in results)]
     curves = [kind for kind in kinds if kind != "structured"]
     if "structured" not in kinds or not curves:
-        return _draw_structured(results, width) if "structured" in kinds else _draw_curves(results, width, curves)
-    figure = plot_style.new(width, 5.3 if width == "double" else 2.6 + 2.5 * len(curves))
-    if width == "double":
-        grid = figure.add_gridspec(2, len(curves), height_ratios=[1.1, 1])
-        top, below = figure.add_subplot(grid[0, :]), [figure.add_subplot(grid[1, i]) for i in range(len(curves))]
-    else:
-        grid = figure.add_gridspec(1 + len(curves), 1)
-        top, below = figure.add_subplot(grid[0]), [figure.add_subplot(grid[i + 1]) for i in range(len(curves))]
-    _bars(top, results)
-    for ax, kind in zip(below, curves, strict=True):
+        return _draw_bars(results, panels) if "structured" in kinds else _draw_curves(results, panels, curves)
+    below, height, ratios = (1, len(curves)), 5.3, [1.1, 1.0]
+    if panels.single:
+        below, height, ratios = (len(curves), 1), 2.6 + 2.5 * len(curves), [1.0] * (1 + len(curves))
+    more = primitives.more_for(_patterns(results))
+    axes = panels.stack(below, height + more + _legend_height(results, curves), ratios, sharey=False)
+    _bars(axes[0], results)
+    for ax, kind in zip(axes[1:], curves, strict=True):
         _curve(ax, results, kind)
-    handles, labels = top.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4 if width == "double" else 2)
-    for ax in below:
-        _legend(ax)
-    plot_style.caption(figure, width, _caption(results))
-    return figure
+    panels.legend(axes[0])
+    panels.caption(axes[0], _caption(results, kinds))
+    return axes
 
 
-def draw_structured(results: Sequence[Result], width: str) -> Figure:
+def draw_structured(results: Sequence[Result], panels: Panels) -> list[Axes]:
     """Grouped bars, a pattern each; a label names what is kept."""
-    return _draw_structured(results, width)
+    return _draw_bars(results, panels)
 
 
-def draw_unstructured(results: Sequence[Result], width: str) -> Figure:
+def draw_unstructured(results: Sequence[Result], panels: Panels) -> list[Axes]:
     """Accuracy over sparsity."""
-    return _draw_curves(results, width, ["unstructured"])
+    return _draw_curves(results, panels, ["unstructured"])
 
 
-def draw_rank(results: Sequence[Result], width: str) -> Figure:
+def draw_rank(results: Sequence[Result], panels: Panels) -> list[Axes]:
     """Accuracy over the rank kept."""
-    return _draw_curves(results, width, ["rank"])
+    return _draw_curves(results, panels, ["rank"])
 
 
-def _draw_structured(results: Sequence[Result], width: str) -> Figure:
-    _need(results, "structured")
-    figure = plot_style.new(width, 2.7)
-    ax = figure.subplots()
+def _draw_bars(results: Sequence[Result], panels: Panels) -> list[Axes]:
+    caption = _caption(results, ["structured"])
+    (ax,) = panels.grid(1, 1, 2.7 + primitives.more_for(_patterns(results)))
     _bars(ax, results)
-    figure.legend(loc="outside upper center", ncols=4 if width == "double" else 2)
-    plot_style.caption(figure, width, _caption(results))
-    return figure
+    panels.legend(ax)
+    panels.caption(ax, caption)
+    return [ax]
 
 
-def _draw_curves(results: Sequence[Result], width: str, kinds: Sequence[str]) -> Figure:
-    for kind in kinds:
-        _need(results, kind)
-    shape = (1, len(kinds)) if width == "double" else (len(kinds), 1)
-    figure = plot_style.new(width, 3.0 if width == "double" else 0.6 + 2.5 * len(kinds))
-    axes = figure.subplots(*shape, squeeze=False).ravel()
+def _draw_curves(results: Sequence[Result], panels: Panels, kinds: Sequence[str]) -> list[Axes]:
+    caption = _caption(results, kinds)
+    height = 0.6 + 2.5 * len(kinds) if panels.single else 3.0
+    height += _legend_height(results, kinds)
+    axes = panels.grid(len(kinds), 1 if panels.single else len(kinds), height)
     for ax, kind in zip(axes, kinds, strict=True):
         _curve(ax, results, kind)
-        _legend(ax)
-    plot_style.caption(figure, width, _caption(results))
-    return figure
+    panels.caption(axes[0], caption)
+    return axes
 
 
 def _bars(ax: Axes, results: Sequence[Result]) -> None:
     groups = plot_style.grouped(by_adapter(results, kind="structured"))
-    names = list(dict.fromkeys(row["label"] for adapters in groups.values() for rows in adapters for row in rows))
-    for i, (label, adapters) in enumerate(groups.items()):
-        mean, low, high = _values(adapters, [(None, name) for name in names])
-        place = np.arange(len(names)) + (i - (len(groups) - 1) / 2) * 0.8 / len(groups)
-        color, hatch = plot_style.look(label, i)["color"], plot_style.hatch(label, i)
-        ax.bar(place, mean, 0.8 / len(groups), label=label, color=color, hatch=hatch, edgecolor="white", linewidth=0.3)
-        error = np.stack([mean - low, high - mean]).clip(min=0)
-        ax.errorbar(place, mean, error, fmt="none", ecolor="#333333", elinewidth=0.7, capsize=1.2)
-    shown = [name.removeprefix("type:").removesuffix("_proj") for name in names]
-    ax.set_xticks(range(len(names)), shown, rotation=45, ha="right")
+    names = _patterns(results)
+    values = {
+        label: primitives.band(primitives.points(adapters, names, lambda row: row["label"]), "accuracy")
+        for label, adapters in groups.items()
+    }
+    primitives.bars(ax, values)
+    shown = plot_style.labels([name.removeprefix("type:").removesuffix("_proj") for name in names])
+    primitives.name_axis(ax.xaxis, shown, rotation=45, ha="right")
     ax.set_ylabel("accuracy")
     ax.set_xlabel("kept")
 
@@ -101,64 +92,45 @@ def _bars(ax: Axes, results: Sequence[Result]) -> None:
 def _curve(ax: Axes, results: Sequence[Result], kind: str) -> None:
     groups = plot_style.grouped(by_adapter(results, kind=kind))
     criteria = list(dict.fromkeys(row["criterion"] for adapters in groups.values() for r in adapters for row in r))
-    lines = ["-", "--", ":", "-."]
+    few = len(groups) * len(criteria) <= _FEW
     for i, (label, adapters) in enumerate(groups.items()):
         for j, criterion in enumerate(criteria):
-            places = [row["label"] for row in adapters[0] if row["criterion"] == criterion]
-            mean, low, high = _values(adapters, [(criterion, place) for place in places])
-            style = {**plot_style.look(label, i), "linestyle": lines[j % len(lines)]}
+            names = [(criterion, row["label"]) for row in adapters[0] if row["criterion"] == criterion]
+            places = primitives.points(adapters, names, lambda row: (row["criterion"], row["label"]))
+            look = {**plot_style.look(label, i), "linestyle": ("-", "--", ":", "-.")[j % 4]}
             if criterion == "random":
-                style["markerfacecolor"] = "white"
-            x = np.array([float(place) for place in places])
-            ax.fill_between(x, low, high, color=style["color"], alpha=0.14, linewidth=0)
-            ax.plot(x, mean, label=f"{label}, {criterion}", **style)
+                look["markerfacecolor"] = "white"
+            x = np.array([float(name) for _, name in names])
+            values = primitives.band(places, "accuracy")
+            words = f"{label}, {criterion}" if few else label if j == 0 else None
+            primitives.curve(ax, x, values, alpha=0.14, label=words, **look)
+            if not few and i == 0:
+                ax.plot([], [], color="#333333", linestyle=look["linestyle"], label=criterion)
     if kind == "rank":
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel(_AXIS[kind])
     ax.set_ylabel("accuracy")
-
-
-def _legend(ax: Axes) -> None:
-    """Below the axes: curves leave no corner free."""
+    # below the axes: curves leave no corner free
     ax.legend(fontsize=6, handlelength=3, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.28))
 
 
-def _values(
-    adapters: Sequence[Sequence[dict[str, Any]]], wanted: Sequence[tuple[str | None, str]]
-) -> tuple[Floats, Floats, Floats]:
-    """Mean and band of each (criterion or any, label): one adapter's interval, or the spread of several."""
-
-    def cell(rows: Sequence[dict[str, Any]], criterion: str | None, label: str, key: str) -> float:
-        found = [row[key] for row in rows if row["label"] == label and criterion in (None, row["criterion"])]
-        return float(found[0]) if found else np.nan
-
-    def line(rows: Sequence[dict[str, Any]], key: str) -> list[float]:
-        return [cell(rows, *each, key) for each in wanted]
-
-    values = np.array([line(rows, "accuracy") for rows in adapters])
-    mean = values.mean(0)
-    if len(values) > 1:
-        spread = values.std(0, ddof=1)
-        return mean, mean - spread, mean + spread
-    return mean, np.array(line(adapters[0], "accuracy_low")), np.array(line(adapters[0], "accuracy_high"))
+def _patterns(results: Sequence[Result]) -> list[str]:
+    return list(dict.fromkeys(row["label"] for result in results for row in result.rows(kind="structured")))
 
 
-def _kinds(results: Sequence[Result]) -> list[str]:
-    return [kind for kind in ("structured", "unstructured", "rank") if any(r.rows(kind=kind) for r in results)]
+def _legend_height(results: Sequence[Result], kinds: Sequence[str]) -> float:
+    """Inches that the largest legend below curves takes beyond the usual."""
+    adapters = len(plot_style.grouped(by_adapter(results, kind=kinds[0])))
+    return 0.07 * max(0, adapters - _FEW // 2)
 
 
-def _need(results: Sequence[Result], kind: str) -> None:
-    if kind not in _kinds(results):
-        raise OptionError(f"these results hold no {kind} pruning; compute it with `lora-lab sweep --{kind}`")
-
-
-def _caption(results: Sequence[Result]) -> str:
-    first = results[0]
-    counts = {
-        name: len(rows)
-        for kind in _kinds(results)
-        for name, rows in plot_style.grouped(by_adapter(results, kind=kind)).items()
-    }
-    band = plot_style.bands(counts, "95 % interval (examples and draws)", "±1 s.d. over seeds")
-    task, n = plot_style.task_name(first.parameters["task"]), first.provenance.get("examples")
-    return f"{task}, {first.parameters['split']} split, n = {n}; bands and bars: {band}"
+def _caption(results: Sequence[Result], kinds: Sequence[str]) -> str:
+    """What was measured; OptionError where the results hold no pruning of a kind."""
+    counts: dict[str, int] = {}
+    for kind in kinds:
+        adapters = by_adapter(results, kind=kind)
+        if not adapters:
+            raise OptionError(f"these results hold no {kind} pruning: a sweep with {kind} among its kinds has it")
+        counts |= {name: len(rows) for name, rows in plot_style.grouped(adapters).items()}
+    bands = plot_style.bands(counts, "95 % interval (examples and draws)", "±1 s.d. over seeds")
+    return f"{plot_style.measured_on(results)}; bands and bars: {bands}"

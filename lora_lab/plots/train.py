@@ -9,13 +9,12 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
 
 from lora_lab.errors import OptionError
+from lora_lab.plots import primitives
 from lora_lab.plots import style as plot_style
+from lora_lab.plots.primitives import Floats, Panels
 from lora_lab.results.result import Result, grouped
-
-Floats = npt.NDArray[np.float64]
 
 _OFF, _ON = "#f0f0f0", "#0072B2"
 
@@ -42,27 +41,38 @@ def smoothed(loss: Floats, window: int = 15) -> Floats:
     return np.asarray(sums / counts)
 
 
-def draw(results: Sequence[Result], width: str) -> Figure:
-    """One column a run: probability, masks, loss over the optimiser steps."""
-    figure = plot_style.new(width, 3.3)
-    axes = figure.subplots(3, len(results), squeeze=False, sharex="col", height_ratios=(1, 1.15, 1))
-    for column, result in enumerate(results):
-        top, middle, bottom = axes[:, column]
+def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
+    """One column a run: probability, masks, loss over the optimiser steps; further runs below the first."""
+    columns = min(2 if panels.single else 4, len(results))
+    blocks = -(-len(results) // columns)
+    places = panels.grid(3 * blocks * columns, columns, 3.3 * blocks, (1, 1.15, 1) * blocks)
+    axes = []
+    for i, result in enumerate(results):
+        first = 3 * columns * (i // columns) + i % columns
+        top, middle, bottom = column = places[first : first + 3 * columns : columns]
+        axes += column
+        for ax in (middle, bottom):
+            ax.sharex(top)
         _probability(top, result)
         _raster(middle, result)
         _loss(bottom, result)
+        for ax in (top, middle):
+            ax.tick_params(labelbottom=False)
         record = result.parameters["record"]
-        top.set_title(f"{plot_style.method_name(record['method'])}, seed {record['seed']}")
+        primitives.title(top, f"{plot_style.method_name(record['method'])}, seed {record['seed']}")
         bottom.set_xlabel("optimiser step")
-        if column == 0:
+        if i % columns == 0:
             top.set_ylabel("p(t)")
             middle.set_ylabel("group (blue: on)")
             bottom.set_ylabel("loss (nats)")
-    highest = max(ax.get_ylim()[1] for ax in axes[2])
-    for ax in axes[2]:
+    for ax in places:
+        if ax not in axes:
+            ax.set_axis_off()
+    highest = max(ax.get_ylim()[1] for ax in axes[2::3])
+    for ax in axes[2::3]:
         ax.set_ylim(0, highest)
-    figure.align_ylabels(axes[:, 0])
-    return figure
+    primitives.figure_of(axes[0]).align_ylabels(places[::columns])
+    return axes
 
 
 def _probability(ax: Axes, result: Result) -> None:
@@ -99,19 +109,13 @@ def _loss(ax: Axes, result: Result) -> None:
     ax.plot(result.columns["step"], smoothed(loss), color="#333333")
 
 
-def draw_tuning(results: Sequence[Result], width: str) -> Figure:
+def draw_tuning(results: Sequence[Result], panels: Panels) -> list[Axes]:
     """Validation accuracy (of language models, loss) over the settings: mean and spread over seeds, choices ringed.
 
     The option with the most values is the axis; every combination of the others is a line.
     """
-    criteria = {result.parameters["criterion"] for result in results}
-    tasks = [result.parameters["task"] for result in results]
-    if len(criteria) > 1 or any(task != tasks[0] for task in tasks):
-        raise OptionError("settings tried on different tasks cannot share a figure")
-    (criterion,) = criteria
-    axis = _widest(results)
-    figure = plot_style.new(width, 2.3)
-    ax = figure.subplots()
+    criterion, axis = results[0].parameters["criterion"], _widest(results)
+    (ax,) = panels.grid(1, 1, 2.3)
     place = 0
     for result in results:
         others = [name for name in result.parameters["options"] if name != axis]
@@ -123,7 +127,7 @@ def draw_tuning(results: Sequence[Result], width: str) -> Figure:
     _tuning_axes(ax, results, axis)
     ax.set_ylabel(f"validation {criterion}" + (" (nats)" if criterion == "loss" else ""))
     ax.legend()
-    return figure
+    return [ax]
 
 
 _SPOKEN = {
@@ -149,13 +153,11 @@ def _widest(results: Sequence[Result]) -> str:
 def _tuning_line(
     ax: Axes, rows: Sequence[Mapping[str, Any]], axis: str, criterion: str, look: Mapping[str, Any], label: str
 ) -> None:
-    points = []
-    for at, seeds in grouped(rows, axis):
-        values = np.array([row[criterion] for row in seeds], dtype=float)  # NaN where one diverged
-        spread = values.std(ddof=1) if len(values) > 1 else 0.0
-        points.append((at[axis], values.mean(), spread, seeds[0]["chosen"]))
-    x, mean, spread, chosen = (np.array(column) for column in zip(*sorted(points), strict=True))
-    ax.errorbar(x, mean, spread, label=label, capsize=2, elinewidth=0.8, **look)
+    settings = sorted(grouped(rows, axis), key=lambda setting: setting[0][axis])
+    x = np.array([head[axis] for head, _ in settings])
+    chosen = np.array([seeds[0]["chosen"] for _, seeds in settings])
+    mean, _, high = primitives.band([seeds for _, seeds in settings], criterion)  # NaN where one diverged
+    ax.errorbar(x, mean, high - mean, label=label, capsize=2, elinewidth=0.8, **look)
     ax.plot(x[chosen], mean[chosen], "o", markersize=9, markerfacecolor="none", color=look["color"])
 
 

@@ -169,7 +169,7 @@ def wanted():
     """Every file of the package as it is installed."""
     packed = {str(path.relative_to(ROOT)) for path in MODULES}
     packed |= {f"lora_lab/cli/{path.name}" for path in (ROOT / "cli").glob("*.py")}
-    return packed | {"lora_lab/data/digits_vit.safetensors", "lora_lab/py.typed"}
+    return packed | {"lora_lab/data/digits_vit.safetensors", "lora_lab/plots/lora-lab.mplstyle", "lora_lab/py.typed"}
 
 
 def test_the_wheel_holds_every_room_and_no_stray_module(source, tmp_path):

@@ -1,0 +1,206 @@
+"""Views draw where they are told, in the style that is in use, and stay readable at real sizes."""
+
+import itertools
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from test_figures import line, merges, run, shapley_result, stability_result, sweep_result, tried_result
+
+from lora_lab import plots
+from lora_lab.errors import OptionError
+from lora_lab.plots import primitives
+from lora_lab.plots import style as plot_style
+from lora_lab.results.result import Result, columns
+
+LONG = [f"meta-llama_Llama-3.1-70B-Instruct-lora-r16-alpha32-domain-{i}" for i in range(9)]
+MADE = {
+    "train": run,
+    "tuning": lambda: tried_result("coto", [(1e-3, [0.5, 0.6], False), (2e-3, [0.7, 0.8], True)]),
+    "compare-merges": merges,
+    "interpolate": lambda: line(pairs=((0, 1), (0, 2)), ratios=("1:1",)),
+    "shapley": lambda: shapley_result(interactions=True),
+    "stability": stability_result,
+    "sweep": sweep_result,
+}
+
+
+def made(name):
+    seeds = ("0:1", "1:1") if name == "compare-merges:ratios" else (None,)
+    return merges(ratios=seeds) if name.startswith("compare") else MADE[name.partition(":")[0]]()
+
+
+def flat(axes):
+    return axes if isinstance(axes, list) else [axes]
+
+
+@pytest.mark.parametrize("name", plots.PLOTS)
+def test_every_view_draws_in_the_place_of_axes_and_on_as_many_axes_as_it_has_panels(name):
+    result, view = made(name), plots.PLOTS[name]
+    own = flat(view(result))
+    assert all(isinstance(ax, Axes) for ax in own)
+    figure = Figure(layout="constrained")
+    here, other = figure.subplots(1, 2)
+    inside = flat(plots.draw(result, name, here))
+    assert len(inside) == len(own)
+    assert all(ax.get_figure() is figure for ax in inside)
+    assert not other.has_data()
+    assert not figure.legends
+    assert not figure.get_supxlabel()
+    given = Figure().subplots(1, len(own), squeeze=False).ravel()
+    assert flat(view([result], given)) == list(given)
+    for mine, theirs in zip(own, given, strict=True):
+        assert [list(line.get_ydata()) for line in mine.lines] == [list(line.get_ydata()) for line in theirs.lines]
+
+
+def test_axes_of_another_number_and_axes_outside_of_a_grid_are_refused():
+    with pytest.raises(OptionError, match="2 panels do not fit on 3 axes: as many are needed, or one of a grid"):
+        plots.draw(stability_result(), None, Figure().subplots(3))
+    with pytest.raises(OptionError, match="one of a grid"):
+        plots.draw(stability_result(), None, Figure().add_axes((0, 0, 1, 1)))
+
+
+def test_a_figure_is_the_axes_of_its_view_on_a_page():
+    axes = plots.draw(shapley_result(players="layer"), "shapley:bars")
+    figure = plots.figure(shapley_result(players="layer"), kind="shapley:bars")
+    assert isinstance(axes, Axes)
+    assert [bar.get_height() for bar in axes.patches] == [bar.get_height() for bar in figure.axes[0].patches]
+
+
+def test_a_view_of_ones_own_is_drawn_as_the_others_are():
+    def points(results, panels):
+        (ax,) = panels.grid(1, 1, 2)
+        ax.plot([row["x"] for row in results[0].rows()], label=results[0].parameters["name"])
+        panels.legend(ax)
+        return [ax]
+
+    plots.PLOTS.register("demo", plots.View(points, "demo", "points", ()))
+    try:
+        result = Result("demo", {"x": [1, 2, 3]}, {"name": "$a_b$"})
+        figure = plots.figure(result)
+        assert list(figure.axes[0].lines[0].get_ydata()) == [1, 2, 3]
+        assert figure.legends[0].get_texts()[0].get_text() == r"\$a_b\$"
+        with pytest.raises(OptionError, match=r"results of kind 'demo' that lack what points shows .KeyError"):
+            plots.figure(Result("demo", {"x": [1]}))
+    finally:
+        del plots.PLOTS.entries["demo"]
+
+
+@pytest.mark.parametrize("make", [shapley_result, stability_result, sweep_result])
+def test_only_what_was_measured_alike_shares_axes(make):
+    one = make()
+    other = Result(one.kind, one.columns, {**one.parameters, "split": "validation"}, one.summary, one.provenance)
+    with pytest.raises(OptionError, match="cannot share a figure: split is test, validation"):
+        plots.figure([one, other])
+
+
+def test_the_style_can_be_switched_and_comes_back(tmp_path):
+    def colour():
+        return matplotlib.colors.to_hex(plots.draw(sweep_result(), "sweep:structured").patches[0].get_facecolor())
+
+    sheet = tmp_path / "red.mplstyle"
+    sheet.write_text("axes.prop_cycle: cycler('color', ['ff0000', '00ff00'])\nfont.size: 13\n")
+    before = plots.figure(sweep_result()).get_gid()
+    assert colour() == "#0072b2"
+    with plots.use("lora-lab", sheet):
+        assert colour() == "#ff0000"
+        assert plots.figure(sweep_result()).get_gid() != before
+        with plots.use("ggplot"):
+            assert colour() == "#e24a33"
+        assert colour() == "#ff0000"
+    assert colour() == "#0072b2"
+    assert plots.figure(sweep_result()).get_gid() == before
+    with pytest.raises(OptionError, match=r"unknown style 'ggplt' .did you mean 'ggplot'"):
+        plots.use("ggplt")
+    plots.use("ggplot")
+    try:
+        assert colour() == "#e24a33"
+    finally:
+        plots.use()
+    assert colour() == "#0072b2"
+
+
+def test_no_two_of_many_groups_look_alike():
+    for style in ("lora-lab", "tableau-colorblind10", "petroff6"):  # 7, 10 and 6 colours
+        with plots.use(style), plot_style.styled():
+            looks = [tuple(plot_style.look("", place).values())[:2] for place in range(42)]
+            bars = [tuple(plot_style.bar_look("", place).values())[:2] for place in range(42)]
+        assert len(set(looks)) == len(set(bars)) == 42
+
+
+def test_names_are_shortened_only_as_far_as_they_stay_different():
+    assert plot_style.distinct(["a", "b"]) == ["a", "b"]
+    short = plot_style.distinct(LONG)
+    assert len(set(short)) == 9
+    assert max(map(len, short)) == 28
+    middle = [f"{'x' * 30}{i}{'y' * 40}" for i in range(3)]
+    assert len(set(plot_style.distinct(middle))) == 3
+    assert plot_style.labels(["vit.layers.0", "vit.layers.1"]) == ["0", "1"]
+    assert plot_style.labels(["k_proj.0", "q_proj.0"]) == ["k_proj.0", "q_proj.0"]
+
+
+def test_a_band_is_the_interval_of_one_and_the_spread_of_several():
+    one, other = {"x": 1.0, "x_low": 0.5, "x_high": 3.0}, {"x": 2.0}
+    value, low, high = primitives.band([[one], [one, other], [], [other], [{"x": None}]], "x")
+    assert value.tolist() == pytest.approx([1, 1.5, np.nan, 2, np.nan], nan_ok=True)
+    assert low.tolist() == pytest.approx([0.5, 1.5 - 0.5**0.5, np.nan, 2, np.nan], nan_ok=True)
+    assert high.tolist() == pytest.approx([3, 1.5 + 0.5**0.5, np.nan, 2, np.nan], nan_ok=True)
+
+
+def drawn_texts(figure):
+    """Every text that is seen, with the box that it takes."""
+    figure.draw_without_rendering()
+    for ax in figure.axes:
+        texts = [ax.title, ax.xaxis.label, ax.yaxis.label, *ax.get_xticklabels(), *ax.get_yticklabels()]
+        yield from (text for text in texts if text.get_text().strip() and ax.axison and text.get_visible())
+    for legend in figure.legends:
+        yield from legend.get_texts()
+
+
+def big(layers=80):
+    rows = []
+    for a, name in enumerate(LONG):
+        for layer in range(layers):
+            value = 0.1 + 0.01 * a
+            row = {"adapter": name, "method": None, "seed": 0, "player": f"model.layers.{layer}", "encoder": ""}
+            rows.append({**row, "type": None, "layer": layer, "value": value, "low": value, "high": value})
+    said = {"worth": "accuracy", "players": "layer", "task": {"name": "digits/relabel"}, "split": "test"}
+    return Result("shapley", columns(rows), said, {"adapters": []}, {"examples": 500})
+
+
+@pytest.mark.parametrize("width", plots.WIDTHS)
+def test_eighty_layers_and_nine_long_names_are_readable_and_within_the_page(width):
+    figure = plots.figure(big(), width=width)
+    (ax,) = figure.axes
+    assert len(figure.legends[0].get_texts()) == 9
+    assert len({text.get_text() for text in figure.legends[0].get_texts()}) == 9
+    boxes = [text.get_window_extent() for text in drawn_texts(figure)]
+    assert all(figure.bbox.x0 - 1 <= box.x0 and box.x1 <= figure.bbox.x1 + 1 for box in boxes)
+    ticks = [label.get_window_extent() for label in ax.get_xticklabels()]
+    assert 10 <= len(ticks) < 80
+    assert all(left.x1 <= right.x0 + 1 for left, right in itertools.pairwise(ticks))
+    assert all(label.get_fontsize() >= 4 for label in ax.get_xticklabels())
+
+
+def test_pairs_of_long_names_keep_panels_and_titles_of_their_own():
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    results = line(pairs=pairs)
+    rows = [{**row, "method": f"{LONG[row['indices'][0]]} – {LONG[row['indices'][1]]}"} for row in results.rows()]
+    figure = plots.figure(Result("interpolate", columns(rows), results.parameters, results.summary, {"examples": 500}))
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles[-1] == "norm"
+    assert len(set(titles)) == 4
+    assert all("\n" in title for title in titles[:3])
+    figure.draw_without_rendering()
+    boxes = [ax.title.get_window_extent() for ax in figure.axes]
+    assert all(left.x1 <= right.x0 for left, right in itertools.pairwise(boxes))
+    assert all(ax.xaxis.label.get_text() == "t" for ax in figure.axes)
+
+
+def test_many_runs_go_on_in_further_lines():
+    figure = plots.figure([run("coto" if i % 2 else "lora") for i in range(9)])
+    shown = [ax for ax in figure.axes if ax.axison]
+    assert len(shown) == 27
+    assert len({round(ax.get_position().x0, 2) for ax in shown[::3]}) == 4
