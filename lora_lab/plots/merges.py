@@ -87,9 +87,10 @@ def _bars(ax: Axes, results: Sequence[Result], *, horizontal: bool) -> None:
     names = [name for name in dict.fromkeys(row["merge"] for row in table) if name != _ALONE]
     sets = [row for result in results for row in result.summary["sets"] if row["chosen"]]
     values = {}
-    for method in dict.fromkeys(row["method"] for row in table):
+    methods = list(dict.fromkeys(row["method"] for row in table))
+    for method, label in zip(methods, plot_style.distinct(list(map(plot_style.method_name, methods))), strict=True):
         places = [[row for row in sets if (row["method"], row["merge"]) == (method, name)] for name in names]
-        values[plot_style.method_name(method)] = primitives.band(places, "normalised")
+        values[label] = primitives.band(places, "normalised")
     primitives.bars(ax, values, horizontal=horizontal)
     shown = plot_style.distinct([name.replace("ensemble of logits", "ensemble (logits)") for name in names])
     line: dict[str, Any] = {"color": "#333333", "linewidth": 0.7, "linestyle": ":"}

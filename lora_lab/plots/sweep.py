@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from lora_lab.errors import OptionError
@@ -16,6 +18,8 @@ from lora_lab.results.result import Result, by_adapter
 
 _AXIS = {"unstructured": "sparsity (share of entries set to 0)", "rank": "rank kept"}
 _KINDS = ("structured", *_AXIS)
+
+_DASHES = ("-", "--", ":", "-.")
 
 _FEW = 8
 """Up to so many curves, each has its own words in the legend; of more, adapters and criteria have them."""
@@ -31,7 +35,7 @@ def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
     if panels.single:
         below, height, ratios = (len(curves), 1), 2.6 + 2.5 * len(curves), [1.0] * (1 + len(curves))
     more = primitives.more_for(_patterns(results))
-    axes = panels.stack(below, height + more + _legend_height(results, curves), ratios, sharey=False)
+    axes = panels.stack(below, height + more, ratios, sharey=False)
     _bars(axes[0], results)
     for ax, kind in zip(axes[1:], curves, strict=True):
         _curve(ax, results, kind)
@@ -67,10 +71,10 @@ def _draw_bars(results: Sequence[Result], panels: Panels) -> list[Axes]:
 def _draw_curves(results: Sequence[Result], panels: Panels, kinds: Sequence[str]) -> list[Axes]:
     caption = _caption(results, kinds)
     height = 0.6 + 2.5 * len(kinds) if panels.single else 3.0
-    height += _legend_height(results, kinds)
     axes = panels.grid(len(kinds), 1 if panels.single else len(kinds), height)
     for ax, kind in zip(axes, kinds, strict=True):
-        _curve(ax, results, kind)
+        if not _curve(ax, results, kind) and ax is axes[0]:
+            panels.legend(ax)
     panels.caption(axes[0], caption)
     return axes
 
@@ -89,7 +93,8 @@ def _bars(ax: Axes, results: Sequence[Result]) -> None:
     ax.set_xlabel("kept")
 
 
-def _curve(ax: Axes, results: Sequence[Result], kind: str) -> None:
+def _curve(ax: Axes, results: Sequence[Result], kind: str) -> bool:
+    """Accuracy of every adapter and criterion; whether the legend below names the adapters, too."""
     groups = plot_style.grouped(by_adapter(results, kind=kind))
     criteria = list(dict.fromkeys(row["criterion"] for adapters in groups.values() for r in adapters for row in r))
     few = len(groups) * len(criteria) <= _FEW
@@ -97,31 +102,29 @@ def _curve(ax: Axes, results: Sequence[Result], kind: str) -> None:
         for j, criterion in enumerate(criteria):
             names = [(criterion, row["label"]) for row in adapters[0] if row["criterion"] == criterion]
             places = primitives.points(adapters, names, lambda row: (row["criterion"], row["label"]))
-            look = {**plot_style.look(label, i), "linestyle": ("-", "--", ":", "-.")[j % 4]}
+            look = {**plot_style.look(label, i), "linestyle": _DASHES[j % 4]}
             if criterion == "random":
                 look["markerfacecolor"] = "white"
             x = np.array([float(name) for _, name in names])
             values = primitives.band(places, "accuracy")
             words = f"{label}, {criterion}" if few else label if j == 0 else None
             primitives.curve(ax, x, values, alpha=0.14, label=words, **look)
-            if not few and i == 0:
-                ax.plot([], [], color="#333333", linestyle=look["linestyle"], label=criterion)
     if kind == "rank":
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel(_AXIS[kind])
     ax.set_ylabel("accuracy")
+    handles, entries = ax.get_legend_handles_labels()
+    if not few:  # colours are told above the figure
+        handles = [Line2D([], [], color="#333333", linestyle=_DASHES[j % 4]) for j in range(len(criteria))]
+        entries = criteria
     # below the axes: curves leave no corner free
-    ax.legend(fontsize=6, handlelength=3, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.28))
+    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.28)}
+    ax.legend(handles, entries, fontsize=6, handlelength=3, ncols=2, **below)
+    return few
 
 
 def _patterns(results: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(row["label"] for result in results for row in result.rows(kind="structured")))
-
-
-def _legend_height(results: Sequence[Result], kinds: Sequence[str]) -> float:
-    """Inches that the largest legend below curves takes beyond the usual."""
-    adapters = len(plot_style.grouped(by_adapter(results, kind=kinds[0])))
-    return 0.07 * max(0, adapters - _FEW // 2)
 
 
 def _caption(results: Sequence[Result], kinds: Sequence[str]) -> str:
