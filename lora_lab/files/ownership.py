@@ -14,6 +14,9 @@ from lora_lab.errors import FileError, some
 MARK = "lora-lab"
 """What figures, results, journals, tables and model cards carry to be known by."""
 
+JOURNAL = "lora_lab_journal_3"
+"""The table of a journal, which no other database has; the number counts its versions."""
+
 METADATA = "lora_lab."
 """How the keys begin that its safetensors files have among their metadata."""
 
@@ -106,6 +109,8 @@ def _written_here(path: Path) -> bool:
         return b"<dc:title>" + mark + b"</dc:title>" in start
     if start.startswith(b"\\begin{tabular}"):
         return end.rstrip().rpartition(b"\n")[2].startswith(b"% " + mark)
+    if start.startswith(b"SQLite format 3\0"):
+        return JOURNAL.encode() in start
     return any(pattern.match(start) for pattern in (_JSON, _CARD, _CSV)) or _of_safetensors(path, start)
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from lora_lab.lazy import face
 
 if TYPE_CHECKING:
-    from lora_lab.results.result import Journal as Journal
     from lora_lab.results.result import Result as Result
     from lora_lab.results.result import fingerprint as fingerprint
     from lora_lab.results.result import provenance as provenance
@@ -21,7 +20,6 @@ __getattr__, __dir__, __all__ = face(
     __name__,
     {
         "result": (
-            "Journal",
             "Result",
             "fingerprint",
             "provenance",

@@ -1,4 +1,4 @@
-"""What a command found out: numbers with their provenance, as one JSON file; and the journal of a run under way."""
+"""What a command found out: numbers with their provenance, as one JSON file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import math
 import platform
 import subprocess
 import sys
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -17,8 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lab import files
-from lora_lab.errors import FileError, LoraLabWarning, OptionError, some
-from lora_lab.files.trust import seal
+from lora_lab.errors import FileError, OptionError, some
 from lora_lab.results import schema, tables
 from lora_lab.results.schema import FORMAT, ROWS
 
@@ -196,122 +194,6 @@ def fingerprint(content: object) -> str:
     """A short hash of anything JSON: equal content, equal fingerprint."""
     text = json.dumps(finite(content), sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-class Journal:
-    """Finished pieces of a run, one JSON line each, so that a killed run loses at most the piece in flight.
-
-    A journal belongs to one `run` (a fingerprint of inputs and options): another run's journal is not taken over. Every
-    line is sealed by this user's key (see trust.py); damaged ones, and those that somebody else has put there, are left
-    out, so that what they held is computed again, and a warning tells.
-    """
-
-    def __init__(self, path: Path, run: str) -> None:
-        self.path, self._run = path, run
-        self._done: dict[str, Any] = {}
-        try:
-            self._begun = path.exists() and self._read()
-        except OSError as error:
-            raise FileError(f"{path}: cannot be read ({error.strerror})") from error
-
-    def __len__(self) -> int:
-        return len(self._done)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._done
-
-    def __getitem__(self, key: str) -> Any:
-        return self._done[key]
-
-    def add(self, key: str, value: Any) -> None:
-        """Append a finished piece; it survives this process when this returns."""
-        self._done[key] = value
-        try:
-            if not self._begun:  # a run that is refused before its first piece leaves nothing behind
-                self._begin()
-            with self.path.open("ab", buffering=0) as file:  # in one piece, should another process append, too
-                line = _line({"run": self._run, "key": key, "value": value})
-                if file.write(line) != len(line):
-                    raise FileError(f"{self.path}: cannot be written (only in part)")
-        except FileError:
-            raise
-        except OSError as error:
-            raise FileError(f"{self.path}: cannot be written ({error.strerror})") from error
-
-    def close(self) -> None:
-        """The run is complete and saved elsewhere: remove the journal."""
-        self.path.unlink(missing_ok=True)
-
-    def _begin(self) -> None:
-        if self.path.exists():
-            with self.path.open("rb") as file:
-                if _head(file.readline()) == self._run:  # another process has begun this very run
-                    self._begun = True
-                    return
-        files.write_bytes(self.path, self._header())
-        self._begun = True
-
-    def _header(self) -> bytes:
-        return (json.dumps({"format": JOURNAL, "run": self._run}) + "\n").encode()
-
-    def _read(self) -> bool:
-        """Take over what there is of this run; False where nothing is, or where the journal is another run's."""
-        content = self.path.read_bytes()
-        first, *lines = content.split(b"\n")
-        lines = lines[:-1]  # after the last line nothing, or what a kill has cut off
-        entries = [(line, _entry(line)) for line in lines]
-        whole = [(line, entry) for line, entry in entries if entry is not None]
-        mine = [(line, entry) for line, entry in whole if entry["run"] == self._run]
-        head = _head(first)
-        if head not in (None, self._run) and not mine:
-            return False
-        damaged = len(entries) - len(whole) + (head is None)
-        if damaged:
-            warnings.warn(
-                f"{self.path}: {damaged} of {len(entries) + 1} lines are damaged (or another user's, or of an earlier "
-                "version); what they held is computed again",
-                LoraLabWarning,
-                stacklevel=4,
-            )
-        self._done = {entry["key"]: entry["value"] for _, entry in mine}
-        kept = self._header() + b"".join(line + b"\n" for line, _ in mine)
-        if kept != content:
-            files.write_bytes(self.path, kept)
-        return True
-
-
-JOURNAL = "lora-lab journal 2"
-
-
-def _line(entry: Mapping[str, Any]) -> bytes:
-    """One line of a journal: the entry, with the seal of its text as first field."""
-    text = json.dumps(entry, allow_nan=False)
-    return b'{"sum": "%s", %s\n' % (seal(text.encode())[:16].encode(), text[1:].encode())
-
-
-def _entry(line: bytes) -> dict[str, Any] | None:
-    """The inverse; None for a line that is not as it was written."""
-    text = b"{" + line[28:]  # after {"sum": "0123456789abcdef", and a blank
-    if line[:28] != b'{"sum": "%s", ' % seal(text)[:16].encode():
-        return None
-    try:
-        entry = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    sound = isinstance(entry, dict) and isinstance(entry.get("run"), str) and isinstance(entry.get("key"), str)
-    return entry if sound and "value" in entry else None
-
-
-def _head(line: bytes) -> str | None:
-    """The run that a journal's first line names; None where it is damaged or of another version."""
-    try:
-        head = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(head, dict) or head.get("format") != JOURNAL or not isinstance(head.get("run"), str):
-        return None
-    run: str = head["run"]
-    return run
 
 
 def finite(value: Any) -> Any:

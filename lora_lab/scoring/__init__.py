@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lora_lab.scoring.evaluator import Evaluator as Evaluator
     from lora_lab.scoring.execution import Cost as Cost
     from lora_lab.scoring.execution import Execution as Execution
+    from lora_lab.scoring.journal import Journal as Journal
     from lora_lab.scoring.workers import Workers as Workers
     from lora_lab.scoring.workers import open_workers as open_workers
 
@@ -25,6 +26,7 @@ __getattr__, __dir__, __all__ = face(
         "evaluate": ("score",),
         "evaluator": ("Evaluator",),
         "execution": ("Cost", "Execution"),
+        "journal": ("Journal",),
         "workers": ("Workers", "open_workers"),
     },
 )

@@ -22,10 +22,11 @@ import torch
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import identity
 from lora_lab.errors import LoraLabError, OptionError, some
-from lora_lab.results.result import Journal, fingerprint, provenance
+from lora_lab.results.result import fingerprint, provenance
 from lora_lab.scoring.changes import Change, LayerMask
 from lora_lab.scoring.examples import Examples, TaskSpec, detached, examples_of, pack, remembered
 from lora_lab.scoring.execution import Cost, Execution, Progress
+from lora_lab.scoring.journal import Journal
 from lora_lab.scoring.models import Effort, TaskModels
 from lora_lab.scoring.prefixes import Layout
 from lora_lab.tasks.task import Scores, Task
@@ -285,7 +286,7 @@ class Evaluator:
     def _journal(self, split: str) -> Journal | None:
         if split not in self._journals:
             run = self.run_of(split) if self.on.cache else ""
-            self._journals[split] = Journal(self.on.cache / f"{run}.jsonl", run) if self.on.cache else None
+            self._journals[split] = Journal(self.on.cache / f"{run}.sqlite", run) if self.on.cache else None
         return self._journals[split]
 
     def _ask(self, question: Callable[[Evaluator], Any]) -> Any:

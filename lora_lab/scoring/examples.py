@@ -16,7 +16,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import tensor_digest
 from lora_lab.errors import LoraLabError, LoraLabWarning, MismatchError, OptionError
 from lora_lab.files.trust import ANYWHERE, Reach
-from lora_lab.results.result import Journal
+from lora_lab.scoring.journal import Journal
 from lora_lab.tasks import digests
 from lora_lab.tasks.task import Scores, Split, Task
 

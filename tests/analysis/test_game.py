@@ -1,3 +1,5 @@
+import sqlite3
+
 import making_adapters as adapters
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.groups import players
 from lora_lab.analysis.game import WORTHS, Game
 from lora_lab.errors import LoraLabWarning, OptionError, TunerError
+from lora_lab.files.ownership import JOURNAL
 from lora_lab.games.coalitions import all_coalitions
 from lora_lab.scoring.changes import Replacement
 from lora_lab.scoring.evaluate import score
@@ -96,10 +99,13 @@ def test_single_ranks_are_rescaled_too(adapter):
 def test_a_damaged_entry_of_the_journal_is_computed_again(adapter, tmp_path):
     first = game_of(adapter, cache=tmp_path, examples=20)
     worths = first(all_coalitions(4))
-    (journal,) = tmp_path.glob("*.jsonl")
-    journal.write_text(journal.read_text().replace('"margin"', '"margn"'))
+    del first  # and its journal with it
+    (journal,) = tmp_path.glob("*.sqlite")
+    with sqlite3.connect(journal) as database:
+        database.execute(f"UPDATE {JOURNAL} SET value = substr(value, 2)")
+    database.close()
     again = game_of(adapter, cache=tmp_path, examples=20)
-    with pytest.warns(LoraLabWarning, match=r"16 of 17 lines are damaged .* computed again"):
+    with pytest.warns(LoraLabWarning, match=r"entries that are damaged, or another user's, are computed again"):
         assert (again(all_coalitions(4)) == worths).all()
     assert again.evaluator.evaluated == 16
 
@@ -233,9 +239,6 @@ def test_an_interrupted_run_goes_on_with_the_same_numbers(adapter, tmp_path):
     stopped = game_of(adapter, "module", split="test", cache=tmp_path / "cache", progress=interrupt)
     with pytest.raises(KeyboardInterrupt):
         stopped(all_coalitions(12)[::8])
-    (journal,) = (tmp_path / "cache").glob("*.jsonl")
-    with journal.open("a") as file:
-        file.write('{"run": "cut off in mid-li')
     resumed = game_of(adapter, "module", split="test", cache=tmp_path / "cache")
     some = all_coalitions(12)[::8][:40]
     known = 40 - resumed.cost(some).variants

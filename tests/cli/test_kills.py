@@ -1,6 +1,5 @@
 """Runs that are ended from outside, at any moment, lose nothing: run again, they come to the same end."""
 
-import json
 import os
 import random
 import shutil
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from journals import entries
 from making_adapters import random_adapter
 from making_processes import finished, started
 from peft import LoraConfig
@@ -65,8 +65,8 @@ def numbers(folder):
             result = Result.load(path)
             summary = {key: value for key, value in result.summary.items() if not key.endswith("_s")}
             found[name] = fingerprint([result.kind, result.columns, summary])
-        elif path.suffix == ".jsonl":
-            found[name] = sorted(json.loads(line).get("key", "") for line in path.read_text().splitlines())
+        elif path.suffix == ".sqlite":
+            found[name] = sorted(entries(path))
         elif path.suffix in (".pdf", ".png", ".svg"):
             found[name] = path.stat().st_size > 1000
         else:
@@ -107,13 +107,13 @@ def test_another_figure_than_the_results_is_drawn_again(inputs, tmp_path):
 def test_a_request_to_end_is_an_interrupt(inputs, tmp_path, number):
     folder = place(inputs, tmp_path)
     process = begun("shapley", folder, "--players", "rank")
-    while not (journals := list(folder.glob("out/.outcomes/*.jsonl"))) or journals[0].stat().st_size < 3000:
+    while len(entries(folder / "out" / ".outcomes")) < 3:
         assert process.is_alive(), (folder / "err.txt").read_text()
         time.sleep(0.01)
     os.kill(process.pid, number)
     assert finished(process, folder, 128 + number).splitlines()[-1] == ENDED
     assert [path.name for path in folder.glob("out/*")] == [".outcomes"]
-    assert [path.name for path in folder.glob("out/.outcomes/*")] == [journals[0].name]
+    assert [path.suffix for path in folder.glob("out/.outcomes/*")] == [".sqlite"]
 
 
 def killed_and_run_again(inputs, folder, verb, share, whole):
@@ -187,7 +187,7 @@ def test_workers_of_a_private_cluster_end_with_the_command(inputs, tmp_path):
     folder = place(inputs, tmp_path)
     options = ["--players", "rank", "--samples", 5000, "--yes", "--ray", "local:2"]
     process = started(folder, "shapley", "a.safetensors", *options)
-    when_there(process, folder, "out/.outcomes/*.jsonl")
+    when_there(process, folder, "out/.outcomes/*.sqlite")
     workers = psutil.Process(process.pid).children(recursive=True)
     assert len(workers) > 2
     process.kill()

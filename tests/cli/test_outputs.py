@@ -1,4 +1,4 @@
-"""Where a verb's result, figure and journal go: found again, drawn again, or refused before any work is done."""
+"""Where a verb's result and figure go: found again, drawn again, or refused before any work is done."""
 
 import pytest
 from lora_lab.cli.common import Outputs

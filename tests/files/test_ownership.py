@@ -17,7 +17,8 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.errors import FileError
 from lora_lab.files import workplace
 from lora_lab.files.ownership import foreign
-from lora_lab.results.result import Journal, Result
+from lora_lab.results.result import Result
+from lora_lab.scoring.journal import Journal
 
 TRAINED = Result(
     "train",

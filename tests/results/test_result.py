@@ -1,12 +1,11 @@
 import json
 import math
-import warnings
 
 import numpy as np
 import pytest
 
-from lora_lab.errors import FileError, LoraLabWarning
-from lora_lab.results.result import Journal, Result, columns, fingerprint, provenance
+from lora_lab.errors import FileError
+from lora_lab.results.result import Result, columns, fingerprint, provenance
 from lora_lab.results.stats import Sampled, interval, mean_and_spread, resampled_means
 
 
@@ -53,104 +52,6 @@ def test_provenance_knows_versions_and_inputs(tmp_path):
     assert (found["elapsed_s"], found["examples"], found["seeds"]) == (1.235, 7, [0])
 
 
-def test_a_journal_goes_on_where_it_was_cut_off(tmp_path):
-    path = tmp_path / ".journal"
-    journal = Journal(path, "run")
-    journal.add("a", {"x": 1})
-    journal.add("b", [2])
-    path.write_text(path.read_text() + '{"key": "c", "val')  # killed in mid-line
-    again = Journal(path, "run")
-    assert len(again) == 2
-    assert again["a"] == {"x": 1}
-    assert "c" not in again
-    again.add("c", 3)
-    assert Journal(path, "run")["c"] == 3
-
-
-def test_another_runs_journal_is_not_taken_over(tmp_path):
-    Journal(tmp_path / "j", "one").add("a", 1)
-    assert len(Journal(tmp_path / "j", "two")) == 0
-
-
-def test_two_runs_that_share_a_journal_do_not_mix(tmp_path):
-    one = Journal(tmp_path / "j", "one")
-    two = Journal(tmp_path / "j", "two")
-    one.add("a", "from one")
-    two.add("b", "from two")
-    again = Journal(tmp_path / "j", "two")
-    assert "a" not in again
-    assert again["b"] == "from two"
-
-
-def test_a_journal_that_is_rubbish_is_started_anew(tmp_path):
-    (tmp_path / "j").write_bytes(b"\xff\xfe rubbish")
-    with pytest.warns(LoraLabWarning, match="j: 1 of 1 lines are damaged"):
-        assert len(Journal(tmp_path / "j", "one")) == 0
-    Journal(tmp_path / "j", "one").add("a", 1)
-    assert Journal(tmp_path / "j", "one")["a"] == 1
-
-
-@pytest.mark.parametrize("place", ["head", "key", "value", "sum", "newline"])
-def test_a_bit_that_flips_anywhere_costs_its_own_line_and_is_told(tmp_path, place):
-    path = tmp_path / "j"
-    journal = Journal(path, "run")
-    for key in "abc":
-        journal.add(key, {"x": [1.5, "é"]})
-    content = bytearray(path.read_bytes())
-    lines = bytes(content).split(b"\n")
-    start = len(lines[0]) + 1 + len(lines[1]) + 1  # of the line of b
-    where = {"head": 20, "sum": start + 12, "key": start + lines[2].index(b'"b"') + 1}
-    where |= {"value": start + lines[2].index(b"1.5"), "newline": start + len(lines[2])}
-    content[where[place]] ^= 2
-    path.write_bytes(bytes(content))
-    lost = {"head": "", "newline": "bc"}.get(place, "b")
-    with pytest.warns(LoraLabWarning, match=r"j: 1 of \d lines are damaged"):
-        again = Journal(path, "run")
-    assert [key for key in "abc" if key not in again] == list(lost)
-    assert all(again[key] == {"x": [1.5, "é"]} for key in "abc" if key not in lost)
-    for key in lost:
-        again.add(key, 2)
-    assert len(Journal(path, "run")) == 3  # mended: no warning any more
-
-
-def test_every_single_bit_of_a_journal_is_watched(tmp_path):
-    path = tmp_path / "j"
-    Journal(path, "run").add("a", 0.5)
-    whole = path.read_bytes()
-    for bit in range(8 * len(whole)):
-        flipped = bytearray(whole)
-        flipped[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(bytes(flipped))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            again = Journal(path, "run")
-        assert "a" not in again or again["a"] == 0.5
-        assert len(again) <= 1
-
-
-@pytest.mark.parametrize("by", ["another user", "no key"])
-def test_what_somebody_else_has_written_into_a_journal_is_computed_again(tmp_path, monkeypatch, by):
-    path = tmp_path / "j"
-    with monkeypatch.context() as other:
-        (tmp_path / "file").write_text("")
-        other.setenv("XDG_CONFIG_HOME", str(tmp_path / ("file" if by == "no key" else "other")))
-        Journal(path, "run").add("a", 1)
-        assert Journal(path, "run")["a"] == 1  # theirs, for them
-    with pytest.warns(LoraLabWarning, match="1 of 2 lines are damaged .or another user's"):
-        assert len(Journal(path, "run")) == 0
-    Journal(path, "run").add("a", 2)
-    assert Journal(path, "run")["a"] == 2
-
-
-def test_two_processes_with_one_journal_lose_nothing(tmp_path):
-    one, two = Journal(tmp_path / "j", "run"), Journal(tmp_path / "j", "run")
-    one.add("a", 1)
-    two.add("b", 2)
-    one.add("c", 3)
-    again = Journal(tmp_path / "j", "run")
-    assert [again[key] for key in "abc"] == [1, 2, 3]
-
-
 def test_a_number_that_changes_in_a_result_is_noticed(tmp_path):
     path = Result("demo", {"x": [0.25, 1.0]}, {"é": 1e-300}, {"n": 3}).save(tmp_path / "r.json")
     text = path.read_text()
@@ -166,12 +67,6 @@ def test_a_number_that_changes_in_a_result_is_noticed(tmp_path):
 def test_names_that_are_no_text_come_back_from_a_result(tmp_path):
     odd = Result("demo", {"x": ["\udcff"]})
     assert Result.load(odd.save(tmp_path / "r.json")) == odd
-
-
-def test_a_closed_journal_is_gone(tmp_path):
-    journal = Journal(tmp_path / "j", "one")
-    journal.close()
-    assert not (tmp_path / "j").exists()
 
 
 def test_fingerprints_tell_content_apart_and_ignore_order_of_keys():
@@ -207,10 +102,3 @@ def test_the_same_seed_gives_the_same_samples():
 def test_mean_and_spread_over_seeds():
     assert mean_and_spread(np.array([1.0, 3.0])) == (2.0, pytest.approx(math.sqrt(2)))
     assert mean_and_spread(np.array([5.0])) == (5.0, 0.0)
-
-
-def test_a_journal_is_on_disk_with_its_first_piece(tmp_path):
-    journal = Journal(tmp_path / "run" / "journal", "run")
-    assert list(tmp_path.iterdir()) == []
-    journal.add("a", 1)
-    assert Journal(tmp_path / "run" / "journal", "run")["a"] == 1

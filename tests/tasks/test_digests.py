@@ -204,8 +204,8 @@ def test_outcomes_of_a_task_that_was_edited_since_are_not_taken_over(monkeypatch
 
 def test_the_number_of_examples_is_checked(tmp_path):
     from lora_lab.errors import LoraLabWarning
-    from lora_lab.results.result import Journal
     from lora_lab.scoring.examples import pack, remembered, unpack
+    from lora_lab.scoring.journal import Journal
     from lora_lab.tasks.task import Scores
 
     n = 11
