@@ -61,7 +61,7 @@ class _Process(Worker):
         self.pipe, other = _CONTEXT.Pipe()
         # ends with this process even if nobody ends it
         self._process = _CONTEXT.Process(target=_work, args=(other, threads, gpu), daemon=True)
-        with _deaf():
+        with _ignoring_interrupts():
             self._process.start()
         other.close()  # so that the pipe ends with the process
 
@@ -129,7 +129,7 @@ def _end(code: int | None) -> str:
 
 
 @contextlib.contextmanager
-def _deaf() -> Iterator[None]:
+def _ignoring_interrupts() -> Iterator[None]:
     """Processes that are started here do not hear Ctrl-C: this one does, and ends them."""
     if threading.current_thread() is not threading.main_thread():
         yield
