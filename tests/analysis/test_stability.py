@@ -10,7 +10,7 @@ from test_game import TARGETS, random_adapter
 
 from lora_lab.adapters.groups import players
 from lora_lab.analysis.game import Game
-from lora_lab.analysis.keep_sets import KeepSetScores
+from lora_lab.analysis.keep_sets import KeepSetScores, _interval
 from lora_lab.analysis.questions import Stability
 from lora_lab.analysis.stability import keep_sets
 from lora_lab.errors import LoraLabWarning, OptionError
@@ -336,3 +336,10 @@ def test_the_curves_of_sampled_keep_sets_hold_those_of_all(share):
                 by_sets = math.sqrt((row["loss_high"] - row["loss"]) ** 2 - (stats.t.ppf(0.975, 1) * 0.1) ** 2 + 1e-12)
                 inside.append(abs(row["loss"] - losses[every.sum(1) == int(row["label"])].mean()) <= by_sets + 1e-9)
     assert np.mean(inside) > 0.9
+
+
+def test_both_ends_of_a_mean_are_widened_by_the_choice_of_sets():
+    """11, 12, 13: t₂·√(1/3) for the examples, and 3 besides; root of the sum of squares to either side."""
+    row = _interval("loss", np.array([11.0, 12.0, 13.0]), 3.0)
+    half = math.hypot(4.302653 / math.sqrt(3), 3.0)
+    assert (row["loss"], row["loss_low"], row["loss_high"]) == pytest.approx((12, 12 - half, 12 + half))
