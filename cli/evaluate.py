@@ -21,6 +21,8 @@ class File(Output):
 
     output: Path | None = option(None, "Write the result to this JSON file.", flag="o output")  # type: ignore[assignment]
     force: bool = option(False, "Replace an existing file.")
+    latex: bool = option(False, "Also write the table as .tex beside that file (or as evaluate.tex).")
+    csv: bool = option(False, "Also write the rows as .csv beside that file (or as evaluate.csv).")
 
 
 @verb
@@ -42,18 +44,24 @@ def command(
     Example:  lora-lab evaluate a.safetensors b.safetensors
     """
     from ..files.disk import refuse_existing
+    from ..results import tables
 
+    json = output.output or Path("evaluate.json")
+    beside = [json.with_suffix(f".{ending}") for ending in output.tables]
     if output.output:
-        refuse_existing(output.output, force=output.force, inputs=[Path(path) for path in paths])
+        refuse_existing(json, force=output.force, inputs=[Path(path) for path in paths])
+    for path in beside:
+        tables.refuse(path, force=output.force)
     adapters = loading.load(paths)
     tasks = task.of(adapters)
     with computing.execution("evaluating") as on:
         result = question.run(adapters, tasks, on)
-    if output.output:
-        result.save(output.output)
+    written = [result.save(json)] if output.output else []
+    for path in beside:
+        written += tables.save(result, path)
     output.print(result, show)
-    if output.output:
-        say_written([output.output])
+    if written:
+        say_written(written)
 
 
 def show(result: Any) -> None:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from . import common
+from ..options import option
+from .terminal import say_written
+from .verbs import verb
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """What is drawn, and how wide."""
+
+    output: list[Path] = option(..., "File to write: .pdf, .png or .svg (repeatable).", flag="o output")
+    kind: str | None = option(None, "Another view of the results, e.g. interpolate:matrix (an unknown name lists all).")
+    width: str = option("double", "single or double: the width of one or two conference columns.")
+    force: bool = option(False, "Replace existing files.")
+
+
+@verb
 def command(
     results: Annotated[list[Path], typer.Argument(help="Result files of one kind; several are overlaid.")],
-    output: Annotated[
-        list[Path], typer.Option("-o", "--output", help="File to write: .pdf, .png or .svg (repeatable).")
-    ],
-    kind: Annotated[
-        str | None,
-        typer.Option(help="Another view of the results, e.g. interpolate:matrix (an unknown name lists all)."),
-    ] = None,
-    width: Annotated[
-        str, typer.Option(help="single or double: the width of one or two conference columns.")
-    ] = "double",
-    force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
+    drawing: Drawing,
 ) -> None:
     """Draw a figure for a paper from result files; nothing is computed and torch is not loaded.
 
@@ -31,5 +35,6 @@ def command(
     from .. import plots
     from ..results.result import Result
 
-    plots.save(plots.figure([Result.load(path) for path in results], kind=kind, width=width), *output, force=force)
-    common.say_written(output)
+    drawn = plots.figure([Result.load(path) for path in results], kind=drawing.kind, width=drawing.width)
+    plots.save(drawn, *drawing.output, force=drawing.force)
+    say_written(drawing.output)

@@ -7,17 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from . import common
+from .options import AsJson, Reading
+from .terminal import console, messages, number, print_json, table
+from .verbs import verb
 
 
+@verb
 def command(
     path: Annotated[
         str, typer.Argument(help="PEFT folder, .safetensors, .bin, Trainer checkpoint, or hub id org/name.")
     ],
-    config: common.ConfigOption = None,
-    alpha: common.AlphaOption = None,
-    adapter_name: common.NameOption = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    reading: Reading,
+    output: AsJson,
 ) -> None:
     """Print modules, ranks, scales, norms and everything odd; reports also on adapters that other verbs refuse.
 
@@ -25,10 +26,10 @@ def command(
     """
     from ..adapters.reading import inspect
 
-    listing = inspect(path, config=config, alpha=alpha, adapter_name=adapter_name)
+    listing = inspect(path, **vars(reading))
     content = describe(listing)
-    if json:
-        common.print_json({"path": path, **content})
+    if output.json:
+        print_json({"path": path, **content})
         return
     rows = [
         (
@@ -45,21 +46,21 @@ def command(
     ]
     base = f", base model {content['base_model']}" if content["base_model"] else ""
     heading = f"{path}: {content['tuner']} in {content['format']} format{base}"
-    common.table(heading, ("module", "type", "rank", "scale", "dtype", "shape", "‖ΔW‖", "effective rank"), rows)
+    table(heading, ("module", "type", "rank", "scale", "dtype", "shape", "‖ΔW‖", "effective rank"), rows)
     if content["other_tensors"]:
-        common.console.print(f"other tensors: {', '.join(content['other_tensors'])}")
+        console.print(f"other tensors: {', '.join(content['other_tensors'])}")
     ranks = sorted({m["rank"] for m in content["modules"] if m["rank"]})
-    total = common.number(content["total_norm"])
-    common.console.print(f"{len(rows)} modules, ranks {', '.join(map(str, ranks)) or '–'}, total ‖ΔW‖ {total}")
+    total = number(content["total_norm"])
+    console.print(f"{len(rows)} modules, ranks {', '.join(map(str, ranks)) or '–'}, total ‖ΔW‖ {total}")
     if content["record"]:
-        common.console.print(_record(content["record"]))
+        console.print(_record(content["record"]))
         for step in _listed(content["record"].get("pruned")):
             if not isinstance(step, dict):
                 continue
             options = ", ".join(f"{name} {value}" for name, value in step.items() if name != "from")
-            common.console.print(f"pruned since (what was measured then is of the whole): {options}")
+            console.print(f"pruned since (what was measured then is of the whole): {options}")
     for warning in content["warnings"]:
-        common.messages.print(f"warning: {warning}")
+        messages.print(f"warning: {warning}")
 
 
 def describe(listing: Any) -> dict[str, Any]:

@@ -3,12 +3,51 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from . import common
+from ..errors import OptionError
+from ..options import option
+from . import parsing
+from .options import AdapterOutput, Device, Loading, TaskEach
+from .terminal import console, print_json, progress, table
+from .verbs import verb
+
+
+@dataclass(frozen=True)
+class Merging:
+    """How adapters are merged."""
+
+    method: str = option("task-arithmetic", "How; `lora-lab merge --methods` lists them.")
+    options: Mapping[str, Any] = option({}, "An option of the method, e.g. density=0.2 (repeatable).", flag="set")
+    weights: list[str] | None = option(
+        None,
+        "One an adapter (1,1,0.5); or for each adapter a line over the layers (0:1,11:0.5), --weights given once for "
+        "each; or a .json file of {module regex: weights}.",
+    )
+    coefficient: float = option(1.0, "The merged ΔW is multiplied by it.")
+    search: list[str] | None = option(
+        None,
+        "Choose on the validation splits: coefficient=0.3,0.5,1 or any option of the method (a grid), or "
+        "coefficient=0.1..2 (scipy). Repeatable.",
+    )
+    rank: int | None = option(None, "Cut to this rank, the error is told; by default exact.")
+    heads: str | None = option(
+        None, "Heads that differ: keep-own (each its own, beside it), average (a plain mean), or first."
+    )
+    dtype: str = option("float32", "float32, bfloat16 or float16, of the file.")
+    base: str | None = option(None, "Folder or hub id of the base model: for DoRA, HiRA and others, whose ΔW needs it.")
+
+
+@dataclass(frozen=True)
+class Written(AdapterOutput):
+    """The merged adapter."""
+
+    force: bool = option(False, "Replace what is there.", flag="force overwrite")
 
 
 def _list(wanted: bool) -> None:
@@ -21,53 +60,19 @@ def _list(wanted: bool) -> None:
         options = ", ".join(key if value is None else f"{key}={value}" for key, value in merge.defaults().items())
         rows.append((name + (" *" if merge.reads_data else ""), merge.about, options, merge.variant))
     headings = ("method", "what comes out", "options (--set)", "published variant")
-    common.table("Methods (* looks at data)", headings, rows, texts=4)
+    table("Methods (* looks at data)", headings, rows, texts=4)
     raise typer.Exit
 
 
+@verb
 def command(
+    *,
     adapters: Annotated[list[str], typer.Argument(help="The adapters, of one base model.")],
-    method: Annotated[str, typer.Option(help="How; `lora-lab merge --methods` lists them.")] = "task-arithmetic",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="An option of the method, e.g. density=0.2 (repeatable).")
-    ] = None,
-    weights: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="One an adapter (1,1,0.5); or for each adapter a line over the layers (0:1,11:0.5), --weights given "
-            "once for each; or a .json file of {module regex: weights}."
-        ),
-    ] = None,
-    coefficient: Annotated[float, typer.Option(help="The merged ΔW is multiplied by it.")] = 1.0,
-    search: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Choose on the validation splits: coefficient=0.3,0.5,1 or any option of the method (a grid), or "
-            "coefficient=0.1..2 (scipy). Repeatable."
-        ),
-    ] = None,
-    rank: Annotated[int | None, typer.Option(help="Cut to this rank, the error is told; by default exact.")] = None,
-    heads: Annotated[
-        str | None,
-        typer.Option(help="Heads that differ: keep-own (each its own, beside it), average (a plain mean), or first."),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16, of the file.")] = "float32",
-    base: Annotated[
-        str | None,
-        typer.Option(help="Folder or hub id of the base model: for DoRA, HiRA and others, whose ΔW needs it."),
-    ] = None,
-    rename: common.RenameOption = None,
-    task: common.TasksOption = None,
-    trust_record: common.TrustOption = False,
-    config: common.ConfigOption = None,
-    alpha: common.AlphaOption = None,
-    adapter_name: common.NameOption = None,
-    device: common.DeviceOption = None,
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="NAME.safetensors, or a name for a PEFT folder.")
-    ] = None,
-    force: Annotated[bool, typer.Option("--force", "--overwrite", help="Replace what is there.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
+    how: Merging,
+    task: TaskEach,
+    loading: Loading,
+    device: Device,
+    output: Written,
     methods: Annotated[
         bool, typer.Option("--methods", help="List the methods with their options.", is_eager=True, callback=_list)
     ] = False,
@@ -80,60 +85,63 @@ def command(
 
     Example:  lora-lab merge a.safetensors b.safetensors c.safetensors --method ties --set density=0.2 -o merged
     """
-    from ..adapters.adapter import Adapter
-    from ..adapters.renames import rename_all, require_shared_modules
-    from ..errors import OptionError
     from ..files.disk import refuse_existing
-    from ..merging import merged as merge
-    from ..merging import search as searching
+    from ..merging import search
     from ..merging.export import save
     from ..merging.methods import MERGES
-    from ..merging.sources import Sources, base_of, parse_weights
-    from ..tasks.choosing import tasks_of
-    from ..tasks.task import resolve_device
+    from ..merging.sources import parse_weights
 
-    if output is None:
-        raise OptionError("-o names the adapter to write: NAME.safetensors, or a name for a PEFT folder")
-    options = common.parse_set(set_, MERGES[method].defaults(common.pairs(set_)), method)
-    spaces = searching.parse(search or [], method, options)
-    if "coefficient" in spaces and coefficient != 1:
+    path = output.path()
+    options = parsing.typed(how.options, MERGES[how.method].defaults(how.options), how.method)
+    spaces = search.parse(how.search or [], how.method, options)
+    if "coefficient" in spaces and how.coefficient != 1:
         raise OptionError("the coefficient is both set and searched")
-    refuse_existing(output, force=force, inputs=[Path(path) for path in adapters])
-    parsed = parse_weights(weights or [], len(adapters))
-    loaded = [Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name) for path in adapters]
-    loaded = rename_all(loaded, common.parse_renames(rename))
+    inputs = [Path(adapter) for adapter in adapters]
+    refuse_existing(path, force=output.force, inputs=inputs)
+    weights = parse_weights(how.weights or [], len(adapters))
+    loaded = loading.load(adapters)
+    read_data = MERGES[how.method].reads_data or bool(spaces or task.task)
+    sources = _sources(loaded, weights, how, task if read_data else None, device, task.trust_record)
+    merged = _merged(sources, how, options, spaces)
+    save(merged, path, inputs=inputs, force=output.force)
+    report = _report(path, merged)
+    if output.json:
+        print_json(report)
+    else:
+        show(report)
+
+
+def _sources(loaded: Any, weights: Any, how: Merging, task: TaskEach | None, device: Device, trust: bool) -> Any:
+    """The adapters ready to be merged, with their tasks where a method or a search looks at data."""
+    from ..adapters.renames import require_shared_modules
+    from ..merging.sources import Sources, base_of
+
     require_shared_modules(loaded)
-    needed = MERGES[method].reads_data or spaces or task
-    tasks = tasks_of(loaded, task or [], trust_record=trust_record) if needed else None
-    sources = Sources(
-        loaded,
-        parsed,
-        base=base_of(loaded, base, trust_record=trust_record),
-        tasks=tasks,
-        device=resolve_device(device),
-    )
-    trials = None
-    with common.progress(f"merging by {method}") as report:
+    tasks = task.of(loaded) if task else None
+    base = base_of(loaded, how.base, trust_record=trust)
+    return Sources(loaded, weights, base=base, tasks=tasks, device=device.resolved())
+
+
+def _merged(sources: Any, how: Merging, options: Any, spaces: Any) -> Any:
+    """The merge, at the options and the coefficient that a search finds best where there is one."""
+    from ..merging import merged, search
+
+    coefficient, trials = how.coefficient, None
+    with progress(f"merging by {how.method}") as report:
         if spaces:
-            found = searching.search(sources, method, spaces, options=options, coefficient=coefficient, progress=report)
-            options, coefficient, trials = dict(found.options), found.coefficient, found.trials
-        made = merge.merge(
+            best = search.search(sources, how.method, spaces, options=options, coefficient=coefficient, progress=report)
+            options, coefficient, trials = dict(best.options), best.coefficient, best.trials
+        return merged.merge(
             sources,
-            method,
+            how.method,
             options=options,
             coefficient=coefficient,
-            rank=rank,
-            heads=heads,
-            dtype=dtype,
+            rank=how.rank,
+            heads=how.heads,
+            dtype=how.dtype,
             trials=trials,
             progress=report,
         )
-    save(made, output, inputs=[Path(path) for path in adapters], force=force)
-    report_ = _report(output, made)
-    if json:
-        common.print_json(report_)
-    else:
-        show(report_)
 
 
 def _report(output: Path, made: Any) -> dict[str, Any]:
@@ -166,10 +174,10 @@ def show(report: dict[str, Any]) -> None:
     rows.append(("relative error of ΔW", error))
     if report["heads"]:
         rows.append(("heads", report["heads"]))
-    common.table(f"Merged to {report['path']}", ("", ""), rows)
+    table(f"Merged to {report['path']}", ("", ""), rows)
     trials = report.get("trials") or []
     if trials:
-        common.console.print()
+        console.print()
         title = f"{len(trials)} tried on the validation splits, best first (means over the tasks)"
         best = sorted(trials, key=lambda trial: (-trial["accuracy"], trial["loss"]))
-        common.table(title, list(best[0]), [list(trial.values()) for trial in best[:10]], texts=0)
+        table(title, list(best[0]), [list(trial.values()) for trial in best[:10]], texts=0)

@@ -164,12 +164,26 @@ def _duration(seconds: float) -> str:
 
 
 @dataclass(frozen=True)
+class AsJson:
+    """How it is printed."""
+
+    json: bool = option(False, "Print JSON instead of a table.")
+
+
+@dataclass(frozen=True)
 class Output:
     """The folder that a result goes to with its figure, and what is printed of it."""
 
     output: Path = option(Path("out"), "Folder for VERB.json, .pdf and .png.", flag="o output")
     force: bool = option(False, "Replace the results that are there.")
     json: bool = option(False, "Print the result as JSON instead of a table.")
+    latex: bool = option(False, "Also write the main table as VERB.tex.")
+    csv: bool = option(False, "Also write the rows as VERB.csv.")
+
+    @property
+    def tables(self) -> list[str]:
+        """The endings of the tables that are wanted."""
+        return [ending for wanted, ending in ((self.latex, "tex"), (self.csv, "csv")) if wanted]
 
     def print(self, result: Result, show: Callable[[Any], None]) -> None:
         """The result as JSON, or as tables."""

@@ -29,17 +29,29 @@ def answer(
     *,
     doing: str,
     show: Callable[[Any], None],
+    more: Callable[[Any, Any], dict[str, Any]] = lambda *_: {},
 ) -> None:
-    """The result of this very question if it is there, else computed, saved and named; then printed."""
+    """The result of this very question if it is there, else computed, saved and named; then printed.
+
+    `more` gives further arguments of `question.run` for the adapters and the task, and refuses what does not fit.
+    """
+    from ..results import tables
+
     outputs = Outputs(output.output, question.kind)
+    beside = [outputs.folder / f"{question.kind}.{ending}" for ending in output.tables]
+    for path in beside:
+        tables.refuse(path, force=output.force)
     adapters = loading.load(paths)
     question.check(adapters)
     chosen: Any = task.of(adapters)
+    further = more(adapters, chosen)
     result = outputs.earlier(question.run_id(adapters, chosen), force=output.force)
     if result is None:
         with computing.execution(doing, outputs.cache) as on:
-            result = question.run(adapters, chosen, on)
+            result = question.run(adapters, chosen, on, **further)
         say_written(outputs.save(result))
+    for path in beside:
+        say_written(tables.save(result, path))
     output.print(result, show)
 
 

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
-from . import common
+from ..options import option
+from .terminal import console, print_json, table
+from .verbs import verb
 
 
+@dataclass(frozen=True)
+class Form:
+    """As what."""
+
+    json: bool = option(False, "Print a JSON Schema of the kind's files.")
+
+
+@verb
 def command(
+    *,
     kind: Annotated[
         str | None, typer.Argument(help="Kind of result, by the verb; without one, all are listed.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print a JSON Schema of the kind's files.")] = False,
+    output: Form,
 ) -> None:
     """Every column of a kind of results: its type, its unit and what it means.
 
@@ -26,20 +38,20 @@ def command(
 
     if kind is None:
         listed = {name: [said.version, said.meaning] for name, said in schema.kinds().items()}
-        if json:
-            common.print_json({name: schema.json_schema(name) for name in listed})
+        if output.json:
+            print_json({name: schema.json_schema(name) for name in listed})
             return
-        common.table(
+        table(
             "Kinds of results",
             ("kind", "schema", "what they hold"),
             [[n, str(v), m] for n, (v, m) in listed.items()],
             texts=3,
         )
         return
-    if json:
-        common.print_json(schema.json_schema(kind))
+    if output.json:
+        print_json(schema.json_schema(kind))
         return
     rows = schema.documented(kind)
-    common.table(f"Schema of {kind}", list(rows[0]), [list(row.values()) for row in rows], texts=5)
-    for table, meaning in (schema.kinds()[kind].open if kind in schema.kinds() else {}).items():
-        common.console.print(f"{table} may have further columns: {meaning}")
+    table(f"Schema of {kind}", list(rows[0]), [list(row.values()) for row in rows], texts=5)
+    for name, meaning in (schema.kinds()[kind].open if kind in schema.kinds() else {}).items():
+        console.print(f"{name} may have further columns: {meaning}")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass
 
-import typer
+from ..options import option
+from .options import AsJson
+from .terminal import console, print_json, table
+from .verbs import verb
 
-from . import common
+
+@dataclass(frozen=True)
+class Listing:
+    """What is listed."""
+
+    example: str | None = option(None, "Print a commented task file of this kind, e.g. text-classification.")
 
 
-def command(
-    example: Annotated[
-        str | None, typer.Option(help="Print a commented task file of this kind, e.g. text-classification.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-) -> None:
+@verb
+def command(listing: Listing, output: AsJson) -> None:
     """List the built-in tasks, or print a file that describes a task of your own.
 
     Example:  lora-lab tasks --example text-classification > my-task.toml
@@ -22,18 +26,16 @@ def command(
     from .. import tasks
     from ..tasks.task import SPLITS
 
-    if example is not None:
-        print(tasks.example(example), end="")
+    if listing.example is not None:
+        print(tasks.example(listing.example), end="")
         return
     rows = [
         {"name": t.name, "labels": t.labels, "about": t.about, **{s: len(t.split(s)) for s in SPLITS}}
         for t in tasks.iterate()
     ]
-    if json:
-        common.print_json(rows)
+    if output.json:
+        print_json(rows)
         return
     headings = ("task", "labels", *SPLITS, "what is asked")
-    common.table(
-        "Built-in tasks", headings, [[r["name"], r["labels"], *(r[s] for s in SPLITS), r["about"]] for r in rows]
-    )
-    common.console.print(f"Kinds of task files: {', '.join(tasks.KINDS)} (--example KIND prints one)")
+    table("Built-in tasks", headings, [[r["name"], r["labels"], *(r[s] for s in SPLITS), r["about"]] for r in rows])
+    console.print(f"Kinds of task files: {', '.join(tasks.KINDS)} (--example KIND prints one)")

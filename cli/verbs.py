@@ -137,6 +137,8 @@ def _form(field: dataclasses.Field[Any], said: Option, group: Any) -> Form | Non
 def _parameter(field: dataclasses.Field[Any], said: Option, group: Any, verb_name: str) -> inspect.Parameter:
     hint, form, names = get_type_hints(group)[field.name], _form(field, said, group), flags(field, said)
     default = field.default if field.default_factory is dataclasses.MISSING else None
+    if default is dataclasses.MISSING:
+        default = inspect.Parameter.empty
     more: dict[str, Any] = {}
     if form:
         default = form.show(default) if default not in (None, ()) else None

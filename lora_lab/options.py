@@ -38,8 +38,13 @@ class Option:
 
 
 def option(default: Any, help: str, **more: Any) -> Any:  # noqa: A002
-    """A dataclass field with an `Option` (see its fields for `more`); a mapping is copied for every instance."""
+    """A dataclass field with an `Option` (see its fields for `more`), required where the default is `...`.
+
+    A mapping is copied for every instance.
+    """
     metadata = {_KEY: Option(help, **more)}
+    if default is ...:
+        return dataclasses.field(metadata=metadata)
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
