@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from ..errors import LoraLabError, LoraLabNote, LoraLabWarning, nearest
+from ..errors import LoraLabError, LoraLabNote, LoraLabWarning
 from ..escape import visible
 from . import streams
 from .terminal import escaping
@@ -145,25 +145,11 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _usage(error: Any) -> tuple[str, bool]:
-    """What was wrong with the command line, and whether it was an unknown name."""
+    """What was wrong with the command line, and whether it was an unknown name; typer knows what may be meant."""
     text = " ".join(str(error.format_message()).split()).rstrip(".")
-    kind = type(error).__name__
-    if kind == "NoSuchOption":
-        close = nearest(error.option_name.lstrip("-"), _option_names(error.ctx))
-        return f"no such option {error.option_name}" + (f" (did you mean --{close}?)" if close else ""), True
-    if text.startswith("No such command"):
-        name = text.split("'")[1]
-        close = nearest(name, _VERBS)
-        hint = f" (did you mean {close}?)" if close else f"; there are: {', '.join(_VERBS)}"
-        return f"no such command {name!r}{hint}", True
+    unknown = type(error).__name__ == "NoSuchOption" or text.startswith("No such command")
     where = f" (see `{error.ctx.command_path} --help`)" if error.ctx else ""
-    return text[:1].lower() + text[1:] + where, False
-
-
-def _option_names(context: Any) -> list[str]:
-    """The long ones, without their dashes, which all have in common."""
-    names = [name for parameter in context.command.params for name in parameter.opts] if context else []
-    return [name.removeprefix("--") for name in names if name.startswith("--")]
+    return text[:1].lower() + text[1:] + where, unknown
 
 
 def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:

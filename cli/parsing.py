@@ -23,6 +23,20 @@ def numbers(text: str, flag: str) -> tuple[float, ...]:
     return values
 
 
+def ratios(text: str, _: str) -> tuple[tuple[float, ...], ...]:
+    """'0:1,1:1:1' → ((0, 1), (1, 1, 1))."""
+    parsed = []
+    for part in text.split(","):
+        try:
+            ratio = tuple(float(weight) for weight in part.split(":"))
+        except ValueError as error:
+            raise OptionError(f"ratio {part!r}: numbers with colons between them are needed, such as 1:2") from error
+        if min(ratio) < 0 or not 0 < sum(ratio) < math.inf:
+            raise OptionError(f"ratio {part!r}: weights of 0 or more are needed, not all of them 0")
+        parsed.append(ratio)
+    return tuple(parsed)
+
+
 def values(text: str, flag: str, kind: Callable[[str], Any]) -> list[Any]:
     """'1e-3,2e-3' → [0.001, 0.002], numbers of a kind."""
     try:

@@ -32,7 +32,7 @@ def command(making: Making) -> None:
     """
     from .. import plots, tasks
     from ..adapters.adapter import Adapter
-    from ..analysis.connectivity import Interpolate
+    from ..analysis.questions import Interpolate
     from ..scoring.execution import Execution
     from ..training.recipe import Recipe
     from ..training.runs import Job, train_all

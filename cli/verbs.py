@@ -10,6 +10,7 @@ from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_t
 
 import typer
 
+from ..analysis.questions import in_words
 from ..options import Option, options_of
 from . import parsing
 
@@ -53,6 +54,7 @@ def _groups(given: list[str] | None, _: str) -> str | dict[str, str] | None:
 FORMS: dict[Any, Form] = {
     tuple[float, ...]: Form(str, parsing.numbers, lambda values: ",".join(f"{value:g}" for value in values)),
     tuple[str, ...]: Form(str, _names, ",".join),
+    tuple[tuple[float, ...], ...]: Form(str, parsing.ratios, lambda ratios: ",".join(map(in_words, ratios))),
     Mapping[str, Any]: Form(list[str], _pairs, lambda _: None),
     Mapping[str, Mapping[str, Any]]: Form(list[str], _pairs, lambda _: None),
     str | Mapping[str, str]: Form(list[str], _groups, str),

@@ -11,7 +11,6 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -34,12 +33,11 @@ from lora_lab.analysis.coefficients import (
     places,
     share,
 )
-from lora_lab.analysis.merge_sets import MergeSet, MergeSpec, in_words, joined, merge_sets_of, specs_of, tried
-from lora_lab.analysis.question import Question
+from lora_lab.analysis.merge_sets import MergeSet, MergeSpec, joined, merge_sets_of, specs_of, tried
+from lora_lab.analysis.questions import CompareMerges as CompareMerges
 from lora_lab.errors import LoraLabError, OptionError
 from lora_lab.merging.methods import MERGES
 from lora_lab.merging.task_models import MergeModels
-from lora_lab.options import option
 from lora_lab.results.result import Result, columns, fingerprint, finite, grouped
 from lora_lab.results.stats import ADDED, Floats, Sampled, around, interval, mean_and_spread, proportion
 from lora_lab.scoring.evaluator import Evaluator
@@ -47,125 +45,87 @@ from lora_lab.scoring.examples import examples_of
 from lora_lab.scoring.execution import Cost, Execution
 from lora_lab.tasks.task import Scores, Task
 
-COEFFICIENTS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0)
-RATIOS = ((0.0, 1.0), (1.0, 2.0), (1.0, 1.0), (1.0, 1.0, 1.0))
 ALONE, ENSEMBLE = "alone", "ensemble of logits"
 
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class CompareMerges(Question):
-    """Accuracy of every merge on the tasks of its adapters, each with its own head; see the module's first lines.
-
-    Every number on the `split` has a 95 % interval over examples (bootstraps with `seed`; Wilson's for one task's
-    accuracy); normalised is divided by the adapter's own accuracy alone. The summary has the validation curves over the
-    coefficients. A method that cannot merge a set is left out, and the summary says why.
-    """
-
-    kind = "compare-merges"
-
-    methods: tuple[str, ...] = option(("all",), "Names of merges, NAME:RULE for an inner rule, or all.")
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Options of the merges, by their names."""
-    coefficients: tuple[float, ...] = option(
-        COEFFICIENTS, "Factors of the merged ΔW to choose from on the validation splits.", title="coefficient"
+def answer(
+    question: CompareMerges,
+    adapters: Sequence[Adapter],
+    tasks: Sequence[Task],
+    on: Execution,
+    base: Callable[[], torch.nn.Module] | None,
+) -> Result:
+    """Every merge of every set; `tasks`, one an adapter, and `base`, for adapters whose ΔW hangs on its weights."""
+    began = time.perf_counter()
+    specs, stands_for = joined(specs_of(question.methods, question.options))
+    merge_sets = merge_sets_of(adapters, tasks, question.ratios)
+    specs = tried(specs, merge_sets, stands_for)
+    evaluator = Evaluator(
+        adapters,
+        tasks,
+        on,
+        split=question.split,
+        more_splits=["validation"],
+        build=functools.partial(MergeModels.of, base),
+        context=[_examples(question, tasks), question.base_name],
     )
-    ratios: tuple[tuple[float, ...], ...] = option(RATIOS, "For seeds of one task: weights of the mixtures.")
-    base_name: str | None = option(None, "Folder or hub id of the base model, for DoRA, HiRA and others.", flag="base")
-    split: str = option("test", "Which examples are scored: validation or test.")
-    seed: int = option(0, "Seed of the bootstrap.", least=0)
+    searches = _searches(question, evaluator, merge_sets, specs)
+    table = _Table(evaluator, question.seed)
+    for merge_set, of_set in zip(merge_sets, searches, strict=True):
+        table.add(merge_set, of_set)
+    if len(table.skipped) == sum(map(len, searches)):
+        raise OptionError(f"no method can merge these: {table.skipped[0]['why']}")
+    parameters = {
+        "tasks": [task.record for task in {fingerprint(task.record): task for task in tasks}.values()],
+        "task_names": list(dict.fromkeys(task.name for task in tasks)),
+        "one_task": merge_sets[0].ratio is not None,
+        "merges": [spec.name for spec in specs],
+        "stands_for": stands_for,
+        **{name: value for name, value in question.record.items() if name != "methods"},
+        "adapters": [{**described(a), "name": name} for a, name in zip(adapters, table.names, strict=True)],
+    }
+    made = evaluator.provenance(
+        adapters, began=began, run=question.run_id(adapters, tasks), evaluations=evaluator.evaluated
+    )
+    return Result(question.kind, finite(columns(table.rows)), parameters, finite(table.summary), made)
 
-    @property
-    def record(self) -> dict[str, Any]:
-        """The fields in JSON types; ratios in words, such as 1:2."""
-        return {**super().record, "ratios": [in_words(ratio) for ratio in self.ratios]}
 
-    def check(self, adapters: Sequence[Adapter]) -> None:
-        """Raise what `run` would raise for these methods and options, before anything is computed."""
-        if len(adapters) < 2:
-            raise OptionError("a merge needs two adapters or more")
-        specs_of(self.methods, self.options)
+def run_id(question: CompareMerges, adapters: Sequence[Adapter], tasks: Sequence[Task]) -> str:
+    """What the answer hangs on, hashed: the adapters, the examples of every task, and the question."""
+    methods = [spec.name for spec in specs_of(question.methods, question.options)]
+    records = [task.record for task in tasks]
+    asked = {**question.record, "methods": methods}
+    return fingerprint([question.kind, [identity(a) for a in adapters], records, _examples(question, tasks), asked])
 
-    def check_sets(self, adapters: Sequence[Adapter], tasks: Sequence[Task]) -> None:
-        """Raise what `run` would raise for adapters of these tasks, one a task each."""
-        self.check(adapters)
-        merge_sets_of(adapters, tasks, self.ratios)
 
-    def run_id(self, adapters: Sequence[Adapter], tasks: Sequence[Task]) -> str:  # type: ignore[override]
-        """What the answer hangs on, hashed: the adapters, the examples of every task, and the question."""
-        methods = [spec.name for spec in specs_of(self.methods, self.options)]
-        records = [task.record for task in tasks]
-        asked = {**self.record, "methods": methods}
-        return fingerprint([self.kind, [identity(a) for a in adapters], records, self._examples(tasks), asked])
+def _searches(
+    question: CompareMerges, evaluator: Evaluator, merge_sets: Sequence[MergeSet], specs: Sequence[MergeSpec]
+) -> list[list[tuple[CoefficientSearch, LoraLabError | None]]]:
+    """The merges of every set, and why a worker could not make them; what they are compared with is scored here."""
+    several = [merge_set for merge_set in merge_sets if len(merge_set.members) > 1]
+    grid = [*question.coefficients, 1.0]
+    searches = [CoefficientSearch(each, spec, spec.coefficients(grid)) for each in several for spec in specs]
+    members = [Alone(i) for i in sorted({i for merge_set in merge_sets for i in merge_set.members})]
+    together = [ensemble for merge_set in several for ensemble in ensembles(evaluator, merge_set)]
+    evaluator.total = 2 * len(members) + len(together)
+    for search in searches:  # on the validation splits, and twice on the other
+        evaluator.total += (len(search.coefficients) + 2) * len(places(evaluator, search.merge_set))
+    if evaluator.on.confirm:
+        evaluator.on.confirm(_cost(evaluator, searches))
+    evaluator.scores(members, "validation")
+    evaluator.scores([*members, *together])
+    errors: Sequence[LoraLabError | None] = [None] * len(searches)
+    if evaluator.on.workers:
+        errors = evaluator.prepare([(search, search.changes(evaluator)) for search in searches], CANNOT)
+    told = iter(zip(searches, errors, strict=True))
+    return [list(itertools.islice(told, len(specs) * (merge_set in several))) for merge_set in merge_sets]
 
-    def run(  # type: ignore[override]
-        self,
-        adapters: Sequence[Adapter],
-        tasks: Sequence[Task],
-        on: Execution = Execution(),
-        *,
-        base: Callable[[], torch.nn.Module] | None = None,
-    ) -> Result:
-        """Every merge of every set; `tasks`, one an adapter, and `base`, for adapters whose ΔW hangs on its weights."""
-        began = time.perf_counter()
-        specs, stands_for = joined(specs_of(self.methods, self.options))
-        merge_sets = merge_sets_of(adapters, tasks, self.ratios)
-        specs = tried(specs, merge_sets, stands_for)
-        evaluator = Evaluator(
-            adapters,
-            tasks,
-            on,
-            split=self.split,
-            more_splits=["validation"],
-            build=functools.partial(MergeModels.of, base),
-            context=[self._examples(tasks), self.base_name],
-        )
-        searches = self._searches(evaluator, merge_sets, specs)
-        table = _Table(evaluator, self.seed)
-        for merge_set, of_set in zip(merge_sets, searches, strict=True):
-            table.add(merge_set, of_set)
-        if len(table.skipped) == sum(map(len, searches)):
-            raise OptionError(f"no method can merge these: {table.skipped[0]['why']}")
-        parameters = {
-            "tasks": [task.record for task in {fingerprint(task.record): task for task in tasks}.values()],
-            "task_names": list(dict.fromkeys(task.name for task in tasks)),
-            "one_task": merge_sets[0].ratio is not None,
-            "merges": [spec.name for spec in specs],
-            "stands_for": stands_for,
-            **{name: value for name, value in self.record.items() if name != "methods"},
-            "adapters": [{**described(a), "name": name} for a, name in zip(adapters, table.names, strict=True)],
-        }
-        made = evaluator.provenance(
-            adapters, began=began, run=self.run_id(adapters, tasks), evaluations=evaluator.evaluated
-        )
-        return Result(self.kind, finite(columns(table.rows)), parameters, finite(table.summary), made)
 
-    def _searches(
-        self, evaluator: Evaluator, merge_sets: Sequence[MergeSet], specs: Sequence[MergeSpec]
-    ) -> list[list[tuple[CoefficientSearch, LoraLabError | None]]]:
-        """The merges of every set, and why a worker could not make them; what they are compared with is scored here."""
-        several = [merge_set for merge_set in merge_sets if len(merge_set.members) > 1]
-        grid = [*self.coefficients, 1.0]
-        searches = [CoefficientSearch(each, spec, spec.coefficients(grid)) for each in several for spec in specs]
-        members = [Alone(i) for i in sorted({i for merge_set in merge_sets for i in merge_set.members})]
-        together = [ensemble for merge_set in several for ensemble in ensembles(evaluator, merge_set)]
-        evaluator.total = 2 * len(members) + len(together)
-        for search in searches:  # on the validation splits, and twice on the other
-            evaluator.total += (len(search.coefficients) + 2) * len(places(evaluator, search.merge_set))
-        if evaluator.on.confirm:
-            evaluator.on.confirm(_cost(evaluator, searches))
-        evaluator.scores(members, "validation")
-        evaluator.scores([*members, *together])
-        errors: Sequence[LoraLabError | None] = [None] * len(searches)
-        if evaluator.on.workers:
-            errors = evaluator.prepare([(search, search.changes(evaluator)) for search in searches], CANNOT)
-        told = iter(zip(searches, errors, strict=True))
-        return [list(itertools.islice(told, len(specs) * (merge_set in several))) for merge_set in merge_sets]
-
-    def _examples(self, tasks: Sequence[Task]) -> list[Any]:
-        different = {fingerprint(task.record): task for task in tasks}
-        return [examples_of(task, split) for task in different.values() for split in ("validation", self.split)]
+def _examples(question: CompareMerges, tasks: Sequence[Task]) -> list[Any]:
+    different = {fingerprint(task.record): task for task in tasks}
+    return [examples_of(task, split) for task in different.values() for split in ("validation", question.split)]
 
 
 class _Table:

@@ -26,10 +26,10 @@ import numpy as np
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import described, labels_of, method_of
-from lora_lab.analysis.question import Question
+from lora_lab.analysis.questions import Interpolate as Interpolate
+from lora_lab.analysis.questions import in_words
 from lora_lab.errors import OptionError
 from lora_lab.merging.paths import SPACES, Paths
-from lora_lab.options import option
 from lora_lab.registry import Registry
 from lora_lab.results.result import Result, columns, finite, grouped
 from lora_lab.results.stats import Floats, Sampled, mean_and_spread, proportion
@@ -102,85 +102,62 @@ class MixPoint(Change):
             return models.tasks[0].score(model, examples.split)
 
 
-@dataclass(frozen=True)
-class Interpolate(Question):
-    """Loss and accuracy along the line between every two of the adapters, with barriers.
-
-    Every number carries a 95 % interval over the examples: losses and barriers by a paired bootstrap with `seed` (one
-    resampling for all points of a curve), accuracies by `stats.proportion`. `factors` brings the norm-matched curve
-    with it wherever there is a ΔW. `ratios` are weights for the first adapters of every combination, normalised to sum
-    1. End points are the adapters themselves.
-    """
-
-    kind = "interpolate"
-
-    points: int = option(11, "Points on each line, both ends among them.", least=2)
-    spaces: tuple[str, ...] = option(
-        ("factors", "delta"), "What is averaged between the ends.", choices=lambda: SPACES, title="space"
+def answer(question: Interpolate, adapters: Sequence[Adapter], task: Task, on: Execution) -> Result:
+    """Curves, mixtures and barriers."""
+    began = time.perf_counter()
+    evaluator = Evaluator(adapters, task, on, split=question.split, build=LineModels)
+    paths: Paths = evaluator.models.paths
+    spaces, grid = _with_matched(paths, question.spaces), np.linspace(0, 1, question.points)
+    pairs = list(itertools.combinations(range(len(adapters)), 2))
+    lines = {
+        (pair, space): [_on_line(pair, float(t), len(adapters), space) for t in grid]
+        for pair in pairs
+        for space in spaces
+    }
+    mixtures = _ratio_points(question.ratios, len(adapters), _mixture_spaces(question))
+    points = [*itertools.chain(*lines.values()), *(point for _, point in mixtures)]
+    scores = score_points(evaluator, points)
+    sampled = {metric: _Sampled(scores, metric, question.seed) for metric in METRICS}
+    rows = [
+        {**_who(adapters, pair), "t": float(t), "ratio": None, **_cells(point, scores, sampled["loss"], paths)}
+        for (pair, _), line in lines.items()
+        for t, point in zip(grid, line, strict=True)
+    ]
+    for (members, ratio), point in mixtures:
+        cells = _cells(point, scores, sampled["loss"], paths)
+        rows.append({**_who(adapters, members), "t": None, "ratio": ratio, **cells})
+    curves = {
+        (pair, space, metric): sampled[metric].line(line) for (pair, space), line in lines.items() for metric in METRICS
+    }
+    return Result(
+        question.kind,
+        finite(columns(rows)),
+        {"task": task.record, **question.record, "spaces": spaces, "adapters": [described(a) for a in adapters]},
+        finite(_summary(adapters, pairs, spaces, curves, grid)),
+        evaluator.provenance(adapters, began=began, run=question.run_id(adapters, task), evaluations=len(scores)),
     )
-    ratios: tuple[tuple[float, ...], ...] = option(
-        (), "Also score weighted mixtures of the adapters, e.g. 0:1,1:2,1:1,1:1:1."
-    )
-    split: str = option("test", "Which examples are scored: validation or test.")
-    seed: int = option(0, "Seed of the bootstrap.", least=0)
 
-    @property
-    def record(self) -> dict[str, Any]:
-        """The fields in JSON types; ratios in words, such as 1:2."""
-        return {**super().record, "ratios": [":".join(f"{w:g}" for w in ratio) for ratio in self.ratios]}
 
-    def check(self, adapters: Sequence[Adapter]) -> None:
-        """Raise what `run` would raise for these adapters, before anything is computed."""
-        if len(adapters) < 2:
-            raise OptionError("a line needs two adapters or more")
-        if self.ratios and not self._mixture_spaces:
-            names = " and ".join(name for name, space in SPACES.items() if space.mixtures)
-            raise OptionError(f"mixtures are scored in {names}; name one of them as the space, too")
-        paths = Paths(adapters)
-        for space in _with_matched(paths, self.spaces):
-            paths.check(space)
+def check(question: Interpolate, adapters: Sequence[Adapter]) -> None:
+    """Raise what `answer` would raise for this question about these adapters."""
+    if len(adapters) < 2:
+        raise OptionError("a line needs two adapters or more")
+    if question.ratios and not _mixture_spaces(question):
+        names = " and ".join(name for name, space in SPACES.items() if space.mixtures)
+        raise OptionError(f"mixtures are scored in {names}; name one of them as the space, too")
+    paths = Paths(adapters)
+    for space in _with_matched(paths, question.spaces):
+        paths.check(space)
+    for ratio in question.ratios:
+        if not 2 <= len(ratio) <= len(adapters):
+            raise OptionError(
+                f"ratio {in_words(ratio)!r} has {len(ratio)} weights; with {len(adapters)} adapters, 2 to "
+                f"{len(adapters)} are possible"
+            )
 
-    def run(self, adapters: Sequence[Adapter], task: Task, on: Execution = Execution()) -> Result:
-        """Curves, mixtures and barriers."""
-        self.check(adapters)
-        began = time.perf_counter()
-        evaluator = Evaluator(adapters, task, on, split=self.split, build=LineModels)
-        paths: Paths = evaluator.models.paths
-        spaces, grid = _with_matched(paths, self.spaces), np.linspace(0, 1, self.points)
-        pairs = list(itertools.combinations(range(len(adapters)), 2))
-        lines = {
-            (pair, space): [_on_line(pair, float(t), len(adapters), space) for t in grid]
-            for pair in pairs
-            for space in spaces
-        }
-        mixtures = _ratio_points(self.ratios, len(adapters), self._mixture_spaces)
-        points = [*itertools.chain(*lines.values()), *(point for _, point in mixtures)]
-        scores = score_points(evaluator, points)
-        sampled = {metric: _Sampled(scores, metric, self.seed) for metric in METRICS}
-        rows = [
-            {**_who(adapters, pair), "t": float(t), "ratio": None, **_cells(point, scores, sampled["loss"], paths)}
-            for (pair, _), line in lines.items()
-            for t, point in zip(grid, line, strict=True)
-        ]
-        for (members, ratio), point in mixtures:
-            cells = _cells(point, scores, sampled["loss"], paths)
-            rows.append({**_who(adapters, members), "t": None, "ratio": ratio, **cells})
-        curves = {
-            (pair, space, metric): sampled[metric].line(line)
-            for (pair, space), line in lines.items()
-            for metric in METRICS
-        }
-        return Result(
-            self.kind,
-            finite(columns(rows)),
-            {"task": task.record, **self.record, "spaces": spaces, "adapters": [described(a) for a in adapters]},
-            finite(_summary(adapters, pairs, spaces, curves, grid)),
-            evaluator.provenance(adapters, began=began, run=self.run_id(adapters, task), evaluations=len(scores)),
-        )
 
-    @property
-    def _mixture_spaces(self) -> list[str]:
-        return [space for space in self.spaces if SPACES[space].mixtures]
+def _mixture_spaces(question: Interpolate) -> list[str]:
+    return [space for space in question.spaces if SPACES[space].mixtures]
 
 
 class LineModels(TaskModels):
@@ -197,24 +174,6 @@ def score_points(evaluator: Evaluator, points: Sequence[MixPoint]) -> dict[str, 
     different = {point.key: point for point in points}
     evaluator.total = len(different)
     return dict(zip(different, evaluator.scores(list(different.values())), strict=True))
-
-
-def parse_ratios(text: str, adapters: int) -> list[list[float]]:
-    """'0:1,1:1:1' → [[0, 1], [1, 1, 1]]."""
-    ratios = []
-    for part in text.split(","):
-        try:
-            ratio = [float(weight) for weight in part.split(":")]
-        except ValueError as error:
-            raise OptionError(f"ratio {part!r}: numbers with colons between them are needed, such as 1:2") from error
-        if not 2 <= len(ratio) <= adapters:
-            raise OptionError(
-                f"ratio {part!r} has {len(ratio)} weights; with {adapters} adapters, 2 to {adapters} are possible"
-            )
-        if min(ratio) < 0 or not 0 < sum(ratio) < math.inf:
-            raise OptionError(f"ratio {part!r}: weights of 0 or more are needed, not all of them 0")
-        ratios.append(ratio)
-    return ratios
 
 
 def _with_matched(paths: Paths, spaces: Sequence[str]) -> list[str]:

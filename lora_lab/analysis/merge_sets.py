@@ -11,6 +11,7 @@ from typing import Any
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import labels_of
 from lora_lab.adapters.renames import require_shared_modules
+from lora_lab.analysis.questions import in_words
 from lora_lab.errors import MismatchError, OptionError, some
 from lora_lab.merging.methods import MERGES, check
 from lora_lab.results.result import fingerprint
@@ -142,11 +143,6 @@ def _sets_of_seeds(adapters: Sequence[Adapter], ratios: Sequence[Sequence[float]
     if not any(len(merge_set.members) > 1 for merge_set in merge_sets):
         raise OptionError("no two adapters of one training method and task are among these: nothing to merge")
     return merge_sets
-
-
-def in_words(weights: Sequence[float]) -> str:
-    """1:2 of 1 and 2."""
-    return ":".join(f"{weight:g}" for weight in weights)
 
 
 def _common(values: Any) -> Any:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lora_lab.analysis.question import Question
+from lora_lab.errors import OptionError
 from lora_lab.lazy import later
 from lora_lab.options import option
 from lora_lab.scoring.execution import Cost, Execution
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from lora_lab.adapters.adapter import Adapter
     from lora_lab.results.result import Result
     from lora_lab.tasks.task import Task
@@ -31,6 +34,125 @@ def _split() -> Any:
 
 def _examples() -> Any:
     return option(None, "Score on so many examples of the split, drawn with seed 0.", least=1)
+
+
+def in_words(ratio: Sequence[float]) -> str:
+    """(1.0, 2.0) → '1:2'."""
+    return ":".join(f"{weight:g}" for weight in ratio)
+
+
+@dataclass(frozen=True)
+class Interpolate(Question):
+    """Loss and accuracy along the line between every two of the adapters, with barriers.
+
+    Every number carries a 95 % interval over the examples: losses and barriers by a paired bootstrap with `seed` (one
+    resampling for all points of a curve), accuracies by `stats.proportion`. `factors` brings the norm-matched curve
+    with it wherever there is a ΔW. `ratios` are weights for the first adapters of every combination, normalised to sum
+    1. End points are the adapters themselves.
+    """
+
+    kind = "interpolate"
+
+    points: int = option(11, "Points on each line, both ends among them.", least=2)
+    spaces: tuple[str, ...] = option(
+        ("factors", "delta"),
+        "What is averaged between the ends.",
+        flag="",
+        choices=later("lora_lab.merging.paths", "SPACES"),
+        title="space",
+    )
+    ratios: tuple[tuple[float, ...], ...] = option(
+        (), "Also score weighted mixtures of the adapters, e.g. 0:1,1:2,1:1,1:1:1."
+    )
+    split: str = _split()
+    seed: int = option(0, "Seed of the bootstrap.", least=0)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The fields in JSON types; ratios in words, such as 1:2."""
+        return {**super().record, "ratios": [in_words(ratio) for ratio in self.ratios]}
+
+    def check(self, adapters: Sequence[Adapter]) -> None:
+        """Raise what `run` would raise for these adapters, before anything is computed."""
+        from lora_lab.analysis import connectivity
+
+        connectivity.check(self, adapters)
+
+    def run(self, adapters: Sequence[Adapter], task: Task, on: Execution = Execution()) -> Result:
+        """Curves, mixtures and barriers."""
+        from lora_lab.analysis import connectivity
+
+        self.check(adapters)
+        return connectivity.answer(self, adapters, task, on)
+
+
+@dataclass(frozen=True)
+class CompareMerges(Question):
+    """Accuracy of every merge on the tasks of its adapters, each with its own head; see compare.py.
+
+    Every number on the `split` has a 95 % interval over examples (bootstraps with `seed`; Wilson's for one task's
+    accuracy); normalised is divided by the adapter's own accuracy alone. The summary has the validation curves over the
+    coefficients. A method that cannot merge a set is left out, and the summary says why.
+    """
+
+    kind = "compare-merges"
+
+    methods: tuple[str, ...] = option(
+        ("all",), "Names with commas (`lora-lab merge --methods`), NAME:RULE for an inner rule, or all."
+    )
+    options: Mapping[str, Mapping[str, Any]] = option(
+        {}, "METHOD.OPTION=VALUE, e.g. ties.density=0.3 (repeatable).", flag="set"
+    )
+    coefficients: tuple[float, ...] = option(
+        (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 4.0),
+        "Factors of the merged ΔW to choose from on the validation splits, with commas.",
+        title="coefficient",
+    )
+    ratios: tuple[tuple[float, ...], ...] = option(
+        ((0.0, 1.0), (1.0, 2.0), (1.0, 1.0), (1.0, 1.0, 1.0)), "For seeds of one task: weights of the mixtures."
+    )
+    base_name: str | None = option(None, "Folder or hub id of the base model, for DoRA, HiRA and others.", flag="base")
+    split: str = _split()
+    seed: int = option(0, "Seed of the bootstrap.", least=0)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The fields in JSON types; ratios in words, such as 1:2."""
+        return {**super().record, "ratios": [in_words(ratio) for ratio in self.ratios]}
+
+    def check(self, adapters: Sequence[Adapter]) -> None:
+        """Raise what `run` would raise for these methods and options, before anything is computed."""
+        from lora_lab.analysis.merge_sets import specs_of
+
+        if len(adapters) < 2:
+            raise OptionError("a merge needs two adapters or more")
+        specs_of(self.methods, self.options)
+
+    def check_sets(self, adapters: Sequence[Adapter], tasks: Sequence[Task]) -> None:
+        """Raise what `run` would raise for adapters of these tasks, one a task each."""
+        from lora_lab.analysis.merge_sets import merge_sets_of
+
+        self.check(adapters)
+        merge_sets_of(adapters, tasks, self.ratios)
+
+    def run_id(self, adapters: Sequence[Adapter], tasks: Sequence[Task]) -> str:  # type: ignore[override]
+        """What the answer hangs on, hashed: the adapters, the examples of every task, and the question."""
+        from lora_lab.analysis import compare
+
+        return compare.run_id(self, adapters, tasks)
+
+    def run(  # type: ignore[override]
+        self,
+        adapters: Sequence[Adapter],
+        tasks: Sequence[Task],
+        on: Execution = Execution(),
+        *,
+        base: Callable[[], nn.Module] | None = None,
+    ) -> Result:
+        """Every merge of every set; `tasks`, one an adapter, and `base`, for adapters whose ΔW hangs on its weights."""
+        from lora_lab.analysis import compare
+
+        return compare.answer(self, adapters, tasks, on, base)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from lora_lab.cli import parsing
 from making_adapters import random_adapter as from_noise
 from peft import HiraConfig, LoraConfig
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.lowrank import LowRank, combine
 from lora_lab.analysis import connectivity
-from lora_lab.analysis.connectivity import BARRIERS, Interpolate, LineModels, MixPoint, parse_ratios, score_points
+from lora_lab.analysis.connectivity import BARRIERS, Interpolate, LineModels, MixPoint, score_points
 from lora_lab.errors import MismatchError, OptionError, TunerError
 from lora_lab.merging.paths import SPACES, Paths, Space
 from lora_lab.results.stats import Sampled
@@ -380,7 +381,7 @@ def test_the_same_run_gives_the_same_result(adapters, result):
 
 
 def test_three_adapters_give_every_pair_a_matrix_and_ratios(adapters):
-    ratios = parse_ratios("0:1,1:2,1:1:1", 3)
+    ratios = parsing.ratios("0:1,1:2,1:1:1", "--ratios")
     found = interpolate(adapters, Digits("relabel"), points=3, spaces=("delta",), ratios=ratios, split="validation")
     assert {tuple(row["indices"]) for row in found.rows(ratio=None)} == {(0, 1), (0, 2), (1, 2)}
     matrix = np.array(found.summary["matrix"]["delta"]["loss"])
@@ -567,9 +568,9 @@ def test_different_modules_are_named(adapters):
         ("1e308:1e308", "weights of 0 or more"),
     ],
 )
-def test_ratios_that_cannot_be_are_refused(text, match):
+def test_ratios_that_cannot_be_are_refused(adapters, text, match):
     with pytest.raises(OptionError, match=match):
-        parse_ratios(text, 2)
+        Interpolate(ratios=parsing.ratios(text, "--ratios")).check(adapters[:2])
 
 
 def test_too_few_points_or_adapters_are_refused(adapters):
