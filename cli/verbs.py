@@ -87,7 +87,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
             given[parameter] = build(group, given)
         function(**given)
 
-    command.__doc__, command.__module__ = function.__doc__, function.__module__
+    command.__doc__, command.__module__, command.__wrapped__ = function.__doc__, function.__module__, function  # type: ignore[attr-defined]
     ordered = sorted(parameters, key=lambda parameter: parameter.default is not inspect.Parameter.empty)
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in ordered]

@@ -1,7 +1,7 @@
 """Where a verb's result and figure go: found again, drawn again, or refused before any work is done."""
 
 import pytest
-from lora_lab.cli.common import Outputs
+from lora_lab.cli.outputs import Outputs
 
 from lora_lab import plots
 from lora_lab.errors import FileError, LoraLabWarning

@@ -423,7 +423,7 @@ def test_an_interrupt_leaves_no_output_and_the_same_command_goes_on(lora_lab, mo
     code, _, _ = lora_lab("interpolate", *pair, "--points", 3)
     assert code == 0
     assert len(calls) == 4 + 5 - 3
-    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == [".outcomes"]
 
 
 def test_no_module_called_cli_is_installed():
