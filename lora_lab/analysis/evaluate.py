@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,26 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.analysis.questions import Evaluate as Evaluate
 from lora_lab.results.result import Result, columns, fingerprint, provenance
 from lora_lab.results.stats import Sampled, proportion
+from lora_lab.scoring.changes import Change
 from lora_lab.scoring.evaluate import score
+from lora_lab.scoring.evaluator import Evaluator
+from lora_lab.scoring.examples import Examples
 from lora_lab.scoring.execution import Execution
+from lora_lab.scoring.models import TaskModels
 from lora_lab.tasks.task import Scores, Task
+
+
+@dataclass(frozen=True)
+class AsItIs(Change):
+    """An adapter on its task, or the base of that task alone."""
+
+    index: int
+    base: bool
+
+    def apply(self, models: TaskModels, examples: Examples) -> Scores:
+        """The scores, with logits where the task has measures of its own."""
+        task, adapter = models.tasks[self.index], None if self.base else models.adapters[self.index]
+        return score(task, adapter, examples.split, device=models.device, keep_logits=bool(task.measures))
 
 
 def answer(question: Evaluate, adapters: Sequence[Adapter], task: Task | Sequence[Task], on: Execution) -> Result:
@@ -24,17 +43,21 @@ def answer(question: Evaluate, adapters: Sequence[Adapter], task: Task | Sequenc
     began, split, seed = time.perf_counter(), question.split, question.seed
     tasks = [task] * len(adapters) if isinstance(task, Task) else task
     shared = {fingerprint(each.record): each for each in reversed(tasks)}  # equal tasks load their data once
-    runs: list[tuple[Adapter | None, Task]] = [(None, each) for each in shared.values() if question.base]
-    runs += [(adapter, shared[fingerprint(each.record)]) for adapter, each in zip(adapters, tasks, strict=True)]
+    own = [shared[fingerprint(each.record)] for each in tasks]
+    changes = [AsItIs(own.index(each), base=True) for each in shared.values() if question.base]
+    changes += [AsItIs(index, base=False) for index in range(len(adapters))]
     measures = list(dict.fromkeys(name for each in shared.values() for name in each.measures))
+    evaluator = Evaluator(adapters, own, on, split=split)
+    evaluator.total = len(changes)
+    if on.workers:
+        evaluator.prepare([(functools.partial(_ask, change), [(split, change)]) for change in changes])
     rows = []
-    for done, (adapter, own) in enumerate(runs, 1):
-        scores = score(own, adapter, split, device=on.device, keep_logits=bool(own.measures))
-        rows.append({**_described(adapter, own), "examples": len(scores), **_estimates(scores, seed)})
+    for change, scores in zip(changes, evaluator.scores(changes), strict=True):
+        adapter, judge = None if change.base else adapters[change.index], own[change.index]
+        rows.append({**_described(adapter, judge), "examples": len(scores), **_estimates(scores, seed)})
         if any(not each.classifies for each in tasks):
-            rows[-1] |= _perplexity(scores, None if own.classifies else own.target_counts(split), seed)
-        rows[-1] |= _shares(measures, own.measured(scores, split))
-        on.report(done, len(runs))
+            rows[-1] |= _perplexity(scores, None if judge.classifies else judge.target_counts(split), seed)
+        rows[-1] |= _shares(measures, judge.measured(scores, split))
     return Result(
         question.kind,
         columns(rows),
@@ -46,6 +69,10 @@ def answer(question: Evaluate, adapters: Sequence[Adapter], task: Task | Sequenc
             examples=len(scores),
         ),
     )
+
+
+def _ask(change: Change, evaluator: Evaluator) -> None:
+    evaluator.scores([change])
 
 
 def _described(adapter: Adapter | None, task: Task) -> dict[str, Any]:

@@ -148,7 +148,7 @@ def _with_adapter(task: Task, recipe: Recipe) -> Any:
     except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError, ImportError, re.error) as error:
         raise TunerError(f"PEFT cannot put a {recipe.peft} adapter on {task.name}: {_first_line(error)}") from error
     if recipe.lora_plus and not any("lora_B" in name for name, _ in model.named_parameters()):
-        raise OptionError(f"{recipe.peft} has no B that LoRA+ could give a rate of its own; leave --lora-plus out")
+        raise OptionError(f"{recipe.peft} has no B that LoRA+ could give a rate of its own; leave `lora_plus` out")
     if not layers(model):
         raise TunerError(f"{recipe.peft} has no layers that can be trained one by one")
     return model
@@ -184,7 +184,7 @@ def _peft_config(recipe: Recipe) -> Any:
     options: dict[str, Any] = {"target_modules": recipe.target_modules, **tuner.preset}
     if recipe.rank is not None:
         if "r" not in fields:
-            raise OptionError(f"{recipe.peft} has no rank; leave --rank out")
+            raise OptionError(f"{recipe.peft} has no rank; leave `rank` out")
         options["r"] = recipe.rank
         if "oft_block_size" in fields:
             options["oft_block_size"] = 0  # OFT takes a number of blocks or their size, not both
@@ -193,7 +193,7 @@ def _peft_config(recipe: Recipe) -> Any:
         if name:
             options[name] = recipe.alpha
         elif not tuner.ranked:
-            raise OptionError(f"{recipe.peft} has no alpha; leave --alpha out")
+            raise OptionError(f"{recipe.peft} has no alpha; leave `alpha` out")
     if method.dropout:
         name = next((n for n in (f"{tuner.peft_type.lower()}_dropout", "module_dropout") if n in fields), None)
         if name is None or (method.progressive and name == "module_dropout"):

@@ -26,7 +26,7 @@ from lora_lab.adapters.groups import players
 from lora_lab.analysis.compare import CompareMerges
 from lora_lab.analysis.connectivity import Interpolate
 from lora_lab.analysis.game import Game
-from lora_lab.analysis.questions import Shapley, Stability, Sweep
+from lora_lab.analysis.questions import Evaluate, Shapley, Stability, Sweep
 from lora_lab.errors import FileError, LoraLabError, LoraLabWarning, MismatchError, OptionError, TaskError
 from lora_lab.games.coalitions import all_coalitions
 from lora_lab.results.result import Result
@@ -118,6 +118,17 @@ def test_lines_are_the_same(local, pair):
     assert found.columns == alone.columns
     assert found.summary == alone.summary
     assert found.provenance["dtype"] == "float32"
+
+
+def test_scores_of_adapters_and_their_base_are_the_same(local, pair):
+    told = []
+    found, alone = (
+        Evaluate().run(pair, Digits("relabel"), Execution(workers=each, progress=lambda *n: told.append(n)))
+        for each in (local, None)
+    )
+    assert found.columns == alone.columns
+    assert found.columns["adapter"] == ["(base model alone)", "a0", "a1"]
+    assert told == [(1, 3), (2, 3), (3, 3)] * 2
 
 
 def test_comparisons_are_the_same_and_say_what_cannot_be_merged(local, pair, tmp_path):
