@@ -111,3 +111,13 @@ def test_values_are_read_as_the_types_of_the_fields():
     grid = build(Grid[Recipe], names | {"weight_decay": "0", "max_grad_norm": "1"})
     assert grid.first.groups == {"a": "x", "b": "y"}
     assert (grid.first.rank, grid.values["rank"], grid.values["alpha"]) == (2, [2, 4], [None])
+
+
+def test_the_built_in_tasks_are_listed(lora_lab):
+    code, out, err = lora_lab("tasks")
+    assert code == 0, err
+    assert "digits/relabel" in out
+    assert "causal-lm" in out
+    code, out, err = lora_lab("tasks", "--example", "text-classification")
+    assert code == 0, err
+    assert 'kind = "text-classification"' in out
