@@ -258,6 +258,7 @@ def test_an_adapter_without_a_head_does_not_keep_the_last_ones(tmp_path):
     plain, expected = peft_folder(tmp_path, LoraConfig, options, "plain")
     task = Digits("relabel")
     with attach(task.build_model(), Adapter.load(headed)) as attached:
+        attached.set(Adapter.load(headed))  # of two heads in turn, neither is the base's own
         attached.set(Adapter.load(plain))
         assert (task.score(attached.model, "validation").loss == expected.loss).all()
 

@@ -297,9 +297,11 @@ def test_ranks_are_masked_one_by_one(tmp_path):
 
 
 def test_a_factor_scales_the_update(tmp_path):
-    attached, adapter = worn(tmp_path, bert, ["query"])
+    attached, adapter = worn(tmp_path, bert, ["value", "dense"])
     engine = Variants(attached)
-    ((_, found),) = engine.run([(2.0,) * len(engine.names)], [tokens(3)], judge)
+    variants = [(2.0,) * len(engine.names), engine.all_on()]
+    found, plain = (scores for _, scores in sorted(engine.run(variants, [tokens(3)], judge)))
+    assert np.abs(found.logits - plain.logits).max() > 1e-3
     doubled = {name: update * 2.0 for name, update in adapter.updates.items()}
     attached.set(adapter.with_updates(doubled, source="doubled"))
     with torch.no_grad():
