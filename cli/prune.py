@@ -12,9 +12,8 @@ import typer
 from ..analysis.questions import Shapley
 from ..errors import OptionError
 from ..options import option
-from ..scoring.execution import Execution
-from .options import AdapterOutput, Device, OneTask, Reading
-from .terminal import print_json, progress, table
+from .options import AdapterOutput, Computing, OneTask, Reading
+from .terminal import print_json, table
 from .verbs import verb
 
 
@@ -76,7 +75,7 @@ def command(
     choosing: Choosing,
     task: ChoosingTask,
     reading: Reading,
-    device: Device,
+    computing: Computing,
     output: AdapterOutput,
 ) -> None:
     """Write a smaller adapter that PEFT loads: fewer modules (--keep), fewer entries (--sparsity), or a lower rank.
@@ -95,7 +94,7 @@ def command(
     refuse_existing(path, force=output.force, inputs=[Path(adapter)])
     (loaded,) = reading.load([adapter])
     if how.keep is not None:
-        pruned = _structured(loaded, how.keep, choosing, task, device)
+        pruned = _structured(loaded, how.keep, choosing, task, computing)
     elif how.sparsity is not None:
         by, seed = how.method or "magnitude", choosing.seed
         pruned = prune_weights(loaded, sparsity=how.sparsity, by=by, per_matrix=how.per_matrix, seed=seed)
@@ -109,14 +108,13 @@ def command(
         show(report)
 
 
-def _structured(loaded: Any, keep: str, choosing: Choosing, task: OneTask, device: Device) -> Any:
+def _structured(loaded: Any, keep: str, choosing: Choosing, task: OneTask, computing: Computing) -> Any:
     """The adapter with what a pattern keeps; Shapley values are computed when a pattern asks for them."""
     from ..pruning import patterns
     from ..pruning.modules import structured
 
     def shapley() -> dict[str, float]:
-        with progress("asking for coalitions") as report:
-            on = Execution(device=device.resolved(), progress=report)
+        with computing.execution("asking for coalitions") as on:
             return choosing.shapley().values(loaded, task.of([loaded]), on)
 
     choice = replace(patterns.choice_of(loaded, by=choosing.players, seed=choosing.seed), shapley=shapley)

@@ -91,7 +91,10 @@ def choose(question: Shapley, game: Game) -> str:
 def values(question: Shapley, adapter: Adapter, task: Task, on: Execution) -> dict[str, float]:
     """Player → Shapley value."""
     game = _game(question, adapter, task, on)
-    estimate = _estimate(question, game, choose(question, game))
+    estimator = choose(question, game)
+    if on.confirm:
+        on.confirm(game.cost(_planned(question, game, estimator)))
+    estimate = _estimate(question, game, estimator)
     return dict(zip(game.player_names, estimate.values.tolist(), strict=True))
 
 

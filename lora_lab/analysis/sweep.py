@@ -40,10 +40,10 @@ def answer(question: Sweep, adapters: Sequence[Adapter], task: Task, on: Executi
     rows: list[Row] = []
     done = 0
     for adapter, label in zip(adapters, labels_of(adapters), strict=True):
-        quiet = replace(on, progress=None)
+        quiet = replace(on, progress=None, confirm=None)
         evaluator = Evaluator([adapter], task, quiet, split=question.split, examples=question.examples)
         shapley = functools.partial(
-            Shapley(split="validation", examples=question.examples).values, adapter, task, replace(on, progress=None)
+            Shapley(split="validation", examples=question.examples).values, adapter, task, quiet
         )
         choice = replace(patterns.choice_of(adapter, seed=question.seed), shapley=shapley)
         pieces = [
@@ -51,7 +51,7 @@ def answer(question: Sweep, adapters: Sequence[Adapter], task: Task, on: Executi
         ]
         draws = sum(len(made) for _, made in pieces)
         if on.confirm and not rows:
-            on.confirm(_cost(question, evaluator, draws * len(adapters), len(adapters), on))
+            on.confirm(_cost(question, evaluator, draws * len(adapters), len(adapters), quiet))
         scored = _scored(pieces, evaluator, functools.partial(_report, on, done, draws * len(adapters)))
         done += draws
         who = {"adapter": label, "method": method_of(adapter, label), "seed": adapter.record.get("seed")}
@@ -89,7 +89,7 @@ def _cost(question: Sweep, evaluator: Evaluator, draws: int, adapters: int, on: 
     if "structured" not in question.kinds:
         return plain
     shapley = Shapley(split="validation", examples=question.examples)
-    return plain + shapley.cost(evaluator.adapter, evaluator.task, replace(on, progress=None)) * adapters
+    return plain + shapley.cost(evaluator.adapter, evaluator.task, on) * adapters
 
 
 def _report(on: Execution, before: int, total: int, done: int, _: int) -> None:

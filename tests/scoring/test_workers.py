@@ -504,3 +504,32 @@ def test_an_interrupted_command_ends_its_cluster_and_goes_on_from_its_journal(cl
     assert not ended.value.code
     assert len(evaluated) == 256 - known
     assert np.isfinite(Result.load(Path("out/shapley.json")).columns["value"]).all()
+
+
+def test_layers_are_chosen_by_workers_and_the_cost_is_asked_about(local, pair, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pair[0].save("a.safetensors")
+    asked, of = [], local.map
+    monkeypatch.setattr(local, "map", lambda *given: (asked.append(given), of(*given))[1])
+    (main,) = entry_points(group="console_scripts", name="lora-lab")
+
+    def prune(output, *more):
+        options = ["--keep", "top-shapley:2", "--samples", "2", "-o", output, *more]
+        with pytest.raises(SystemExit) as ended:
+            main.load()(["prune", "a.safetensors", *options])
+        return ended.value.code or 0, capsys.readouterr().err
+
+    assert prune("here")[0] == 0
+    monkeypatch.setattr(
+        opening, "open_workers", lambda *given: contextlib.nullcontext(local if given[0] == 2 else None)
+    )
+    assert prune("there", "--jobs", "2")[0] == 0
+    assert asked
+    here, there = Adapter.load("here"), Adapter.load("there")
+    assert len(here.sites) == 4
+    assert set(there.sites) == set(here.sites)
+    monkeypatch.setattr(Evaluator, "pace", 1e4)
+    code, err = prune("slow")
+    assert code == 1
+    assert "error: this may take" in err
+    assert not Path("slow").exists()
