@@ -9,18 +9,15 @@ import typer
 
 from ..analysis.questions import Interpolate
 from ..options import check_options, option
+from ..registry import Later
+from ..results.analysis_kinds import MAIN_BARRIER
 from .options import Computing, Loading, OneTask, Output
 from .outputs import answer
 from .terminal import console, estimate, table
 from .verbs import verb
 
-_SPACES = {
-    "both": ("factors", "delta"),
-    "factors": ("factors",),
-    "delta": ("delta",),
-    "aligned": ("aligned",),
-    "all": ("factors", "delta", "aligned"),
-}
+_SPACES = Later("lora_lab.merging.paths", "SPACES")
+_SETS = {"both": lambda: Interpolate.spaces, "all": lambda: tuple(_SPACES())}
 
 
 @dataclass(frozen=True)
@@ -28,11 +25,18 @@ class Where:
     """On which lines."""
 
     space: str = option(
-        "both", "both (factors and delta), factors, delta, aligned, or all; see above.", choices=lambda: _SPACES
+        "both",
+        "both (factors and delta), all, or one alone: NAMES; see above.",
+        choices=lambda: (*_SETS, *_SPACES()),
+        names=_SPACES,
     )
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    def spaces(self) -> tuple[str, ...]:
+        """Their names."""
+        return _SETS[self.space]() if self.space in _SETS else (self.space,)
 
 
 @verb
@@ -54,7 +58,7 @@ def command(
 
     Example:  lora-lab interpolate a.safetensors b.safetensors --ratios 1:2,1:1
     """
-    question = replace(question, spaces=_SPACES[where.space])
+    question = replace(question, spaces=where.spaces())
     answer(question, adapters, loading, task, computing, output, doing="interpolating", show=show)
 
 
@@ -96,6 +100,15 @@ def _estimates(row: dict[str, Any]) -> tuple[str, str]:
     return tuple(estimate(row[m], row[f"{m}_low"], row[f"{m}_high"]) for m in ("accuracy", "loss"))  # type: ignore[return-value]
 
 
+_HEADINGS = {
+    "entezari": "above the chord",
+    "frankle": "above mean end",
+    "max_end": "above worse end",
+    "midpoint": "value at ½",
+}
+"""Barrier → what a table calls it; others have their names."""
+
+
 def _show_barriers(result: Any) -> None:
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row in result.summary["barriers"]:
@@ -103,10 +116,11 @@ def _show_barriers(result: Any) -> None:
         found.setdefault(key, {})[row["barrier"]] = row
     rows = []
     for (pair, metric, space), cells in found.items():
-        main, *others = (cells[name] for name in ("entezari", "frankle", "max_end", "midpoint"))
+        main = cells.pop(MAIN_BARRIER)
         height = estimate(main["value"], main["low"], main["high"])
-        rows.append((f"{pair}, {space}", metric, height, *(other["value"] for other in others)))
-    headings = ("line", "metric", "above the chord", "above mean end", "above worse end", "value at ½")
+        rows.append((f"{pair}, {space}", metric, height, *(other["value"] for other in cells.values())))
+    names = dict.fromkeys(row["barrier"] for row in result.summary["barriers"] if row["barrier"] != MAIN_BARRIER)
+    headings = ("line", "metric", _HEADINGS[MAIN_BARRIER], *(_HEADINGS.get(name, name) for name in names))
     title = "Barriers (error = 1 − accuracy; 95 % intervals of all are in the JSON)"
     table(title, headings, rows)
     console.print()

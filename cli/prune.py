@@ -12,6 +12,7 @@ import typer
 from ..analysis.questions import Shapley
 from ..errors import OptionError
 from ..options import option
+from ..registry import Later
 from .options import AdapterOutput, Computing, OneTask, Reading
 from .terminal import print_json, table
 from .verbs import verb
@@ -22,10 +23,15 @@ class Pruning:
     """How: by modules, by entries, or by ranks."""
 
     keep: str | None = option(
-        None, "What stays: every-other, odd, even, low, middle, high, type:q,k, top-shapley:K, top-norm:K, random:K."
+        None,
+        "What stays: NAMES; with what they need, as in type:q,k or random:K.",
+        names=Later("lora_lab.pruning.patterns", "KEEPS"),
     )
     method: str | None = option(
-        None, "magnitude, random or delta-magnitude: which entries go, with --sparsity.", title="criterion"
+        None,
+        "NAMES: which entries go, with --sparsity.",
+        names=Later("lora_lab.pruning.entries", "CRITERIA"),
+        title="criterion",
     )
     sparsity: float | None = option(None, "Share of the entries that become 0.")
     per_matrix: bool = option(
@@ -33,7 +39,11 @@ class Pruning:
     )
     rank: int | None = option(None, "Ranks to keep of every module.")
     energy: float | None = option(None, "Share of every module's ‖ΔW‖² to keep.")
-    rank_by: str = option("svd", "svd: the best of that rank; units: the largest rank-1 terms.")
+    rank_by: str = option(
+        "svd",
+        "NAMES: the best of that rank, the largest of its own rank-1 terms, or any of them.",
+        names=Later("lora_lab.pruning.ranks", "RANK_ORDERS"),
+    )
 
     def __post_init__(self) -> None:
         by_entries = self.sparsity is not None or self.method is not None
@@ -49,9 +59,9 @@ class Choosing:
     """How layers are chosen."""
 
     players: str | Mapping[str, str] = option(
-        "layer", "What K counts: layer, module, type, type-layer … or NAME=REGEX."
+        "layer", "What K counts: NAMES, or NAME=REGEX.", names=Later("lora_lab.adapters.groups", "PLAYERS")
     )
-    worth: str = option("accuracy", "For top-shapley: accuracy, loss, log-likelihood or margin.")
+    worth: str = option("accuracy", "For top-shapley: NAMES.", names=Later("lora_lab.analysis.game", "WORTHS"))
     samples: int = option(200, "For top-shapley: marginal contributions a player.")
     split: str = option("validation", "For top-shapley: the split to choose on.")
     seed: int = option(0, "Of random choices.", least=0)

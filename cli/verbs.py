@@ -11,7 +11,7 @@ from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_t
 import typer
 
 from ..analysis.questions import in_words
-from ..options import Option, options_of
+from ..options import Option, help_of, options_of
 from . import parsing
 
 Asked = TypeVar("Asked")
@@ -149,7 +149,7 @@ def _parameter(field: dataclasses.Field[Any], said: Option, group: Any, verb_nam
             more, default = {"show_default": default or False}, None
     elif hint in (bool, bool | None) and default is not False and "/" not in names[0]:
         names = [f"{names[0]}/--no-{names[0][2:]}"]
-    text = said.help.replace("VERB", verb_name) + (" ☰" if said.several else "")
+    text = help_of(said).replace("VERB", verb_name) + (" ☰" if said.several else "")
     return inspect.Parameter(
         field.name,
         inspect.Parameter.KEYWORD_ONLY,

@@ -19,8 +19,3 @@ def face(
         return getattr(import_module(f"{package}.{places[name]}"), name)
 
     return load, lambda: sorted(places), sorted(places)
-
-
-def later(module: str, name: str) -> Callable[[], Any]:
-    """What gives a module's name when it is called, and loads the module only then."""
-    return lambda: getattr(import_module(module), name)

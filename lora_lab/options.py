@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_lab.errors import OptionError, unknown
+from lora_lab.registry import Later
 
 _KEY = "option"
 
@@ -31,6 +32,8 @@ class Option:
     """Numbers must be larger than this."""
     choices: Callable[[], Collection[str]] | None = None
     """The names that it takes, listed when they are needed."""
+    names: Later | None = None
+    """What NAMES in the help stands for, where it is not the choices."""
     several: bool = False
     """Whether the command line takes several values of which the best is chosen."""
     title: str | None = None
@@ -48,6 +51,14 @@ def option(default: Any, help: str, **more: Any) -> Any:  # noqa: A002
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def help_of(said: Option) -> str:
+    """What is said of an option, with the names that can be chosen."""
+    listed = said.names or said.choices
+    if "NAMES" not in said.help or listed is None:
+        return said.help
+    return said.help.replace("NAMES", ", ".join(listed.names() if isinstance(listed, Later) else listed()))
 
 
 def options_of(cls: Any) -> Iterator[tuple[dataclasses.Field[Any], Option]]:

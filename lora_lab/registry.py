@@ -7,8 +7,15 @@ all names are listed, and imported only then.
 
 from __future__ import annotations
 
+import ast
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lora_lab.errors import LoraLabWarning, OptionError, unknown
@@ -80,9 +87,9 @@ class Registry(Mapping[str, E], Generic[E]):
     def _offers(self) -> dict[str, EntryPoint]:
         """Entry points that are not loaded yet."""
         if self._offered is None:
+            self._offered = {}
             from importlib.metadata import entry_points
 
-            self._offered = {}
             for point in sorted(entry_points(group=self.group), key=_package):
                 if point.name in self.entries or point.name in self._offered:
                     self._left_out(point, "the name is taken")
@@ -110,6 +117,52 @@ class Registry(Mapping[str, E], Generic[E]):
     def _left_out(self, point: EntryPoint, reason: str) -> None:
         message = f"{_package(point)} brings the {self.what} {point.name!r}, which is left out: {reason}"
         warnings.warn(message, LoraLabWarning, stacklevel=4)
+
+
+@dataclass(frozen=True)
+class Later:
+    """A name of a module that is loaded only when this is called."""
+
+    module: str
+    name: str
+
+    def __call__(self) -> Any:
+        """What the module has under that name."""
+        return getattr(import_module(self.module), self.name)
+
+    @cache  # noqa: B019 (there are a dozen of these, and they stay)
+    def names(self) -> list[str]:
+        """The names in the registry, mapping or tuple; of a module that is not loaded, from its source.
+
+        Those that other packages bring are among them.
+        """
+        if self.module in sys.modules:
+            return list(self())
+        spec = find_spec(self.module)
+        tree = ast.parse(Path(str(spec and spec.origin)).read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.Assign | ast.AnnAssign) and node.value:
+                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+                if isinstance(target, ast.Name) and target.id == self.name:
+                    return _names_in(node.value)
+        raise LookupError(f"{self.module} has no {self.name} of its own")
+
+
+def _names_in(value: ast.expr) -> list[str]:
+    """Elements of a tuple, keys of a mapping, or of a Registry both its built-in entries and what is offered to it."""
+    if isinstance(value, ast.Call):
+        _, group, _, builtin = value.args
+        offered = [point.name for point in sorted(_all_points().select(group=ast.literal_eval(group)), key=_package)]
+        return list(dict.fromkeys([*_names_in(builtin), *offered]))
+    return list(ast.literal_eval(ast.Tuple(value.keys) if isinstance(value, ast.Dict) else value))  # type: ignore[arg-type]
+
+
+@cache
+def _all_points() -> Any:
+    """Of all packages and groups; to look through them takes a few hundredths of a second."""
+    from importlib.metadata import entry_points
+
+    return entry_points()
 
 
 def _package(point: EntryPoint) -> str:

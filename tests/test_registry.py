@@ -1,5 +1,6 @@
 """Registries: names, entries, and what other packages bring."""
 
+import ast
 import importlib.metadata
 import subprocess
 import sys
@@ -8,8 +9,9 @@ from dataclasses import dataclass
 
 import pytest
 
+from lora_lab import registry
 from lora_lab.errors import LoraLabWarning, OptionError
-from lora_lab.registry import Registry
+from lora_lab.registry import Later, Registry
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,38 @@ def test_of_two_packages_with_one_name_the_first_by_its_name_counts(ways, instal
     installed("aaa", {"far": "aaa:far"}, MAKER)
     with pytest.warns(LoraLabWarning, match="^zzz brings the way 'far', which is left out: the name is taken$"):
         assert ways["far"].label == "far"
+
+
+LISTS = [
+    ("lora_lab.merging.paths", "SPACES"),
+    ("lora_lab.merging.methods", "MERGES"),
+    ("lora_lab.games.estimators", "ESTIMATORS"),
+    ("lora_lab.adapters.groups", "PLAYERS"),
+    ("lora_lab.analysis.sweep", "KINDS"),
+    ("lora_lab.tasks.task", "SPLITS"),
+]
+
+
+def test_names_are_listed_without_loading_what_they_name():
+    code = (
+        "import sys; from lora_lab.registry import Later\n"
+        f"print([Later(*place).names() for place in {LISTS}])\n"
+        "assert not {'torch', 'numpy', *(module for module, _ in " + repr(LISTS) + ")} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ast.literal_eval(done.stdout) == [list(Later(*place)()) for place in LISTS]
+
+
+def test_names_that_packages_bring_are_listed_before_they_are_loaded(installed, tmp_path, monkeypatch):
+    (tmp_path / "laterways.py").write_text(
+        "from lora_lab.registry import Registry\nWAYS = Registry('way', 'lora_lab.test_ways', None, {'straight': 1})\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    installed("pack", {"bent": "nowhere:bent"}, "")
+    registry._all_points.cache_clear()
+    assert Later("laterways", "WAYS").names() == ["straight", "bent"]
+    assert "laterways" not in sys.modules
 
 
 def test_nothing_is_looked_for_at_import(monkeypatch):

@@ -31,6 +31,7 @@ from lora_lab.analysis.questions import in_words
 from lora_lab.errors import OptionError
 from lora_lab.merging.paths import SPACES, Paths
 from lora_lab.registry import Registry
+from lora_lab.results.analysis_kinds import MAIN_BARRIER
 from lora_lab.results.result import Result, columns, finite, grouped
 from lora_lab.results.stats import Floats, Sampled, mean_and_spread, proportion
 from lora_lab.scoring.changes import Change
@@ -74,9 +75,6 @@ frankle: sup L − ½(L(0) + L(1)) (arXiv:1912.05671). entezari: sup [L − line
 max(L(0), L(1)). midpoint: the value L(½) itself. The supremum is over the grid, ends included, so that the first three
 are never negative; with noise it is above 0 even where there is no barrier, and the interval tells.
 """
-
-MAIN_BARRIER = "entezari"
-"""The one by which shrinkage and matrices of pairs are told."""
 
 METRICS = ("loss", "error")
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from lora_lab.analysis.question import Question
 from lora_lab.errors import OptionError
-from lora_lab.lazy import later
 from lora_lab.options import option
+from lora_lab.registry import Later
 from lora_lab.scoring.execution import Cost, Execution
 
 if TYPE_CHECKING:
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 def _players() -> Any:
     return option(
         "layer",
-        "layer, module, type, type-layer, encoder-type-layer, rank, or NAME=REGEX (repeatable).",
+        "NAMES, or NAME=REGEX (repeatable).",
+        names=Later("lora_lab.adapters.groups", "PLAYERS"),
         title="player",
     )
 
 
 def _split() -> Any:
-    return option("test", "train, validation or test.", choices=later("lora_lab.tasks.task", "SPLITS"))
+    return option("test", "NAMES.", choices=Later("lora_lab.tasks.task", "SPLITS"))
 
 
 def _examples() -> Any:
@@ -58,7 +59,7 @@ class Interpolate(Question):
         ("factors", "delta"),
         "What is averaged between the ends.",
         flag="",
-        choices=later("lora_lab.merging.paths", "SPACES"),
+        choices=Later("lora_lab.merging.paths", "SPACES"),
         title="space",
     )
     ratios: tuple[tuple[float, ...], ...] = option(
@@ -170,13 +171,13 @@ class Shapley(Question):
     players: str | Mapping[str, str] = _players()
     worth: str = option(
         "accuracy",
-        "accuracy, loss, log-likelihood or margin; what helps is positive.",
-        choices=later("lora_lab.analysis.game", "WORTHS"),
+        "NAMES; what helps is positive.",
+        choices=Later("lora_lab.analysis.game", "WORTHS"),
     )
     estimator: str | None = option(
         None,
-        "exact, antithetic, permutation, stratified, owen, regression, or shapiq:NAME; by default exact where that is "
-        "cheaper, else antithetic.",
+        "NAMES, or shapiq:NAME; by default exact where that is cheaper, else antithetic.",
+        names=Later("lora_lab.games.estimators", "ESTIMATORS"),
     )
     samples: int = option(200, "Marginal contributions a player; for permutations, orders.", least=1)
     until_se: float | None = option(
@@ -277,7 +278,7 @@ class Sweep(Question):
         ("structured", "unstructured", "rank"),
         "What is pruned: patterns of modules, single entries, ranks.",
         flag="",
-        choices=later("lora_lab.analysis.sweep", "KINDS"),
+        choices=Later("lora_lab.analysis.sweep", "KINDS"),
         title="kind of pruning",
     )
     sparsities: tuple[float, ...] = option(
@@ -289,8 +290,8 @@ class Sweep(Question):
     )
     criteria: tuple[str, ...] = option(
         ("magnitude", "random"),
-        "magnitude, random, delta-magnitude, with commas.",
-        choices=later("lora_lab.pruning.entries", "CRITERIA"),
+        "NAMES, with commas.",
+        choices=Later("lora_lab.pruning.entries", "CRITERIA"),
         title="criterion",
     )
     per_matrix: bool = option(

@@ -12,25 +12,24 @@ from lora_lab.errors import OptionError
 from lora_lab.plots import primitives
 from lora_lab.plots import style as plot_style
 from lora_lab.plots.primitives import Band, Floats, Panels
+from lora_lab.results.analysis_kinds import MAIN_BARRIER
 from lora_lab.results.result import Result
 
-_SPACES = {"factors": 1, "matched": 4, "delta": 0, "aligned": 2}
-"""Space → its place among the colours of the style, whichever others are drawn."""
-
 _LOOKS = {
-    "factors": ("factors A, B averaged", "o", "-"),
-    "matched": ("factors, ‖ΔW‖ matched", "s", "--"),
-    "delta": ("ΔW averaged", "^", "-"),
-    "aligned": ("factors aligned first", "D", ":"),
+    "factors": ("factors A, B averaged", 1, "o", "-"),
+    "matched": ("factors, ‖ΔW‖ matched", 4, "s", "--"),
+    "delta": ("ΔW averaged", 0, "^", "-"),
+    "aligned": ("factors aligned first", 2, "D", ":"),
 }
+"""Space → label, place among the colours of the style (whichever others are drawn), marker and dashes."""
 
 
 def space_look(space: str, place: int = 0) -> dict[str, Any]:
     """Label, colour, marker and dashes of a space; one that is not known here has those of its place."""
     if space not in _LOOKS:
         return {"label": plot_style.shortened(space), **plot_style.look(space, 5 + place)}
-    label, marker, dashes = _LOOKS[space]
-    color = plot_style.look("", _SPACES[space])["color"]
+    label, color_place, marker, dashes = _LOOKS[space]
+    color = plot_style.look("", color_place)["color"]
     return {"label": label, "color": color, "marker": marker, "linestyle": dashes}
 
 
@@ -67,8 +66,9 @@ def draw_loss(results: Sequence[Result], panels: Panels) -> list[Axes]:
 
 
 def draw_matrix(results: Sequence[Result], panels: Panels) -> list[Axes]:
-    """Error barriers between all adapters of each result, one colour scale for all."""
-    tables = [_matrix(result) for result in results]
+    """Error barriers between all adapters of each result, on the first space that all have; one colour scale."""
+    space = _shared_space(results)
+    tables = [_matrix(result, space) for result in results]
     top = max(float(table.max()) for _, table in tables) or 1.0
     count = len(tables)
     height = 2.9 * count if panels.single else min(4.5, 0.7 + 5.6 / count)
@@ -82,7 +82,7 @@ def draw_matrix(results: Sequence[Result], panels: Panels) -> list[Axes]:
                 ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=size, color=color)
         methods = {adapter["method"] for adapter in result.parameters["adapters"]}
         primitives.title(ax, plot_style.method_name(methods.pop()) if len(methods) == 1 else "adapters")
-    panels.colour_bar(axes, image, "error barrier of the factor line", 0.8)
+    panels.colour_bar(axes, image, f"error barrier, {space_look(space)['label']}", 0.8)
     return axes
 
 
@@ -154,13 +154,12 @@ def _draw_norms(ax: Axes, norms: Mapping[str, Mapping[str, tuple[Floats, Band]]]
     """‖ΔW(t)‖ as a share of the mean of its ends; methods by dashes, spaces by colour and marker as elsewhere."""
     for i, (group, spaces) in enumerate(norms.items()):
         for place, (space, (t, values)) in enumerate(spaces.items()):
-            if space != "matched":
-                norm = values[0]
-                ends = np.maximum((1 - t) * norm[0] + t * norm[-1], np.finfo(float).tiny)
-                look = {**space_look(space, place), "linestyle": plot_style.dashes(i), "label": f"{group} {space}"}
-                value, low, high = (line / ends for line in values)
-                primitives.curve(ax, t, (value, low, high), **look)
-    ax.axhline(1, color=space_look("matched")["color"], linestyle="--", linewidth=1)
+            norm = values[0]
+            ends = np.maximum((1 - t) * norm[0] + t * norm[-1], np.finfo(float).tiny)
+            look = {**space_look(space, place), "linestyle": plot_style.dashes(i), "label": f"{group} {space}"}
+            value, low, high = (line / ends for line in values)
+            primitives.curve(ax, t, (value, low, high), **look)
+    ax.axhline(1, color="#555555", linestyle=":", linewidth=0.8, zorder=1)
     ax.set_ylim(0, max(1.08, 1.05 * ax.dataLim.ymax))
     ax.set_ylabel("‖ΔW(t)‖, ends = 1")
     words = {"-": "solid", "--": "dashed", "-.": "dash-dot", ":": "dotted"}
@@ -183,12 +182,20 @@ def _caption(results: Sequence[Result]) -> str:
     return f"{plot_style.measured_on(results)}; bands: {band}"
 
 
-def _matrix(result: Result) -> tuple[list[str], Floats]:
+def _shared_space(results: Sequence[Result]) -> str:
+    """The first space that all results have; OptionError without one, as barriers share a scale."""
+    first, *others = (result.parameters["spaces"] for result in results)
+    shared = [space for space in first if all(space in spaces for spaces in others)]
+    if not shared:
+        raise OptionError("these results cannot share a figure: no space is in all of them")
+    return str(shared[0])
+
+
+def _matrix(result: Result, space: str) -> tuple[list[str], Floats]:
     labels = plot_style.distinct([adapter["label"] for adapter in result.parameters["adapters"]])
     table = np.zeros((len(labels), len(labels)))
-    space = "factors" if "factors" in result.parameters["spaces"] else result.parameters["spaces"][0]
     for row in result.summary["barriers"]:
-        if (row["space"], row["metric"], row["barrier"]) == (space, "error", "entezari"):
+        if (row["space"], row["metric"], row["barrier"]) == (space, "error", MAIN_BARRIER):
             i, j = row["indices"]
             table[i, j] = table[j, i] = row["value"]
     return labels, table

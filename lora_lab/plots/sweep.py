@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import AutoLocator, Locator, MaxNLocator
 
 from lora_lab.errors import OptionError
 from lora_lab.plots import primitives
@@ -16,7 +17,11 @@ from lora_lab.plots import style as plot_style
 from lora_lab.plots.primitives import Panels
 from lora_lab.results.result import Result, by_adapter
 
-_AXIS = {"unstructured": "sparsity (share of entries set to 0)", "rank": "rank kept"}
+_AXIS: dict[str, tuple[str, Callable[[], Locator]]] = {
+    "unstructured": ("sparsity (share of entries set to 0)", AutoLocator),
+    "rank": ("rank kept", partial(MaxNLocator, integer=True)),
+}
+"""Kind of pruning that is a curve → what it is over, and what sets its ticks."""
 _KINDS = ("structured", *_AXIS)
 
 _DASHES = ("-", "--", ":", "-.")
@@ -103,15 +108,15 @@ def _curve(ax: Axes, results: Sequence[Result], kind: str) -> bool:
             names = [(criterion, row["label"]) for row in adapters[0] if row["criterion"] == criterion]
             places = primitives.points(adapters, names, lambda row: (row["criterion"], row["label"]))
             look = {**plot_style.look(label, i), "linestyle": _DASHES[j % 4]}
-            if criterion == "random":
-                look["markerfacecolor"] = "white"
+            if any(row["draws"] > 1 for row in adapters[0] if row["criterion"] == criterion):
+                look["markerfacecolor"] = "white"  # means over random draws
             x = np.array([float(name) for _, name in names])
             values = primitives.band(places, "accuracy")
             words = f"{label}, {criterion}" if few else label if j == 0 else None
             primitives.curve(ax, x, values, alpha=0.14, label=words, **look)
-    if kind == "rank":
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_xlabel(_AXIS[kind])
+    label, ticks = _AXIS[kind]
+    ax.xaxis.set_major_locator(ticks())
+    ax.set_xlabel(label)
     ax.set_ylabel("accuracy")
     handles, entries = ax.get_legend_handles_labels()
     if not few:  # colours are told above the figure

@@ -8,6 +8,9 @@ from typing import Any
 from lora_lab.results.rows import ADAPTERS, PLAYERS, Accuracy, Adapted, Loss
 from lora_lab.results.schema import Kind, Paper, column
 
+MAIN_BARRIER = "entezari"
+"""The one by which shrinkage and matrices of pairs are told."""
+
 
 @dataclass
 class Between:

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from lora_lab.lazy import later
 from lora_lab.options import check_options, option
-from lora_lab.registry import Registry
+from lora_lab.registry import Later, Registry
 
 if TYPE_CHECKING:
     from lora_lab.tasks.task import Task
@@ -80,8 +79,7 @@ class Recipe:
 
     method: str = option(
         "coto",
-        "coto, coto-h, coto-l, lora, dropout, progressive-dropout, stochastic-depth, or stochastic-depth-scaled: each "
-        "block's update then times its survival rate, as its paper scores it.",
+        "NAMES; scaled: each block's update is then multiplied by its survival rate, as the paper scores it.",
         choices=lambda: METHODS,
     )
     seed: int = option(0, "Orders the data and draws the masks.", least=0, most=2**32 - 1)
@@ -122,9 +120,7 @@ class Recipe:
         "adamw_torch_fused", "A name of transformers' TrainingArguments.optim.", choices=_optimizers
     )
     dropout: float = option(0.25, "(Initial) rate for dropout and progressive-dropout.", least=0, most=1, several=True)
-    ramp: str = option(
-        "linear", "Shape of p(t): linear, exponential or sine.", choices=later("lora_lab.training.schedule", "RAMPS")
-    )
+    ramp: str = option("linear", "Shape of p(t): NAMES.", choices=Later("lora_lab.training.schedule", "RAMPS"))
     p0: float | None = option(
         None,
         "p at the first step (0.1); for stochastic-depth the last block's survival (0.5).",

@@ -14,7 +14,7 @@ from lora_lab.cli.verbs import Grid, build, flags, shown
 
 from lora_lab.analysis import questions
 from lora_lab.analysis.question import Question
-from lora_lab.options import options_of
+from lora_lab.options import help_of, options_of
 from lora_lab.training.recipe import Recipe
 
 QUESTIONS = [each for each in vars(questions).values() if inspect.isclass(each) and issubclass(each, Question)]
@@ -62,7 +62,7 @@ def test_every_option_of_a_question_is_in_the_help_of_its_verb_with_its_default(
         name = flags(field, said)[-1].partition("/")[0]
         (block,) = [block for block in blocks if block.split()[0] == name]
         words = " ".join(block.replace("│", " ").split())
-        assert said.help.replace("`", "").split(".")[0][:40] in words
+        assert help_of(said).replace("`", "").split(".")[0][:40] in words
         default = None if field.default is dataclasses.MISSING else field.default
         if default is None or default is False or default == ():
             assert "[default: " not in words or "/" in flags(field, said)[-1]

@@ -1,6 +1,9 @@
 """What an entry must carry: a throw-away one in each registry is used as a built-in one is."""
 
+import ast
 from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from lora_lab.merging.sources import Sources
 from lora_lab.pruning.entries import CRITERIA, Criterion
 from lora_lab.pruning.patterns import KEEPS, Keep, choice_of, keep
 from lora_lab.pruning.ranks import RANK_ORDERS, RankOrder
+from lora_lab.registry import Registry
 from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.digits import Digits
 from lora_lab.tasks.registry import KINDS, TaskKind, example, from_record
@@ -31,6 +35,7 @@ from lora_lab.training.schedule import MASK_LAWS, RAMPS, MaskLaw, uniform
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 
+ROOT = Path(__file__).parents[2]
 TARGETS = r"vit\.layers\.[0-3]\..*q_proj"
 
 
@@ -145,3 +150,66 @@ def test_a_kind_of_task(add):
     add(KINDS, TaskKind(lambda keys, folder, where: Digits(keys["labelling"]), 'kind = "throwaway"'))
     assert example("throwaway") == 'kind = "throwaway"'
     assert from_record({"kind": "throwaway", "labelling": "invert"}).name == Digits("invert").name
+
+
+OTHER_WORDS = {
+    ("linear",): ("a kind of layer", "adapters/adapter.py", "adapters/formats/peft_format.py"),
+    ("all",): ("a value of PEFT's bias; every merge", "adapters/formats/peft_config.py", "analysis/merge_sets.py"),
+    ("average",): ("how heads are merged", "adapters/whole.py"),
+    ("accuracy", "loss"): (
+        "metrics, as columns of results and keys of logs have them",
+        "analysis/connectivity.py",
+        "analysis/keep_sets.py",
+        "analysis/sweep.py",
+        "merging/search.py",
+        "plots/train.py",
+        "training/trainer.py",
+    ),
+    ("rank",): ("a kind of pruning", "analysis/sweep.py"),
+    ("lora",): ("a tuner", "cli/train.py"),
+    ("clip",): ("a model type of transformers", "tasks/clip.py"),
+    ("train",): ("a split", "tasks/clip.py", "tasks/tables.py"),
+    ("tuning",): ("a key of a record", "training/tuning.py"),
+}
+"""Words that are names of entries and mean something else in these files: what."""
+
+
+def registries():
+    """(module's file, registry) for each."""
+    for path in sorted((ROOT / "lora_lab").rglob("*.py")):
+        if not path.stem.startswith("__"):
+            module = import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+            assigned = {
+                target.id
+                for node in ast.parse(path.read_text()).body
+                if isinstance(node, ast.Assign | ast.AnnAssign)
+                for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+                if isinstance(target, ast.Name)
+            }
+            yield from ((path, getattr(module, name)) for name in assigned if isinstance(vars(module)[name], Registry))
+
+
+def compared(path):
+    """The texts that something is compared with in a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+        sides += [node.value] if isinstance(node, ast.MatchValue) else []
+        for side in sides:
+            parts = side.elts if isinstance(side, ast.Tuple | ast.List | ast.Set) else [side]
+            yield from (part.value for part in parts if isinstance(part, ast.Constant) and isinstance(part.value, str))
+
+
+def test_nothing_outside_of_a_registry_compares_with_the_name_of_an_entry():
+    homes = {}
+    for path, registry in registries():
+        for name in registry:
+            homes.setdefault(name, set()).add(path)
+    allowed = {(file, word) for words, (_, *files) in OTHER_WORDS.items() for word in words for file in files}
+    used = set()
+    for path in [*(ROOT / "lora_lab").rglob("*.py"), *(ROOT / "cli").glob("*.py")]:
+        file = str(path.relative_to(ROOT)).removeprefix("lora_lab/")
+        for word in compared(path):
+            if word in homes and path not in homes[word]:
+                assert (file, word) in allowed, f"{file} compares with {word!r}, the name of an entry"
+                used.add((file, word))
+    assert {file for file, _ in used} == {file for file, _ in allowed}

@@ -152,6 +152,24 @@ def test_norms_above_those_of_the_ends_are_on_the_axes():
     assert max(max(drawn.get_ydata()) for drawn in norms.lines) < norms.get_ylim()[1]
 
 
+def test_the_panel_of_norms_treats_every_space_alike():
+    spaces = ("factors", "matched", "one of my own")
+    norms = plots.figure([line(spaces=spaces)]).axes[-1]
+    labels = [drawn.get_label() for drawn in norms.lines]
+    assert labels[:3] == [f"LoRA {space}" for space in spaces]
+
+
+def test_the_matrix_is_of_the_first_space_that_all_results_have():
+    first, second = line(spaces=("mine", "factors")), line("coto", spaces=("factors", "delta"), depth=0.2)
+    one, other, bar = plots.figure([first, second], kind="interpolate:matrix").axes
+    assert [ax.images[0].get_array()[0, 1] for ax in (one, other)] == pytest.approx([0.3, 0.2])
+    assert bar.get_ylabel() == "error barrier, factors A, B averaged"
+    alone = plots.figure([line(spaces=("delta", "factors"))], kind="interpolate:matrix")
+    assert alone.axes[-1].get_ylabel() == "error barrier, ΔW averaged"
+    with pytest.raises(OptionError, match="no space is in all of them"):
+        plots.figure([line(spaces=("delta",)), line(spaces=("factors",))], kind="interpolate:matrix")
+
+
 def test_a_line_without_norms_has_no_norm_panel():
     bare = line("coto", spaces=("factors",))
     rows = [{**row, "norm": None} for row in bare.rows()]
@@ -440,9 +458,10 @@ def sweep_result(labels=("lora-s0", "coto-s0")):
         cells += [("unstructured", c, s) for c in ("magnitude", "random") for s in ("0", "0.5", "0.9")]
         cells += [("rank", c, r) for c in ("svd", "random") for r in ("1", "2")]
         for i, (kind, criterion, place) in enumerate(cells):
+            draws = 5 if criterion == "random" else 1
             accuracy = 0.9 - 0.03 * i + 0.05 * a
             ends = {"accuracy": accuracy, "accuracy_low": accuracy - 0.02, "accuracy_high": accuracy + 0.02}
-            rows.append({**who, "kind": kind, "criterion": criterion, "label": place, **ends})
+            rows.append({**who, "kind": kind, "criterion": criterion, "label": place, "draws": draws, **ends})
     parameters = {"task": {"name": "digits/relabel"}, "split": "test"}
     return Result("sweep", columns(rows), parameters, {}, {"examples": 500})
 
@@ -457,6 +476,17 @@ def test_a_sweep_has_bars_for_patterns_and_curves_for_the_rest(width):
     assert rank.lines[0].get_xdata() == pytest.approx([1, 2])
     for kind in ("structured", "unstructured", "rank"):
         assert len(plots.figure([sweep_result()], kind=f"sweep:{kind}", width=width).axes) == 1
+
+
+def test_criteria_of_which_several_draws_are_averaged_have_open_markers():
+    result = sweep_result()
+    rows = [
+        {**row, "criterion": {"random": "mine", "svd": "random"}.get(row["criterion"], row["criterion"])}
+        for row in result.rows()
+    ]
+    renamed = Result("sweep", columns(rows), result.parameters, {}, {"examples": 500})
+    for drawn in plots.figure([renamed], kind="sweep:rank").axes[0].lines:
+        assert (drawn.get_markerfacecolor() == "white") == drawn.get_label().endswith("mine")
 
 
 def test_a_kind_that_was_not_swept_is_asked_for_by_name():
