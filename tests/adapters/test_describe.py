@@ -10,7 +10,9 @@ import torch
 from making_adapters import lora, write
 
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.describe import identity, tensor_digest
 from lora_lab.adapters.lowrank import LowRank
+from lora_lab.results.result import fingerprint
 from lora_lab.tasks.registry import from_name
 from lora_lab.tasks.task import Scores, Split
 
@@ -86,3 +88,29 @@ def test_a_task_and_its_examples_show_no_numbers():
     assert repr(split) == "Split(4 examples: input_ids [4, 9], labels [4])"
     scores = Scores(np.array([0.25, 0.75]), np.array([True, False]), np.array([1.0, -1.0]))
     assert repr(scores) == "Scores(2 examples, accuracy 0.5, loss 0.5)"
+
+
+def test_adapters_whose_modules_have_changed_places_are_not_one(adapter):
+    """The same tensors under each other's names, and the same norm, whatever order they are held in."""
+    first, second = "base_model.model.layers.0.q_proj", "base_model.model.layers.1.q_proj"
+    swap = {f"{a}.lora_{x}.weight": f"{b}.lora_{x}.weight" for a, b in ((first, second), (second, first)) for x in "AB"}
+    exchanged = replace(adapter, tensors={swap.get(key, key): tensor for key, tensor in adapter.tensors.items()})
+    assert exchanged.total_norm == adapter.total_norm
+    assert fingerprint(identity(exchanged)) != fingerprint(identity(adapter))
+    otherwise_held = replace(adapter, tensors=dict(reversed(adapter.tensors.items())))
+    assert fingerprint(identity(otherwise_held)) == fingerprint(identity(adapter))
+
+
+def test_patterns_of_a_configuration_count_in_their_order(adapter):
+    """Of patterns that match one module the first counts; where there is no ΔW no norm tells them apart."""
+    patterns = {"q_proj": 8, "layers.0.q_proj": 2}
+    one, other = (
+        replace(adapter, config={**adapter.config, "use_dora": True, "alpha_pattern": dict(each)})
+        for each in (patterns.items(), reversed(patterns.items()))
+    )
+    assert fingerprint(identity(one)) != fingerprint(identity(other))
+
+
+def test_tensors_of_the_same_bits_in_another_shape_are_not_the_same():
+    tensor = torch.arange(6.0)
+    assert len({tensor_digest([each]) for each in (tensor, tensor.view(2, 3), tensor.view(torch.int32))}) == 3
