@@ -39,10 +39,11 @@ from lora_lab.errors import LoraLabError, OptionError
 from lora_lab.merging.methods import MERGES
 from lora_lab.merging.task_models import MergeModels
 from lora_lab.results.result import Result, columns, fingerprint, finite, grouped
-from lora_lab.results.stats import ADDED, Floats, Sampled, around, interval, mean_and_spread, proportion
+from lora_lab.results.stats import ADDED, INTERVALS, Floats, Sampled, around, interval, mean_and_spread, proportion
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import examples_of
 from lora_lab.scoring.execution import Cost, Execution
+from lora_lab.tasks.digests import of_base
 from lora_lab.tasks.task import Scores, Task
 
 ALONE, ENSEMBLE = "alone", "ensemble of logits"
@@ -69,7 +70,7 @@ def answer(
         split=question.split,
         more_splits=["validation"],
         build=functools.partial(MergeModels.of, base),
-        context=[_examples(question, tasks), question.base_name],
+        context=_data(question, tasks),
     )
     searches = _searches(question, evaluator, merge_sets, specs)
     table = _Table(evaluator, question.seed)
@@ -96,8 +97,10 @@ def run_id(question: CompareMerges, adapters: Sequence[Adapter], tasks: Sequence
     """What the answer hangs on, hashed: the adapters, the examples of every task, and the question."""
     methods = [spec.name for spec in specs_of(question.methods, question.options)]
     records = [task.record for task in tasks]
-    asked = {**question.record, "methods": methods}
-    return fingerprint([question.kind, [identity(a) for a in adapters], records, _examples(question, tasks), asked])
+    asked = {**question.fields, "methods": methods}
+    return fingerprint(
+        [question.kind, INTERVALS, [identity(a) for a in adapters], records, _data(question, tasks), asked]
+    )
 
 
 def _searches(
@@ -123,9 +126,11 @@ def _searches(
     return [list(itertools.islice(told, len(specs) * (merge_set in several))) for merge_set in merge_sets]
 
 
-def _examples(question: CompareMerges, tasks: Sequence[Task]) -> list[Any]:
+def _data(question: CompareMerges, tasks: Sequence[Task]) -> list[Any]:
+    """The examples of all splits that merges and their coefficients hang on, and the base model that is given."""
     different = {fingerprint(task.record): task for task in tasks}
-    return [examples_of(task, split) for task in different.values() for split in ("validation", question.split)]
+    examples = [examples_of(task, split) for task in different.values() for split in question.splits]
+    return [*examples, question.base_name and of_base(question.base_name)]
 
 
 class _Table:

@@ -34,11 +34,21 @@ class Question(ABC):
 
     @property
     def record(self) -> dict[str, Any]:
-        """The fields in JSON types, by the names that they have in results."""
+        """The fields in JSON types, by the names that they have in results, some of them in words."""
+        return self.fields
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields in JSON types, exact: what is asked, for run ids."""
         from lora_lab.results.result import finite
 
         fields: dict[str, Any] = finite({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
         return fields
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that the answer hangs on."""
+        return (getattr(self, "split"),)  # noqa: B009  (of every subclass)
 
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise what `run` would raise for these adapters, before anything is computed."""
@@ -52,9 +62,9 @@ class Question(ABC):
         from lora_lab.results.stats import INTERVALS
         from lora_lab.scoring.examples import examples_of
 
-        split = getattr(self, "split")  # noqa: B009  (of every subclass)
         identities = [identity(adapter) for adapter in adapters]
-        return fingerprint([self.kind, INTERVALS, identities, examples_of(task, split), self.record])
+        examples = [examples_of(task, split) for split in self.splits]
+        return fingerprint([self.kind, INTERVALS, identities, examples, self.fields])
 
     @abstractmethod
     def run(self, adapters: Sequence[Adapter], task: Task, on: Execution = Execution()) -> Result:

@@ -71,7 +71,7 @@ class Interpolate(Question):
     @property
     def record(self) -> dict[str, Any]:
         """The fields in JSON types; ratios in words, such as 1:2."""
-        return {**super().record, "ratios": [in_words(ratio) for ratio in self.ratios]}
+        return {**self.fields, "ratios": [in_words(ratio) for ratio in self.ratios]}
 
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise what `run` would raise for these adapters, before anything is computed."""
@@ -119,7 +119,18 @@ class CompareMerges(Question):
     @property
     def record(self) -> dict[str, Any]:
         """The fields in JSON types; ratios in words, such as 1:2."""
-        return {**super().record, "ratios": [in_words(ratio) for ratio in self.ratios]}
+        return {**self.fields, "ratios": [in_words(ratio) for ratio in self.ratios]}
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that the answer hangs on: coefficients are chosen on the validation split, and some methods look
+        at the training data.
+        """
+        from lora_lab.analysis.merge_sets import specs_of
+        from lora_lab.merging.methods import MERGES
+
+        reads_data = any(MERGES[spec.method].reads_data for spec in specs_of(self.methods, self.options))
+        return tuple(dict.fromkeys(("validation", self.split, *["train"] * reads_data)))
 
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise what `run` would raise for these methods and options, before anything is computed."""
@@ -301,6 +312,11 @@ class Sweep(Question):
     split: str = _split()
     examples: int | None = _examples()
     seed: int = option(0, "Of random controls and the bootstrap.", least=0)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that the answer hangs on: Shapley values choose layers on the validation split."""
+        return tuple(dict.fromkeys((self.split, "validation"))) if "structured" in self.kinds else (self.split,)
 
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise what `run` would raise for these adapters, before anything is computed."""

@@ -25,6 +25,12 @@ _YOUNG = 2.0  # seconds: the coarsest times that file systems in use keep (FAT);
 _OWN = "lora_lab"
 
 
+def of_base(name: str) -> str:
+    """What changes when a base model does: of a folder, a hash of its files' contents; else the name."""
+    folder = Path(name)
+    return of_folder(folder) if folder.is_dir() else name
+
+
 def of_folder(folder: Path) -> str:
     """SHA-256 over names and contents of a folder's files, those of its subfolders among them.
 

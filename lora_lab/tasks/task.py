@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -186,8 +185,7 @@ class Task(ABC):
     @property
     def base_digest(self) -> str:
         """Changes when the base model does: of a folder, a hash of its files' contents; else the name."""
-        folder = Path(self.base)
-        return digests.of_folder(folder) if folder.is_dir() else self.base
+        return digests.of_base(self.base)
 
     @property
     def digest(self) -> Sequence[Tensor]:

@@ -221,6 +221,34 @@ def test_a_finer_grid_computes_only_what_is_new(sets, tmp_path):
     assert second.provenance["evaluations"] == 2 + 2 * (0.5 in chosen)
 
 
+def test_other_training_data_are_another_question_to_methods_that_look_at_them(sets, tmp_path):
+    """With a journal of what was merged before, as with none."""
+
+    def relabelled():
+        tasks = tasks_of(sets[:2])
+        for task in tasks:
+            inputs = task.split("train").inputs
+            task._splits["train"] = Split({**inputs, "pixel_values": inputs["pixel_values"].flip(-1) * 3})
+        return tasks
+
+    asked = {"methods": ("regmean",), "coefficients": (1.0,), "options": {"regmean": {"examples": 32}}}
+    first = compared(sets[:2], tasks_of(sets[:2]), cache=tmp_path, **asked)
+    second = compared(sets[:2], relabelled(), cache=tmp_path, **asked)
+    afresh = compared(sets[:2], relabelled(), **asked)
+    assert second.columns == afresh.columns != first.columns
+    assert second.provenance["run"] == afresh.provenance["run"] != first.provenance["run"]
+    ids = {CompareMerges(methods=("ties",)).run_id(sets[:2], tasks) for tasks in (tasks_of(sets[:2]), relabelled())}
+    assert len(ids) == 1
+
+
+def test_another_content_of_the_base_that_is_given_is_another_question(sets, tmp_path):
+    question, ids = CompareMerges(methods=("ties",), base_name=str(tmp_path)), set()
+    for content in ("first", "second"):
+        (tmp_path / "model.safetensors").write_text(content)
+        ids.add(question.run_id(sets[:2], tasks_of(sets[:2])))
+    assert len(ids) == 2
+
+
 def test_progress_ends_at_its_total_and_the_cost_is_told_first(sets):
     told = []
     compared(

@@ -437,8 +437,9 @@ def test_runs_are_told_apart_by_every_bit_of_their_inputs(adapters, tmp_path):
         Interpolate(points=5).run_id([same, adapters[1]], task),
         Interpolate(points=3, split="validation").run_id([same, adapters[1]], task),
         question.run_id([same, adapters[1]], Digits("invert")),
+        *(Interpolate(points=3, ratios=((1.0, w),)).run_id([same, adapters[1]], task) for w in (2.0, 2.0000001)),
     ]
-    assert len(set(ids)) == 5
+    assert len(set(ids)) == 7
     path = same.save(tmp_path / "x.safetensors")
     again = replace(Adapter.load(path), source=same.source)
     assert question.run_id([again, adapters[1]], task) == ids[0]

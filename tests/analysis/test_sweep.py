@@ -18,6 +18,7 @@ from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.execution import Execution
 from lora_lab.scoring.models import TaskModels
 from lora_lab.tasks.digits import Digits
+from lora_lab.tasks.task import Split
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 
@@ -142,3 +143,16 @@ def test_options_that_cannot_be_are_refused(adapters, options, text):
     base = {"kinds": ["structured"], "criteria": ["random"], "sparsities": (0.5,), "draws": 1}
     with pytest.raises(OptionError, match=text):
         Sweep(**{**base, **options}).check(adapters)
+
+
+def test_an_answer_by_shapley_values_hangs_on_the_validation_split_too(adapters):
+    """They choose the layers there; other kinds of pruning do not look at it."""
+
+    def runs(**options):
+        changed = Digits("relabel")
+        inputs = changed.split("validation").inputs
+        changed._splits["validation"] = Split({**inputs, "labels": inputs["labels"].flip(0)})
+        return {Sweep(split="test", **options).run_id(adapters, task) for task in (Digits("relabel"), changed)}
+
+    assert len(runs()) == 2
+    assert len(runs(kinds=("rank",))) == 1
