@@ -32,6 +32,7 @@ def command(
     task are seeds, merged in ratios. The coefficient of each merge is chosen on the validation splits, the same for all
     tasks; the table shows the test split at that coefficient, and at 1. **normalised** is the share of the adapter's
     own accuracy. The ensemble averages the adapters' logits: no merge at all, at the cost of all of them.
+    `lora-lab merge --methods` lists the merges.
 
     Example:  lora-lab compare-merges a.safetensors b.safetensors c.safetensors --methods ties,tsv,average
     """

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.formats.keys import PREFIX
+from lora_lab.brief import Brief
 from lora_lab.errors import AdapterError, MismatchError, some
 
 HEADS = ("keep-own", "average", "first")
@@ -24,7 +25,7 @@ _STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
 
 
 @dataclass(frozen=True, repr=False)
-class Whole:
+class Whole(Brief):
     """Whole tensors of a merged adapter."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)

@@ -98,9 +98,7 @@ class CompareMerges(Question):
 
     kind = "compare-merges"
 
-    methods: tuple[str, ...] = option(
-        ("all",), "Names with commas (`lora-lab merge --methods`), NAME:RULE for an inner rule, or all."
-    )
+    methods: tuple[str, ...] = option(("all",), "Names with commas, NAME:RULE for an inner rule, or all.")
     options: Mapping[str, Mapping[str, Any]] = option(
         {}, "METHOD.OPTION=VALUE, e.g. ties.density=0.3 (repeatable).", flag="set"
     )

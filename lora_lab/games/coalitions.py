@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lora_lab.brief import Brief
 from lora_lab.errors import OptionError, unknown
 from lora_lab.results.stats import Floats
 
@@ -27,8 +28,8 @@ EXACT_LIMIT = 20
 """Players up to which all coalitions can be enumerated."""
 
 
-@dataclass(frozen=True)
-class Draw:
+@dataclass(frozen=True, repr=False)
+class Draw(Brief):
     """One independent, unbiased guess of all values: φ̂ = weights @ v(coalitions)."""
 
     coalitions: Bools
@@ -39,8 +40,8 @@ class Draw:
     """Marginal contributions of each player that are averaged, or as many as would ask for as many coalitions."""
 
 
-@dataclass(frozen=True)
-class Estimate:
+@dataclass(frozen=True, repr=False)
+class Estimate(Brief):
     """Shapley values, or an approximation of them with its standard errors."""
 
     estimator: str

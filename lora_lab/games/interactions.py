@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from lora_lab.brief import Brief
 from lora_lab.errors import OptionError
 from lora_lab.games.coalitions import EXACT_LIMIT, Bools, Game, all_coalitions
 from lora_lab.results.stats import Floats, mean_and_error, student
 
 
-@dataclass(frozen=True)
-class Interactions:
+@dataclass(frozen=True, repr=False)
+class Interactions(Brief):
     """Interactions of all pairs of n players, [n, n] each, symmetric, the diagonal 0."""
 
     values: Floats

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lora_lab.brief import Brief
 from lora_lab.results.stats import Floats, half_of_strata, half_width
 
 
@@ -41,8 +42,8 @@ independent: a coin for every player and nothing else, so that j = 0 is among th
 """
 
 
-@dataclass(frozen=True)
-class Stratum:
+@dataclass(frozen=True, repr=False)
+class Stratum(Brief):
     """What the keep-sets of one size say of the sides and of their difference."""
 
     by_example: Mapping[str, Floats]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_lab.adapters.lowrank import is_finite
+from lora_lab.brief import Brief
 from lora_lab.errors import MismatchError, OptionError, unknown
 
 Matrices = Iterable[Tensor]
@@ -267,8 +268,8 @@ SCOPES = ("global", "module")
 """Among what the largest entries are sought: all modules of an adapter, or each by itself."""
 
 
-@dataclass
-class Cut:
+@dataclass(repr=False)
+class Cut(Brief):
     """The largest entries of a vector that comes in pieces: all above a size, and the first few of that very size."""
 
     size: Tensor

@@ -16,6 +16,7 @@ from lora_lab.adapters.describe import labels_of
 from lora_lab.adapters.lowrank import LowRank, factored, is_finite
 from lora_lab.adapters.renames import require_shared_modules
 from lora_lab.adapters.whole import HEADS, Whole, merge_heads, token_settings
+from lora_lab.brief import Brief
 from lora_lab.errors import MismatchError, OptionError, some
 from lora_lab.files.trust import Origin
 from lora_lab.merging.methods import MERGES, check
@@ -45,8 +46,8 @@ class MergeOptions:
         check_options(self)
 
 
-@dataclass(frozen=True)
-class Merged:
+@dataclass(frozen=True, repr=False)
+class Merged(Brief):
     """A merged adapter and how it came to be."""
 
     adapter: Adapter

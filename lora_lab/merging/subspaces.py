@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from lora_lab.adapters.lowrank import Basis, LowRank, combine
+from lora_lab.brief import Brief
 from lora_lab.errors import OptionError, unknown
 
 Updates = Sequence[LowRank]
 
 
-@dataclass(frozen=True)
-class Subspace:
+@dataclass(frozen=True, repr=False)
+class Subspace(Brief):
     """Updates in the bases that they share: a matrix each, and the way back from a merged matrix to a ΔW."""
 
     cores: list[Tensor]

@@ -29,7 +29,7 @@ class MergeModels(TaskModels):
 
     def __init__(self, sources: Sources, base: Callable[[], nn.Module] | None = None) -> None:
         if sources.tasks is None:
-            raise OptionError("this looks at data: the adapters' own tasks, or --task, are needed")
+            raise OptionError("this looks at data: the adapters' own tasks, or `task`, are needed")
         super().__init__(sources.adapters, sources.tasks, sources.device)
         self.sources, self.base = sources, base
         self._models: dict[str, Attached] = {}

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.brief import Brief
 
 
-@dataclass(frozen=True)
-class Pruned:
+@dataclass(frozen=True, repr=False)
+class Pruned(Brief):
     """A pruned adapter and what the pruning cost."""
 
     adapter: Adapter

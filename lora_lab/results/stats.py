@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lora_lab.brief import Brief
+
 Floats = npt.NDArray[np.float64]
 
 RESAMPLES = 1000
@@ -150,8 +152,8 @@ def around(value: float, ends: tuple[float, float]) -> tuple[float, float]:
     return min(value, ends[0]), max(value, ends[1])
 
 
-@dataclass(frozen=True)
-class Sampled:
+@dataclass(frozen=True, repr=False)
+class Sampled(Brief):
     """Means of some points, with the means that bootstrap samples of the same examples would have given."""
 
     means: Floats

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.attached import NAME, Attached
 from lora_lab.adapters.groups import block
+from lora_lab.brief import Brief
 from lora_lab.errors import TunerError
 from lora_lab.tasks.task import Scores
 
@@ -220,8 +221,8 @@ class Variants:
             A.data = whole * mask.reshape(-1, *[1] * (whole.ndim - 1))
 
 
-@dataclass
-class _Call:
+@dataclass(repr=False)
+class _Call(Brief):
     """What a block remembers."""
 
     states: list[State]
@@ -230,8 +231,8 @@ class _Call:
     versions: list[tuple[Tensor, int]]
 
 
-@dataclass
-class _Memory:
+@dataclass(repr=False)
+class _Memory(Brief):
     """The last call of every block, by batch."""
 
     members: Sequence[Sequence[int]]

@@ -106,7 +106,7 @@ def _optimise(
     except (RuntimeError, ValueError) as error:  # a logger that is not installed or not known
         if args.report_to in ([], ["none"]):
             raise
-        raise OptionError(f"--report-to {', '.join(args.report_to)}: {_first_line(error)}") from error
+        raise OptionError(f"`report_to` {', '.join(args.report_to)}: {_first_line(error)}") from error
     trainer.lora_plus = recipe.lora_plus
     # whether the model divides by the number of targets in a step, as it is told, or the Trainer by that of batches
     trainer.model_accepts_loss_kwargs = task.counts_targets

@@ -166,7 +166,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Tuner:
-    """A PEFT tuner as `--peft` names it."""
+    """A PEFT tuner as `Recipe.peft` names it."""
 
     peft_type: str
     preset: Mapping[str, Any] = field(default_factory=dict)

@@ -693,7 +693,7 @@ def test_an_adapter_may_leave_a_module_alone(tmp_path, method):
 
 @pytest.mark.parametrize("method", [name for name in MERGES if MERGES[name].reads_data])
 def test_without_tasks_it_is_said_what_is_missing(tmp_path, method):
-    with pytest.raises(OptionError, match="the adapters' own tasks, or --task, are needed"):
+    with pytest.raises(OptionError, match="the adapters' own tasks, or `task`, are needed"):
         merge(Sources([adapter_for(tmp_path, "linear", 0)]), method)
 
 
@@ -923,7 +923,7 @@ def test_a_value_that_the_method_refuses_is_refused_in_a_search(planted):
 
 
 def test_a_search_without_tasks_says_what_is_missing(tmp_path):
-    with pytest.raises(OptionError, match="or --task, are needed"):
+    with pytest.raises(OptionError, match="or `task`, are needed"):
         searching.search(Sources([adapter_for(tmp_path, "linear", 0)]), "average", {})
 
 

@@ -607,3 +607,12 @@ def test_progress_counts_modules(pair):
     told = []
     merge(Sources(pair), "ties", progress=lambda done, total: told.append((done, total)))
     assert told[-1] == (len(pair[0].sites), len(pair[0].sites))
+
+
+def test_a_merge_prints_in_one_line_without_its_tensors(pair, tasks):
+    made = merge(Sources(pair), "average", heads="first")
+    assert "\n" not in repr(made)
+    assert len(repr(made)) < 600
+    assert f"errors=<{len(made.errors)} entries>" in repr(made)
+    assert repr(subspaces.Subspace([torch.zeros(2, 3)], abs)).startswith("Subspace(cores=<1 entry>, back=")
+    assert repr(Split({"labels": torch.zeros(2)})).startswith("Split(2 examples")

@@ -120,7 +120,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(monkeypatch):
 
 
 def test_a_logger_that_is_not_there_is_named():
-    with pytest.raises(OptionError, match="--report-to nonsense"):
+    with pytest.raises(OptionError, match="`report_to` nonsense"):
         train(Digits("relabel"), Recipe(method="lora", steps=2), report_to="nonsense")
 
 

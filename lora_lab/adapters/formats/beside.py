@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lora_lab.adapters.formats.keys import PREFIX, clean, odd_content, split, without_name
+from lora_lab.brief import Brief
 from lora_lab.errors import some
 
 if TYPE_CHECKING:
@@ -17,8 +18,8 @@ _WITHIN = ("base_layer", "original_module", "modules_to_save", "token_adapter")
 """What PEFT's own wrappers call what they hold."""
 
 
-@dataclass
-class Beside:
+@dataclass(repr=False)
+class Beside(Brief):
     """The tensors that belong to no module of the tuner."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)

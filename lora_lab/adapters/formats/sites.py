@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from lora_lab.brief import Brief
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -31,8 +33,8 @@ class Site:
         return ("lora_embedding_A", "lora_embedding_B") if self.kind == "embedding" else ("lora_A", "lora_B")
 
 
-@dataclass
-class Parsed:
+@dataclass(repr=False)
+class Parsed(Brief):
     """An adapter file taken apart."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
