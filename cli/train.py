@@ -75,9 +75,7 @@ def _recipes(recipe: Recipe, runs: Runs) -> list[Recipe]:
     from ..files.disk import read_json
 
     if runs.peft_config:
-        fields = read_json(runs.peft_config)
-        kind = str(fields.get("peft_type") or "lora").lower()
-        recipe = replace(recipe, peft_config=fields, peft=kind if recipe.peft == "lora" else recipe.peft)
+        recipe = replace(recipe, peft_config=read_json(runs.peft_config))
     seeds = parsing.seeds(runs.seeds) if runs.seeds is not None else [recipe.seed]
     return [replace(recipe, seed=seed) for seed in seeds]
 

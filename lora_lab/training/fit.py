@@ -65,7 +65,7 @@ def train(
         record |= {"base_config": base_config(model)}
         as_trained = record | ({"method": survival.UNSCALED} if scaled else {})
         if scaled and (initial or _read(model).why_not_additive):
-            raise TunerError(f"{recipe.method}: {recipe.peft} has no ΔW = scale · B A that survival rates could scale")
+            raise TunerError(f"{recipe.method}: {recipe.tuner} has no ΔW = scale · B A that survival rates could scale")
         callbacks = _callbacks(recipe, as_trained, base)
         keep = checkpoints if recipe.save_every else None
         with warnings.catch_warnings():
@@ -146,11 +146,11 @@ def _with_adapter(task: Task, recipe: Recipe) -> Any:
     try:
         model = get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError, AttributeError, RuntimeError, ImportError, re.error) as error:
-        raise TunerError(f"PEFT cannot put a {recipe.peft} adapter on {task.name}: {_first_line(error)}") from error
+        raise TunerError(f"PEFT cannot put a {recipe.tuner} adapter on {task.name}: {_first_line(error)}") from error
     if recipe.lora_plus and not any("lora_B" in name for name, _ in model.named_parameters()):
-        raise OptionError(f"{recipe.peft} has no B that LoRA+ could give a rate of its own; leave `lora_plus` out")
+        raise OptionError(f"{recipe.tuner} has no B that LoRA+ could give a rate of its own; leave `lora_plus` out")
     if not layers(model):
-        raise TunerError(f"{recipe.peft} has no layers that can be trained one by one")
+        raise TunerError(f"{recipe.tuner} has no layers that can be trained one by one")
     return model
 
 
@@ -178,30 +178,30 @@ def _peft_config(recipe: Recipe) -> Any:
     """PEFT's configuration for the recipe; OptionError where the tuner lacks what is asked for."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    tuner, method = tuners()[recipe.peft], METHODS[recipe.method]
+    tuner, method = tuners()[recipe.tuner], METHODS[recipe.method]
     cls = next(c for k, c in PEFT_TYPE_TO_CONFIG_MAPPING.items() if str(k).rpartition(".")[2] == tuner.peft_type)
     fields = cls.__dataclass_fields__
     options: dict[str, Any] = {"target_modules": recipe.target_modules, **tuner.preset}
     if recipe.rank is not None:
         if "r" not in fields:
-            raise OptionError(f"{recipe.peft} has no rank; leave `rank` out")
+            raise OptionError(f"{recipe.tuner} has no rank; leave `rank` out")
         options["r"] = recipe.rank
         if "oft_block_size" in fields:
             options["oft_block_size"] = 0  # OFT takes a number of blocks or their size, not both
     if recipe.alpha is not None:
-        name = next((n for n in ("lora_alpha", "alpha", f"{recipe.peft}_alpha") if n in fields), None)
+        name = next((n for n in ("lora_alpha", "alpha", f"{recipe.tuner}_alpha") if n in fields), None)
         if name:
             options[name] = recipe.alpha
         elif not tuner.ranked:
-            raise OptionError(f"{recipe.peft} has no alpha; leave `alpha` out")
+            raise OptionError(f"{recipe.tuner} has no alpha; leave `alpha` out")
     if method.dropout:
         name = next((n for n in (f"{tuner.peft_type.lower()}_dropout", "module_dropout") if n in fields), None)
         if name is None or (method.progressive and name == "module_dropout"):
-            raise TunerError(f"{recipe.peft} has no dropout inside that {recipe.method} could set")
+            raise TunerError(f"{recipe.tuner} has no dropout inside that {recipe.method} could set")
         options[name] = recipe.dropout
     said = recipe.peft_config.get("peft_type")
     if said and str(said).upper() != tuner.peft_type:
-        raise OptionError(f"the configuration is for {said}, the tuner asked for is {recipe.peft}")
+        raise OptionError(f"the configuration is for {said}, the tuner asked for is {recipe.tuner}")
     wrong = sorted(set(recipe.peft_config) - set(fields))
     if wrong:
         raise unknown(f"field of {cls.__name__}", wrong[0], sorted(fields))
@@ -209,7 +209,7 @@ def _peft_config(recipe: Recipe) -> Any:
     try:
         return cls(**{**options, **given})
     except (TypeError, ValueError) as error:
-        raise OptionError(f"PEFT refuses this {recipe.peft} configuration: {_first_line(error)}") from error
+        raise OptionError(f"PEFT refuses this {recipe.tuner} configuration: {_first_line(error)}") from error
 
 
 # What a saved configuration says of the adapter that it came with, not of the one to be trained.

@@ -71,10 +71,11 @@ def _tuner_names() -> list[str]:
 class Recipe:
     """All that a training run is made of; equal recipes give equal adapters (on one machine and device).
 
-    None takes the task's own default. `seed` orders the data and draws the masks, `init_seed` the adapter's
-    initial weights (the seed's value by default). `peft` names the tuner (see `tuners`), `peft_config` overrides
-    fields of its configuration. `groups` is "block", "module", or {name: regular expression}. `lora_plus` is by Hayou
-    et al. 2024, arXiv:2402.12354. With `bf16` the adapter's own weights stay float32.
+    None takes the task's own default. `seed` orders the data and draws the masks, `init_seed` the adapter's initial
+    weights (the seed's value by default). `peft` names the tuner (see `tuners`; by default the `peft_type` of
+    `peft_config`, else lora), `peft_config` overrides fields of its configuration. `groups` is "block", "module", or
+    {name: regular expression}. `lora_plus` is by Hayou et al. 2024, arXiv:2402.12354. With `bf16` the adapter's own
+    weights stay float32.
     """
 
     method: str = option(
@@ -89,8 +90,11 @@ class Recipe:
         least=0,
         most=2**32 - 1,
     )
-    peft: str = option(
-        "lora", "Tuner: lora, rslora, dora, pissa, hira, loha, lokr, oft …", choices=_tuner_names, title="tuner"
+    peft: str | None = option(
+        None,
+        "Tuner: lora, rslora, dora, pissa, hira, loha, lokr, oft …; by default that of the configuration, else lora.",
+        choices=_tuner_names,
+        title="tuner",
     )
     peft_config: Mapping[str, Any] = option({}, "Fields of PEFT's configuration; they win over other options.", flag="")
     rank: int | None = option(None, "r; by default the task's.", above=0, several=True)
@@ -147,8 +151,15 @@ class Recipe:
         method = METHODS[self.method]
         return Schedule(self.ramp, method.p0 if self.p0 is None else self.p0, self.stage, method.law or "uniform")
 
+    @property
+    def tuner(self) -> str:
+        """The tuner's name: the one asked for, or that of the configuration, or lora."""
+        return self.peft or str(self.peft_config.get("peft_type") or "lora").lower()
+
     def for_task(self, task: Task) -> Recipe:
         """The recipe with the task's defaults filled in."""
+        if self.peft is None:
+            return dataclasses.replace(self, peft=self.tuner).for_task(task)
         ranked = tuners()[self.peft].ranked
         rank = self.rank or (task.rank if ranked else None)
         return dataclasses.replace(

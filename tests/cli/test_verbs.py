@@ -395,6 +395,21 @@ def test_a_tuner_without_ranks_is_refused_by_name(lora_lab, tmp_path):
     assert lora_lab("prune", "h.safetensors", "--keep", "odd", "-o", "y")[0] == 0
 
 
+def test_a_configuration_of_another_tuner_than_the_one_asked_for_is_refused(lora_lab, tmp_path):
+    from lora_lab.adapters.adapter import Adapter
+
+    config = tmp_path / "loha.json"
+    config.write_text('{"peft_type": "LOHA", "r": 2}')
+    line = ["train", "--peft-config", config, "-o", "a.safetensors", *SHORT]
+    said = "the configuration is for LOHA, the tuner asked for is lora"
+    one_line(lora_lab(*line, "--peft", "lora"), said)
+    assert list(tmp_path.iterdir()) == [config]
+    assert lora_lab(*line)[0] == 0
+    assert Adapter.load("a.safetensors").tuner == "LOHA"
+    config.write_text('{"peft_type": "LOHAA"}')
+    one_line(lora_lab(*line, "--force"), "unknown tuner 'lohaa'", "did you mean 'loha'")
+
+
 def test_a_bug_shows_its_traceback(lora_lab, monkeypatch, pair):
     import lora_lab.analysis.connectivity as connect
 
