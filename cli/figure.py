@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..options import option
+from ..registry import Later
 from .terminal import say_written
 from .verbs import verb
 
@@ -18,7 +19,9 @@ class Drawing:
     """What is drawn, and how wide."""
 
     output: list[Path] = option(..., "File to write: .pdf, .png or .svg (repeatable).", flag="o output")
-    kind: str | None = option(None, "Another view of the results, e.g. interpolate:matrix (an unknown name lists all).")
+    kind: str | None = option(
+        None, "Another view of the results: NAMES.", names=Later("lora_lab.plots.registry", "PLOTS")
+    )
     width: str = option("double", "single or double: the width of one or two conference columns.")
     force: bool = option(False, "Replace existing files.")
 

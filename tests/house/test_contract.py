@@ -1,6 +1,8 @@
 """What an entry must carry: a throw-away one in each registry is used as a built-in one is."""
 
 import ast
+import json
+import re
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +13,7 @@ from making_adapters import random_adapter
 from peft import LoraConfig
 
 from lora_lab import plots
+from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.groups import PLAYERS, by_label
 from lora_lab.adapters.lowrank import combine
 from lora_lab.analysis.compare import CompareMerges
@@ -22,9 +25,11 @@ from lora_lab.merging.merged import merge
 from lora_lab.merging.methods import MATRICES, MERGES, UPDATES, Merge
 from lora_lab.merging.paths import SPACES, Space
 from lora_lab.merging.sources import Sources
-from lora_lab.pruning.entries import CRITERIA, Criterion
+from lora_lab.plots.registry import PLOTS, View
+from lora_lab.pruning.entries import CRITERIA, Criterion, prune_weights
+from lora_lab.pruning.modules import keep_modules
 from lora_lab.pruning.patterns import KEEPS, Keep, choice_of, keep
-from lora_lab.pruning.ranks import RANK_ORDERS, RankOrder
+from lora_lab.pruning.ranks import RANK_ORDERS, RankOrder, keep_ranks
 from lora_lab.registry import Registry
 from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.digits import Digits
@@ -48,6 +53,22 @@ def pair(tmp_path_factory):
 
 
 @pytest.fixture
+def command(pair, lora_lab, tmp_path):
+    """Runs a verb of the installed command on the pair, or on so many of it; gives what it prints, read as JSON."""
+
+    def run(verb, *options, of=2):
+        paths = [adapter.save(tmp_path / f"s{i}.safetensors", force=True) for i, adapter in enumerate(pair[:of])]
+        code, out, err = lora_lab(verb, *paths, *options, "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    return run
+
+
+ON_TASK = ("--task", "digits/relabel", "--split", "validation")
+
+
+@pytest.fixture
 def add(monkeypatch):
     """Puts an entry into a registry for the time of a test."""
     return lambda registry, entry: monkeypatch.setitem(registry.entries, "throwaway", entry)
@@ -62,13 +83,15 @@ def asked(question, adapters, *views):
     return result
 
 
-def test_a_space(pair, add):
+def test_a_space(pair, add, command):
     add(SPACES, Space(lambda updates, weights: 2.0 * combine(updates, weights), needs_factors=False))
     question = Interpolate(points=3, spaces=("throwaway",), ratios=((1.0, 1.0),), split="validation")
     result = asked(question, pair, "interpolate", "interpolate:loss", "interpolate:matrix", "interpolate:ratios")
     middle = result.rows(space="throwaway", t=0.5)[0]
     delta = Interpolate(points=3, spaces=("delta",), split="validation").run(pair, Digits("relabel"))
     assert middle["norm"] == pytest.approx(2 * delta.rows(t=0.5)[0]["norm"], rel=1e-5)
+    told = command("interpolate", *ON_TASK, "--space", "throwaway", "--points", 3, "--ratios", "1:1")
+    assert told["columns"] == result.columns
 
 
 def test_a_barrier(pair, add):
@@ -77,7 +100,7 @@ def test_a_barrier(pair, add):
     assert [row for row in result.summary["barriers"] if row["barrier"] == "throwaway"]
 
 
-def test_a_worth_and_a_set_of_players_and_an_estimator(pair, add):
+def test_a_worth_and_a_set_of_players_and_an_estimator(pair, add, command):
     add(WORTHS, lambda scores: scores.correct * 2.0)
     add(PLAYERS, by_label("throwaway", lambda name, place, block: f"half {int(place.layer) % 2}"))
     add(ESTIMATORS, Estimator(antithetic, bias=lambda n, options: "its name"))
@@ -87,9 +110,11 @@ def test_a_worth_and_a_set_of_players_and_an_estimator(pair, add):
     assert {row["player"] for row in result.rows()} == {"half 0", "half 1"}
     assert (summary["estimator"], summary["bias"]) == ("throwaway", "its name")
     assert sum(row["value"] for row in result.rows()) == pytest.approx(summary["full"] - summary["empty"])
+    words = [part for name in ("players", "worth", "estimator") for part in (f"--{name}", "throwaway")]
+    assert command("shapley", *ON_TASK, *words, "--samples", 4, of=1)["columns"] == result.columns
 
 
-def test_a_pattern_a_criterion_and_an_order_of_ranks(pair, add):
+def test_a_pattern_a_criterion_and_an_order_of_ranks(pair, add, command):
     add(KEEPS, Keep(lambda choice, argument: [name for name in choice.adapter.sites if argument in name], "PART"))
     assert keep(choice_of(pair[0]), "throwaway:layers.0") == ["vit.layers.0.attention.q_proj"]
     add(CRITERIA, Criterion(lambda tensor, generator: 1 / (1 + tensor.abs())))
@@ -100,6 +125,32 @@ def test_a_pattern_a_criterion_and_an_order_of_ranks(pair, add):
     result = asked(question, pair[:1], "sweep")
     assert {row["kind"] for row in result.rows(criterion="throwaway")} == {"unstructured", "rank"}
     assert all(row["draws"] == 1 for row in result.rows(criterion="throwaway"))
+    assert plots.figure([result]).axes
+    options = ("--unstructured", "--rank", "--criteria", "throwaway", "--sparsities", "0.5", "--draws", 2)
+    assert command("sweep", *ON_TASK, *options, of=1)["columns"] == result.columns
+
+
+@pytest.mark.parametrize(
+    ("options", "by_hand"),
+    [
+        (["--keep", "throwaway:layers.0"], lambda whole: keep_modules(whole, [next(iter(whole.sites))])),
+        (
+            ["--method", "throwaway", "--sparsity", 0.5],
+            lambda whole: prune_weights(whole, sparsity=0.5, by="throwaway").adapter,
+        ),
+        (["--rank", 1, "--rank-by", "throwaway"], lambda whole: keep_ranks(whole, {name: [0] for name in whole.sites})),
+    ],
+    ids=["pattern", "criterion", "order of ranks"],
+)
+def test_the_command_prunes_by_them(pair, add, command, tmp_path, options, by_hand):
+    add(KEEPS, Keep(lambda choice, argument: [name for name in choice.adapter.sites if argument in name], "PART"))
+    add(CRITERIA, Criterion(lambda tensor, generator: 1 / (1 + tensor.abs())))
+    add(RANK_ORDERS, RankOrder(lambda update, generator: (update, list(range(update.rank)))))
+    command("prune", *options, "-o", "small.safetensors", of=1)
+    small, expected = Adapter.load(tmp_path / "small.safetensors"), by_hand(pair[0])
+    assert small.sites.keys() == expected.sites.keys()
+    for name, update in expected.updates.items():
+        assert torch.equal(small.updates[name].delta(), update.delta())
 
 
 def smallest(matrices, weights, *, scale=1.0):
@@ -114,11 +165,16 @@ def first(updates, weights):
 
 
 @pytest.mark.parametrize("inner", [False, True])
-def test_a_rule_is_a_merge_and_an_inner_rule(pair, add, inner):
+def test_a_rule_is_a_merge_and_an_inner_rule(pair, add, command, tmp_path, inner):
     add(MERGES, Merge(smallest, MATRICES))
     method, options = ("knots", {"inner": "throwaway", "scale": 2.0}) if inner else ("throwaway", {"scale": 2.0})
     merged = merge(Sources(pair), method, options=options, heads="first").adapter
     assert merged.record["merge"]["options"] == options
+    settings = [part for name, value in options.items() for part in ("--set", f"{name}={value}")]
+    command("merge", "--method", method, *settings, "--heads", "first", "-o", "merged.safetensors")
+    written = Adapter.load(tmp_path / "merged.safetensors")
+    for name, update in merged.updates.items():
+        assert torch.allclose(written.updates[name].delta(), update.delta(), atol=1e-6)
     if not inner:
         name = next(iter(merged.sites))
         deltas = [adapter.updates[name].delta() for adapter in pair]
@@ -133,6 +189,26 @@ def test_a_merge_in_a_comparison(pair, add):
     assert "throwaway" in {row["merge"] for row in result.rows()}
     assert costs
     assert plots.figure([result]).axes
+
+
+def test_a_figure(pair, add, tmp_path, lora_lab):
+    def drawn(results, panels):
+        (ax,) = panels.grid(1, 1, 2.0)
+        ax.plot(results[0].columns["t"], results[0].columns["norm"], label="norms")
+        return [ax]
+
+    add(PLOTS, View(drawn, "interpolate", "norms alone"))
+    result = asked(Interpolate(points=3, spaces=("delta",), split="validation"), pair, "throwaway")
+    assert plots.draw(result, "throwaway").lines[0].get_ydata() == pytest.approx(result.columns["norm"])
+    result.save(tmp_path / "result.json")
+    code, _, err = lora_lab("figure", "result.json", "--kind", "throwaway", "-o", "norms.pdf")
+    assert code == 0, err
+    assert (tmp_path / "norms.pdf").exists()
+
+
+def test_every_registry_has_its_throwaway_entry():
+    used = [globals()[name] for name in re.findall(r"^    add\((\w+),", Path(__file__).read_text(), re.M)]
+    assert {registry.group for registry in used} == {registry.group for _, registry in registries()}
 
 
 def test_a_training_method_its_law_and_its_ramp(add):
