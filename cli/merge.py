@@ -86,19 +86,17 @@ def command(
     Example:  lora-lab merge a.safetensors b.safetensors c.safetensors --method ties --set density=0.2 -o merged
     """
     from ..files.disk import refuse_existing
-    from ..merging import search
     from ..merging.export import save
     from ..merging.methods import MERGES
-    from ..merging.sources import parse_weights
 
     path = output.path()
     options = parsing.typed(how.options, MERGES[how.method].defaults(how.options), how.method)
-    spaces = search.parse(how.search or [], how.method, options)
+    spaces = parsing.searches(how.search or [], how.method, options)
     if "coefficient" in spaces and how.coefficient != 1:
         raise OptionError("the coefficient is both set and searched")
     inputs = [Path(adapter) for adapter in adapters]
     refuse_existing(path, force=output.force, inputs=inputs)
-    weights = parse_weights(how.weights or [], len(adapters))
+    weights = parsing.weights(how.weights or [], len(adapters))
     loaded = loading.load(adapters)
     read_data = MERGES[how.method].reads_data or bool(spaces or task.task)
     sources = _sources(loaded, weights, how, task if read_data else None, device, task.trust_record)

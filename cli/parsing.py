@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..errors import OptionError, unknown
+
+if TYPE_CHECKING:
+    from ..merging.search import Grid, Interval
+    from ..merging.sources import Weights
 
 
 def numbers(text: str, flag: str) -> tuple[float, ...]:
@@ -126,6 +132,112 @@ def typed(given: Mapping[str, str], defaults: Mapping[str, object], what: str) -
         except ValueError as error:
             raise OptionError(f"--set {name}={text}: {name} is a {kind.__name__}") from error
     return values
+
+
+def weights(given: Sequence[str], count: int) -> Weights:
+    """The weights of so many adapters.
+
+    ['1,1,0.5']: one an adapter. ['0:1,11:0', '0:0,11:1']: for each adapter, its weight at some layers. ['w.json']: an
+    object of {regular expression of modules: weights, …, "default": weights}.
+    """
+    from ..merging.sources import Weights
+
+    plain = (1.0,) * count
+    if not given:
+        return Weights(plain)
+    if len(given) == 1 and Path(given[0]).suffix == ".json":
+        return _weights_of_file(Path(given[0]), count)
+    if any(":" in text for text in given):
+        read = Weights(plain, layers=tuple(map(_line, given)))
+    elif len(given) > 1:
+        raise OptionError("weights are given twice; one list with commas (1,1,0.5), or a line of layer:weight each")
+    else:
+        try:
+            read = Weights(tuple(float(part) for part in given[0].split(",")))
+        except ValueError as error:
+            raise OptionError(
+                f"weights {given[0]!r}: numbers with commas (1,1,0.5), layer:weight pairs, or a .json file are needed"
+            ) from error
+    read.check(count)
+    return read
+
+
+def _line(text: str) -> dict[int, float]:
+    points: dict[int, float] = {}
+    for part in text.split(","):
+        layer, _, weight = part.partition(":")
+        if layer.isdigit() and int(layer) in points:
+            raise OptionError(f"weights {text!r}: layer {layer} is given twice")
+        try:
+            points[int(layer)] = float(weight)
+        except ValueError as error:
+            raise OptionError(f"weights {text!r}: layer:weight pairs are needed, such as 0:1,11:0.5") from error
+        if int(layer) < 0:
+            raise OptionError(f"weights {text!r}: layers count from 0")
+    return points
+
+
+def _weights_of_file(path: Path, count: int) -> Weights:
+    from ..files.disk import read_json
+    from ..merging.sources import Weights
+
+    patterns: dict[str, tuple[float, ...]] = {}
+    for pattern, listed in read_json(path).items():
+        if not isinstance(listed, list) or not all(type(weight) in (int, float) for weight in listed):
+            raise OptionError(f"{path}: {pattern!r} has {listed!r}; a list of {count} numbers is needed")
+        try:
+            re.compile(pattern)
+            patterns[pattern] = tuple(map(float, listed))
+            Weights(patterns[pattern]).check(count)
+        except OptionError as error:
+            raise OptionError(f"{path}: {pattern!r}: {error}") from error
+        except OverflowError as error:
+            raise OptionError(f"{path}: {pattern!r} has a number that is too large") from error
+        except re.error as error:
+            raise OptionError(f"{path}: not a regular expression: {pattern!r} ({error})") from error
+    return Weights(patterns.pop("default", (1.0,) * count), patterns)
+
+
+def searches(given: Sequence[str], method: str, fixed: Mapping[str, Any]) -> dict[str, Grid | Interval]:
+    """['density=0.1,0.2', 'coefficient=0.1..2'] → what is to be tried of each; `fixed` options are set."""
+    from ..merging.methods import MERGES
+    from ..merging.search import COEFFICIENT, Grid, Interval
+
+    defaults: dict[str, Any] = {COEFFICIENT: 1.0, **MERGES[method].defaults(fixed)}
+    spaces: dict[str, Grid | Interval] = {}
+    for text in given:
+        name, equals, tried = text.partition("=")
+        if name not in defaults:
+            raise unknown(f"option of {method}", name, list(defaults))
+        if name in fixed:
+            raise OptionError(f"{name} is both set and searched")
+        if name in spaces:
+            raise OptionError(f"{name} is searched twice; all its values go into one list")
+        if ".." in tried and name != COEFFICIENT:
+            raise OptionError(f"search {text!r}: an interval can be searched for coefficient only")
+        try:
+            if not equals:
+                raise ValueError(text)
+            if ".." in tried:
+                low, high = map(float, tried.split(".."))
+                spaces[name] = Interval(low, high)
+            else:
+                spaces[name] = Grid(_listed(tried, defaults[name]))
+        except OptionError as error:
+            raise OptionError(f"search {text!r}: {error}") from error
+        except (ValueError, KeyError) as error:
+            raise OptionError(f"search {text!r}: NAME=VALUE,VALUE or coefficient=LOW..HIGH is needed") from error
+    return spaces
+
+
+def _listed(text: str, default: object) -> tuple[Any, ...]:
+    """Values of the type of the default; of one that has none, whole numbers where all are written so."""
+    parts = text.split(",")
+    if isinstance(default, bool):
+        return tuple({"true": True, "false": False}[part] for part in parts)
+    whole = all(part.strip().lstrip("+-").isdigit() for part in parts)
+    kind: Callable[[str], Any] = (int if whole else float) if default is None else type(default)  # type: ignore[assignment]
+    return tuple(kind(part) for part in parts)
 
 
 def keywords(function: Callable[..., object]) -> dict[str, object]:

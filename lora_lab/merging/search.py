@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_lab.adapters.lowrank import LowRank
-from lora_lab.errors import OptionError, unknown
+from lora_lab.errors import OptionError
 from lora_lab.merging.merged import merge
-from lora_lab.merging.methods import MERGES
 from lora_lab.merging.sources import Sources
 from lora_lab.merging.task_models import MergeModels, mean_loss
 
@@ -20,17 +19,25 @@ COEFFICIENT = "coefficient"
 
 @dataclass(frozen=True)
 class Grid:
-    """Values to be tried, one after the other."""
+    """Values to be tried, one after the other; OptionError unless numbers among them are finite."""
 
     values: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        if any(isinstance(value, float) and not math.isfinite(value) for value in self.values):
+            raise OptionError("finite numbers are needed")
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A range in which scipy looks for the lowest loss."""
+    """A range in which scipy looks for the lowest loss; OptionError unless it is one."""
 
     low: float
     high: float
+
+    def __post_init__(self) -> None:
+        if not -math.inf < self.low < self.high < math.inf:
+            raise OptionError("the ends of an interval must be finite, the lower one below the other")
 
 
 @dataclass(frozen=True)
@@ -41,44 +48,6 @@ class Found:
     coefficient: float
     trials: Sequence[Mapping[str, Any]]
     """Options, coefficient, and mean over the tasks of accuracy and loss on their validation splits."""
-
-
-def parse(given: Sequence[str], method: str, options: Mapping[str, Any] | None = None) -> dict[str, Grid | Interval]:
-    """['density=0.1,0.2', 'coefficient=0.1..2'] → what is to be tried for each; `options` are those that are set."""
-    known: dict[str, Any] = {COEFFICIENT: 1.0, **MERGES[method].defaults(options)}
-    found: dict[str, Grid | Interval] = {}
-    for text in given:
-        name, equals, values = text.partition("=")
-        if name not in known:
-            raise unknown(f"option of {method}", name, list(known))
-        if name in (options or {}):
-            raise OptionError(f"{name} is both set and searched")
-        if name in found:
-            raise OptionError(f"{name} is searched twice; all its values go into one list")
-        try:
-            if ".." in values:
-                low, high = map(float, values.split(".."))
-                if name != COEFFICIENT:
-                    raise OptionError(f"search {text!r}: an interval can be searched for coefficient only")
-                if not -math.inf < low < high < math.inf:
-                    raise OptionError(f"search {text!r}: LOW..HIGH must be finite, LOW below HIGH")
-                found[name] = Interval(low, high)
-            else:
-                whole = all(value.strip().lstrip("+-").isdigit() for value in values.split(","))
-                kind: Callable[[str], Any] = (int if whole else float) if known[name] is None else type(known[name])
-                if kind is bool:
-                    kind = {"true": True, "false": False}.__getitem__
-                tried = tuple(kind(value) for value in values.split(","))
-                found[name] = Grid(tried)
-                if any(isinstance(value, float) and not math.isfinite(value) for value in tried):
-                    raise OptionError(f"search {text!r}: finite numbers are needed")
-        except (ValueError, TypeError, KeyError) as error:
-            if isinstance(error, OptionError):
-                raise
-            raise OptionError(f"search {text!r}: NAME=VALUE,VALUE or coefficient=LOW..HIGH is needed") from error
-        if not equals:
-            raise OptionError(f"search {text!r}: NAME=VALUE,VALUE or coefficient=LOW..HIGH is needed")
-    return found
 
 
 def search(

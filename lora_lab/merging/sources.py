@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_lab import files
 from lora_lab.adapters.adapter import Adapter, same_base
 from lora_lab.adapters.attached import weight_deltas
 from lora_lab.adapters.formats.keys import natural
@@ -50,30 +50,19 @@ class Weights:
             return list(self.plain)
         return [_on_line(points, layer) for points in self.layers]
 
-
-def parse_weights(given: Sequence[str], count: int) -> Weights:
-    """Weights from texts for so many adapters.
-
-    ['1,1,0.5']: one an adapter. ['0:1,11:0', '0:0,11:1']: for each adapter, its weight at some layers. ['w.json']: an
-    object of {regular expression of modules: weights, …, "default": weights}.
-    """
-    if not given:
-        return Weights((1.0,) * count)
-    if len(given) == 1 and Path(given[0]).suffix == ".json":
-        return _from_file(Path(given[0]), count)
-    if any(":" in text for text in given):
-        if len(given) != count:
-            raise OptionError(f"{count} adapters and {len(given)} lines of layer:weight; one line an adapter is needed")
-        return Weights((1.0,) * count, layers=tuple(_line(text) for text in given))
-    if len(given) > 1:
-        raise OptionError("weights are given twice; one list with commas (1,1,0.5), or a line of layer:weight each")
-    try:
-        weights = tuple(float(part) for part in given[0].split(","))
-    except ValueError as error:
-        raise OptionError(
-            f"weights {given[0]!r}: numbers with commas (1,1,0.5), layer:weight pairs, or a .json file are needed"
-        ) from error
-    return Weights(_checked(weights, count))
+    def check(self, count: int) -> None:
+        """OptionError unless these are finite weights of so many adapters."""
+        if self.layers and len(self.layers) != count:
+            raise OptionError(
+                f"{count} adapters and {len(self.layers)} lines of layer:weight; one line an adapter is needed"
+            )
+        lists = [self.plain, *self.patterns.values()]
+        for weights in lists:
+            if len(weights) != count:
+                raise OptionError(f"{count} adapters and {len(weights)} weights; one weight an adapter is needed")
+        for weight in itertools.chain(*lists, *(points.values() for points in self.layers)):
+            if not math.isfinite(weight):
+                raise OptionError(f"weights: {weight} is no weight; finite numbers are needed")
 
 
 class Sources:
@@ -101,7 +90,8 @@ class Sources:
         count = len(self.adapters)
         if weights is None:
             weights = (1.0,) * count
-        self.weights = weights if isinstance(weights, Weights) else Weights(_checked(tuple(weights), count))
+        self.weights = weights if isinstance(weights, Weights) else Weights(tuple(weights))
+        self.weights.check(count)
         same_base(self.adapters)
         self._exact, self._bases = _exact(self.adapters, base)
         self.shapes = self._shapes()
@@ -210,32 +200,6 @@ def _kind(layer: nn.Module) -> str:
     return "conv1d-gpt" if type(layer).__name__ == "Conv1D" else "linear"
 
 
-def _checked(weights: tuple[float, ...], count: int) -> tuple[float, ...]:
-    if len(weights) != count:
-        raise OptionError(f"{count} adapters and {len(weights)} weights; one weight an adapter is needed")
-    for weight in weights:
-        if not abs(weight) < float("inf"):
-            raise OptionError(f"weights: {weight} is no weight; finite numbers are needed")
-    return weights
-
-
-def _line(text: str) -> dict[int, float]:
-    points: dict[int, float] = {}
-    for part in text.split(","):
-        layer, colon, value = part.partition(":")
-        if layer.isdigit() and int(layer) in points:
-            raise OptionError(f"weights {text!r}: layer {layer} is given twice")
-        try:
-            points[int(layer)] = float(value)
-        except ValueError as error:
-            raise OptionError(f"weights {text!r}: layer:weight pairs are needed, such as 0:1,11:0.5") from error
-        if not colon or int(layer) < 0:
-            raise OptionError(f"weights {text!r}: layers count from 0")
-    for weight in points.values():
-        _checked((weight,), 1)
-    return points
-
-
 def _on_line(points: Mapping[int, float], layer: int | None) -> float:
     if layer is None:
         return sum(points.values()) / len(points)
@@ -247,24 +211,3 @@ def _on_line(points: Mapping[int, float], layer: int | None) -> float:
     low, high = before[-1], after[0]
     t = (layer - low) / (high - low) if high > low else 0.0
     return (1 - t) * points[low] + t * points[high]
-
-
-def _from_file(path: Path, count: int) -> Weights:
-    content = files.read_json(path)
-    parsed: dict[str, tuple[float, ...]] = {}
-    for pattern, values in content.items():
-        if not isinstance(values, list) or not all(
-            isinstance(v, int | float) and not isinstance(v, bool) for v in values
-        ):
-            raise OptionError(f"{path}: {pattern!r} has {values!r}; a list of {count} numbers is needed")
-        try:
-            re.compile(pattern)
-            parsed[pattern] = _checked(tuple(float(v) for v in values), count)
-        except OptionError as error:
-            raise OptionError(f"{path}: {pattern!r}: {error}") from error
-        except OverflowError as error:
-            raise OptionError(f"{path}: {pattern!r} has a number that is too large") from error
-        except re.error as error:
-            raise OptionError(f"{path}: not a regular expression: {pattern!r} ({error})") from error
-    plain = parsed.pop("default", (1.0,) * count)
-    return Weights(plain, parsed)

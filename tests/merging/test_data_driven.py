@@ -779,9 +779,7 @@ def loss_at(coefficient):
 
 
 def test_a_grid_finds_the_coefficient_and_all_trials_are_kept(planted):
-    found = searching.search(
-        planted, "task-arithmetic", searching.parse(["coefficient=0.5,0.8,0.9,2"], "task-arithmetic")
-    )
+    found = searching.search(planted, "task-arithmetic", {"coefficient": searching.Grid((0.5, 0.8, 0.9, 2))})
     assert (found.coefficient, found.options) == (0.8, {})
     assert [trial["coefficient"] for trial in found.trials] == [0.5, 0.8, 0.9, 2.0]
     assert [trial["accuracy"] for trial in found.trials] == [0.5, 1.0, 1.0, 0.5]
@@ -794,14 +792,14 @@ def test_accuracy_counts_before_the_loss(planted, monkeypatch):
     x = torch.tensor([[1.0, -0.6]] * 3 + [[-8.0, 1.0]])
     labels = torch.ones(4, dtype=torch.long)
     monkeypatch.setattr(Planted, "_load", lambda self, split: Split({"x": x, "labels": labels}))
-    found = searching.search(planted, "task-arithmetic", searching.parse(["coefficient=0.1,0.65"], "task-arithmetic"))
+    found = searching.search(planted, "task-arithmetic", {"coefficient": searching.Grid((0.1, 0.65))})
     assert [trial["accuracy"] for trial in found.trials] == [0.25, 0.75]
     assert found.trials[0]["loss"] < found.trials[1]["loss"]
     assert found.coefficient == 0.65
 
 
 def test_an_interval_finds_the_coefficient_with_few_trials(planted):
-    found = searching.search(planted, "task-arithmetic", searching.parse(["coefficient=0.1..2"], "task-arithmetic"))
+    found = searching.search(planted, "task-arithmetic", {"coefficient": searching.Interval(0.1, 2)})
     assert found.coefficient == pytest.approx(Planted.best, abs=0.005 * 1.9)
     assert 3 < len(found.trials) <= 25
     assert all(0.1 <= trial["coefficient"] <= 2 for trial in found.trials)
@@ -810,11 +808,12 @@ def test_an_interval_finds_the_coefficient_with_few_trials(planted):
 
 
 def test_options_are_tried_in_all_combinations_with_the_coefficient(planted):
-    given = ["scale=0.5,2", "density=0.25,1", "coefficient=0.4,1.6,9"]
+    given = {"scale": (0.5, 2.0), "density": (0.25, 1.0), "coefficient": (0.4, 1.6, 9.0)}
+    spaces = {name: searching.Grid(values) for name, values in given.items()}
     seen = []
-    found = searching.search(planted, "ties", searching.parse(given, "ties"), progress=lambda *done: seen.append(done))
+    found = searching.search(planted, "ties", spaces, progress=lambda *done: seen.append(done))
     tried = [(t["scale"], t["density"], t["coefficient"]) for t in found.trials]
-    assert tried == list(itertools.product((0.5, 2.0), (0.25, 1.0), (0.4, 1.6, 9.0)))
+    assert tried == list(itertools.product(*given.values()))
     assert seen == [(i + 1, 12) for i in range(12)]
     # ties takes the mean of 2.5 and 7.5, half of what their sum is
     assert found.options["scale"] * found.coefficient / 2 == pytest.approx(0.4)
@@ -822,11 +821,11 @@ def test_options_are_tried_in_all_combinations_with_the_coefficient(planted):
 
 
 def test_options_beside_the_search_are_kept_and_the_given_coefficient_is_tried(planted):
-    spaces = searching.parse(["scale=0.5,1,4"], "task-arithmetic")
+    spaces = {"scale": searching.Grid((0.5, 1, 4))}
     found = searching.search(planted, "task-arithmetic", spaces, coefficient=0.8)
     assert (found.options, found.coefficient) == ({"scale": 1.0}, 0.8)
     found = searching.search(
-        planted, "task-arithmetic", searching.parse(["coefficient=0.4,0.8"], "task-arithmetic"), options={"scale": 2.0}
+        planted, "task-arithmetic", {"coefficient": searching.Grid((0.4, 0.8))}, options={"scale": 2.0}
     )
     assert (found.options, found.coefficient) == ({"scale": 2.0}, 0.4)
 
@@ -834,92 +833,33 @@ def test_options_beside_the_search_are_kept_and_the_given_coefficient_is_tried(p
 def test_equal_tasks_are_scored_once_a_trial(planted, monkeypatch):
     asked, judge = [], Planted.judge
     monkeypatch.setattr(Planted, "judge", lambda self, *rest, **more: (asked.append(1), judge(self, *rest, **more))[1])
-    searching.search(planted, "average", searching.parse(["coefficient=1,2,3"], "average"))
+    searching.search(planted, "average", {"coefficient": searching.Grid((1, 2, 3))})
     assert len(asked) == 3
 
 
 def test_what_a_search_found_is_what_the_merge_makes(planted):
-    found = searching.search(planted, "task-arithmetic", searching.parse(["coefficient=0.1..2"], "task-arithmetic"))
+    found = searching.search(planted, "task-arithmetic", {"coefficient": searching.Interval(0.1, 2)})
     made = merge(planted, "task-arithmetic", options=found.options, coefficient=found.coefficient, trials=found.trials)
     best = min(found.trials, key=lambda trial: trial["loss"])
     assert score(Planted(), made.adapter, "validation").mean_loss == pytest.approx(best["loss"], rel=1e-6)
     assert made.adapter.record["merge"]["trials"] == found.trials
 
 
-def test_a_search_parses_grids_with_the_types_of_the_options():
-    found = searching.parse(["density=0.1,1", "seed=0,1", "coefficient=-1..2.5"], "dare")
-    assert found == {
-        "density": searching.Grid((0.1, 1.0)),
-        "seed": searching.Grid((0, 1)),
-        "coefficient": searching.Interval(-1.0, 2.5),
-    }
-    assert [type(value) for value in found["seed"].values] == [int, int]
-    assert searching.parse(["inner=ties,dare"], "knots") == {"inner": searching.Grid(("ties", "dare"))}
-    assert searching.parse([], "ties") == {}
+@pytest.mark.parametrize(("low", "high"), [(2, 1), (1, 1), (math.nan, 1), (0, math.inf)])
+def test_an_interval_that_is_none_is_refused(low, high):
+    with pytest.raises(OptionError, match="must be finite, the lower one below the other"):
+        searching.Interval(low, high)
 
 
-def test_a_search_of_an_unknown_option_names_those_that_there_are():
-    with pytest.raises(OptionError, match=r"unknown option of ties 'densty' \(did you mean 'density'\?\)"):
-        searching.parse(["densty=0.1"], "ties")
-
-
-def test_a_search_of_an_unknown_method_is_refused():
-    with pytest.raises(OptionError, match="did you mean 'ties'"):
-        searching.parse(["density=0.1"], "tise")
-
-
-def test_a_search_without_values_is_refused():
-    for text in ("coefficient", "coefficient=", "coefficient=1,,2", "coefficient=1,"):
-        with pytest.raises(OptionError, match=r"NAME=VALUE,VALUE or coefficient=LOW\.\.HIGH is needed"):
-            searching.parse([text], "ties")
-
-
-def test_a_search_of_truth_takes_true_and_false():
-    assert searching.parse(["normalize=true,false"], "fisher")["normalize"].values == (True, False)
-    with pytest.raises(OptionError, match="normalize=yes"):
-        searching.parse(["normalize=yes"], "fisher")
-
-
-def test_a_search_of_what_is_no_number_is_refused():
-    for text in ("density=high", "coefficient=0.1..high", "coefficient=..", "coefficient=0..1..2"):
-        with pytest.raises(OptionError, match=r"NAME=VALUE,VALUE or coefficient=LOW\.\.HIGH is needed"):
-            searching.parse([text], "ties")
-
-
-def test_a_search_of_a_fraction_of_a_seed_is_refused():
-    with pytest.raises(OptionError, match=r"seed=0\.5"):
-        searching.parse(["seed=0.5"], "dare")
-
-
-def test_an_interval_of_another_option_is_refused():
-    with pytest.raises(OptionError, match="can be searched for coefficient only"):
-        searching.parse(["density=0.1..0.5"], "ties")
-
-
-def test_an_interval_from_high_to_low_is_refused():
-    for text in ("coefficient=2..1", "coefficient=1..1", "coefficient=nan..1"):
-        with pytest.raises(OptionError, match="LOW below HIGH"):
-            searching.parse([text], "ties")
-
-
-def test_an_interval_without_an_end_is_refused():
-    with pytest.raises(OptionError):
-        searching.parse(["coefficient=0..inf"], "ties")
-
-
-def test_a_coefficient_that_is_no_finite_number_is_refused():
-    with pytest.raises(OptionError):
-        searching.parse(["coefficient=nan,1"], "ties")
-
-
-def test_an_option_that_is_searched_twice_is_refused():
-    with pytest.raises(OptionError, match="twice"):
-        searching.parse(["density=0.1", "density=0.2"], "ties")
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_values_that_are_no_finite_numbers_are_refused(value):
+    with pytest.raises(OptionError, match="finite numbers are needed"):
+        searching.Grid((1, value))
 
 
 def test_a_value_that_the_method_refuses_is_refused_in_a_search(planted):
     with pytest.raises(OptionError, match="density is 2; a share"):
-        searching.search(planted, "ties", searching.parse(["density=2"], "ties"))
+        searching.search(planted, "ties", {"density": searching.Grid((2,))})
 
 
 def test_a_search_without_tasks_says_what_is_missing(tmp_path):

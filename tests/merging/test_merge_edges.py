@@ -16,7 +16,6 @@ from lora_lab.merging import export
 from lora_lab.merging.export import save
 from lora_lab.merging.merged import merge
 from lora_lab.merging.methods import MERGES, check, rules
-from lora_lab.merging.search import parse
 from lora_lab.merging.sources import Sources
 from lora_lab.tasks.task import Split
 
@@ -199,11 +198,6 @@ def test_options_of_an_inner_rule_are_those_of_the_rule_itself(name):
 def test_a_number_of_clusters_that_is_not_whole_is_refused():
     with pytest.raises(OptionError, match="clusters"):
         merge(twins(), "lego", options={"clusters": 2.5})
-
-
-def test_numbers_of_clusters_can_be_searched():
-    values = parse(["clusters=2,4"], "lego")["clusters"].values
-    assert [type(value) for value in values] == [int, int]
 
 
 def test_options_of_the_inner_rule_that_is_set_can_be_searched(monkeypatch, capsys, tmp_path):

@@ -10,12 +10,12 @@ from torch import nn
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.lowrank import LowRank
-from lora_lab.errors import FileError, LoraLabError, LoraLabWarning, MismatchError, OptionError, TunerError
+from lora_lab.errors import FileError, LoraLabWarning, MismatchError, OptionError, TunerError
 from lora_lab.merging import subspaces
 from lora_lab.merging.export import save
 from lora_lab.merging.merged import merge
 from lora_lab.merging.methods import MERGES, check, rules
-from lora_lab.merging.sources import Sources, Weights, parse_weights
+from lora_lab.merging.sources import Sources, Weights
 from lora_lab.scoring.evaluate import score
 from lora_lab.tasks.digits import Digits
 from lora_lab.tasks.task import Split
@@ -402,39 +402,20 @@ def test_weights_by_pattern_and_by_layer(tmp_path):
     names = [f"net.layers.{i}.q_proj" for i in range(3)]
     tensors = [{k: t for i, n in enumerate(names) for k, t in lora(n, seed=10 * s + i).items()} for s in (0, 1)]
     a, b = (Adapter.load(write(tmp_path / f"{s}", each, r=2, lora_alpha=4)) for s, each in enumerate(tensors))
-    sources = Sources([a, b], parse_weights(["0:1,2:0", "0:0,2:1"], 2))
+    sources = Sources([a, b], Weights((1.0, 1.0), layers=({0: 1, 2: 0}, {0: 0, 2: 1})))
     merged = merge(sources, "task-arithmetic").adapter
     for i, (x, y) in enumerate([(1.0, 0.0), (0.5, 0.5), (0.0, 1.0)]):
         expected = x * a.updates[names[i]].delta() + y * b.updates[names[i]].delta()
         assert torch.allclose(merged.updates[names[i]].delta(), expected, atol=1e-6)
     assert merged.record["merge"]["weights"] == ["0:1,2:0", "0:0,2:1"]
-    (tmp_path / "w.json").write_text(json.dumps({r"layers\.1\.": [2, 0], "default": [1, 1]}))
-    merged = merge(Sources([a, b], parse_weights([str(tmp_path / "w.json")], 2)), "task-arithmetic").adapter
+    weights = Weights((1.0, 1.0), {r"layers\.1\.": (2.0, 0.0)})
+    merged = merge(Sources([a, b], weights), "task-arithmetic").adapter
     assert torch.allclose(merged.updates[names[1]].delta(), 2 * a.updates[names[1]].delta(), atol=1e-6)
     assert torch.allclose(
         merged.updates[names[0]].delta(), (a.updates[names[0]] + b.updates[names[0]]).delta(), atol=1e-6
     )
     with pytest.raises(OptionError, match="matches no module"):
         Sources([a, b], Weights((1.0, 1.0), {"layers.9": (1.0, 1.0)}))
-
-
-@pytest.mark.parametrize(
-    ("given", "text"),
-    [
-        (["1,1,1"], "2 adapters and 3 weights"),
-        (["1"], "2 adapters and 1 weights"),
-        (["a,b"], "numbers with commas"),
-        (["1,nan"], "finite numbers"),
-        (["0:1,2:0"], "2 adapters and 1 lines of layer:weight"),
-        (["0:1", "x:1"], "layer:weight pairs"),
-        (["0:1", "-1:1"], "layers count from 0"),
-        (["1,1", "1,1"], "are given twice"),
-        (["missing.json"], "no such file|missing"),
-    ],
-)
-def test_weights_that_do_not_fit_are_refused(given, text):
-    with pytest.raises(LoraLabError, match=text):
-        parse_weights(given, 2)
 
 
 # heads

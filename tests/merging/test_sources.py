@@ -1,6 +1,5 @@
 """What is merged fits together, or it is said what does not: weights, base models, shapes, absent modules."""
 
-import json
 import math
 
 import pytest
@@ -11,9 +10,9 @@ from making_adapters import PREFIX, lora, write
 from tiny_models import SHAPES, adapter, update, updates
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.errors import FileError, LoraLabWarning, MismatchError, OptionError, TunerError
+from lora_lab.errors import LoraLabWarning, MismatchError, OptionError, TunerError
 from lora_lab.merging.merged import merge
-from lora_lab.merging.sources import Sources, Weights, parse_weights
+from lora_lab.merging.sources import Sources, Weights
 
 LAYERS = [f"model.layers.{i}.q_proj" for i in range(5)]
 
@@ -26,50 +25,38 @@ def layered(source: str = "a", **config) -> Adapter:
 
 
 def test_without_any_weights_each_counts_once():
-    assert parse_weights([], 3) == Weights((1.0, 1.0, 1.0))
     assert Sources([layered(), layered()]).weights_of(LAYERS[0]) == [1.0, 1.0]
-
-
-def test_a_list_is_a_weight_for_each_adapter():
-    assert parse_weights(["1,-2,0.5"], 3) == Weights((1.0, -2.0, 0.5))
-    assert parse_weights([" 1 , 1e-3"], 2).plain == (1.0, 1e-3)
 
 
 @given(st.integers(-3, 12), st.floats(-2, 2), st.floats(-2, 2))
 def test_a_line_over_layers_is_straight_between_its_points_and_flat_beyond(layer, low, high):
-    weights = parse_weights([f"2:{low!r},6:{high!r}", "0:1"], 2).of("any", layer)
+    weights = Weights((1.0, 1.0), layers=({2: low, 6: high}, {0: 1.0})).of("any", layer)
     t = min(max((layer - 2) / 4, 0), 1)
     assert weights == pytest.approx([(1 - t) * low + t * high, 1.0])
 
 
 def test_a_line_gives_its_mean_to_a_module_outside_of_all_layers():
-    sources = Sources([layered(), layered("b")], parse_weights(["0:1,4:0", "1:0,2:4,4:2"], 2))
+    sources = Sources([layered(), layered("b")], Weights((1, 1), layers=({0: 1, 4: 0}, {1: 0, 2: 4, 4: 2})))
     assert [sources.weights_of(name)[0] for name in LAYERS] == [1, 0.75, 0.5, 0.25, 0]
     assert [sources.weights_of(name)[1] for name in LAYERS] == [0, 0, 4, 3, 2]
     assert sources.weights_of("model.head") == [0.5, 2.0]
 
 
-def test_of_patterns_in_a_file_the_first_that_is_found_counts(tmp_path):
-    content = {r"layers\.[01]\.": [1, 0], "q_proj": [0, 1], "default": [0.5, 0.5]}
-    (tmp_path / "w.json").write_text(json.dumps(content))
-    weights = parse_weights([str(tmp_path / "w.json")], 2)
-    sources = Sources([layered(), layered("b")], weights)
+def test_of_patterns_the_first_that_is_found_counts():
+    patterns = {r"layers\.[01]\.": (1.0, 0.0), "q_proj": (0.0, 1.0)}
+    sources = Sources([layered(), layered("b")], Weights((0.5, 0.5), patterns))
     assert [sources.weights_of(name) for name in LAYERS] == [[1, 0], [1, 0], [0, 1], [0, 1], [0, 1]]
     assert sources.weights_of("model.head") == [0.5, 0.5]
-    assert list(weights.record) == [*list(content)[:2], "default"]
-    (tmp_path / "w.json").write_text('{"head": [3, 4]}')
-    sources = Sources([layered(), layered("b")], parse_weights([str(tmp_path / "w.json")], 2))
-    assert sources.weights_of(LAYERS[0]) == [1, 1]
-    assert sources.weights_of("model.head") == [3, 4]
+    assert list(sources.weights.record) == [*patterns, "default"]
 
 
-def test_weights_of_each_kind_reach_the_sum_and_the_record(tmp_path):
+def test_weights_of_each_kind_reach_the_sum_and_the_record():
     a, b = layered(), layered("b")
-    for given_, record in (
-        (["2,-1"], [2.0, -1.0]),
-        (["0:1,4:0", "0:0,4:1"], ["0:1,4:0", "0:0,4:1"]),
+    for weights, record in (
+        ([2.0, -1.0], [2.0, -1.0]),
+        (Weights((1.0, 1.0), layers=({0: 1, 4: 0}, {0: 0, 4: 1})), ["0:1,4:0", "0:0,4:1"]),
     ):
-        sources = Sources([a, b], parse_weights(given_, 2))
+        sources = Sources([a, b], weights)
         merged = merge(sources, "task-arithmetic").adapter
         for name in LAYERS:
             x, y = sources.weights_of(name)
@@ -79,53 +66,20 @@ def test_weights_of_each_kind_reach_the_sum_and_the_record(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given_", "text"),
+    ("weights", "text"),
     [
-        (["1,1,1"], "2 adapters and 3 weights; one weight an adapter is needed"),
-        (["1"], "2 adapters and 1 weights"),
-        ([""], "weights '': numbers with commas"),
-        (["1,"], "numbers with commas"),
-        (["1,x"], "weights '1,x': numbers with commas"),
-        (["1,nan"], "weights: nan is no weight; finite numbers are needed"),
-        (["1,-inf"], "-inf is no weight"),
-        (["1,1", "1,1"], r"weights are given twice; one list with commas"),
-        (["0:1"], r"2 adapters and 1 lines of layer:weight; one line an adapter"),
-        (["0:1", "0:1", "0:1"], "2 adapters and 3 lines"),
-        (["0:1", "0:1,5"], "weights '0:1,5': layer:weight pairs are needed"),
-        (["0:1", "x:1"], "layer:weight pairs are needed"),
-        (["0:1", "-1:1"], "weights '-1:1': layers count from 0"),
-        (["0:1", "0:nan"], "nan is no weight"),
+        ([1, 1, 1], "2 adapters and 3 weights; one weight an adapter is needed"),
+        ([1, float("nan")], "weights: nan is no weight; finite numbers are needed"),
+        (Weights((1.0,)), "2 adapters and 1 weights"),
+        (Weights((1.0, 1.0), {"q_proj": (1.0, 1.0, 1.0)}), "2 adapters and 3 weights"),
+        (Weights((1.0, 1.0), {"q_proj": (1.0, float("inf"))}), "inf is no weight"),
+        (Weights((1.0, 1.0), layers=({0: 1.0},)), "2 adapters and 1 lines of layer:weight"),
+        (Weights((1.0, 1.0), layers=({0: 1.0}, {0: float("nan")})), "nan is no weight"),
     ],
 )
-def test_weights_that_cannot_be_are_refused(given_, text):
+def test_weights_that_do_not_fit_the_adapters_are_refused(weights, text):
     with pytest.raises(OptionError, match=text):
-        parse_weights(given_, 2)
-
-
-@pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        ('{"head": 1}', "'head' has 1; a list of 2 numbers is needed"),
-        ('{"head": [1, "2"]}', "'head' has .*a list of 2 numbers"),
-        ('{"head": [1, true]}', "a list of 2 numbers"),
-        ('{"head": [1, 1, 1]}', r"w\.json: 'head': 2 adapters and 3 weights"),
-        ('{"default": [1]}', r"w\.json: 'default': 2 adapters and 1 weights"),
-        ('{"head": [1, NaN]}', "nan is no weight"),
-        ('{"(": [1, 1]}', r"w\.json: not a regular expression: '\('"),
-    ],
-)
-def test_a_file_of_weights_that_cannot_be_is_refused_by_pattern(tmp_path, content, text):
-    (tmp_path / "w.json").write_text(content)
-    with pytest.raises(OptionError, match=text):
-        parse_weights([str(tmp_path / "w.json")], 2)
-
-
-def test_a_file_of_weights_that_is_none_is_refused(tmp_path):
-    with pytest.raises(FileError, match="cannot be read"):
-        parse_weights([str(tmp_path / "w.json")], 2)
-    (tmp_path / "w.json").write_text("[1, 1]")
-    with pytest.raises(FileError, match="a JSON list; an object"):
-        parse_weights([str(tmp_path / "w.json")], 2)
+        Sources([layered(), layered("b")], weights)
 
 
 def test_a_pattern_that_matches_no_module_is_refused_with_what_there_is():
