@@ -113,8 +113,11 @@ def task_name(record: Mapping[str, Any]) -> str:
 
 def shortened(text: str, most: int = 28) -> str:
     """A name of so many characters at most, cut in its middle: ends of names are what tells them apart."""
+    if len(text) <= most:
+        return text
     front = (most - 1) // 3
-    return text if len(text) <= most else f"{text[:front]}…{text[len(text) - (most - 1 - front) :]}"
+    # what is drawn has its dollars as \$, and without the backslash one would begin a formula
+    return f"{text[:front]}…{text[len(text) - (most - 1 - front) :].removeprefix('$')}"
 
 
 def distinct(names: Sequence[str], most: int = 28) -> list[str]:

@@ -173,7 +173,7 @@ def test_a_figure_draws_a_name_as_it_is():
     parameters = {"task": {"name": NASTY}, "split": "test", "points": 2, "spaces": ["delta"], "adapters": [{}, {}]}
     made = plots.figure([Result("interpolate", columns, parameters, {}, {"examples": 3})])
     titles = [ax.get_title() for ax in made.axes]
-    assert any(r"\x1b[31m[red]:bomb:\u202e" in title for title in titles)
+    assert titles[0].startswith(r" _p\$\frac")
     made.savefig(io.BytesIO(), format="svg")  # a formula would not parse
     for title in filter(None, titles):
         text = made.axes[0].title

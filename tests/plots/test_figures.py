@@ -1,4 +1,5 @@
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -6,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from lora_lab import plots
+from lora_lab import escape, plots
 from lora_lab.errors import FileError, OptionError
 from lora_lab.plots import line as plot_line
 from lora_lab.plots import style as plot_style
@@ -573,3 +576,10 @@ def test_a_caption_of_any_length_stays_within_the_figure(width):
     assert inside.x0 <= drawn.x0 < drawn.x1 <= inside.x1
     caption = " ".join(figure.get_supxlabel().split())
     assert all(word in caption for word in [*names, "initial A"])
+
+
+@given(st.text(alphabet="$\\_a", min_size=1, max_size=40), st.integers(6, 20))
+def test_a_name_that_is_cut_begins_no_formula(name, most):
+    cut = plot_style.shortened(escape.drawn(name), most)
+    assert len(cut) <= max(most, len(name))
+    assert not re.search(r"(?<!\\)\$", cut)

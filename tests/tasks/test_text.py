@@ -450,7 +450,9 @@ def test_tasks_of_adapters_differ_by_a_key(folder):
     first = tasks.from_name(str(write(folder, "")))
     adapter, _ = train(first, Recipe(method="lora", steps=1))
     other = dataclasses.replace(adapter, record={**adapter.record, "task": {**first.record, "max_length": 8}})
-    with pytest.raises(MismatchError, match=r"on different tasks, whose max_length is None and 8; choose one"):
+    with pytest.raises(
+        MismatchError, match=r"on different tasks, whose max_length is None and 8; `task` names one for both"
+    ):
         task_of(adapter, other)
 
 
