@@ -72,7 +72,7 @@ class LoraLabNote(UserWarning):
     """What is about to be done because a file says so, such as the data that it names."""
 
 
-def some(names: Iterable[object], limit: int = 3) -> str:
+def shorten(names: Iterable[object], limit: int = 3) -> str:
     """Names joined for a message: the first `limit` of them, then how many there are in all."""
     listed = [str(name) for name in names]
     shown = ", ".join(listed[:limit])

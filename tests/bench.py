@@ -206,9 +206,9 @@ def bench_sharing(repeats: int, folder: Any) -> None:
     task = Random(12, 384)
     config = LoraConfig(r=8, lora_alpha=16, target_modules=["query", "key", "value"])
     adapter = random_adapter(task, folder / "wide", config, scale=0.02)
-    some = np.random.default_rng(0).random((200, 12)) < 0.5
+    shorten = np.random.default_rng(0).random((200, 12)) < 0.5
     report_sharing(
-        "BERT 12×384: 200 random coalitions, shared / one pass each", "at most 0.5", task, adapter, some, repeats
+        "BERT 12×384: 200 random coalitions, shared / one pass each", "at most 0.5", task, adapter, shorten, repeats
     )
     name = "BERT 12×384: all 4096 coalitions, shared / one pass each"
     report_sharing(name, "at most 0.25", task, adapter, all_coalitions(12), 1)

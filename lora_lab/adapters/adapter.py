@@ -20,7 +20,7 @@ from lora_lab.adapters.formats import peft_config, peft_format
 from lora_lab.adapters.formats.keys import PREFIX, anchored
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank
-from lora_lab.errors import AdapterError, LoraLabWarning, MismatchError, TunerError, some
+from lora_lab.errors import AdapterError, LoraLabWarning, MismatchError, TunerError, shorten
 from lora_lab.files import trust
 from lora_lab.results.result import finite
 
@@ -231,7 +231,7 @@ def same_modules(adapters: Sequence[Adapter]) -> None:
             raise MismatchError(f"{pair} are of different tuners: {first.tuner} and {other.tuner}")
         odd = sorted(set(first.sites) ^ set(other.sites))
         if odd:
-            raise MismatchError(f"{pair} update different modules: {some(odd)}")
+            raise MismatchError(f"{pair} update different modules: {shorten(odd)}")
     same_base(adapters)
 
 

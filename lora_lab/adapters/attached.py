@@ -17,7 +17,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.formats.keys import PREFIX
 from lora_lab.adapters.formats.matching import first_match
 from lora_lab.adapters.formats.peft_config import missing_saved, parameter_sites, tuner_of
-from lora_lab.errors import AdapterError, LoraLabWarning, MismatchError, TunerError, some
+from lora_lab.errors import AdapterError, LoraLabWarning, MismatchError, TunerError, shorten
 from lora_lab.results.result import fingerprint
 
 NAME = "default"
@@ -53,7 +53,7 @@ class Attached:
         """
         extra = sorted(set(adapter.sites) - set(self.layers))
         if extra:
-            raise MismatchError(f"{adapter.source}: adapts modules that are not attached: {some(extra)}")
+            raise MismatchError(f"{adapter.source}: adapts modules that are not attached: {shorten(extra)}")
         self._check(adapter)
         for name, layer in self.layers.items():
             site = adapter.sites.get(name)
@@ -306,7 +306,7 @@ def load_peft(model: nn.Module, path: str | os.PathLike[str]) -> Any:
         wrapped: PeftModel = get_peft_model(model, peft_config(adapter))
     result = set_peft_model_state_dict(wrapped, dict(adapter.tensors))
     if result.unexpected_keys:
-        raise MismatchError(f"{path}: PEFT has no place for {some(result.unexpected_keys)}")
+        raise MismatchError(f"{path}: PEFT has no place for {shorten(result.unexpected_keys)}")
     return wrapped.eval()
 
 
@@ -338,12 +338,13 @@ def _check_fit(model: nn.Module, *adapters: Adapter) -> None:
         experts = [name for name in missing if re.search(r"\.experts\.\d+\.", name)]
         if experts and any(module.endswith(".experts") and module in submodules for module in _above(experts)):
             raise MismatchError(
-                f"{adapter.source}: trained on experts that were modules of their own ({some(experts)}), which newer "
-                "versions of transformers have fused into one parameter; PEFT converts such an adapter when it loads it"
+                f"{adapter.source}: trained on experts that were modules of their own ({shorten(experts)}), which "
+                "newer versions of transformers have fused into one parameter; PEFT converts such an adapter when it "
+                "loads it"
             )
         if missing:
             raise MismatchError(
-                f"{adapter.source}: trained on another base model? this one has no module {some(missing)}"
+                f"{adapter.source}: trained on another base model? this one has no module {shorten(missing)}"
             )
         if adapter.why_not_additive is None:
             for name, update in adapter.updates.items():

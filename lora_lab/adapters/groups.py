@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.formats.keys import natural
-from lora_lab.errors import OptionError, TunerError, some, unknown
+from lora_lab.adapters.formats.keys import natural_key
+from lora_lab.errors import OptionError, TunerError, shorten, unknown
 from lora_lab.registry import Registry
 
 _NESTED_LISTS = ("blocks", "attentions", "resnets", "transformer_blocks")
@@ -55,7 +55,7 @@ def players(adapter: Adapter, by: str | Mapping[str, str] = "layer") -> Players:
     in module names; modules that none matches stay on. Raises OptionError for an unknown set, an expression that
     matches nothing, or players that overlap; TunerError where there are no rank-1 components.
     """
-    names = sorted(adapter.sites, key=natural)
+    names = sorted(adapter.sites, key=natural_key)
     if not names:
         raise OptionError(f"{adapter.source or 'adapter'}: adapts no module, so there is no player")
     if not isinstance(by, str):
@@ -176,7 +176,7 @@ def group(names: Sequence[str], by: str | Mapping[str, str] = "block") -> dict[s
     _refuse_empty("group", names, by, fits)
     for name in names:
         if len(fits[name]) != 1:
-            matching = some(fits[name]) if fits[name] else "no group"
+            matching = shorten(fits[name]) if fits[name] else "no group"
             raise OptionError(f"{name} matches {matching}; each module needs exactly one")
     return {label: [name for name in names if fits[name] == [label]] for label in by}
 
@@ -186,7 +186,9 @@ def _by_pattern(names: Sequence[str], by: Mapping[str, str]) -> Players:
     _refuse_empty("player", names, by, fits)
     for name in names:
         if len(fits[name]) > 1:
-            raise OptionError(f"players overlap: {name} matches {some(fits[name])}; each module belongs to one at most")
+            raise OptionError(
+                f"players overlap: {name} matches {shorten(fits[name])}; each module belongs to one at most"
+            )
     units = {label: tuple((name, None) for name in names if label in fits[name]) for label in by}
     places = locate(names)
     return Players(
@@ -235,7 +237,7 @@ def _matches(names: Sequence[str], by: Mapping[str, str]) -> dict[str, list[str]
 def _refuse_empty(what: str, names: Sequence[str], by: Mapping[str, str], fits: Mapping[str, list[str]]) -> None:
     for label in by:
         if not any(label in labels for labels in fits.values()):
-            raise OptionError(f"{what} {label!r} ({by[label]!r}) matches no module; there are: {some(names, 6)}")
+            raise OptionError(f"{what} {label!r} ({by[label]!r}) matches no module; there are: {shorten(names, 6)}")
 
 
 def _common(places: Sequence[Place]) -> Place:

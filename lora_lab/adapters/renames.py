@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from lora_lab.adapters.adapter import Adapter, exact_targets
-from lora_lab.adapters.formats.keys import PREFIX, anchored, natural
+from lora_lab.adapters.formats.keys import PREFIX, anchored, natural_key
 from lora_lab.adapters.formats.peft_config import pattern_values
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.errors import MismatchError, OptionError
@@ -73,7 +73,7 @@ def require_shared_modules(adapters: Sequence[Adapter]) -> None:
     if not apart or not adapters[0].sites:
         return
     first, other = adapters[0], adapters[apart[0]]
-    examples = [min(adapter.sites, key=natural) for adapter in (first, other)]
+    examples = [min(adapter.sites, key=natural_key) for adapter in (first, other)]
     if first.base_model and other.base_model and first.base_model != other.base_model:
         raise MismatchError(
             f"{first.source} and {other.source} have different base models: {first.base_model!r} and "
@@ -94,7 +94,7 @@ def suggested(adapters: Sequence[Adapter], other: Adapter) -> tuple[str, str] | 
     theirs = _shapes(other)
     mine = {name: shape for adapter in adapters for name, shape in _shapes(adapter).items()}
     fewer, more = (theirs, mine) if len(theirs) <= len(mine) else (mine, theirs)
-    example = min(fewer, key=natural)  # which must be one of the others
+    example = min(fewer, key=natural_key)  # which must be one of the others
     pairs = dict.fromkeys(pair for target in more for pair in _heads(example, target))
     for old, new in pairs if fewer is theirs else [pair[::-1] for pair in pairs]:
         moved = {_changed(name, old, new): shape for name, shape in theirs.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.formats.keys import PREFIX
 from lora_lab.brief import Brief
-from lora_lab.errors import AdapterError, MismatchError, some
+from lora_lab.errors import AdapterError, MismatchError, shorten
 
 HEADS = ("keep-own", "average", "first")
 """What can become of whole tensors in which the adapters differ."""
@@ -71,7 +71,7 @@ def with_rows_of_the_first(adapters: Sequence[Adapter], key: str) -> list[Tensor
         ids = token_ids(other, key) or []
         if set(ids) != set(wanted):
             odd = sorted(set(ids) ^ set(wanted))
-            raise MismatchError(f"{first.source} and {other.source} train different tokens: {some(odd)} in one only")
+            raise MismatchError(f"{first.source} and {other.source} train different tokens: {shorten(odd)} in one only")
         tensors[i] = tensors[i][[ids.index(token) for token in wanted]]
     return tensors
 
@@ -113,7 +113,7 @@ def _merge_tokens(made: Whole, adapters: Sequence[Adapter], key: str, labels: Se
     torn = sorted(token for token, own in rows.items() if not all(torch.equal(row, own[0]) for row in own))
     if torn and how is None:
         raise MismatchError(
-            f"{key.removeprefix(PREFIX)}: rows of the tokens {some(torn)} differ between the adapters; `heads` "
+            f"{key.removeprefix(PREFIX)}: rows of the tokens {shorten(torn)} differ between the adapters; `heads` "
             "keep-own (each its own, beside the merged adapter), average or first says what becomes of them"
         )
     if torn and how == "keep-own":

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lora_lab.adapters.groups import Players
-from lora_lab.errors import LoraLabWarning, OptionError, TunerError, some
+from lora_lab.errors import LoraLabWarning, OptionError, TunerError, shorten
 from lora_lab.games.coalitions import Bools
 from lora_lab.registry import Registry
 from lora_lab.results.stats import Floats
@@ -111,7 +111,7 @@ class Game:
         off = [name for name in self.player_names if name not in on]
         if not on or not off:
             return "no player" if off else "all players"
-        return some(on, 6) if len(on) <= len(off) else f"all but {some(off, 6)}"
+        return shorten(on, 6) if len(on) <= len(off) else f"all but {shorten(off, 6)}"
 
 
 def _finite(worth: Floats, scores: Scores) -> Floats:

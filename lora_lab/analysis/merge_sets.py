@@ -12,7 +12,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import labels_of
 from lora_lab.adapters.renames import require_shared_modules
 from lora_lab.analysis.questions import in_words
-from lora_lab.errors import MismatchError, OptionError, some
+from lora_lab.errors import MismatchError, OptionError, shorten
 from lora_lab.merging.methods import MERGES, check
 from lora_lab.results.result import fingerprint
 from lora_lab.tasks.task import Task
@@ -52,7 +52,9 @@ def specs_of(methods: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -
     names = list(dict.fromkeys(name for given in methods for name in (MERGES if given == "all" else [given])))
     for name in options:
         if name not in names:
-            raise OptionError(f"options are given for {name}, which is not among the methods compared: {some(names)}")
+            raise OptionError(
+                f"options are given for {name}, which is not among the methods compared: {shorten(names)}"
+            )
     specs = []
     for name in names:
         method, colon, inner = name.partition(":")
@@ -113,7 +115,7 @@ def merge_sets_of(
         if len(members) < 2 or len({who[i][2] for i in members}) < len(members):
             raise MismatchError(
                 f"it cannot be told which adapters belong together: of {label} there are "
-                f"{some(adapters[i].source for i in members)}; a set is one adapter a task, of one method and seed"
+                f"{shorten(adapters[i].source for i in members)}; a set is one adapter a task, of one method and seed"
             )
         merge_sets.append(MergeSet(label, method, seed, tuple(members), (1.0,) * len(members)))
     return _checked(adapters, merge_sets)

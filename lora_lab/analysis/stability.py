@@ -20,7 +20,7 @@ from lora_lab.adapters.groups import players
 from lora_lab.analysis.game import Game
 from lora_lab.analysis.keep_sets import KeepSetScores
 from lora_lab.analysis.questions import Stability as Stability
-from lora_lab.errors import OptionError, some
+from lora_lab.errors import OptionError, shorten
 from lora_lab.games.coalitions import Bools, all_coalitions
 from lora_lab.pruning import patterns
 from lora_lab.results.result import Result, columns, finite, grouped
@@ -73,7 +73,7 @@ def check(question: Stability, adapters: Sequence[Adapter]) -> None:
     """Raise what `answer` would raise for this question about these adapters."""
     counts = [len(players(adapter, question.players)) for adapter in adapters]
     if len(set(counts)) > 1:
-        raise OptionError(f"these adapters have {some(sorted(set(counts)), 9)} players; look at them one by one")
+        raise OptionError(f"these adapters have {shorten(sorted(set(counts)), 9)} players; look at them one by one")
 
 
 def keep_sets(n: int, samples: int, seed: int = 0) -> Bools:

@@ -9,7 +9,7 @@ import stat
 import struct
 from pathlib import Path
 
-from lora_lab.errors import FileError, some
+from lora_lab.errors import FileError, shorten
 
 MARK = "lora-lab"
 """What figures, results, journals, tables and model cards carry to be known by."""
@@ -74,9 +74,9 @@ def _foreign_folder(folder: Path) -> str | None:
     entries = sorted(folder.iterdir())
     odd = [entry.name for entry in entries if entry.name not in _ADAPTER_FILES]
     if odd:
-        return f"holds more than an adapter ({some(odd)})"
+        return f"holds more than an adapter ({shorten(odd)})"
     other = [entry.name for entry in entries if not _part_of_adapter(entry)]
-    return f"holds what lora-lab did not write ({some(other)})" if other else None
+    return f"holds what lora-lab did not write ({shorten(other)})" if other else None
 
 
 def _part_of_adapter(entry: Path) -> bool:

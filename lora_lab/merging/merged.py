@@ -17,7 +17,7 @@ from lora_lab.adapters.lowrank import LowRank, factored, is_finite
 from lora_lab.adapters.renames import require_shared_modules
 from lora_lab.adapters.whole import HEADS, Whole, merge_heads, token_settings
 from lora_lab.brief import Brief
-from lora_lab.errors import MismatchError, OptionError, some
+from lora_lab.errors import MismatchError, OptionError, shorten
 from lora_lab.files.trust import Origin
 from lora_lab.merging.methods import MERGES, check
 from lora_lab.merging.sources import Sources
@@ -109,7 +109,7 @@ def merge(
         "inputs": [{"adapter": n, **_brief(a)} for n, a in zip(names, sources.adapters, strict=True)],
         "absent": {name: len(absent) for name, absent in zip(names, sources.absent, strict=True) if absent},
     }
-    adapter = from_updates(updates, like=sources.like, source=f"{method} of {some(names)}")
+    adapter = from_updates(updates, like=sources.like, source=f"{method} of {shorten(names)}")
     adapter = _with_whole(adapter, whole, DTYPES[how.dtype])
     adapter = replace(adapter, record=_record(sources, record), origin=_origin(sources.adapters))
     return Merged(

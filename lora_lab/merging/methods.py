@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lora_lab.adapters.lowrank import LowRank, combine, combine_factors
-from lora_lab.errors import MismatchError, OptionError, some, unknown
+from lora_lab.errors import MismatchError, OptionError, shorten, unknown
 from lora_lab.merging import data_driven, elementwise, subspaces
 from lora_lab.merging.sources import Sources
 from lora_lab.registry import Registry
@@ -267,7 +267,7 @@ def factor_average(updates: Sequence[LowRank], weights: Sequence[float], *, scal
         return updates[0]
     rank = present[0].rank
     if any(update.rank != rank for update in present):
-        raise MismatchError(f"factors of ranks {some(u.rank for u in present)} cannot be averaged; ΔW can (average)")
+        raise MismatchError(f"factors of ranks {shorten(u.rank for u in present)} cannot be averaged; ΔW can (average)")
     filled = [
         update if update.rank else LowRank(present[0].A * 0.0, present[0].B * 0.0, update.shape) for update in updates
     ]

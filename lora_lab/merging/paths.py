@@ -17,7 +17,7 @@ from lora_lab.adapters.formats.keys import PREFIX
 from lora_lab.adapters.lowrank import LowRank, combine, combine_factors
 from lora_lab.adapters.renames import require_shared_modules
 from lora_lab.adapters.whole import with_rows_of_the_first
-from lora_lab.errors import MismatchError, some
+from lora_lab.errors import MismatchError, shorten
 from lora_lab.registry import Registry
 
 Updates = Sequence[LowRank]
@@ -158,7 +158,7 @@ class Paths:
             theirs = {key: other.tensors[key].shape for key in other.others}
             odd = sorted(key for key in first.keys() | theirs.keys() if first.get(key) != theirs.get(key))
             if odd:
-                names = some(key.removeprefix(PREFIX) for key in odd)
+                names = shorten(key.removeprefix(PREFIX) for key in odd)
                 raise MismatchError(f"{self.adapters[0].source} and {other.source} differ in whole tensors: {names}")
         for key in first:
             with_rows_of_the_first(self.adapters, key)

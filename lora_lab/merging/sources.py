@@ -14,11 +14,11 @@ from torch import nn
 
 from lora_lab.adapters.adapter import Adapter, same_base
 from lora_lab.adapters.attached import weight_deltas
-from lora_lab.adapters.formats.keys import natural
+from lora_lab.adapters.formats.keys import natural_key
 from lora_lab.adapters.formats.peft_format import update
 from lora_lab.adapters.groups import locate
 from lora_lab.adapters.lowrank import LowRank, factored, is_finite
-from lora_lab.errors import MismatchError, OptionError, TunerError, some
+from lora_lab.errors import MismatchError, OptionError, TunerError, shorten
 from lora_lab.hub import base_model
 from lora_lab.tasks.choosing import task_of
 from lora_lab.tasks.task import Task
@@ -98,7 +98,7 @@ class Sources:
         self._layers = {name: place.layer for name, place in locate(list(self.shapes)).items()}
         for pattern in self.weights.patterns:
             if not any(re.search(pattern, name) for name in self.shapes):
-                raise OptionError(f"weights: {pattern!r} matches no module; there are: {some(self.shapes)}")
+                raise OptionError(f"weights: {pattern!r} matches no module; there are: {shorten(self.shapes)}")
 
     @property
     def modules(self) -> list[str]:
@@ -154,7 +154,7 @@ class Sources:
                         f"{source} and {adapter.source}: {name} is {tuple(known)} and {tuple(found.shape)}; adapters "
                         "of one base model are needed"
                     )
-        return {name: shapes[name][0] for name in sorted(shapes, key=natural)}
+        return {name: shapes[name][0] for name in sorted(shapes, key=natural_key)}
 
 
 def base_of(

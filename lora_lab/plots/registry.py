@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lora_lab import files
-from lora_lab.errors import LoraLabError, OptionError, some, unknown
+from lora_lab.errors import LoraLabError, OptionError, shorten, unknown
 from lora_lab.escape import drawn
 from lora_lab.files.ownership import MARK
 from lora_lab.plots import line as plot_line
@@ -89,7 +89,7 @@ def _view(results: Sequence[Result], kind: str | None) -> tuple[str, View]:
         raise OptionError("no results to draw")
     kinds = sorted({result.kind for result in results})
     if len(kinds) > 1:
-        raise OptionError(f"results of different kinds cannot share a figure: {some(kinds)}")
+        raise OptionError(f"results of different kinds cannot share a figure: {shorten(kinds)}")
     names = [name for name, view in PLOTS.items() if view.kind == kinds[0]]
     if not names:
         raise OptionError(f"there is no figure for results of kind {kinds[0]!r}; there are: {', '.join(PLOTS)}")
@@ -104,7 +104,7 @@ def _agree(results: Sequence[Result], names: Sequence[str]) -> None:
     for name in names:
         values = [result.parameters.get(name) for result in results]
         if any(value != values[0] for value in values):
-            different = some(dict.fromkeys(map(str, values)))
+            different = shorten(dict.fromkeys(map(str, values)))
             raise OptionError(f"these results cannot share a figure: {name.replace('_', ' ')} is {different}")
 
 

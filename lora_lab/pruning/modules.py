@@ -12,7 +12,7 @@ from lora_lab.adapters.formats.keys import PREFIX, anchored
 from lora_lab.adapters.formats.matching import by_whole
 from lora_lab.adapters.formats.peft_config import pattern_values
 from lora_lab.adapters.formats.sites import Site
-from lora_lab.errors import OptionError, TunerError, some
+from lora_lab.errors import OptionError, TunerError, shorten
 from lora_lab.pruning.cost import Pruned, measured
 
 
@@ -31,10 +31,10 @@ def keep_modules(adapter: Adapter, names: Collection[str], *, source: str | None
     """
     absent = sorted(set(names) - set(adapter.sites))
     if absent:
-        raise OptionError(f"{adapter.label} has no module {some(absent)}; there are: {some(adapter.sites)}")
+        raise OptionError(f"{adapter.label} has no module {shorten(absent)}; there are: {shorten(adapter.sites)}")
     if not names:
         raise OptionError(
-            f"no module of {adapter.label} would be left; at least one is needed of: {some(adapter.sites)}"
+            f"no module of {adapter.label} would be left; at least one is needed of: {shorten(adapter.sites)}"
         )
     source = f"pruned {adapter.label}" if source is None else source
     sites = {name: site for name, site in adapter.sites.items() if name in set(names)}

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.formats.keys import natural
+from lora_lab.adapters.formats.keys import natural_key
 from lora_lab.adapters.groups import Place, Players, locate, players
-from lora_lab.errors import OptionError, some, unknown
+from lora_lab.errors import OptionError, shorten, unknown
 from lora_lab.registry import Registry
 
 TYPES: dict[str, tuple[str, ...]] = {
@@ -40,7 +40,7 @@ class Choice:
     @property
     def places(self) -> dict[str, Place]:
         """Where each module is."""
-        return locate(sorted(self.adapter.sites, key=natural))
+        return locate(sorted(self.adapter.sites, key=natural_key))
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def keep(choice: Choice, spec: str) -> list[str]:
     kept = KEEPS[name].choose(choice, argument)
     if not kept:
         raise OptionError(f"pattern {spec!r} keeps no module of {choice.adapter.label}")
-    return sorted(kept, key=natural)
+    return sorted(kept, key=natural_key)
 
 
 def fixed(choice: Choice) -> dict[str, list[str]]:
@@ -124,7 +124,7 @@ def _type(choice: Choice, argument: str) -> list[str]:
         # self- and cross-attention have modules of one last name, told apart by their path
         found = found or [name for name in places if name.rpartition(".")[2] in names]
         if not found:
-            raise OptionError(f"no module of type {part!r} in {choice.adapter.label}; there are: {some(there, 12)}")
+            raise OptionError(f"no module of type {part!r} in {choice.adapter.label}; there are: {shorten(there, 12)}")
         kept += found
     return kept
 

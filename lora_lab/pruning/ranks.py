@@ -17,7 +17,7 @@ from lora_lab.adapters.formats.keys import anchored
 from lora_lab.adapters.formats.peft_config import pattern_values
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank
-from lora_lab.errors import AdapterError, OptionError, TunerError, some
+from lora_lab.errors import AdapterError, OptionError, TunerError, shorten
 from lora_lab.pruning.cost import Pruned, measured
 from lora_lab.pruning.modules import keep_modules
 from lora_lab.registry import Registry
@@ -32,7 +32,7 @@ def keep_ranks(adapter: Adapter, kept: Mapping[str, Sequence[int]]) -> Adapter:
     require_ranks(adapter)
     absent = sorted(set(kept) - set(adapter.sites))
     if absent:
-        raise OptionError(f"{adapter.label} has no module {some(absent)}; there are: {some(adapter.sites)}")
+        raise OptionError(f"{adapter.label} has no module {shorten(absent)}; there are: {shorten(adapter.sites)}")
     for name, units in kept.items():
         _check_units(name, units, adapter.sites[name])
     left = keep_modules(adapter, [name for name in adapter.sites if len(kept.get(name, [0]))])
@@ -64,9 +64,9 @@ def _check_units(name: str, units: Sequence[int], site: Site) -> None:
     rank = site.rank or 0
     wrong = [unit for unit in units if not 0 <= unit < rank]
     if wrong:
-        raise OptionError(f"{name} has no unit {some(wrong)}; its {rank} units are 0 to {rank - 1}")
+        raise OptionError(f"{name} has no unit {shorten(wrong)}; its {rank} units are 0 to {rank - 1}")
     if len(set(units)) < len(units):
-        raise OptionError(f"units of {name} are named twice: {some(u for u, n in Counter(units).items() if n > 1)}")
+        raise OptionError(f"units of {name} are named twice: {shorten(u for u, n in Counter(units).items() if n > 1)}")
 
 
 def _divisor(rank: int, config: Mapping[str, Any]) -> float:

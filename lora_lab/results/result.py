@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lab import files
-from lora_lab.errors import FileError, OptionError, some
+from lora_lab.errors import FileError, OptionError, shorten
 from lora_lab.results import schema, tables
 from lora_lab.results.schema import FORMAT, ROWS
 
@@ -129,7 +129,7 @@ def _checksum(content: Mapping[str, Any]) -> str:
 def _why_no_result(content: Mapping[str, Any]) -> str | None:
     missing = [each.name for each in fields(Result) if each.name not in content]
     if missing:
-        return f"without {some(missing)}"
+        return f"without {shorten(missing)}"
     if not isinstance(content["kind"], str):
         return "its kind is no text"
     if type(content["schema"]) is not int or content["schema"] < 1:
@@ -139,7 +139,7 @@ def _why_no_result(content: Mapping[str, Any]) -> str | None:
             return f"its {name} are no JSON object"
     wrong = [name for name, values in content["columns"].items() if not isinstance(values, list)]
     if wrong:
-        return f"no list of values in column {some(wrong)}"
+        return f"no list of values in column {shorten(wrong)}"
     lengths = {name: len(values) for name, values in content["columns"].items()}
     if len(set(lengths.values())) > 1:
         shortest, longest = min(lengths, key=lengths.__getitem__), max(lengths, key=lengths.__getitem__)

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora_lab.errors import some, unknown
+from lora_lab.errors import shorten, unknown
 
 FORMAT = "lora-lab result 1"
 """What the files of results say that they are."""
@@ -156,10 +156,10 @@ def _of_columns(found: Mapping[str, Sequence[Any]], row: Any, *, strict: bool) -
         return None
     missing = [name for name, each in known.items() if name not in found and not each.optional]
     if missing:
-        return f"without column {some(missing)}"
+        return f"without column {shorten(missing)}"
     unknown = [name for name in found if name not in known]
     if strict and unknown:
-        return f"with column {some(unknown)}, which its schema does not have"
+        return f"with column {shorten(unknown)}, which its schema does not have"
     for name, values in found.items():
         if name in known and (reason := _of_values(known[name], values, strict=strict)):
             return reason

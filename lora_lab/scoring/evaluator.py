@@ -21,7 +21,7 @@ import torch
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import identity
-from lora_lab.errors import LoraLabError, OptionError, some
+from lora_lab.errors import LoraLabError, OptionError, shorten
 from lora_lab.results.result import fingerprint, provenance
 from lora_lab.scoring.changes import Change, LayerMask
 from lora_lab.scoring.examples import Examples, TaskSpec, detached, examples_of, pack, remembered
@@ -150,7 +150,7 @@ class Evaluator:
         missing = sorted(set(modules) - set(self.names))
         if missing:
             source = self.adapter.source
-            raise OptionError(f"{source}: adapts no module {some(missing)}; there are: {some(self.names)}")
+            raise OptionError(f"{source}: adapts no module {shorten(missing)}; there are: {shorten(self.names)}")
         return LayerMask(tuple(factor if name in modules else 0.0 for name in self.names))
 
     def scores(

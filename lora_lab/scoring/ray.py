@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lora_lab.errors import OptionError, some
+from lora_lab.errors import OptionError, shorten
 from lora_lab.scoring.processes import Identity, children_end_too, end_with, identity
 from lora_lab.scoring.worker import Answering, Backend, DiedError, Reply, Setup, Worker
 
@@ -140,7 +140,7 @@ def _connect(ray: Any, spec: str, where: re.Match[str]) -> None:
             ray.init(address="local", num_cpus=int(where["count"]), include_dashboard=False, **quiet)
         heard = {str(node["NodeManagerAddress"]) for node in ray.nodes()}
         if not heard <= {"127.0.0.1", "::1"}:
-            raise OptionError(f"ray {spec}: Ray {ray.__version__} would listen to the network, on {some(heard)}")
+            raise OptionError(f"ray {spec}: Ray {ray.__version__} would listen to the network, on {shorten(heard)}")
         return
     if tuple(int(part) for part in re.findall(r"\d+", ray.__version__)[:2]) < _AUTHENTICATES:
         raise OptionError(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora_lab.errors import TaskError, some
+from lora_lab.errors import TaskError, shorten
 
 Message = dict[str, Any]
 """{role, content}, and what else the template knows."""
@@ -109,8 +109,8 @@ def messages(value: object, where: str) -> list[Message]:
             if not isinstance(there.get(key), str):
                 kind = f"of the type {type(there[key]).__name__}" if key in there else "missing"
                 raise TaskError(
-                    f"{where} holds a message whose {key} is {kind} (it has {some(there)}); a role and a content that "
-                    "are texts are needed"
+                    f"{where} holds a message whose {key} is {kind} (it has {shorten(there)}); a role and a content "
+                    "that are texts are needed"
                 )
         checked.append(there)
     return checked

@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_lab import tasks
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.errors import MismatchError, OptionError, some
+from lora_lab.errors import MismatchError, OptionError, shorten
 from lora_lab.files.trust import judged
 from lora_lab.results.result import fingerprint
 from lora_lab.tasks.task import Task
@@ -45,7 +45,7 @@ def task_of(*adapters: Adapter, given: str | None = None, trust_record: bool = F
         if not record or not isinstance(record, dict):
             raise MismatchError(
                 f"{adapter.source}: carries no record of its task; `task` says on which: a built-in one "
-                f"({some(tasks.TASKS)}) or a file such as: {_EXAMPLE} (one a line)"
+                f"({shorten(tasks.TASKS)}) or a file such as: {_EXAMPLE} (one a line)"
             )
     first = records[0]
     for adapter, record in zip(adapters, records, strict=True):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_lab.errors import TaskError, some
+from lora_lab.errors import TaskError, shorten
 from lora_lab.tasks.file import FileTask
 
 
@@ -72,7 +72,7 @@ class LabelledTask(FileTask):
         if isinstance(value, str):
             assert names is not None
             if value not in names:
-                choices = some(map(repr, names), 8) if self.reach.quotes else f"the {len(names)} names"
+                choices = shorten(map(repr, names), 8) if self.reach.quotes else f"the {len(names)} names"
                 raise TaskError(f"{label} none of {choices} {row}")
             return names.index(value)
         if isinstance(value, bool | int | np.integer):

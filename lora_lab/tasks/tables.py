@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_lab.errors import FileError, LoraLabError, TaskError, some, unknown
+from lora_lab.errors import FileError, LoraLabError, TaskError, shorten, unknown
 from lora_lab.files.confined import check_files, check_folder, check_repository
 from lora_lab.files.trust import TABLES
 from lora_lab.hub import stay_offline_without_network
@@ -115,7 +115,7 @@ class TableTask(Task):
             return {}
         whole = self._tables.get("train")
         if whole is None:
-            raise TaskError(f"task {self.name}: no train data; its data has {some(self._tables)}")
+            raise TaskError(f"task {self.name}: no train data; its data has {shorten(self._tables)}")
         order = np.random.default_rng(self.settings.split_seed).permutation(len(whole))
         parts, start = {}, 0
         for split, share in (("test", _TEST), ("validation", _VALIDATION)):
@@ -131,7 +131,7 @@ class TableTask(Task):
         if not os.path.isfile(path):
             raise FileError(f"task {self.name}: its data {path} is missing")
         if path.suffix not in TABLES:
-            raise FileError(f"{path}: {some(TABLES, 4)} can be read")
+            raise FileError(f"{path}: {shorten(TABLES, 4)} can be read")
         self.reach.require(path, f"task {self.name}: its data")
         with _silent():
             try:

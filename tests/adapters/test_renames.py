@@ -57,9 +57,9 @@ def test_a_renaming_that_is_offered_makes_the_modules_the_same(mine, theirs):
 
 
 def test_one_of_two_may_have_more_modules():
-    some = {name: SHAPES[name] for name in ("layers.0.v", "layers.1.q")}
-    assert suggested([under("model")], under("", some)) == ("", "model")
-    assert suggested([under("model", some)], under("")) == ("", "model")
+    shorten = {name: SHAPES[name] for name in ("layers.0.v", "layers.1.q")}
+    assert suggested([under("model")], under("", shorten)) == ("", "model")
+    assert suggested([under("model", shorten)], under("")) == ("", "model")
 
 
 def test_nothing_is_offered_where_shapes_or_names_differ():

@@ -240,11 +240,11 @@ def test_an_interrupted_run_goes_on_with_the_same_numbers(adapter, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         stopped(all_coalitions(12)[::8])
     resumed = game_of(adapter, "module", split="test", cache=tmp_path / "cache")
-    some = all_coalitions(12)[::8][:40]
-    known = 40 - resumed.cost(some).variants
+    shorten = all_coalitions(12)[::8][:40]
+    known = 40 - resumed.cost(shorten).variants
     assert known > 0
     fresh = game_of(adapter, "module", split="test")
-    assert (resumed(some) == fresh(some)).all()
+    assert (resumed(shorten) == fresh(shorten)).all()
     assert resumed.evaluator.evaluated == 40 - known
 
 

@@ -149,19 +149,19 @@ def test_adapters_of_one_parity_and_of_different_players(adapter):
 
 def test_sampled_keep_sets_estimate_the_enumerated_ones(adapter):
     by = {f"{kind}{i}": rf"layers\.{i}\..*{kind}" for i in range(4) for kind in ("proj", "fc1")}
-    every, some = (
+    every, shorten = (
         Stability(players=by, samples=20, every=flag, rescale=False, examples=25).run([adapter], Digits("relabel"))
         for flag in (True, False)
     )
     assert every.summary["adapters"][0]["exhaustive"]
-    assert not some.summary["adapters"][0]["exhaustive"]
+    assert not shorten.summary["adapters"][0]["exhaustive"]
     inside = []
-    for row in some.rows(family="k-of-G"):
+    for row in shorten.rows(family="k-of-G"):
         (truth,) = every.rows(family="k-of-G", label=row["label"])
         inside.append(row["loss_low"] <= truth["loss"] <= row["loss_high"])
         assert row["loss_high"] - row["loss_low"] >= truth["loss_high"] - truth["loss_low"] - 0.3
     assert np.mean(inside) > 0.9
-    assert some.summary["adapters"][0]["epsilon"][0]["lower_bound"]
+    assert shorten.summary["adapters"][0]["epsilon"][0]["lower_bound"]
 
 
 def test_tuners_without_a_scale_are_not_rescaled(tmp_path):

@@ -251,9 +251,9 @@ def test_the_pairs_of_the_fit_are_all_different_and_in_the_end_all():
         found = estimate(game, 6, estimator="regression", samples=200)
     assert len(found.coalitions) == 64
     assert found.values == pytest.approx(exact(game, 6).values, abs=1e-6)
-    some = plan(12, estimator="regression", samples=20)
-    rows = {row.tobytes() for draw in some for row in draw.coalitions}
-    assert len(rows) == 2 * len(some)
+    shorten = plan(12, estimator="regression", samples=20)
+    rows = {row.tobytes() for draw in shorten for row in draw.coalitions}
+    assert len(rows) == 2 * len(shorten)
 
 
 @pytest.mark.parametrize(

@@ -448,13 +448,15 @@ def test_the_progressive_gap_from_sampled_keep_sets(drawn, spread):
     generator, inside, ratio, raw = np.random.default_rng(1), [], [], []
     for _ in range(60):
         chosen = {k: generator.permutation(own)[:drawn] for k, own in places.items()}
-        some = {k: stratum(logits[own], labels, len(places[k])) for k, own in chosen.items()}
-        for row in inequality(some, n, (0.2, 0.5)):
+        shorten = {k: stratum(logits[own], labels, len(places[k])) for k, own in chosen.items()}
+        for row in inequality(shorten, n, (0.2, 0.5)):
             exact = truth[row["law"], row["p"]]
             assert row["left"] - row["right"] == pytest.approx(row["gap"])
             weights = LAWS[row["law"]](n, row["p"])
-            by_sets = half_of_strata([(weights[k] ** 2 * each.variance["gap"], each.draws) for k, each in some.items()])
-            by_examples = half_width(sum(weights[k] * each.by_example["gap"] for k, each in some.items()))
+            by_sets = half_of_strata(
+                [(weights[k] ** 2 * each.variance["gap"], each.draws) for k, each in shorten.items()]
+            )
+            by_examples = half_width(sum(weights[k] * each.by_example["gap"] for k, each in shorten.items()))
             assert row["gap_high"] - row["gap"] == pytest.approx(math.hypot(by_sets, by_examples))
             inside.append(abs(row["gap"] - exact["gap"]) <= by_sets)  # of the same examples
             ratio.append(row["gap"] / exact["gap"])

@@ -10,7 +10,7 @@ from lora_lab.lazy import face
 
 if TYPE_CHECKING:
     from lora_lab.adapters.formats.keys import PREFIX as PREFIX
-    from lora_lab.adapters.formats.keys import natural as natural
+    from lora_lab.adapters.formats.keys import natural_key as natural_key
     from lora_lab.adapters.formats.lookup import locate as locate
     from lora_lab.adapters.formats.peft_format import parse as parse
     from lora_lab.adapters.formats.peft_format import update as update
@@ -21,7 +21,7 @@ __getattr__, __dir__, __all__ = face(
     {
         "keys": (
             "PREFIX",
-            "natural",
+            "natural_key",
         ),
         "lookup": ("locate",),
         "peft_format": (

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_lab.adapters.formats.keys import PREFIX, clean, odd_content, split, without_name
 from lora_lab.brief import Brief
-from lora_lab.errors import some
+from lora_lab.errors import shorten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,9 +67,11 @@ def others(
         elif name in ("", adapter_name) or name not in names:
             beside.tensors[PREFIX + key] = tensor
     if copies:
-        beside.warnings.append(f"{len(copies)} copies of the base model's weights left out: {some(copies)}")
+        beside.warnings.append(f"{len(copies)} copies of the base model's weights left out: {shorten(copies)}")
     if strange:
-        beside.problems.append(f"tensors that no plain adapter has, and that may change what it does: {some(strange)}")
+        beside.problems.append(
+            f"tensors that no plain adapter has, and that may change what it does: {shorten(strange)}"
+        )
     beside.problems += _token_problems(beside.tensors, config)
     return beside
 

@@ -18,7 +18,7 @@ from lora_lab.adapters.formats.peft_config import (
     tuner_of,
 )
 from lora_lab.adapters.formats.sites import PLAIN, Parsed
-from lora_lab.errors import some
+from lora_lab.errors import shorten
 
 _OF_VARIANTS = {
     "lora_diag": "kasa_config",
@@ -37,7 +37,7 @@ def finite(parsed: Parsed, where: str) -> None:
             if count:
                 bad.append(f"{key.removeprefix(PREFIX)} ({count} of {tensor.numel()})")
     if bad:
-        parsed.problems.append(f"{where}: non-finite values (NaN or Inf) in {some(bad, 8)}")
+        parsed.problems.append(f"{where}: non-finite values (NaN or Inf) in {shorten(bad, 8)}")
 
 
 def zero(parsed: Parsed) -> None:
@@ -46,7 +46,7 @@ def zero(parsed: Parsed) -> None:
     zero = [s for s in pairs if not s.scale or any(not parsed.tensors[s.keys[part]].any() for part in s.pair)]
     if zero:
         parsed.warnings.append(
-            f"{len(zero)} of {len(pairs)} modules have zero delta (untrained?): {some(s.name for s in zero)}"
+            f"{len(zero)} of {len(pairs)} modules have zero delta (untrained?): {shorten(s.name for s in zero)}"
         )
 
 
@@ -76,7 +76,7 @@ def replaced(parsed: Parsed) -> None:
     if whole:
         parsed.warnings.append(
             f"{len(whole)} adapted modules come with a whole weight (base_layer.weight), which takes the place of the "
-            f"base model's own and which ΔW does not hold: {some(whole)}"
+            f"base model's own and which ΔW does not hold: {shorten(whole)}"
         )
 
 
@@ -103,12 +103,12 @@ def configuration(parsed: Parsed, config: Mapping[str, Any], where: str) -> None
     if gone:
         parsed.problems.append(
             f"{where}: {fields} of the config leaves out modules that the file has tensors for, which PEFT would drop: "
-            f"{some(gone)}"
+            f"{shorten(gone)}"
         )
     missing = missing_saved(config, [key.removeprefix(PREFIX) for key in parsed.others])
     if missing:
         parsed.warnings.append(
-            f"modules_to_save names {some(missing)}, of which the file has no tensor: the base model's own stay"
+            f"modules_to_save names {shorten(missing)}, of which the file has no tensor: the base model's own stay"
         )
     if not lora:
         return
@@ -116,7 +116,7 @@ def configuration(parsed: Parsed, config: Mapping[str, Any], where: str) -> None
     for field_name in ("rank_pattern", "alpha_pattern"):
         idle = [key for key, names in by_ending(patterns_of(config, field_name), parsed.sites).items() if not names]
         if idle:
-            parsed.warnings.append(f"{field_name} key {some(map(shown, idle))} matches no module and has no effect")
+            parsed.warnings.append(f"{field_name} key {shorten(map(shown, idle))} matches no module and has no effect")
     parsed.problems += [f"{where}: {problem}" for problem in _unlike_the_file(parsed, config)]
     if config.get("alora_invocation_tokens"):
         parsed.warnings.append("alora_invocation_tokens: the update acts only after those tokens")
@@ -127,16 +127,16 @@ def _unlike_the_file(parsed: Parsed, config: Mapping[str, Any]) -> list[str]:
     problems = []
     magnitudes = [name for name, site in parsed.sites.items() if "lora_magnitude_vector" in site.keys]
     if magnitudes and not config.get("use_dora"):
-        problems.append(f"lora_magnitude_vector of {some(magnitudes)}, but use_dora is off, so PEFT would drop it")
+        problems.append(f"lora_magnitude_vector of {shorten(magnitudes)}, but use_dora is off, so PEFT would drop it")
     if config.get("use_dora") and len(magnitudes) < len(parsed.sites):
         bare = [name for name in parsed.sites if name not in magnitudes]
-        problems.append(f"use_dora is on, but there is no lora_magnitude_vector of {some(bare)}")
+        problems.append(f"use_dora is on, but there is no lora_magnitude_vector of {shorten(bare)}")
     expected = PLAIN | {"lora_magnitude_vector", "lora_A.bias", "lora_B.bias"} | set(_OF_VARIANTS)
     for name, site in parsed.sites.items():
         off = [part for part in site.keys if not (part in expected and config.get(_OF_VARIANTS.get(part, "peft_type")))]
         if off:
-            problems.append(f"{name}: {some(off)} belongs to no LoRA as the config describes it")
+            problems.append(f"{name}: {shorten(off)} belongs to no LoRA as the config describes it")
     biased = [name for name, site in parsed.sites.items() if any(part.endswith(".bias") for part in site.keys)]
     if biased and not config.get("lora_bias"):
-        problems.append(f"a bias inside the adapter of {some(biased)}, but lora_bias is off, so PEFT would drop it")
+        problems.append(f"a bias inside the adapter of {shorten(biased)}, but lora_bias is off, so PEFT would drop it")
     return problems

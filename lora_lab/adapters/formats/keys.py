@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from lora_lab.errors import some
+from lora_lab.errors import shorten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +62,7 @@ _MISREAD = {
 """Component of a key → what it says; each changes what the weight is, and none is plain."""
 
 
-def natural(name: str) -> list[tuple[int, int | str]]:
+def natural_key(name: str) -> list[tuple[int, int | str]]:
     """A key that sorts paths by their numbers' values."""
     return [(0, int(part)) if part.isdecimal() and len(part) < 19 else (1, part) for part in name.split(".")]
 
@@ -158,7 +158,7 @@ def without_name(key: str, names: Collection[str]) -> tuple[str, str]:
 
 def foreign_format(keys: Collection[str]) -> str | None:
     """Which other tool's keys these are, as the end of a sentence; None for PEFT's."""
-    first = some(keys, 1)
+    first = shorten(keys, 1)
     if any(".lora_down." in key or ".lora_up." in key for key in keys):
         return f" in PEFT's format: these are kohya-ss keys ({first})"
     if any(re.search(r"[._]lora(_linear_layer)?\.(down|up)\.", key) for key in keys):

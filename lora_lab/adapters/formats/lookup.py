@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from lora_lab.errors import FileError, some
+from lora_lab.errors import FileError, shorten
 from lora_lab.hub import stay_offline_without_network
 
 _HUB_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
@@ -55,7 +55,7 @@ def _in_folder(folder: Path) -> Location:
             return location
     inside = [p.name for p in sorted(folder.iterdir()) if any((p / name).is_file() for name in _WEIGHTS)]
     if inside:
-        raise FileError(f"{folder}: no adapter itself, but holds some: {some(inside, 5)}; name one of them")
+        raise FileError(f"{folder}: no adapter itself, but holds some: {shorten(inside, 5)}; name one of them")
     if any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")):
         raise FileError(f"{folder}: a whole model, not an adapter ({' or '.join(_WEIGHTS)} is needed)")
     raise FileError(f"{folder}: no {' and no '.join(_WEIGHTS)} in this folder")

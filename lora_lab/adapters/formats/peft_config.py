@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from lora_lab.adapters.formats.keys import anchored, clean, natural, split
+from lora_lab.adapters.formats.keys import anchored, clean, natural_key, split
 from lora_lab.adapters.formats.matching import by_path, by_whole, first_match, numbered, shown
-from lora_lab.errors import AdapterError, some
+from lora_lab.errors import AdapterError, shorten
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +75,7 @@ def field_problems(config: Mapping[str, Any]) -> list[str]:
         if not count(value)
     ]
     if wrong:
-        problems.append(f"rank_pattern has {some(wrong)}; ranks of at least 1 belong there")
+        problems.append(f"rank_pattern has {shorten(wrong)}; ranks of at least 1 belong there")
     for name in ("target_modules", "exclude_modules", "modules_to_save", "target_parameters", "layers_pattern"):
         said = config.get(name)
         parts = said if isinstance(said, list | tuple | set) else ()
@@ -229,7 +229,7 @@ def complete_config(
             notes.append("the config gives no lora_alpha: PEFT's default of 8 is used")
     foreign = sorted(key for key in config if key not in LORA_FIELDS and key not in _LEGACY and config[key])
     if foreign:
-        notes.append(f"config fields that this version does not know, and ignores: {some(foreign, 6)}")
+        notes.append(f"config fields that this version does not know, and ignores: {shorten(foreign, 6)}")
     return config, notes
 
 
@@ -246,7 +246,7 @@ def assumed_config(
         "lora_alpha": common if alpha is None else alpha,
         "rank_pattern": uneven,
         "alpha_pattern": {**(uneven if alpha is None else {}), **{anchored(name): a for name, a in alphas.items()}},
-        "target_modules": sorted(modules, key=natural),
+        "target_modules": sorted(modules, key=natural_key),
     }
     if any("lora_magnitude_vector" in key for key in tensors):
         config["use_dora"] = True

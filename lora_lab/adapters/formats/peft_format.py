@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora_lab.adapters.formats import beside, checks, keys
-from lora_lab.adapters.formats.keys import PREFIX, natural
+from lora_lab.adapters.formats.keys import PREFIX, natural_key
 from lora_lab.adapters.formats.peft_config import (
     brief,
     count,
@@ -28,7 +28,7 @@ from lora_lab.adapters.formats.peft_config import (
 )
 from lora_lab.adapters.formats.sites import PLAIN, Parsed, Site
 from lora_lab.adapters.lowrank import LowRank
-from lora_lab.errors import AdapterError, some
+from lora_lab.errors import AdapterError, shorten
 
 _BASE_CHANGING = re.compile(r"^(pissa|olora|corda|loftq|lora_ga)")
 VARIANTS = ("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
@@ -52,11 +52,11 @@ def parse(
     if name is None:
         return parsed
     if sorted_keys.clashes[name]:
-        parsed.problems.append(f"{where}: two tensors each for {some(sorted_keys.clashes[name])}")
+        parsed.problems.append(f"{where}: two tensors each for {shorten(sorted_keys.clashes[name])}")
     modules = sorted_keys.by_name.get(name, {})
     try:
         settings = _Settings(config, modules)
-        for module in sorted(modules, key=natural):
+        for module in sorted(modules, key=natural_key):
             _add_site(parsed, module, modules[module], config, settings, where)
         _check_ranks(parsed, settings, where)
         _add_others(parsed, sorted_keys, name, settings, config, where)
@@ -70,8 +70,8 @@ def parse(
     moved = keys.misplaced(tensors)
     if moved:
         parsed.warnings.append(
-            f"{len(moved)} keys have {PREFIX!r} behind another name ({some(moved, 1)}): read as one path, though PEFT "
-            "itself would attach nothing"
+            f"{len(moved)} keys have {PREFIX!r} behind another name ({shorten(moved, 1)}): read as one path, though "
+            "PEFT itself would attach nothing"
         )
     return parsed
 
@@ -116,7 +116,7 @@ def _choose(
         )
         return None
     if adapter_name is not None and adapter_name not in sorted_keys.by_name:
-        parsed.problems.append(f"{where}: has no adapter {adapter_name!r}; it holds {some(listed)}")
+        parsed.problems.append(f"{where}: has no adapter {adapter_name!r}; it holds {shorten(listed)}")
         return None
     return next(iter(sorted_keys.by_name), "") if adapter_name is None else adapter_name
 
@@ -166,7 +166,7 @@ def why_not_additive(config: Mapping[str, Any], sites: Collection[Site]) -> str 
         return "target_parameters adapts a stack of weights, expert by expert"
     strange = sorted({part for site in sites for part in site.keys} - PLAIN)
     if strange:
-        return f"{some(strange)} is no part of a plain LoRA"
+        return f"{shorten(strange)} is no part of a plain LoRA"
     return None
 
 
@@ -253,7 +253,7 @@ def _check_ranks(parsed: Parsed, settings: _Settings, where: str) -> None:
     for (rank, expected), names in by_ranks.items():
         parsed.problems.append(
             f"{where}: rank {rank} in the file and {expected} in the config, on which the scale depends "
-            f"(an edited config, or one shard of a save?): {some(names)}"
+            f"(an edited config, or one shard of a save?): {shorten(names)}"
         )
 
 
@@ -272,4 +272,4 @@ def _add_others(
 def _other_content(tensors: Mapping[str, Tensor]) -> str:
     if not tensors:
         return ": the file holds none at all (an emptied state_dict was saved?)"
-    return f"; it holds {some(tensors)}: a whole model, or another tuner's file?"
+    return f"; it holds {shorten(tensors)}: a whole model, or another tuner's file?"
