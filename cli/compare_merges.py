@@ -45,7 +45,7 @@ def command(
         return {"base": base_of(loaded, question.base_name, trust_record=task.trust_record)}
 
     doing = "merging and scoring"
-    answer(question, adapters, loading, task, computing, output, doing=doing, show=show, more=fitting)
+    output.print(answer(question, adapters, loading, task, computing, output, doing=doing, more=fitting), show)
 
 
 def _options(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -59,7 +59,7 @@ def command(
     Example:  lora-lab interpolate a.safetensors b.safetensors --ratios 1:2,1:1
     """
     question = replace(question, spaces=where.spaces())
-    answer(question, adapters, loading, task, computing, output, doing="interpolating", show=show)
+    output.print(answer(question, adapters, loading, task, computing, output, doing="interpolating"), show)
 
 
 def show(result: Any) -> None:

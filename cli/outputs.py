@@ -28,10 +28,9 @@ def answer(
     output: Output,
     *,
     doing: str,
-    show: Callable[[Any], None],
     more: Callable[[Any, Any], dict[str, Any]] = lambda *_: {},
-) -> None:
-    """The result of this very question if it is there, else computed, saved and named; then printed.
+) -> Result:
+    """The result of this very question if it is there, else computed, saved and named.
 
     `more` gives further arguments of `question.run` for the adapters and the task, and refuses what does not fit.
     """
@@ -52,7 +51,7 @@ def answer(
         say_written(outputs.save(result))
     for path in beside:
         say_written(tables.save(result, path))
-    output.print(result, show)
+    return result
 
 
 class Outputs:

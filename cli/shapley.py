@@ -48,7 +48,7 @@ def command(
         )
         question = replace(question, options=options)
     paths = adapters or [_found_or_trained()]
-    answer(question, paths, loading, task, computing, output, doing="asking for coalitions", show=show)
+    output.print(answer(question, paths, loading, task, computing, output, doing="asking for coalitions"), show)
 
 
 def show(result: Any) -> None:

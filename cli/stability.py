@@ -31,7 +31,7 @@ def command(
 
     Example:  lora-lab stability lora.safetensors coto.safetensors --samples 30
     """
-    answer(question, adapters, loading, task, computing, output, doing="dropping layers", show=show)
+    output.print(answer(question, adapters, loading, task, computing, output, doing="dropping layers"), show)
 
 
 def show(result: Any) -> None:

@@ -43,7 +43,7 @@ def command(
     """
     named = tuple(name for name, wanted in vars(kinds).items() if wanted)
     question = replace(question, kinds=named or question.kinds)
-    answer(question, adapters, loading, task, computing, output, doing="pruning", show=show)
+    output.print(answer(question, adapters, loading, task, computing, output, doing="pruning"), show)
 
 
 def show(result: Any) -> None:

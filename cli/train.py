@@ -99,11 +99,8 @@ def _trained(
         replace(recipes[0], **setting)
     with open_workers(None, where.ray, where.device) as workers, progress("training") as report:
         how: dict[str, Any] = {"processes": where.jobs, "force": force, "progress": report, "workers": workers}
-        if len(settings) > 1:
-            how |= {"device": where.device, "report_to": runs.report_to}
-            return tuning.train_best(task, recipes, settings, paths, **how)
         jobs = [Job(task, r, path, where.device, runs.report_to) for r, path in zip(recipes, paths, strict=True)]
-        return train_all(jobs, **how), None
+        return tuning.train_best(jobs, settings, **how) if len(settings) > 1 else (train_all(jobs, **how), None)
 
 
 def _check_test_split(task: Any) -> None:

@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +17,6 @@ from lora_lab.files.trust import recordable
 from lora_lab.results.result import Result, columns, fingerprint, finite, provenance
 from lora_lab.scoring.workers import Workers
 from lora_lab.training.runs import Job, Seen, finished, is_first, train_all
-
-if TYPE_CHECKING:
-    from lora_lab.training.recipe import Recipe
 
 Setting = Mapping[str, Any]
 """Field of the recipe → value."""
@@ -32,44 +29,37 @@ def settings_of(given: Mapping[str, Sequence[Any]]) -> list[Setting]:
 
 
 def train_best(
-    task: Mapping[str, Any],
-    recipes: Sequence[Recipe],
+    jobs: Sequence[Job],
     settings: Sequence[Setting],
-    paths: Sequence[Path],
     *,
-    device: str | None = None,
     processes: int | None = None,
-    report_to: str = "none",
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
     workers: Workers | None = None,
 ) -> tuple[list[Result], Result]:
-    """Train every recipe (a seed each) at every setting and keep the best; its logs, and what all of them gave.
+    """Train every job (a seed each, of one task) at every setting and keep the best; its logs, and what all gave.
 
-    Best is the setting of the highest validation accuracy, a mean over the recipes (then of the lowest loss); of a
-    language model, of the lowest loss. Its adapters go to `paths`, with all that was tried in their records; the others
-    stay in the folder `tried` beside them, from which a killed run goes on. A setting whose training diverges is kept
-    as a row and never chosen.
+    Best is the setting of the highest validation accuracy, a mean over the jobs (then of the lowest loss); of a
+    language model, of the lowest loss. Its adapters go to the jobs' paths, with all that was tried in their records;
+    the others stay in the folder `tried` beside them, from which a killed run goes on. A setting whose training
+    diverges is kept as a row and never chosen.
     """
     from lora_lab import tasks
 
+    task, paths = jobs[0].task, [job.path for job in jobs]
     by_loss = not tasks.from_record(task).classifies
     began = time.perf_counter()
-    jobs = [
-        Job(task, dataclasses.replace(recipe, **setting), _tried(path, setting), device, report_to, may_diverge=True)
-        for setting in settings
-        for recipe, path in zip(recipes, paths, strict=True)
-    ]
+    trials = [_trial(job, setting) for setting in settings for job in jobs]
     seen: Seen = {}
-    known = {i: log for i, job in enumerate(jobs) if (log := finished(job, seen)) is not None}
+    known = {i: log for i, trial in enumerate(trials) if (log := finished(trial, seen)) is not None}
     for i, path in enumerate(paths) if is_first() else ():
-        logs_there = [known[k] for k in range(i, len(jobs), len(paths)) if k in known]
+        logs_there = [known[k] for k in range(i, len(trials), len(jobs)) if k in known]
         refuse_existing(path, force=force or _chosen_before(path, logs_there))
-    left = [i for i in range(len(jobs)) if i not in known]
+    left = [i for i in range(len(trials)) if i not in known]
     if left:
-        done = train_all([jobs[i] for i in left], processes=processes, force=True, progress=progress, workers=workers)
+        done = train_all([trials[i] for i in left], processes=processes, force=True, progress=progress, workers=workers)
         known |= dict(zip(left, done, strict=True))
-    logs = [[known[k * len(recipes) + i] for i in range(len(recipes))] for k in range(len(settings))]
+    logs = [[known[k * len(jobs) + i] for i in range(len(jobs))] for k in range(len(settings))]
     rows = [{**setting, **_mean(each)} for setting, each in zip(settings, logs, strict=True)]
     able = [k for k, row in enumerate(rows) if row["accuracy"] is not None]
     if not able:
@@ -77,23 +67,24 @@ def train_best(
     best = min(able, key=lambda k: (0.0 if by_loss else -round(rows[k]["accuracy"], 12), rows[k]["loss"]))
     for k, row in enumerate(rows):
         row["chosen"] = k == best
-    chosen = jobs[best * len(recipes) : (best + 1) * len(recipes)]
-    for job, log, path in zip(chosen, logs[best], paths, strict=True) if is_first() else ():
-        _keep(job, log, path, rows)
+    chosen = trials[best * len(jobs) : (best + 1) * len(jobs)]
+    for trial, log, path in zip(chosen, logs[best], paths, strict=True) if is_first() else ():
+        _keep(trial, log, path, rows)
     found = [
-        {"method": recipe.method, "seed": recipe.seed, **setting, **_validated(log), "chosen": k == best}
+        {"method": job.recipe.method, "seed": job.recipe.seed, **setting, **_validated(log), "chosen": k == best}
         for k, setting in enumerate(settings)
-        for recipe, log in zip(recipes, logs[k], strict=True)
+        for job, log in zip(jobs, logs[k], strict=True)
     ]
     said = {"task": recordable(task), "options": list(settings[0]), "criterion": "loss" if by_loss else "accuracy"}
-    made = provenance(elapsed_s=time.perf_counter() - began, seeds=[recipe.seed for recipe in recipes])
+    made = provenance(elapsed_s=time.perf_counter() - began, seeds=[job.recipe.seed for job in jobs])
     return logs[best], Result("tuning", columns(found), said, {"settings": rows}, made)
 
 
-def _tried(path: Path, setting: Setting) -> Path:
+def _trial(job: Job, setting: Setting) -> Job:
+    """The job at a setting, its adapter in the folder `tried`."""
     words = "-".join(f"{name}={value}" for name, value in setting.items())
-    stem = path.name.removesuffix(".safetensors")
-    return path.parent / "tried" / f"{stem}-{words}.safetensors"
+    path = job.path.parent / "tried" / f"{job.path.name.removesuffix('.safetensors')}-{words}.safetensors"
+    return dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, **setting), path=path, may_diverge=True)
 
 
 def _chosen_before(path: Path, logs: Sequence[Result]) -> bool:

@@ -12,7 +12,8 @@ from lora_lab.tasks.digits import Digits
 from lora_lab.tasks.task import Split
 from lora_lab.training import tuning
 from lora_lab.training.recipe import Recipe
-from lora_lab.training.tuning import settings_of, train_best
+from lora_lab.training.runs import Job
+from lora_lab.training.tuning import settings_of
 
 pytestmark = pytest.mark.usefixtures("few_digits", "quick_figures")
 
@@ -21,6 +22,11 @@ TASK = Digits("relabel")
 
 def recipes(seeds=(0, 1)):
     return [Recipe(method="lora", seed=seed, steps=12, batch_size=8) for seed in seeds]
+
+
+def trained(recipes, settings, paths, **how):
+    jobs = [Job(TASK.record, recipe, path) for recipe, path in zip(recipes, paths, strict=True)]
+    return tuning.train_best(jobs, settings, **how)
 
 
 def test_settings_are_all_combinations_of_what_has_several_values():
@@ -37,7 +43,7 @@ def test_settings_are_all_combinations_of_what_has_several_values():
 def test_the_best_by_mean_validation_accuracy_is_kept_and_the_rest_recorded(tmp_path, monkeypatch):
     paths = [tmp_path / f"lora-s{seed}.safetensors" for seed in (0, 1)]
     settings = settings_of({"learning_rate": [1e-5, 1e-2]})
-    logs, tried = train_best(TASK.record, recipes(), settings, paths, processes=1)
+    logs, tried = trained(recipes(), settings, paths, processes=1)
     rows = tried.summary["settings"]
     assert [row["learning_rate"] for row in rows] == [1e-5, 1e-2]
     assert [row["chosen"] for row in rows] == [row["accuracy"] == max(r["accuracy"] for r in rows) for row in rows]
@@ -63,45 +69,44 @@ def test_the_best_by_mean_validation_accuracy_is_kept_and_the_rest_recorded(tmp_
     monkeypatch.setattr(tuning, "train_all", never)
     before = [path.read_bytes() for path in paths]
     paths[1].with_name("lora-s1.train.png").unlink()  # as after a kill in the last moment
-    _, again = train_best(TASK.record, recipes(), settings, paths)
+    _, again = trained(recipes(), settings, paths)
     assert again.columns == tried.columns
     assert [path.read_bytes() for path in paths] == before
     assert paths[1].with_name("lora-s1.train.png").exists()
     longer = [dataclasses.replace(recipe, steps=13) for recipe in recipes()]
     with pytest.raises(FileError, match="exists already"):  # what was chosen among other trainings
-        train_best(TASK.record, longer, settings, paths)
+        trained(longer, settings, paths)
     kept[1].save(paths[0], force=True)
     with pytest.raises(FileError, match="exists already"):  # of another seed
-        train_best(TASK.record, recipes(), settings, paths)
+        trained(recipes(), settings, paths)
 
 
 def test_a_killed_run_trains_only_what_is_left(tmp_path, monkeypatch):
     paths = [tmp_path / "lora-s0.safetensors"]
     settings = settings_of({"learning_rate": [1e-3, 1e-2]})
-    train_best(TASK.record, recipes([0]), settings, paths, processes=1)
+    trained(recipes([0]), settings, paths, processes=1)
     for file in (tmp_path / "tried").glob("*0.01*"):
         file.unlink()
-    trained = []
+    left = []
     true = tuning.train_all
-    monkeypatch.setattr(tuning, "train_all", lambda jobs, **k: trained.extend(jobs) or true(jobs, **k))
-    train_best(TASK.record, recipes([0]), settings, paths, processes=1, force=True)
-    assert [job.recipe.learning_rate for job in trained] == [1e-2]
-    trained.clear()
+    monkeypatch.setattr(tuning, "train_all", lambda jobs, **k: left.extend(jobs) or true(jobs, **k))
+    trained(recipes([0]), settings, paths, processes=1, force=True)
+    assert [job.recipe.learning_rate for job in left] == [1e-2]
+    left.clear()
     longer = [Recipe(method="lora", seed=0, steps=13, batch_size=8)]
-    train_best(TASK.record, longer, settings, paths, processes=1, force=True)
-    assert len(trained) == 2  # other trainings of the same name
+    trained(longer, settings, paths, processes=1, force=True)
+    assert len(left) == 2  # other trainings of the same name
 
 
 def test_a_setting_that_diverges_is_a_row_and_never_chosen(tmp_path):
     paths = [tmp_path / "lora-s0.safetensors"]
     diverging = [Recipe(method="lora", seed=0, steps=12, batch_size=8, max_grad_norm=1e30)]
-    _, tried = train_best(TASK.record, diverging, settings_of({"learning_rate": [1e-3, 1e25]}), paths, processes=1)
+    _, tried = trained(diverging, settings_of({"learning_rate": [1e-3, 1e25]}), paths, processes=1)
     rows = tried.summary["settings"]
     assert rows[1] == {"learning_rate": 1e25, "accuracy": None, "loss": None, "chosen": False}
     assert rows[0]["chosen"]
     with pytest.raises(TaskError, match="diverged at every setting"):
-        train_best(
-            TASK.record,
+        trained(
             diverging,
             settings_of({"learning_rate": [1e24, 1e25]}),
             [tmp_path / "b.safetensors"],
@@ -114,8 +119,8 @@ def test_only_the_very_same_training_is_taken_over(tmp_path, monkeypatch):
     paths = [tmp_path / "lora-s0.safetensors"]
     settings = settings_of({"learning_rate": [1e-3, 1e-2]})
     first = [dataclasses.replace(recipe, rank=2, lora_plus=16.0) for recipe in recipes([0])]
-    train_best(TASK.record, first, settings, paths, processes=1)
-    logs, _ = train_best(TASK.record, recipes([0]), settings, paths, processes=1, force=True)
+    trained(first, settings, paths, processes=1)
+    logs, _ = trained(recipes([0]), settings, paths, processes=1, force=True)
     recipe = logs[0].parameters["record"]["recipe"]
     assert (recipe["rank"], recipe["lora_plus"]) == (TASK.rank, None)  # the task's own, and none
 
@@ -127,8 +132,8 @@ def test_only_the_very_same_training_is_taken_over(tmp_path, monkeypatch):
         return Split({**inputs, "labels": other} if name == "train" else inputs)
 
     monkeypatch.setattr(Digits, "_load", changed_labels)
-    _, changed = train_best(TASK.record, recipes([0]), settings, paths, processes=1, force=True)
-    _, again = train_best(TASK.record, recipes([0]), settings, paths, processes=1, force=True)
+    _, changed = trained(recipes([0]), settings, paths, processes=1, force=True)
+    _, again = trained(recipes([0]), settings, paths, processes=1, force=True)
     assert again.columns == changed.columns
     assert min(changed.columns["loss"]) > logs[0].summary["validation"]["loss"] + 0.05
 
@@ -136,14 +141,14 @@ def test_only_the_very_same_training_is_taken_over(tmp_path, monkeypatch):
 def test_a_training_that_diverges_in_its_last_step_is_a_row_too(tmp_path):
     diverging = [Recipe(method="lora", seed=0, steps=1, batch_size=8, max_grad_norm=1e30)]
     paths, settings = [tmp_path / "lora-s0.safetensors"], settings_of({"learning_rate": [1e-3, 1e30]})
-    _, tried = train_best(TASK.record, diverging, settings, paths, processes=1)
+    _, tried = trained(diverging, settings, paths, processes=1)
     assert tried.columns["accuracy"][1] is None
     assert tried.columns["chosen"] == [True, False]
 
 
 def test_records_stay_strict_json(tmp_path):
     paths = [tmp_path / "lora-s0.safetensors"]
-    train_best(TASK.record, recipes([0]), settings_of({"rank": [1, 2]}), paths, processes=1)
+    trained(recipes([0]), settings_of({"rank": [1, 2]}), paths, processes=1)
     record = Adapter.load(paths[0]).record
     assert json.loads(json.dumps(record, allow_nan=False))["tuning"][0]["rank"] == 1
     assert all(math.isfinite(row["loss"]) for row in record["tuning"])
@@ -152,17 +157,15 @@ def test_records_stay_strict_json(tmp_path):
 def test_of_a_language_model_the_lowest_loss_is_best(tmp_path, monkeypatch):
     scored = {1e-3: (0.5, 1.0), 1e-2: (0.4, 0.9)}  # the better loss goes with the worse accuracy
 
-    def trained(jobs, **_):
+    def scores(jobs, **_):
         found = [scored[job.recipe.learning_rate] for job in jobs]
         return [Result("train", {}, {}, {"validation": {"accuracy": a, "loss": loss}}) for a, loss in found]
 
-    monkeypatch.setattr(tuning, "train_all", trained)
+    monkeypatch.setattr(tuning, "train_all", scores)
     monkeypatch.setattr(tuning, "_keep", lambda *_: None)
     for classifies, best in ((True, 1e-3), (False, 1e-2)):
         monkeypatch.setattr(Digits, "classifies", classifies)
-        _, tried = train_best(
-            TASK.record, recipes([0]), settings_of({"learning_rate": [1e-3, 1e-2]}), [tmp_path / "a.safetensors"]
-        )
+        _, tried = trained(recipes([0]), settings_of({"learning_rate": [1e-3, 1e-2]}), [tmp_path / "a.safetensors"])
         assert [row["learning_rate"] for row in tried.rows(chosen=True)] == [best]
         assert tried.parameters["criterion"] == ("accuracy" if classifies else "loss")
 
