@@ -261,10 +261,14 @@ def figure(
 
 def _adapters(given: Adapters) -> list[Adapter]:
     several = [given] if isinstance(given, Adapter | str | os.PathLike) else given
+    if not isinstance(several, Sequence) or not all(isinstance(each, Adapter | str | os.PathLike) for each in several):
+        raise OptionError(f"adapters are {given!r}; an adapter, what `load` reads, or a list of them is needed")
     return [adapter if isinstance(adapter, Adapter) else load(adapter) for adapter in several]
 
 
 def _task(given: Task | Path_) -> Task:
+    if not isinstance(given, Task | str | os.PathLike):
+        raise OptionError(f"the task is {given!r}; a task, the name of one or a task file is needed")
     return given if isinstance(given, Task) else task(given)
 
 

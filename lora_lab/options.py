@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterator
+import numbers
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from lora_lab.errors import OptionError, unknown
 from lora_lab.registry import Later
@@ -69,14 +71,52 @@ def options_of(cls: Any) -> Iterator[tuple[dataclasses.Field[Any], Option]]:
 
 
 def check_options(instance: Any) -> None:
-    """OptionError for a value out of its bounds or not among its choices; None stands for a default and is passed over.
+    """OptionError for a value that is not of its field's type, out of its bounds or not among its choices.
 
-    Of a tuple or list, every value counts.
+    None stands for a default and is passed over. Of a tuple or list, every value counts.
     """
+    hints = get_type_hints(type(instance))
     for field, said in options_of(instance):
-        value = getattr(instance, field.name)
+        value, title = getattr(instance, field.name), said.title or field.name.replace("_", " ")
+        if value is not None and not _fits(value, hints[field.name]):
+            raise OptionError(f"{title} is {value!r}; {_needed(hints[field.name])} is needed")
         for each in value if isinstance(value, tuple | list) else [value]:
-            _check(said.title or field.name.replace("_", " "), each, said)
+            _check(title, each, said)
+
+
+_TYPES: dict[Any, tuple[Callable[[Any], bool], str]] = {
+    bool: (lambda value: isinstance(value, bool), "True or False"),
+    int: (lambda value: isinstance(value, numbers.Integral) and not isinstance(value, bool), "a whole number"),
+    float: (lambda value: isinstance(value, numbers.Real) and not isinstance(value, bool), "a number"),
+    str: (lambda value: isinstance(value, str), "a text"),
+    tuple: (lambda value: isinstance(value, tuple | list), "a list"),
+    Sequence: (lambda value: isinstance(value, tuple | list), "a list"),
+    Mapping: (lambda value: isinstance(value, Mapping), "a mapping of names"),
+}
+"""A field's type → whether a value is of it, and its name; numpy's numbers are numbers, and a list may be a tuple."""
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type, items of lists too; a type that is not known takes everything."""
+    origin, inner = get_origin(hint) or hint, get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in inner)
+    if origin is NoneType:
+        return value is None
+    if origin not in _TYPES:
+        return True
+    items = value if origin in (tuple, Sequence) and inner else ()
+    return _TYPES[origin][0](value) and all(_fits(item, inner[0]) for item in items)
+
+
+def _needed(hint: Any) -> str:
+    """An annotated type in words."""
+    origin, inner = get_origin(hint) or hint, get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(_needed(each) for each in inner if each is not NoneType)
+    words = _TYPES[origin][1]
+    of = f" ({_needed(inner[0])} each)" if origin in (tuple, Sequence) and inner else ""
+    return words + of
 
 
 def _check(title: str, value: Any, said: Option) -> None:

@@ -147,6 +147,8 @@ def check(question: Interpolate, adapters: Sequence[Adapter]) -> None:
     for space in _with_matched(paths, question.spaces):
         paths.check(space)
     for ratio in question.ratios:
+        if not all(0 <= weight < math.inf for weight in ratio) or not any(ratio):
+            raise OptionError(f"ratio {in_words(ratio)!r}: weights of 0 or more are needed, not all of them 0")
         if not 2 <= len(ratio) <= len(adapters):
             raise OptionError(
                 f"ratio {in_words(ratio)!r} has {len(ratio)} weights; with {len(adapters)} adapters, 2 to "

@@ -135,7 +135,7 @@ def _sets_of_seeds(adapters: Sequence[Adapter], ratios: Sequence[Sequence[float]
     names = labels_of(adapters)
     for recorded, members in groups.items():
         for ratio in ratios:
-            if math.fsum(ratio) <= 0 or min(ratio) < 0:
+            if not all(0 <= weight < math.inf for weight in ratio) or not any(ratio):
                 raise OptionError(f"ratio {in_words(ratio)}: weights of 0 or more are needed, not all of them 0")
             shares = [weight / math.fsum(ratio) for weight in ratio if weight]
             for merged in itertools.combinations(members, len(shares)):

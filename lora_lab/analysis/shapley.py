@@ -63,6 +63,7 @@ def check(question: Shapley, adapters: Sequence[Adapter]) -> None:
         _approximator(estimator, 3, 0)
     elif estimator is not None and estimator not in estimators.ESTIMATORS:
         raise unknown("estimator", estimator, [*estimators.ESTIMATORS, "shapiq:NAME"])
+    _check_options(question)
     if question.order == 2 and question.budget is not None and not _whole(estimator):
         raise OptionError("a budget holds for values alone; leave out the budget, or the interactions (order 2)")
     for adapter in adapters:
@@ -73,6 +74,16 @@ def check(question: Shapley, adapters: Sequence[Adapter]) -> None:
             until_se=question.until_se,
             budget=question.budget,
         )
+
+
+def _check_options(question: Shapley) -> None:
+    """OptionError for an option that the estimator does not have."""
+    entry = estimators.ESTIMATORS.get(question.estimator)
+    known = list(entry.options if entry else {})
+    for name in question.options:
+        if name not in known:
+            of = question.estimator or "the default estimator"
+            raise unknown(f"option of {of}", name, known) if known else OptionError(f"{of} has no options to set")
 
 
 def choose(question: Shapley, game: Game) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 
@@ -188,6 +189,31 @@ def test_a_bar_counts_on_the_console_that_it_is_given():
         (lambda a: ll.task("digits/rleabel"), OptionError, "did you mean 'digits/relabel'"),
         (lambda a: ll.load("nowhere.safetensors"), LoraLabError, "nowhere.safetensors"),
         (lambda a: ll.shapley(dataclasses.replace(a[0], record={})), MismatchError, "carries no record of its task"),
+        (lambda a: ll.shapley(None), OptionError, "adapters are None; an adapter, what `load` reads, or a list of"),
+        (lambda a: ll.shapley([*a, 3]), OptionError, "3]; an adapter, what `load` reads, or a list of them is needed"),
+        (lambda a: ll.evaluate(a, [3, 4]), OptionError, "the task is 3; a task, the name of one or a task file"),
+        (lambda a: ll.shapley(a, samples="3"), OptionError, "^samples is '3'; a whole number is needed"),
+        (lambda a: ll.shapley(a, samples=2.5), OptionError, "^samples is 2.5; a whole number is needed"),
+        (lambda a: ll.shapley(a, samples=True), OptionError, "^samples is True; a whole number is needed"),
+        (lambda a: ll.shapley(a, players=3), OptionError, "^player is 3; a text or a mapping of names is needed"),
+        (lambda a: ll.shapley(a, options=["nodes"]), OptionError, "; a mapping of names is needed"),
+        (lambda a: ll.shapley(a, estimator="owen", options={"node": 3}), OptionError, "of owen 'node' .did you mean"),
+        (lambda a: ll.shapley(a, options={"nodes": 3}), OptionError, "the default estimator has no options to set"),
+        (lambda a: ll.stability(a, grid=0.5), OptionError, r"^probability p is 0.5; a list .a number each. is needed"),
+        (lambda a: ll.stability(a, grid=["0.5"]), OptionError, r"'0.5'.*a list .a number each. is needed"),
+        (lambda a: ll.evaluate(a, base="yes"), OptionError, "^base is 'yes'; True or False is needed"),
+        (
+            lambda a: ll.interpolate(a, ratios=["1:2"]),
+            OptionError,
+            "'1:2'.*a list .a list .a number each. each. is needed",
+        ),
+        (lambda a: ll.interpolate(a, ratios=[(0, 0)]), OptionError, "ratio '0:0': weights of 0 or more are needed"),
+        (lambda a: ll.interpolate(a, ratios=[(2, -1)]), OptionError, "ratio '2:-1': weights of 0 or more are needed"),
+        (lambda a: ll.interpolate(a, ratios=[(1, math.nan)]), OptionError, "ratio '1:nan': weights of 0 or more"),
+        (lambda a: ll.compare_merges(a, ratios=[(1, math.nan)]), OptionError, "ratio 1:nan: weights of 0 or more"),
+        (lambda a: ll.compare_merges(a, coefficients=1.0), OptionError, "^coefficient is 1.0; a list .a number each."),
+        (lambda a: ll.merge(a, coefficient="x"), OptionError, "^the coefficient is 'x'; a number is needed"),
+        (lambda a: ll.train("digits/relabel", steps="2"), OptionError, "^steps is '2'; a whole number is needed"),
     ],
 )
 def test_what_does_not_fit_is_told_by_name(pair, call, error, text):
