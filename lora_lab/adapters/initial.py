@@ -33,7 +33,7 @@ def shared_start(adapters: Sequence[Adapter]) -> dict[str, Any]:
 def _pair(a: Adapter, b: Adapter) -> tuple[float, float] | None:
     """Mean cosine and mean z over the modules in which the A are of one shape."""
     cosines, zs = [], []
-    for name in a.sites.keys() & b.sites.keys():
+    for name in sorted(a.sites.keys() & b.sites.keys()):  # the order of a set is another in every process
         keys = [adapter.sites[name].keys.get("lora_A") for adapter in (a, b)]
         if None in keys:
             continue

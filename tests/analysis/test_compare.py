@@ -374,6 +374,18 @@ def test_a_sum_that_stands_for_another_name_is_tried_where_that_one_is_at_one(se
     assert [spec.also for spec in found] == [(2.0,) if method == "average" else (0.5,), ()]
 
 
+class _Watched(dict):
+    """Sites that tell in which order they are asked for."""
+
+    def __init__(self, sites, asked):
+        super().__init__(sites)
+        self._asked = asked
+
+    def __getitem__(self, name):
+        self._asked.append(name)
+        return super().__getitem__(name)
+
+
 def test_adapters_that_began_alike_are_told_by_their_rows(sets):
     """Noise of half the size beside a common A: cosine 1 / 1.25, against 0 of independent ones."""
     shapes = {f"layers.{i}.q": (6, 64) for i in range(4)}
@@ -399,6 +411,10 @@ def test_adapters_that_began_alike_are_told_by_their_rows(sets):
     assert shared_start([alike[0], alike[1], apart[0]])["shared"] is None
     other_rank = in_memory({n: update(4, s, 0) for n, s in shapes.items()})
     assert shared_start([alike[0], other_rank]) == {"cosine": None, "z": None, "shared": None}
+    asked = []
+    seen = [replace(a, sites=_Watched(a.sites, asked)) for a in alike[:2]]
+    assert shared_start(seen) == shared_start(alike[:2])
+    assert list(dict.fromkeys(asked)) == sorted(shapes)  # sums are rounded, so that their order counts
     told = compared(sets[:2], tasks_of(sets[:2]), methods=["cat"], coefficients=[1.0])
     (row,) = told.summary["shared_initial_A"]
     assert row["shared"] is False
