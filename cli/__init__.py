@@ -17,6 +17,7 @@ from ..errors import LoraLabError, LoraLabNote, LoraLabWarning
 from ..escape import visible
 from . import streams
 from .terminal import escaping
+from .verbs import command_of
 
 _EPILOG = "Start with `lora-lab quickstart`: a minute or two from nothing to a first figure."
 
@@ -39,7 +40,7 @@ _VERBS = (
 
 
 def _application(arguments: Sequence[str]) -> typer.Typer:
-    """All verbs, or the one that is called alone, since the others would only take time to build."""
+    """The verb that is called with its options; without one, all of them without, which would take time to build."""
     app = typer.Typer(
         name="lora-lab",
         help="Analyse LoRA adapters: train them with CoTo, walk the line between them, see what is shared and what "
@@ -52,8 +53,10 @@ def _application(arguments: Sequence[str]) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(lambda: None)  # or typer would take a single verb for the whole program
-    for verb in [verb for verb in _VERBS if verb in arguments[:1]] or _VERBS:
-        app.command(verb)(import_module(f".{verb.replace('-', '_')}", __name__).command)
+    called = [verb for verb in _VERBS if verb in arguments[:1]]
+    for verb in called or _VERBS:
+        function = import_module(f".{verb.replace('-', '_')}", __name__).command
+        app.command(verb, help=function.__doc__)(command_of(function) if called else lambda: None)
     return app
 
 

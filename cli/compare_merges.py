@@ -14,10 +14,8 @@ from . import parsing
 from .options import Computing, Loading, Output, TaskEach
 from .outputs import answer
 from .terminal import console, estimate, number, table
-from .verbs import verb
 
 
-@verb
 def command(
     adapters: Annotated[list[str], typer.Argument(help="Adapters of several tasks, or seeds of one.")],
     question: CompareMerges,

@@ -12,7 +12,6 @@ from ..analysis.questions import Evaluate
 from ..options import option
 from .options import Computing, Loading, Output, TaskEach
 from .terminal import estimate, say_written, table
-from .verbs import verb
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,6 @@ class File(Output):
     csv: bool = option(False, "Also write the rows as .csv beside that file (or as evaluate.csv).")
 
 
-@verb
 def command(
     paths: Annotated[list[str], typer.Argument(help="Adapters.")],
     question: Evaluate,

@@ -11,7 +11,6 @@ import typer
 from ..options import option
 from ..registry import Later
 from .terminal import say_written
-from .verbs import verb
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,6 @@ class Drawing:
     force: bool = option(False, "Replace existing files.")
 
 
-@verb
 def command(
     results: Annotated[list[Path], typer.Argument(help="Result files of one kind; several are overlaid.")],
     drawing: Drawing,

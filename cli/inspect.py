@@ -9,10 +9,8 @@ import typer
 
 from .options import AsJson, Reading
 from .terminal import console, messages, number, print_json, table
-from .verbs import verb
 
 
-@verb
 def command(
     path: Annotated[
         str, typer.Argument(help="PEFT folder, .safetensors, .bin, Trainer checkpoint, or hub id org/name.")

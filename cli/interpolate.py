@@ -14,7 +14,6 @@ from ..results.analysis_kinds import MAIN_BARRIER
 from .options import Computing, Loading, OneTask, Output
 from .outputs import answer
 from .terminal import console, estimate, table
-from .verbs import verb
 
 _SPACES = Later("lora_lab.merging.paths", "SPACES")
 _SETS = {"both": lambda: Interpolate.spaces, "all": lambda: tuple(_SPACES())}
@@ -39,7 +38,6 @@ class Where:
         return _SETS[self.space]() if self.space in _SETS else (self.space,)
 
 
-@verb
 def command(
     adapters: Annotated[list[str], typer.Argument(help="Two adapters or more; every pair is walked.")],
     where: Where,

@@ -15,7 +15,6 @@ from ..options import option
 from . import parsing
 from .options import AdapterOutput, Device, Loading, TaskEach
 from .terminal import console, print_json, progress, table
-from .verbs import verb
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Merging:
         "Choose on the validation splits: coefficient=0.3,0.5,1 or any option of the method (a grid), or "
         "coefficient=0.1..2 (scipy). Repeatable.",
     )
-    rank: int | None = option(None, "Cut to this rank, the error is told; by default exact.")
+    rank: int | None = option(None, "Cut to this rank, the error is told; by default exact.", least=1)
     heads: str | None = option(
         None, "Heads that differ: keep-own (each its own, beside it), average (a plain mean), or first."
     )
@@ -64,7 +63,6 @@ def _list(wanted: bool) -> None:
     raise typer.Exit
 
 
-@verb
 def command(
     *,
     adapters: Annotated[list[str], typer.Argument(help="The adapters, of one base model.")],

@@ -15,7 +15,6 @@ from ..options import option
 from ..registry import Later
 from .options import AdapterOutput, Computing, OneTask, Reading
 from .terminal import print_json, table
-from .verbs import verb
 
 
 @dataclass(frozen=True)
@@ -33,12 +32,12 @@ class Pruning:
         names=Later("lora_lab.pruning.entries", "CRITERIA"),
         title="criterion",
     )
-    sparsity: float | None = option(None, "Share of the entries that become 0.")
+    sparsity: float | None = option(None, "Share of the entries that become 0.", least=0, most=1)
     per_matrix: bool = option(
         False, "That share of every matrix, or of all entries together.", flag="per-matrix/global"
     )
-    rank: int | None = option(None, "Ranks to keep of every module.")
-    energy: float | None = option(None, "Share of every module's ‖ΔW‖² to keep.")
+    rank: int | None = option(None, "Ranks to keep of every module.", least=1)
+    energy: float | None = option(None, "Share of every module's ‖ΔW‖² to keep.", above=0, most=1)
     rank_by: str = option(
         "svd",
         "NAMES: the best of that rank, the largest of its own rank-1 terms, or any of them.",
@@ -62,7 +61,7 @@ class Choosing:
         "layer", "What K counts: NAMES, or NAME=REGEX.", names=Later("lora_lab.adapters.groups", "PLAYERS")
     )
     worth: str = option("accuracy", "For top-shapley: NAMES.", names=Later("lora_lab.analysis.game", "WORTHS"))
-    samples: int = option(200, "For top-shapley: marginal contributions a player.")
+    samples: int = option(200, "For top-shapley: marginal contributions a player.", least=1)
     split: str = option("validation", "For top-shapley: the split to choose on.")
     seed: int = option(0, "Of random choices.", least=0)
 
@@ -78,7 +77,6 @@ class ChoosingTask(OneTask):
     task: str | None = option(None, "For top-shapley: the task; by default the adapter's own.")
 
 
-@verb
 def command(
     adapter: Annotated[str, typer.Argument(help="The adapter.")],
     how: Pruning,

@@ -10,7 +10,6 @@ from ..options import option
 from . import interpolate, train
 from .outputs import Outputs
 from .terminal import console, messages, progress, say_written
-from .verbs import verb
 
 
 @dataclass(frozen=True)
@@ -18,11 +17,10 @@ class Making:
     """Where, and by how many processes."""
 
     output: Path = option(Path("quickstart"), "Folder for everything that is made.", flag="o output")
-    jobs: int | None = option(None, "Runs side by side; by default one a core.")
+    jobs: int | None = option(None, "Runs side by side; by default one a core.", least=1)
     force: bool = option(False, "Replace what is there.")
 
 
-@verb
 def command(making: Making) -> None:
     """Train two LoRA and two CoTo adapters on the embedded digits and draw the lines between them (a minute or two).
 

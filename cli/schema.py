@@ -9,7 +9,6 @@ import typer
 
 from ..options import option
 from .terminal import console, print_json, table
-from .verbs import verb
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,6 @@ class Form:
     json: bool = option(False, "Print a JSON Schema of the kind's files.")
 
 
-@verb
 def command(
     *,
     kind: Annotated[

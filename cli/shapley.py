@@ -13,10 +13,8 @@ from . import parsing
 from .options import Computing, Loading, OneTask, Output
 from .outputs import answer
 from .terminal import console, estimate, messages, progress, table
-from .verbs import verb
 
 
-@verb
 def command(
     *,
     adapters: Annotated[

@@ -10,10 +10,8 @@ from ..analysis.questions import Stability
 from .options import Computing, Loading, OneTask, Output
 from .outputs import answer
 from .terminal import console, estimate, table
-from .verbs import verb
 
 
-@verb
 def command(
     adapters: Annotated[list[str], typer.Argument(help="Adapters.")],
     question: Stability,

@@ -12,7 +12,6 @@ from ..options import option
 from .options import Computing, Loading, OneTask, Output
 from .outputs import answer
 from .terminal import console, estimate, table
-from .verbs import verb
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,6 @@ class Kinds:
     rank: bool = option(False, "Lower ranks.")
 
 
-@verb
 def command(
     adapters: Annotated[list[str], typer.Argument(help="Adapters; several are summed up by training method.")],
     kinds: Kinds,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from ..options import option
 from .options import AsJson
 from .terminal import console, print_json, table
-from .verbs import verb
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,6 @@ class Listing:
     example: str | None = option(None, "Print a commented task file of this kind, e.g. text-classification.")
 
 
-@verb
 def command(listing: Listing, output: AsJson) -> None:
     """List the built-in tasks, or print a file that describes a task of your own.
 

@@ -12,7 +12,7 @@ from ..training.recipe import Recipe
 from . import parsing
 from .options import AdapterOutput, Workers
 from .terminal import console, print_json, progress, say_written, table
-from .verbs import Grid, flags, shown, verb
+from .verbs import Grid, flags, shown
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,6 @@ class SideBySide(Workers):
     jobs: int | None = option(None, "Runs side by side, a process each; by default one a core.", title="jobs")
 
 
-@verb
 def command(recipe: Grid[Recipe], runs: Runs, workers: SideBySide, output: AdapterOutput) -> None:
     """Train an adapter, with CoTo unless told otherwise; beside it lies the run's log (.train.json) and its figure.
 

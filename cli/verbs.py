@@ -11,7 +11,7 @@ from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_t
 import typer
 
 from ..analysis.questions import in_words
-from ..options import Option, help_of, options_of
+from ..options import Option, check_bounds, help_of, options_of
 from . import parsing
 
 Asked = TypeVar("Asked")
@@ -63,7 +63,7 @@ FORMS: dict[Any, Form] = {
 """Types of fields that typer does not know."""
 
 
-def verb(function: Callable[..., None]) -> Callable[..., None]:
+def command_of(function: Callable[..., None]) -> Callable[..., None]:
     """The function as typer takes it, every dataclass among its parameters replaced by its options.
 
     Called with their values, it builds the dataclasses and calls the function with them.
@@ -119,6 +119,8 @@ def build(hint: Any, given: dict[str, Any]) -> Any:
         if said.several:
             several[field.name] = [None] if value is None else value
             value = several[field.name][0]
+        for each in value if isinstance(value, tuple) else several.get(field.name) or [value]:
+            check_bounds(flags(field, said)[-1], each, said)
         if form is None or value is not None:
             values[field.name] = value
     return Grid(group(**values), several) if get_origin(hint) is Grid else group(**values)

@@ -124,6 +124,11 @@ def _check(title: str, value: Any, said: Option) -> None:
         return
     if said.choices is not None and isinstance(value, str) and value not in said.choices():
         raise unknown(title, value, said.choices())
+    check_bounds(title, value, said)
+
+
+def check_bounds(title: str, value: Any, said: Option) -> None:
+    """OptionError for a number out of the option's bounds, or not finite; `title` names the option."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     if not math.isfinite(value):

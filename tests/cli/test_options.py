@@ -10,6 +10,7 @@ from typing import get_args, get_origin, get_type_hints
 import pytest
 import typer
 from lora_lab.cli import _VERBS as VERBS
+from lora_lab.cli import verbs
 from lora_lab.cli.verbs import Grid, build, flags, shown
 
 from lora_lab.analysis import questions
@@ -22,7 +23,7 @@ TOLD = {"train": Recipe} | {each.kind: each for each in QUESTIONS if each is not
 
 
 def command_of(verb):
-    return import_module(f"lora_lab.cli.{verb.replace('-', '_')}").command
+    return verbs.command_of(import_module(f"lora_lab.cli.{verb.replace('-', '_')}").command)
 
 
 def groups_of(verb):

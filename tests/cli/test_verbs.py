@@ -311,6 +311,28 @@ def test_bad_input_gives_one_line_and_writes_nothing(lora_lab, tmp_path, argumen
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["prune", "x", "--keep", "random:2", "--seed", "-1"], "--seed is -1; it must be at least 0"),
+        (["prune", "x", "--keep", "top-shapley:2", "--samples", "0"], "--samples is 0; it must be at least 1"),
+        (["prune", "x", "--rank", "0"], "--rank is 0; it must be at least 1"),
+        (["prune", "x", "--sparsity", "1.5"], "--sparsity is 1.5; it must be from 0 to 1"),
+        (["prune", "x", "--energy", "nan"], "--energy is nan; a finite number is needed"),
+        (["merge", "x", "--rank", "-2"], "--rank is -2; it must be at least 1"),
+        (["train", "--lr", "1e-3,-1"], "--lr is -1.0; it must be above 0"),
+        (["stability", "x", "--p", "0.5,2"], "--p is 2.0; it must be from 0 to 1"),
+        (["shapley", "x", "--until-se", "0"], "--until-se is 0.0; it must be above 0"),
+        (["interpolate", "x", "y", "--points", "1"], "--points is 1; it must be at least 2"),
+        (["evaluate", "x", "--jobs", "0"], "--jobs is 0; it must be at least 1"),
+        (["quickstart", "--jobs", "0"], "--jobs is 0; it must be at least 1"),
+    ],
+)
+def test_a_number_out_of_bounds_is_refused_by_its_flag(lora_lab, tmp_path, arguments, words):
+    one_line(lora_lab(*arguments), words)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_lone_file_without_a_configuration_takes_one_by_option(lora_lab, pair, tmp_path):
     from lora_lab.adapters.adapter import Adapter
 
@@ -365,9 +387,9 @@ def test_adapters_that_do_not_fit_are_refused_before_anything_is_written(lora_la
         (["shapley", "--budget", "3", "--estimator", "antithetic"], ["a budget of 3 coalitions"]),
         (["shapley", "--split", "tset"], ["did you mean 'test'"]),
         (["stability", "--samples", "1"], ["samples is 1; it must be at least 2"]),
-        (["stability", "--p", "2"], ["probability p is 2.0; it must be from 0 to 1"]),
+        (["stability", "--p", "2"], ["--p is 2.0; it must be from 0 to 1"]),
         (["sweep", "--criteria", "magnitud"], ["did you mean 'magnitude'"]),
-        (["sweep", "--sparsities", "1.5"], ["sparsity is 1.5; it must be from 0 to 1"]),
+        (["sweep", "--sparsities", "1.5"], ["--sparsities is 1.5; it must be from 0 to 1"]),
         (["prune", "--keep", "evn", "-o", "y"], ["did you mean 'even'"]),
         (["prune", "--keep", "top-norm:7", "-o", "y"], ["7 of 6 players", "1 to 6 can"]),
         (["prune", "--keep", "top-shapley:9", "-o", "y"], ["9 of 6 players"]),
