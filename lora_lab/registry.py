@@ -8,6 +8,7 @@ all names are listed, and imported only then.
 from __future__ import annotations
 
 import ast
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -139,12 +140,12 @@ class Later:
         if self.module in sys.modules:
             return list(self())
         spec = find_spec(self.module)
-        tree = ast.parse(Path(str(spec and spec.origin)).read_text(encoding="utf-8"))
-        for node in tree.body:
-            if isinstance(node, ast.Assign | ast.AnnAssign) and node.value:
-                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-                if isinstance(target, ast.Name) and target.id == self.name:
-                    return _names_in(node.value)
+        text = Path(str(spec and spec.origin)).read_text(encoding="utf-8")
+        # the statement alone: its first line, and those after it that are indented or close a bracket
+        found = re.search(rf"^{self.name}\b.*(?:\n(?:[ )}}\]].*)?)*", text, re.MULTILINE)
+        (node, *_) = ast.parse(found[0]).body if found else [None]
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value:
+            return _names_in(node.value)
         raise LookupError(f"{self.module} has no {self.name} of its own")
 
 
