@@ -105,6 +105,16 @@ def few_digits():
 
 
 @pytest.fixture(scope="module")
+def forked_workers():
+    """Workers of this machine are forked from a process that has loaded torch already, which takes each seconds."""
+    from making_processes import server
+
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr("lora_lab.scoring.local._CONTEXT", server())
+        yield
+
+
+@pytest.fixture(scope="module")
 def quick_figures():
     """Figures are composed as ever, but their files hold only what they were drawn from, and no drawing."""
     from matplotlib.figure import Figure

@@ -13,7 +13,8 @@ from pathlib import Path
 
 
 @functools.cache
-def _server() -> ForkServerContext:
+def server() -> ForkServerContext:
+    """What forks them."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
@@ -66,7 +67,7 @@ def started(
     `session`: whether it leads a group of processes of its own. `fatal`: module and name of a function to die in.
     """
     settings = ([str(each) for each in arguments], folder, environment or {}, session, fatal)
-    process = _server().Process(target=_run, args=settings)
+    process = server().Process(target=_run, args=settings)
     process.start()
     return process
 

@@ -24,13 +24,16 @@ NAMES = ["Adapter", "CoToCallback", "Execution", "LowRank", "Recipe", "Result", 
 NAMES += ["compare_merges", "evaluate", "figure", "inspect", "interpolate", "load", "merge"]
 NAMES += ["prune", "shapley", "stability", "sweep", "task", "train"]
 QUIET = {"progress": False}
+SHORT = {"seed": 1, "steps": 6, "batch_size": 8, "target_modules": ["q_proj", "fc1"]}
+
+pytestmark = pytest.mark.usefixtures("few_digits")
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+def pair(tmp_path_factory, few_digits):
     """Two adapters of a few steps, and their files."""
     folder = tmp_path_factory.mktemp("face")
-    adapters = [ll.train("digits/relabel", seed=seed, steps=6, batch_size=8, **QUIET) for seed in (0, 1)]
+    adapters = [ll.train("digits/relabel", **{**SHORT, "seed": seed}, **QUIET) for seed in (0, 1)]
     return adapters, [adapter.save(folder / f"{adapter.label}.safetensors") for adapter in adapters]
 
 
@@ -56,7 +59,7 @@ def test_the_import_loads_neither_torch_nor_numpy():
 
 
 def test_training_gives_the_adapter_of_the_recipe(pair):
-    recipe = ll.Recipe(method="coto", seed=1, steps=6, batch_size=8)
+    recipe = ll.Recipe(method="coto", **SHORT)
     adapter, _ = train(tasks.from_name("digits/relabel"), recipe)
     made = pair[0][1]
     assert adapter.record["recipe"] == made.record["recipe"]

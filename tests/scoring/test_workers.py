@@ -46,7 +46,7 @@ DIED = pytest.warns(LoraLabWarning, match=r"a worker died \(.+\); its batch is g
 
 
 @pytest.fixture(scope="module")
-def local():
+def local(forked_workers):
     with open_workers(2) as opened:
         yield opened
 
