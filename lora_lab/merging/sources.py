@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from lora_lab.adapters.groups import locate
 from lora_lab.adapters.lowrank import LowRank, factored, is_finite
 from lora_lab.errors import MismatchError, OptionError, TunerError, shorten
 from lora_lab.hub import base_model
+from lora_lab.scoring.examples import TaskSpec
 from lora_lab.tasks.choosing import task_of
 from lora_lab.tasks.task import Task
 
@@ -160,12 +162,22 @@ class Sources:
 def base_of(
     adapters: Sequence[Adapter], given: str | None, *, trust_record: bool = False
 ) -> Callable[[], nn.Module] | None:
-    """What builds the base model that is given, or that the record of an adapter without a plain ΔW leads to."""
+    """What builds the base model that is given, or that the record of an adapter without a plain ΔW leads to.
+
+    It can be sent to workers: small, and picklable.
+    """
     needy = [adapter for adapter in adapters if adapter.why_not_additive is not None]
     if given is not None:
-        return lambda: base_model(given, [name for adapter in needy for name in adapter.sites])
+        return partial(base_model, given, [name for adapter in needy for name in adapter.sites])
     recorded = next((adapter for adapter in needy if adapter.record.get("task")), None)
-    return task_of(recorded, trust_record=trust_record).build_model if recorded else None
+    if recorded is None:
+        return None
+    task = task_of(recorded, trust_record=trust_record)
+    return partial(_base_of_task, TaskSpec(task.spec, task.reach))
+
+
+def _base_of_task(spec: TaskSpec) -> nn.Module:
+    return spec.task().build_model()
 
 
 def _exact(

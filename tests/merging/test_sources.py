@@ -1,6 +1,9 @@
 """What is merged fits together, or it is said what does not: weights, base models, shapes, absent modules."""
 
 import math
+import pickle
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +15,10 @@ from tiny_models import SHAPES, adapter, update, updates
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.errors import LoraLabWarning, MismatchError, OptionError, TunerError
 from lora_lab.merging.merged import merge
-from lora_lab.merging.sources import Sources, Weights
+from lora_lab.merging.sources import Sources, Weights, base_of
+from lora_lab.tasks.digits import Digits
 
+CASES = Path(__file__).parents[1] / "cases"
 LAYERS = [f"model.layers.{i}.q_proj" for i in range(5)]
 
 
@@ -200,3 +205,18 @@ def test_the_merged_adapter_is_made_like_the_first_with_the_modules_of_all():
     assert set(made.updates) == set(SHAPES)
     assert made.config["task_type"] == "FEATURE_EXTRACTION"
     assert made.config["base_model_name_or_path"] == "tiny"
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_what_builds_the_base_can_be_sent_to_workers(recorded):
+    """Of an adapter without a plain ΔW: from the folder that is given, and from the task that its record names."""
+    task = Digits("relabel")
+    dora = replace(layered(), config={"peft_type": "LORA", "use_dora": True})
+    needy = replace(dora, record={"task": task.record}) if recorded else replace(dora, sites={})
+    base = base_of([needy], None if recorded else str(CASES / "_bases/llama_tiny"))
+    there = pickle.loads(pickle.dumps(base))().state_dict()
+    here = base().state_dict()
+    assert there.keys() == here.keys()
+    assert all(torch.equal(there[name], here[name]) for name in here)
+    if recorded:
+        assert here.keys() == task.build_model().state_dict().keys()
