@@ -10,7 +10,6 @@ import typer
 from ..analysis.questions import Interpolate
 from ..options import check_options, option
 from ..registry import Later
-from ..results.analysis_kinds import MAIN_BARRIER
 from .options import Computing, Loading, OneTask, Output
 from .outputs import answer
 from .terminal import console, estimate, table
@@ -108,6 +107,8 @@ _HEADINGS = {
 
 
 def _show_barriers(result: Any) -> None:
+    from ..results.analysis_kinds import MAIN_BARRIER
+
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row in result.summary["barriers"]:
         key = (" – ".join(row["members"]), row["metric"], row["space"])

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..analysis.question import Question
 from ..errors import FileError, LoraLabWarning
-from ..files.disk import refuse_existing
-from ..files.ownership import foreign
 from .options import Computing, OneTask, Output, Reading, TaskEach
 from .terminal import messages, say_written
 
@@ -70,6 +68,8 @@ class Outputs:
 
         Another run's result is in the way unless forced; one that is damaged counts as none, which is told.
         """
+        from ..files.disk import refuse_existing
+        from ..files.ownership import foreign
         from ..results.result import Result
 
         refuse_existing(*(path for path in (self.pdf, self.png) if path.exists()), force=True)

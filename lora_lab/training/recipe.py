@@ -117,8 +117,8 @@ class Recipe:
     warmup: float = option(
         0.06, "Share of the steps over which the learning rate rises.", least=0, most=1, several=True
     )
-    weight_decay: float = option(0.0, "AdamW's weight decay.", several=True)
-    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", several=True)
+    weight_decay: float = option(0.0, "AdamW's weight decay.", least=0, several=True)
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", least=0, several=True)
     bf16: bool = option(False, "Train in bfloat16 mixed precision.")
     optimizer: str = option(
         "adamw_torch_fused", "A name of transformers' TrainingArguments.optim.", choices=_optimizers

@@ -321,6 +321,8 @@ def test_bad_input_gives_one_line_and_writes_nothing(lora_lab, tmp_path, argumen
         (["prune", "x", "--energy", "nan"], "--energy is nan; a finite number is needed"),
         (["merge", "x", "--rank", "-2"], "--rank is -2; it must be at least 1"),
         (["train", "--lr", "1e-3,-1"], "--lr is -1.0; it must be above 0"),
+        (["train", "--weight-decay", "-1"], "--weight-decay is -1.0; it must be at least 0"),
+        (["train", "--max-grad-norm", "-1"], "--max-grad-norm is -1.0; it must be at least 0"),
         (["stability", "x", "--p", "0.5,2"], "--p is 2.0; it must be from 0 to 1"),
         (["shapley", "x", "--until-se", "0"], "--until-se is 0.0; it must be above 0"),
         (["interpolate", "x", "y", "--points", "1"], "--points is 1; it must be at least 2"),
