@@ -242,7 +242,6 @@ OTHER_WORDS = {
         "training/trainer.py",
     ),
     ("rank",): ("a kind of pruning", "analysis/sweep.py"),
-    ("lora",): ("a tuner", "cli/train.py"),
     ("clip",): ("a model type of transformers", "tasks/clip.py"),
     ("train",): ("a split", "tasks/clip.py", "tasks/tables.py"),
     ("tuning",): ("a key of a record", "training/tuning.py"),
