@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 E = TypeVar("E")
 
+REGISTRIES: list[Registry[Any]] = []
+"""All that there are."""
+
 
 class Registry(Mapping[str, E], Generic[E]):
     """Name → entry; built-ins first, then what was registered, then the entry points of `group` by package name.
@@ -42,6 +45,8 @@ class Registry(Mapping[str, E], Generic[E]):
         self.kind = kind
         self.entries = dict(builtin)
         """What is loaded: the built-ins, and all that was registered or brought so far."""
+        self._builtin = frozenset(builtin)
+        REGISTRIES.append(self)
         self._offered: dict[str, EntryPoint] | None = None  # None: not looked for yet
 
     def register(self, name: str, entry: E | None = None, **fields: Any) -> Any:
@@ -71,6 +76,11 @@ class Registry(Mapping[str, E], Generic[E]):
     def get(self, name: object, default: Any = None) -> Any:
         """The entry, or the default where there is none."""
         return self.entries[str(name)] if name in self else default
+
+    @property
+    def added(self) -> dict[str, E]:
+        """The loaded entries that are not built in."""
+        return {name: entry for name, entry in self.entries.items() if name not in self._builtin}
 
     def __contains__(self, name: object) -> bool:
         if name not in self.entries and isinstance(name, str):

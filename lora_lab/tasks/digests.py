@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import os
@@ -20,6 +21,7 @@ import torch
 from lora_lab import files
 from lora_lab.errors import FileError
 from lora_lab.files.ownership import foreign
+from lora_lab.registry import REGISTRIES
 
 _YOUNG = 2.0  # seconds: the coarsest times that file systems in use keep (FAT); younger files may change unnoticed
 _OWN = "lora_lab"
@@ -135,6 +137,20 @@ def of_code(instance: object) -> str:
     return walk.digest.hexdigest()
 
 
+def of_entries() -> str:
+    """A hash of the code of all entries of registries that are neither this package's nor an installed one's.
+
+    It counts in what stored scores hang on: whoever edits a merge of their own gets new numbers. Empty without any.
+    """
+    walk = _Walk()
+    for registry in REGISTRIES:
+        for name, entry in sorted(registry.added.items()):
+            fields = vars(entry) if dataclasses.is_dataclass(entry) else {"entry": entry}
+            for field, value in sorted(fields.items()):
+                walk.add_value(f"{registry.group} {name} {field}", value)
+    return "" if walk.empty else walk.digest.hexdigest()
+
+
 def _is_cache(cls: type, name: str) -> bool:
     return isinstance(getattr(cls, name, None), functools.cached_property)
 
@@ -158,19 +174,19 @@ class _Walk:
         closure = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
         fixed = [value for value in closure if not isinstance(value, list | dict)]  # those are where results are kept
         for value in [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values(), *fixed]:
-            self._value(name, value)
+            self.add_value(name, value)
         names = sorted(_names(function.__code__))
         modules = [value for value in map(function.__globals__.get, names) if isinstance(value, ModuleType)]
         for found in (function.__globals__, *(vars(each) for each in modules if not _installed(each.__name__))):
             for named in names:
                 if named in found:
-                    self._value(named, found[named])
+                    self.add_value(named, found[named])
 
     def add_plain(self, name: str, attributes: Mapping[str, Any]) -> None:
         """Attributes that are plain values or functions; private ones are caches, `dtype` is known only afterwards."""
         for key, value in sorted(attributes.items()):
             if not key.startswith("_") and key != "dtype":
-                self._value(f"{name}.{key}", value)
+                self.add_value(f"{name}.{key}", value)
 
     def _code(self, code: CodeType) -> None:
         self._tell(repr((code.co_code, code.co_names, code.co_varnames)))
@@ -180,7 +196,8 @@ class _Walk:
             else:
                 self._tell(repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant))
 
-    def _value(self, name: str, value: Any) -> None:
+    def add_value(self, name: str, value: Any) -> None:
+        """A plain value, an array, or a function with all that it reaches."""
         function = _function(value)
         if function is not None:
             if not _installed(function.__module__):
@@ -189,10 +206,10 @@ class _Walk:
             if not _installed(value.__module__) and id(value) not in self._seen:
                 self._seen.add(id(value))
                 for key, member in sorted(vars(value).items()):
-                    self._value(f"{name}.{key}", member)
+                    self.add_value(f"{name}.{key}", member)
         elif isinstance(value, functools.partial):
             for each in (value.func, *value.args, *value.keywords.values()):
-                self._value(name, each)
+                self.add_value(name, each)
         elif _plain(value):
             self._tell(f"{name} = {value!r}")
         elif isinstance(value, torch.Tensor | np.ndarray):

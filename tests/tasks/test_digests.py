@@ -12,8 +12,10 @@ import torch
 from tiny_models import Tiny, adapter, updates
 
 from lora_lab.errors import FileError
+from lora_lab.merging.methods import MATRICES, MERGES, Merge
 from lora_lab.scoring.changes import LayerMask
 from lora_lab.scoring.evaluator import Evaluator
+from lora_lab.scoring.examples import examples_of
 from lora_lab.scoring.execution import Execution
 from lora_lab.tasks import digests
 from lora_lab.tasks.digits import Digits
@@ -254,3 +256,16 @@ def test_a_damaged_probe_is_fitted_again(own_cache):
     assert len(calls) == 2
     assert torch.equal(again[0], weight)
     assert torch.equal(again[1], bias)
+
+
+def test_what_scores_hang_on_changes_with_the_code_of_a_registered_entry(monkeypatch):
+    task, seen = Digits("relabel"), []
+    bodies = ("matrices[0]", "-matrices[0]", "-matrices[0]")
+    for body in bodies:
+        namespace = {"__name__": "mine"}
+        exec(f"def mine(matrices, weights):\n    return {body}\n", namespace)
+        monkeypatch.setitem(MERGES.entries, "mine", Merge(namespace["mine"], MATRICES))
+        seen.append(examples_of(task, "test"))
+    assert seen[0] != seen[1] == seen[2]
+    monkeypatch.delitem(MERGES.entries, "mine")
+    assert examples_of(task, "test")[-1] == digests.of_entries() == ""
