@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lora_lab.api import sweep as sweep
     from lora_lab.api import task as task
     from lora_lab.api import train as train
+    from lora_lab.errors import LoraLabError as LoraLabError
     from lora_lab.results.result import Result as Result
     from lora_lab.scoring.execution import Execution as Execution
     from lora_lab.training.coto import CoToCallback as CoToCallback
@@ -55,6 +56,7 @@ __getattr__, __dir__, __all__ = face(
             "task",
             "train",
         ),
+        "errors": ("LoraLabError",),
         "results.result": ("Result",),
         "scoring.execution": ("Execution",),
         "training.coto": ("CoToCallback",),

@@ -20,7 +20,7 @@ from lora_lab.pruning.entries import prune_weights
 from lora_lab.pruning.ranks import prune_rank
 from lora_lab.training.fit import train
 
-NAMES = ["Adapter", "CoToCallback", "Execution", "LowRank", "Recipe", "Result", "Schedule"]
+NAMES = ["Adapter", "CoToCallback", "Execution", "LoraLabError", "LowRank", "Recipe", "Result", "Schedule"]
 NAMES += ["compare_merges", "evaluate", "figure", "inspect", "interpolate", "load", "merge"]
 NAMES += ["prune", "shapley", "stability", "sweep", "task", "train"]
 QUIET = {"progress": False}
