@@ -11,6 +11,7 @@ import ast
 import re
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 E = TypeVar("E")
 
-REGISTRIES: list[Registry[Any]] = []
+REGISTRIES: weakref.WeakValueDictionary[int, Registry[Any]] = weakref.WeakValueDictionary()
 """All that there are."""
 
 
@@ -46,7 +47,7 @@ class Registry(Mapping[str, E], Generic[E]):
         self.entries = dict(builtin)
         """What is loaded: the built-ins, and all that was registered or brought so far."""
         self._builtin = frozenset(builtin)
-        REGISTRIES.append(self)
+        REGISTRIES[id(self)] = self
         self._offered: dict[str, EntryPoint] | None = None  # None: not looked for yet
 
     def register(self, name: str, entry: E | None = None, **fields: Any) -> Any:

@@ -43,7 +43,7 @@ from lora_lab.results.stats import ADDED, INTERVALS, Floats, Sampled, around, in
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import examples_of
 from lora_lab.scoring.execution import Cost, Execution
-from lora_lab.tasks.digests import of_base
+from lora_lab.tasks.digests import of_base, of_entries
 from lora_lab.tasks.task import Scores, Task
 
 ALONE, ENSEMBLE = "alone", "ensemble of logits"
@@ -99,7 +99,15 @@ def run_id(question: CompareMerges, adapters: Sequence[Adapter], tasks: Sequence
     records = [task.record for task in tasks]
     asked = {**question.fields, "methods": methods}
     return fingerprint(
-        [question.kind, INTERVALS, [identity(a) for a in adapters], records, _data(question, tasks), asked]
+        [
+            question.kind,
+            INTERVALS,
+            [identity(a) for a in adapters],
+            records,
+            _data(question, tasks),
+            asked,
+            of_entries(),
+        ]
     )
 
 

@@ -56,15 +56,16 @@ class Question(ABC):
             raise OptionError("no adapter was given")
 
     def run_id(self, adapters: Sequence[Adapter], task: Task) -> str:
-        """What the answer hangs on, hashed: the adapters, the examples, and the question."""
+        """What the answer hangs on, hashed: the adapters, the examples, the question, and entries of the user's own."""
         from lora_lab.adapters.describe import identity
         from lora_lab.results.result import fingerprint
         from lora_lab.results.stats import INTERVALS
         from lora_lab.scoring.examples import examples_of
+        from lora_lab.tasks.digests import of_entries
 
         identities = [identity(adapter) for adapter in adapters]
         examples = [examples_of(task, split) for split in self.splits]
-        return fingerprint([self.kind, INTERVALS, identities, examples, self.fields])
+        return fingerprint([self.kind, INTERVALS, identities, examples, self.fields, of_entries()])
 
     @abstractmethod
     def run(self, adapters: Sequence[Adapter], task: Task, on: Execution = Execution()) -> Result:

@@ -29,6 +29,7 @@ from lora_lab.scoring.execution import Cost, Execution, Progress
 from lora_lab.scoring.journal import Journal
 from lora_lab.scoring.models import Effort, TaskModels
 from lora_lab.scoring.prefixes import Layout
+from lora_lab.tasks import digests
 from lora_lab.tasks.task import Scores, Task
 
 _FORMAT = 3
@@ -229,7 +230,8 @@ class Evaluator:
         adapters = [identity(adapter) for adapter in self.adapters]
         places = [fingerprint(task.spec) for task in self.tasks]
         examples = [[*examples_of(task, split), len(self._examples(split).of_task(task))] for task in tasks.values()]
-        return fingerprint([_FORMAT, adapters, places, examples, self.device.type, self._context])
+        code = digests.of_entries()
+        return fingerprint([_FORMAT, adapters, places, examples, self.device.type, self._context, code])
 
     def _examples(self, split: str) -> Examples:
         return Examples(split, self._count)

@@ -27,11 +27,10 @@ _SCORING = 1
 def examples_of(task: Task, split: str) -> list[Any]:
     """All that scores hang on besides the adapter, for run ids: task, base model, examples, and the code that scores.
 
-    That of this package counts by its version of scoring, that of a task class or of registered entries of the user's
-    own by what it does.
+    That of this package counts by its version of scoring, that of a task class of the user's own by what it does.
     """
     examples = tensor_digest([*task.split(split).inputs.values(), *task.digest])
-    return [task.spec, task.base_digest, split, examples, _SCORING, digests.of_code(task), digests.of_entries()]
+    return [task.spec, task.base_digest, split, examples, _SCORING, digests.of_code(task)]
 
 
 @dataclass(frozen=True)

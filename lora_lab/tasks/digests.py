@@ -143,7 +143,7 @@ def of_entries() -> str:
     It counts in what stored scores hang on: whoever edits a merge of their own gets new numbers. Empty without any.
     """
     walk = _Walk()
-    for registry in REGISTRIES:
+    for registry in sorted(REGISTRIES.values(), key=lambda registry: registry.group):
         for name, entry in sorted(registry.added.items()):
             fields = vars(entry) if dataclasses.is_dataclass(entry) else {"entry": entry}
             for field, value in sorted(fields.items()):
