@@ -27,6 +27,9 @@ from lora_lab.tasks.task import Task
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from lora_lab.analysis.question import Question
+
 Path_ = str | os.PathLike[str]
 Adapters = Adapter | Path_ | Sequence[Adapter | Path_]
 TaskLike = Task | Path_ | None
@@ -147,12 +150,10 @@ def interpolate(
     **options: Any,
 ) -> Result:
     """Loss and accuracy on the lines between adapters, with barriers; `options` are the fields of `Interpolate`."""
-    from lora_lab.analysis.connectivity import Interpolate
+    from lora_lab.analysis.questions import Interpolate
 
-    question, loaded = _made(Interpolate, options), _adapters(adapters)
-    question.check(loaded)
-    with _shown(on, "interpolating", progress) as where:
-        return question.run(loaded, _task_of(loaded, task, trust_record), where)
+    shown = _shown(on, "interpolating", progress)
+    return _answered(_made(Interpolate, options), adapters, task, trust_record, shown)
 
 
 def stability(
@@ -167,10 +168,8 @@ def stability(
     """Accuracy and loss with only some layers' updates on; `options` are the fields of `Stability`."""
     from lora_lab.analysis.questions import Stability
 
-    question, loaded = _made(Stability, options), _adapters(adapters)
-    question.check(loaded)
-    with _shown(on, "scoring keep-sets", progress) as where:
-        return question.run(loaded, _task_of(loaded, task, trust_record), where)
+    shown = _shown(on, "scoring keep-sets", progress)
+    return _answered(_made(Stability, options), adapters, task, trust_record, shown)
 
 
 def shapley(
@@ -185,10 +184,8 @@ def shapley(
     """What each layer (module, type …) of an adapter contributes; `options` are the fields of `Shapley`."""
     from lora_lab.analysis.questions import Shapley
 
-    question, loaded = _made(Shapley, options), _adapters(adapters)
-    question.check(loaded)
-    with _shown(on, "asking for coalitions", progress) as where:
-        return question.run(loaded, _task_of(loaded, task, trust_record), where)
+    shown = _shown(on, "asking for coalitions", progress)
+    return _answered(_made(Shapley, options), adapters, task, trust_record, shown)
 
 
 def sweep(
@@ -203,10 +200,8 @@ def sweep(
     """Adapters pruned in every way beside random controls; `options` are the fields of `Sweep`."""
     from lora_lab.analysis.questions import Sweep
 
-    question, loaded = _made(Sweep, options), _adapters(adapters)
-    question.check(loaded)
-    with _shown(on, "scoring pruned adapters", progress) as where:
-        return question.run(loaded, _task_of(loaded, task, trust_record), where)
+    shown = _shown(on, "scoring pruned adapters", progress)
+    return _answered(_made(Sweep, options), adapters, task, trust_record, shown)
 
 
 def evaluate(
@@ -221,10 +216,8 @@ def evaluate(
     """Scores of adapters and of their bases, with 95 % intervals; `options` are the fields of `Evaluate`."""
     from lora_lab.analysis.questions import Evaluate
 
-    question, loaded = _made(Evaluate, options), _adapters(adapters)
-    question.check(loaded)
-    with _shown(on, "evaluating", progress) as where:
-        return question.run(loaded, _tasks(loaded, task, trust_record), where)
+    shown = _shown(on, "evaluating", progress)
+    return _answered(_made(Evaluate, options), adapters, task, trust_record, shown, _tasks)
 
 
 def compare_merges(
@@ -237,7 +230,7 @@ def compare_merges(
     **options: Any,
 ) -> Result:
     """Accuracy of every merge on the tasks of its adapters; `options` are the fields of `CompareMerges`."""
-    from lora_lab.analysis.compare import CompareMerges
+    from lora_lab.analysis.questions import CompareMerges
     from lora_lab.merging.sources import base_of
 
     question, loaded = _made(CompareMerges, options), _adapters(adapters)
@@ -257,6 +250,21 @@ def figure(
     several = [results] if isinstance(results, Result | str | os.PathLike) else results
     loaded = [result if isinstance(result, Result) else Result.load(Path(result)) for result in several]
     return plots.figure(loaded, kind=kind, width=width)
+
+
+def _answered(
+    question: Question,
+    adapters: Adapters,
+    task: Any,
+    trust_record: bool,
+    shown: contextlib.AbstractContextManager[Execution],
+    of: Callable[[Sequence[Adapter], Any, bool], Any] | None = None,
+) -> Result:
+    """The answer to a question about these adapters, on the task that they share, or on what `of` makes of theirs."""
+    loaded = _adapters(adapters)
+    question.check(loaded)
+    with shown as where:
+        return question.run(loaded, (of or _task_of)(loaded, task, trust_record), where)
 
 
 def _adapters(given: Adapters) -> list[Adapter]:

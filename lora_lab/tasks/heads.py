@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import warnings
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor
 from lora_lab import files
 from lora_lab.errors import FileError, LoraLabWarning, TaskError
 from lora_lab.tasks.digests import cache
-from lora_lab.tasks.task import Split
+from lora_lab.tasks.task import Split, Task
 
 _FORMAT = 2
 """Of what is kept: another one is fitted anew."""
@@ -91,3 +93,24 @@ def _fit(features: npt.NDArray[np.float64], answers: npt.NDArray[np.int64], labe
     else:
         weight[fitted.classes_], bias[fitted.classes_] = fitted.coef_, fitted.intercept_
     return torch.tensor(weight, dtype=torch.float32), torch.tensor(bias, dtype=torch.float32)
+
+
+class ProbedTask(Task):
+    """A task whose head may be a probe, fitted to what `_features` gives of the training data."""
+
+    settings: Any
+    """Has `head`."""
+
+    @cached_property
+    def _probe(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the logistic regression on the features; kept in the cache."""
+        return probe([self.base_digest, self.record, self.labels], self.split("train"), self.labels, self._features)
+
+    @property
+    def digest(self) -> Sequence[Tensor]:
+        """The probe, which is fitted to other data than is scored."""
+        return self._probe if self.settings.head == "probe" else ()
+
+    @abstractmethod
+    def _features(self) -> npt.NDArray[np.float64]:
+        """What the base gives of every training example, [n, width]."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.errors import OptionError
-from lora_lab.tasks.heads import float_heads, probe
+from lora_lab.tasks.heads import ProbedTask, float_heads
 from lora_lab.tasks.labelled import LabelledTask
 from lora_lab.tasks.settings import COMMON, Column, Count, Head, Settings
 from lora_lab.tasks.tables import text_of
@@ -62,7 +61,7 @@ class Keys(Settings):
             raise OptionError(f'{where}: a probe needs pool = "mean"')
 
 
-class TextClassification(LabelledTask):
+class TextClassification(ProbedTask, LabelledTask):
     """A sequence classifier; adapters go where `target_modules` says, by default into all linear layers."""
 
     kind = "text-classification"
@@ -107,16 +106,6 @@ class TextClassification(LabelledTask):
         model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         float_heads(model, self.heads(model))
         return model
-
-    @cached_property
-    def _probe(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the logistic regression on the base's features of the training data; kept in the cache."""
-        return probe([self.base_digest, self.record, self.labels], self.split("train"), self.labels, self._features)
-
-    @property
-    def digest(self) -> Sequence[Tensor]:
-        """The probe, which is fitted to other data than is scored."""
-        return self._probe if self.settings.head == "probe" else ()
 
     @torch.inference_mode()
     def _features(self) -> npt.NDArray[np.float64]:

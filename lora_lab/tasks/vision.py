@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_lab.adapters.groups import block
 from lora_lab.errors import TaskError
-from lora_lab.tasks.heads import float_heads, probe
+from lora_lab.tasks.heads import ProbedTask, float_heads
 from lora_lab.tasks.images import DATA, ImageKeys, ImageTask
 from lora_lab.tasks.settings import COMMON, Head
 
@@ -46,7 +46,7 @@ class Keys(ImageKeys):
     head: Head = "frozen"
 
 
-class ImageClassification(ImageTask):
+class ImageClassification(ProbedTask, ImageTask):
     """An image classifier; adapters go where `target_modules` says, by default into all linear layers but the head."""
 
     kind = "image-classification"
@@ -114,16 +114,6 @@ class ImageClassification(ImageTask):
             if linear[name].out_features == self.labels and block(name) == name and not name.startswith(inside):
                 return name
         raise TaskError(f"task {self.name}: {type(model).__name__} has no linear head with {self.labels} outputs")
-
-    @cached_property
-    def _probe(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the logistic regression on what the base's head sees; kept in the cache."""
-        return probe([self.base_digest, self.record, self.labels], self.split("train"), self.labels, self._features)
-
-    @property
-    def digest(self) -> Sequence[Tensor]:
-        """The probe, which is fitted to other data than is scored."""
-        return self._probe if self.settings.head == "probe" else ()
 
     @torch.inference_mode()
     def _features(self) -> npt.NDArray[np.float64]:
