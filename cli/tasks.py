@@ -21,19 +21,19 @@ def command(listing: Listing, output: AsJson) -> None:
 
     Example:  lora-lab tasks --example text-classification > my-task.toml
     """
-    from ..tasks import registry
+    from .. import tasks
     from ..tasks.task import SPLITS
 
     if listing.example is not None:
-        print(registry.example(listing.example), end="")
+        print(tasks.example(listing.example), end="")
         return
     rows = [
         {"name": t.name, "labels": t.labels, "about": t.about, **{s: len(t.split(s)) for s in SPLITS}}
-        for t in registry.iterate()
+        for t in tasks.iterate()
     ]
     if output.json:
         print_json(rows)
         return
     headings = ("task", "labels", *SPLITS, "what is asked")
     table("Built-in tasks", headings, [[r["name"], r["labels"], *(r[s] for s in SPLITS), r["about"]] for r in rows])
-    console.print(f"Kinds of task files: {', '.join(registry.KINDS)} (--example KIND prints one)")
+    console.print(f"Kinds of task files: {', '.join(tasks.KINDS)} (--example KIND prints one)")

@@ -43,7 +43,7 @@ from lora_lab.games.coalitions import all_coalitions
 from lora_lab.merging.paths import Paths
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.models import TaskModels
-from lora_lab.tasks.digits import Digits
+from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.tasks.task import Split, Task
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import Recipe

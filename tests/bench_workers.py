@@ -17,7 +17,7 @@ from lora_lab.analysis.game import Game
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.execution import Execution
 from lora_lab.scoring.workers import Workers, open_workers
-from lora_lab.tasks.digits import Digits
+from lora_lab.tasks.kinds.digits import Digits
 
 COALITIONS = 1000
 

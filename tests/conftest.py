@@ -96,7 +96,7 @@ def few_digits():
 
     It gives what reads all of them.
     """
-    from lora_lab.tasks import digits
+    from lora_lab.tasks.kinds import digits
 
     every, few = digits.images, {"validation": 80, "test": 100}
     with pytest.MonkeyPatch.context() as changed:

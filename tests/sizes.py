@@ -14,9 +14,8 @@ def lines(path: Path) -> int:
 
 
 def room(path: Path) -> str:
-    """The folder that a file lies in; what lies in a folder's own parts counts with it, but for formats."""
-    parts = path.relative_to(ROOT).parts
-    return "/".join(parts[: 3 if parts[:3] == ("lora_lab", "adapters", "formats") else min(2, len(parts) - 1)])
+    """The folder that a file lies in: a room, or a room within a room."""
+    return str(path.parent.relative_to(ROOT))
 
 
 def functions(path: Path) -> Iterator[tuple[str, int, int]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_lab.adapters.attached import Attached, put_on
 from lora_lab.errors import TunerError
 from lora_lab.merging.task_models import MergeModels
-from lora_lab.tasks.chat import NO_TARGET
+from lora_lab.tasks.kinds.chat import NO_TARGET
 from lora_lab.tasks.task import Task
 
 

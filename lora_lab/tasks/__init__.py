@@ -1,6 +1,7 @@
 """What adapters are good for: a base model, examples in three splits, and what counts as right.
 
-Knows how to build a base and judge its outputs; nothing of adapters, and nothing of how many models are scored.
+Knows tables, settings, splits and scores, and which task an adapter was made on; nothing of how many models are
+scored. What differs from kind to kind is in kinds/, which knows this room.
 """
 
 from typing import TYPE_CHECKING
@@ -8,13 +9,13 @@ from typing import TYPE_CHECKING
 from lora_lab.lazy import face
 
 if TYPE_CHECKING:
-    from lora_lab.tasks.registry import KINDS as KINDS
-    from lora_lab.tasks.registry import TASKS as TASKS
-    from lora_lab.tasks.registry import example as example
-    from lora_lab.tasks.registry import from_file as from_file
-    from lora_lab.tasks.registry import from_name as from_name
-    from lora_lab.tasks.registry import from_record as from_record
-    from lora_lab.tasks.registry import iterate as iterate
+    from lora_lab.tasks.kinds import KINDS as KINDS
+    from lora_lab.tasks.kinds import TASKS as TASKS
+    from lora_lab.tasks.kinds import example as example
+    from lora_lab.tasks.kinds import from_file as from_file
+    from lora_lab.tasks.kinds import from_name as from_name
+    from lora_lab.tasks.kinds import from_record as from_record
+    from lora_lab.tasks.kinds import iterate as iterate
     from lora_lab.tasks.task import Scores as Scores
     from lora_lab.tasks.task import Split as Split
     from lora_lab.tasks.task import Task as Task
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
-        "registry": (
+        "kinds": (
             "KINDS",
             "TASKS",
             "example",

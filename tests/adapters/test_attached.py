@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.attached import attach, load_peft, peft_config, weight_deltas
 from lora_lab.errors import MismatchError, TunerError
-from lora_lab.tasks.digits import Digits
+from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.training.coto import Switches
 from lora_lab.training.recipe import tuners
 

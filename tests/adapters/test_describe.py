@@ -13,7 +13,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import identity, tensor_digest
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.results.result import fingerprint
-from lora_lab.tasks.registry import from_name
+from lora_lab.tasks.kinds.registry import from_name
 from lora_lab.tasks.task import Scores, Split
 
 

@@ -21,7 +21,7 @@ from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import pack, unpack
 from lora_lab.scoring.execution import Execution
-from lora_lab.tasks.digits import Digits
+from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.tasks.task import Scores
 
 pytestmark = pytest.mark.usefixtures("few_digits")

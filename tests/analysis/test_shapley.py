@@ -19,7 +19,7 @@ from lora_lab.games.interactions import interactions
 from lora_lab.results.stats import student
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.execution import Execution
-from lora_lab.tasks.digits import Digits
+from lora_lab.tasks.kinds.digits import Digits
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 

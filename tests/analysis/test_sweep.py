@@ -17,7 +17,7 @@ from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.execution import Execution
 from lora_lab.scoring.models import TaskModels
-from lora_lab.tasks.digits import Digits
+from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.tasks.task import Split
 
 pytestmark = pytest.mark.usefixtures("few_digits")

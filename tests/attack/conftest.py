@@ -55,7 +55,7 @@ def _survived():
         "datasets",
         "peft.tuners.tuners_utils",
         "transformers",
-        "lora_lab.tasks.registry",
+        "lora_lab.tasks.kinds.registry",
         "lora_lab.cli.inspect",
     ):
         importlib.import_module(name)

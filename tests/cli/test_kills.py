@@ -15,7 +15,7 @@ from making_processes import finished, started
 from peft import LoraConfig
 
 from lora_lab.results.result import Result, fingerprint
-from lora_lab.tasks.digits import Digits
+from lora_lab.tasks.kinds.digits import Digits
 
 ENDED = "error: interrupted; nothing half-written was left"
 RUNS = {

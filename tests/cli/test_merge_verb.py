@@ -14,7 +14,7 @@ from lora_lab.merging.merged import merge
 from lora_lab.merging.methods import MERGES
 from lora_lab.merging.sources import Sources
 from lora_lab.scoring.evaluate import score
-from lora_lab.tasks.digits import Digits
+from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.tasks.task import Split
 
 CASES = Path(__file__).parents[1] / "cases"

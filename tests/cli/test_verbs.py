@@ -107,7 +107,7 @@ FEW = ["--examples", 30]
 
 
 def test_shapley_without_an_adapter_takes_the_newest_or_trains_one(lora_lab, tmp_path, monkeypatch):
-    from lora_lab.tasks.digits import Digits
+    from lora_lab.tasks.kinds.digits import Digits
 
     monkeypatch.setattr(Digits, "steps", 6)
     code, out, err = lora_lab("shapley", "--samples", 200, *FEW)
@@ -187,7 +187,7 @@ def test_pruned_adapters_are_smaller_and_load_again(lora_lab, pair, tmp_path, op
 
     from lora_lab.adapters.adapter import Adapter
     from lora_lab.scoring.evaluate import score
-    from lora_lab.tasks.digits import Digits
+    from lora_lab.tasks.kinds.digits import Digits
 
     code, out, err = lora_lab("prune", pair[0], *options, "-o", "small")
     assert code == 0, err
@@ -446,7 +446,7 @@ def test_a_bug_shows_its_traceback(lora_lab, monkeypatch, pair):
 
 
 def test_an_interrupt_leaves_no_output_and_the_same_command_goes_on(lora_lab, monkeypatch, pair, tmp_path):
-    from lora_lab.tasks.digits import Digits
+    from lora_lab.tasks.kinds.digits import Digits
 
     original, calls = Digits.score, []
 

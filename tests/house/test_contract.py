@@ -32,8 +32,8 @@ from lora_lab.pruning.patterns import KEEPS, Keep, choice_of, keep
 from lora_lab.pruning.ranks import RANK_ORDERS, RankOrder, keep_ranks
 from lora_lab.registry import Registry
 from lora_lab.scoring.execution import Execution
-from lora_lab.tasks.digits import Digits
-from lora_lab.tasks.registry import KINDS, TaskKind, example, from_record
+from lora_lab.tasks.kinds.digits import Digits
+from lora_lab.tasks.kinds.registry import KINDS, TaskKind, example, from_record
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import METHODS, Method, Recipe
 from lora_lab.training.schedule import MASK_LAWS, RAMPS, MaskLaw, uniform
@@ -242,8 +242,8 @@ OTHER_WORDS = {
         "training/trainer.py",
     ),
     ("rank",): ("a kind of pruning", "analysis/sweep.py"),
-    ("clip",): ("a model type of transformers", "tasks/clip.py"),
-    ("train",): ("a split", "tasks/clip.py", "tasks/tables.py"),
+    ("clip",): ("a model type of transformers", "tasks/kinds/clip.py"),
+    ("train",): ("a split", "tasks/kinds/clip.py", "tasks/tables.py"),
     ("tuning",): ("a key of a record", "training/tuning.py"),
 }
 """Words that are names of entries and mean something else in these files: what."""

@@ -13,7 +13,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
-from lora_lab.tasks.digits import Digits
+from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.training.coto import CoToCallback
 
 README = (Path(__file__).parents[2] / "README.md").read_text()

@@ -17,7 +17,7 @@ from lora_lab.merging.merged import merge
 from lora_lab.merging.methods import MERGES, check, rules
 from lora_lab.merging.sources import Sources, Weights
 from lora_lab.scoring.evaluate import score
-from lora_lab.tasks.digits import Digits
+from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.tasks.task import Split
 
 RULES = rules()

@@ -16,7 +16,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.errors import LoraLabWarning, MismatchError, OptionError, TunerError
 from lora_lab.merging.merged import merge
 from lora_lab.merging.sources import Sources, Weights, base_of
-from lora_lab.tasks.digits import Digits
+from lora_lab.tasks.kinds.digits import Digits
 
 CASES = Path(__file__).parents[1] / "cases"
 LAYERS = [f"model.layers.{i}.q_proj" for i in range(5)]

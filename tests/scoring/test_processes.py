@@ -17,7 +17,7 @@ from making_processes import finished, started
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.errors import OptionError
 from lora_lab.results.result import Result
-from lora_lab.tasks.digits import Digits
+from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import Recipe
 

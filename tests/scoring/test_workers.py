@@ -37,7 +37,7 @@ from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import Examples
 from lora_lab.scoring.execution import Execution
 from lora_lab.scoring.workers import open_workers
-from lora_lab.tasks.digits import Digits
+from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.training.recipe import Recipe
 from lora_lab.training.runs import Job, train_all
 

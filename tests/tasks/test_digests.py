@@ -17,7 +17,7 @@ from lora_lab.scoring.changes import LayerMask
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.execution import Execution
 from lora_lab.tasks import digests
-from lora_lab.tasks.digits import Digits
+from lora_lab.tasks.kinds.digits import Digits
 
 
 @pytest.fixture(autouse=True)
@@ -234,7 +234,7 @@ def test_the_number_of_examples_is_checked(tmp_path):
 
 def test_a_damaged_probe_is_fitted_again(own_cache):
     from lora_lab.errors import LoraLabWarning
-    from lora_lab.tasks.heads import probe
+    from lora_lab.tasks.kinds.heads import probe
 
     split = Tiny(0).split("train")
     calls = []

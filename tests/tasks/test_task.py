@@ -4,8 +4,9 @@ import torch
 
 from lora_lab import tasks
 from lora_lab.errors import FileError, LoraLabError, OptionError, TaskError
-from lora_lab.tasks import digits, task
-from lora_lab.tasks.digits import Digits
+from lora_lab.tasks import task
+from lora_lab.tasks.kinds import digits
+from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.tasks.task import Split
 
 

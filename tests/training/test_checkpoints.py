@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_lab.errors import LoraLabWarning
 from lora_lab.files.disk import file_hash
-from lora_lab.tasks.digits import Digits
+from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.training.checkpoints import _sealed
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import Recipe

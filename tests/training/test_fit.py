@@ -12,7 +12,7 @@ from lora_lab.analysis.questions import Evaluate
 from lora_lab.errors import FileError, LoraLabError, LoraLabNote, OptionError, TaskError, TunerError
 from lora_lab.scoring.evaluate import score
 from lora_lab.tasks.choosing import task_of
-from lora_lab.tasks.digits import Digits
+from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import METHODS, Recipe, tuners
 from lora_lab.training.runs import Job, train_all
@@ -216,7 +216,7 @@ def test_checkpoints_are_adapters_that_know_their_task(tmp_path):
 
 
 def test_jobs_side_by_side_give_what_they_give_alone(tmp_path, coto, few_digits, monkeypatch, forked_workers):
-    monkeypatch.setattr("lora_lab.tasks.digits.images", few_digits)  # all of them, as in the other processes
+    monkeypatch.setattr("lora_lab.tasks.kinds.digits.images", few_digits)  # all of them, as in the other processes
     jobs = [
         Job(task.record, Recipe(method="coto", seed=seed, **SHORT), tmp_path / f"{seed}.safetensors") for seed in (0, 1)
     ]

@@ -11,7 +11,7 @@ from lora_lab import plots
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.analysis import connectivity
 from lora_lab.errors import FileError, LoraLabNote
-from lora_lab.tasks.digits import Digits
+from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.training import runs as parallel
 from lora_lab.training.recipe import Recipe
 from lora_lab.training.runs import Job, train_all

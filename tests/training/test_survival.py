@@ -11,7 +11,7 @@ from lora_lab.adapters.attached import attach, layers
 from lora_lab.adapters.groups import block
 from lora_lab.errors import OptionError, TunerError
 from lora_lab.scoring.evaluate import score
-from lora_lab.tasks.digits import Digits
+from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import Recipe
 from lora_lab.training.schedule import Schedule

@@ -8,7 +8,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.errors import FileError, TaskError
 from lora_lab.results.result import Result
 from lora_lab.scoring.evaluate import score
-from lora_lab.tasks.digits import Digits
+from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.tasks.task import Split
 from lora_lab.training import tuning
 from lora_lab.training.recipe import Recipe

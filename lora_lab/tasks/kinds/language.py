@@ -15,8 +15,8 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from lora_lab.errors import LoraLabWarning, OptionError, TaskError
-from lora_lab.tasks.chat import NO_TARGET, Chat, cut
 from lora_lab.tasks.file import FileTask
+from lora_lab.tasks.kinds.chat import NO_TARGET, Chat, cut
 from lora_lab.tasks.settings import COMMON, Column, Settings
 from lora_lab.tasks.tables import text_of
 from lora_lab.tasks.task import Scores, Split, by_length

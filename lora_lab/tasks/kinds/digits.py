@@ -1,6 +1,6 @@
 """The embedded testbed: a small vision transformer on scikit-learn's 1797 handwritten digits, 8 × 8 pixels.
 
-The base model is shipped as data/digits_vit.safetensors; `python -m lora_lab.tasks.digits` makes it again.
+The base model is shipped as data/digits_vit.safetensors; `python -m lora_lab.tasks.kinds.digits` makes it again.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from lora_lab.errors import OptionError, TaskError
-from lora_lab.tasks.images import DATA, ImageKeys, ImageTask
+from lora_lab.tasks.kinds.images import DATA, ImageKeys, ImageTask
 from lora_lab.tasks.settings import COMMON, Count
 
 ATTENTION = r".*\.(q_proj|k_proj|v_proj)"

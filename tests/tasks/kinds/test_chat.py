@@ -10,10 +10,10 @@ from transformers import AutoTokenizer
 
 from lora_lab import tasks
 from lora_lab.errors import TaskError
-from lora_lab.tasks.chat import NO_TARGET, cut
+from lora_lab.tasks.kinds.chat import NO_TARGET, cut
 from lora_lab.tasks.tables import text_of
 
-CASES = Path(__file__).parents[1] / "cases"
+CASES = Path(__file__).parents[2] / "cases"
 CASE = CASES / "N14_chat_messages_column"
 
 # w26 opens a turn of the user, w27 one of the assistant, </s> ends it

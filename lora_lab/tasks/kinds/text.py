@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.errors import OptionError
-from lora_lab.tasks.heads import ProbedTask, float_heads
-from lora_lab.tasks.labelled import LabelledTask
+from lora_lab.tasks.kinds.heads import ProbedTask, float_heads
+from lora_lab.tasks.kinds.labelled import LabelledTask
 from lora_lab.tasks.settings import COMMON, Column, Count, Head, Settings
 from lora_lab.tasks.tables import text_of
 from lora_lab.tasks.task import Split, by_length

@@ -12,13 +12,13 @@ from typing import Any
 from lora_lab.errors import FileError, OptionError, unknown
 from lora_lab.files.trust import ANYWHERE, Reach
 from lora_lab.registry import Registry
-from lora_lab.tasks import clip, text, vision
-from lora_lab.tasks.clip import Clip
-from lora_lab.tasks.digits import LABELLINGS, Digits
-from lora_lab.tasks.language import CAUSAL_EXAMPLE, CHOICE_EXAMPLE, CausalLM, MultipleChoice
+from lora_lab.tasks.kinds import clip, text, vision
+from lora_lab.tasks.kinds.clip import Clip
+from lora_lab.tasks.kinds.digits import LABELLINGS, Digits
+from lora_lab.tasks.kinds.language import CAUSAL_EXAMPLE, CHOICE_EXAMPLE, CausalLM, MultipleChoice
+from lora_lab.tasks.kinds.text import TextClassification
+from lora_lab.tasks.kinds.vision import ImageClassification
 from lora_lab.tasks.task import Task
-from lora_lab.tasks.text import TextClassification
-from lora_lab.tasks.vision import ImageClassification
 
 
 def from_name(name: str) -> Task:

@@ -17,7 +17,7 @@ from torch import Tensor
 from lora_lab.errors import FileError, TaskError
 from lora_lab.files.confined import check_image
 from lora_lab.files.trust import Reach
-from lora_lab.tasks.labelled import LabelledTask
+from lora_lab.tasks.kinds.labelled import LabelledTask
 from lora_lab.tasks.settings import Column, Count, Settings
 from lora_lab.tasks.task import Split
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from lora_lab.adapters.groups import block
 from lora_lab.errors import TaskError
-from lora_lab.tasks.heads import ProbedTask, float_heads
-from lora_lab.tasks.images import DATA, ImageKeys, ImageTask
+from lora_lab.tasks.kinds.heads import ProbedTask, float_heads
+from lora_lab.tasks.kinds.images import DATA, ImageKeys, ImageTask
 from lora_lab.tasks.settings import COMMON, Head
 
 EXAMPLE = (
