@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from lora_lab.lazy import face
 
 if TYPE_CHECKING:
+    from lora_lab.files.disk import checked_header as checked_header
     from lora_lab.files.disk import file_hash as file_hash
     from lora_lab.files.disk import parse_json as parse_json
     from lora_lab.files.disk import read_bin as read_bin
@@ -19,11 +20,19 @@ if TYPE_CHECKING:
     from lora_lab.files.disk import write_bytes as write_bytes
     from lora_lab.files.disk import write_json as write_json
     from lora_lab.files.disk import write_safetensors as write_safetensors
+    from lora_lab.files.streamed import LazyTensors as LazyTensors
+    from lora_lab.files.streamed import byte_size as byte_size
+    from lora_lab.files.streamed import index_of as index_of
+    from lora_lab.files.streamed import open_checkpoint as open_checkpoint
+    from lora_lab.files.streamed import shards as shards
+    from lora_lab.files.streamed import spooled_writer as spooled_writer
+    from lora_lab.files.streamed import streamed_writer as streamed_writer
 
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
         "disk": (
+            "checked_header",
             "file_hash",
             "parse_json",
             "read_bin",
@@ -35,6 +44,15 @@ __getattr__, __dir__, __all__ = face(
             "write_bytes",
             "write_json",
             "write_safetensors",
+        ),
+        "streamed": (
+            "LazyTensors",
+            "byte_size",
+            "index_of",
+            "open_checkpoint",
+            "shards",
+            "spooled_writer",
+            "streamed_writer",
         ),
     },
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -13,7 +14,7 @@ import stat
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -74,16 +75,32 @@ def parse_json(text: str) -> Any:
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header metadata of a safetensors file; FileError says how it is broken."""
-    from safetensors import SafetensorError, safe_open
-
-    metadata = _check_safetensors_size(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
-        raise FileError(f"{path}: not a sound safetensors file ({_brief(error)})") from error
+    _, _, metadata = _checked_size(path)
+    with _opened(path) as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     _check_tensors(path, tensors)
     return tensors, metadata
+
+
+def checked_header(path: Path) -> tuple[dict[str, Any], int, dict[str, str]]:
+    """What a sound safetensors file says of its tensors, where their data begins in bytes, and its metadata.
+
+    As sound as what `read_safetensors` takes: every tensor's bytes are there, without gap or overlap.
+    """
+    header, length, metadata = _checked_size(path)
+    with _opened(path):  # which checks all offsets and shapes
+        return header, 8 + length, metadata
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
+        raise FileError(f"{path}: not a sound safetensors file ({_brief(error)})") from error
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -303,7 +320,8 @@ def _brief(error: BaseException) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def _check_safetensors_size(path: Path) -> dict[str, str]:
+def _checked_size(path: Path) -> tuple[dict[str, Any], int, dict[str, str]]:
+    """The header of a safetensors file without its metadata, its length, and the metadata; the file is long enough."""
     header, length = read_header(path)
     metadata = header.pop("__metadata__", {})
     try:
@@ -314,7 +332,8 @@ def _check_safetensors_size(path: Path) -> dict[str, str]:
         raise FileError(f"{path}: not a safetensors file (its header lists offsets beyond any file)")
     if _size(path) < expected:
         raise FileError(f"{path}: truncated or incomplete: {_size(path)} bytes of {expected}")
-    return {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
+    texts = {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
+    return header, length, texts
 
 
 def _size(path: Path) -> int:

@@ -234,7 +234,9 @@ def test_a_byte_order_mark_is_read_over(tmp_path):
     assert files.read_json(tmp_path / "x.json") == {"r": 4}
 
 
-@pytest.mark.parametrize("read", [files.read_json, files.read_safetensors, files.read_header, files.read_bin])
+@pytest.mark.parametrize(
+    "read", [files.read_json, files.read_safetensors, files.read_header, files.read_bin, files.LazyTensors]
+)
 def test_a_missing_file_and_a_folder_are_file_errors(tmp_path, read):
     for path in (tmp_path / "nowhere", tmp_path):
         with pytest.raises(FileError, match="cannot be read"):
@@ -276,23 +278,29 @@ def test_a_missing_file_and_a_folder_are_file_errors(tmp_path, read):
             header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"\0" * 9),
             "not a sound safetensors file",
         ),
+        (
+            header({name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for name in "ab"}, b"\0" * 8),
+            "not a sound safetensors file",
+        ),
     ],
 )
-def test_a_broken_safetensors_file_is_one_line_that_names_it(tmp_path, content, text):
+@pytest.mark.parametrize("read", [files.read_safetensors, files.LazyTensors])
+def test_a_broken_safetensors_file_is_one_line_that_names_it(tmp_path, content, text, read):
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(content)
     with pytest.raises(FileError, match=text) as caught:
-        files.read_safetensors(path)
+        read(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_safetensors_file_cut_anywhere_is_refused(tmp_path):
+@pytest.mark.parametrize("read", [files.read_safetensors, files.LazyTensors])
+def test_a_safetensors_file_cut_anywhere_is_refused(tmp_path, read):
     whole = save({"a": torch.ones(3, 5)}, {"format": "pt"})
     for length in range(len(whole)):
         (tmp_path / "x.safetensors").write_bytes(whole[:length])
         with pytest.raises(FileError, match=r"truncated|empty"):
-            files.read_safetensors(tmp_path / "x.safetensors")
+            read(tmp_path / "x.safetensors")
 
 
 # torch files
