@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from making_results import line, merges, run, shapley_result, stability_result, sweep_result, tried_result
 
 from lora_lab import escape, plots
 from lora_lab.errors import FileError, OptionError
@@ -20,87 +21,6 @@ from lora_lab.training.schedule import Schedule
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "figures").glob("*.py"))
-
-
-def line(method="lora", pairs=((0, 1),), spaces=("factors", "matched", "delta"), depth=0.3, ratios=()):
-    grid = np.linspace(0, 1, 5)
-    rows, barriers = [], []
-    for k, (i, j) in enumerate(pairs):
-        who = {"members": [f"{method}{i}", f"{method}{j}"], "indices": [i, j], "method": method}
-        for space in spaces:
-            dip = {"factors": depth + 0.1 * k, "matched": 0.02}.get(space, 0.0)
-            for t in grid:
-                rows.append(
-                    {**who, "space": space, "t": float(t), "ratio": None, **cells(0.9 - dip * 4 * t * (1 - t), t)}
-                )
-            barriers.append({**who, "space": space, "metric": "error", "barrier": "entezari", "value": dip})
-        for ratio in ratios:
-            rows.append({**who, "space": "delta", "t": None, "ratio": ratio, **cells(0.8 + 0.01 * k, 0.5)})
-    count = 1 + max(max(pair) for pair in pairs)
-    adapters = [{"label": f"{method}{i}", "method": method} for i in range(count)]
-    parameters = {"spaces": list(spaces), "adapters": adapters, "task": {"name": "digits/relabel"}, "split": "test"}
-    return Result("interpolate", columns(rows), parameters, {"barriers": barriers}, {"examples": 500})
-
-
-def cells(accuracy, t):
-    return {
-        "accuracy": accuracy,
-        "accuracy_low": accuracy - 0.02,
-        "accuracy_high": accuracy + 0.02,
-        "loss": 1 - accuracy,
-        "loss_low": 0.9 - accuracy,
-        "loss_high": 1.1 - accuracy,
-        "norm": 10 * (1 - 2 * t * (1 - t)),
-    }
-
-
-def merges(methods=("lora", "coto"), names=("average", "ties"), seeds=2, ratios=(None,)):
-    rows, sets, curves = [], [], []
-    for method in methods:
-        for seed in range(seeds):
-            for ratio in ratios:
-                head = {"set": f"{method} {seed} {ratio}", "method": method, "seed": seed, "ratio": ratio}
-                for name in ("alone", *names):
-                    value = 0.7 + 0.01 * seed + 0.05 * (method == "coto")
-                    ends = {"": value, "_low": value - 0.02, "_high": value + 0.03}
-                    cell = {key + end: v for key in ("accuracy", "normalised") for end, v in ends.items()}
-                    coefficient = None if name == "alone" else 1.0
-                    cell |= {"merge": name, "coefficient": coefficient, "chosen": True, "loss": 1.0}
-                    sets.append({**head, **cell, "at_edge": False})
-                    rows.append({**head, **cell, "task": "t1"})
-                    if name != "alone":
-                        points = {"coefficient": [0.1, 1.0, 3.0], "accuracy": [value] * 3}
-                        curves.append({**head, "merge": name, **points})
-    table = [
-        {"method": m, "merge": n, "ratio": r, "sets": seeds, "at_edge": 0, "coefficient": 1.0, "accuracy": 0.7}
-        for m in methods
-        for n in ("alone", *names)
-        for r in ratios
-    ]
-    parameters = {"merges": list(names), "one_task": ratios != (None,), "task_names": ["t1", "t2"], "split": "test"}
-    return Result(
-        "compare-merges",
-        columns(rows),
-        parameters,
-        {"sets": sets, "by_method": table, "curves": curves},
-        {"examples": 500},
-    )
-
-
-def run(method="coto", steps=40):
-    schedule = Schedule()
-    log = {
-        "step": list(range(steps)),
-        "p": [schedule.probability(t, steps) if method == "coto" else 1.0 for t in range(steps)],
-        "mask": [
-            "".join("01"[int(on)] for on in schedule.mask(t, steps, 4, 0)) if method == "coto" else None
-            for t in range(steps)
-        ],
-        "loss": [1 / (t + 1) for t in range(steps)],
-        "learning_rate": [1e-3] * steps,
-    }
-    groups = {f"layers.{i}": [f"layers.{i}.q"] for i in range(4)}
-    return Result("train", log, {"record": {"method": method, "seed": 0}, "groups": groups})
 
 
 def test_curves_are_the_columns_with_their_intervals():
@@ -215,17 +135,6 @@ def test_runs_of_any_length_are_drawn(steps):
     assert len(figure.axes[2].lines[1].get_ydata()) == steps
 
 
-def tried_result(method, values, **more):
-    """What some settings gave, without training: (learning rate, an accuracy a seed, whether it is chosen)."""
-    rows = [
-        {"method": method, "seed": seed, "learning_rate": rate, **more, "accuracy": value, "loss": 1.0, "chosen": best}
-        for rate, seeds, best in values
-        for seed, value in enumerate(seeds)
-    ]
-    said = {"task": {"name": "x"}, "options": ["learning_rate", *more], "criterion": "accuracy"}
-    return Result("tuning", columns(rows), said)
-
-
 def test_a_figure_overlays_methods_over_the_settings_and_leaves_gaps_where_one_diverged():
     lora = tried_result("lora", [(1e-3, [0.6, 0.8], True), (4e-3, [0.5, None], False)])
     coto = tried_result("coto", [(1e-3, [0.5, 0.5], False), (4e-3, [0.9, 0.7], True)])
@@ -335,37 +244,6 @@ def test_every_script_of_the_paper_draws_without_torch(script, drawn):
     assert written.count(".pdf") == written.count(".png") >= 1
 
 
-def shapley_result(labels=("lora-s0", "coto-s0"), players="type-layer", trace=5, interactions=False):
-    rows, summaries = [], []
-    for a, label in enumerate(labels):
-        names = [(t, layer) for layer in range(3) for t in ("k_proj", "q_proj", "fc1")]
-        if players == "layer":
-            names = [(None, layer) for layer in range(3)]
-        for i, (kind, layer) in enumerate(names):
-            value = 0.1 * (a + 1) + 0.01 * i - 0.02 * (i == 0)
-            rows.append(
-                {
-                    "adapter": label,
-                    "method": label.partition("-")[0],
-                    "seed": int(label[-1]),
-                    "player": f"{kind}.{layer}" if kind else f"vit.layers.{layer}",
-                    "encoder": "",
-                    "type": kind,
-                    "layer": layer,
-                    "value": value,
-                    "low": value - 0.03,
-                    "high": value + 0.03,
-                }
-            )
-        steps = [{"evaluations": 10 * 2**k, "values": [0.1 + 0.1 / 2**k], "se": [0.1 / 2**k]} for k in range(trace)]
-        summaries.append({"adapter": label, "estimator": "antithetic", "trace": steps})
-        if interactions:
-            table = [[0.0, 0.2, None], [0.2, 0.0, -0.1], [None, -0.1, 0.0]]
-            summaries[-1]["interactions"] = {"players": ["a.0", "a.1", "a.2"], "values": table}
-    parameters = {"worth": "accuracy", "players": players, "task": {"name": "digits/relabel"}, "split": "test"}
-    return Result("shapley", columns(rows), parameters, {"adapters": summaries}, {"examples": 500})
-
-
 def test_a_heat_map_holds_the_values_by_type_and_layer_under_one_colour_bar():
     figure = plots.figure([shapley_result()])
     panels = [ax for ax in figure.axes if ax.images]
@@ -418,21 +296,6 @@ def test_interactions_are_drawn_around_zero():
         plots.figure([shapley_result()], kind="shapley:interactions")
 
 
-def stability_result(labels=("lora-s0", "coto-s0"), rescaled=(False, True)):
-    rows = []
-    for a, label in enumerate(labels):
-        for scaled in rescaled:
-            who = {"adapter": label, "method": label[:4], "seed": a, "rescaled": scaled}
-            for family, count in (("k-of-G", 4), ("p", 3), ("leave-one-out", 3), ("one-alone", 3)):
-                for k in range(count):
-                    error = 0.8 - 0.2 * k + 0.05 * a
-                    ends = {"error": error, "error_low": error - 0.1, "error_high": error + 0.1}
-                    cells = {"label": f"x.{k}", "share": k / 3, **ends, "error_worst": error + 0.05}
-                    rows.append({**who, "family": family, **cells})
-    parameters = {"players": "layer", "task": {"name": "digits/relabel"}, "split": "test"}
-    return Result("stability", columns(rows), parameters, {}, {"examples": 500})
-
-
 def test_stability_curves_show_mean_band_and_worst():
     figure = plots.figure([stability_result()])
     plain, scaled = figure.axes
@@ -453,22 +316,6 @@ def test_captions_say_whose_band_is_which():
         caption = plots.figure([result], kind="shapley:bars" if result.kind == "shapley" else None).get_supxlabel()
         assert f"LoRA {one}" in caption
         assert f"CoTo {several}" in caption
-
-
-def sweep_result(labels=("lora-s0", "coto-s0")):
-    rows = []
-    for a, label in enumerate(labels):
-        who = {"adapter": label, "method": label[:4], "seed": a}
-        cells = [("structured", "all", "all"), ("structured", "even", "even"), ("structured", "random", "random:3")]
-        cells += [("unstructured", c, s) for c in ("magnitude", "random") for s in ("0", "0.5", "0.9")]
-        cells += [("rank", c, r) for c in ("svd", "random") for r in ("1", "2")]
-        for i, (kind, criterion, place) in enumerate(cells):
-            draws = 5 if criterion == "random" else 1
-            accuracy = 0.9 - 0.03 * i + 0.05 * a
-            ends = {"accuracy": accuracy, "accuracy_low": accuracy - 0.02, "accuracy_high": accuracy + 0.02}
-            rows.append({**who, "kind": kind, "criterion": criterion, "label": place, "draws": draws, **ends})
-    parameters = {"task": {"name": "digits/relabel"}, "split": "test"}
-    return Result("sweep", columns(rows), parameters, {}, {"examples": 500})
 
 
 @pytest.mark.parametrize("width", ["single", "double"])

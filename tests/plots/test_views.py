@@ -5,9 +5,9 @@ import itertools
 import matplotlib
 import numpy as np
 import pytest
+from making_results import line, merges, run, shapley_result, stability_result, sweep_result, tried_result
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from test_figures import line, merges, run, shapley_result, stability_result, sweep_result, tried_result
 
 from lora_lab import plots
 from lora_lab.errors import OptionError

@@ -1,0 +1,268 @@
+"""Results with made-up numbers, as the questions write them: small ones, and those of real sizes."""
+
+import numpy as np
+
+from lora_lab.results.result import Result, columns
+from lora_lab.training.schedule import Schedule
+
+
+def line(method="lora", pairs=((0, 1),), spaces=("factors", "matched", "delta"), depth=0.3, ratios=()):
+    grid = np.linspace(0, 1, 5)
+    rows, barriers = [], []
+    for k, (i, j) in enumerate(pairs):
+        who = {"members": [f"{method}{i}", f"{method}{j}"], "indices": [i, j], "method": method}
+        for space in spaces:
+            dip = {"factors": depth + 0.1 * k, "matched": 0.02}.get(space, 0.0)
+            for t in grid:
+                rows.append(
+                    {**who, "space": space, "t": float(t), "ratio": None, **cells(0.9 - dip * 4 * t * (1 - t), t)}
+                )
+            barriers.append({**who, "space": space, "metric": "error", "barrier": "entezari", "value": dip})
+        for ratio in ratios:
+            rows.append({**who, "space": "delta", "t": None, "ratio": ratio, **cells(0.8 + 0.01 * k, 0.5)})
+    count = 1 + max(max(pair) for pair in pairs)
+    adapters = [{"label": f"{method}{i}", "method": method} for i in range(count)]
+    parameters = {"spaces": list(spaces), "adapters": adapters, "task": {"name": "digits/relabel"}, "split": "test"}
+    return Result("interpolate", columns(rows), parameters, {"barriers": barriers}, {"examples": 500})
+
+
+def cells(accuracy, t):
+    return {
+        "accuracy": accuracy,
+        "accuracy_low": accuracy - 0.02,
+        "accuracy_high": accuracy + 0.02,
+        "loss": 1 - accuracy,
+        "loss_low": 0.9 - accuracy,
+        "loss_high": 1.1 - accuracy,
+        "norm": 10 * (1 - 2 * t * (1 - t)),
+    }
+
+
+def merges(methods=("lora", "coto"), names=("average", "ties"), seeds=2, ratios=(None,)):
+    rows, sets, curves = [], [], []
+    for method in methods:
+        for seed in range(seeds):
+            for ratio in ratios:
+                head = {"set": f"{method} {seed} {ratio}", "method": method, "seed": seed, "ratio": ratio}
+                for name in ("alone", *names):
+                    value = 0.7 + 0.01 * seed + 0.05 * (method == "coto")
+                    ends = {"": value, "_low": value - 0.02, "_high": value + 0.03}
+                    cell = {key + end: v for key in ("accuracy", "normalised") for end, v in ends.items()}
+                    coefficient = None if name == "alone" else 1.0
+                    cell |= {"merge": name, "coefficient": coefficient, "chosen": True, "loss": 1.0}
+                    sets.append({**head, **cell, "at_edge": False})
+                    rows.append({**head, **cell, "task": "t1"})
+                    if name != "alone":
+                        points = {"coefficient": [0.1, 1.0, 3.0], "accuracy": [value] * 3}
+                        curves.append({**head, "merge": name, **points})
+    table = [
+        {"method": m, "merge": n, "ratio": r, "sets": seeds, "at_edge": 0, "coefficient": 1.0, "accuracy": 0.7}
+        for m in methods
+        for n in ("alone", *names)
+        for r in ratios
+    ]
+    parameters = {"merges": list(names), "one_task": ratios != (None,), "task_names": ["t1", "t2"], "split": "test"}
+    return Result(
+        "compare-merges",
+        columns(rows),
+        parameters,
+        {"sets": sets, "by_method": table, "curves": curves},
+        {"examples": 500},
+    )
+
+
+def run(method="coto", steps=40, groups=4):
+    schedule = Schedule()
+    log = {
+        "step": list(range(steps)),
+        "p": [schedule.probability(t, steps) if method == "coto" else 1.0 for t in range(steps)],
+        "mask": [
+            "".join("01"[int(on)] for on in schedule.mask(t, steps, groups, 0)) if method == "coto" else None
+            for t in range(steps)
+        ],
+        "loss": [1 / (t + 1) for t in range(steps)],
+        "learning_rate": [1e-3] * steps,
+    }
+    names = {f"layers.{i}": [f"layers.{i}.q"] for i in range(groups)}
+    return Result("train", log, {"record": {"method": method, "seed": 0}, "groups": names})
+
+
+def tried_result(method, values, **more):
+    """What some settings gave, without training: (learning rate, an accuracy a seed, whether it is chosen)."""
+    rows = [
+        {"method": method, "seed": seed, "learning_rate": rate, **more, "accuracy": value, "loss": 1.0, "chosen": best}
+        for rate, seeds, best in values
+        for seed, value in enumerate(seeds)
+    ]
+    said = {"task": {"name": "x"}, "options": ["learning_rate", *more], "criterion": "accuracy"}
+    return Result("tuning", columns(rows), said)
+
+
+def shapley_result(labels=("lora-s0", "coto-s0"), players="type-layer", trace=5, interactions=False):
+    rows, summaries = [], []
+    for a, label in enumerate(labels):
+        names = [(t, layer) for layer in range(3) for t in ("k_proj", "q_proj", "fc1")]
+        if players == "layer":
+            names = [(None, layer) for layer in range(3)]
+        for i, (kind, layer) in enumerate(names):
+            value = 0.1 * (a + 1) + 0.01 * i - 0.02 * (i == 0)
+            rows.append(
+                {
+                    "adapter": label,
+                    "method": label.partition("-")[0],
+                    "seed": int(label[-1]),
+                    "player": f"{kind}.{layer}" if kind else f"vit.layers.{layer}",
+                    "encoder": "",
+                    "type": kind,
+                    "layer": layer,
+                    "value": value,
+                    "low": value - 0.03,
+                    "high": value + 0.03,
+                }
+            )
+        steps = [{"evaluations": 10 * 2**k, "values": [0.1 + 0.1 / 2**k], "se": [0.1 / 2**k]} for k in range(trace)]
+        summaries.append({"adapter": label, "estimator": "antithetic", "trace": steps})
+        if interactions:
+            table = [[0.0, 0.2, None], [0.2, 0.0, -0.1], [None, -0.1, 0.0]]
+            summaries[-1]["interactions"] = {"players": ["a.0", "a.1", "a.2"], "values": table}
+    parameters = {"worth": "accuracy", "players": players, "task": {"name": "digits/relabel"}, "split": "test"}
+    return Result("shapley", columns(rows), parameters, {"adapters": summaries}, {"examples": 500})
+
+
+def stability_result(labels=("lora-s0", "coto-s0"), rescaled=(False, True)):
+    rows = []
+    for a, label in enumerate(labels):
+        for scaled in rescaled:
+            who = {"adapter": label, "method": label[:4], "seed": a, "rescaled": scaled}
+            for family, count in (("k-of-G", 4), ("p", 3), ("leave-one-out", 3), ("one-alone", 3)):
+                for k in range(count):
+                    error = 0.8 - 0.2 * k + 0.05 * a
+                    ends = {"error": error, "error_low": error - 0.1, "error_high": error + 0.1}
+                    cells = {"label": f"x.{k}", "share": k / 3, **ends, "error_worst": error + 0.05}
+                    rows.append({**who, "family": family, **cells})
+    parameters = {"players": "layer", "task": {"name": "digits/relabel"}, "split": "test"}
+    return Result("stability", columns(rows), parameters, {}, {"examples": 500})
+
+
+def sweep_result(labels=("lora-s0", "coto-s0")):
+    rows = []
+    for a, label in enumerate(labels):
+        who = {"adapter": label, "method": label[:4], "seed": a}
+        cells = [("structured", "all", "all"), ("structured", "even", "even"), ("structured", "random", "random:3")]
+        cells += [("unstructured", c, s) for c in ("magnitude", "random") for s in ("0", "0.5", "0.9")]
+        cells += [("rank", c, r) for c in ("svd", "random") for r in ("1", "2")]
+        for i, (kind, criterion, place) in enumerate(cells):
+            draws = 5 if criterion == "random" else 1
+            accuracy = 0.9 - 0.03 * i + 0.05 * a
+            ends = {"accuracy": accuracy, "accuracy_low": accuracy - 0.02, "accuracy_high": accuracy + 0.02}
+            rows.append({**who, "kind": kind, "criterion": criterion, "label": place, "draws": draws, **ends})
+    parameters = {"task": {"name": "digits/relabel"}, "split": "test"}
+    return Result("sweep", columns(rows), parameters, {}, {"examples": 500})
+
+
+def long_names(count):
+    """Names of 60 characters that differ in their middle only."""
+    return [f"meta-llama_Llama-3.1-70B-Instruct-domain-{i:03d}-rank16-alpha32-x" for i in range(count)]
+
+
+def of_real_size(view, adapters=9, layers=80):
+    """Results for a view: so many adapters of unknown method with long names, so many layers, small values."""
+    return REAL_SIZES[view.partition(":")[0]](view, long_names(adapters), layers)
+
+
+def _lines(view, names, layers):
+    count = max(2, len(names))
+    names = long_names(count)
+    pairs = [(i, j) for i in range(count) for j in range(i + 1, count)]
+    result = line(pairs=pairs, depth=0.002 if count < 9 else 0.1, ratios=("0:1", "1:2", "1:1", "2:1", "1:0"))
+    result.parameters["adapters"] = [{"label": name, "method": name} for name in names]
+    values = [0.002 * (i + 1) * (j + 1) / count for i, j in pairs for _ in result.parameters["spaces"]]
+    barriers = [
+        {**row, "members": [names[i] for i in row["indices"]], "value": value}
+        for row, value in zip(result.summary["barriers"], values, strict=True)
+    ]
+    result.summary["barriers"] = barriers
+    rows = [{**row, "method": " – ".join(names[i] for i in row["indices"])} for row in result.rows()]
+    return [Result(result.kind, columns(rows), result.parameters, result.summary, result.provenance)]
+
+
+def _games(view, names, layers):
+    types = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    players = [(kind, layer) for layer in range(layers) for kind in (types if "heatmap" in view else (None,))]
+    rows, summaries = [], []
+    for a, name in enumerate(names):
+        for i, (kind, layer) in enumerate(players):
+            value = -0.0004 if i % 11 == a else 0.002 + 0.01 * layer / layers
+            at = {"player": f"model.layers.{layer}" + (f".{kind}" if kind else ""), "type": kind, "layer": layer}
+            cells = {"value": value, "low": value - 0.0003, "high": value + 0.0003}
+            rows.append({"adapter": name, "method": name, "seed": 0, "encoder": "", **at, **cells})
+        steps = [
+            {"evaluations": 10 * 2**k, "values": [0.1 + 0.1 / 2**k], "se": [0.1 / (a + 1) / 2**k]} for k in range(9)
+        ]
+        table = [[0.0 if i == j else 0.0004 * (a - i % 3) for j in range(layers)] for i in range(layers)]
+        pairs = {"players": [f"model.layers.{i}" for i in range(layers)], "values": table}
+        summaries.append({"adapter": name, "estimator": "antithetic", "trace": steps, "interactions": pairs})
+    said = {"worth": "accuracy", "players": "layer", "task": {"name": "digits/relabel"}, "split": "test"}
+    return [Result("shapley", columns(rows), said, {"adapters": summaries}, {"examples": 500})]
+
+
+def _kept(view, names, layers):
+    rows = []
+    for a, name in enumerate(names):
+        for scaled in (False, True):
+            who = {"adapter": name, "method": name, "seed": a, "rescaled": scaled}
+            for family, count in (("k-of-G", layers), ("p", 10), ("leave-one-out", layers), ("one-alone", layers)):
+                for k in range(count):
+                    error = 0.8 - 0.6 * k / count + 0.002 * a
+                    ends = {"error": error, "error_low": error - 0.002, "error_high": error + 0.002}
+                    cells = {"label": f"model.layers.{k}", "share": k / count, **ends, "error_worst": error + 0.05}
+                    rows.append({**who, "family": family, **cells})
+    said = {"players": "layer", "task": {"name": "digits/relabel"}, "split": "test"}
+    return [Result("stability", columns(rows), said, {}, {"examples": 500})]
+
+
+def _pruned(view, names, layers):
+    patterns = ["all", "even", "odd", "low", "high", "random:3", "top-shapley:0.5", "encoder:vision_model"]
+    patterns += [f"type:{kind}_proj" for kind in ("q", "k", "v", "o", "gate", "up", "down")]
+    patterns += [f"layers:{k}-{k + layers // 4 - 1}" for k in range(0, layers, layers // 4)]
+    cells = [("structured", name, name) for name in patterns]
+    cells += [("unstructured", c, f"{s / 10:g}") for c in ("magnitude", "random", "wanda") for s in range(10)]
+    cells += [("rank", c, str(r)) for c in ("svd", "random", "energy") for r in (1, 2, 4, 8, 16, 32, 64)]
+    rows = []
+    for a, name in enumerate(names):
+        for i, (kind, criterion, place) in enumerate(cells):
+            value = 0.9 - 0.02 * (i % 10) + 0.002 * a
+            ends = {"accuracy": value, "accuracy_low": value - 0.002, "accuracy_high": value + 0.002}
+            who = {"adapter": name, "method": name, "seed": a, "kind": kind, "criterion": criterion}
+            rows.append({**who, "label": place, "draws": 5 if criterion == "random" else 1, **ends})
+    said = {"task": {"name": "digits/relabel"}, "split": "test"}
+    return [Result("sweep", columns(rows), said, {}, {"examples": 500})]
+
+
+def _merged(view, names, layers):
+    kinds = ("average", "task-arithmetic", "factor-average", "ties", "dare-ties", "tsv", "core-space", names[0])
+    ratios = ("0:1", "1:4", "1:1", "4:1", "1:0") if view.endswith("ratios") else (None,)
+    return [merges(methods=names, names=kinds, seeds=1, ratios=ratios)]
+
+
+def _runs(view, names, layers):
+    made = [run("coto" if i % 2 else "lora", steps=200, groups=layers) for i in range(len(names))]
+    for one, name in zip(made, names, strict=True):
+        one.parameters["record"] = {"method": name, "seed": 0}
+    return made
+
+
+def _tried(view, names, layers):
+    rates = [(1e-4 * 2**k, [0.6 + 0.02 * k, 0.602 + 0.02 * k], k == 4) for k in range(8)]
+    return [tried_result(name, rates) for name in names]
+
+
+REAL_SIZES = {
+    "interpolate": _lines,
+    "shapley": _games,
+    "stability": _kept,
+    "sweep": _pruned,
+    "compare-merges": _merged,
+    "train": _runs,
+    "tuning": _tried,
+}
