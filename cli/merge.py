@@ -13,8 +13,8 @@ import typer
 from ..errors import OptionError
 from ..options import option
 from . import parsing
-from .options import AdapterOutput, Device, Loading, TaskEach
-from .terminal import console, print_json, progress, table
+from .options import AdapterOutput, Computing, Device, Loading, TaskEach
+from .terminal import console, print_json, table
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,24 @@ class Merging:
     )
     dtype: str = option("float32", "float32, bfloat16 or float16, of the file.")
     base: str | None = option(None, "Folder or hub id of the base model: for DoRA, HiRA and others, whose ΔW needs it.")
+
+
+@dataclass(frozen=True)
+class Searching(Computing):
+    """Where a search is computed, and by whom."""
+
+    jobs: int | None = option(
+        None,
+        "Try what --search names in so many processes of this machine: combinations side by side, or the coefficients "
+        "of a list; an interval in one. A single merge is never divided, fisher, regmean, lorahub and adamerging "
+        "neither.",
+        least=1,
+    )
+    ray: str | None = option(
+        None,
+        "The same on workers of a Ray cluster: auto (the one that runs), HOST:PORT, or local:N workers of its own.",
+    )
+    yes: bool = option(False, "Search without asking, however long it takes.")
 
 
 @dataclass(frozen=True)
@@ -69,7 +87,7 @@ def command(
     how: Merging,
     task: TaskEach,
     loading: Loading,
-    device: Device,
+    computing: Searching,
     output: Written,
     methods: Annotated[
         bool, typer.Option("--methods", help="List the methods with their options.", is_eager=True, callback=_list)
@@ -92,13 +110,15 @@ def command(
     spaces = parsing.searches(how.search or [], how.method, options)
     if "coefficient" in spaces and how.coefficient != 1:
         raise OptionError("the coefficient is both set and searched")
+    if not spaces and (computing.ray or (computing.jobs or 1) > 1):
+        raise OptionError("--jobs and --ray share out what --search tries; a single merge is never divided")
     inputs = [Path(adapter) for adapter in adapters]
     refuse_existing(path, force=output.force, inputs=inputs)
     weights = parsing.weights(how.weights or [], len(adapters))
     loaded = loading.load(adapters)
     read_data = MERGES[how.method].reads_data or bool(spaces or task.task)
-    sources = _sources(loaded, weights, how, task if read_data else None, device, task.trust_record)
-    merged = _merged(sources, how, options, spaces)
+    sources = _sources(loaded, weights, how, task if read_data else None, computing, task.trust_record)
+    merged = _merged(sources, how, options, spaces, computing)
     save(merged, path, inputs=inputs, force=output.force)
     report = _report(path, merged)
     if output.json:
@@ -118,14 +138,14 @@ def _sources(loaded: Any, weights: Any, how: Merging, task: TaskEach | None, dev
     return Sources(loaded, weights, base=base, tasks=tasks, device=device.resolved())
 
 
-def _merged(sources: Any, how: Merging, options: Any, spaces: Any) -> Any:
+def _merged(sources: Any, how: Merging, options: Any, spaces: Any, computing: Searching) -> Any:
     """The merge, at the options and the coefficient that a search finds best where there is one."""
     from ..merging import merged, search
 
     coefficient, trials = how.coefficient, None
-    with progress(f"merging by {how.method}") as report:
+    with computing.execution(f"merging by {how.method}") as on:
         if spaces:
-            best = search.search(sources, how.method, spaces, options=options, coefficient=coefficient, progress=report)
+            best = search.search(sources, how.method, spaces, options=options, coefficient=coefficient, on=on)
             options, coefficient, trials = dict(best.options), best.coefficient, best.trials
         return merged.merge(
             sources,
@@ -136,7 +156,7 @@ def _merged(sources: Any, how: Merging, options: Any, spaces: Any) -> Any:
             heads=how.heads,
             dtype=how.dtype,
             trials=trials,
-            progress=report,
+            progress=on.progress,
         )
 
 

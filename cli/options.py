@@ -149,7 +149,7 @@ class Computing(Workers):
             return
         if not (sys.stdin and sys.stdin.isatty()):
             raise OptionError(
-                f"this may take {_duration(cost.seconds)}; --yes goes ahead, --examples and --samples shorten it"
+                f"this may take {_duration(cost.seconds)}; --yes goes ahead, fewer samples or examples take less"
             )
         typer.confirm("go ahead?", abort=True, err=True)
 

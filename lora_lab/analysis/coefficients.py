@@ -5,16 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from lora_lab.adapters.lowrank import LowRank
 from lora_lab.analysis.merge_sets import MergeSet, MergeSpec
 from lora_lab.errors import MismatchError, OptionError, TaskError, TunerError
-from lora_lab.merging.merged import merge
-from lora_lab.merging.sources import Sources
+from lora_lab.merging.search import MergedUpdates
 from lora_lab.merging.task_models import MergeModels
 from lora_lab.results.stats import Floats
 from lora_lab.scoring.changes import Change
@@ -56,29 +54,6 @@ class Ensemble(Change):
         """Its scores."""
         weights = [weight / sum(self.weights) for weight in self.weights]
         return models.ensemble(self.index, [models.updates(i) for i in self.members], weights, examples.split)
-
-
-@dataclass(frozen=True)
-class MergedUpdates(Change):
-    """A merge of several adapters, times a coefficient, on the task of one, with its head."""
-
-    method: str
-    options: Mapping[str, Any]
-    members: tuple[int, ...]
-    weights: tuple[float, ...]
-    coefficient: float
-    index: int
-
-    def apply(self, models: MergeModels, examples: Examples) -> Scores:
-        """Its scores; the merge is made once for all coefficients that come one after the other."""
-        merged = models.latest(replace(self, coefficient=1.0, index=0).key, lambda: self._merged(models))
-        scaled = {name: self.coefficient * update for name, update in merged.items()}
-        return models.scores(self.index, scaled, examples.split)
-
-    def _merged(self, models: MergeModels) -> Mapping[str, LowRank]:
-        adapters, tasks = [models.adapters[i] for i in self.members], [models.tasks[i] for i in self.members]
-        sources = Sources(adapters, self.weights, base=models.base, tasks=tasks, device=models.device)
-        return merge(sources, self.method, options=self.options, heads="keep-own").adapter.updates
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,29 @@
-"""Options and coefficients of a merge, chosen on validation data."""
+"""Options and coefficients of a merge, chosen on validation data; a merge as what is scored."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import OptionError
 from lora_lab.merging.merged import merge
-from lora_lab.merging.sources import Sources
+from lora_lab.merging.methods import MERGES
+from lora_lab.merging.sources import Sources, Weights
 from lora_lab.merging.task_models import MergeModels, mean_loss
+from lora_lab.scoring.changes import Change
+from lora_lab.scoring.evaluator import Build, Evaluator
+from lora_lab.scoring.examples import Examples
+from lora_lab.scoring.execution import Cost, Execution
+from lora_lab.tasks.task import Scores
 
 COEFFICIENT = "coefficient"
+_EVALUATIONS = 25
+"""Coefficients of an interval at the most."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,71 @@ class Found:
     """Options, coefficient, and mean over the tasks of accuracy and loss on their validation splits."""
 
 
+@dataclass(frozen=True)
+class MergedUpdates(Change):
+    """A merge of several adapters, times a coefficient, on the task of one, with its head."""
+
+    method: str
+    options: Mapping[str, Any]
+    members: tuple[int, ...]
+    weights: Weights | tuple[float, ...]
+    coefficient: float
+    index: int
+
+    def apply(self, models: MergeModels, examples: Examples) -> Scores:
+        """Its scores; the merge is made once for all coefficients that come one after the other."""
+        merged = models.latest(replace(self, coefficient=1.0, index=0).key, lambda: self._merged(models))
+        scaled = {name: self.coefficient * update for name, update in merged.items()}
+        return models.scores(self.index, scaled, examples.split)
+
+    def _merged(self, models: MergeModels) -> Mapping[str, LowRank]:
+        sources = models.sources.part(self.members, self.weights)
+        return merge(sources, self.method, options=self.options, heads="keep-own").adapter.updates
+
+
+@dataclass(frozen=True)
+class _Combination:
+    """A merge with certain options at coefficients of a grid, or of an interval in which scipy looks for the best.
+
+    Asks for scores, so that a worker can do it beforehand.
+    """
+
+    merged: MergedUpdates
+    coefficients: Grid | Interval
+    indices: tuple[int, ...]
+    """Of the sources that stand for every different task and head."""
+
+    def __call__(self, evaluator: Evaluator) -> list[dict[str, Any]]:
+        """What was tried, in this order."""
+        trials: list[dict[str, Any]] = []
+
+        def judged(coefficient: float) -> float:
+            coefficient = float(coefficient)
+            scores = evaluator.scores([replace(self.merged, coefficient=coefficient, index=i) for i in self.indices])
+            accuracy, loss = sum(s.accuracy for s in scores) / len(scores), mean_loss(scores)
+            trials.append({**self.merged.options, COEFFICIENT: coefficient, "accuracy": accuracy, "loss": loss})
+            return loss if math.isfinite(loss) else math.inf
+
+        if isinstance(self.coefficients, Grid):
+            for coefficient in self.coefficients.values:
+                judged(coefficient)
+        else:
+            from scipy.optimize import minimize_scalar
+
+            low, high = self.coefficients.low, self.coefficients.high
+            options = {"maxiter": _EVALUATIONS, "xatol": 0.005 * (high - low)}
+            minimize_scalar(judged, bounds=(low, high), method="bounded", options=options)
+        return trials
+
+    def parts(self, count: int) -> list[_Combination]:
+        """About so many with some of the coefficients each; an interval is one, as each trial hangs on the last."""
+        if isinstance(self.coefficients, Interval):
+            return [self]
+        values = self.coefficients.values
+        size = -(-len(values) // count)
+        return [replace(self, coefficients=Grid(values[i : i + size])) for i in range(0, len(values), size)]
+
+
 def search(
     sources: Sources,
     method: str,
@@ -57,49 +131,57 @@ def search(
     *,
     options: Mapping[str, Any] | None = None,
     coefficient: float = 1.0,
-    progress: Callable[[int, int], None] | None = None,
+    on: Execution = Execution(),
 ) -> Found:
     """The options and the coefficient with the best mean validation accuracy over the tasks (then the lowest loss).
 
     Grids are tried in all combinations. An interval of coefficients is searched by scipy's bounded scalar minimiser
     for the lowest mean loss, at most 25 values for each combination.
+
+    Without workers, this process tries them on the device of the sources. Workers try combinations side by side, and
+    where these are fewer than the workers, the coefficients of a grid; an interval is searched by one worker. Nothing
+    is kept in a journal: a merge can hang on more than what it is scored on.
     """
     models = MergeModels(sources)
     names = [name for name in spaces if name != COEFFICIENT]
     grids = [space.values for name in names if isinstance(space := spaces[name], Grid)]
-    where = spaces.get(COEFFICIENT, Grid((coefficient,)))
-    trials: list[dict[str, Any]] = []
-    combinations = list(itertools.product(*grids))
-    total = len(combinations) * (len(where.values) if isinstance(where, Grid) else _EVALUATIONS)
-    for combination in combinations:
-        chosen = {**(options or {}), **dict(zip(names, combination, strict=True))}
-        made = merge(sources, method, options=chosen, heads="keep-own").adapter.updates
-
-        def judged(value: float, chosen: dict[str, Any] = chosen, made: Mapping[str, LowRank] = made) -> float:
-            scaled = {name: float(value) * update for name, update in made.items()}
-            scores = [models.scores(index, scaled, "validation") for index in models.indices]
-            accuracy = sum(s.accuracy for s in scores) / len(scores)
-            trials.append({**chosen, COEFFICIENT: float(value), "accuracy": accuracy, "loss": mean_loss(scores)})
-            if progress:
-                progress(len(trials), max(total, len(trials)))
-            loss: float = trials[-1]["loss"]
-            return loss if math.isfinite(loss) else math.inf
-
-        if isinstance(where, Grid):
-            for value in where.values:
-                judged(value)
-        else:
-            from scipy.optimize import minimize_scalar
-
-            minimize_scalar(
-                judged,
-                bounds=(where.low, where.high),
-                method="bounded",
-                options={"maxiter": _EVALUATIONS, "xatol": 0.005 * (where.high - where.low)},
-            )
+    tried = spaces.get(COEFFICIENT, Grid((coefficient,)))
+    members, indices = tuple(range(len(sources.adapters))), tuple(models.indices)
+    combinations = []
+    for values in itertools.product(*grids):
+        chosen = {**(options or {}), **dict(zip(names, values, strict=True))}
+        merged = MergedUpdates(method, chosen, members, sources.weights, 1.0, 0)
+        combinations.append(_Combination(merged, tried, indices))
+    evaluator = _evaluator(models, on, reads_data=MERGES[method].reads_data)
+    evaluator.total = len(combinations) * len(indices)
+    evaluator.total *= len(tried.values) if isinstance(tried, Grid) else _EVALUATIONS
+    if evaluator.on.confirm:
+        evaluator.on.confirm(_cost(evaluator, combinations))
+    if evaluator.on.workers:
+        count = -(-evaluator.on.workers.size // len(combinations))
+        evaluator.prepare([(part, ()) for each in combinations for part in each.parts(count)])
+    trials = [trial for combination in combinations for trial in combination(evaluator)]
     best = max(trials, key=lambda trial: (trial["accuracy"], -trial["loss"]))
     kept = {name: value for name, value in best.items() if name not in (COEFFICIENT, "accuracy", "loss")}
     return Found(kept, best[COEFFICIENT], trials)
 
 
-_EVALUATIONS = 25
+def _evaluator(models: MergeModels, on: Execution, *, reads_data: bool) -> Evaluator:
+    """Scores on the validation splits, here on these models; workers have the training data, too, where it is read."""
+    sources = models.sources
+    assert sources.tasks is not None
+    build: Build = partial(MergeModels.of, sources.base) if on.workers else lambda *_: models
+    more = ["train"] * reads_data
+    return Evaluator(
+        sources.adapters, sources.tasks, replace(on, cache=None), split="validation", more_splits=more, build=build
+    )
+
+
+def _cost(evaluator: Evaluator, combinations: Sequence[_Combination]) -> Cost:
+    """All scores, and what the method reads of the tasks for every combination."""
+    assert evaluator.total is not None
+    passes: float = evaluator.total
+    for combination in combinations:
+        merged = combination.merged
+        passes += MERGES[merged.method].examples_read(merged.options, evaluator.tasks) / evaluator.examples
+    return Cost(evaluator.total, 0, 0, evaluator.seconds(passes))

@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -86,16 +87,33 @@ class Sources:
     ) -> None:
         if not adapters:
             raise OptionError("no adapter was given")
-        self.adapters = list(adapters)
+        self.adapters, self.base = list(adapters), base
         self.tasks = list(tasks) if tasks is not None else None
         self.device = device or torch.device("cpu")
+        self._weigh(weights)
+        same_base(self.adapters)
+        self._exact = _exact(self.adapters, base)
+        self._measure()
+
+    def part(self, members: Sequence[int], weights: Weights | Sequence[float]) -> Sources:
+        """Some of these adapters, by their places, with other weights; what is known of their ΔW is kept."""
+        part = copy(self)
+        part.adapters = [self.adapters[i] for i in members]
+        part.tasks = [self.tasks[i] for i in members] if self.tasks is not None else None
+        part._exact = {new: self._exact[old] for new, old in enumerate(members) if old in self._exact}
+        part._weigh(weights)
+        part._measure()
+        return part
+
+    def _weigh(self, weights: Weights | Sequence[float] | None) -> None:
         count = len(self.adapters)
         if weights is None:
             weights = (1.0,) * count
         self.weights = weights if isinstance(weights, Weights) else Weights(tuple(weights))
         self.weights.check(count)
-        same_base(self.adapters)
-        self._exact, self._bases = _exact(self.adapters, base)
+
+    def _measure(self) -> None:
+        """Take the modules' shapes and layers; OptionError for a pattern of weights that is of none of them."""
         self.shapes = self._shapes()
         self._layers = {name: place.layer for name, place in locate(list(self.shapes)).items()}
         for pattern in self.weights.patterns:
@@ -116,9 +134,10 @@ class Sources:
     def like(self) -> Adapter:
         """The first adapter's configuration, with the sites of all: what a merged adapter is made like."""
         sites = {name: a.sites[name] for a in reversed(self.adapters) for name in a.sites}
-        sites |= {name: replace(sites[name], kind=kind) for name, kind in self._bases.items() if kind != "conv1d-gpt"}
+        kinds = {name: kind for exact in self._exact.values() for name, kind in exact.kinds.items()}
+        sites |= {name: replace(sites[name], kind=kind) for name, kind in kinds.items() if kind != "conv1d-gpt"}
         like = replace(self.adapters[0], sites=sites)
-        if "conv1d-gpt" in self._bases.values():
+        if "conv1d-gpt" in kinds.values():
             like = replace(like, config={**like.config, "fan_in_fan_out": True})
         return like
 
@@ -137,7 +156,7 @@ class Sources:
     def _update(self, index: int, name: str) -> LowRank | None:
         adapter = self.adapters[index]
         if index in self._exact:
-            return self._exact[index].get(name)
+            return self._exact[index].updates.get(name)
         site = adapter.sites.get(name)
         found = update(site, adapter.tensors, adapter.config) if site else None
         if found is not None and not is_finite(found):
@@ -180,12 +199,18 @@ def _base_of_task(spec: TaskSpec) -> nn.Module:
     return spec.task().build_model()
 
 
-def _exact(
-    adapters: Sequence[Adapter], base: Callable[[], nn.Module] | None
-) -> tuple[dict[int, dict[str, LowRank]], dict[str, str]]:
-    """Index → exact updates of the adapters whose ΔW is no plain product, and the kinds of the layers they adapt."""
-    found: dict[int, dict[str, LowRank]] = {}
-    kinds: dict[str, str] = {}
+@dataclass(frozen=True)
+class _Exact:
+    """What an adapter whose ΔW is no plain product does to its base model."""
+
+    updates: Mapping[str, LowRank]
+    kinds: Mapping[str, str]
+    """Module → the kind of the layer."""
+
+
+def _exact(adapters: Sequence[Adapter], base: Callable[[], nn.Module] | None) -> dict[int, _Exact]:
+    """Index → what the adapters do whose ΔW is no plain product."""
+    exact: dict[int, _Exact] = {}
     for index, adapter in enumerate(adapters):
         if adapter.why_not_additive is None:
             continue
@@ -200,9 +225,9 @@ def _exact(
                 raise TunerError(
                     f"{adapter.source}: {adapter.tuner} changes the vector {name}, which is no ΔW to merge"
                 )
-            kinds[name] = _kind(model.get_submodule(name))
-        found[index] = {name: factored(delta)[0] for name, delta in deltas.items()}
-    return found, kinds
+        kinds = {name: _kind(model.get_submodule(name)) for name in deltas}
+        exact[index] = _Exact({name: factored(delta)[0] for name, delta in deltas.items()}, kinds)
+    return exact
 
 
 def _kind(layer: nn.Module) -> str:

@@ -27,11 +27,11 @@ class MergeModels(TaskModels):
     first use. Raises OptionError where the sources have no tasks.
     """
 
-    def __init__(self, sources: Sources, base: Callable[[], nn.Module] | None = None) -> None:
+    def __init__(self, sources: Sources) -> None:
         if sources.tasks is None:
             raise OptionError("this looks at data: the adapters' own tasks, or `task`, are needed")
         super().__init__(sources.adapters, sources.tasks, sources.device)
-        self.sources, self.base = sources, base
+        self.sources = sources
         self._models: dict[str, Attached] = {}
         self._index = [self._first_equal(i) for i in range(len(self.tasks))]
         self._updates: dict[int, dict[str, LowRank]] = {}
@@ -45,7 +45,7 @@ class MergeModels(TaskModels):
         device: torch.device,
     ) -> MergeModels:
         """Those of adapters, each with its task; `base` as in `Sources`."""
-        return cls(Sources(adapters, base=base, tasks=tasks, device=device), base)
+        return cls(Sources(adapters, base=base, tasks=tasks, device=device))
 
     @property
     def indices(self) -> list[int]:
@@ -95,8 +95,11 @@ class MergeModels(TaskModels):
 
     def pace(self, examples: Examples) -> float:
         """Seconds of a forward pass on one batch, where the weights are loaded once for all batches."""
-        updates = self.updates(0)
-        return seconds_of(lambda: self.scores(0, updates, examples.split)) / len(self.batches(examples))
+        updates, batches = self.updates(0), self.batches(examples)
+        model = self.load(0, updates).eval()
+        with torch.inference_mode():
+            of_batch = seconds_of(lambda: self.tasks[0].judge(model, batches[0]))
+        return of_batch + seconds_of(lambda: self.load(0, updates)) / len(batches)
 
     def _adapter(self, index: int, updates: Mapping[str, LowRank]) -> Adapter:
         """These updates as an adapter with the head of a source."""

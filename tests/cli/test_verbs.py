@@ -208,7 +208,7 @@ def test_a_long_run_is_asked_about_first(lora_lab, pair, monkeypatch):
     monkeypatch.setattr(Evaluator, "pace", 100.0)
     code, out, err = lora_lab("shapley", pair[0], *FEW)
     assert code == 1
-    assert "--yes goes ahead, --examples and --samples shorten it" in err
+    assert "--yes goes ahead, fewer samples or examples take less" in err
     assert not out
     assert "error: this may take" in err
     assert lora_lab("shapley", pair[0], *FEW, "--yes")[0] == 0

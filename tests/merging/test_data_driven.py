@@ -19,6 +19,7 @@ from lora_lab.merging.methods import MERGES
 from lora_lab.merging.sources import Sources, Weights
 from lora_lab.merging.task_models import MergeModels
 from lora_lab.scoring.evaluate import score
+from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.task import Split, Task
 
 # kind → layer of 3 outputs, shape of its input without the examples, trailing shapes of A and B
@@ -811,7 +812,7 @@ def test_options_are_tried_in_all_combinations_with_the_coefficient(planted):
     given = {"scale": (0.5, 2.0), "density": (0.25, 1.0), "coefficient": (0.4, 1.6, 9.0)}
     spaces = {name: searching.Grid(values) for name, values in given.items()}
     seen = []
-    found = searching.search(planted, "ties", spaces, progress=lambda *done: seen.append(done))
+    found = searching.search(planted, "ties", spaces, on=Execution(progress=lambda *done: seen.append(done)))
     tried = [(t["scale"], t["density"], t["coefficient"]) for t in found.trials]
     assert tried == list(itertools.product(*given.values()))
     assert seen == [(i + 1, 12) for i in range(12)]
@@ -835,6 +836,23 @@ def test_equal_tasks_are_scored_once_a_trial(planted, monkeypatch):
     monkeypatch.setattr(Planted, "judge", lambda self, *rest, **more: (asked.append(1), judge(self, *rest, **more))[1])
     searching.search(planted, "average", {"coefficient": searching.Grid((1, 2, 3))})
     assert len(asked) == 3
+
+
+def test_the_cost_of_a_search_is_told_first_from_one_timed_batch(planted, monkeypatch):
+    asked, costs, judge = [], [], Planted.judge
+    monkeypatch.setattr(Planted, "batch_size", 1)
+    monkeypatch.setattr(Planted, "judge", lambda self, *rest, **more: (asked.append(1), judge(self, *rest, **more))[1])
+
+    def confirm(cost):
+        costs.append(cost)
+        raise KeyboardInterrupt
+
+    spaces = {"scale": searching.Grid((1, 2)), "coefficient": searching.Grid((1, 2, 3))}
+    with pytest.raises(KeyboardInterrupt):
+        searching.search(planted, "average", spaces, on=Execution(confirm=confirm))
+    assert len(asked) <= 6  # of one batch of the twelve
+    assert costs[0].variants == 6
+    assert costs[0].seconds > 0
 
 
 def test_what_a_search_found_is_what_the_merge_makes(planted):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from making_adapters import PREFIX, lora, write
+from making_adapters import PREFIX, lora, product, write
 from tiny_models import SHAPES, adapter, update, updates
 
 from lora_lab.adapters.adapter import Adapter
@@ -205,6 +205,34 @@ def test_the_merged_adapter_is_made_like_the_first_with_the_modules_of_all():
     assert set(made.updates) == set(SHAPES)
     assert made.config["task_type"] == "FEATURE_EXTRACTION"
     assert made.config["base_model_name_or_path"] == "tiny"
+
+
+def test_a_part_has_its_own_weights_tasks_and_modules_and_builds_no_base_again(tmp_path):
+    tensors = {**lora(), f"{PREFIX}layers.0.q_proj.lora_magnitude_vector": torch.ones(6)}
+    dora = Adapter.load(write(tmp_path / "dora", tensors, use_dora=True))
+    built = []
+
+    def base():
+        built.append(torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.ModuleDict()])}))
+        torch.manual_seed(0)
+        built[-1]["layers"][0]["q_proj"] = torch.nn.Linear(4, 6, bias=False)
+        return built[-1]
+
+    first, last = (adapter({"layers.0.q_proj": update(2, (6, 4), seed)}, "a") for seed in (1, 2))
+    other = adapter({"layers.0.fc": update(1, (8, 6), 0)}, "other")
+    whole = Sources([first, other, dora, last], base=base, tasks=list("abcd"))
+    part = whole.part([3, 2], [0.5, 2.0])
+    assert len(built) == 1
+    assert part.tasks == ["d", "c"]
+    assert part.modules == ["layers.0.q_proj"]
+    assert (whole.weights.plain, len(whole.modules)) == ((1.0,) * 4, 2)
+    weight = built[0]["layers"][0]["q_proj"].weight
+    changed = weight + 2 * product(lora())
+    exact = changed / changed.norm(dim=1, keepdim=True) - weight  # DoRA's ΔW, its magnitudes all 1
+    made = merge(part).adapter.updates["layers.0.q_proj"].delta()
+    torch.testing.assert_close(made, 0.5 * last.updates["layers.0.q_proj"].delta() + 2 * exact, rtol=1e-4, atol=1e-5)
+    with pytest.raises(OptionError, match="2 adapters and 1 weights"):
+        whole.part([0, 1], [1.0])
 
 
 @pytest.mark.parametrize("recorded", [True, False])

@@ -29,6 +29,9 @@ from lora_lab.analysis.game import Game
 from lora_lab.analysis.questions import Evaluate, Shapley, Stability, Sweep
 from lora_lab.errors import FileError, LoraLabError, LoraLabWarning, MismatchError, OptionError, TaskError
 from lora_lab.games.coalitions import all_coalitions
+from lora_lab.merging.search import Grid, Interval, search
+from lora_lab.merging.sources import Sources
+from lora_lab.merging.task_models import MergeModels
 from lora_lab.results.result import Result
 from lora_lab.scoring import local as local_module
 from lora_lab.scoring import ray as module
@@ -149,6 +152,61 @@ def test_comparisons_are_the_same_and_say_what_cannot_be_merged(local, pair, tmp
     assert found.summary == alone.summary
     assert [row["merge"] for row in found.summary["skipped"]] == ["factor-average"]
     assert 0 < found.provenance["evaluations"] < alone.provenance["evaluations"]
+
+
+@pytest.fixture(scope="module")
+def tasks_of_their_own(pair):
+    tasks = [Digits("identity"), Digits("mod3")]
+    records = [{"task": task.record, "method": "lora", "seed": 0} for task in tasks]
+    return Sources([replace(a, record=record) for a, record in zip(pair, records, strict=True)], tasks=tasks)
+
+
+@pytest.mark.parametrize(
+    ("method", "spaces", "pieces"),
+    [
+        ("ties", {"density": Grid((0.2, 1.0)), "coefficient": Grid((0.3, 1, 2))}, 2),
+        ("average", {"coefficient": Grid((0.5, 1.0, 2.0))}, 2),  # one merge, its coefficients side by side
+        ("average", {"coefficient": Interval(0.5, 2)}, 1),
+        ("regmean", {"examples": Grid((4, 8))}, 2),
+    ],
+)
+def test_searches_of_merges_are_the_same(local, tasks_of_their_own, monkeypatch, method, spaces, pieces):
+    asked, told, of = [], [], local.map
+    monkeypatch.setattr(local, "map", lambda *given: (asked.append(len(given[1])), of(*given))[1])
+    monkeypatch.setattr(MergeModels, "score", None)
+    there = search(tasks_of_their_own, method, spaces, on=Execution(workers=local, progress=lambda *n: told.append(n)))
+    monkeypatch.undo()
+    assert asked == [pieces]
+    assert [done for done, _ in told] == sorted({done for done, _ in told})
+    assert there == search(tasks_of_their_own, method, spaces)
+
+
+def test_a_search_whose_worker_is_killed_or_that_is_interrupted_comes_to_the_same(
+    local, tasks_of_their_own, monkeypatch
+):
+    spaces = {"density": Grid((0.2, 0.5, 1.0)), "coefficient": Grid((0.5, 1))}
+    here = search(tasks_of_their_own, "ties", spaces)
+    with pytest.raises(KeyboardInterrupt):
+        search(tasks_of_their_own, "ties", spaces, on=Execution(workers=local, progress=_interrupt_after(2)))
+    asks, ask = [], local_module._Process.ask
+
+    def dying(self, *given):
+        ask(self, *given)
+        asks.append(given)
+        if len(asks) == 2:
+            self._process.kill()
+
+    monkeypatch.setattr(local_module._Process, "ask", dying)
+    with DIED:
+        there = search(tasks_of_their_own, "ties", spaces, on=Execution(workers=local))
+    assert there == here
+    assert len(asks) == 4
+
+
+def test_a_search_refuses_for_workers_what_it_refuses_here(local, tasks_of_their_own):
+    for on in (Execution(), Execution(workers=local)):
+        with pytest.raises(OptionError, match="density is 2; a share"):
+            search(tasks_of_their_own, "ties", {"density": Grid((0.5, 2))}, on=on)
 
 
 def test_trainings_are_the_same_and_are_saved_here(workers, request, tmp_path):
@@ -533,3 +591,34 @@ def test_layers_are_chosen_by_workers_and_the_cost_is_asked_about(local, pair, t
     assert code == 1
     assert "error: this may take" in err
     assert not Path("slow").exists()
+
+
+def test_a_search_of_merges_is_shared_out_and_its_cost_is_asked_about(
+    local, tasks_of_their_own, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    paths = [str(a.save(tmp_path / f"{i}.safetensors")) for i, a in enumerate(tasks_of_their_own.adapters)]
+    asked, of = [], local.map
+    monkeypatch.setattr(local, "map", lambda *given: (asked.append(given), of(*given))[1])
+    monkeypatch.setattr(
+        opening, "open_workers", lambda *given: contextlib.nullcontext(local if given[0] == 2 else None)
+    )
+    (main,) = entry_points(group="console_scripts", name="lora-lab")
+
+    def merge(output, *more):
+        with pytest.raises(SystemExit) as ended:
+            main.load()(["merge", *paths, "--search", "coefficient=0.5,2", "-o", output, *more])
+        return ended.value.code or 0, capsys.readouterr().err
+
+    assert merge("here.safetensors")[0] == 0
+    assert not asked
+    assert merge("there.safetensors", "--jobs", "2")[0] == 0
+    assert asked
+    assert Path("here.safetensors").read_bytes() == Path("there.safetensors").read_bytes()
+    monkeypatch.setattr(Evaluator, "pace", 1e4)
+    code, err = merge("slow.safetensors")
+    assert code == 1
+    assert "to be computed: up to 4 variants" in err
+    assert "error: this may take" in err
+    assert not Path("slow.safetensors").exists()
+    assert merge("slow.safetensors", "--yes")[0] == 0
