@@ -33,12 +33,12 @@ from lora_lab.pruning.ranks import RANK_ORDERS, RankOrder, keep_ranks
 from lora_lab.registry import Registry
 from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.kinds.digits import Digits
-from lora_lab.tasks.kinds.registry import KINDS, TaskKind, example, from_record
+from lora_lab.tasks.kinds.registry import KINDS, TaskKind, from_record
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import METHODS, Method, Recipe
 from lora_lab.training.schedule import MASK_LAWS, RAMPS, MaskLaw, uniform
 
-pytestmark = pytest.mark.usefixtures("few_digits")
+pytestmark = pytest.mark.usefixtures("few_digits", "quick_figures")
 
 ROOT = Path(__file__).parents[2]
 TARGETS = r"vit\.layers\.[0-3]\..*q_proj"
@@ -94,10 +94,15 @@ def test_a_space(pair, add, command):
     assert told["columns"] == result.columns
 
 
-def test_a_barrier(pair, add):
+def test_a_barrier(pair, add, command):
     add(BARRIERS, Barrier(lambda L, t: L - L[0]))
-    result = asked(Interpolate(points=3, split="validation"), pair, "interpolate")
-    assert [row for row in result.summary["barriers"] if row["barrier"] == "throwaway"]
+    result = asked(Interpolate(points=3, spaces=("delta",), split="validation"), pair, "interpolate")
+    found = [row for row in result.summary["barriers"] if row["barrier"] == "throwaway"]
+    for row in found:
+        curve = result.columns["loss"] if row["metric"] == "loss" else [1 - a for a in result.columns["accuracy"]]
+        assert row["value"] == pytest.approx(max(each - curve[0] for each in curve))
+    told = command("interpolate", *ON_TASK, "--space", "delta", "--points", 3)["summary"]["barriers"]
+    assert [row for row in told if row["barrier"] == "throwaway"] == found != []
 
 
 def test_a_worth_and_a_set_of_players_and_an_estimator(pair, add, command):
@@ -211,21 +216,57 @@ def test_every_registry_has_its_throwaway_entry():
     assert {registry.group for registry in used} == {registry.group for _, registry in registries()}
 
 
-def test_a_training_method_its_law_and_its_ramp(add):
-    add(MASK_LAWS, MaskLaw(uniform, chances=lambda p, groups: [p] * groups))
+SHORT = {"steps": 2, "batch_size": 4, "rank": 2, "p0": 0.9, "target_modules": TARGETS}
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_a_training_method_its_law_and_its_ramp(add, lora_lab, tmp_path, constant):
+    add(MASK_LAWS, MaskLaw(uniform, chances=(lambda p, groups: [p] * groups) if constant else None))
     add(RAMPS, lambda s: s * s)
-    add(METHODS, Method("a law of one's own", law="throwaway", survival_scaled=True))
-    recipe = Recipe(method="throwaway", ramp="throwaway", steps=2, batch_size=4, rank=2, p0=0.5)
+    add(METHODS, Method("a law of one's own", law="throwaway", survival_scaled=constant))
+    recipe = Recipe(method="throwaway", ramp="throwaway", **SHORT)
     adapter, result = train(Digits("relabel"), recipe)
     assert adapter.record["method"] == "throwaway"
-    assert adapter.record["survival"]
-    assert plots.figure([result]).axes
+    assert ("survival" in adapter.record) == constant
+    assert result.columns["p"] == [
+        0.9,
+        0.9 if constant else pytest.approx(0.9 + 0.1 * 0.5**2),
+    ]  # the ramp ends at ⌈0.75·2⌉ = 2 steps
+    options = [part for name, value in SHORT.items() for part in (f"--{name.replace('_', '-')}", value)]
+    words = ("--task", "digits/relabel", "--method", "throwaway", "--ramp", "throwaway")
+    code, out, err = lora_lab("train", *words, *options, "-o", "a.safetensors", "--json")
+    assert code == 0, err
+    ((told),) = json.loads(out)
+    assert told["columns"] == result.columns
+    written = Adapter.load(tmp_path / "a.safetensors")
+    assert written.record == adapter.record
+    assert all(torch.equal(written.tensors[key], tensor) for key, tensor in adapter.tensors.items())
+    assert (tmp_path / "a.train.pdf").exists()
+    code, _, err = lora_lab("figure", "a.train.json", "-o", "run.pdf")
+    assert code == 0, err
+    assert (tmp_path / "run.pdf").exists()
 
 
-def test_a_kind_of_task(add):
-    add(KINDS, TaskKind(lambda keys, folder, where: Digits(keys["labelling"]), 'kind = "throwaway"'))
-    assert example("throwaway") == 'kind = "throwaway"'
+class Described(Digits):
+    """A digit task that is known by a description, as the ones of files are."""
+
+    record = property(lambda self: {"kind": "throwaway", "labelling": self.labelling})
+
+
+def test_a_kind_of_task(pair, add, lora_lab, tmp_path):
+    add(KINDS, TaskKind(lambda keys, folder, where: Described(keys["labelling"]), 'kind = "throwaway"\n'))
     assert from_record({"kind": "throwaway", "labelling": "invert"}).name == Digits("invert").name
+    assert lora_lab("tasks", "--example", "throwaway") == (0, 'kind = "throwaway"\n', "")
+    assert "throwaway" in lora_lab("tasks")[1]
+    (tmp_path / "mine.toml").write_text('kind = "throwaway"\nlabelling = "relabel"\n')
+    options = [part for name, value in SHORT.items() for part in (f"--{name.replace('_', '-')}", value)]
+    code, _, err = lora_lab("train", "--task", "mine.toml", *options, "-o", "a.safetensors")
+    assert code == 0, err
+    (tmp_path / "mine.toml").unlink()  # the adapter's record says it all
+    code, out, err = lora_lab("evaluate", "a.safetensors", "--split", "validation", "--json")
+    assert code == 0, err
+    adapter = Adapter.load(tmp_path / "a.safetensors")
+    assert json.loads(out)["columns"]["accuracy"][1] == adapter.record["metrics"]["validation"]["accuracy"]
 
 
 OTHER_WORDS = {
