@@ -127,10 +127,20 @@ class Adapter:
         """Whether every module has a scale by which its update can be multiplied."""
         return all(site.scale is not None for site in self.sites.values())
 
-    @property
+    @cached_property
     def total_norm(self) -> float:
         """‖ΔW‖_F over all modules together."""
         return float(torch.tensor([u.norm() for u in self.updates.values()], dtype=torch.float64).norm())
+
+    @cached_property
+    def identity(self) -> Sequence[Any]:
+        """All that its scores hang on, every bit of it hashed (once); for run ids."""
+        from lora_lab.adapters.describe import described, tensor_digest
+
+        names = sorted(self.tensors)
+        config = json.dumps(finite(self.config))  # unsorted: of its patterns, the first match counts
+        sites = {name: repr(site) for name, site in self.sites.items()}
+        return described(self), config, sites, names, tensor_digest(self.tensors[name] for name in names)
 
     def with_updates(self, updates: Mapping[str, LowRank], *, source: str) -> Adapter:
         """A plain LoRA adapter with exactly these updates, everything else (heads, record, base) kept.

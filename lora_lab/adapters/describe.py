@@ -1,9 +1,8 @@
-"""What is said of adapters elsewhere: names that tell them apart, their methods, and all that their scores hang on."""
+"""What is said of adapters elsewhere: names that tell them apart, their methods, a line or table of each."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch import Tensor
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.errors import TunerError
 from lora_lab.escape import visible
-from lora_lab.results.result import finite
 from lora_lab.results.tables import html_table
 
 _LONGEST = 60
@@ -50,20 +48,12 @@ def described(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def identity(adapter: Adapter) -> list[Any]:
-    """All that an adapter's scores hang on, every bit of it hashed; for run ids."""
-    names = sorted(adapter.tensors)
-    config = json.dumps(finite(adapter.config))  # unsorted: of its patterns, the first match counts
-    sites = {name: repr(site) for name, site in adapter.sites.items()}
-    return [described(adapter), config, sites, names, tensor_digest(adapter.tensors[name] for name in names)]
-
-
 def tensor_digest(tensors: Iterable[Tensor]) -> str:
     """A hash of every bit of some tensors, in order, with their dtypes and shapes."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {list(tensor.shape)} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.describe import described, identity, labels_of
+from lora_lab.adapters.describe import described, labels_of
 from lora_lab.adapters.initial import shared_start
 from lora_lab.analysis.coefficients import (
     CANNOT,
@@ -102,7 +102,7 @@ def run_id(question: CompareMerges, adapters: Sequence[Adapter], tasks: Sequence
         [
             question.kind,
             INTERVALS,
-            [identity(a) for a in adapters],
+            [a.identity for a in adapters],
             records,
             _data(question, tasks),
             asked,

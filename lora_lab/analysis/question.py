@@ -57,13 +57,12 @@ class Question(ABC):
 
     def run_id(self, adapters: Sequence[Adapter], task: Task) -> str:
         """What the answer hangs on, hashed: the adapters, the examples, the question, and entries of the user's own."""
-        from lora_lab.adapters.describe import identity
         from lora_lab.results.result import fingerprint
         from lora_lab.results.stats import INTERVALS
         from lora_lab.scoring.examples import examples_of
         from lora_lab.tasks.digests import of_entries
 
-        identities = [identity(adapter) for adapter in adapters]
+        identities = [adapter.identity for adapter in adapters]
         examples = [examples_of(task, split) for split in self.splits]
         return fingerprint([self.kind, INTERVALS, identities, examples, self.fields, of_entries()])
 

@@ -20,7 +20,6 @@ import numpy.typing as npt
 import torch
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.describe import identity
 from lora_lab.errors import LoraLabError, OptionError, shorten
 from lora_lab.results.result import fingerprint, provenance
 from lora_lab.scoring.changes import Change, LayerMask
@@ -227,7 +226,7 @@ class Evaluator:
     def run_of(self, split: str) -> str:
         """What the scores of a split hang on besides the change, hashed."""
         tasks = {fingerprint(task.spec): task for task in self.tasks}
-        adapters = [identity(adapter) for adapter in self.adapters]
+        adapters = [adapter.identity for adapter in self.adapters]
         places = [fingerprint(task.spec) for task in self.tasks]
         examples = [[*examples_of(task, split), len(self._examples(split).of_task(task))] for task in tasks.values()]
         code = digests.of_entries()

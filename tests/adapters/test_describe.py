@@ -9,8 +9,9 @@ import pytest
 import torch
 from making_adapters import lora, write
 
+from lora_lab.adapters import describe
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.describe import identity, tensor_digest
+from lora_lab.adapters.describe import tensor_digest
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.results.result import fingerprint
 from lora_lab.tasks.kinds.registry import from_name
@@ -96,9 +97,19 @@ def test_adapters_whose_modules_have_changed_places_are_not_one(adapter):
     swap = {f"{a}.lora_{x}.weight": f"{b}.lora_{x}.weight" for a, b in ((first, second), (second, first)) for x in "AB"}
     exchanged = replace(adapter, tensors={swap.get(key, key): tensor for key, tensor in adapter.tensors.items()})
     assert exchanged.total_norm == adapter.total_norm
-    assert fingerprint(identity(exchanged)) != fingerprint(identity(adapter))
+    assert fingerprint(exchanged.identity) != fingerprint(adapter.identity)
     otherwise_held = replace(adapter, tensors=dict(reversed(adapter.tensors.items())))
-    assert fingerprint(identity(otherwise_held)) == fingerprint(identity(adapter))
+    assert fingerprint(otherwise_held.identity) == fingerprint(adapter.identity)
+
+
+def test_an_adapter_is_hashed_once_and_its_transforms_anew(adapter, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(describe, "tensor_digest", lambda tensors: hashed.append(1) or tensor_digest(tensors))
+    fresh = replace(adapter, source="fresh")
+    assert fresh.identity == fresh.identity
+    assert len(hashed) == 1
+    doubled = replace(fresh, tensors={key: 2 * tensor for key, tensor in fresh.tensors.items()})
+    assert doubled.identity != fresh.identity
 
 
 def test_patterns_of_a_configuration_count_in_their_order(adapter):
@@ -108,7 +119,7 @@ def test_patterns_of_a_configuration_count_in_their_order(adapter):
         replace(adapter, config={**adapter.config, "use_dora": True, "alpha_pattern": dict(each)})
         for each in (patterns.items(), reversed(patterns.items()))
     )
-    assert fingerprint(identity(one)) != fingerprint(identity(other))
+    assert fingerprint(one.identity) != fingerprint(other.identity)
 
 
 def test_tensors_of_the_same_bits_in_another_shape_are_not_the_same():
