@@ -63,7 +63,12 @@ class Spent:
 
 
 def adapters(
-    folder: Path, *, shapes: dict[str, tuple[int, int]] = LLAMA_8B, layers: int = LAYERS, rank: int = RANK, count: int = ADAPTERS
+    folder: Path,
+    *,
+    shapes: dict[str, tuple[int, int]] = LLAMA_8B,
+    layers: int = LAYERS,
+    rank: int = RANK,
+    count: int = ADAPTERS,
 ) -> list[Path]:
     """PEFT folders of random bfloat16 adapters, whose singular values fall as 1/√k."""
     made = []
@@ -148,7 +153,9 @@ def bench_commands(folder: Path, *, repeats: int = 3, layers: int = LAYERS, only
     floors = {}
     for count in (1, ADAPTERS):
         runs = [floor(made[:count], folder) for _ in range(repeats)]
-        floors[count] = Spent(*(statistics.median(getattr(run, name) for run in runs) for name in Spent.__annotations__))
+        floors[count] = Spent(
+            *(statistics.median(getattr(run, name) for run in runs) for name in Spent.__annotations__)
+        )
         print(f"floor of {count}: {_told(floors[count])}", flush=True)
     for title, (verb, *options), count, unit, goal in COMMANDS:
         if only and title not in only:
@@ -157,7 +164,10 @@ def bench_commands(folder: Path, *, repeats: int = 3, layers: int = LAYERS, only
         by_floor = found.cpu_s / floors[count].cpu_s
         value = by_floor if "floor" in unit else found.cpu_s * LAYERS / layers
         memory = found.peak_mib / floors[count].peak_mib
-        print(f"{title:<30} {_told(found)} {value:7.1f} {unit} (at most {goal:g}); memory {memory:.2f} × floor", flush=True)
+        print(
+            f"{title:<30} {_told(found)} {value:7.1f} {unit} (at most {goal:g}); memory {memory:.2f} × floor",
+            flush=True,
+        )
 
 
 def _told(found: Spent) -> str:

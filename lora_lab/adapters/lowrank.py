@@ -73,15 +73,34 @@ class LowRank:
         return float((B_core * A_core).sum())
 
     def norm(self) -> float:
-        """‖ΔW‖_F, from triangular cores (exact to rounding even where B A cancels)."""
+        """‖ΔW‖_F, in float64; where the terms of B A cancel, from triangular cores, and so exact to rounding, too."""
+        A, B = self.A.double(), self.B.double()
+        products = (B.T @ B) * (A @ A.T)  # ‖B A‖² = Σₖₗ ⟨bₖ, bₗ⟩ ⟨aₖ, aₗ⟩
+        squared, size = float(products.sum()), float(products.abs().sum())
+        if _CANCELS * size < squared < math.inf:
+            return math.sqrt(squared)
         return float(torch.linalg.matrix_norm(self._reduced()[0]))
+
+    def vanishes(self, share: float) -> bool:
+        """Whether ‖ΔW‖ is at most this share of `bound`; some rows that are clearly not 0 spare the norm."""
+        largest, rows = self._largest(), self.B[:8]
+        some = float(torch.linalg.vector_norm(rows @ self.A)) if self.rank else 0.0
+        rounding = self.rank * torch.finfo(self.A.dtype).eps
+        if some > largest * max(2 * rounding * math.sqrt(len(rows) / len(self.B)), 2 * share):
+            return False
+        return self.norm() <= share * self.bound()
+
+    def _largest(self) -> float:
+        """What `bound` cannot exceed, from the largest entries alone: r √(rows · columns) max |A| max |B|."""
+        entries = [max(abs(float(end)) for end in f.aminmax()) if f.numel() else 0.0 for f in (self.A, self.B)]
+        return self.rank * math.sqrt(self.B.shape[0] * self.A.shape[1]) * entries[0] * entries[1]
 
     def bound(self) -> float:
         """Σ ‖bₖ‖ ‖aₖ‖ over the rank: no sum of theirs exceeds it, and rounding errors of ΔW are shares of it.
 
         NaN where a factor is not finite.
         """
-        a, b = self.A.double().norm(dim=1), self.B.double().norm(dim=0)
+        a, b = (torch.linalg.vector_norm(f, dim=d, dtype=torch.float64) for f, d in ((self.A, 1), (self.B, 0)))
         return float(a @ b) if bool(torch.isfinite(a).all() and torch.isfinite(b).all()) else math.nan
 
     def singular_values(self) -> Tensor:
@@ -100,13 +119,18 @@ class LowRank:
 
     def truncate(self, rank: int) -> tuple[LowRank, float]:
         """The best approximation of the given rank, and its relative Frobenius error (0 for ΔW = 0)."""
+        kept, error, _ = self.cut(rank)
+        return kept, error
+
+    def cut(self, rank: int) -> tuple[LowRank, float, float]:
+        """As `truncate`, with ‖ΔW‖, which the same singular values give."""
         if rank < 1:
             raise OptionError(f"a rank of {rank} was asked for; it is at least 1")
         U, S, Vh = self.svd(rank)
         root = S[:rank].sqrt()
         total, lost = float(S.square().sum()), float(S[rank:].square().sum())
         kept = LowRank((root[:, None] * Vh).to(self.A.dtype), (U * root).to(self.A.dtype), self.shape)
-        return kept, math.sqrt(lost / total) if total else 0.0
+        return kept, math.sqrt(lost / total) if total else 0.0, math.sqrt(total)
 
     def effective_rank(self) -> float:
         """exp of the entropy of the normalised singular values (Roy & Vetterli 2007); 0 for ΔW = 0."""
@@ -187,6 +211,8 @@ class Basis:
         return product
 
 
+_CANCELS = 1e-6
+"""‖ΔW‖² by the sum of the sizes of its terms, below which so many digits of them cancel that cores are needed."""
 _CONDITION = 1e3
 """‖L⁻¹‖ of unit columns, and so their condition but for the root of their number: errors stay below 1e-9."""
 _TINY = 1e-100
@@ -252,7 +278,7 @@ def is_finite(update: LowRank | Tensor) -> bool:
     limit = torch.finfo(torch.float32).max
     if isinstance(update, Tensor):
         return not update.numel() or all(abs(float(end)) <= limit for end in update.aminmax())
-    return update.bound() <= limit
+    return update._largest() <= limit or update.bound() <= limit
 
 
 def combine_factors(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:

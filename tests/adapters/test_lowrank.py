@@ -355,3 +355,12 @@ def test_finite_is_what_no_order_of_adding_takes_out_of_float32():
     assert not is_finite(LowRank(torch.tensor([[torch.nan]]), torch.ones(1, 1)))
     for entry, finite in ((3e38, True), (-torch.inf, False), (torch.nan, False)):
         assert is_finite(torch.tensor([[0.0, entry]])) is finite
+
+
+@pytest.mark.parametrize("gone", [0.0, 1e-13, 1e-5, 1.0])
+def test_what_vanishes_is_told_by_its_share_of_the_bound_wherever_its_rows_are(gone):
+    one = random(3, 40, 30, 0)
+    rest = LowRank(one.A[:1], torch.cat([torch.zeros(20, 1), one.B[20:, :1]]).double() * gone)  # first rows are 0
+    update = combine([one, one, rest], [1.0, -1.0, 1.0])
+    assert update.vanishes(1e-12) == (gone < 1e-6)
+    assert update.norm() == pytest.approx(rest.norm(), abs=1e-12 * update.bound())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_lab.adapters.formats.keys import PREFIX
 from lora_lab.adapters.formats.matching import by_ending, shown
@@ -28,26 +30,35 @@ _OF_VARIANTS = {
 """Part → the field with which PEFT's layers have it."""
 
 
-def finite(parsed: Parsed, where: str) -> None:
-    """Note every tensor with NaN or Inf in it, with their number."""
+def values(parsed: Parsed, where: str) -> None:
+    """Note every tensor with NaN or Inf in it, with their number, and tell how many modules have ΔW = 0."""
+    ends = {key: _ends(tensor) for key, tensor in parsed.tensors.items()}
     bad = []
     for key, tensor in parsed.tensors.items():
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and not all(map(math.isfinite, ends[key])):
             count = tensor.numel() - int(torch.isfinite(tensor.bfloat16() if tensor.itemsize < 2 else tensor).sum())
-            if count:
-                bad.append(f"{key.removeprefix(PREFIX)} ({count} of {tensor.numel()})")
+            bad.append(f"{key.removeprefix(PREFIX)} ({count} of {tensor.numel()})")
     if bad:
         parsed.problems.append(f"{where}: non-finite values (NaN or Inf) in {shorten(bad, 8)}")
-
-
-def zero(parsed: Parsed) -> None:
-    """Tell how many modules have ΔW = 0."""
     pairs = [site for site in parsed.sites.values() if site.scale is not None]
-    zero = [s for s in pairs if not s.scale or any(not parsed.tensors[s.keys[part]].any() for part in s.pair)]
+    zero = [s for s in pairs if not s.scale or any(not any(ends[s.keys[part]]) for part in s.pair)]
     if zero:
         parsed.warnings.append(
             f"{len(zero)} of {len(pairs)} modules have zero delta (untrained?): {shorten(s.name for s in zero)}"
         )
+
+
+def _ends(tensor: Tensor) -> tuple[float, float]:
+    """The smallest and the largest entry, NaN where there is one; of complex numbers, of their parts."""
+    if not tensor.numel():
+        return 0.0, 0.0
+    plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    if plain.is_floating_point() and plain.itemsize < 2:
+        plain = plain.bfloat16()
+    elif plain.dtype in (torch.uint16, torch.uint32, torch.uint64):  # which torch does not order
+        plain = plain.double()
+    low, high = plain.aminmax()
+    return float(low), float(high)
 
 
 def gathered(parsed: Parsed) -> None:
@@ -58,6 +69,8 @@ def gathered(parsed: Parsed) -> None:
             tensor = parsed.tensors[site.keys[part]] if site.scale is not None and part in site.keys else None
             if tensor is not None and tensor.ndim == 2 and tensor.is_floating_point() and tensor.any():
                 spans.add(_empty_span(tensor.any(1 - dim).tolist()))
+            if None in spans or len(spans) > 1:
+                break
         if len(spans) == 1 and None not in spans and len(parsed.sites) > 1:
             start, end = next(iter(spans)) or (0.0, 0.0)
             parsed.warnings.append(

@@ -63,8 +63,7 @@ def parse(
         checks.configuration(parsed, config, where)
     except AdapterError as error:
         parsed.problems.append(f"{where}: {error}")
-    checks.finite(parsed, where)
-    checks.zero(parsed)
+    checks.values(parsed, where)
     checks.gathered(parsed)
     checks.replaced(parsed)
     moved = keys.misplaced(tensors)
