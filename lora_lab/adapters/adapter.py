@@ -18,15 +18,13 @@ from torch import Tensor
 from lora_lab import files
 from lora_lab.adapters.formats import peft_config, peft_format
 from lora_lab.adapters.formats.keys import PREFIX, anchored
+from lora_lab.adapters.formats.layout import Layout
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank
+from lora_lab.adapters.writing import write_adapter
 from lora_lab.errors import AdapterError, LoraLabWarning, MismatchError, TunerError, shorten
 from lora_lab.files import trust
 from lora_lab.results.result import finite
-
-CONFIG_KEY = "lora_lab.config"
-RECORD_KEY = "lora_lab.record"
-SIGNATURE_KEY = "lora_lab.signature"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -45,6 +43,8 @@ class Adapter:
     """Where it was read from, or what made it."""
     origin: trust.Origin = trust.FOREIGN
     """Where its record comes from, which decides what that may do."""
+    layout: Layout = field(default_factory=Layout)
+    """How the file was laid out that it was read from; `save` writes in the same format."""
 
     @classmethod
     def load(
@@ -149,28 +149,17 @@ class Adapter:
         """
         return from_updates(updates, like=self, source=source)
 
-    def save(self, path: str | os.PathLike[str], *, force: bool = False) -> Path:
-        """Write a PEFT folder, or for a path that ends in .safetensors one file with config and record inside.
+    def save(self, path: str | os.PathLike[str], *, format: str | None = None, force: bool = False) -> Path:  # noqa: A002
+        """Write a folder, or for a path that ends in .safetensors one file with everything inside.
 
-        The target is whole or absent whatever happens; an existing one is replaced only with `force`. A record of the
-        user's own is signed (see trust.py).
+        `format` is one of FORMATS, by default the one that the adapter was read from. The target is whole or absent
+        whatever happens; an existing one is replaced only with `force`. A record of the user's own is signed (see
+        trust.py). Raises AdapterError for what the format cannot carry, OptionError for a path that it has no file for.
         """
         path = Path(path)
         files.refuse_existing(path, force=force)
-        plain = finite(self.config)
-        config = json.dumps(plain, indent=2)  # unsorted: of the patterns, the first match counts
         record = finite(trust.recordable(self.record))
-        metadata = {"format": "pt", RECORD_KEY: json.dumps(record)}
-        signature = trust.sign(record, self.tensors, plain) if self.origin.own else None
-        if signature is not None:
-            metadata[SIGNATURE_KEY] = signature
-        if path.suffix == ".safetensors":
-            files.write_safetensors(path, self.tensors, metadata | {CONFIG_KEY: config})
-            return path
-        with files.replacing(path) as folder:
-            folder.mkdir()
-            files.write_safetensors(folder / "adapter_model.safetensors", self.tensors, metadata)
-            files.write_bytes(folder / "adapter_config.json", config.encode() + b"\n")
+        write_adapter(path, format or self.layout.format, self, record, own=self.origin.own)
         return path
 
 
@@ -209,7 +198,7 @@ def from_updates(updates: Mapping[str, LowRank], *, like: Adapter, source: str) 
     if config.get("modules_to_save"):  # PEFT cannot load a file that lacks what these name
         absent = peft_config.missing_saved(config, [key.removeprefix(PREFIX) for key in beside])
         config["modules_to_save"] = [name for name in config["modules_to_save"] if name not in absent] or None
-    return Adapter(tensors, config, sites, like.record, source, like.origin)
+    return Adapter(tensors, config, sites, like.record, source, like.origin, like.layout)
 
 
 def exact_targets(names: Iterable[str], others: Iterable[str]) -> list[str] | str:

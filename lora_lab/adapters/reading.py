@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from lora_lab import files
-from lora_lab.adapters.adapter import CONFIG_KEY, RECORD_KEY, SIGNATURE_KEY, Adapter
-from lora_lab.adapters.formats import peft_config, peft_format
+from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.formats.layout import Raw
 from lora_lab.adapters.formats.lookup import Location, locate
+from lora_lab.adapters.formats.peft_format import parse
+from lora_lab.adapters.formats.registry import FORMATS, PEFT, recognised
 from lora_lab.adapters.formats.sites import Parsed
-from lora_lab.errors import AdapterError, FileError
+from lora_lab.adapters.writing import CONFIG_KEY, RECORD_KEY, SIGNATURE_KEY
+from lora_lab.errors import FileError
 from lora_lab.files import trust
 
 _LARGEST_CONFIG = 2**23
@@ -38,33 +41,32 @@ def inspect(
 ) -> Listing:
     """Read an adapter as far as it can be read; only missing and broken files raise (FileError)."""
     location = locate(path)
-    raw_metadata: dict[str, str] = {}
-    if location.weights.suffix == ".safetensors":
-        tensors, raw_metadata = files.read_safetensors(location.weights)
-        if "lora_adapter_metadata" in raw_metadata:
-            raise FileError(f"{location.weights}: a diffusers file (its header says so); PEFT's format is needed")
+    header: dict[str, str] = {}
+    if location.safetensors:
+        tensors, header = files.read_safetensors(location.weights)
     else:
         tensors = files.read_bin(location.weights)
-    settings = _find_config(location, config, raw_metadata)
-    record = _record(raw_metadata)
-    own = bool(record) and trust.is_own(raw_metadata.get(SIGNATURE_KEY), record, tensors, settings)
-    notes: list[str] = []
-    if settings is None:
-        settings, notes = peft_config.assumed_config(tensors, alpha, adapter_name)
-    elif alpha is not None and settings.get("lora_alpha") is None:
-        settings["lora_alpha"] = alpha
-    elif alpha is not None and settings["lora_alpha"] != alpha:
-        notes = [f"alpha {alpha:g} is not used, the config says {settings['lora_alpha']!r}"]
-    try:
-        settings, more = peft_config.complete_config(settings, tensors, adapter_name)
-    except AdapterError as error:
-        empty = Adapter({}, settings, {}, trust.well_formed(record), str(path))
-        return Listing(empty, location.format, location.notes, [f"{location.weights}: {error}"])
-    parsed: Parsed = peft_format.parse(tensors, settings, str(location.weights), adapter_name)
-    origin = trust.Origin(own, str(location.weights.parent.resolve()))
-    adapter = Adapter(parsed.tensors, settings, parsed.sites, trust.well_formed(record), str(path), origin)
-    notes = [*location.notes, *notes, *more, *parsed.warnings]
-    return Listing(adapter, location.format, notes, parsed.problems)
+    settings = _find_config(location, config, header)
+    raw = Raw(tensors, header, settings, alpha, adapter_name)
+    name = recognised(raw)
+    content = FORMATS[name].read(raw)
+    record = _record(header)
+    own = bool(record) and trust.is_own(header.get(SIGNATURE_KEY), record, tensors, settings)
+    where = str(location.weights)
+    form = location.format if name == PEFT else name
+    problems = [f"{where}: {problem}" for problem in content.problems]
+    notes = [*location.notes, *content.notes]
+    parsed = Parsed() if problems else parse(content.tensors, content.config, where, adapter_name)
+    adapter = Adapter(
+        parsed.tensors,
+        content.config,
+        parsed.sites,
+        trust.well_formed(record),
+        str(path),
+        trust.Origin(own, str(location.weights.parent.resolve())),
+        content.layout,
+    )
+    return Listing(adapter, form, [*notes, *parsed.warnings], problems + parsed.problems)
 
 
 def _find_config(

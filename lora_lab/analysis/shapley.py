@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from lora_lab import files
-from lora_lab.adapters.adapter import SIGNATURE_KEY, Adapter
+from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import described, labels_of, method_of
 from lora_lab.adapters.groups import players
+from lora_lab.adapters.writing import SIGNATURE_KEY
 from lora_lab.analysis.game import Game
 from lora_lab.analysis.questions import Shapley as Shapley
 from lora_lab.errors import LoraLabError, OptionError, unknown

@@ -37,7 +37,7 @@ def read_json(path: Path, *, largest: int | None = None) -> dict[str, Any]:
 
     `largest` bounds the file's size in bytes, since what is parsed takes up to thirty times its memory.
     """
-    size = _size(path)
+    size = size_of(path)
     if largest is not None and size > largest:
         raise FileError(f"{path}: {size} bytes; at most {largest} are read of such a file")
     try:
@@ -105,7 +105,7 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """The JSON header of a safetensors file and its length in bytes; the tensors stay unread."""
-    size = _size(path)
+    size = size_of(path)
     with path.open("rb") as file:
         start = file.read(8)
         if size == 0:
@@ -133,7 +133,7 @@ def read_bin(path: Path) -> dict[str, Tensor]:
     """The tensors of a torch file, read with weights_only, so that nothing in it is executed."""
     import torch
 
-    size = _size(path)
+    size = size_of(path)
     if size == 0:
         raise FileError(f"{path}: empty (0 bytes); the download or the save was incomplete")
     with path.open("rb") as file:
@@ -330,13 +330,14 @@ def _checked_size(path: Path) -> tuple[dict[str, Any], int, dict[str, str]]:
         raise FileError(f"{path}: not a safetensors file (its header lists no offsets)") from error
     if expected > 2**63:
         raise FileError(f"{path}: not a safetensors file (its header lists offsets beyond any file)")
-    if _size(path) < expected:
-        raise FileError(f"{path}: truncated or incomplete: {_size(path)} bytes of {expected}")
+    if size_of(path) < expected:
+        raise FileError(f"{path}: truncated or incomplete: {size_of(path)} bytes of {expected}")
     texts = {str(key): str(value) for key, value in metadata.items()} if isinstance(metadata, dict) else {}
     return header, length, texts
 
 
-def _size(path: Path) -> int:
+def size_of(path: Path) -> int:
+    """Bytes of a file; FileError for what cannot be read, or is a pipe or a device."""
     try:
         kind = path.stat().st_mode
     except OSError as error:

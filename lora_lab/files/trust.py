@@ -219,10 +219,10 @@ def refuse_indirections(config: Mapping[str, Any], where: str) -> None:
             raise TrustError(f"{where}: its configuration asks for more than the base ({key} = {value!r}); {WAYS}")
 
 
-def sign(record: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> str | None:
+def sign(record: Mapping[str, Any], tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> str | None:
     """The signature of a record, its tensors and their configuration (JSON types), by this user's key.
 
-    None where no key can be kept.
+    `config` is None for a format without one. None where no key can be kept.
     """
     key = _key(make=True)
     return None if key is None else _signature(key, record, tensors, config)

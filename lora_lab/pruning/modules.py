@@ -43,7 +43,9 @@ def keep_modules(adapter: Adapter, names: Collection[str], *, source: str | None
     _check_removable(adapter, sites)
     owned = {key: adapter.tensors[key] for site in sites.values() for key in site.keys.values()}
     tensors = {**owned, **other_tensors(adapter, sites)}
-    return Adapter(tensors, _restricted(adapter, list(sites)), sites, adapter.record, source, adapter.origin)
+    return Adapter(
+        tensors, _restricted(adapter, list(sites)), sites, adapter.record, source, adapter.origin, adapter.layout
+    )
 
 
 _BY_NAMES_ONLY = ("exclude_modules", "layers_pattern", "layers_to_transform")

@@ -8,10 +8,11 @@ from making_adapters import PREFIX, lora, product, write
 from safetensors.torch import load_file, save_file
 
 from lora_lab import hub
-from lora_lab.adapters.adapter import CONFIG_KEY, RECORD_KEY, Adapter, same_modules
+from lora_lab.adapters.adapter import Adapter, same_modules
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.adapters.reading import inspect
+from lora_lab.adapters.writing import CONFIG_KEY, RECORD_KEY
 from lora_lab.errors import AdapterError, FileError, LoraLabWarning, MismatchError, TaskError
 from lora_lab.hub import base_model
 
@@ -66,7 +67,9 @@ def test_what_is_not_there_is_said(tmp_path):
 
 
 def test_a_folder_without_an_adapter_says_what_it_lacks(tmp_path):
-    assert "no adapter_model.safetensors and no adapter_model.bin in this folder" in refusal(tmp_path)
+    assert "no adapter_model.safetensors, no adapter_model.bin, no pytorch_lora_weights.safetensors" in refusal(
+        tmp_path
+    )
     save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
     assert "a whole model, not an adapter" in refusal(tmp_path)
 
@@ -152,7 +155,14 @@ def test_only_the_adapters_files_are_asked_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert Adapter.load("someone/adapter@main").sites
     assert (asked["repo"], asked["revision"]) == ("someone/adapter", "main")
-    assert asked["allow_patterns"] == ["adapter_config.json", "adapter_model.*"]
+    assert asked["allow_patterns"] == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "adapter_model.bin",
+        "pytorch_lora_weights.safetensors",
+        "pytorch_lora_weights.bin",
+        "adapters.safetensors",
+    ]
 
 
 def test_a_local_folder_comes_before_the_hub(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from making_adapters import PREFIX, lora, product, write
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.formats import peft_config
 from lora_lab.adapters.reading import inspect
-from lora_lab.errors import AdapterError, FileError, LoraLabWarning, TunerError
+from lora_lab.errors import AdapterError, LoraLabWarning, TunerError
 
 Q, K = "layers.0.q_proj", "layers.0.k_proj"
 
@@ -600,7 +600,7 @@ def test_a_diffusers_header_is_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file(lora("unet.to_q", prefix=""), tmp_path / "x.safetensors", {"lora_adapter_metadata": "{}"})
-    with pytest.raises(FileError, match="a diffusers file"):
+    with pytest.raises(AdapterError, match="a diffusers file"):
         Adapter.load(tmp_path / "x.safetensors")
 
 

@@ -18,8 +18,9 @@ from tiny_models import write_bert
 from transformers import AutoModelForSequenceClassification
 
 from lora_lab import files, tasks
-from lora_lab.adapters.adapter import RECORD_KEY, SIGNATURE_KEY, Adapter
+from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.attached import peft_config
+from lora_lab.adapters.writing import RECORD_KEY, SIGNATURE_KEY
 from lora_lab.analysis import shapley
 from lora_lab.errors import FileError, LoraLabError, LoraLabNote, TaskError, TrustError, TunerError
 from lora_lab.files import trust

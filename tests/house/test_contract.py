@@ -14,12 +14,15 @@ from peft import LoraConfig
 
 from lora_lab import plots
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.formats.layout import Content, Format, Layout, Part
+from lora_lab.adapters.formats.registry import FORMATS
 from lora_lab.adapters.groups import PLAYERS, by_label
 from lora_lab.adapters.lowrank import combine
 from lora_lab.analysis.compare import CompareMerges
 from lora_lab.analysis.connectivity import BARRIERS, Barrier, Interpolate
 from lora_lab.analysis.game import WORTHS
 from lora_lab.analysis.questions import Shapley, Sweep
+from lora_lab.errors import OptionError
 from lora_lab.games.estimators import ESTIMATORS, Estimator, antithetic
 from lora_lab.merging.merged import merge
 from lora_lab.merging.methods import MATRICES, MERGES, UPDATES, Merge
@@ -194,6 +197,34 @@ def test_a_merge_in_a_comparison(pair, add):
     assert "throwaway" in {row["merge"] for row in result.rows()}
     assert costs
     assert plots.figure([result]).axes
+
+
+def doubled(tensors, factor):
+    return {f"throwaway:{key}": tensor * (factor if "lora_B" in key else 1.0) for key, tensor in tensors.items()}
+
+
+def test_a_format(pair, add, lora_lab, tmp_path):
+    def read(raw):
+        plain = {key.removeprefix("throwaway:"): tensor for key, tensor in raw.tensors.items()}
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": TARGETS}
+        return Content(plain, config, Layout("throwaway"))
+
+    def write(adapter):  # at a scale of 1, where PEFT's is alpha / r = 2
+        return {"": Part(doubled(adapter.tensors, 2.0))}
+
+    add(FORMATS, Format("a test's", lambda raw: any(k.startswith("throwaway:") for k in raw.tensors), read, write))
+    path = pair[0].save(tmp_path / "own.safetensors", format="throwaway")
+    again = Adapter.load(path)
+    assert again.layout.format == "throwaway"
+    for name, update in pair[0].updates.items():
+        assert torch.equal(again.updates[name].delta(), update.delta())
+    code, out, err = lora_lab("inspect", path, "--json")
+    assert code == 0, err
+    assert json.loads(out)["format"] == "throwaway"
+    rewritten = Adapter.load(again.save(tmp_path / "again.safetensors"))  # in the format that it was read from
+    assert rewritten.layout.format == "throwaway"
+    with pytest.raises(OptionError, match="a format of lone files"):
+        again.save(tmp_path / "folder")
 
 
 def test_a_figure(pair, add, tmp_path, lora_lab):

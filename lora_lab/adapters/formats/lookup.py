@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lora_lab.errors import FileError, shorten
+from lora_lab.files.kinds import SAFETENSORS, identified
 from lora_lab.hub import stay_offline_without_network
 
 _HUB_ID = re.compile(r"^[\w][\w.-]*/[\w][\w.-]*(@[\w./-]+)?$")
@@ -18,9 +19,18 @@ class Location:
 
     def __init__(self, weights: Path, folder: Path | None, form: str, notes: Iterable[str] = ()) -> None:
         self.weights, self.folder, self.format, self.notes = weights, folder, form, list(notes)
+        self.safetensors = identified(weights) == SAFETENSORS
+        """Whether it is read as a safetensors file, which its content says and not its name; else as a torch file."""
 
 
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_WEIGHTS = (
+    "adapter_model.safetensors",
+    "adapter_model.bin",
+    "pytorch_lora_weights.safetensors",
+    "pytorch_lora_weights.bin",
+    "adapters.safetensors",
+)
+"""Names of weights in a folder: PEFT's, diffusers', MLX's."""
 
 
 def locate(given: str | os.PathLike[str]) -> Location:
@@ -31,9 +41,7 @@ def locate(given: str | os.PathLike[str]) -> Location:
     if path.is_file():
         if path.name == "adapter_config.json":
             return _in_folder(path.parent)
-        if path.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
-            raise FileError(f"{path}: not an adapter; a PEFT folder, a .safetensors or a .bin file is needed")
-        return Location(path, None, path.suffix.removeprefix("."))
+        return Location(path, None, path.suffix.removeprefix(".") or "lone file")
     if _HUB_ID.match(str(given)) and path.suffix not in (".safetensors", ".bin"):
         return _on_hub(str(given))
     raise FileError(f"{given}: no such file or folder")
@@ -57,8 +65,8 @@ def _in_folder(folder: Path) -> Location:
     if inside:
         raise FileError(f"{folder}: no adapter itself, but holds some: {shorten(inside, 5)}; name one of them")
     if any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")):
-        raise FileError(f"{folder}: a whole model, not an adapter ({' or '.join(_WEIGHTS)} is needed)")
-    raise FileError(f"{folder}: no {' and no '.join(_WEIGHTS)} in this folder")
+        raise FileError(f"{folder}: a whole model, not an adapter ({' or '.join(_WEIGHTS[:2])} is needed)")
+    raise FileError(f"{folder}: no {', no '.join(_WEIGHTS[:-1])} and no {_WEIGHTS[-1]} in this folder")
 
 
 def _on_hub(name: str) -> Location:
@@ -67,9 +75,7 @@ def _on_hub(name: str) -> Location:
     repo, _, revision = name.partition("@")
     offline = stay_offline_without_network()
     try:
-        folder = snapshot_download(
-            repo, revision=revision or None, allow_patterns=["adapter_config.json", "adapter_model.*"]
-        )
+        folder = snapshot_download(repo, revision=revision or None, allow_patterns=["adapter_config.json", *_WEIGHTS])
     except Exception as error:  # the hub client raises many kinds; each means that it is not to be had
         told = str(error).strip().partition("\n")[0] or type(error).__name__
         reason = "it cannot be connected to, and the cache has none" if offline else told

@@ -1,0 +1,26 @@
+"""The formats of adapter files, by name, and which one a file is in."""
+
+from __future__ import annotations
+
+from lora_lab.adapters.formats import peft_files
+from lora_lab.adapters.formats.layout import Format, Raw
+from lora_lab.registry import Registry
+
+_PEFT = Format(
+    about="PEFT: a folder with adapter_config.json, or a lone file",
+    matches=peft_files.matches,
+    read=peft_files.read,
+    write=peft_files.write,
+    file="adapter_model.safetensors",
+    settings="adapter_config.json",
+)
+
+PEFT = "peft"
+
+FORMATS = Registry("format", "lora_lab.formats", Format, {"peft": _PEFT})
+"""Formats by name. Each is asked whether a file is its; PEFT's last, whose keys are several others', too."""
+
+
+def recognised(raw: Raw) -> str:
+    """The name of the format that a file is in; PEFT's where no other one matches."""
+    return next((name for name, entry in FORMATS.items() if name != PEFT and entry.matches(raw)), PEFT)

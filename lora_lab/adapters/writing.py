@@ -1,0 +1,60 @@
+"""Adapters written to files, in any format that can be written, with their record and its signature in the header."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora_lab import files
+from lora_lab.adapters.formats.layout import Format, Part, Writable
+from lora_lab.adapters.formats.registry import FORMATS
+from lora_lab.errors import OptionError, TunerError, shorten
+from lora_lab.files import trust
+from lora_lab.results.result import finite
+
+CONFIG_KEY = "lora_lab.config"
+RECORD_KEY = "lora_lab.record"
+SIGNATURE_KEY = "lora_lab.signature"
+
+
+def write_adapter(path: Path, format_name: str, adapter: Writable, record: Mapping[str, Any], *, own: bool) -> None:
+    """Write an adapter as one file, where `path` ends in .safetensors, or as a folder.
+
+    `own` signs the record (JSON types) with the user's key.
+    """
+    form = FORMATS[format_name]
+    if form.write is None:
+        writable = [name for name, entry in FORMATS.items() if entry.write]
+        raise TunerError(f"{format_name} is only read; what can be written is {shorten(writable)}")
+    lone = path.suffix == ".safetensors"
+    if form.file is None and not lone:
+        raise OptionError(f"{path}: {format_name} is a format of lone files; NAME.safetensors is needed")
+    parts = form.write(adapter)
+    if lone and set(parts) != {""}:
+        raise OptionError(
+            f"{path}: {format_name} needs a file for each model of {shorten(sorted(parts))}; a name without an ending "
+            "is needed, for a folder"
+        )
+    if lone:
+        _write_part(path, parts[""], form, record, own=own, lone=True)
+        return
+    with files.replacing(path) as folder:
+        for inner, part in parts.items():
+            (folder / inner).mkdir(parents=True)
+            _write_part(folder / inner / str(form.file), part, form, record, own=own, lone=False)
+
+
+def _write_part(path: Path, part: Part, form: Format, record: Mapping[str, Any], *, own: bool, lone: bool) -> None:
+    settings = None if part.settings is None else finite(part.settings)
+    header = {"format": "pt", **part.header, RECORD_KEY: json.dumps(record)}
+    signature = trust.sign(record, part.tensors, settings) if own else None
+    if signature is not None:
+        header[SIGNATURE_KEY] = signature
+    text = json.dumps(settings, indent=2)  # unsorted: of PEFT's patterns, the first match counts
+    if settings is not None and lone:
+        header[CONFIG_KEY] = text
+    files.write_safetensors(path, part.tensors, header)
+    if settings is not None and not lone:
+        files.write_bytes(path.with_name(str(form.settings)), text.encode() + b"\n")
