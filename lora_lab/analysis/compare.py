@@ -43,7 +43,7 @@ from lora_lab.results.stats import ADDED, INTERVALS, Floats, Sampled, around, in
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import examples_of
 from lora_lab.scoring.execution import Cost, Execution
-from lora_lab.tasks.digests import of_base, of_entries
+from lora_lab.tasks import digests
 from lora_lab.tasks.task import Scores, Task
 
 ALONE, ENSEMBLE = "alone", "ensemble of logits"
@@ -106,7 +106,7 @@ def run_id(question: CompareMerges, adapters: Sequence[Adapter], tasks: Sequence
             records,
             _data(question, tasks),
             asked,
-            of_entries(),
+            [digests.of_entries(), digests.of_transforms()],
         ]
     )
 
@@ -138,7 +138,7 @@ def _data(question: CompareMerges, tasks: Sequence[Task]) -> list[Any]:
     """The examples of all splits that merges and their coefficients hang on, and the base model that is given."""
     different = {fingerprint(task.record): task for task in tasks}
     examples = [examples_of(task, split) for task in different.values() for split in question.splits]
-    return [*examples, question.base_name and of_base(question.base_name)]
+    return [*examples, question.base_name and digests.of_base(question.base_name)]
 
 
 class _Table:

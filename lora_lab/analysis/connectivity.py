@@ -39,6 +39,7 @@ from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import Examples
 from lora_lab.scoring.execution import Execution
 from lora_lab.scoring.models import TaskModels
+from lora_lab.tasks import digests
 from lora_lab.tasks.task import Scores, Task
 
 
@@ -92,7 +93,7 @@ class MixPoint(Change):
         used = [(i, w) for i, w in enumerate(self.weights) if w]
         if len(used) == 1 and used[0][1] == 1:
             return f"own:{used[0][0]}"
-        return self.space + ":" + ",".join(f"{i}={w:.12g}" for i, w in used)
+        return self.space + ":" + ",".join(f"{i}={w:.12g}" for i, w in used) + f" {digests.of_transforms()}"
 
     def apply(self, models: LineModels, examples: Examples) -> Scores:
         """Scores of the mix; DivergedError where they are not finite."""

@@ -28,6 +28,8 @@ class Question(ABC):
 
     kind: ClassVar[str]
     """The kind of its results."""
+    of_transforms: ClassVar[bool] = False
+    """Whether it is about adapters that this package makes of the given ones: merges, prunings, points between them."""
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -56,15 +58,16 @@ class Question(ABC):
             raise OptionError("no adapter was given")
 
     def run_id(self, adapters: Sequence[Adapter], task: Task) -> str:
-        """What the answer hangs on, hashed: the adapters, the examples, the question, and entries of the user's own."""
+        """What the answer hangs on, hashed: the adapters, the examples, the question, and code that may change."""
         from lora_lab.results.result import fingerprint
         from lora_lab.results.stats import INTERVALS
         from lora_lab.scoring.examples import examples_of
-        from lora_lab.tasks.digests import of_entries
+        from lora_lab.tasks import digests
 
         identities = [adapter.identity for adapter in adapters]
         examples = [examples_of(task, split) for split in self.splits]
-        return fingerprint([self.kind, INTERVALS, identities, examples, self.fields, of_entries()])
+        code = [digests.of_entries(), digests.of_transforms() if self.of_transforms else None]
+        return fingerprint([self.kind, INTERVALS, identities, examples, self.fields, code])
 
     @abstractmethod
     def run(self, adapters: Sequence[Adapter], task: Task, on: Execution = Execution()) -> Result:

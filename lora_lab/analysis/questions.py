@@ -53,6 +53,7 @@ class Interpolate(Question):
     """
 
     kind = "interpolate"
+    of_transforms = True
 
     points: int = option(11, "Points on each line, both ends among them.", least=2)
     spaces: tuple[str, ...] = option(
@@ -97,6 +98,7 @@ class CompareMerges(Question):
     """
 
     kind = "compare-merges"
+    of_transforms = True
 
     methods: tuple[str, ...] = option(("all",), "Names with commas, NAME:RULE for an inner rule, or all.")
     options: Mapping[str, Mapping[str, Any]] = option(
@@ -282,6 +284,7 @@ class Sweep(Question):
     """
 
     kind = "sweep"
+    of_transforms = True
 
     kinds: tuple[str, ...] = option(
         ("structured", "unstructured", "rank"),

@@ -19,6 +19,7 @@ from lora_lab.scoring.changes import Change
 from lora_lab.scoring.evaluator import Build, Evaluator
 from lora_lab.scoring.examples import Examples
 from lora_lab.scoring.execution import Cost, Execution
+from lora_lab.tasks import digests
 from lora_lab.tasks.task import Scores
 
 COEFFICIENT = "coefficient"
@@ -69,6 +70,11 @@ class MergedUpdates(Change):
     weights: Weights | tuple[float, ...]
     coefficient: float
     index: int
+
+    @property
+    def key(self) -> str:
+        """Its fields, and the code that merges."""
+        return f"{self!r} {digests.of_transforms()}"
 
     def apply(self, models: MergeModels, examples: Examples) -> Scores:
         """Its scores; the merge is made once for all coefficients that come one after the other."""

@@ -12,6 +12,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.scoring.examples import Examples
 from lora_lab.scoring.models import TaskModels
 from lora_lab.scoring.prefixes import Variant
+from lora_lab.tasks import digests
 from lora_lab.tasks.task import Scores
 
 
@@ -65,8 +66,8 @@ class Replacement(Change):
 
     @property
     def key(self) -> str:
-        """Its name."""
-        return f"other:{self.name}"
+        """Its name, and the code that makes it."""
+        return f"other:{self.name} {digests.of_transforms()}"
 
     def apply(self, models: TaskModels, examples: Examples) -> Scores:
         """Scores of the other adapter."""

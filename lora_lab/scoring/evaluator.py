@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.errors import LoraLabError, OptionError, shorten
+from lora_lab.errors import LoraLabError, MismatchError, OptionError, shorten
 from lora_lab.results.result import fingerprint, provenance
 from lora_lab.scoring.changes import Change, LayerMask
 from lora_lab.scoring.examples import Examples, TaskSpec, detached, examples_of, pack, remembered
@@ -30,9 +30,6 @@ from lora_lab.scoring.models import Effort, TaskModels
 from lora_lab.scoring.prefixes import Layout
 from lora_lab.tasks import digests
 from lora_lab.tasks.task import Scores, Task
-
-_FORMAT = 3
-"""Of the journal's entries: another one is another journal."""
 
 # A worker's batch is a minute's work, so that little is lost with it, but not fewer changes than these: cut into 32,
 # the coalitions of antithetic orders over 80 blocks share .50 of their blocks in place of .52; cut into 8, .45.
@@ -230,7 +227,7 @@ class Evaluator:
         places = [fingerprint(task.spec) for task in self.tasks]
         examples = [[*examples_of(task, split), len(self._examples(split).of_task(task))] for task in tasks.values()]
         code = digests.of_entries()
-        return fingerprint([_FORMAT, adapters, places, examples, self.device.type, self._context, code])
+        return fingerprint([adapters, places, examples, self.device.type, self._context, code])
 
     def _examples(self, split: str) -> Examples:
         return Examples(split, self._count)
@@ -302,7 +299,9 @@ class Evaluator:
         split, *more = self._splits
         options = {"split": split, "more_splits": more, "examples": self._count, "build": self._build}
         builds = fingerprint(["evaluator", runs, str(self.device), repr(self._build)])
-        return _Setup(tuple(map(detached, self.adapters)), specs, here, options, str(self.device), builds)
+        return _Setup(
+            tuple(map(detached, self.adapters)), specs, here, options, str(self.device), builds, digests.of_transforms()
+        )
 
 
 @dataclass(frozen=True)
@@ -317,8 +316,12 @@ class _Setup:
     options: Mapping[str, Any]
     device: str
     fingerprint: str
+    code: str
+    """Of this package, by which changes are known."""
 
     def __call__(self) -> Callable[[Callable[[Evaluator], Any]], Any]:
+        if digests.of_transforms() != self.code:
+            raise MismatchError("lora-lab merges and prunes by other code in a worker than here")
         built = {fingerprint(spec.record): spec for spec in self.tasks}
         tasks = {name: spec.task() for name, spec in built.items()}
         for name, theirs in self.examples.items():

@@ -21,7 +21,7 @@ from lora_lab.tasks import digests
 from lora_lab.tasks.task import Scores, Split, Task
 
 _SCORING = 1
-"""Of how the tasks of this package score: another number, and what was scored before is scored again."""
+"""Of how the tasks of this package score, and of what `pack` gives: another number, and all is scored again."""
 
 
 def examples_of(task: Task, split: str) -> list[Any]:

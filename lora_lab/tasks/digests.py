@@ -25,6 +25,8 @@ from lora_lab.registry import REGISTRIES
 
 _YOUNG = 2.0  # seconds: the coarsest times that file systems in use keep (FAT); younger files may change unnoticed
 _OWN = "lora_lab"
+_TRANSFORMS = "merging/**/*.py", "pruning/**/*.py", "adapters/lowrank.py"
+"""The files of this package that make adapters out of adapters, and the algebra of ΔW."""
 
 
 def of_base(name: str) -> str:
@@ -149,6 +151,19 @@ def of_entries() -> str:
             for field, value in sorted(fields.items()):
                 walk.add_value(f"{registry.group} {name} {field}", value)
     return "" if walk.empty else walk.digest.hexdigest()
+
+
+@functools.cache
+def of_transforms(package: Path = Path(__file__).parents[1]) -> str:
+    """A hash of this package's code that makes adapters out of adapters: merges, prunings and points between them.
+
+    It counts in what their scores are kept under, so that a method that has changed is asked again. Read once.
+    """
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in _TRANSFORMS for path in package.glob(pattern)}):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package).as_posix()} {len(content)} ".encode() + content)
+    return digest.hexdigest()[:16]
 
 
 def _is_cache(cls: type, name: str) -> bool:

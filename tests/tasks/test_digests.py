@@ -5,13 +5,14 @@ import shutil
 import sys
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tiny_models import Tiny, adapter, updates
 
-from lora_lab.errors import FileError
+from lora_lab.errors import FileError, MismatchError
 from lora_lab.merging.methods import MATRICES, MERGES, Merge
 from lora_lab.scoring.changes import LayerMask
 from lora_lab.scoring.evaluator import Evaluator
@@ -268,3 +269,34 @@ def test_what_scores_hang_on_changes_with_the_code_of_a_registered_entry(monkeyp
     assert seen[0] != seen[1] == seen[2]
     monkeypatch.delitem(MERGES.entries, "mine")
     assert digests.of_entries() == ""
+
+
+@pytest.mark.parametrize(
+    ("changed", "counts"),
+    [
+        ("merging/elementwise.py", True),
+        ("merging/deeper/new.py", True),
+        ("pruning/ranks.py", True),
+        ("adapters/lowrank.py", True),
+        ("adapters/reading.py", False),
+        ("plots/line.py", False),
+    ],
+)
+def test_the_code_of_merges_and_prunings_is_every_file_that_makes_them(tmp_path, changed, counts):
+    package = Path(digests.__file__).parents[1]
+    for room in ("merging", "pruning", "adapters", "plots"):
+        shutil.copytree(package / room, tmp_path / room)
+    assert digests.of_transforms(tmp_path) == digests.of_transforms()
+    digests.of_transforms.cache_clear()
+    (tmp_path / changed).parent.mkdir(exist_ok=True)
+    with (tmp_path / changed).open("a") as file:
+        file.write("\n")
+    assert (digests.of_transforms(tmp_path) != digests.of_transforms()) == counts
+
+
+def test_a_worker_with_other_code_is_refused(monkeypatch):
+    setup = Evaluator([adapter(updates(0))], Digits("relabel"), Execution(workers=types.SimpleNamespace(device="cpu")))
+    sent = setup._setup
+    monkeypatch.setattr(digests, "of_transforms", lambda: "other")
+    with pytest.raises(MismatchError, match="merges and prunes by other code in a worker than here"):
+        sent()
