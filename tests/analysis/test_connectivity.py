@@ -21,6 +21,7 @@ from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import pack, unpack
 from lora_lab.scoring.execution import Execution
+from lora_lab.tasks.digests import of_transforms
 from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.tasks.task import Scores
 
@@ -450,7 +451,7 @@ def test_points_that_are_one_model_are_evaluated_once(adapters):
     evaluator = Evaluator(adapters[:2], Digits("relabel"), split="validation", build=LineModels)
     found = score_points(evaluator, points)
     assert evaluator.evaluated == 2
-    assert list(found) == ["own:0", "delta:0=0.5,1=0.5"]
+    assert list(found) == ["own:0", f"delta:0=0.5,1=0.5 {of_transforms()}"]
 
 
 def test_packed_scores_come_back_bit_by_bit():
