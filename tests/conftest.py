@@ -1,7 +1,9 @@
 """What all tests share: no network, one thread a worker, tiny random base models."""
 
+import gc
 import os
 import shutil
+import sys
 import tempfile
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp()  # nothing is left in the user's own, and nothing found there
@@ -34,6 +36,21 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_unconfigure() -> None:
     """Remove the caches."""
     shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+
+def pytest_runtest_setup() -> None:
+    """Keep what is imported out of the garbage collector, whose every whole turn (one a training) looks at all of it.
+
+    As often as there is more of it; what the tests before have left is collected first.
+    """
+    global _imported
+    if len(sys.modules) != _imported:
+        gc.collect()
+        gc.freeze()
+        _imported = len(sys.modules)
+
+
+_imported = 0
 
 
 def _bert() -> nn.Module:
