@@ -1,0 +1,214 @@
+"""Names of the modules of diffusion models: the canonical ones, those of the models' authors, and kohya's flat ones.
+
+A canonical name begins with a component, which says whose names follow: `unet.` and `transformer.` those of diffusers,
+`text_encoder.`, `text_encoder_2.` and `text_encoder_3.` those of transformers, `diffusion_model.` those of the model's
+authors (double_blocks.0.img_attn.qkv). A U-Net's modules always have diffusers' names: its authors' (SGM's: what they
+call input_blocks.4.1 is down_blocks.1.attentions.0) are the same ones under other names. Nothing is split here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from functools import cache
+
+UNET, MODEL, TRANSFORMER = "unet.", "diffusion_model.", "transformer."
+
+_COMPONENTS = {
+    "lora_te1_": "text_encoder.",
+    "lora_te2_": "text_encoder_2.",
+    "lora_te3_": "text_encoder_3.",
+    "lora_te_": "text_encoder.",
+    "lora_transformer_": TRANSFORMER,
+    "lycoris_": MODEL,
+    "lora_unet_": MODEL,
+}
+"""What a flat name begins with → component. Where a U-Net's names follow, `diffusion_model.` stands for `unet.`."""
+
+_UNET = re.compile(
+    r"((down_blocks|up_blocks|mid_block)[._]|(conv_in|conv_norm_out|conv_out)$|(time|add)_embedding[._]linear)"
+)
+_SGM = re.compile(r"((input_blocks|middle_block|output_blocks)[._]|(time_embed|label_emb[._]0|out)[._][02]$)")
+
+_WORDS = """
+down_blocks up_blocks mid_block resnets attentions transformer_blocks downsamplers upsamplers conv conv1 conv2 conv_in
+conv_out conv_shortcut time_emb_proj time_embedding add_embedding proj_in proj_out proj linear linear_1 linear_2 norm
+norm1 norm1_context norm_out attn attn1 attn2 to_q to_k to_v to_out to_add_out add_q_proj add_k_proj add_v_proj ff
+ff_context net proj_mlp single_transformer_blocks x_embedder context_embedder time_text_embed timestep_embedder
+text_embedder guidance_embedder
+input_blocks output_blocks middle_block time_embed label_emb in_layers out_layers emb_layers skip_connection op out
+text_model encoder layers self_attn mlp fc1 fc2 q_proj k_proj v_proj out_proj text_projection
+block layer SelfAttention DenseReluDense wi wi_0 wi_1 wo q k v o
+model embed_tokens o_proj gate_proj up_proj down_proj
+double_blocks single_blocks img_attn txt_attn img_mlp txt_mlp img_mod txt_mod modulation lin qkv linear1 linear2 img_in
+txt_in time_in vector_in guidance_in in_layer out_layer final_layer adaLN_modulation
+joint_blocks x_block context_block attn_2
+blocks cross_attn ffn k_img v_img patch_embedding text_embedding time_projection head img_emb
+noise_refiner context_refiner attention feed_forward w1 w2 w3
+"""
+"""The components of names, by family: diffusers' U-Net and Flux; SGM's U-Net; CLIP; T5; Llama and Qwen; the authors'
+Flux; SD3; Wan; Lumina and Z-Image."""
+
+_RESNET = {
+    "in_layers.2": "conv1",
+    "out_layers.3": "conv2",
+    "emb_layers.1": "time_emb_proj",
+    "skip_connection": "conv_shortcut",
+    "in_layers.0": "norm1",
+    "out_layers.0": "norm2",
+}
+_ENDS = {
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.0": "add_embedding.linear_1",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "middle_block.0": "mid_block.resnets.0",
+    "middle_block.1": "mid_block.attentions.0",
+    "middle_block.2": "mid_block.resnets.1",
+}
+"""SGM's name → diffusers', of what lies outside of the numbered blocks."""
+
+
+def modules_of(flat: Collection[str]) -> dict[str, str | None]:
+    """Flat name (lora_unet_…) → canonical name, for all of one file; None for what is not understood for certain."""
+    t5 = "text_encoder_3."
+    if any("_double_blocks_" in name for name in flat):  # Flux, which has two text encoders, T5 the second
+        t5 = "text_encoder_2."
+    # HunyuanVideo's img_attn_qkv is one word where Flux's is two, and flat they look the same
+    unclear = any("_double_blocks_" in name and "_mlp_fc" in name for name in flat)
+    modules: dict[str, str | None] = {}
+    for name in flat:
+        module = None if unclear and "_blocks_" in name else _module(name)
+        if module is not None and module.startswith("text_encoder_3."):
+            module = t5 + module.removeprefix("text_encoder_3.")
+        modules[name] = module
+    return modules
+
+
+def _module(flat: str) -> str | None:
+    prefix = next((prefix for prefix in _COMPONENTS if flat.startswith(prefix)), None)
+    path = dotted(flat.removeprefix(prefix)) if prefix else None
+    if prefix is None or path is None:
+        return None
+    return with_unet(path) or _COMPONENTS[prefix] + path if _COMPONENTS[prefix] == MODEL else _COMPONENTS[prefix] + path
+
+
+def with_unet(path: str) -> str | None:
+    """The canonical name of a U-Net's module from its authors' name or from diffusers'; None where it is neither."""
+    if _UNET.match(path):
+        return UNET + path
+    renamed = from_sgm(path)
+    return UNET + renamed if renamed else None
+
+
+def is_sgm(path: str) -> bool:
+    """Whether a module of a U-Net, flat or dotted, without a component, has its authors' name."""
+    return _SGM.match(path) is not None
+
+
+def flattened(module: str, *, sgm: bool, numbered: bool, wide: bool = True, t5: str = "3") -> str | None:
+    """Kohya's flat name of a canonical one, as sd-scripts writes it; None where it could not be read back.
+
+    `sgm`: a U-Net's modules by their authors' names (SDXL), with `wide` as in `to_sgm`. `numbered`: the first text
+    encoder is lora_te1 (SDXL, Flux, SD3) and not lora_te (SD 1 and 2). `t5`: text_encoder_2 is lora_te`t5` where it
+    is T5 and not CLIP.
+    """
+    component, _, path = module.partition(".")
+    if component == "unet":
+        named = to_sgm(path, wide=wide) if sgm else path
+        flat = f"lora_unet_{named}" if named else None
+    elif component in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        number = component.removeprefix("text_encoder").removeprefix("_")
+        if number == "2" and path.startswith("encoder.block."):
+            number = t5
+        flat = f"lora_te{number or ('1' if numbered else '')}_{path}"
+    else:
+        head = {"diffusion_model": "lora_unet_", "transformer": "lora_transformer_"}.get(component)
+        flat = head + path if head else None
+    flat = flat.replace(".", "_") if flat else None
+    return flat if flat and _same(_module(flat), module) else None
+
+
+def _same(read: str | None, module: str) -> bool:
+    """Whether a flat name is read as the module that it stands for; which T5 is meant depends on its file."""
+    if read is None or module == read:
+        return read is not None
+    return read.startswith("text_encoder_3.encoder.block.") and read.partition(".")[2] == module.partition(".")[2]
+
+
+def from_sgm(path: str) -> str | None:
+    """Diffusers' name of a U-Net's module from its authors' (input_blocks.4.1.proj_in); None for any other name."""
+    for theirs, ours in _ENDS.items():
+        if path == theirs or path.startswith(f"{theirs}."):
+            rest = path[len(theirs) + 1 :]
+            return _resnet(ours, rest, _RESNET) if ".resnets." in ours else _joined(ours, rest)
+    match = re.match(r"(input|output)_blocks\.(\d+)\.([012])\.(.+)$", path)
+    if not match:
+        return None
+    side, number, part, rest = match[1], int(match[2]), int(match[3]), match[4]
+    level, layer = divmod(number - 1, 3) if side == "input" else divmod(number, 3)
+    block = f"{'down' if side == 'input' else 'up'}_blocks.{level}"
+    if side == "input" and layer == 2:
+        return f"{block}.downsamplers.0.conv" if (part, rest) == (0, "op") else None
+    if side == "output" and layer == 2 and part and rest == "conv":
+        return f"{block}.upsamplers.0.conv"
+    if part == 0:
+        return _resnet(f"{block}.resnets.{layer}", rest, _RESNET)
+    return f"{block}.attentions.{layer}.{rest}" if part == 1 else None
+
+
+def to_sgm(path: str, *, wide: bool) -> str | None:
+    """The authors' name of a U-Net's module from diffusers'; None for any other name.
+
+    `wide`: the outermost up block with attention is the first (SDXL), not the second (SD 1 and 2), on which the
+    number of its upsampler depends.
+    """
+    back = {ours: theirs for theirs, ours in _RESNET.items()}
+    for theirs, ours in _ENDS.items():
+        if path == ours or path.startswith(f"{ours}."):
+            rest = path[len(ours) + 1 :]
+            return _resnet(theirs, rest, back) if ".resnets." in ours else _joined(theirs, rest)
+    match = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)$", path)
+    if not match:
+        return None
+    side, kind, rest = match[1], match[3], match[5]
+    level, layer = int(match[2]), int(match[4])
+    if (kind, layer, rest) == ("downsamplers", 0, "conv") and side == "down":
+        return f"input_blocks.{3 * level + 3}.0.op"
+    if (kind, layer, rest) == ("upsamplers", 0, "conv") and side == "up":
+        return f"output_blocks.{3 * level + 2}.{2 if wide or level else 1}.conv"
+    if kind not in ("resnets", "attentions") or layer > (1 if side == "down" else 2):
+        return None
+    block = f"input_blocks.{3 * level + layer + 1}" if side == "down" else f"output_blocks.{3 * level + layer}"
+    return _resnet(f"{block}.0", rest, back) if kind == "resnets" else f"{block}.1.{rest}"
+
+
+def _resnet(block: str, rest: str, names: dict[str, str]) -> str | None:
+    return f"{block}.{names[rest]}" if rest in names else None
+
+
+def _joined(block: str, rest: str) -> str:
+    return f"{block}.{rest}" if rest else block
+
+
+@cache
+def _vocabulary() -> tuple[frozenset[tuple[str, ...]], int]:
+    words = frozenset(tuple(word.split("_")) for word in _WORDS.split())
+    return words, max(map(len, words))
+
+
+def dotted(flat: str) -> str | None:
+    """A flat name as a path: numbers, and of the words above the longest that fits; None where one is unknown."""
+    words, longest = _vocabulary()
+    parts = flat.split("_")
+    path, at = [], 0
+    while at < len(parts):
+        length = next((n for n in range(longest, 0, -1) if tuple(parts[at : at + n]) in words), 0)
+        if not length and not (parts[at].isascii() and parts[at].isdecimal()):
+            return None
+        path.append("_".join(parts[at : at + (length or 1)]))
+        at += length or 1
+    return ".".join(path)
