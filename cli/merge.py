@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -119,8 +119,9 @@ def command(
     read_data = MERGES[how.method].reads_data or bool(spaces or task.task)
     sources = _sources(loaded, weights, how, task if read_data else None, computing, task.trust_record)
     merged = _merged(sources, how, options, spaces, computing)
-    save(merged, path, inputs=inputs, force=output.force)
-    report = _report(path, merged)
+    fitted = output.fit(merged.adapter)
+    save(replace(merged, adapter=fitted.adapter), path, inputs=inputs, force=output.force)
+    report = {**_report(path, merged), "changes": list(fitted.changes), "advice": list(fitted.advice)}
     if output.json:
         print_json(report)
     else:
@@ -190,6 +191,7 @@ def show(report: dict[str, Any]) -> None:
     rows.append(("relative error of ΔW", error))
     if report["heads"]:
         rows.append(("heads", report["heads"]))
+    rows += [("changed", change) for change in report["changes"]] + [("", line) for line in report["advice"]]
     table(f"Merged to {report['path']}", ("", ""), rows)
     trials = report.get("trials") or []
     if trials:

@@ -13,6 +13,7 @@ import typer
 
 from ..errors import OptionError
 from ..options import check_options, option
+from ..registry import Later
 from ..scoring.execution import Cost, Execution
 from . import parsing
 from .terminal import messages, print_json, progress
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..adapters.adapter import Adapter
+    from ..adapters.serving import Fitted
     from ..results.result import Result
     from ..tasks.task import Task
 
@@ -198,6 +200,14 @@ class AdapterOutput:
     """The adapter that is written, and what is printed of how it was made."""
 
     output: Path | None = option(None, "NAME.safetensors, or a name for a PEFT folder.", flag="o output")
+    server: str | None = option(
+        None,
+        "NAMES: write what that server or tool takes (one rank, its format, a list of modules …); what is changed is "
+        "told, and what it cannot take is refused.",
+        names=Later("lora_lab.adapters.serving", "SERVERS"),
+        flag="for",
+    )
+    uniform_rank: bool = option(False, "One rank and one scale in all modules: smaller ranks are filled with zeros.")
     force: bool = option(False, "Replace what is there.")
     json: bool = option(False, "Print what was done as JSON.")
 
@@ -205,4 +215,17 @@ class AdapterOutput:
         """Where the adapter goes; OptionError without."""
         if self.output is None:
             raise OptionError("-o names the adapter to write: NAME.safetensors, or a name for a PEFT folder")
+        if self.server is not None:
+            from ..adapters.serving import server
+
+            if server(self.server).folder and self.output.suffix == ".safetensors":
+                raise OptionError(f"{self.output}: {self.server} takes a folder; a name without an ending is needed")
         return self.output
+
+    def fit(self, adapter: Adapter) -> Fitted:
+        """The adapter as it is to be written, and what that changed."""
+        from ..adapters.serving import Fitted, fitted, uniform
+
+        if self.server is not None:
+            return fitted(adapter, self.server)
+        return Fitted(*uniform(adapter)) if self.uniform_rank else Fitted(adapter)

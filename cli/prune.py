@@ -108,8 +108,9 @@ def command(
         pruned = prune_weights(loaded, sparsity=how.sparsity, by=by, per_matrix=how.per_matrix, seed=seed)
     else:
         pruned = prune_rank(loaded, rank=how.rank, energy=how.energy, by=how.rank_by, seed=choosing.seed)
-    pruned.adapter.save(path, force=output.force)
-    report = _report(path, pruned)
+    fitted = output.fit(pruned.adapter)
+    fitted.adapter.save(path, force=output.force)
+    report = {**_report(path, pruned), "changes": list(fitted.changes), "advice": list(fitted.advice)}
     if output.json:
         print_json(report)
     else:
@@ -153,4 +154,5 @@ def show(report: dict[str, Any]) -> None:
         rows.append(("relative error of ΔW", f"{report['error']:.4f}"))
     saved = f"{1 - after / before:.0%} saved" if after < before else "none saved: zeros are stored like other numbers"
     rows.append(("bytes of tensors", f"{after:,} of {before:,} ({saved})"))
+    rows += [("changed", change) for change in report["changes"]] + [("", line) for line in report["advice"]]
     table(f"Pruned to {report['path']}", ("", "kept"), rows)

@@ -28,6 +28,8 @@ class MergeReport:
     versions: dict[str, Any] = column("versions of Python and of the packages that numbers hang on")
     commit: str | None = column("commit of the checkout that it ran from")
     errors: dict[str, Any] = column("module → ‖ΔW cut away‖ / ‖ΔW‖", "share")
+    changes: list[Any] = column("what was changed for the server that it is written for")
+    advice: list[Any] = column("how that server is to be started")
 
 
 @dataclass
@@ -41,6 +43,8 @@ class PruneReport:
     error: float = column("‖ΔW taken away‖ / ‖ΔW‖ over all modules", "share")
     errors: dict[str, Any] = column("module → ‖ΔW taken away‖ / ‖ΔW‖", "share")
     bytes: list[Any] = column("size of the tensors before and after", "bytes")
+    changes: list[Any] = column("what was changed for the server that it is written for")
+    advice: list[Any] = column("how that server is to be started")
 
 
 REPORTS = {"merge": MergeReport, "prune": PruneReport}
