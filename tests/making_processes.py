@@ -1,6 +1,7 @@
 """Commands in processes of their own, forked from one that has loaded torch and PEFT already, which takes seconds."""
 
 import functools
+import gc
 import importlib
 import multiprocessing
 import os
@@ -37,7 +38,10 @@ def _run(
     arguments: list[str], folder: Path, environment: Mapping[str, str], session: bool, fatal: tuple[str, str] | None
 ) -> None:
     from lora_lab.cli import main
+    from lora_lab.scoring import local
 
+    gc.freeze()  # a training looks for garbage, and would touch every page that is shared with the server
+    local._CONTEXT = multiprocessing.get_context("fork")  # this process has no threads yet
     os.chdir(folder)
     os.environ.update(environment)
     if session:
