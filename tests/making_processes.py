@@ -5,6 +5,7 @@ import gc
 import importlib
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 from collections.abc import Mapping
@@ -34,23 +35,29 @@ def server() -> ForkServerContext:
     return context
 
 
-def _run(
-    arguments: list[str], folder: Path, environment: Mapping[str, str], session: bool, fatal: tuple[str, str] | None
-) -> None:
-    from lora_lab.cli import main
-    from lora_lab.scoring import local
-
+def _enter(folder: Path) -> None:
+    """What every process begins with: it works in the folder, where out.txt and err.txt hold what it says."""
     gc.freeze()  # a training looks for garbage, and would touch every page that is shared with the server
-    local._CONTEXT = multiprocessing.get_context("fork")  # this process has no threads yet
     os.chdir(folder)
-    os.environ.update(environment)
-    if session:
-        os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell in the background has ignored
     for stream, name in ((sys.stdout, "out.txt"), (sys.stderr, "err.txt")):
         stream.flush()
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1 if name == "out.txt" else 2)
     sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def _run(
+    arguments: list[str], folder: Path, environment: Mapping[str, str], session: bool, fatal: tuple[str, str] | None
+) -> None:
+    from lora_lab.cli import main
+
+    from lora_lab.scoring import local
+
+    local._CONTEXT = multiprocessing.get_context("fork")  # this process has no threads yet
+    os.environ.update(environment)
+    if session:
+        os.setsid()
+    _enter(folder)
     if fatal:
         module, name = fatal
         setattr(
@@ -82,3 +89,25 @@ def finished(process: BaseProcess, folder: Path, code: int = 0) -> str:
     text = (folder / "err.txt").read_text()
     assert process.exitcode == code, text
     return text
+
+
+def _main(module: str, arguments: list[str]) -> None:
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__")
+
+
+def _launch(folder: Path, count: int, module: str, arguments: list[str]) -> None:
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    _enter(folder)
+    config = LaunchConfig(
+        1, 1, count, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0", start_method="fork", monitor_interval=0.1
+    )
+    elastic_launch(config, _main)(module, arguments)
+
+
+def launched(folder: Path, count: int, module: str, *arguments: object) -> BaseProcess:
+    """torchrun: its agent in a process, and under it so many that run the module as `python -m` does."""
+    process = server().Process(target=_launch, args=(folder, count, module, [str(each) for each in arguments]))
+    process.start()
+    return process

@@ -4,15 +4,13 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from making_processes import finished, started
+from making_processes import finished, launched, started
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.errors import OptionError
@@ -42,24 +40,9 @@ def check_trained_together(folder, recipe):
 
 
 def test_two_processes_of_torchrun_try_several_settings_as_one_with_the_same_batch(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
-    options = [
-        "--method",
-        "coto",
-        "--steps",
-        str(STEPS),
-        "--lr",
-        "1e-3,1e-2",
-        "--device",
-        "cpu",
-        "-o",
-        "two.safetensors",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = [*launch, "-m", "lora_lab.training", *options]
-    done = subprocess.run(run, capture_output=True, text=True, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("Trained adapters") == 1  # one of them speaks
+    options = ["--method", "coto", "--steps", STEPS, "--lr", "1e-3,1e-2", "--device", "cpu", "-o", "two.safetensors"]
+    finished(launched(tmp_path, 2, "lora_lab.training", *options), tmp_path)
+    assert (tmp_path / "out.txt").read_text().count("Trained adapters") == 1  # one of them speaks
     tried = Result.load(tmp_path / "two.tuning.json")
     assert tried.columns["learning_rate"] == [1e-3, 1e-2]
     (best,) = tried.rows(chosen=True)
