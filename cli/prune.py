@@ -36,8 +36,18 @@ class Pruning:
     per_matrix: bool = option(
         False, "That share of every matrix, or of all entries together.", flag="per-matrix/global"
     )
-    rank: int | None = option(None, "Ranks to keep of every module.", least=1)
-    energy: float | None = option(None, "Share of every module's ‖ΔW‖² to keep.", above=0, most=1)
+    rank: int | None = option(
+        None, "Ranks to keep of every module; the most of them with --energy, --cumulative or --ratio.", least=1
+    )
+    energy: float | None = option(
+        None, "Share of every module's ‖ΔW‖² to keep (the square of kohya's sv_fro).", above=0, most=1
+    )
+    cumulative: float | None = option(
+        None, "Share of the sum of every module's singular values to keep (kohya's sv_cumulative).", above=0, most=1
+    )
+    ratio: float | None = option(
+        None, "Keep singular values above the module's largest divided by this (kohya's sv_ratio).", least=1
+    )
     rank_by: str = option(
         "svd",
         "NAMES: the best of that rank, the largest of its own rank-1 terms, or any of them.",
@@ -46,11 +56,19 @@ class Pruning:
 
     def __post_init__(self) -> None:
         by_entries = self.sparsity is not None or self.method is not None
-        by_rank = self.rank is not None or self.energy is not None
+        by_rank = any(value is not None for value in self.cut.values())
         if (self.keep is not None) + by_entries + by_rank != 1:
-            raise OptionError("say how to prune, in one way: --keep, --method with --sparsity, or --rank (or --energy)")
+            raise OptionError(
+                "say how to prune, in one way: --keep, --method with --sparsity, or --rank (--energy, --cumulative, "
+                "--ratio)"
+            )
         if by_entries and self.sparsity is None:
             raise OptionError(f"--method {self.method} needs --sparsity, a share from 0 to 1")
+
+    @property
+    def cut(self) -> dict[str, Any]:
+        """How far the ranks are cut, as `prune_rank` has it."""
+        return {name: getattr(self, name) for name in ("rank", "energy", "cumulative", "ratio")}
 
 
 @dataclass(frozen=True)
@@ -107,7 +125,7 @@ def command(
         by, seed = how.method or "magnitude", choosing.seed
         pruned = prune_weights(loaded, sparsity=how.sparsity, by=by, per_matrix=how.per_matrix, seed=seed)
     else:
-        pruned = prune_rank(loaded, rank=how.rank, energy=how.energy, by=how.rank_by, seed=choosing.seed)
+        pruned = prune_rank(loaded, **how.cut, by=how.rank_by, seed=choosing.seed)
     fitted = output.fit(pruned.adapter)
     fitted.adapter.save(path, force=output.force)
     report = {**_report(path, pruned), "changes": list(fitted.changes), "advice": list(fitted.advice)}
@@ -154,5 +172,7 @@ def show(report: dict[str, Any]) -> None:
         rows.append(("relative error of ΔW", f"{report['error']:.4f}"))
     saved = f"{1 - after / before:.0%} saved" if after < before else "none saved: zeros are stored like other numbers"
     rows.append(("bytes of tensors", f"{after:,} of {before:,} ({saved})"))
+    worst = sorted(((error, name) for name, error in report["errors"].items() if error), reverse=True)[:5]
+    rows += [(f"relative error of {name}", f"{error:.4f}") for error, name in worst if len(report["errors"]) > 1]
     rows += [("changed", change) for change in report["changes"]] + [("", line) for line in report["advice"]]
     table(f"Pruned to {report['path']}", ("", "kept"), rows)

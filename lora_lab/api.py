@@ -114,7 +114,6 @@ def prune(
     keep: str | None = None,
     sparsity: float | None = None,
     rank: int | None = None,
-    energy: float | None = None,
     trust_record: bool = False,
     **options: Any,
 ) -> Adapter:
@@ -122,14 +121,16 @@ def prune(
 
     keep: a pattern such as every-other or top-shapley:2, with the fields of `Shapley` as options (players and seed
     for all patterns, the rest for those by Shapley values, which are computed on the validation split of `task`).
-    sparsity: a share, with by (the criterion), per_matrix, seed. rank, or energy, the share of ‖ΔW‖² that is kept: with
-    by (the order of the ranks). What it cost is told by the functions of `lora_lab.pruning`.
+    sparsity: a share, with by (the criterion), per_matrix, seed. rank, energy, the share of ‖ΔW‖² that is kept,
+    cumulative or ratio: with by (the order of the ranks), as in `lora_lab.pruning.prune_rank`. What it cost is told by
+    the functions of `lora_lab.pruning`.
     """
     from lora_lab import pruning
 
     (loaded,) = _adapters(adapter)
-    if sum([keep is not None, sparsity is not None, rank is not None or energy is not None]) != 1:
-        raise OptionError("say how to prune, in one way: keep, sparsity, or rank (or energy)")
+    by_rank = rank is not None or not options.keys().isdisjoint(("energy", "cumulative", "ratio"))
+    if sum([keep is not None, sparsity is not None, by_rank]) != 1:
+        raise OptionError("say how to prune, in one way: keep, sparsity, or rank (or energy, cumulative, ratio)")
     if keep is not None:
         names = _kept(loaded, keep, partial(_task_of, [loaded], task, trust_record), options)
         return pruning.structured(loaded, names, pattern=keep).adapter
@@ -137,7 +138,7 @@ def prune(
         _check_names("pruning by sparsity", options, _keywords(pruning.prune_weights))
         return pruning.prune_weights(loaded, sparsity=sparsity, **options).adapter
     _check_names("pruning by rank", options, _keywords(pruning.prune_rank))
-    return pruning.prune_rank(loaded, rank=rank, energy=energy, **options).adapter
+    return pruning.prune_rank(loaded, rank=rank, **options).adapter
 
 
 def interpolate(

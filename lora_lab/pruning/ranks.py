@@ -144,30 +144,49 @@ RANK_ORDERS = Registry(
 """How ranks are ordered, by name."""
 
 
+@dataclass(frozen=True)
+class _Share:
+    """A way to say how few of a module's leading units will do."""
+
+    count: Callable[[LowRank, float], int]
+    legal: Callable[[float], bool]
+    needed: str
+
+
 def prune_rank(
-    adapter: Adapter, *, rank: int | None = None, energy: float | None = None, by: str = "svd", seed: int = 0
+    adapter: Adapter,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    cumulative: float | None = None,
+    ratio: float | None = None,
+    by: str = "svd",
+    seed: int = 0,
 ) -> Pruned:
     """The adapter at a lower rank: the first units of each module in the order that `by` (see RANK_ORDERS) gives.
 
-    Either `rank` units of each, or as few as keep the share `energy` of its ‖ΔW‖² (1 − ‖lost‖²/‖ΔW‖²). A module
-    whose own rank is no larger stays bit for bit; with `energy`, modules whose ΔW is 0 are removed. Scales stay.
-    New factors (svd) are rounded to the dtype of the old. Plain LoRA only: TunerError for anything else.
+    Either `rank` units of each, or, with `rank` as the most of them, as few as keep the share `energy` of its ‖ΔW‖²
+    (1 − ‖lost‖²/‖ΔW‖²), or the share `cumulative` of the sum of its units' norms, or all whose norm is above the
+    largest divided by `ratio`. Of the SVD's units the norms are the singular values σ: kohya's sv_fro F is the energy
+    F², its sv_cumulative and sv_ratio are these. A module whose own rank is no larger stays bit for bit; with a share,
+    modules whose ΔW is 0 are removed. Scales stay. New factors (svd) are rounded to the dtype of the old. Plain LoRA
+    only: TunerError for anything else.
     """
     order = RANK_ORDERS[by].order
-    if (rank is None) == (energy is None):
-        raise OptionError(f"{'neither' if rank is None else 'both'} of rank and energy given; exactly one is needed")
-    if rank is not None and rank < 1:
-        raise OptionError(f"a rank of {rank} was asked for; it is at least 1")
-    if energy is not None and not 0 < energy <= 1:
-        raise OptionError(f"energy is {energy}; a share above 0 and up to 1 is needed")
+    given = {"energy": energy, "cumulative": cumulative, "ratio": ratio}
+    shares = {name: value for name, value in given.items() if value is not None}
+    _check_cut(rank, shares)
+    if "ratio" in shares and RANK_ORDERS[by].random:
+        raise OptionError(f"units in an order drawn at random ({by}) are not cut by a ratio of their norms")
     require_ranks(adapter)
     tensors, kept = dict(adapter.tensors), {}
     generator = np.random.default_rng(seed)
     for name, update in sorted(adapter.updates.items()):
-        if rank is not None and rank >= update.rank:
+        if not shares and rank is not None and rank >= update.rank:
             continue
         ordered, numbers = order(update, generator)
-        count = min(rank or update.rank, ordered.rank) if energy is None else _enough(ordered, energy)
+        counts = [_SHARES[share].count(ordered, value) for share, value in shares.items()]
+        count = min([ordered.rank, *counts, *([rank] if rank else [])])
         if count >= update.rank:
             continue
         kept[name] = list(range(count) if numbers is None else numbers[:count])
@@ -176,8 +195,21 @@ def prune_rank(
     if kept and all(name in kept and not kept[name] for name in adapter.sites):
         raise AdapterError(f"{adapter.label}: nothing would be left: ΔW is 0 in all {len(adapter.sites)} modules")
     pruned = keep_ranks(replace(adapter, tensors=tensors), kept)
-    options = {"rank": rank} if energy is None else {"energy": energy}
-    return measured(adapter, pruned, {**options, "by": by} | ({"seed": seed} if RANK_ORDERS[by].random else {}))
+    options = {"rank": rank} if rank is not None else {}
+    return measured(
+        adapter, pruned, {**options, **shares, "by": by} | ({"seed": seed} if RANK_ORDERS[by].random else {})
+    )
+
+
+def _check_cut(rank: int | None, shares: Mapping[str, float]) -> None:
+    if len(shares) > 1 or not (shares or rank is not None):
+        told = f"both of {' and '.join(shares)}" if shares else f"none of rank, {', '.join(_SHARES)}"
+        raise OptionError(f"{told} given; a rank, one of {', '.join(_SHARES)}, or both of the two is needed")
+    if rank is not None and rank < 1:
+        raise OptionError(f"a rank of {rank} was asked for; it is at least 1")
+    for name, value in shares.items():
+        if not _SHARES[name].legal(value):
+            raise OptionError(f"{name} is {value}; {_SHARES[name].needed} is needed")
 
 
 def _enough(ordered: LowRank, energy: float) -> int:
@@ -191,6 +223,36 @@ def _enough(ordered: LowRank, energy: float) -> int:
     # the last digits that energy = 1 asks for are rounding
     allowed = (1 - energy) * total + 4 * torch.finfo(torch.float64).eps * float(gram.diagonal().sum())
     return next(k for k, value in enumerate([*lost.tolist()[1:], 0.0], 1) if value <= allowed)
+
+
+def _norms(ordered: LowRank) -> list[float]:
+    """‖b_i‖‖a_i‖ of each unit: its singular value, where the units are the SVD's."""
+    size = ordered.A.double().norm(dim=1) * ordered.B.double().norm(dim=0)
+    return [float(value) for value in size]
+
+
+def _enough_norm(ordered: LowRank, share: float) -> int:
+    """The least k with σ_1 + … + σ_k ≥ share · Σ σ_i, of the norms of the units in their order; 0 for ΔW = 0."""
+    sums = np.cumsum(_norms(ordered))
+    if not len(sums) or not sums[-1]:
+        return 0
+    allowed = share * sums[-1] - 4 * float(np.finfo(np.float64).eps) * sums[-1]  # the last digits are rounding
+    return int(np.searchsorted(sums, allowed)) + 1
+
+
+def _above(ordered: LowRank, ratio: float) -> int:
+    """How many units, at least one, have σ_i > σ_1 / ratio, of their norms; 0 for ΔW = 0."""
+    norms = _norms(ordered)
+    largest = max(norms, default=0.0)
+    return max(1, sum(norm > largest / ratio for norm in norms)) if largest else 0
+
+
+_A_SHARE = "a share above 0 and up to 1"
+_SHARES = {
+    "energy": _Share(_enough, lambda value: 0 < value <= 1, _A_SHARE),
+    "cumulative": _Share(_enough_norm, lambda value: 0 < value <= 1, _A_SHARE),
+    "ratio": _Share(_above, lambda value: 1 <= value < math.inf, "a number of at least 1"),
+}
 
 
 def _written(update: LowRank, adapter: Adapter, site: Site) -> dict[str, Tensor]:

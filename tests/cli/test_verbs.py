@@ -399,7 +399,7 @@ def test_adapters_that_do_not_fit_are_refused_before_anything_is_written(lora_la
         (["prune", "--sparsity", "1.5", "-o", "y"], ["sparsity is 1.5", "from 0 to 1"]),
         (["prune", "--sparsity", "1", "-o", "y"], ["nothing would be left"]),
         (["prune", "--rank", "0", "-o", "y"], ["at least 1"]),
-        (["prune", "--rank", "2", "--energy", "0.5", "-o", "y"], ["exactly one"]),
+        (["prune", "--ratio", "2", "--energy", "0.5", "-o", "y"], ["both of energy and ratio"]),
     ],
     ids=lambda value: " ".join(map(str, value))[:50] if isinstance(value, list) else None,
 )

@@ -467,6 +467,37 @@ def test_the_svd_loses_the_tail_of_the_singular_values(tmp_path):
     assert prune_rank(adapter, rank=3, by="units").error > pruned.error
 
 
+@pytest.mark.parametrize(
+    ("cut", "rank"),
+    [  # norms of the units: 4, 3, 2, 1
+        ({"cumulative": 0.4}, 1),
+        ({"cumulative": 0.41}, 2),
+        ({"cumulative": 0.7}, 2),
+        ({"cumulative": 0.9}, 3),
+        ({"cumulative": 1.0}, 4),
+        ({"ratio": 1.0}, 1),
+        ({"ratio": 1.34}, 2),
+        ({"ratio": 1.99}, 2),
+        ({"ratio": 2.01}, 3),
+        ({"ratio": 100.0}, 4),
+        ({"ratio": 100.0, "rank": 2}, 2),
+        ({"energy": 0.96, "rank": 2}, 2),
+        ({"energy": 0.54, "rank": 3}, 2),
+    ],
+)
+@pytest.mark.parametrize("by", ["svd", "units"])
+def test_shares_of_the_norms_and_their_ratio_with_a_rank_as_the_most(tmp_path, cut, rank, by):
+    tensors = {
+        f"{PREFIX}{Q}.lora_A.weight": torch.eye(4, 6, dtype=torch.float64),
+        f"{PREFIX}{Q}.lora_B.weight": torch.eye(7, 4, dtype=torch.float64) * torch.tensor([2.0, 4.0, 1.0, 3.0]),
+    }
+    adapter = Adapter.load(write(tmp_path / "in", tensors, r=4, lora_alpha=4))
+    pruned = prune_rank(adapter, **cut, by=by)
+    assert pruned.ranks == (rank, 4)
+    assert pruned.error == pytest.approx(math.sqrt(sum([16, 9, 4, 1][rank:]) / 30), abs=1e-7)
+    assert pruned.adapter.record["pruned"][-1].items() >= {**cut, "by": by}.items()
+
+
 @pytest.mark.parametrize(("energy", "rank"), [(0.5, 1), (16 / 30, 1), (0.54, 2), (25 / 30, 2), (0.96, 3), (1, 4)])
 @pytest.mark.parametrize("by", ORDERS)
 def test_energy_keeps_as_few_ranks_as_it_takes(tmp_path, energy, rank, by):
@@ -581,8 +612,11 @@ def test_units_that_are_not_there_are_refused(tmp_path, kept, text):
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({}, "neither of rank and energy given; exactly one is needed"),
-        ({"rank": 2, "energy": 0.5}, "both of rank and energy given; exactly one"),
+        ({}, "none of rank, energy, cumulative, ratio given; a rank, one of"),
+        ({"ratio": 2.0, "energy": 0.5}, "both of energy and ratio given; a rank, one of"),
+        ({"ratio": 0.5}, r"ratio is 0\.5; a number of at least 1 is needed"),
+        ({"cumulative": 0.0}, r"cumulative is 0\.0; a share above 0"),
+        ({"ratio": 2.0, "by": "random"}, "in an order drawn at random .* are not cut by a ratio"),
         ({"rank": 0}, "a rank of 0 was asked for; it is at least 1"),
         ({"energy": 0.0}, r"energy is 0\.0; a share above 0 and up to 1"),
         ({"energy": 1.5}, r"energy is 1\.5"),
