@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import warnings
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -181,7 +180,7 @@ def from_updates(updates: Mapping[str, LowRank], *, like: Adapter, source: str) 
         "use_rslora": False,
         "lora_dropout": 0.0,
         "init_lora_weights": True,
-        "target_modules": exact_targets(names, like.sites),
+        "target_modules": peft_config.exact_targets(names, like.sites),
     }
     tensors: dict[str, Tensor] = {}
     sites = {}
@@ -199,15 +198,6 @@ def from_updates(updates: Mapping[str, LowRank], *, like: Adapter, source: str) 
         absent = peft_config.missing_saved(config, [key.removeprefix(PREFIX) for key in beside])
         config["modules_to_save"] = [name for name in config["modules_to_save"] if name not in absent] or None
     return Adapter(tensors, config, sites, like.record, source, like.origin, like.layout)
-
-
-def exact_targets(names: Iterable[str], others: Iterable[str]) -> list[str] | str:
-    """What target_modules says for these modules and no other one of `known`: their names, or else a pattern."""
-    names = sorted(names)
-    # PEFT takes listed names as endings, so a list must hold none that another module's name ends in.
-    endings = {name[i + 1 :] for name in {*names, *others} for i, letter in enumerate(name) if letter == "."}
-    listable = all("." in name for name in names) and endings.isdisjoint(names)
-    return names if listable else f"^({'|'.join(map(re.escape, names))})$"
 
 
 def other_tensors(adapter: Adapter, modules: Container[str]) -> dict[str, Tensor]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lora_lab import files
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.formats.layout import Raw
+from lora_lab.adapters.formats.components import TOGETHER, joined
+from lora_lab.adapters.formats.keys import PREFIX
+from lora_lab.adapters.formats.layout import Layout, Raw
 from lora_lab.adapters.formats.lookup import Location, locate
 from lora_lab.adapters.formats.peft_format import parse
 from lora_lab.adapters.formats.registry import FORMATS, PEFT, recognised
@@ -41,6 +43,21 @@ def inspect(
 ) -> Listing:
     """Read an adapter as far as it can be read; only missing and broken files raise (FileError)."""
     location = locate(path)
+    if location.components:
+        parts = {
+            name: _read(part, str(path), config, alpha, adapter_name) for name, part in location.components.items()
+        }
+        return _together(parts, str(path))
+    return _read(location, str(path), config, alpha, adapter_name)
+
+
+def _read(
+    location: Location,
+    source: str,
+    config: str | os.PathLike[str] | None,
+    alpha: float | None,
+    adapter_name: str | None,
+) -> Listing:
     header: dict[str, str] = {}
     if location.safetensors:
         tensors, header = files.read_safetensors(location.weights)
@@ -62,11 +79,48 @@ def inspect(
         content.config,
         parsed.sites,
         trust.well_formed(record),
-        str(path),
+        source,
         trust.Origin(own, str(location.weights.parent.resolve())),
         content.layout,
     )
     return Listing(adapter, form, [*notes, *parsed.warnings], problems + parsed.problems)
+
+
+def _together(parts: Mapping[str, Listing], source: str) -> Listing:
+    """One adapter out of those of a pipeline's components, whose modules' names begin with the component's."""
+    adapters = {part: listing.adapter for part, listing in parts.items()}
+    tensors = {
+        f"{PREFIX}{part}.{key.removeprefix(PREFIX)}": tensor
+        for part, adapter in adapters.items()
+        for key, tensor in adapter.tensors.items()
+    }
+    sites = {}
+    for part, adapter in adapters.items():
+        for site in adapter.sites.values():
+            keys = {role: f"{PREFIX}{part}.{key.removeprefix(PREFIX)}" for role, key in site.keys.items()}
+            sites[f"{part}.{site.name}"] = replace(site, name=f"{part}.{site.name}", keys=keys)
+    problems = [problem for listing in parts.values() for problem in listing.problems]
+    configs = {part: adapter.config for part, adapter in adapters.items()}
+    config, more = ({}, []) if problems else joined(configs, {part: a.sites for part, a in adapters.items()})
+    first, *others = adapters.values()
+    record = first.record if all(other.record == first.record for other in others) else {}
+    return Listing(
+        Adapter(
+            tensors,
+            config,
+            sites,
+            record,
+            source,
+            trust.Origin(
+                all(adapter.origin.own for adapter in adapters.values()),
+                str(Path(first.origin.folder or source).parent),
+            ),
+            Layout(names=TOGETHER),
+        ),
+        next(iter(parts.values())).format,
+        [f"{part}: {note}" for part, listing in parts.items() for note in listing.warnings],
+        problems + [f"{source}: {problem}" for problem in more],
+    )
 
 
 def _find_config(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from lora_lab.adapters.adapter import Adapter, exact_targets
+from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.formats.keys import PREFIX, anchored, natural_key
-from lora_lab.adapters.formats.peft_config import pattern_values
+from lora_lab.adapters.formats.peft_config import exact_targets, pattern_values
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.errors import MismatchError, OptionError
 

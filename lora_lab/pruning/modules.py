@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lora_lab.adapters.adapter import Adapter, exact_targets, other_tensors
+from lora_lab.adapters.adapter import Adapter, other_tensors
 from lora_lab.adapters.formats.keys import PREFIX, anchored
 from lora_lab.adapters.formats.matching import by_whole
-from lora_lab.adapters.formats.peft_config import pattern_values
+from lora_lab.adapters.formats.peft_config import exact_targets, pattern_values
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.errors import OptionError, TunerError, shorten
 from lora_lab.pruning.cost import Pruned, measured

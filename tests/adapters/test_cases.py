@@ -40,6 +40,9 @@ VALUES = [
     ("R25_gpt2_conv1d_fan_in_fan_out/adapter", {}, None),
     ("K03_single_file_no_config/adapter_no_alpha", {}, "lora_alpha"),
     ("K03_single_file_no_config/adapter_only.safetensors", {"alpha": 8}, None),
+    ("K06_diffusers_processor_keys", {}, None),
+    ("K06_diffusers_processor_keys/pytorch_lora_weights.safetensors", {}, None),
+    ("K07_diffusers_metadata_alpha", {}, None),
     ("K15_all_zero_B/adapter_all_zero", {}, "4 of 4 modules have zero delta"),
     ("K16_half_precision_product/adapter_bf16", {}, None),
 ]

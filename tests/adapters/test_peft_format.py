@@ -570,12 +570,6 @@ def test_matrices_that_modules_share_belong_to_none(tmp_path):
     ("keys", "format_name"),
     [
         (["lora_unet_down_0.lora_down.weight", "lora_unet_down_0.lora_up.weight", "lora_unet_down_0.alpha"], "kohya"),
-        (
-            ["unet.mid.attn1.processor.to_q_lora.down.weight", "unet.mid.attn1.processor.to_q_lora.up.weight"],
-            "diffusers",
-        ),
-        (["text_encoder.q_proj.lora_linear_layer.down.weight"], "diffusers"),
-        (["unet.to_k.lora.down.weight", "unet.to_k.lora.up.weight"], "diffusers"),
     ],
 )
 def test_foreign_keys_are_refused_with_the_name_of_their_format(tmp_path, keys, format_name):
@@ -594,14 +588,6 @@ def test_a_whole_model_is_refused_with_what_it_holds(tmp_path):
 
 def test_a_file_of_another_tuner_than_its_config_says_is_refused(tmp_path):
     assert "no LOHA tensors found" in refusal(write(tmp_path, lora(Q), peft_type="LOHA"))
-
-
-def test_a_diffusers_header_is_refused(tmp_path):
-    from safetensors.torch import save_file
-
-    save_file(lora("unet.to_q", prefix=""), tmp_path / "x.safetensors", {"lora_adapter_metadata": "{}"})
-    with pytest.raises(AdapterError, match="a diffusers file"):
-        Adapter.load(tmp_path / "x.safetensors")
 
 
 # inspect

@@ -161,8 +161,6 @@ def foreign_format(keys: Collection[str]) -> str | None:
     first = shorten(keys, 1)
     if any(".lora_down." in key or ".lora_up." in key for key in keys):
         return f" in PEFT's format: these are kohya-ss keys ({first})"
-    if any(re.search(r"[._]lora(_linear_layer)?\.(down|up)\.", key) for key in keys):
-        return f" in PEFT's format: these are diffusers keys ({first})"
     return None
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from lora_lab.adapters.formats.components import COMPONENTS
 from lora_lab.errors import FileError, shorten
 from lora_lab.files.kinds import SAFETENSORS, identified
 from lora_lab.hub import stay_offline_without_network
@@ -21,6 +22,8 @@ class Location:
         self.weights, self.folder, self.format, self.notes = weights, folder, form, list(notes)
         self.safetensors = identified(weights) == SAFETENSORS
         """Whether it is read as a safetensors file, which its content says and not its name; else as a torch file."""
+        self.components: dict[str, Location] = {}
+        """Of a folder with an adapter for each component of a pipeline: where these are. The first is `weights`."""
 
 
 _WEIGHTS = (
@@ -62,6 +65,11 @@ def _in_folder(folder: Path) -> Location:
             location.notes.append(f"its last checkpoint is read: {inner.name}")
             return location
     inside = [p.name for p in sorted(folder.iterdir()) if any((p / name).is_file() for name in _WEIGHTS)]
+    if inside and all(name in COMPONENTS and _of_peft(folder / name) for name in inside):
+        parts = {name: _in_folder(folder / name) for name in inside}
+        location = Location(parts[inside[0]].weights, folder, "peft")
+        location.components = parts
+        return location
     if inside:
         raise FileError(f"{folder}: no adapter itself, but holds some: {shorten(inside, 5)}; name one of them")
     if any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")):
@@ -69,13 +77,19 @@ def _in_folder(folder: Path) -> Location:
     raise FileError(f"{folder}: no {', no '.join(_WEIGHTS[:-1])} and no {_WEIGHTS[-1]} in this folder")
 
 
+def _of_peft(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _WEIGHTS[:2])
+
+
 def _on_hub(name: str) -> Location:
     from huggingface_hub import snapshot_download
 
     repo, _, revision = name.partition("@")
+    names = ["adapter_config.json", *_WEIGHTS]
+    patterns = [*names, *(f"{component}/{name}" for component in COMPONENTS for name in names)]
     offline = stay_offline_without_network()
     try:
-        folder = snapshot_download(repo, revision=revision or None, allow_patterns=["adapter_config.json", *_WEIGHTS])
+        folder = snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
     except Exception as error:  # the hub client raises many kinds; each means that it is not to be had
         told = str(error).strip().partition("\n")[0] or type(error).__name__
         reason = "it cannot be connected to, and the cache has none" if offline else told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ _LEGACY = {"enable_lora", "merge_weights"}
 
 _YES_OR_NO = ("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "use_qalora")
 _INITS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
+_BASE_CHANGING = re.compile(r"pissa|olora|corda|loftq|lora_ga")
 # Adapters that PEFT does not place by target_modules, or not by it alone.
 _PLACED_OTHERWISE = {"ADAPTION_PROMPT", "XLORA", "SHADOW"}
 
@@ -26,6 +28,11 @@ _PLACED_OTHERWISE = {"ADAPTION_PROMPT", "XLORA", "SHADOW"}
 def tuner_of(config: Mapping[str, Any]) -> str:
     """PEFT's type of the adapter in upper case, LORA where the configuration names none."""
     return str(config.get("peft_type") or "LORA").rpartition(".")[2].upper()
+
+
+def changes_base(config: Mapping[str, Any]) -> bool:
+    """Whether the adapter was begun by taking something out of the base's weights, so that ΔW is not B A."""
+    return _BASE_CHANGING.match(str(config.get("init_lora_weights")).lower()) is not None
 
 
 def patterns_of(config: Mapping[str, Any], field_name: str) -> Mapping[str, Any]:
@@ -176,6 +183,15 @@ def _targeted(config: Mapping[str, Any], names: Collection[str]) -> set[str]:
 def _is_all_linear(said: Any) -> bool:
     """Whether target_modules leaves it to PEFT to find the linear layers, and those alone."""
     return isinstance(said, str) and said.lower() == "all-linear"
+
+
+def exact_targets(names: Iterable[str], others: Iterable[str]) -> list[str] | str:
+    """What target_modules says for these modules and none of `others`: their names, or else a pattern."""
+    names = sorted(names)
+    # PEFT takes listed names as endings, so a list must hold none that another module's name ends in.
+    endings = {name[i + 1 :] for name in {*names, *others} for i, letter in enumerate(name) if letter == "."}
+    listable = all("." in name for name in names) and endings.isdisjoint(names)
+    return names if listable else f"^({'|'.join(map(re.escape, names))})$"
 
 
 def _ending_in(said: Iterable[str], names: Collection[str]) -> set[str]:

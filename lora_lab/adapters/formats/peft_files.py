@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from lora_lab.adapters.formats.layout import Content, Part, Raw, Writable
+from lora_lab.adapters.formats.components import alone, by_component, component_of, key_within
+from lora_lab.adapters.formats.keys import PREFIX
+from lora_lab.adapters.formats.layout import Content, Layout, Part, Raw, Writable
 from lora_lab.adapters.formats.peft_config import assumed_config, complete_config
-from lora_lab.errors import AdapterError
+from lora_lab.errors import AdapterError, TunerError, shorten
 
 
 def matches(raw: Raw) -> bool:
@@ -16,8 +18,6 @@ def matches(raw: Raw) -> bool:
 
 def read(raw: Raw) -> Content:
     """The tensors as they are, with the configuration that belongs to them or is assumed."""
-    if "lora_adapter_metadata" in raw.header:
-        return Content({}, {}, problems=["a diffusers file (its header says so); PEFT's format is needed"])
     notes: list[str] = []
     if raw.settings is None:
         config, notes = assumed_config(raw.tensors, raw.alpha, raw.adapter_name)
@@ -35,5 +35,28 @@ def read(raw: Raw) -> Content:
 
 
 def write(adapter: Writable) -> Mapping[str, Part]:
-    """One file with everything in it, and its configuration."""
-    return {"": Part(adapter.tensors, {}, adapter.config)}
+    """One file with everything in it and its configuration; of a pipeline, one for each of its components.
+
+    PEFT loads an adapter into one model, whose modules' names do not begin with the name that it has in a pipeline.
+    What was read from a plain file of PEFT's is written as it was.
+    """
+    apart = None if adapter.layout == Layout() else by_component(adapter.sites)
+    if apart is None:
+        return {"": Part(adapter.tensors, {}, adapter.config)}
+    loose = [key for key in adapter.tensors if component_of(key.removeprefix(PREFIX)) not in apart]
+    if loose:
+        raise TunerError(
+            f"PEFT's files of a pipeline, one for each of {shorten(apart)}, have no place for {shorten(loose)}"
+        )
+    return {
+        component: Part(
+            {
+                key_within(key, component): tensor
+                for key, tensor in adapter.tensors.items()
+                if key.startswith(f"{PREFIX}{component}.")
+            },
+            {},
+            alone(adapter.config, component, names),
+        )
+        for component, names in apart.items()
+    }

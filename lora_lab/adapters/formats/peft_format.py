@@ -7,7 +7,6 @@ on files that everything else refuses.
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -19,6 +18,7 @@ from lora_lab.adapters.formats import beside, checks, keys
 from lora_lab.adapters.formats.keys import PREFIX, natural_key
 from lora_lab.adapters.formats.peft_config import (
     brief,
+    changes_base,
     count,
     number,
     parameter_sites,
@@ -30,7 +30,6 @@ from lora_lab.adapters.formats.sites import PLAIN, Parsed, Site
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import AdapterError, shorten
 
-_BASE_CHANGING = re.compile(r"^(pissa|olora|corda|loftq|lora_ga)")
 VARIANTS = ("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
 
 
@@ -151,7 +150,7 @@ def why_not_additive(config: Mapping[str, Any], sites: Collection[Site]) -> str 
         return f"{tuner} updates are no plain product B A"
     if config.get("use_dora") or any("lora_magnitude_vector" in site.keys for site in sites):
         return "DoRA rescales the columns of the base weight, so its ΔW needs the base model"
-    if _BASE_CHANGING.match(init):
+    if changes_base(config):
         return (
             f"init_lora_weights={init!r} ({'PiSSA' if init.startswith('pissa') else init}) changes the base weights, "
             "so ΔW is not B A; convert it with PEFT's path_initial_model_for_weight_conversion"

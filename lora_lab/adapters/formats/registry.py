@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_lab.adapters.formats import peft_files
+from lora_lab.adapters.formats import diffusers, peft_files
 from lora_lab.adapters.formats.layout import Format, Raw
 from lora_lab.registry import Registry
 
@@ -17,7 +17,15 @@ _PEFT = Format(
 
 PEFT = "peft"
 
-FORMATS = Registry("format", "lora_lab.formats", Format, {"peft": _PEFT})
+_DIFFUSERS = Format(
+    about="diffusers: pytorch_lora_weights.safetensors in a folder, or a lone file",
+    matches=diffusers.matches,
+    read=diffusers.read,
+    write=diffusers.write,
+    file="pytorch_lora_weights.safetensors",
+)
+
+FORMATS = Registry("format", "lora_lab.formats", Format, {"peft": _PEFT, "diffusers": _DIFFUSERS})
 """Formats by name. Each is asked whether a file is its; PEFT's last, whose keys are several others', too."""
 
 
