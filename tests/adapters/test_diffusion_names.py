@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_lab.adapters.formats.diffusion_names import dotted, flattened, from_sgm, is_sgm, modules_of, to_sgm
+from lora_lab.adapters.formats.diffusion_names import Scheme, dotted, from_sgm, is_sgm, modules_of, scheme_of, to_sgm
 
 SD = {"cross_attention_dim": 768}
 SDXL = {
@@ -17,6 +17,7 @@ SDXL = {
     "transformer_layers_per_block": (1, 2, 10),
     "use_linear_projection": True,
 }
+SDXL_NAMES = Scheme(sgm=True, numbered=True)
 
 
 def adaptable(model):
@@ -37,13 +38,13 @@ def sdxl():
 def test_every_module_of_sd_has_a_flat_name_that_is_read_back():
     names = [f"unet.{name}" for name in unet_names(SD)]
     assert len(names) == 192 + 90  # in and around 16 attentions, and of everything else
-    flat = {name: flattened(name, sgm=False, numbered=False) for name in names}
+    flat = {name: Scheme().flat(name) for name in names}
     assert flat[names[0]] == "lora_unet_conv_in"
     assert modules_of(flat.values()) == {text: name for name, text in flat.items()}
 
 
 def test_every_module_of_sdxl_has_its_authors_name_and_is_read_back(sdxl):
-    flat = {f"unet.{name}": flattened(f"unet.{name}", sgm=True, numbered=True) for name in sdxl}
+    flat = {f"unet.{name}": SDXL_NAMES.flat(f"unet.{name}") for name in sdxl}
     assert all(is_sgm(text.removeprefix("lora_unet_")) for text in flat.values())
     assert modules_of(flat.values()) == {text: name for name, text in flat.items()}
     assert all(from_sgm(to_sgm(name, wide=True)) == name for name in sdxl)
@@ -57,7 +58,7 @@ def test_sdxl_names_are_those_that_diffusers_reads(sdxl):
     )
 
     names = [name for name in sdxl if ".attentions." in name]
-    flat = {name: flattened(f"unet.{name}", sgm=True, numbered=True) for name in names}
+    flat = {name: SDXL_NAMES.flat(f"unet.{name}") for name in names}
     state = {f"{text}.{end}.weight": torch.zeros(1, 1) for text in flat.values() for end in ("lora_down", "lora_up")}
 
     class Config:
@@ -128,6 +129,8 @@ def test_what_is_no_name_of_the_authors_is_none(name):
         ("lora_unet_blocks_0_cross_attn_k_img", "diffusion_model.blocks.0.cross_attn.k_img"),
         ("lora_unet_time_embedding_0", "diffusion_model.time_embedding.0"),
         ("lora_unet_layers_0_attention_to_out_0", "diffusion_model.layers.0.attention.to_out.0"),
+        ("lycoris_transformer_blocks_3_attn_to_q", "transformer.transformer_blocks.3.attn.to_q"),
+        ("lycoris_mid_block_attentions_0_proj_in", "unet.mid_block.attentions.0.proj_in"),
         ("lora_transformer_single_transformer_blocks_3_proj_mlp", "transformer.single_transformer_blocks.3.proj_mlp"),
         ("lora_unet_mid_block_attentions_0_proj_in", "unet.mid_block.attentions.0.proj_in"),
         ("lora_unet_down_blocks_0_frobnicator_0", None),
@@ -153,7 +156,7 @@ def test_flux_and_its_second_text_encoder_are_read_and_written():
         "lora_te3_encoder_block_0_layer_0_SelfAttention_q": "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q",
     }
     assert modules_of(pairs) == pairs
-    assert {flattened(module, sgm=False, numbered=True): module for module in pairs.values()} == pairs
+    assert {Scheme(numbered=True).flat(module): module for module in pairs.values()} == pairs
 
 
 def test_hunyuan_names_which_flat_look_like_those_of_flux_stay_flat():
@@ -163,10 +166,27 @@ def test_hunyuan_names_which_flat_look_like_those_of_flux_stay_flat():
 
 @pytest.mark.parametrize("module", ["unet.conv.a_b", "vae.conv_in", "layers.0.q_proj", "unet", ""])
 def test_a_module_that_could_not_be_read_back_has_no_flat_name(module):
-    assert flattened(module, sgm=False, numbered=False) is None
-    assert flattened(module, sgm=True, numbered=True) is None
+    assert Scheme().flat(module) is None
+    assert SDXL_NAMES.flat(module) is None
 
 
 def test_a_number_is_no_word():
     assert dotted("blocks_12_attn_to_q") == "blocks.12.attn.to_q"
     assert dotted("") is None
+
+
+def test_the_scheme_of_a_model_is_the_one_that_its_trainers_use(sdxl):
+    assert scheme_of([f"unet.{name}" for name in sdxl]) == SDXL_NAMES
+    assert scheme_of(["unet.conv_in", "text_encoder.text_model.encoder.layers.0.mlp.fc1"]) == Scheme()
+    assert scheme_of(["diffusion_model.double_blocks.0.img_attn.qkv"]) == Scheme(numbered=True)
+    assert scheme_of(["text_encoder_2.text_model.encoder.layers.0.mlp.fc1"]) == Scheme(numbered=True)
+
+
+def test_schemes_that_other_tools_use_are_read_back():
+    t5 = "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"
+    assert Scheme(second=True).flat(t5) == "lora_te2_encoder_block_0_layer_0_SelfAttention_q"
+    assert (
+        Scheme(lycoris=True).flat("transformer.transformer_blocks.0.attn.to_q")
+        == "lycoris_transformer_blocks_0_attn_to_q"
+    )
+    assert Scheme(lycoris=True).flat("diffusion_model.double_blocks.0.img_attn.qkv") is None  # read as transformer

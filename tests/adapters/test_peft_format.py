@@ -566,19 +566,6 @@ def test_matrices_that_modules_share_belong_to_none(tmp_path):
 # other formats
 
 
-@pytest.mark.parametrize(
-    ("keys", "format_name"),
-    [
-        (["lora_unet_down_0.lora_down.weight", "lora_unet_down_0.lora_up.weight", "lora_unet_down_0.alpha"], "kohya"),
-    ],
-)
-def test_foreign_keys_are_refused_with_the_name_of_their_format(tmp_path, keys, format_name):
-    text = refusal(write(tmp_path, {key: torch.ones(2, 2) for key in keys}))
-    assert "no LoRA tensors found in PEFT's format" in text
-    assert format_name in text
-    assert sorted(keys)[0] in text or keys[0] in text
-
-
 def test_a_whole_model_is_refused_with_what_it_holds(tmp_path):
     text = refusal(write(tmp_path, {f"model.layers.{i}.q_proj.weight": torch.ones(2, 2) for i in range(5)}))
     assert "no LoRA tensors found" in text

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from dataclasses import dataclass
 from functools import cache
 
 UNET, MODEL, TRANSFORMER = "unet.", "diffusion_model.", "transformer."
@@ -20,10 +21,10 @@ _COMPONENTS = {
     "lora_te3_": "text_encoder_3.",
     "lora_te_": "text_encoder.",
     "lora_transformer_": TRANSFORMER,
-    "lycoris_": MODEL,
+    "lycoris_": TRANSFORMER,
     "lora_unet_": MODEL,
 }
-"""What a flat name begins with → component. Where a U-Net's names follow, `diffusion_model.` stands for `unet.`."""
+"""What a flat name begins with → component; of the last two it is `unet.` where a U-Net's names follow."""
 
 _UNET = re.compile(
     r"((down_blocks|up_blocks|mid_block)[._]|(conv_in|conv_norm_out|conv_out)$|(time|add)_embedding[._]linear)"
@@ -93,7 +94,8 @@ def _module(flat: str) -> str | None:
     path = dotted(flat.removeprefix(prefix)) if prefix else None
     if prefix is None or path is None:
         return None
-    return with_unet(path) or _COMPONENTS[prefix] + path if _COMPONENTS[prefix] == MODEL else _COMPONENTS[prefix] + path
+    unet = with_unet(path) if prefix in ("lycoris_", "lora_unet_") else None
+    return unet or _COMPONENTS[prefix] + path
 
 
 def with_unet(path: str) -> str | None:
@@ -104,32 +106,49 @@ def with_unet(path: str) -> str | None:
     return UNET + renamed if renamed else None
 
 
+def unet_path(flat: str) -> str | None:
+    """The canonical name of a U-Net's module from a flat one without prefix, in either scheme; None for others."""
+    path = dotted(flat)
+    return with_unet(path) if path else None
+
+
 def is_sgm(path: str) -> bool:
     """Whether a module of a U-Net, flat or dotted, without a component, has its authors' name."""
     return _SGM.match(path) is not None
 
 
-def flattened(module: str, *, sgm: bool, numbered: bool, wide: bool = True, t5: str = "3") -> str | None:
-    """Kohya's flat name of a canonical one, as sd-scripts writes it; None where it could not be read back.
+@dataclass(frozen=True)
+class Scheme:
+    """How kohya's files name modules, where there are several ways."""
 
-    `sgm`: a U-Net's modules by their authors' names (SDXL), with `wide` as in `to_sgm`. `numbered`: the first text
-    encoder is lora_te1 (SDXL, Flux, SD3) and not lora_te (SD 1 and 2). `t5`: text_encoder_2 is lora_te`t5` where it
-    is T5 and not CLIP.
-    """
-    component, _, path = module.partition(".")
-    if component == "unet":
-        named = to_sgm(path, wide=wide) if sgm else path
-        flat = f"lora_unet_{named}" if named else None
-    elif component in ("text_encoder", "text_encoder_2", "text_encoder_3"):
-        number = component.removeprefix("text_encoder").removeprefix("_")
-        if number == "2" and path.startswith("encoder.block."):
-            number = t5
-        flat = f"lora_te{number or ('1' if numbered else '')}_{path}"
-    else:
-        head = {"diffusion_model": "lora_unet_", "transformer": "lora_transformer_"}.get(component)
-        flat = head + path if head else None
-    flat = flat.replace(".", "_") if flat else None
-    return flat if flat and _same(_module(flat), module) else None
+    sgm: bool = False
+    """A U-Net's modules by their authors' names (SDXL), not by diffusers' (SD 1 and 2)."""
+    narrow: bool = False
+    """The first up block has no attention (SD 1 and 2), on which the authors' name of its upsampler depends."""
+    numbered: bool = False
+    """The first text encoder is lora_te1 (SDXL, SD3, Flux), not lora_te (SD 1 and 2)."""
+    second: bool = False
+    """T5 is lora_te2 where it is text_encoder_2, not lora_te3 as sd-scripts and ComfyUI have it for every model."""
+    lycoris: bool = False
+    """The diffusion model's modules begin with lycoris_, as the package's own wrapper names them."""
+
+    def flat(self, module: str) -> str | None:
+        """The flat name of a canonical one; None where it could not be read back."""
+        component, _, path = module.partition(".")
+        head: str | None = None
+        if component == "unet":
+            head, path = "lora_unet_", (to_sgm(path, wide=not self.narrow) or "") if self.sgm else path
+        elif component in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+            number = component.removeprefix("text_encoder").removeprefix("_") or ("1" if self.numbered else "")
+            if path.startswith("encoder.block.") and not self.second:
+                number = "3"
+            head = f"lora_te{number}_"
+        elif component in ("diffusion_model", "transformer"):
+            head = "lora_unet_" if component == "diffusion_model" else "lora_transformer_"
+        if head and self.lycoris and not head.startswith("lora_te"):
+            head = "lycoris_"
+        flat = f"{head}{path.replace('.', '_')}" if head else ""
+        return flat if _same(_module(flat), module) else None
 
 
 def _same(read: str | None, module: str) -> bool:
@@ -137,6 +156,14 @@ def _same(read: str | None, module: str) -> bool:
     if read is None or module == read:
         return read is not None
     return read.startswith("text_encoder_3.encoder.block.") and read.partition(".")[2] == module.partition(".")[2]
+
+
+def scheme_of(modules: Collection[str]) -> Scheme:
+    """The scheme that trainers use for a model with these canonical modules."""
+    deep = any(re.match(r"unet\..*\.transformer_blocks\.[1-9]", name) for name in modules)  # of SD they have one each
+    sdxl = deep or any(name.startswith("text_encoder_2.text_model.") for name in modules)
+    unet = any(name.startswith(UNET) for name in modules)
+    return Scheme(sgm=sdxl and unet, numbered=sdxl or not unet)
 
 
 def from_sgm(path: str) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_lab.adapters.formats import diffusers, peft_files
+from lora_lab.adapters.formats import diffusers, kohya, peft_files
 from lora_lab.adapters.formats.layout import Format, Raw
 from lora_lab.registry import Registry
 
@@ -25,7 +25,14 @@ _DIFFUSERS = Format(
     file="pytorch_lora_weights.safetensors",
 )
 
-FORMATS = Registry("format", "lora_lab.formats", Format, {"peft": _PEFT, "diffusers": _DIFFUSERS})
+_KOHYA = Format(
+    about="kohya's sd-scripts and what follows them: flat names, lora_down, lora_up, alpha",
+    matches=kohya.matches,
+    read=kohya.read,
+    write=kohya.write,
+)
+
+FORMATS = Registry("format", "lora_lab.formats", Format, {"peft": _PEFT, "kohya": _KOHYA, "diffusers": _DIFFUSERS})
 """Formats by name. Each is asked whether a file is its; PEFT's last, whose keys are several others', too."""
 
 
