@@ -9,7 +9,7 @@ import torch
 
 from lora_lab import plots
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.analysis import connectivity
+from lora_lab.analysis import questions
 from lora_lab.errors import FileError, LoraLabNote
 from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.training import runs as parallel
@@ -157,7 +157,7 @@ def test_force_trains_again(folder, trained):
 def test_quickstart_called_again_trains_only_what_is_missing_and_draws(lora_lab, monkeypatch, tmp_path):
     monkeypatch.setattr(Digits, "steps", 4)
     monkeypatch.setattr(
-        connectivity, "Interpolate", functools.partial(connectivity.Interpolate, points=3, spaces=("factors",))
+        questions, "Interpolate", functools.partial(questions.Interpolate, points=3, spaces=("factors",))
     )
     code, _, err = lora_lab("quickstart", "-o", "q", "--jobs", 1)
     assert code == 0, err
