@@ -158,7 +158,8 @@ class Adapter:
         path = Path(path)
         files.refuse_existing(path, force=force)
         record = finite(trust.recordable(self.record))
-        write_adapter(path, format or self.layout.format, self, record, own=self.origin.own)
+        for note in write_adapter(path, format or self.layout.format, self, record, own=self.origin.own):
+            warnings.warn(note, LoraLabWarning, stacklevel=2)
         return path
 
 

@@ -17,7 +17,7 @@ from lora_lab.adapters.formats.lookup import Location, locate
 from lora_lab.adapters.formats.peft_format import parse
 from lora_lab.adapters.formats.registry import FORMATS, PEFT, recognised
 from lora_lab.adapters.formats.sites import Parsed
-from lora_lab.adapters.writing import CONFIG_KEY, RECORD_KEY, SIGNATURE_KEY
+from lora_lab.adapters.writing import CONFIG_KEY, RECORD_KEY, SIGNATURE_KEY, signed
 from lora_lab.errors import FileError
 from lora_lab.files import trust
 
@@ -68,7 +68,7 @@ def _read(
     name = recognised(raw)
     content = FORMATS[name].read(raw)
     record = _record(header)
-    own = bool(record) and trust.is_own(header.get(SIGNATURE_KEY), record, tensors, settings)
+    own = bool(record) and trust.is_own(header.get(SIGNATURE_KEY), record, tensors, signed(settings, header))
     where = str(location.weights)
     form = location.format if name == PEFT else name
     problems = [f"{where}: {problem}" for problem in content.problems]

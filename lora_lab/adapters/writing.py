@@ -19,8 +19,10 @@ RECORD_KEY = "lora_lab.record"
 SIGNATURE_KEY = "lora_lab.signature"
 
 
-def write_adapter(path: Path, format_name: str, adapter: Writable, record: Mapping[str, Any], *, own: bool) -> None:
-    """Write an adapter as one file, where `path` ends in .safetensors, or as a folder.
+def write_adapter(
+    path: Path, format_name: str, adapter: Writable, record: Mapping[str, Any], *, own: bool
+) -> list[str]:
+    """Write an adapter as one file, where `path` ends in .safetensors, or as a folder; what had to be changed for it.
 
     `own` signs the record (JSON types) with the user's key.
     """
@@ -37,19 +39,30 @@ def write_adapter(path: Path, format_name: str, adapter: Writable, record: Mappi
             f"{path}: {format_name} needs a file for each model of {shorten(sorted(parts))}; a name without an ending "
             "is needed, for a folder"
         )
+    notes = list(dict.fromkeys(note for part in parts.values() for note in part.notes))
     if lone:
         _write_part(path, parts[""], form, record, own=own, lone=True)
-        return
+        return notes
     with files.replacing(path) as folder:
         for inner, part in parts.items():
             (folder / inner).mkdir(parents=True)
             _write_part(folder / inner / str(form.file), part, form, record, own=own, lone=False)
+    return notes
+
+
+def signed(settings: Mapping[str, Any] | None, header: Mapping[str, str]) -> Mapping[str, Any] | None:
+    """What a signature covers besides record and tensors: the configuration, or the header of a format without one."""
+    if settings is not None:
+        return settings
+    own = (CONFIG_KEY, RECORD_KEY, SIGNATURE_KEY, "format")
+    return {key: text for key, text in header.items() if key not in own} or None
 
 
 def _write_part(path: Path, part: Part, form: Format, record: Mapping[str, Any], *, own: bool, lone: bool) -> None:
     settings = None if part.settings is None else finite(part.settings)
-    header = {"format": "pt", **part.header, RECORD_KEY: json.dumps(record)}
-    signature = trust.sign(record, part.tensors, settings) if own else None
+    header = {"format": "pt", **part.header}
+    signature = trust.sign(record, part.tensors, signed(settings, header)) if own else None
+    header[RECORD_KEY] = json.dumps(record)
     if signature is not None:
         header[SIGNATURE_KEY] = signature
     text = json.dumps(settings, indent=2)  # unsorted: of PEFT's patterns, the first match counts

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from making_adapters import write
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_lab.adapters.adapter import Adapter
@@ -491,3 +492,23 @@ def test_the_record_of_every_component_must_be_the_users_own(tmp_path):
     config = json.loads((path / "unet" / "adapter_config.json").read_text())
     (path / "unet" / "adapter_config.json").write_text(json.dumps({**config, "lora_dropout": 0.5}))
     assert not Adapter.load(path).origin.own
+
+
+def test_a_header_that_was_changed_is_not_the_users_own(tmp_path):
+    from dataclasses import replace
+
+    from lora_lab.files.trust import Origin
+
+    adapter = replace(
+        Adapter.load(file(tmp_path / "x.safetensors", pair())), record={"seed": 1}, origin=Origin(own=True)
+    )
+    path = adapter.save(tmp_path / "own.safetensors")
+    assert Adapter.load(path).origin.own
+    with safe_open(path, "pt") as opened:
+        header = opened.metadata()
+    header["lora_adapter_metadata"] = header["lora_adapter_metadata"].replace(
+        '"unet.lora_alpha": 2', '"unet.lora_alpha": 4'
+    )
+    save_file(load_file(path), path, header)
+    again = Adapter.load(path)
+    assert (again.sites[KEY].scale, again.origin.own) == (2.0, False)

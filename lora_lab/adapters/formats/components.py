@@ -25,6 +25,8 @@ from lora_lab.adapters.formats.peft_config import (
 
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 """What diffusers calls the models of a pipeline that it loads adapters into."""
+PARTS = (*COMPONENTS, "diffusion_model")
+"""The same, and the model of a pipeline by its authors' names of modules, as ComfyUI has it."""
 
 TOGETHER = "components"
 """`Layout.names` of a PEFT folder that has a folder for each component."""
@@ -47,7 +49,7 @@ _LANGUAGE = re.compile(
 def component_of(name: str) -> str | None:
     """The component that a module's name, or a key, begins with; None for one of no pipeline."""
     first, _, rest = name.partition(".")
-    return first if first in COMPONENTS and rest and not _LANGUAGE.match(name) else None
+    return first if first in PARTS and rest and not _LANGUAGE.match(name) else None
 
 
 def by_component(names: Iterable[str]) -> dict[str, list[str]] | None:

@@ -58,7 +58,7 @@ def matches(raw: Raw) -> bool:
     if METADATA in raw.header or any(_OLD.match(key) for key in raw.tensors):
         return True
     adapted = [key for key in raw.tensors if split(key, "lora_")]
-    return raw.settings is None and bool(adapted) and all(component_of(key) for key in adapted)
+    return raw.settings is None and bool(adapted) and all(component_of(key) in COMPONENTS for key in adapted)
 
 
 def read(raw: Raw) -> Content:
@@ -160,9 +160,9 @@ def write(adapter: Writable) -> Mapping[str, Part]:
         parts=("lora_magnitude_vector", "lora_B.bias"),
         whole=norms,
     )
+    odd = [name for name in adapter.sites if component_of(name) not in COMPONENTS]
     modules = by_component(adapter.sites)
-    if modules is None:
-        odd = [name for name in adapter.sites if component_of(name) is None]
+    if modules is None or odd:
         raise TunerError(
             f"a diffusers file has modules of {', '.join(COMPONENTS)}, not {shorten(odd)}; of a UNet alone, `rename` "
             "=unet says whose they are"

@@ -6,7 +6,7 @@ the formats knows PEFT's alone. How the file was laid out goes along, so that it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -90,6 +90,8 @@ class Part(Brief):
     header: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] | None = None
     """Content of the configuration; None where the format has none."""
+    notes: Sequence[str] = ()
+    """What had to be changed to be written in this format."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from lora_lab.adapters.formats.components import COMPONENTS
+from lora_lab.adapters.formats.components import PARTS
 from lora_lab.errors import FileError, shorten
 from lora_lab.files.kinds import SAFETENSORS, identified
 from lora_lab.hub import stay_offline_without_network
@@ -65,7 +65,7 @@ def _in_folder(folder: Path) -> Location:
             location.notes.append(f"its last checkpoint is read: {inner.name}")
             return location
     inside = [p.name for p in sorted(folder.iterdir()) if any((p / name).is_file() for name in _WEIGHTS)]
-    if inside and all(name in COMPONENTS and _of_peft(folder / name) for name in inside):
+    if inside and all(name in PARTS and _of_peft(folder / name) for name in inside):
         parts = {name: _in_folder(folder / name) for name in inside}
         location = Location(parts[inside[0]].weights, folder, "peft")
         location.components = parts
@@ -86,7 +86,7 @@ def _on_hub(name: str) -> Location:
 
     repo, _, revision = name.partition("@")
     names = ["adapter_config.json", *_WEIGHTS]
-    patterns = [*names, *(f"{component}/{name}" for component in COMPONENTS for name in names)]
+    patterns = [*names, *(f"{component}/{name}" for component in PARTS for name in names)]
     offline = stay_offline_without_network()
     try:
         folder = snapshot_download(repo, revision=revision or None, allow_patterns=patterns)

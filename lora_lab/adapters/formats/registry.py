@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_lab.adapters.formats import diffusers, kohya, peft_files
+from lora_lab.adapters.formats import diffusers, kohya, mlx, peft_files
 from lora_lab.adapters.formats.layout import Format, Raw
 from lora_lab.registry import Registry
 
@@ -32,7 +32,18 @@ _KOHYA = Format(
     write=kohya.write,
 )
 
-FORMATS = Registry("format", "lora_lab.formats", Format, {"peft": _PEFT, "kohya": _KOHYA, "diffusers": _DIFFUSERS})
+_MLX = Format(
+    about="mlx-lm: adapters.safetensors with adapter_config.json in a folder",
+    matches=mlx.matches,
+    read=mlx.read,
+    write=mlx.write,
+    file="adapters.safetensors",
+    settings="adapter_config.json",
+)
+
+FORMATS = Registry(
+    "format", "lora_lab.formats", Format, {"peft": _PEFT, "kohya": _KOHYA, "diffusers": _DIFFUSERS, "mlx": _MLX}
+)
 """Formats by name. Each is asked whether a file is its; PEFT's last, whose keys are several others', too."""
 
 
