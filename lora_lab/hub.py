@@ -5,6 +5,7 @@ The hub is not asked again and again where there is no network.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -109,11 +110,13 @@ def stay_offline_without_network() -> bool:
     """Let the hub's clients look into their caches alone where the hub cannot be connected to; whether that is so."""
     if _within_reach():
         return False
-    import datasets.config
     import huggingface_hub.constants
 
     huggingface_hub.constants.HF_HUB_OFFLINE = True
-    datasets.config.HF_HUB_OFFLINE = True
+    with contextlib.suppress(ImportError):  # which the plain installation leaves out
+        import datasets.config
+
+        datasets.config.HF_HUB_OFFLINE = True
     return True
 
 

@@ -27,7 +27,6 @@ def server() -> ForkServerContext:
             "lora_lab.training.fit",
             "accelerate",
             "peft",
-            "sklearn.datasets",
             "transformers.models.vit.modeling_vit",
             "transformers.trainer",
         ]

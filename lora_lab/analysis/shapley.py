@@ -20,6 +20,7 @@ from lora_lab.adapters.writing import SIGNATURE_KEY
 from lora_lab.analysis.game import Game
 from lora_lab.analysis.questions import Shapley as Shapley
 from lora_lab.errors import LoraLabError, OptionError, unknown
+from lora_lab.extras import needs
 from lora_lab.games import estimators, interactions
 from lora_lab.games.coalitions import EXACT_LIMIT, Bools, Draw, Estimate, all_coalitions
 from lora_lab.games.regression import fit_pairs
@@ -313,11 +314,9 @@ def _by_shapiq(game: Game, estimator: str, budget: int, seed: int) -> Estimate:
 
 
 def _approximator(estimator: str, n: int, seed: int) -> Any:
-    try:
+    with needs("shapiq", estimator):
         import shapiq
         from shapiq.approximator import Approximator
-    except ImportError as error:
-        raise OptionError(f"{estimator} needs shapiq: pip install 'lora-lab[shapiq]'") from error
     name = estimator.removeprefix(SHAPIQ)
     approximators = {
         key: cls

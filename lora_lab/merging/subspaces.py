@@ -18,6 +18,7 @@ from torch import Tensor
 from lora_lab.adapters.lowrank import Basis, LowRank, combine
 from lora_lab.brief import Brief
 from lora_lab.errors import OptionError, unknown
+from lora_lab.extras import needs
 
 Updates = Sequence[LowRank]
 
@@ -120,7 +121,8 @@ def lego(
     to √(r/K), r the largest rank and K = `clusters` (r by default), also where there are fewer different units than K.
     Units are those of the factors as they are: this method depends on the gauge.
     """
-    from sklearn.cluster import KMeans
+    with needs("data", "the merge by clusters of units"):
+        from sklearn.cluster import KMeans
 
     if clusters is not None and (not isinstance(clusters, int) or clusters < 1):
         raise OptionError(f"clusters is {clusters}; a whole number of at least 1 is needed")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_lab import escape, files
 from lora_lab.errors import OptionError, unknown
+from lora_lab.extras import needs
 from lora_lab.files.ownership import MARK, foreign
 from lora_lab.results import schema
 from lora_lab.results.schema import ROWS, Column, Paper
@@ -57,10 +58,8 @@ def table(result: Result, name: str = ROWS) -> list[dict[str, Any]]:
 
 def frame(result: Result, name: str = ROWS) -> DataFrame:
     """A table as a pandas DataFrame, a column each; OptionError where pandas is not installed."""
-    try:
+    with needs("pandas", "a frame"):
         import pandas
-    except ImportError as error:
-        raise OptionError("a frame needs pandas, which is not installed: pip install pandas") from error
     rows = table(result, name)
     return pandas.DataFrame(rows, columns=list(rows[0] if rows else _columns(result, name)))
 

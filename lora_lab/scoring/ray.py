@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lora_lab.errors import OptionError, shorten
+from lora_lab.extras import needs
 from lora_lab.scoring.processes import Identity, children_end_too, end_with, identity
 from lora_lab.scoring.worker import Answering, Backend, DiedError, Reply, Setup, Worker
 
@@ -126,10 +127,8 @@ def _import_ray() -> Any:
     # Ray reads these as it is imported. Nothing is sent home, and nothing said on standard output, where --json goes.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
-    try:
+    with needs("ray", "computing on a Ray cluster"):
         import ray
-    except ImportError as error:
-        raise OptionError("ray: Ray is needed: pip install 'lora-lab[ray]'") from error
     return ray
 
 

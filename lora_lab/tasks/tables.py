@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lora_lab.errors import FileError, LoraLabError, TaskError, shorten, unknown
+from lora_lab.extras import needs
 from lora_lab.files.confined import check_files, check_folder, check_repository
 from lora_lab.files.trust import TABLES
 from lora_lab.hub import stay_offline_without_network
@@ -126,7 +127,8 @@ class TableTask(Task):
         return parts
 
     def _file(self, path: Path) -> Any:
-        from datasets import Dataset
+        with needs("data", _DATA):
+            from datasets import Dataset
 
         if not os.path.isfile(path):
             raise FileError(f"task {self.name}: its data {path} is missing")
@@ -144,7 +146,8 @@ class TableTask(Task):
 
     def _dataset(self, name: str) -> Any:
         """A folder (of images, of tables, or saved by datasets), or a dataset from the hub."""
-        from datasets import DatasetDict, load_from_disk
+        with needs("data", _DATA):
+            from datasets import DatasetDict, load_from_disk
 
         folder = Path(name)
         if not os.path.exists(folder):
@@ -181,6 +184,9 @@ class TableTask(Task):
     def _why(self, error: BaseException) -> str:
         """What a reader said, which may hold lines of what it read; else only what kind of error it was."""
         return _first_line(error) if self.reach.quotes else type(error).__name__
+
+
+_DATA = "a task on data of one's own"
 
 
 class _silent:  # noqa: N801  (a context)

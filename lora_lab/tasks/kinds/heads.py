@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lora_lab import files
 from lora_lab.errors import FileError, LoraLabWarning, TaskError
+from lora_lab.extras import needs
 from lora_lab.tasks.digests import cache
 from lora_lab.tasks.task import Split, Task
 
@@ -81,7 +82,8 @@ def _place(key: Sequence[Any], split: Split) -> Path:
 
 
 def _fit(features: npt.NDArray[np.float64], answers: npt.NDArray[np.int64], labels: int) -> tuple[Tensor, Tensor]:
-    from sklearn.linear_model import LogisticRegression
+    with needs("data", "a head that is fitted to the data"):
+        from sklearn.linear_model import LogisticRegression
 
     if len(set(answers.tolist())) < 2:
         raise TaskError(f"a probe cannot be fitted: all {len(answers)} training examples have the label {answers[0]}")
