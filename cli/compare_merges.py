@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 
 from ..analysis.questions import CompareMerges
-from ..errors import OptionError
-from . import parsing
 from .options import Computing, Loading, Output, TaskEach
 from .outputs import answer
 from .terminal import console, estimate, number, table
@@ -34,7 +30,6 @@ def command(
 
     Example:  lora-lab compare-merges a.safetensors b.safetensors c.safetensors --methods ties,tsv,average
     """
-    question = replace(question, options=_options(question.options))
 
     def fitting(loaded: Any, tasks: Any) -> dict[str, Any]:
         from ..merging.sources import base_of
@@ -44,21 +39,6 @@ def command(
 
     doing = "merging and scoring"
     output.print(answer(question, adapters, loading, task, computing, output, doing=doing, more=fitting), show)
-
-
-def _options(given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """{'ties.density': '0.3'} → {'ties': {'density': 0.3}}."""
-    from ..merging.methods import MERGES
-
-    options: dict[str, dict[str, Any]] = {}
-    for place, value in given.items():
-        name, dot, option = place.rpartition(".")
-        if not dot:
-            raise OptionError(f"--set {place}: METHOD.OPTION=VALUE is needed here, such as ties.{place}={value}")
-        method, _, inner = name.partition(":")
-        defaults = MERGES[method].defaults({"inner": inner} if inner else {})
-        options.setdefault(name, {}).update(parsing.typed({option: value}, defaults, name))
-    return options
 
 
 def show(result: Any) -> None:

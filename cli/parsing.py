@@ -134,6 +134,21 @@ def typed(given: Mapping[str, str], defaults: Mapping[str, object], what: str) -
     return values
 
 
+def method_options(given: Sequence[str], flag: str) -> dict[str, dict[str, Any]]:
+    """['ties.density=0.3'] → {'ties': {'density': 0.3}}."""
+    from ..merging.methods import MERGES
+
+    options: dict[str, dict[str, Any]] = {}
+    for place, value in pairs(given, flag).items():
+        name, dot, option = place.rpartition(".")
+        if not dot:
+            raise OptionError(f"{flag} {place}: METHOD.OPTION=VALUE is needed here, such as ties.{place}={value}")
+        method, _, inner = name.partition(":")
+        defaults = MERGES[method].defaults({"inner": inner} if inner else {})
+        options.setdefault(name, {}).update(typed({option: value}, defaults, name))
+    return options
+
+
 def weights(given: Sequence[str], count: int) -> Weights:
     """The weights of so many adapters.
 

@@ -56,7 +56,7 @@ FORMS: dict[Any, Form] = {
     tuple[str, ...]: Form(str, _names, ",".join),
     tuple[tuple[float, ...], ...]: Form(str, parsing.ratios, lambda ratios: ",".join(map(in_words, ratios))),
     Mapping[str, Any]: Form(list[str], _pairs, lambda _: None),
-    Mapping[str, Mapping[str, Any]]: Form(list[str], _pairs, lambda _: None),
+    Mapping[str, Mapping[str, Any]]: Form(list[str], parsing.method_options, lambda _: None),
     str | Mapping[str, str]: Form(list[str], _groups, str),
     str | Sequence[str] | None: Form(str, parsing.modules, str),
 }

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from lora_lab import tasks
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.errors import OptionError, unknown
+from lora_lab.options import checked
 from lora_lab.progress import bar
 from lora_lab.results.result import Result
 from lora_lab.scoring.execution import Execution
@@ -31,11 +32,18 @@ if TYPE_CHECKING:
     from lora_lab.analysis.question import Question
 
 Path_ = str | os.PathLike[str]
-Adapters = Adapter | Path_ | Sequence[Adapter | Path_]
-TaskLike = Task | Path_ | None
+Adapters = Annotated[Adapter | Path_ | Sequence[Adapter | Path_], "an adapter, what `load` reads, or a list of them"]
+OneAdapter = Annotated[Adapter | Path_, "an adapter or what `load` reads"]
+OneTask = Annotated[Task | Path_, "a task, the name of one or a task file"]
+TaskLike = Annotated[Task | Path_ | None, "a task, the name of one or a task file"]
+TaskEach = Annotated[
+    Task | Path_ | Sequence[Task | Path_] | None, "a task, the name of one, a task file, or a list of one an adapter"
+]
+Results = Annotated[Result | Path_ | Sequence[Result | Path_], "a result, its file, or a list of them"]
 Made = TypeVar("Made")
 
 
+@checked
 def load(
     path: Path_, *, config: Path_ | None = None, alpha: float | None = None, adapter_name: str | None = None
 ) -> Adapter:
@@ -43,13 +51,15 @@ def load(
     return Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name)
 
 
+@checked
 def task(name: Path_) -> Task:
     """The built-in task of this name (digits/relabel …), or the one that a TOML file describes."""
     return tasks.from_name(os.fspath(name))
 
 
+@checked
 def train(
-    task: Task | Path_, method: str = "coto", *, on: Execution | None = None, progress: bool = True, **recipe: Any
+    task: OneTask, method: str = "coto", *, on: Execution | None = None, progress: bool = True, **recipe: Any
 ) -> Adapter:
     """An adapter trained on the task; `recipe` are the other fields of `Recipe` (seed, steps, rank …).
 
@@ -60,13 +70,14 @@ def train(
 
     made = _made(Recipe, {"method": method, **recipe})
     with _shown(on, "training", progress) as where:
-        return fit(_task(task), made, device=where.device, progress=where.progress)[0]
+        return fit(_task(task), made, device=where.place() if where.device else None, progress=where.progress)[0]
 
 
+@checked
 def merge(
     adapters: Adapters,
     method: str = "task-arithmetic",
-    task: TaskLike | Sequence[Task | Path_] = None,
+    task: TaskEach = None,
     *,
     on: Execution | None = None,
     progress: bool = True,
@@ -107,13 +118,16 @@ def merge(
     return made.adapter
 
 
+@checked
 def prune(
-    adapter: Adapter | Path_,
+    adapter: OneAdapter,
     task: TaskLike = None,
     *,
     keep: str | None = None,
     sparsity: float | None = None,
     rank: int | None = None,
+    on: Execution | None = None,
+    progress: bool = True,
     trust_record: bool = False,
     **options: Any,
 ) -> Adapter:
@@ -123,7 +137,7 @@ def prune(
     for all patterns, the rest for those by Shapley values, which are computed on the validation split of `task`).
     sparsity: a share, with by (the criterion), per_matrix, seed. rank, energy, the share of ‖ΔW‖² that is kept,
     cumulative or ratio: with by (the order of the ranks), as in `lora_lab.pruning.prune_rank`. What it cost is told by
-    the functions of `lora_lab.pruning`.
+    the functions of `lora_lab.pruning`. `on` and `progress` are of the Shapley values; all else is computed here.
     """
     from lora_lab import pruning
 
@@ -132,7 +146,8 @@ def prune(
     if sum([keep is not None, sparsity is not None, by_rank]) != 1:
         raise OptionError("say how to prune, in one way: keep, sparsity, or rank (or energy, cumulative, ratio)")
     if keep is not None:
-        names = _kept(loaded, keep, partial(_task_of, [loaded], task, trust_record), options)
+        shown = _shown(on, "asking for coalitions", progress)
+        names = _kept(loaded, keep, partial(_task_of, [loaded], task, trust_record), shown, options)
         return pruning.structured(loaded, names, pattern=keep).adapter
     if sparsity is not None:
         _check_names("pruning by sparsity", options, _keywords(pruning.prune_weights))
@@ -141,6 +156,7 @@ def prune(
     return pruning.prune_rank(loaded, rank=rank, **options).adapter
 
 
+@checked
 def interpolate(
     adapters: Adapters,
     task: TaskLike = None,
@@ -157,6 +173,7 @@ def interpolate(
     return _answered(_made(Interpolate, options), adapters, task, trust_record, shown)
 
 
+@checked
 def stability(
     adapters: Adapters,
     task: TaskLike = None,
@@ -173,6 +190,7 @@ def stability(
     return _answered(_made(Stability, options), adapters, task, trust_record, shown)
 
 
+@checked
 def shapley(
     adapters: Adapters,
     task: TaskLike = None,
@@ -189,6 +207,7 @@ def shapley(
     return _answered(_made(Shapley, options), adapters, task, trust_record, shown)
 
 
+@checked
 def sweep(
     adapters: Adapters,
     task: TaskLike = None,
@@ -205,9 +224,10 @@ def sweep(
     return _answered(_made(Sweep, options), adapters, task, trust_record, shown)
 
 
+@checked
 def evaluate(
     adapters: Adapters,
-    task: TaskLike | Sequence[Task | Path_] = None,
+    task: TaskEach = None,
     *,
     on: Execution | None = None,
     progress: bool = True,
@@ -221,9 +241,10 @@ def evaluate(
     return _answered(_made(Evaluate, options), adapters, task, trust_record, shown, _tasks)
 
 
+@checked
 def compare_merges(
     adapters: Adapters,
-    task: TaskLike | Sequence[Task | Path_] = None,
+    task: TaskEach = None,
     *,
     on: Execution | None = None,
     progress: bool = True,
@@ -242,9 +263,8 @@ def compare_merges(
         return question.run(loaded, tasks, where, base=base)
 
 
-def figure(
-    results: Result | Path_ | Sequence[Result | Path_], kind: str | None = None, *, width: str = "double"
-) -> Figure:
+@checked
+def figure(results: Results, kind: str | None = None, *, width: str = "double") -> Figure:
     """The matplotlib figure of one or more results (or their files) of one kind; `kind` chooses another view."""
     from lora_lab import plots
 
@@ -270,14 +290,10 @@ def _answered(
 
 def _adapters(given: Adapters) -> list[Adapter]:
     several = [given] if isinstance(given, Adapter | str | os.PathLike) else given
-    if not isinstance(several, Sequence) or not all(isinstance(each, Adapter | str | os.PathLike) for each in several):
-        raise OptionError(f"adapters are {given!r}; an adapter, what `load` reads, or a list of them is needed")
     return [adapter if isinstance(adapter, Adapter) else load(adapter) for adapter in several]
 
 
-def _task(given: Task | Path_) -> Task:
-    if not isinstance(given, Task | str | os.PathLike):
-        raise OptionError(f"the task is {given!r}; a task, the name of one or a task file is needed")
+def _task(given: OneTask) -> Task:
     return given if isinstance(given, Task) else task(given)
 
 
@@ -285,7 +301,7 @@ def _task_of(adapters: Sequence[Adapter], given: TaskLike, trust_record: bool) -
     return task_of(*adapters, trust_record=trust_record) if given is None else _task(given)
 
 
-def _tasks(adapters: Sequence[Adapter], given: TaskLike | Sequence[Task | Path_], trust_record: bool) -> list[Task]:
+def _tasks(adapters: Sequence[Adapter], given: TaskEach, trust_record: bool) -> list[Task]:
     """A task for each adapter: its own, or the one for all, or one given for each of them."""
     if given is None:
         return tasks_of(adapters, trust_record=trust_record)
@@ -295,14 +311,25 @@ def _tasks(adapters: Sequence[Adapter], given: TaskLike | Sequence[Task | Path_]
     return several * len(adapters) if len(several) == 1 else several
 
 
-def _kept(adapter: Adapter, pattern: str, task: Callable[[], Task], options: Mapping[str, Any]) -> list[str]:
+def _kept(
+    adapter: Adapter,
+    pattern: str,
+    task: Callable[[], Task],
+    shown: contextlib.AbstractContextManager[Execution],
+    options: Mapping[str, Any],
+) -> list[str]:
     """The modules that a pattern keeps; Shapley values are computed for those alone that are by them."""
     from lora_lab.analysis.questions import Shapley
     from lora_lab.pruning.patterns import choice_of, keep
 
     question = _made(Shapley, {"split": "validation", **options})
     choice = choice_of(adapter, by=question.players, seed=question.seed)
-    return keep(dataclasses.replace(choice, shapley=lambda: question.values(adapter, task())), pattern)
+
+    def shapley() -> dict[str, float]:
+        with shown as where:
+            return question.values(adapter, task(), where)
+
+    return keep(dataclasses.replace(choice, shapley=shapley), pattern)
 
 
 @contextlib.contextmanager

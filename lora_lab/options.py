@@ -7,17 +7,25 @@ the run id all come from them. Knows nothing of the command line: a flag here is
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import math
 import numbers
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from types import NoneType, SimpleNamespace, UnionType
+from typing import Annotated, Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from lora_lab.errors import OptionError, unknown
 from lora_lab.registry import Later
 
 _KEY = "option"
+_LONGEST = 80
+"""Characters of a value in an error."""
+
+Given = ParamSpec("Given")
+Output = TypeVar("Output")
 
 
 @dataclass(frozen=True)
@@ -71,17 +79,51 @@ def options_of(cls: Any) -> Iterator[tuple[dataclasses.Field[Any], Option]]:
 
 
 def check_options(instance: Any) -> None:
-    """OptionError for a value that is not of its field's type, out of its bounds or not among its choices.
+    """OptionError for a field of a dataclass that is not of its type, or an option out of its bounds or choices.
 
-    None stands for a default and is passed over. Of a tuple or list, every value counts.
+    Of a tuple or list, every value counts.
     """
     hints = get_type_hints(type(instance))
-    for field, said in options_of(instance):
-        value, title = getattr(instance, field.name), said.title or field.name.replace("_", " ")
-        if value is not None and not _fits(value, hints[field.name]):
-            raise OptionError(f"{title} is {value!r}; {_needed(hints[field.name])} is needed")
-        for each in value if isinstance(value, tuple | list) else [value]:
-            _check(title, each, said)
+    for field in dataclasses.fields(instance):
+        value, said = getattr(instance, field.name), field.metadata.get(_KEY, Option(""))
+        title = said.title or field.name.replace("_", " ")
+        check_type(title, value, hints[field.name])
+        for item in value if isinstance(value, tuple | list) else [value]:
+            _check(title, item, said)
+
+
+def checked(function: Callable[Given, Output]) -> Callable[Given, Output]:
+    """The function, with OptionError for an argument that is not of the type that is written beside it.
+
+    Of `Annotated`, the last part are the words of the error.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*arguments: Given.args, **options: Given.kwargs) -> Output:
+        given, hints = signature.bind(*arguments, **options).arguments, _hints(function)
+        for name, value in given.items():
+            if name in hints:
+                check_type(f"`{name}`", value, hints[name])
+        return function(*arguments, **options)
+
+    return call
+
+
+@functools.cache
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """Parameter → its type; what comes out may be of a type that is not loaded."""
+    annotations = {name: hint for name, hint in inspect.get_annotations(function).items() if name != "return"}
+    holder = SimpleNamespace(__annotations__=annotations)
+    return get_type_hints(holder, globalns=inspect.unwrap(function).__globals__, include_extras=True)
+
+
+def check_type(title: str, value: Any, hint: Any) -> None:
+    """OptionError for a value that is not of an annotated type; `title` names the option."""
+    if not _fits(value, hint):
+        shown = " ".join(repr(value).split())
+        shown = shown if len(shown) <= _LONGEST else f"{shown[: _LONGEST - 1]}…"
+        raise OptionError(f"{title} is {shown}; {_needed(hint)} is needed")
 
 
 _TYPES: dict[Any, tuple[Callable[[Any], bool], str]] = {
@@ -92,28 +134,37 @@ _TYPES: dict[Any, tuple[Callable[[Any], bool], str]] = {
     tuple: (lambda value: isinstance(value, tuple | list), "a list"),
     Sequence: (lambda value: isinstance(value, tuple | list), "a list"),
     Mapping: (lambda value: isinstance(value, Mapping), "a mapping of names"),
+    Callable: (callable, "a function"),
+    os.PathLike: (lambda value: isinstance(value, os.PathLike), "a path"),
 }
 """A field's type → whether a value is of it, and its name; numpy's numbers are numbers, and a list may be a tuple."""
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type, items of lists too; a type that is not known takes everything."""
+    """Whether a value is of an annotated type, what lists and mappings hold, too; what is no class takes everything."""
     origin, inner = get_origin(hint) or hint, get_args(hint)
+    if origin is Annotated:
+        return _fits(value, inner[0])
     if origin in (Union, UnionType):
-        return any(_fits(value, each) for each in inner)
-    if origin is NoneType:
-        return value is None
+        return any(_fits(value, part) for part in inner)
     if origin not in _TYPES:
-        return True
-    items = value if origin in (tuple, Sequence) and inner else ()
-    return _TYPES[origin][0](value) and all(_fits(item, inner[0]) for item in items)
+        return origin is Any or not isinstance(origin, type) or isinstance(value, origin)
+    if not _TYPES[origin][0](value):
+        return False
+    if origin is Mapping and inner:
+        return all(_fits(key, inner[0]) and _fits(item, inner[1]) for key, item in value.items())
+    return origin not in (tuple, Sequence) or not inner or all(_fits(item, inner[0]) for item in value)
 
 
 def _needed(hint: Any) -> str:
     """An annotated type in words."""
     origin, inner = get_origin(hint) or hint, get_args(hint)
+    if origin is Annotated:
+        return str(inner[-1])
     if origin in (Union, UnionType):
-        return " or ".join(_needed(each) for each in inner if each is not NoneType)
+        return " or ".join(_needed(part) for part in inner if part is not NoneType)
+    if origin not in _TYPES:
+        return f"{'an' if origin.__name__[0] in 'AEIOU' else 'a'} {origin.__name__}"
     words = _TYPES[origin][1]
     of = f" ({_needed(inner[0])} each)" if origin in (tuple, Sequence) and inner else ""
     return words + of
@@ -129,7 +180,7 @@ def _check(title: str, value: Any, said: Option) -> None:
 
 def check_bounds(title: str, value: Any, said: Option) -> None:
     """OptionError for a number out of the option's bounds, or not finite; `title` names the option."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not _fits(value, float):
         return
     if not math.isfinite(value):
         raise OptionError(f"{title} is {value}; a finite number is needed")

@@ -20,6 +20,7 @@ from lora_lab.adapters.formats.sites import Parsed
 from lora_lab.adapters.writing import CONFIG_KEY, RECORD_KEY, SIGNATURE_KEY, signed
 from lora_lab.errors import FileError
 from lora_lab.files import trust
+from lora_lab.options import checked
 
 _LARGEST_CONFIG = 2**23
 
@@ -34,6 +35,7 @@ class Listing:
     problems: list[str]
 
 
+@checked
 def inspect(
     path: str | os.PathLike[str],
     *,

@@ -21,7 +21,7 @@ from lora_lab.errors import MismatchError, OptionError, shorten
 from lora_lab.files.trust import Origin
 from lora_lab.merging.methods import MERGES, check
 from lora_lab.merging.sources import Sources
-from lora_lab.options import check_options, option
+from lora_lab.options import check_options, checked, option
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CANCELLED = 1e-12
@@ -64,6 +64,7 @@ class Merged(Brief):
     """For each source, the modules that it leaves alone, where its ΔW is 0."""
 
 
+@checked
 def merge(
     sources: Sources,
     method: str = "task-arithmetic",

@@ -23,6 +23,7 @@ from lora_lab.adapters.lowrank import LowRank, combine, combine_factors
 from lora_lab.errors import MismatchError, OptionError, shorten, unknown
 from lora_lab.merging import data_driven, elementwise, subspaces
 from lora_lab.merging.sources import Sources
+from lora_lab.options import check_type
 from lora_lab.registry import Registry
 from lora_lab.tasks.task import Task
 
@@ -167,6 +168,8 @@ def check(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
             if not names:
                 raise OptionError(f"{method} has no options to set")
             raise unknown(f"option of {method}", name, list(names))
+        if names[name] is not None:
+            check_type(name, value, type(names[name]))
         if isinstance(value, float) and not math.isfinite(value):
             raise OptionError(f"{name} is {value}; a finite number is needed")
     return dict(options)

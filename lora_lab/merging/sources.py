@@ -22,6 +22,7 @@ from lora_lab.adapters.groups import locate
 from lora_lab.adapters.lowrank import LowRank, factored, is_finite
 from lora_lab.errors import MismatchError, OptionError, TunerError, shorten
 from lora_lab.hub import base_model
+from lora_lab.options import checked
 from lora_lab.scoring.examples import TaskSpec
 from lora_lab.tasks.choosing import task_of
 from lora_lab.tasks.task import Task
@@ -76,6 +77,7 @@ class Sources:
     for methods that look at data. Raises MismatchError where base models, modules or shapes do not fit.
     """
 
+    @checked
     def __init__(
         self,
         adapters: Sequence[Adapter],
@@ -178,16 +180,17 @@ class Sources:
         return {name: shapes[name][0] for name in sorted(shapes, key=natural_key)}
 
 
+@checked
 def base_of(
-    adapters: Sequence[Adapter], given: str | None, *, trust_record: bool = False
+    adapters: Sequence[Adapter], base: str | None, *, trust_record: bool = False
 ) -> Callable[[], nn.Module] | None:
     """What builds the base model that is given, or that the record of an adapter without a plain ΔW leads to.
 
     It can be sent to workers: small, and picklable.
     """
     needy = [adapter for adapter in adapters if adapter.why_not_additive is not None]
-    if given is not None:
-        return partial(base_model, given, [name for adapter in needy for name in adapter.sites])
+    if base is not None:
+        return partial(base_model, base, [name for adapter in needy for name in adapter.sites])
     recorded = next((adapter for adapter in needy if adapter.record.get("task")), None)
     if recorded is None:
         return None

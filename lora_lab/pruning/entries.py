@@ -14,11 +14,13 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import AdapterError, OptionError
+from lora_lab.options import checked
 from lora_lab.pruning.cost import Pruned, measured, recorded
 from lora_lab.pruning.ranks import keep_ranks
 from lora_lab.registry import Registry
 
 
+@checked
 def prune_weights(
     adapter: Adapter,
     *,

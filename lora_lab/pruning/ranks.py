@@ -18,6 +18,7 @@ from lora_lab.adapters.formats.peft_config import pattern_values
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import AdapterError, OptionError, TunerError, shorten
+from lora_lab.options import checked
 from lora_lab.pruning.cost import Pruned, measured
 from lora_lab.pruning.modules import keep_modules
 from lora_lab.registry import Registry
@@ -153,6 +154,7 @@ class _Share:
     needed: str
 
 
+@checked
 def prune_rank(
     adapter: Adapter,
     *,

@@ -7,6 +7,9 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lora_lab.errors import OptionError
+from lora_lab.options import check_type
+
 if TYPE_CHECKING:
     import torch
 
@@ -41,8 +44,8 @@ class Execution:
     Numbers are the same bit for bit in this process and in workers on CPUs of one kind.
     """
 
-    device: torch.device | None = None
-    """None: that of the workers, else a GPU where there is one."""
+    device: torch.device | str | None = None
+    """Or its name (cpu, cuda …); None: that of the workers, else a GPU where there is one."""
     cache: Path | None = None
     """Folder for the journals of scores, by which a killed run goes on and another question finds what is known."""
     workers: Workers | None = None
@@ -51,13 +54,26 @@ class Execution:
     confirm: Callable[[Cost], None] | None = None
     """Told the cost before anything is computed; raises what stops the run."""
 
+    def __post_init__(self) -> None:
+        if self.device is not None:
+            import torch
+
+            check_type("`device`", self.device, torch.device | str)
+        if self.workers is not None and not hasattr(self.workers, "map"):
+            raise OptionError(f"`workers` is {self.workers!r}; what `open_workers` gives is needed")
+        check_type("`cache`", self.cache, Path | None)
+        for name in ("progress", "confirm"):
+            check_type(f"`{name}`", getattr(self, name), Callable | None)
+
     def place(self) -> torch.device:
-        """The device."""
+        """The device; OptionError where it is not to be had here."""
         import torch
 
         from lora_lab.tasks.task import resolve_device
 
-        return self.device or (torch.device(self.workers.device) if self.workers else resolve_device())
+        if isinstance(self.device, torch.device):
+            return self.device
+        return torch.device(self.workers.device) if self.workers and not self.device else resolve_device(self.device)
 
     def report(self, done: int, total: int) -> None:
         """Tell whoever wants to know."""

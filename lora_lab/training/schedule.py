@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lora_lab.errors import OptionError
+from lora_lab.options import check_options
 from lora_lab.registry import Registry
 
 Mask = npt.NDArray[np.bool_]
@@ -47,6 +48,7 @@ class Schedule:
     law: str = "uniform"
 
     def __post_init__(self) -> None:
+        check_options(self)
         _ = RAMPS[self.ramp], MASK_LAWS[self.law]
         if not 0 <= self.p0 <= 1:
             raise OptionError(f"p0 is {self.p0}; a probability between 0 and 1 is needed")

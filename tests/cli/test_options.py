@@ -103,7 +103,7 @@ def test_values_are_read_as_the_types_of_the_fields():
     given = names | {"methods": "ties, dare", "options": ["ties.density=0.5"], "coefficients": "0.5,1", "split": "test"}
     asked = build(questions.CompareMerges, given | {"ratios": "1:2,1:1:1", "seed": 3})
     assert asked.methods == ("ties", "dare")
-    assert asked.options == {"ties.density": "0.5"}
+    assert asked.options == {"ties": {"density": 0.5}}
     assert asked.coefficients == (0.5, 1.0)
     assert asked.ratios == ((1.0, 2.0), (1.0, 1.0, 1.0))
     assert asked.base_name is None

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -119,6 +120,11 @@ def test_a_pattern_by_shapley_values_keeps_the_players_with_the_highest(pair):
     values = question.values(adapters[0], ll.task("digits/relabel"))
     kept = ll.prune(paths[0], keep="top-shapley:1", **options)
     assert {name.rpartition(".")[2] for name in kept.sites} == {max(values, key=values.get)}
+    told = []
+    on = ll.Execution(device="cpu", progress=lambda *done: told.append(done))
+    again = ll.prune(paths[0], keep="top-shapley:1", on=on, **options)
+    assert told
+    assert set(again.sites) == set(kept.sites)
 
 
 def test_merges_are_compared_on_the_tasks_of_their_adapters(pair):
@@ -192,9 +198,17 @@ def test_a_bar_counts_on_the_console_that_it_is_given():
         (lambda a: ll.task("digits/rleabel"), OptionError, "did you mean 'digits/relabel'"),
         (lambda a: ll.load("nowhere.safetensors"), LoraLabError, "nowhere.safetensors"),
         (lambda a: ll.shapley(dataclasses.replace(a[0], record={})), MismatchError, "carries no record of its task"),
-        (lambda a: ll.shapley(None), OptionError, "adapters are None; an adapter, what `load` reads, or a list of"),
-        (lambda a: ll.shapley([*a, 3]), OptionError, "3]; an adapter, what `load` reads, or a list of them is needed"),
-        (lambda a: ll.evaluate(a, [3, 4]), OptionError, "the task is 3; a task, the name of one or a task file"),
+        (lambda a: ll.shapley(None), OptionError, "^`adapters` is None; an adapter, what `load` reads, or a list of"),
+        (
+            lambda a: ll.shapley([3, *a]),
+            OptionError,
+            r"^`adapters` is \[3, .*…; an adapter, what `load` reads, or a list of them is needed",
+        ),
+        (
+            lambda a: ll.evaluate(a, [3, 4]),
+            OptionError,
+            r"^`task` is \[3, 4\]; a task, the name of one, a task file, or a list",
+        ),
         (lambda a: ll.shapley(a, samples="3"), OptionError, "^samples is '3'; a whole number is needed"),
         (lambda a: ll.shapley(a, samples=2.5), OptionError, "^samples is 2.5; a whole number is needed"),
         (lambda a: ll.shapley(a, samples=True), OptionError, "^samples is True; a whole number is needed"),
@@ -217,11 +231,47 @@ def test_a_bar_counts_on_the_console_that_it_is_given():
         (lambda a: ll.compare_merges(a, coefficients=1.0), OptionError, "^coefficient is 1.0; a list .a number each."),
         (lambda a: ll.merge(a, coefficient="x"), OptionError, "^the coefficient is 'x'; a number is needed"),
         (lambda a: ll.train("digits/relabel", steps="2"), OptionError, "^steps is '2'; a whole number is needed"),
+        (lambda a: ll.train("digits/relabel", method=3), OptionError, "^`method` is 3; a text is needed"),
+        (lambda a: ll.train(None), OptionError, "^`task` is None; a task, the name of one or a task file is needed"),
+        (lambda a: ll.load(3), OptionError, "^`path` is 3; a text or a path is needed"),
+        (lambda a: ll.load("a", alpha="8"), OptionError, "^`alpha` is '8'; a number is needed"),
+        (lambda a: ll.inspect("a", config=[]), OptionError, r"^`config` is \[\]; a text or a path is needed"),
+        (lambda a: ll.task(3), OptionError, "^`name` is 3; a text or a path is needed"),
+        (lambda a: ll.figure(3), OptionError, "^`results` is 3; a result, its file, or a list of them is needed"),
+        (lambda a: ll.figure([], width=3), OptionError, "^`width` is 3; a text is needed"),
+        (lambda a: ll.prune(a), OptionError, "^`adapter` is .*; an adapter or what `load` reads is needed"),
+        (lambda a: ll.prune(a[0], rank="2"), OptionError, "^`rank` is '2'; a whole number is needed"),
+        (lambda a: ll.prune(a[0], sparsity="half"), OptionError, "^`sparsity` is 'half'; a number is needed"),
+        (lambda a: ll.prune(a[0], energy="1"), OptionError, "^`energy` is '1'; a number is needed"),
+        (lambda a: ll.prune(a[0], rank=2, seed=0.5), OptionError, "^`seed` is 0.5; a whole number is needed"),
+        (lambda a: ll.prune(a[0], sparsity=0.5, by=3), OptionError, "^`by` is 3; a text is needed"),
+        (lambda a: ll.prune(a[0], keep=3), OptionError, "^`keep` is 3; a text is needed"),
+        (lambda a: ll.prune(a[0], keep="even", seed="0"), OptionError, "^seed is '0'; a whole number is needed"),
+        (lambda a: ll.merge(a, "ties", density="0.2"), OptionError, "^density is '0.2'; a number is needed"),
+        (lambda a: ll.merge(a, "dare", seed=0.5), OptionError, "^seed is 0.5; a whole number is needed"),
+        (lambda a: ll.merge(a, "fisher", normalize="no"), OptionError, "^normalize is 'no'; True or False is needed"),
+        (lambda a: ll.merge(a, rank=[2]), OptionError, r"^rank is \[2\]; a whole number is needed"),
+        (lambda a: ll.merge(a, weights=["1", 2]), OptionError, r"^`weights` is \['1', 2\]; a Weights or a list"),
+        (lambda a: ll.merge(a, base=3), OptionError, "^`base` is 3; a text is needed"),
+        (lambda a: ll.merge(a, 3), OptionError, "^`method` is 3; a text is needed"),
+        (lambda a: ll.interpolate(a, points=None), OptionError, "^points is None; a whole number is needed"),
+        (lambda a: ll.interpolate(a, points=np.int64(1)), OptionError, "^points is 1; it must be at least 2"),
+        (lambda a: ll.interpolate(a, on="cuda"), OptionError, "^`on` is 'cuda'; an Execution is needed"),
+        (lambda a: ll.evaluate(a, progress="no"), OptionError, "^`progress` is 'no'; True or False is needed"),
+        (lambda a: ll.sweep(a, trust_record="no"), OptionError, "^`trust_record` is 'no'; True or False is needed"),
+        (lambda a: ll.compare_merges(a, options={"ties": 3}), OptionError, "'ties': 3}; a mapping of names is needed"),
+        (lambda a: ll.Schedule(p0="0.1"), OptionError, "^p0 is '0.1'; a number is needed"),
+        (lambda a: ll.Execution(workers=2), OptionError, "^`workers` is 2; what `open_workers` gives is needed"),
+        (lambda a: ll.Execution(device=0), OptionError, "^`device` is 0; a device or a text is needed"),
+        (lambda a: ll.Execution(device="cdua").place(), OptionError, "^device 'cdua' is not to be had here"),
+        (lambda a: ll.Execution(cache="out"), OptionError, "^`cache` is 'out'; a Path is needed"),
+        (lambda a: ll.Execution(progress=True), OptionError, "^`progress` is True; a function is needed"),
     ],
 )
 def test_what_does_not_fit_is_told_by_name(pair, call, error, text):
-    with pytest.raises(error, match=text):
+    with pytest.raises(error, match=text) as raised:
         call(pair[0])
+    assert len(str(raised.value)) < 400
 
 
 def test_a_record_from_elsewhere_may_do_what_it_may_on_the_command_line(pair, tmp_path):

@@ -220,10 +220,11 @@ def test_a_part_has_its_own_weights_tasks_and_modules_and_builds_no_base_again(t
 
     first, last = (adapter({"layers.0.q_proj": update(2, (6, 4), seed)}, "a") for seed in (1, 2))
     other = adapter({"layers.0.fc": update(1, (8, 6), 0)}, "other")
-    whole = Sources([first, other, dora, last], base=base, tasks=list("abcd"))
+    tasks = [Digits(name) for name in ("relabel", "invert", "identity", "mod3")]
+    whole = Sources([first, other, dora, last], base=base, tasks=tasks)
     part = whole.part([3, 2], [0.5, 2.0])
     assert len(built) == 1
-    assert part.tasks == ["d", "c"]
+    assert part.tasks == [tasks[3], tasks[2]]
     assert part.modules == ["layers.0.q_proj"]
     assert (whole.weights.plain, len(whole.modules)) == ((1.0,) * 4, 2)
     weight = built[0]["layers"][0]["q_proj"].weight

@@ -295,8 +295,8 @@ def test_the_code_of_merges_and_prunings_is_every_file_that_makes_them(tmp_path,
 
 
 def test_a_worker_with_other_code_is_refused(monkeypatch):
-    setup = Evaluator([adapter(updates(0))], Digits("relabel"), Execution(workers=types.SimpleNamespace(device="cpu")))
-    sent = setup._setup
+    workers = types.SimpleNamespace(device="cpu", map=None)
+    sent = Evaluator([adapter(updates(0))], Digits("relabel"), Execution(workers=workers))._setup
     monkeypatch.setattr(digests, "of_transforms", lambda: "other")
     with pytest.raises(MismatchError, match="merges and prunes by other code in a worker than here"):
         sent()
