@@ -6,8 +6,6 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from lora_lab.errors import shorten
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -154,14 +152,6 @@ def without_name(key: str, names: Collection[str]) -> tuple[str, str]:
     name = next((n for n in sorted(names, key=len, reverse=True) if n and f"{rest}.".startswith(f"{n}.")), first)
     rest = rest.removeprefix(name).removeprefix(".")
     return (head + rest if saved else head + mark + rest).removesuffix("."), name
-
-
-def foreign_format(keys: Collection[str]) -> str | None:
-    """Which other tool's keys these are, as the end of a sentence; None for PEFT's."""
-    first = shorten(keys, 1)
-    if any(".lora_down." in key or ".lora_up." in key for key in keys):
-        return f" in PEFT's format: these are kohya-ss keys ({first})"
-    return None
 
 
 def unusable(keys: Iterable[str], longest: int = 1000) -> str | None:

@@ -102,10 +102,9 @@ def _choose(
     parsed: Parsed, sorted_keys: _Keys, tensors: Mapping[str, Tensor], tuner: str, where: str, adapter_name: str | None
 ) -> str | None:
     """The name in the keys of the adapter that is read; None, with a problem noted, where there is no such one."""
-    foreign = keys.foreign_format(tensors)
-    if foreign or not (sorted_keys.by_name or parsed.others):
+    if not (sorted_keys.by_name or parsed.others):
         what = "LoRA" if tuner == "LORA" else tuner
-        parsed.problems.append(f"{where}: no {what} tensors found{foreign or _other_content(tensors)}")
+        parsed.problems.append(f"{where}: no {what} tensors found{_other_content(tensors)}")
         return None
     listed = [repr(name) if name else "(unnamed)" for name in sorted(sorted_keys.by_name)]
     if adapter_name is None and len(sorted_keys.by_name) > 1:

@@ -32,6 +32,8 @@ LORA = {
     "lora_B.default.weight": "up",
     "lora_mid.weight": "mid",
     "dora_scale": "dora_scale",
+    "lora_magnitude_vector": "dora_scale",
+    "lora_magnitude_vector.weight": "dora_scale",
     "alpha": "alpha",
 }
 """How the key of a LoRA's tensor ends → which piece it is."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_lab.adapters.formats import diffusers, kohya, mlx, peft_files
+from lora_lab.adapters.formats import comfy, diffusers, kohya, mlx, peft_files
 from lora_lab.adapters.formats.layout import Format, Raw
 from lora_lab.registry import Registry
 
@@ -32,6 +32,13 @@ _KOHYA = Format(
     write=kohya.write,
 )
 
+_COMFY = Format(
+    about="ComfyUI and trainers that name modules as it does: diffusion_model., factors and alphas",
+    matches=comfy.matches,
+    read=comfy.read,
+    write=comfy.write,
+)
+
 _MLX = Format(
     about="mlx-lm: adapters.safetensors with adapter_config.json in a folder",
     matches=mlx.matches,
@@ -42,7 +49,10 @@ _MLX = Format(
 )
 
 FORMATS = Registry(
-    "format", "lora_lab.formats", Format, {"peft": _PEFT, "kohya": _KOHYA, "diffusers": _DIFFUSERS, "mlx": _MLX}
+    "format",
+    "lora_lab.formats",
+    Format,
+    {"peft": _PEFT, "kohya": _KOHYA, "comfy": _COMFY, "diffusers": _DIFFUSERS, "mlx": _MLX},
 )
 """Formats by name. Each is asked whether a file is its; PEFT's last, whose keys are several others', too."""
 
