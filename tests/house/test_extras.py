@@ -57,7 +57,9 @@ def test_what_needs_an_extra_says_which_in_one_line(plain, tmp_path, arguments, 
         write(tmp_path / name, lora(seed=seed), target_modules=["q_proj"])
     write_bert(tmp_path / "bert", tmp_path / "vocab.txt", ["good", "bad"])
     (tmp_path / "data.csv").write_text("text,label\n" + "good,1\nbad,0\n" * 20)
-    (tmp_path / "own.toml").write_text('kind = "text-classification"\nlabels = 2\nbase = "bert"\ndata = "data.csv"\n')
+    (tmp_path / "own.toml").write_text(
+        'kind = "text-classification"\nbase = "bert"\ntext = "text"\nlabel = "label"\ndata = "data.csv"\n'
+    )
     code, _, err = plain(*arguments)
     assert code == 1
     assert err.strip().splitlines()[-1].removeprefix("error: ") == told
