@@ -131,6 +131,20 @@ def test_of_more_than_two_slerp_is_where_the_weighted_logarithms_cancel(seed, we
     assert float(pull.norm()) < 1e-8 * sum(weights)
 
 
+@pytest.mark.parametrize(("height", "third", "mean"), [(2.7, 0.02, 1.1), (2.5, -0.06, -0.53), (0.5, 0.9, 0.3)])
+def test_slerp_of_a_pair_on_either_side_of_a_plane_and_a_third_in_it_is_the_closed_form(height, third, mean):
+    """By symmetry the mean lies in the plane, where its angle ψ solves (φ − ψ) = 2w · θ/sin θ · cos γ sin ψ.
+
+    Directions are (cos γ, 0, ±sin γ) with weight w and (cos φ, sin φ, 0) with weight 1; cos θ = cos γ cos ψ.
+    """
+    theta = math.acos(math.cos(height) * math.cos(mean))
+    weight = (third - mean) * math.sin(theta) / (2 * theta * math.cos(height) * math.sin(mean))
+    pair = [matrix([math.cos(height), 0, sign * math.sin(height)]) for sign in (1, -1)]
+    stack = [*pair, matrix([math.cos(third), math.sin(third), 0])]
+    wanted = matrix([math.cos(mean), math.sin(mean), 0])
+    torch.testing.assert_close(RULES["slerp"](stack, [weight, weight, 1.0]), wanted, rtol=0, atol=1e-9)
+
+
 def test_slerp_between_two_nearly_opposite_matrices_still_goes_along_the_circle():
     a, b = matrix([1, 0]), matrix([math.cos(3.1), math.sin(3.1)])
     assert_equal(RULES["slerp"]([a, b], [0.9, 0.1]), matrix([math.cos(0.31), math.sin(0.31)]))
