@@ -30,6 +30,7 @@ _VERBS = (
     "merge",
     "compare-merges",
     "prune",
+    "fuse",
     "sweep",
     "evaluate",
     "inspect",

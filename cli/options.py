@@ -146,12 +146,12 @@ class Computing(Workers):
         """Tell what a run will cost; one of more than ten minutes is asked about, or refused if nobody can answer."""
         shared = f" of {cost.naive_block_evaluations} without sharing" if cost.naive_block_evaluations else ""
         blocks = f"{cost.block_evaluations} block evaluations{shared}, " if cost.block_evaluations else ""
-        messages.print(f"to be computed: up to {cost.variants} variants, {blocks}about {_duration(cost.seconds)}")
+        messages.print(f"to be computed: up to {cost.variants} variants, {blocks}about {duration(cost.seconds)}")
         if cost.seconds <= _LONG or self.yes:
             return
         if not (sys.stdin and sys.stdin.isatty()):
             raise OptionError(
-                f"this may take {_duration(cost.seconds)}; --yes goes ahead, fewer samples or examples take less"
+                f"this may take {duration(cost.seconds)}; --yes goes ahead, fewer samples or examples take less"
             )
         typer.confirm("go ahead?", abort=True, err=True)
 
@@ -159,7 +159,8 @@ class Computing(Workers):
 _LONG = 600.0  # seconds from which a run is asked about first
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time in words."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -109,6 +109,13 @@ def estimate(value: float | None, low: float | None, high: float | None) -> str:
     return number(value) if low is None else f"{number(value)} [{number(low)}, {number(high)}]"
 
 
+def size(count: int) -> str:
+    """So many bytes, in the unit that suits them."""
+    units = ("bytes", "kB", "MB", "GB", "TB")
+    power = min(len(units) - 1, max(0, (len(str(count)) - 1) // 3))
+    return f"{count / 1000**power:.3g} {units[power]}" if power else f"{count} bytes"
+
+
 def progress(what: str) -> contextlib.AbstractContextManager[Callable[[int, int], None]]:
     """A bar with the time left, on standard error, gone when the work is done."""
     return bar(what, messages)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lora_lab.api import compare_merges as compare_merges
     from lora_lab.api import evaluate as evaluate
     from lora_lab.api import figure as figure
+    from lora_lab.api import fuse as fuse
     from lora_lab.api import interpolate as interpolate
     from lora_lab.api import load as load
     from lora_lab.api import merge as merge
@@ -46,6 +47,7 @@ __getattr__, __dir__, __all__ = face(
             "compare_merges",
             "evaluate",
             "figure",
+            "fuse",
             "interpolate",
             "load",
             "merge",

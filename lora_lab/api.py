@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from lora_lab.analysis.question import Question
+    from lora_lab.fusing.fuse import Fused
 
 Path_ = str | os.PathLike[str]
 Adapters = Annotated[Adapter | Path_ | Sequence[Adapter | Path_], "an adapter, what `load` reads, or a list of them"]
@@ -154,6 +155,32 @@ def prune(
         return pruning.prune_weights(loaded, sparsity=sparsity, **options).adapter
     _check_names("pruning by rank", options, _keywords(pruning.prune_rank))
     return pruning.prune_rank(loaded, rank=rank, **options).adapter
+
+
+@checked
+def fuse(
+    base: Path_,
+    adapters: Adapters,
+    path: Path_,
+    *,
+    force: bool = False,
+    on: Execution | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Fused:
+    """The checkpoint base + Σ coefficient · ΔW as the folder `path`, and what rounding to the base's dtype took.
+
+    `base` is a folder or file on this machine, or a hub id in its cache; `options` are the fields of `FuseOptions`. One
+    tensor at a time is in memory; a run that was killed goes on where it was.
+    """
+    from lora_lab.fusing.fuse import FuseOptions, Fusion
+    from lora_lab.hub import checkpoint_folder
+
+    fusion = Fusion(checkpoint_folder(os.fspath(base)), _adapters(adapters), _made(FuseOptions, options))
+    with _shown(on, "fusing", progress) as where:
+        return fusion.write(
+            Path(path), force=force, inputs=_paths(adapters), device=where.place(), progress=where.progress
+        )
 
 
 @checked
@@ -291,6 +318,12 @@ def _answered(
 def _adapters(given: Adapters) -> list[Adapter]:
     several = [given] if isinstance(given, Adapter | str | os.PathLike) else given
     return [adapter if isinstance(adapter, Adapter) else load(adapter) for adapter in several]
+
+
+def _paths(given: Adapters) -> list[Path]:
+    """The adapters that are files, which no output may replace."""
+    several = [given] if isinstance(given, Adapter | str | os.PathLike) else given
+    return [Path(each) for each in several if not isinstance(each, Adapter)]
 
 
 def _task(given: OneTask) -> Task:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import nn
 
-from lora_lab.errors import MismatchError, TaskError
+from lora_lab.errors import FileError, MismatchError, TaskError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -61,6 +61,18 @@ def cached_folder(name: str, revision: str | None = None) -> Path | None:
     except HFValidationError:  # no hub id
         return None
     return Path(found).parent if isinstance(found, str) else None
+
+
+def checkpoint_folder(name: str) -> Path:
+    """Where the checkpoint of a folder, a file or a hub id lies on this machine; FileError where it does not."""
+    if os.path.exists(name):
+        return Path(name)
+    folder = None if name.startswith((".", "/", "~")) else cached_folder(name)
+    if folder is None:
+        raise FileError(
+            f"{name}: no such folder or file, nor a hub id with its files in the cache (`hf download` fetches them)"
+        )
+    return folder
 
 
 def check_memory(name: str, dtype: torch.dtype, *, where: str, revision: str | None = None) -> None:

@@ -297,17 +297,21 @@ def load_peft(model: nn.Module, path: str | os.PathLike[str]) -> Any:
 
     Most useful for a lone .safetensors file, which PEFT itself cannot take.
     """
+    return wrapped(model, Adapter.load(path))
+
+
+def wrapped(model: nn.Module, adapter: Adapter) -> Any:
+    """PEFT's PeftModel with this adapter on `model`, its weights loaded as PEFT loads them."""
     from peft import PeftModel
     from peft.mapping_func import get_peft_model
     from peft.utils import set_peft_model_state_dict
 
-    adapter = Adapter.load(path)
     with torch.random.fork_rng():
-        wrapped: PeftModel = get_peft_model(model, peft_config(adapter))
-    result = set_peft_model_state_dict(wrapped, dict(adapter.tensors))
+        made: PeftModel = get_peft_model(model, peft_config(adapter))
+    result = set_peft_model_state_dict(made, dict(adapter.tensors))
     if result.unexpected_keys:
-        raise MismatchError(f"{path}: PEFT has no place for {shorten(result.unexpected_keys)}")
-    return wrapped.eval()
+        raise MismatchError(f"{adapter.source}: PEFT has no place for {shorten(result.unexpected_keys)}")
+    return made.eval()
 
 
 def _changes_base(adapter: Adapter) -> bool:

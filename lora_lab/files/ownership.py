@@ -17,6 +17,9 @@ MARK = "lora-lab"
 JOURNAL = "lora_lab_journal_3"
 """The table of a journal, which no other database has; the number counts its versions."""
 
+FUSED = "lora-lab fused"
+"""How the format of a record begins that lists the files of a fused checkpoint; the number counts its versions."""
+
 METADATA = "lora_lab."
 """How the keys begin that its safetensors files have among their metadata."""
 
@@ -27,7 +30,7 @@ _KINDS = (
     (stat.S_ISSOCK, "a socket"),
 )
 _ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md", "heads"}
-_JSON = re.compile(rb'\s*\{\s*"format":\s*"lora-lab (result|journal) \d+"')
+_JSON = re.compile(rb'\s*\{\s*"format":\s*"lora-lab (result|journal|fused) \d+"')
 _CSV = re.compile(rb"\A[^\n]*," + MARK.encode() + rb"\n")
 _CARD = re.compile(rb"\A---\n(?:(?!---).*\n)*?tags:[^\n]*(?:\n- [^\n]*)*\blora-lab\b")
 _PLENTY = 100_000_000  # bytes of a safetensors header, as in safetensors itself
@@ -72,11 +75,28 @@ def status_of(path: Path) -> os.stat_result | None:
 
 def _foreign_folder(folder: Path) -> str | None:
     entries = sorted(folder.iterdir())
+    listed = _files_of_checkpoint(folder)
+    if listed is not None:
+        odd = [entry.name for entry in entries if entry.name not in listed or not stat.S_ISREG(entry.lstat().st_mode)]
+        return f"holds more than the checkpoint that was written there ({shorten(odd)})" if odd else None
     odd = [entry.name for entry in entries if entry.name not in _ADAPTER_FILES]
     if odd:
         return f"holds more than an adapter ({shorten(odd)})"
     other = [entry.name for entry in entries if not _part_of_adapter(entry)]
     return f"holds what lora-lab did not write ({shorten(other)})" if other else None
+
+
+def _files_of_checkpoint(folder: Path) -> list[str] | None:
+    """The files that the record of a fused checkpoint lists; None where there is no such record."""
+    record = folder / "fuse.json"
+    try:
+        if not stat.S_ISREG(record.lstat().st_mode) or not _written_here(record):
+            return None
+        said = json.loads(record.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    listed = said.get("files") if isinstance(said, dict) else None
+    return listed if isinstance(listed, list) else None
 
 
 def _part_of_adapter(entry: Path) -> bool:

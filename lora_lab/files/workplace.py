@@ -71,7 +71,7 @@ def _workplace(asked: Path, path: Path) -> Iterator[Path]:
         lock = None
         while lock is None:  # cleared away by another run in the moment before it was locked: once more
             workplace = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".part", dir=path.parent))
-            lock = _locked(workplace)
+            lock = locked(workplace)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise FileError(f"{asked}: cannot be written ({reason})") from error
@@ -94,7 +94,7 @@ def _clear_leftovers(folder: Path) -> None:
         left = Path(entry.path)
         with contextlib.suppress(OSError):
             path = folder / _made_for(left, match["name"])
-            lock = _locked(left) if _made_here(left, path.name) else None
+            lock = locked(left) if _made_here(left, path.name) else None
             if lock is None:
                 continue
             replaced = left / _replaced(path.name)
@@ -124,7 +124,7 @@ def _replaced(name: str) -> str:
     return "old" if name == "replaced" else "replaced"
 
 
-def _locked(folder: Path) -> int | None:
+def locked(folder: Path) -> int | None:
     """A descriptor that holds the lock on a folder until it is closed; None if another process has it, or has had."""
     if sys.platform == "win32":  # nothing is locked there, and so nothing counts as left over
         return os.open(os.devnull, os.O_RDONLY) if not any(folder.iterdir()) else None

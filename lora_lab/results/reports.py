@@ -47,5 +47,22 @@ class PruneReport:
     advice: list[Any] = column("how that server is to be started")
 
 
-REPORTS = {"merge": MergeReport, "prune": PruneReport}
+@dataclass
+class FuseReport:
+    """What was fused, and what rounding took."""
+
+    path: str = column("the folder that was written")
+    base: str = column("the base that it is made of")
+    adapters: list[Any] = column("labels of the adapters")
+    coefficients: list[Any] = column("factor of each adapter's ΔW")
+    parameters: int = column("parameters that the adapters change")
+    error: float = column("‖stored − (W + ΔW)‖ / ‖ΔW‖ over all parameters: what rounding took", "share")
+    errors: dict[str, Any] = column("parameter → the same for it", "share")
+    notes: list[Any] = column("what is otherwise than in the base, in words")
+    bytes: int = column("size of the tensors", "bytes")
+    files: list[Any] = column("names of the files in the folder")
+    resumed: int = column("files that an earlier run had finished")
+
+
+REPORTS = {"fuse": FuseReport, "merge": MergeReport, "prune": PruneReport}
 """Name of the verb → the class of its report."""

@@ -28,6 +28,7 @@ ROOMS = [  # from the ground up; a room may import from itself and from those be
     "scoring",
     "training",
     "merging",
+    "fusing",
     "pruning",
     "analysis",
     "face",  # lora_lab/__init__.py and api.py

@@ -1,0 +1,88 @@
+"""ΔW added to a tensor in its own dtype, some rows at a time, with what rounding takes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lora_lab.errors import MismatchError
+from lora_lab.fusing.changes import Change
+
+_ENTRIES = 2**22
+"""Of the rows that are computed at a time: 16 MB in float32."""
+CODES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
+"""Dtypes of eight bits, whose weights have scales apart."""
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How much was added to a tensor, and how much of it rounding to the tensor's dtype took away."""
+
+    norm: float
+    """‖ΔW‖."""
+    lost: float
+    """‖stored − (W + ΔW)‖."""
+
+    @property
+    def share(self) -> float:
+        """The relative error of ΔW."""
+        return self.lost / self.norm if self.norm else 0.0
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same to the last bit, NaN included, in one dtype and shape."""
+    if one is other:
+        return True
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    if not one.numel():
+        return True
+    return torch.equal(*(part.contiguous().reshape(-1).view(torch.uint8) for part in (one, other)))
+
+
+def blocks(tensor: Tensor) -> list[slice]:
+    """Rows of a tensor that together have at most some millions of entries."""
+    rows = tensor.shape[0] if tensor.ndim else 1
+    step = max(1, _ENTRIES // max(1, tensor.numel() // max(1, rows)))
+    return [slice(start, start + step) for start in range(0, rows, step)]
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """The tensor as a matrix: a vector as a column, the kernel of a convolution or a stack by its first axis."""
+    return tensor.reshape(-1, 1) if tensor.ndim < 2 else tensor.flatten(1)
+
+
+def add(tensor: Tensor, change: Change, name: str, device: torch.device | None = None) -> Rounding:
+    """Add what a change adds to the tensor in place: computed in float32 or wider, and rounded once.
+
+    MismatchError for a dtype that is not of floating point, or that cannot hold the sum.
+    """
+    if not tensor.is_floating_point() or tensor.dtype in CODES:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise MismatchError(f"{name} is {kind} in the base: quantised weights, to whose codes nothing can be added")
+    matrix, device = as_rows(tensor), device or torch.device("cpu")
+    norm = lost = 0.0
+    for rows in blocks(matrix):
+        added = _added(change, rows, device)
+        wide = matrix[rows].to(device, torch.promote_types(added.dtype, torch.float32))
+        wide = wide.add_(added) if wide.data_ptr() != matrix[rows].data_ptr() else wide + added
+        rounded = wide.to(tensor.dtype)
+        if not torch.isfinite(rounded).all():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise MismatchError(f"{name}: the sum has entries that {kind} cannot hold, or is not finite")
+        norm += float(added.double().square().sum())
+        lost += float((rounded.double() - wide.double()).square().sum())
+        matrix[rows] = rounded.to(matrix.device)
+    return Rounding(norm**0.5, lost**0.5)
+
+
+def _added(change: Change, rows: slice, device: torch.device) -> Tensor:
+    """These rows of ΔW."""
+    parts = []
+    if change.update is not None:
+        parts.append(change.update.B[rows].to(device) @ change.update.A.to(device))
+    if change.delta is not None:
+        parts.append(as_rows(change.delta)[rows].to(device))
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]

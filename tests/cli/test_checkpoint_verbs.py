@@ -1,0 +1,86 @@
+"""The verbs on whole checkpoints, as a user calls them."""
+
+import json
+
+import peft
+import pytest
+import torch
+from making_checkpoints import QV, merged, train, write_base
+from safetensors.torch import load_file
+
+import lora_lab as ll
+from lora_lab.results import schema
+from lora_lab.results.reports import REPORTS
+
+PLAIN = peft.LoraConfig(r=2, target_modules=QV)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A base in bfloat16 and an adapter of it."""
+    folder = tmp_path_factory.mktemp("made")
+    base = write_base("llama", folder / "base", torch.bfloat16)
+    return base, train("llama", base, folder / "a", PLAIN)
+
+
+def one_line(result, *words):
+    code, out, err = result
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert (code, out, len(lines)) == (1, "", 1), err
+    for word in words:
+        assert word in lines[0], (word, lines[0])
+
+
+def as_documented(verb, out):
+    report = json.loads(out)
+    assert set(report) == set(schema.columns_of(REPORTS[verb]))
+    pytest.importorskip("jsonschema").validate(report, schema.json_schema(verb))
+    return report
+
+
+def test_fuse_writes_a_folder_and_says_what_rounding_took(lora_lab, made, tmp_path):
+    base, adapter = made
+    code, out, err = lora_lab("fuse", base, adapter, "-o", "out", "--max-shard-size", "0.000006")
+    assert code == 0, err
+    assert "parameters changed" in out
+    assert "most in model.layers." in out
+    assert "to be written: 11.4 kB in 2 files, about 0 s" in err
+    wanted = merged("llama", base, adapter)
+    got = {key: t for path in (tmp_path / "out").glob("*.safetensors") for key, t in load_file(path).items()}
+    assert set(got) == set(wanted)
+    assert all(torch.allclose(got[key].float(), wanted[key].float(), rtol=2**-7, atol=1e-4) for key in wanted)
+    code, out, err = lora_lab("fuse", base, adapter, "-o", "out", "--force", "--json")
+    assert code == 0, err
+    report = as_documented("fuse", out)
+    assert 1e-4 < report["error"] < 1e-2
+    assert report["files"] == ["config.json", "fuse.json", "generation_config.json", "model.safetensors"]
+
+
+def test_fuse_from_python_is_the_same(made, tmp_path):
+    base, adapter = made
+    fused = ll.fuse(base, adapter, tmp_path / "out", coefficients=[0.5], progress=False)
+    assert fused.parameters == 4
+    assert json.loads((tmp_path / "out" / "fuse.json").read_text())["coefficients"] == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["fuse", "BASE", "A"], ["-o names the folder to write"]),
+        (["fuse", "BASE", "A", "-o", "x.safetensors"], ["x.safetensors: a folder is written"]),
+        (["fuse", "nowhere", "A", "-o", "x"], ["nowhere: no such folder or file", "hf download"]),
+        (["fuse", "A", "A", "-o", "x"], ["the base has no module"]),
+        (["fuse", "BASE", "BASE", "-o", "x"], ["base"]),
+        (["fuse", "BASE", "A", "-o", "BASE", "--force"], ["base: one of the inputs"]),
+        (["fuse", "BASE", "A", "-o", "x", "--coefficients", "1,2"], ["1 adapters and 2 coefficients"]),
+        (["fuse", "BASE", "A", "-o", "x", "--coefficients", "nan"], ["finite"]),
+        (["fuse", "BASE", "A", "-o", "x", "--max-shard-size", "0"], ["--max-shard-size is 0"]),
+        (["fuse", "BASE", "A", "-o", "x", "--heads", "best"], ["'best'"]),
+        (["fuse", "BASE/config.json", "A", "-o", "x"], ["config.json", "not a safetensors file"]),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_leaves_nothing(lora_lab, made, tmp_path, arguments, words):
+    base, adapter = made
+    given = [each.replace("BASE", str(base)) if each != "A" else str(adapter) for each in arguments]
+    one_line(lora_lab(*given), *words)
+    assert list(tmp_path.iterdir()) == []
