@@ -31,6 +31,7 @@ _VERBS = (
     "compare-merges",
     "prune",
     "fuse",
+    "verify",
     "sweep",
     "evaluate",
     "inspect",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lora_lab.api import sweep as sweep
     from lora_lab.api import task as task
     from lora_lab.api import train as train
+    from lora_lab.api import verify as verify
     from lora_lab.errors import LoraLabError as LoraLabError
     from lora_lab.results.result import Result as Result
     from lora_lab.scoring.execution import Execution as Execution
@@ -57,6 +58,7 @@ __getattr__, __dir__, __all__ = face(
             "sweep",
             "task",
             "train",
+            "verify",
         ),
         "errors": ("LoraLabError",),
         "results.result": ("Result",),

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from lora_lab.analysis.question import Question
     from lora_lab.fusing.fuse import Fused
+    from lora_lab.fusing.verify import Verified
 
 Path_ = str | os.PathLike[str]
 Adapters = Annotated[Adapter | Path_ | Sequence[Adapter | Path_], "an adapter, what `load` reads, or a list of them"]
@@ -181,6 +182,28 @@ def fuse(
         return fusion.write(
             Path(path), force=force, inputs=_paths(adapters), device=where.place(), progress=where.progress
         )
+
+
+@checked
+def verify(
+    base: Path_,
+    adapters: Adapters,
+    merged: Path_,
+    *,
+    coefficients: Sequence[float] = (),
+    heads: str | None = None,
+    on: Execution | None = None,
+    progress: bool = True,
+) -> Verified:
+    """Whether the checkpoint `merged` is base + Σ coefficient · ΔW: `.right`, `.verdict`, and a finding a parameter."""
+    from lora_lab.fusing.verify import verify as verified
+    from lora_lab.hub import checkpoint_folder
+
+    places = [checkpoint_folder(os.fspath(path)) for path in (base, merged)]
+    how: Any = {"coefficients": coefficients, "heads": heads}
+    with _shown(on, "verifying", progress) as where:
+        device, report = where.place(), where.progress
+        return verified(places[0], _adapters(adapters), places[1], **how, device=device, progress=report)
 
 
 @checked

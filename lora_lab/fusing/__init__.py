@@ -11,5 +11,9 @@ if TYPE_CHECKING:
     from lora_lab.fusing.fuse import Fused as Fused
     from lora_lab.fusing.fuse import FuseOptions as FuseOptions
     from lora_lab.fusing.fuse import Fusion as Fusion
+    from lora_lab.fusing.verify import Finding as Finding
+    from lora_lab.fusing.verify import Verified as Verified
 
-__getattr__, __dir__, __all__ = face(__name__, {"fuse": ("FuseOptions", "Fused", "Fusion")})
+__getattr__, __dir__, __all__ = face(
+    __name__, {"fuse": ("FuseOptions", "Fused", "Fusion"), "verify": ("Finding", "Verified")}
+)

@@ -65,7 +65,7 @@ def add(tensor: Tensor, change: Change, name: str, device: torch.device | None =
     matrix, device = as_rows(tensor), device or torch.device("cpu")
     norm = lost = 0.0
     for rows in blocks(matrix):
-        added = _added(change, rows, device)
+        added = rows_of(change, rows, device)
         wide = matrix[rows].to(device, torch.promote_types(added.dtype, torch.float32))
         wide = wide.add_(added) if wide.data_ptr() != matrix[rows].data_ptr() else wide + added
         rounded = wide.to(tensor.dtype)
@@ -78,8 +78,8 @@ def add(tensor: Tensor, change: Change, name: str, device: torch.device | None =
     return Rounding(norm**0.5, lost**0.5)
 
 
-def _added(change: Change, rows: slice, device: torch.device) -> Tensor:
-    """These rows of ΔW."""
+def rows_of(change: Change, rows: slice, device: torch.device) -> Tensor:
+    """These rows of what a change adds, as a matrix."""
     parts = []
     if change.update is not None:
         parts.append(change.update.B[rows].to(device) @ change.update.A.to(device))

@@ -76,6 +76,11 @@ class Change(Brief):
         """Whether anything is added."""
         return self.update is not None or self.delta is not None
 
+    @property
+    def replaces(self) -> bool:
+        """Whether the base's tensor, or rows of it, give way to others."""
+        return self.whole is not None or self.rows is not None
+
 
 class Changes:
     """Σ coefficient · ΔW of adapters on the base of a layout, and the whole tensors that they bring.
@@ -116,6 +121,11 @@ class Changes:
         names |= self._whole.keys() | self._rows.keys()
         known = [*self.layout.groups, *self.layout.tied]
         return [name for name in known if name in names] + sorted(names - set(known))
+
+    @property
+    def replaced(self) -> set[str]:
+        """The parameters that are replaced, in whole or in some rows."""
+        return {*self._whole, *self._rows}
 
     @property
     def added(self) -> list[str]:

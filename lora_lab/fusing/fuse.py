@@ -228,7 +228,8 @@ class Fusion:
             "files": written,
         }
         files.write_json(shards.folder / RECORD, finite(record))
-        return Fused(path, len(self._changed), error, errors, self.notes, self.bytes, written, there)
+        changed = norms.keys() | self.changes.replaced
+        return Fused(path, len(changed), error, errors, self.notes, self.bytes, written, there)
 
     def _settings(self) -> dict[str, Any] | None:
         """config.json where something in it is no longer so."""

@@ -1,4 +1,4 @@
-"""What the verbs that write an adapter say of it as JSON: not results, but documented like them."""
+"""What the verbs on files of weights say as JSON: not results, but documented like them."""
 
 from __future__ import annotations
 
@@ -64,5 +64,21 @@ class FuseReport:
     resumed: int = column("files that an earlier run had finished")
 
 
-REPORTS = {"fuse": FuseReport, "merge": MergeReport, "prune": PruneReport}
+@dataclass
+class VerifyReport:
+    """Whether a checkpoint is a base with adapters in it."""
+
+    path: str = column("the checkpoint in question")
+    right: bool = column("whether it is, up to rounding")
+    verdict: str = column("the answer in one sentence")
+    unchanged: int = column("parameters that no adapter names, and that are as in the base")
+    notes: list[Any] = column("what else there is to tell, in words")
+    findings: list[Any] = column(
+        "of each parameter that adapters name or that changed: parameter, kind (exact, rounding, scaled, missing, "
+        "transposed, other, head, unnamed, absent, added), factor of ΔW, residual ‖W' − W − ΔW‖ / ‖ΔW‖, norm ‖ΔW‖, "
+        "meaning, right"
+    )
+
+
+REPORTS = {"fuse": FuseReport, "merge": MergeReport, "prune": PruneReport, "verify": VerifyReport}
 """Name of the verb → the class of its report."""

@@ -77,6 +77,9 @@ def test_fuse_from_python_is_the_same(made, tmp_path):
         (["fuse", "BASE", "A", "-o", "x", "--max-shard-size", "0"], ["--max-shard-size is 0"]),
         (["fuse", "BASE", "A", "-o", "x", "--heads", "best"], ["'best'"]),
         (["fuse", "BASE/config.json", "A", "-o", "x"], ["config.json", "not a safetensors file"]),
+        (["verify", "BASE", "A"], ["a base, one adapter or more, and the checkpoint"]),
+        (["verify", "BASE", "A", "nowhere"], ["nowhere: no such folder or file"]),
+        (["verify", "BASE", "A", "A", "--coefficients", "1,2"], ["1 adapters and 2 coefficients"]),
     ],
 )
 def test_what_cannot_be_is_one_line_and_leaves_nothing(lora_lab, made, tmp_path, arguments, words):
@@ -84,3 +87,22 @@ def test_what_cannot_be_is_one_line_and_leaves_nothing(lora_lab, made, tmp_path,
     given = [each.replace("BASE", str(base)) if each != "A" else str(adapter) for each in arguments]
     one_line(lora_lab(*given), *words)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_says_yes_or_no_by_its_exit_code_too(lora_lab, made, tmp_path):
+    base, adapter = made
+    ll.fuse(base, adapter, tmp_path / "right", progress=False)
+    ll.fuse(base, adapter, tmp_path / "half", coefficients=(0.5,), progress=False)
+    code, out, err = lora_lab("verify", base, adapter, "right")
+    assert code == 0, err
+    assert out.splitlines()[-1] == "yes: base + adapter, exactly, in all 4 parameters that are adapted"
+    code, out, _ = lora_lab("verify", base, adapter, "half")
+    assert code == 1
+    assert out.splitlines()[-1].startswith("no: 4 of 4 have ΔW times a factor (× 0.5")
+    assert "scaled" in out
+    code, out, _ = lora_lab("verify", base, adapter, base, "--json")
+    assert code == 1
+    report = as_documented("verify", out)
+    assert [finding["kind"] for finding in report["findings"]] == ["missing"] * 4
+    assert lora_lab("verify", base, adapter, "half", "--coefficients", "0.5")[0] == 0
+    assert ll.verify(base, [adapter, adapter], "half", coefficients=(1, -0.5), progress=False).right

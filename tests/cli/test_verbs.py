@@ -51,6 +51,7 @@ def one_line(result, *words, code=1):
         "compare-merges",
         "prune",
         "fuse",
+        "verify",
         "sweep",
         "evaluate",
         "inspect",
