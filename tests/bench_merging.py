@@ -19,7 +19,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import Adapter, from_updates
-from lora_lab.adapters.lowrank import LowRank, combine, factored
+from lora_lab.adapters.cutting import factored
+from lora_lab.adapters.lowrank import LowRank, combine
 from lora_lab.merging.elementwise import magnitude, ties
 from lora_lab.merging.merged import merge
 from lora_lab.merging.methods import rule_of

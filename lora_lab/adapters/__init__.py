@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from lora_lab.adapters.attached import attach as attach
     from lora_lab.adapters.attached import put_on as put_on
     from lora_lab.adapters.attached import weight_deltas as weight_deltas
+    from lora_lab.adapters.cutting import factored as factored
     from lora_lab.adapters.groups import blocks as blocks
     from lora_lab.adapters.groups import locate as locate
     from lora_lab.adapters.groups import players as players
     from lora_lab.adapters.lowrank import LowRank as LowRank
     from lora_lab.adapters.lowrank import combine as combine
     from lora_lab.adapters.lowrank import combine_factors as combine_factors
-    from lora_lab.adapters.lowrank import factored as factored
     from lora_lab.adapters.reading import inspect as inspect
 
 __getattr__, __dir__, __all__ = face(
@@ -36,11 +36,11 @@ __getattr__, __dir__, __all__ = face(
             "locate",
             "players",
         ),
+        "cutting": ("factored",),
         "lowrank": (
             "LowRank",
             "combine",
             "combine_factors",
-            "factored",
         ),
         "reading": ("inspect",),
     },

@@ -227,49 +227,6 @@ def combine(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     return LowRank(A, B, updates[0].shape)
 
 
-def factored(delta: Tensor, rank: int | None = None) -> tuple[LowRank, float]:
-    """A dense ΔW as factors, with its relative Frobenius error: exactly (ΔW times an identity), or cut to a rank.
-
-    Up to 1024 rows or columns the cut is the best approximation. Beyond, its column space comes from six rounds of
-    randomised subspace iteration (Halko et al. 2011, arXiv:0909.4061), from a fixed seed: nearly the best, and the
-    error is that of what came out.
-    """
-    dense = delta.flatten(1)
-    rows, columns = dense.shape
-    if rank is None or rank >= min(rows, columns):
-        identity = torch.eye(min(rows, columns), dtype=dense.dtype, device=dense.device)
-        A, B = (dense, identity) if rows <= columns else (identity, dense)
-        return LowRank(A, B, tuple(delta.shape)), 0.0
-    if rank < 1:
-        raise OptionError(f"a rank of {rank} was asked for; it is at least 1")
-    Q, projected = _leading(dense, rank)
-    U, S, Vh = torch.linalg.svd(projected, full_matrices=False)
-    root = S[:rank].sqrt()
-    A, B = (root[:, None] * Vh[:rank]).to(dense.dtype), (Q @ (U[:, :rank] * root)).to(dense.dtype)
-    total, lost = float(dense.norm()), float(torch.addmm(dense, B, A, alpha=-1).norm())
-    return LowRank(A, B, tuple(delta.shape)), lost / total if total else 0.0
-
-
-_SMALL = 1024
-_OVERSAMPLED, _ROUNDS = 16, 6
-
-
-def _leading(dense: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Q [rows, k] orthonormal and QᵀΔW [k, columns]: all of a small matrix, the leading columns of a large one."""
-    rows, columns = dense.shape
-    if min(rows, columns) <= _SMALL:
-        if rows <= columns:
-            return torch.eye(rows, dtype=torch.float64, device=dense.device), dense.double()
-        Q, R = torch.linalg.qr(dense.double())
-        return Q, R
-    generator = torch.Generator().manual_seed(0)
-    Q = torch.randn(columns, min(rows, columns, rank + _OVERSAMPLED), generator=generator).to(dense)
-    for _ in range(_ROUNDS):
-        Q = torch.linalg.qr(dense.T @ torch.linalg.qr(dense @ Q).Q).Q
-    Q = torch.linalg.qr(dense @ Q).Q
-    return Q, Q.T @ dense
-
-
 def is_finite(update: LowRank | Tensor) -> bool:
     """Whether every entry of ΔW is a number that float32 can hold, in whatever order a processor sums B A.
 

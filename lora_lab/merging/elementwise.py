@@ -1,100 +1,56 @@
-"""Rules that merge matrices of one shape, entry by entry or as a sum: matrices and a weight each → a matrix.
+"""Rules that merge matrices of one shape, entry by entry: matrices and a weight each → a matrix.
 
-They merge ΔW itself, one module at a time, and the small matrices of KnOTS and core space (subspaces.py) alike.
-Everything random comes from `seed`. A weight scales its matrix before anything else happens; the methods that take
-means divide by the weights again.
+They merge ΔW itself, one module at a time, and the small matrices of KnOTS and core space (subspaces.py) alike; of
+matrices given by their factors, a block of rows at a time. Everything random comes from `seed`. A weight scales its
+matrix before anything else happens; the methods that take means divide by the weights again.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lora_lab.adapters.lowrank import is_finite
-from lora_lab.brief import Brief
 from lora_lab.errors import MismatchError, OptionError, unknown
+from lora_lab.merging.election import Election
+from lora_lab.merging.rows import Matrices, Matrix, Noise, blocks, dense, like, made, sides
+from lora_lab.merging.trimming import Cut, check_share, cuts, cuts_of
 
-Matrices = Iterable[Tensor]
-"""Of one shape; gone through once, so that a generator saves the memory of all of them at a time."""
+SCOPES = ("global", "module")
+"""Among what the largest entries are sought: all modules of an adapter, or each by itself."""
 
-Gram = Callable[[], Tensor]
-"""Gives the inner products [n, n] of n matrices, computed only when they are asked for."""
-
-# sums: coefficients of the matrices, from their inner products alone
-
-
-def task_arithmetic(gram: Gram, weights: Sequence[float], *, scale: float = 1.0) -> list[float]:
-    """λ Σ wᵢ ΔWᵢ, λ = scale; weights may be negative.
-
-    Ilharco et al. 2023, arXiv:2212.04089.
-    """
-    return [scale * weight for weight in weights]
-
-
-def average(gram: Gram, weights: Sequence[float], *, scale: float = 1.0) -> list[float]:
-    """λ Σ wᵢ ΔWᵢ / Σ wᵢ."""
-    return [scale * weight for weight in normalised(weights)]
-
-
-def slerp(gram: Gram, weights: Sequence[float], *, scale: float = 1.0) -> list[float]:
-    """Mean direction on the sphere, at the mean norm.
-
-    Of two it is the point of the great circle (spherical linear interpolation), of more the Karcher mean, found to
-    1e-12. Where a matrix is 0, two point in opposite directions, or all cancel, it is the linear average.
-    """
-    if min(weights) < 0:
-        raise OptionError(f"slerp has no negative weights, and {min(weights):g} was given")
-    shares = torch.tensor(normalised(weights), dtype=torch.float64)
-    products = gram()
-    norms = products.diagonal().clamp(min=0).sqrt().double()
-    used = shares > 0
-    if not bool((norms[used] > 0).all()):
-        return (scale * shares).tolist()
-    norms = torch.where(used, norms, 1.0)
-    cosines = (products.double() / norms[:, None] / norms).clamp(-1, 1)
-    length = float(shares @ cosines @ shares)
-    if float(cosines[used][:, used].min()) < -1 + 1e-9 or length < 1e-12:
-        return (scale * shares).tolist()
-    # m = Σ cᵢ ΔWᵢ/‖ΔWᵢ‖, a point of the sphere: cᵀ C c = 1 with C the cosines; only c and C are needed.
-    # The Karcher mean has Σ sᵢ log_m(ΔWᵢ/‖ΔWᵢ‖) = 0, where log_m(x) = θ/sin θ (x − cos θ m) and cos θ = ⟨m, x⟩.
-    point = shares / math.sqrt(length)
-    # Descent on Σ ½ sᵢθᵢ²: on a sphere its second derivative is nowhere above 1, so that whole steps always go down.
-    for _ in range(1000):
-        angles = (cosines @ point).clamp(-1, 1).arccos()
-        pull = shares * torch.where(angles > 1e-9, angles / angles.sin().clamp(min=1e-300), 1.0)
-        step = pull - (pull * angles.cos()).sum() * point
-        length = float((step @ cosines @ step).clamp(min=0).sqrt())
-        if length < 1e-12:
-            break
-        point = math.cos(length) * point + math.sin(length) / length * step
-        point = point / (point @ cosines @ point).sqrt()
-    coefficients: list[float] = (scale * float(shares @ norms) * point / norms).tolist()
-    return coefficients
-
-
-# entry by entry
+Keep = Callable[[Tensor, slice], Tensor]
+"""Function (rows of a matrix, which may be changed, and which rows they are) → what stays of them."""
 
 
 def checked(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A rule that raises MismatchError where a matrix or the result is not finite.
+    """A rule for whole matrices that raises MismatchError where a matrix or the result is not finite.
 
-    Signs and masks would turn a NaN into 0 and nobody would know.
+    Signs and masks would turn a NaN into 0 and nobody would know. Factors are multiplied for it.
     """
+    return _checked(rule, dense)
 
+
+def checked_rows(rule: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """As `checked`, for a rule that goes through its matrices by rows and takes factors as they are."""
+    return _checked(rule, lambda matrix: matrix)
+
+
+def _checked(rule: Callable[..., Tensor], given: Callable[[Matrix], Matrix]) -> Callable[..., Tensor]:
     @functools.wraps(rule)
     def finite_rule(stack: Matrices, weights: Sequence[float], *cuts: Sequence[Cut], **options: Any) -> Tensor:
-        return _finite(rule(map(_finite, stack), weights, *cuts, **options))
+        return finite(rule((finite(given(matrix)) for matrix in stack), weights, *cuts, **options))  # type: ignore[return-value]
 
     return finite_rule
 
 
-def _finite(matrix: Tensor) -> Tensor:
+def finite(matrix: Matrix) -> Matrix:
+    """The matrix; MismatchError where it is not finite."""
     if not is_finite(matrix):
         raise MismatchError("ΔW is not finite: an adapter, a weight or an option is too large for it")
     return matrix
@@ -113,7 +69,8 @@ def magnitude(
 
     `scope` as in ties.
     """
-    return scale * _sum(_trimmed(stack, density, scope, cuts), weights)
+    matrices = list(stack)
+    return scale * _sum(matrices, _trims(matrices, density, scope, cuts), weights)
 
 
 def ties(
@@ -133,7 +90,8 @@ def ties(
     the weighted sum; where the sum is 0 it is the majority of all elected signs of the module (of the whole vector in
     the original code). Weights, which the paper has not, enter the election and the mean, not the trimming.
     """
-    return scale * _elected_mean(list(_trimmed(stack, density, scope, cuts)), weights)
+    matrices = list(stack)
+    return scale * _elected_mean(matrices, _trims(matrices, density, scope, cuts), weights)
 
 
 def dare(
@@ -144,16 +102,16 @@ def dare(
     Entries stay with probability `density` and are divided by it (Yu et al. 2023, arXiv:2311.03099). Its mean over
     seeds is task arithmetic.
     """
-    _check_share("density", density)
-    return scale * _sum(_thinned(stack, density, seed), weights)
+    matrices = list(stack)
+    return scale * _sum(matrices, _thinnings(matrices, density, seed), weights)
 
 
 def dare_ties(
     stack: Matrices, weights: Sequence[float], *, density: float = 0.5, scale: float = 1.0, seed: int = 0
 ) -> Tensor:
     """Randomly thinned as in dare, then elected and averaged as in ties."""
-    _check_share("density", density)
-    return scale * _elected_mean(list(_thinned(stack, density, seed)), weights)
+    matrices = list(stack)
+    return scale * _elected_mean(matrices, _thinnings(matrices, density, seed), weights)
 
 
 def della(
@@ -170,22 +128,24 @@ def della(
     Deep et al. 2024, arXiv:2406.11617. Within every row an entry's chance to stay rises with the rank of its size,
     from density − window/2 to density + window/2; what stays is divided by its chance.
     """
-    _check_share("density", density)
+    check_share("density", density)
     low, high = density - window / 2, density + window / 2
     if not (window >= 0 and low > 0 and high <= 1 + 1e-9):
         raise OptionError(
             f"density {density:g} with window {window:g} gives chances from {low:g} to {high:g}; "
             "they must be above 0 and up to 1"
         )
-    generator = torch.Generator().manual_seed(seed)
-    kept = []
-    for matrix in stack:
-        rows = matrix.flatten(1) if matrix.ndim > 1 else matrix  # of a kernel, too, a row is an output
+    matrices = list(stack)
+    noise = Noise(matrices, seed)
+
+    def magpruned(i: int, rows: Tensor, which: slice) -> Tensor:
         # pᵢ = density − window/2 + window · rankᵢ / (n − 1), rank 0 the smallest of a row of n
-        order = rows.abs().argsort(dim=-1, stable=True).argsort(dim=-1)
-        chance = (low + window * order.to(matrix.dtype) / max(1, rows.shape[-1] - 1)).reshape(matrix.shape)
-        kept.append(torch.where(_uniform(matrix, generator) < chance, matrix / chance, 0.0))
-    return scale * _elected_mean(kept, weights)
+        chance = low + window * _ranks(rows).to(rows.dtype) / max(1, rows.shape[1] - 1)
+        stays = (chance - noise.of(i, which, rows.device)).sign_().relu_()
+        return rows.mul_(stays).div_(chance)
+
+    keeps = [functools.partial(magpruned, i) for i in range(len(matrices))]
+    return scale * _elected_mean(matrices, keeps, weights)
 
 
 def breadcrumbs(
@@ -195,169 +155,85 @@ def breadcrumbs(
 
     Davari & Belilovsky 2023, arXiv:2312.06795.
     """
-    _check_share("density", density)
+    check_share("density", density)
     if not 0 <= gamma <= 1 - density + 1e-9:
         raise OptionError(f"gamma is {gamma:g}; with density {density:g} it must be from 0 to {1 - density:g}")
 
-    def inside(matrix: Tensor) -> Tensor:
-        top = round(gamma * matrix.numel())
-        return matrix * (_largest(matrix, top + _count(density, matrix)) & ~_largest(matrix, top))
+    matrices = list(stack)
+    keeps = []
+    for matrix in matrices:
 
-    return scale * _sum((inside(matrix) for matrix in stack), weights)
+        def ends(count: int, matrix: Matrix = matrix) -> Cut | None:
+            return _cut_of(matrix, count) if count else None
 
-
-def summed(coefficients: Callable[..., list[float]]) -> Callable[..., Tensor]:
-    """Coefficients of a sum as a rule for matrices."""
-
-    @functools.wraps(coefficients)
-    def rule(stack: Matrices, weights: Sequence[float], **options: Any) -> Tensor:
-        matrices = list(stack)
-
-        def gram() -> Tensor:
-            flat = torch.stack([matrix.flatten() for matrix in matrices]).double()
-            return flat @ flat.T
-
-        return _sum(matrices, coefficients(gram, weights, **options))
-
-    return checked(rule)
+        entries = math.prod(sides(matrix))
+        top = round(gamma * entries)
+        keeps.append(functools.partial(_between, ends(top), ends(top + max(1, round(density * entries)))))
+    return scale * _sum(matrices, keeps, weights)
 
 
-def normalised(weights: Sequence[float]) -> list[float]:
-    """The weights divided by their sum; OptionError where that is 0."""
-    total = math.fsum(weights)
-    if abs(total) < 1e-12 * max(1.0, *map(abs, weights)):
-        raise OptionError(f"weights {', '.join(f'{w:g}' for w in weights)} sum to 0, so that they have no average")
-    return [weight / total for weight in weights]
+def _between(without: Cut | None, within: Cut, rows: Tensor, which: slice) -> Tensor:
+    """The entries within one cut, and without those of a narrower one."""
+    return within.keep(rows) if without is None else within.keep(rows).sub_(without.keep(rows))
 
 
-def _check_share(name: str, value: float) -> None:
-    if not 0 < value <= 1:
-        raise OptionError(f"{name} is {value:g}; a share above 0 and up to 1 is needed")
+def _cut_of(matrix: Matrix, count: int) -> Cut:
+    """Where the `count` largest entries of a matrix end."""
+    return cuts(lambda: [{0: matrix}], lambda total: min(count, total), like(matrix).dtype)[0]
 
 
-def _count(density: float, matrix: Tensor) -> int:
-    return max(1, round(density * matrix.numel()))
-
-
-def _largest(matrix: Tensor, count: int) -> Tensor:
-    """Mask of the `count` entries of largest size; of those that tie at the threshold, the first in order."""
-    size = matrix.abs().flatten()
-    if count >= size.numel():
-        return torch.ones_like(matrix, dtype=torch.bool)
-    if count <= 0:
-        return torch.zeros_like(matrix, dtype=torch.bool)
-    threshold = size.kthvalue(size.numel() - count + 1).values
-    mask = size > threshold
-    mask[(size == threshold).nonzero()[: count - int(mask.sum()), 0]] = True
-    return mask.reshape(matrix.shape)
-
-
-def _trimmed(stack: Matrices, density: float, scope: str, cuts: Sequence[Cut] | None) -> Iterator[Tensor]:
-    """The matrices without all but their largest entries, which `cuts` know where they are those of a whole adapter."""
-    _check_share("density", density)
+def _trims(matrices: Sequence[Matrix], density: float, scope: str, cuts: Sequence[Cut] | None) -> list[Keep]:
+    """What leaves the largest entries alone; `cuts` know where they end where they are those of a whole adapter."""
+    check_share("density", density)
     if scope not in SCOPES:
         raise unknown("scope", scope, SCOPES)
     if cuts is None:
-        return (matrix * _largest(matrix, _count(density, matrix)) for matrix in stack)
-    return (matrix * cut.mask(matrix) for matrix, cut in zip(stack, cuts, strict=True))
+        cuts = [cuts_of(lambda m=matrix: [{0: m}], density, like(matrix).dtype)[0] for matrix in matrices]  # type: ignore[misc]
+    return [lambda rows, which, cut=cut: cut.keep(rows) for cut in cuts]  # type: ignore[misc]
 
 
-SCOPES = ("global", "module")
-"""Among what the largest entries are sought: all modules of an adapter, or each by itself."""
+def _thinnings(matrices: Sequence[Matrix], density: float, seed: int) -> list[Keep]:
+    """What drops entries by chance and divides the others by the share that stays."""
+    check_share("density", density)
+    noise = Noise(matrices, seed)
+
+    def thinned(i: int, rows: Tensor, which: slice) -> Tensor:
+        stays = noise.of(i, which, rows.device).neg_().add_(density).sign_().relu_()  # 1 where the number is below
+        return rows.mul_(stays).div_(density)
+
+    return [functools.partial(thinned, i) for i in range(len(matrices))]
 
 
-@dataclass(repr=False)
-class Cut(Brief):
-    """The largest entries of a vector that comes in pieces: all above a size, and the first few of that very size."""
-
-    size: Tensor
-    first: int
-    """How many entries of exactly this size are still to come."""
-
-    def mask(self, matrix: Tensor) -> Tensor:
-        """Where the next piece has them; the pieces are to come in the order in which they were counted."""
-        sizes = matrix.abs().flatten().to(self.size.dtype)
-        mask = sizes > self.size
-        equal = (sizes == self.size).nonzero()[: self.first, 0]
-        mask[equal] = True
-        self.first -= len(equal)
-        return mask.reshape(matrix.shape)
+def _ranks(rows: Tensor) -> Tensor:
+    """The rank of every entry's size in its row, from 0; of equal sizes, the first comes first."""
+    columns = rows.shape[1]
+    places = columns.bit_length()
+    if rows.dtype != torch.float32 or rows.device.type != "cpu" or places > 32:
+        return rows.abs().argsort(dim=1, stable=True).argsort(dim=1)
+    # one sort of integers: the bits of the size, which order sizes, and behind them the column
+    keys = rows.abs().view(torch.int32).long().bitwise_left_shift_(places).bitwise_or_(torch.arange(columns))
+    keys.numpy().sort(axis=1)  # numpy's takes a twentieth of the time of torch's
+    order = keys.bitwise_and_((1 << places) - 1)
+    return torch.empty_like(order).scatter_(1, order, torch.arange(columns).expand_as(order))
 
 
-NO_ENTRY = Cut(torch.tensor(math.inf), 0)
-"""Of a vector without any entry."""
-
-
-def cuts_of(pieces: Callable[[], Iterable[Mapping[int, Tensor]]], density: float, dtype: torch.dtype) -> dict[int, Cut]:
-    """Number of a vector → where the share `density` of its largest entries ends, exact; no vector is ever held.
-
-    `pieces` goes through the vectors again and again, as number → next piece: twice in float32, three times in
-    float64. Sizes are sorted by the bits of their floating-point numbers, the leading bits first.
-    """
-    _check_share("density", density)
-    integer, rounds = _BITS[dtype]
-    leading: dict[int, int] = {}  # the bits of the size at the end of the share that are known so far
-    left: dict[int, int] = {}  # entries of the share that are still to be found among those of these bits
-    for shift, width in rounds:
-        counts: dict[int, Tensor] = {}
-        for piece in pieces():
-            for i, matrix in piece.items():
-                bits = matrix.abs().to(dtype).flatten().view(integer)
-                if i in leading:
-                    bits = bits[bits >> (shift + width) == leading[i]]
-                counted = torch.bincount((bits >> shift) & ((1 << width) - 1), minlength=1 << width)
-                counts[i] = counts[i] + counted if i in counts else counted
-        for i, counted in counts.items():
-            left.setdefault(i, max(1, round(density * int(counted.sum()))))
-            # the bin in which the share ends: the largest with as many entries in it and above as are left
-            above = counted.flip(0).cumsum(0)
-            larger = int((above < left[i]).sum())  # bins of larger sizes, all of which stay
-            left[i] -= int(above[larger - 1]) if larger else 0
-            leading[i] = leading.get(i, 0) << width | len(counted) - 1 - larger
-    return {i: Cut(torch.tensor(bits, dtype=integer).view(dtype), left[i]) for i, bits in leading.items()}
-
-
-# Of a size, bits without the sign: the leading ones, then the next: (shift, width).
-_BITS = {
-    torch.float32: (torch.int32, ((15, 16), (0, 15))),
-    torch.float64: (torch.int64, ((42, 21), (21, 21), (0, 21))),
-}
-
-
-def _sum(matrices: Matrices, weights: Sequence[float]) -> Tensor:
-    total = torch.zeros(())
-    for i, (matrix, weight) in enumerate(zip(matrices, weights, strict=True)):
-        total = matrix * weight if i == 0 else total.add_(matrix, alpha=weight)
-    return total
-
-
-def _elected_mean(matrices: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Σ wᵢTᵢ / Σ |wᵢ| over the i whose wᵢTᵢ has the elected sign; 0 where there is none."""
-    merged = _finite(_sum(matrices, weights)).sign_().contiguous()
-    merged.masked_fill_(merged == 0, float(merged.sum(dtype=torch.float64).sign()))
-    flat = merged.view(-1)
-    parts = [matrix.reshape(-1) for matrix in matrices]
-    for start in range(0, len(flat), _CHUNK):  # in pieces that stay in the cache
-        chunk = slice(start, start + _CHUNK)
-        total, divisor = torch.zeros_like(flat[chunk]), torch.zeros_like(flat[chunk])
-        for part, weight in zip(parts, weights, strict=True):
-            weighted = part[chunk] * weight
-            agrees = (weighted * flat[chunk]) > 0
-            total += weighted * agrees
-            divisor.add_(agrees, alpha=abs(weight))
-        flat[chunk] = torch.where(divisor > 0, total / divisor, 0.0)
+def _sum(matrices: Sequence[Matrix], keeps: Sequence[Keep], weights: Sequence[float]) -> Tensor:
+    """Σ wᵢTᵢ of what stays of each."""
+    merged = like(matrices[0])
+    flat = merged.view(sides(matrices[0]))
+    for rows in blocks(matrices[0]):
+        for i, (matrix, keep, weight) in enumerate(zip(matrices, keeps, weights, strict=True)):
+            part = keep(made(matrix, rows), rows)
+            flat[rows] = part.mul_(weight) if i == 0 else flat[rows].add_(part, alpha=weight)
     return merged
 
 
-_CHUNK = 1 << 17
-
-
-def _thinned(stack: Matrices, density: float, seed: int) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    for matrix in stack:
-        yield torch.where(_uniform(matrix, generator) < density, matrix / density, 0.0)
-
-
-def _uniform(matrix: Tensor, generator: torch.Generator) -> Tensor:
-    """One number in [0, 1) an entry, the same ones on every device."""
-    return torch.rand(matrix.shape, generator=generator, dtype=torch.float32).to(matrix.device)
+def _elected_mean(matrices: Sequence[Matrix], keeps: Sequence[Keep], weights: Sequence[float]) -> Tensor:
+    """Σ wᵢTᵢ / Σ |wᵢ| over the i whose wᵢTᵢ has the elected sign, of what stays of each; 0 where there is none."""
+    merged = like(matrices[0])
+    flat, election = merged.view(sides(matrices[0])), Election(weights)
+    for rows in blocks(matrices[0]):
+        parts = [keep(made(matrix, rows), rows) for matrix, keep in zip(matrices, keeps, strict=True)]
+        flat[rows] = election.held(parts, rows.start * flat.shape[1])
+    election.decide(flat.view(-1))
+    return merged

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lora_lab import escape
 from lora_lab.adapters.adapter import Adapter, from_updates
+from lora_lab.adapters.cutting import factored
 from lora_lab.adapters.describe import labels_of
-from lora_lab.adapters.lowrank import LowRank, factored, is_finite
+from lora_lab.adapters.lowrank import LowRank, is_finite
 from lora_lab.adapters.renames import require_shared_modules
 from lora_lab.adapters.whole import HEADS, Whole, merge_heads, token_settings
 from lora_lab.brief import Brief

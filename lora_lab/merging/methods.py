@@ -8,6 +8,7 @@ single entries.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import zlib
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from lora_lab.adapters.lowrank import LowRank, combine, combine_factors
 from lora_lab.errors import MismatchError, OptionError, shorten, unknown
-from lora_lab.merging import data_driven, elementwise, subspaces
+from lora_lab.merging import data_driven, elementwise, subspaces, sums, trimming
+from lora_lab.merging.rows import Matrices, Matrix, dense
 from lora_lab.merging.sources import Sources
 from lora_lab.options import check_type
 from lora_lab.registry import Registry
@@ -67,13 +69,13 @@ def by_sums(coefficients: Callable[..., list[float]]) -> Method:
 
 
 def by_matrices(rule: Rule) -> Method:
-    """A rule for matrices as a method on ΔW itself, one dense module at a time."""
+    """A checked rule for matrices as a method on ΔW itself, one dense module at a time."""
 
     def method(sources: Sources, **options: Any) -> Iterator[tuple[str, LowRank | Tensor]]:
-        def view(updates: Sequence[LowRank]) -> tuple[Iterable[Tensor], Callable[[Tensor], Tensor]]:
-            return (update.delta() for update in updates), lambda merged: merged
+        def view(updates: Sequence[LowRank]) -> tuple[Matrices, Callable[[Tensor], Tensor]]:
+            return updates, lambda merged: merged
 
-        return _by_rule(sources, elementwise.checked(rule), view, options, everyone=True)
+        return _by_rule(sources, rule, view, options, everyone=True)
 
     return method
 
@@ -84,13 +86,30 @@ def by_subspace(subspace: Callable[..., subspaces.Subspace]) -> Method:
     def method(sources: Sources, *, inner: str, **options: Any) -> Iterator[tuple[str, LowRank | Tensor]]:
         bases = {name: options.pop(name, default) for name, default in keywords(subspace).items()}
 
-        def view(updates: Sequence[LowRank]) -> tuple[Iterable[Tensor], Callable[[Tensor], LowRank]]:
+        def view(updates: Sequence[LowRank]) -> tuple[Matrices, Callable[[Tensor], LowRank]]:
             shared = subspace(updates, **bases)
             return shared.cores, shared.back
 
         return _by_rule(sources, rule_of(inner), view, options, everyone=False)
 
     return method
+
+
+def summed(coefficients: Callable[..., list[float]]) -> Rule:
+    """Coefficients of a sum as a rule for matrices."""
+
+    @functools.wraps(coefficients)
+    def rule(stack: Matrices, weights: Sequence[float], **options: Any) -> Tensor:
+        matrices = [dense(matrix) for matrix in stack]
+
+        def gram() -> Tensor:
+            flat = torch.stack([matrix.flatten() for matrix in matrices]).double()
+            return flat @ flat.T
+
+        factors = coefficients(gram, weights, **options)
+        return torch.stack([matrix * f for matrix, f in zip(matrices, factors, strict=True)]).sum(0)
+
+    return elementwise.checked(rule)
 
 
 @dataclass(frozen=True)
@@ -109,9 +128,11 @@ SOURCES = Kind(lambda function: function)
 """(sources, options) → (module, merged ΔW) pairs."""
 UPDATES = Kind(by_updates)
 """(low-rank updates of one module, their weights, options) → low-rank update."""
-MATRICES = Kind(by_matrices, elementwise.checked)
+MATRICES = Kind(lambda function: by_matrices(elementwise.checked(function)), elementwise.checked)
 """(matrices of one shape, their weights, options) → matrix."""
-SUM = Kind(by_sums, elementwise.summed)
+ENTRIES = Kind(lambda function: by_matrices(elementwise.checked_rows(function)), elementwise.checked_rows)
+"""The same for what hangs on single entries and their rows alone, so that it takes matrices or their factors."""
+SUM = Kind(by_sums, summed)
 """(what gives the inner products, weights, options) → coefficients of a sum."""
 SUBSPACE = Kind(by_subspace, options={"inner": "ties"})
 """(low-rank updates of one module, options) → `Subspace`, where the option `inner` names the rule."""
@@ -194,7 +215,7 @@ def keywords(function: Callable[..., Any]) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-View = Callable[[Sequence[LowRank]], tuple[Iterable[Tensor], Callable[[Tensor], LowRank | Tensor]]]
+View = Callable[[Sequence[LowRank]], tuple[Matrices, Callable[[Tensor], LowRank | Tensor]]]
 """Function (updates of a module) → a matrix of each, and the way back from the merged one."""
 
 
@@ -217,17 +238,17 @@ def _by_rule(
             continue
         with _naming(name):
             matrices, back = view([updates[i] for i in used])
-            of_used = [] if cuts is None else [[cuts.get(i, elementwise.NO_ENTRY) for i in used]]
+            of_used = [] if cuts is None else [[cuts.get(i, trimming.NO_ENTRY) for i in used]]
             merged = back(rule(matrices, [weights[i] for i in used], *of_used, **_seeded(name, options)))
         yield name, merged
 
 
 def _cuts(
     sources: Sources, view: View, used_in: Callable[[str], Sequence[int]], density: float, dtype: torch.dtype
-) -> dict[int, elementwise.Cut]:
+) -> dict[int, trimming.Cut]:
     """Adapter → where its largest entries end, over all modules that it changes; in `dtype` or what is wider."""
 
-    def pieces() -> Iterator[dict[int, Tensor]]:
+    def pieces() -> Iterator[dict[int, Matrix]]:
         for name in sources.modules:
             updates, used = sources.updates_of(name), used_in(name)
             if used:
@@ -235,7 +256,7 @@ def _cuts(
                 yield {i: matrix for i, matrix in zip(used, matrices, strict=True) if updates[i].rank}
 
     given = (update.A.dtype for name in sources.modules for update in sources.updates_of(name))
-    return elementwise.cuts_of(pieces, density, max(dtype, *given, key=lambda each: each.itemsize))
+    return trimming.cuts_of(pieces, density, max(dtype, *given, key=lambda each: each.itemsize))
 
 
 @contextmanager
@@ -274,7 +295,7 @@ def factor_average(updates: Sequence[LowRank], weights: Sequence[float], *, scal
     filled = [
         update if update.rank else LowRank(present[0].A * 0.0, present[0].B * 0.0, update.shape) for update in updates
     ]
-    return scale * combine_factors(filled, elementwise.normalised(weights))
+    return scale * combine_factors(filled, sums.normalised(weights))
 
 
 MERGES = Registry(
@@ -282,27 +303,27 @@ MERGES = Registry(
     "lora_lab.merges",
     Merge,
     {
-        "task-arithmetic": Merge(elementwise.task_arithmetic, SUM, "the paper's.", divisor=lambda weights: 1.0),
+        "task-arithmetic": Merge(sums.task_arithmetic, SUM, "the paper's.", divisor=lambda weights: 1.0),
         "average": Merge(
-            elementwise.average, SUM, "the plain mean, a point on the line of task arithmetic.", divisor=math.fsum
+            sums.average, SUM, "the plain mean, a point on the line of task arithmetic.", divisor=math.fsum
         ),
         "cat": Merge(
             cat, UPDATES, "PEFT's cat, which is task arithmetic by another name.", divisor=lambda weights: 1.0
         ),
         "factor-average": Merge(factor_average, UPDATES, "the CoTo paper's fusion of factors."),
         "slerp": Merge(
-            elementwise.slerp, SUM, "common practice, module by module; of more than two, the Karcher mean is ours."
+            sums.slerp, SUM, "common practice, module by module; of more than two, the Karcher mean is ours."
         ),
-        "magnitude": Merge(elementwise.magnitude, MATRICES, "no paper's: the trimming of TIES without its election."),
+        "magnitude": Merge(elementwise.magnitude, ENTRIES, "no paper's: the trimming of TIES without its election."),
         "ties": Merge(
             elementwise.ties,
-            MATRICES,
+            ENTRIES,
             "the paper's, trimmed over the whole task vector; on ΔW, where the paper has all trained parameters.",
         ),
-        "dare": Merge(elementwise.dare, MATRICES, "the paper's; on ΔW, where the paper has all trained parameters."),
-        "dare-ties": Merge(elementwise.dare_ties, MATRICES, "the paper's DARE before TIES; nothing is trimmed."),
-        "della": Merge(elementwise.della, MATRICES, "the paper's (MagPrune by rows, then election and fusion)."),
-        "breadcrumbs": Merge(elementwise.breadcrumbs, MATRICES, "the paper's, layer by layer."),
+        "dare": Merge(elementwise.dare, ENTRIES, "the paper's; on ΔW, where the paper has all trained parameters."),
+        "dare-ties": Merge(elementwise.dare_ties, ENTRIES, "the paper's DARE before TIES; nothing is trimmed."),
+        "della": Merge(elementwise.della, ENTRIES, "the paper's (MagPrune by rows, then election and fusion)."),
+        "breadcrumbs": Merge(elementwise.breadcrumbs, ENTRIES, "the paper's, layer by layer."),
         "knots": Merge(
             subspaces.knots, SUBSPACE, "the paper's KnOTS-TIES, trimmed over the whole vector of all S Vᵢᵀ."
         ),

@@ -16,10 +16,11 @@ from torch import nn
 
 from lora_lab.adapters.adapter import Adapter, same_base
 from lora_lab.adapters.attached import weight_deltas
+from lora_lab.adapters.cutting import factored
 from lora_lab.adapters.formats.keys import natural_key
 from lora_lab.adapters.formats.peft_format import update
 from lora_lab.adapters.groups import locate
-from lora_lab.adapters.lowrank import LowRank, factored, is_finite
+from lora_lab.adapters.lowrank import LowRank, is_finite
 from lora_lab.errors import MismatchError, OptionError, TunerError, shorten
 from lora_lab.hub import base_model
 from lora_lab.options import checked

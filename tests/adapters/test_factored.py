@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_lab.adapters import lowrank
-from lora_lab.adapters.lowrank import Basis, factored
+from lora_lab.adapters import cutting
+from lora_lab.adapters.cutting import factored
+from lora_lab.adapters.lowrank import Basis
 from lora_lab.errors import OptionError
 
 SIDES = st.integers(1, 12)
@@ -111,21 +112,21 @@ def test_a_large_matrix_is_cut_nearly_as_well_as_can_be_and_tells_its_true_error
 def test_a_large_matrix_of_low_rank_is_found_whole():
     dense = random(1030, 4, dtype=torch.float32) @ random(4, 1030, seed=1, dtype=torch.float32)
     update, error = factored(dense, 6)
-    assert error < 1e-6
+    assert error < 4e-6
     assert bool(update.delta().isfinite().all())
 
 
 def test_the_large_path_agrees_with_the_small_one(monkeypatch):
     dense = decaying(80, 70, 0.7)
     small, error = factored(dense, 5)
-    monkeypatch.setattr(lowrank, "_SMALL", 10)
+    monkeypatch.setattr(cutting, "_SMALL", 10)
     large, other = factored(dense, 5)
     torch.testing.assert_close(large.delta(), small.delta(), rtol=0, atol=1e-5)
     assert other == pytest.approx(error, rel=1e-4)
 
 
 def test_a_flat_spectrum_is_cut_to_an_error_that_is_told_truly(monkeypatch):
-    monkeypatch.setattr(lowrank, "_SMALL", 10)
+    monkeypatch.setattr(cutting, "_SMALL", 10)
     dense = random(60, 50, dtype=torch.float32)  # the worst there is for a random subspace
     update, error = factored(dense, 4)
     S = torch.linalg.svdvals(dense.double())
@@ -150,14 +151,17 @@ def test_a_basis_is_orthonormal_whatever_the_condition_of_its_columns():
     assert float((Q.T @ Q - eye).norm()) < 1e-9
 
 
-@pytest.mark.parametrize(("power", "above"), [(0.1, 1e-3), (0.25, 1e-4), (0.5, 1e-6)])
-def test_a_large_cut_of_slowly_falling_singular_values_is_nearly_the_best(monkeypatch, power, above):
-    monkeypatch.setattr(lowrank, "_SMALL", 32)
-    U, V = torch.linalg.qr(random(400, 300)).Q, torch.linalg.qr(random(300, 300, seed=1)).Q
-    S = (1 + torch.arange(300, dtype=torch.float64)) ** -power
-    _, error = factored(U * S @ V.T, 8)
-    best = float(S[8:].norm() / S.norm())
-    assert 0 <= error / best - 1 < above  # two rounds of the iteration miss all three
+@pytest.mark.parametrize("rank", [8, 40])
+@pytest.mark.parametrize("power", [0.05, 0.1, 0.25, 0.5, 1.0, 1.5])
+def test_a_large_cut_of_slowly_falling_singular_values_is_nearly_the_best(monkeypatch, power, rank):
+    monkeypatch.setattr(cutting, "_SMALL", 32)
+    U, V = torch.linalg.qr(random(500, 400)).Q, torch.linalg.qr(random(400, 400, seed=1)).Q
+    S = (1 + torch.arange(400, dtype=torch.float64)) ** -power
+    dense = (U * S @ V.T).float()
+    update, error = factored(dense, rank)
+    best = float(S[rank:].norm() / S.norm())
+    assert error == pytest.approx(float((update.delta() - dense).norm() / dense.norm()), rel=1e-4)
+    assert -1e-5 <= error / best - 1 < 0.005  # a round less misses it
 
 
 @pytest.mark.parametrize("shape", [(7, 4), (4, 7), (5, 5)])

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lora_lab.errors import MismatchError, OptionError
-from lora_lab.merging.elementwise import cuts_of
-from lora_lab.merging.methods import MATRICES, MERGES, rules
+from lora_lab.merging.methods import ENTRIES, MERGES, rules
+from lora_lab.merging.trimming import cuts_of
 
 RULES = rules()
 
@@ -275,11 +275,11 @@ def test_the_largest_entries_of_a_vector_in_pieces_are_those_of_the_whole(dtype,
     other = [torch.ones(3, dtype=dtype)] * len(pieces)
     rounds = lambda: [{0: p, 5: o} for p, o in zip(pieces, other, strict=True)]  # noqa: E731
     cuts = cuts_of(rounds, density, dtype)
-    found = torch.cat([p * cuts[0].mask(p) for p in pieces])
+    found = torch.cat([cuts[0].keep(p) for p in pieces])
     together = torch.cat(pieces)
     assert torch.equal(found, kept(together, 0, max(1, round(density * len(together)))))
     count = max(1, round(density * 3 * len(pieces)))
-    assert torch.cat([cuts[5].mask(o) for o in other]).tolist() == [i < count for i in range(3 * len(pieces))]
+    assert torch.cat([cuts[5].keep(o) > 0 for o in other]).tolist() == [i < count for i in range(3 * len(pieces))]
 
 
 def test_an_unknown_scope_is_refused():
@@ -442,7 +442,7 @@ def test_weights_are_never_zipped_short(name):
 
 
 @pytest.mark.parametrize("density", [0.0, -0.1, 1.5, math.nan])
-@pytest.mark.parametrize("name", [name for name in RULES if MERGES[name].kind is MATRICES])
+@pytest.mark.parametrize("name", [name for name in RULES if MERGES[name].kind is ENTRIES])
 def test_a_density_that_is_no_share_is_refused_by_name(name, density):
     with pytest.raises(OptionError, match=f"density is {density:g}; a share above 0 and up to 1"):
         RULES[name](random(2, 0), [1.0, 1.0], density=density)

@@ -1,0 +1,80 @@
+"""Matrices that are gone through in blocks of rows that stay in a processor's cache, made block by block from factors.
+
+A ΔW of 4096 × 14336 is 235 MB; made whole, every step of a rule for single entries would wait for memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from lora_lab.adapters.lowrank import LowRank
+
+Matrix = Tensor | LowRank
+"""A matrix (or a kernel, whose first dimension counts the rows), or the factors that its rows are made from."""
+
+Matrices = Iterable[Matrix]
+"""Of one shape; gone through once, so that a generator saves the memory of all of them at a time."""
+
+_BLOCK = 1 << 17
+"""Entries of a block."""
+_WHOLE = 1 << 22
+"""Entries below which random numbers are drawn for whole matrices, one after the other."""
+
+
+def dense(matrix: Matrix) -> Tensor:
+    """The matrix itself."""
+    return matrix.delta() if isinstance(matrix, LowRank) else matrix
+
+
+def like(matrix: Matrix) -> Tensor:
+    """An empty matrix of its shape, dtype and device."""
+    example = matrix.A if isinstance(matrix, LowRank) else matrix
+    return torch.empty(matrix.shape, dtype=example.dtype, device=example.device)
+
+
+def sides(matrix: Matrix) -> tuple[int, int]:
+    """Rows and columns; a vector is one row."""
+    shape = torch.Size(matrix.shape)
+    return (shape[0], shape[1:].numel()) if len(shape) > 1 else (1, shape.numel())
+
+
+def blocks(matrix: Matrix) -> Iterator[slice]:
+    """The rows of each block."""
+    rows, columns = sides(matrix)
+    step = max(1, _BLOCK // max(1, columns))
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))
+
+
+def made(matrix: Matrix, rows: slice) -> Tensor:
+    """These rows [rows, columns] in memory of their own."""
+    if isinstance(matrix, LowRank):
+        return matrix.B[rows] @ matrix.A
+    return matrix.reshape(sides(matrix))[rows].clone()
+
+
+class Noise:
+    """Numbers in [0, 1), the same on every device: for matrices of one shape, a number an entry, by rows in order.
+
+    For small matrices they come from one stream, matrix after matrix; a large one has a stream of its own, so that
+    blocks of rows can be drawn of all matrices in turn.
+    """
+
+    def __init__(self, matrices: list[Matrix], seed: int) -> None:
+        rows, columns = sides(matrices[0])
+        self._columns, self._drawn = columns, []
+        self._generators = [
+            torch.Generator().manual_seed((seed + i * 0x9E3779B1) % 2**63) for i, _ in enumerate(matrices)
+        ]
+        if rows * columns < _WHOLE:
+            self._drawn = [torch.rand((rows, columns), generator=self._generators[0]) for _ in matrices]
+
+    def of(self, index: int, rows: slice, device: torch.device) -> Tensor:
+        """The numbers of these rows of a matrix [rows, columns], which may be changed; in float32."""
+        if self._drawn:
+            return self._drawn[index][rows].to(device, copy=True)
+        shape = (rows.stop - rows.start, self._columns)
+        return torch.rand(shape, generator=self._generators[index]).to(device)
