@@ -55,9 +55,9 @@ class Election:
     def _keep(self, parts: Sequence[Tensor], places: Tensor, start: int) -> None:
         weighted = torch.stack([part.flatten()[places] for part in parts])
         sizes = weighted.new_tensor([abs(weight) for weight in self._weights])[:, None]
-        means = []
+        means: list[Tensor] = []
         for sign in (1, -1):
             agrees = weighted * sign > 0
             divisor = (agrees * sizes).sum(0)
             means.append(torch.where(divisor > 0, (weighted * agrees).sum(0) / divisor, 0.0))
-        self._open.append((places + start, *means))
+        self._open.append((places + start, means[0], means[1]))

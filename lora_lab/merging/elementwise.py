@@ -162,13 +162,10 @@ def breadcrumbs(
     matrices = list(stack)
     keeps = []
     for matrix in matrices:
-
-        def ends(count: int, matrix: Matrix = matrix) -> Cut | None:
-            return _cut_of(matrix, count) if count else None
-
         entries = math.prod(sides(matrix))
         top = round(gamma * entries)
-        keeps.append(functools.partial(_between, ends(top), ends(top + max(1, round(density * entries)))))
+        without = _cut_of(matrix, top) if top else None
+        keeps.append(functools.partial(_between, without, _cut_of(matrix, top + max(1, round(density * entries)))))
     return scale * _sum(matrices, keeps, weights)
 
 

@@ -5,7 +5,7 @@ A ΔW of 4096 × 14336 is 235 MB; made whole, every step of a rule for single en
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class Noise:
     blocks of rows can be drawn of all matrices in turn.
     """
 
-    def __init__(self, matrices: list[Matrix], seed: int) -> None:
+    def __init__(self, matrices: Sequence[Matrix], seed: int) -> None:
         rows, columns = sides(matrices[0])
         self._columns, self._drawn = columns, []
         self._generators = [

@@ -194,6 +194,6 @@ def _split(bits: Tensor, low: int, high: int) -> tuple[int, Tensor]:
         larger = bits >= high
         return int(larger.sum()), bits[(bits >= low) & ~larger]
     plain = bits.numpy()  # whose comparisons take a tenth of the time of torch's
-    larger, near = plain >= high, plain >= low
-    np.not_equal(near, larger, out=near)
-    return int(np.count_nonzero(larger)), torch.from_numpy(plain[np.flatnonzero(near)])
+    above, near = plain >= high, plain >= low
+    np.not_equal(near, above, out=near)
+    return int(np.count_nonzero(above)), torch.from_numpy(plain[np.flatnonzero(near)])
