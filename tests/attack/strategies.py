@@ -79,8 +79,8 @@ def safetensors_of(header: Any, body: bytes, length: int | None = None) -> bytes
     return struct.pack("<Q", len(text) if length is None else length) + text + body
 
 
-def attack(*, examples: int = 300, **strategies: Any) -> Any:
-    """A test of 300 examples; a second one of 10,000, its name ending in `_many`, is run by `make slow`."""
+def attack(*, examples: int = 150, **strategies: Any) -> Any:
+    """A test of 150 examples; a second one of 10,000, its name ending in `_many`, is run by `make slow`."""
 
     def both(function: Any) -> Any:
         few, many = (

@@ -105,7 +105,7 @@ def test_merges_are_compared_from_the_shell(lora_lab, pair, tmp_path):
     one_line(lora_lab("compare-merges", *pair, "--coefficients", "a"), "numbers with commas")
 
 
-FEW = ["--examples", 30]
+FEW = ["--examples", 12]
 
 
 def test_shapley_without_an_adapter_takes_the_newest_or_trains_one(lora_lab, tmp_path, monkeypatch):
