@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -223,10 +224,16 @@ def type_size(name: str) -> float:
 
 
 def inches(text: str, size: float) -> float:
-    """How wide a text is at a size in points."""
-    from matplotlib.textpath import TextPath
+    """How wide a text is at a size in points: what its letters take, which is known without drawing them."""
+    from matplotlib.cbook import is_math_text
+    from matplotlib.textpath import text_to_path
 
-    return float(TextPath((0, 0), text, size=size).get_extents().width) / 72 if text.strip() else 0.0
+    math = is_math_text(text)
+    plain = text if math else text.replace(r"\$", "$")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that the font lacks, which is told when they are drawn
+        width, *_ = text_to_path.get_text_width_height_descent(plain, FontProperties(size=size), math)
+    return float(width) / 72
 
 
 def _folded(text: str, room: float) -> list[str]:

@@ -14,6 +14,7 @@ from making_results import line, merges, run, shapley_result, stability_result, 
 from lora_lab import escape, plots
 from lora_lab.errors import FileError, OptionError
 from lora_lab.plots import line as plot_line
+from lora_lab.plots import primitives
 from lora_lab.plots import style as plot_style
 from lora_lab.plots import train as plot_train
 from lora_lab.results.result import Result, columns
@@ -441,3 +442,17 @@ def test_a_name_that_is_cut_begins_no_formula(name, most):
     cut = plot_style.shortened(escape.drawn(name), most)
     assert len(cut) <= max(most, len(name))
     assert not re.search(r"(?<!\\)\$", cut)
+
+
+@pytest.mark.parametrize(
+    "text", ["bands: 95 % interval over examples", r"a price of \$5, \$6 and \$7", "‖ΔW‖ of $A B$", ""]
+)
+def test_a_text_is_as_wide_as_it_is_drawn(text):
+    from matplotlib.figure import Figure
+
+    with plot_style.styled():
+        figure = Figure(dpi=600)
+        drawn = figure.text(0, 0, text, fontsize=7)
+        figure.draw_without_rendering()
+        assert primitives.inches(text, 7) == pytest.approx(drawn.get_window_extent().width / 600, abs=0.02)
+        assert primitives.inches("中", 7) > 0.05  # that the font lacks it is told where it is drawn
