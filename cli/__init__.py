@@ -32,6 +32,7 @@ _VERBS = (
     "prune",
     "fuse",
     "verify",
+    "extract",
     "sweep",
     "evaluate",
     "inspect",

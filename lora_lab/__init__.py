@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lora_lab.adapters.reading import inspect as inspect
     from lora_lab.api import compare_merges as compare_merges
     from lora_lab.api import evaluate as evaluate
+    from lora_lab.api import extract as extract
     from lora_lab.api import figure as figure
     from lora_lab.api import fuse as fuse
     from lora_lab.api import interpolate as interpolate
@@ -47,6 +48,7 @@ __getattr__, __dir__, __all__ = face(
         "api": (
             "compare_merges",
             "evaluate",
+            "extract",
             "figure",
             "fuse",
             "interpolate",

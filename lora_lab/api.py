@@ -185,6 +185,24 @@ def fuse(
 
 
 @checked
+def extract(
+    base: Path_, tuned: Path_, *, on: Execution | None = None, progress: bool = True, **options: Any
+) -> Adapter:
+    """The LoRA adapter whose ΔW is tuned − base, of two checkpoints; `options` are the fields of `ExtractOptions`.
+
+    Its record tells the error. `lora_lab.fusing.extract.extract` gives that of every module, and what differs besides.
+    """
+    from lora_lab.fusing.extract import ExtractOptions
+    from lora_lab.fusing.extract import extract as extracted
+    from lora_lab.hub import checkpoint_folder
+
+    how = _made(ExtractOptions, options)
+    before, after = (checkpoint_folder(os.fspath(path)) for path in (base, tuned))
+    with _shown(on, "extracting", progress) as where:
+        return extracted(before, after, how, device=where.place(), progress=where.progress).adapter
+
+
+@checked
 def verify(
     base: Path_,
     adapters: Adapters,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from lora_lab.lazy import face
 
 if TYPE_CHECKING:
+    from lora_lab.fusing.extract import Extracted as Extracted
+    from lora_lab.fusing.extract import ExtractOptions as ExtractOptions
     from lora_lab.fusing.fuse import Fused as Fused
     from lora_lab.fusing.fuse import FuseOptions as FuseOptions
     from lora_lab.fusing.fuse import Fusion as Fusion
@@ -15,5 +17,10 @@ if TYPE_CHECKING:
     from lora_lab.fusing.verify import Verified as Verified
 
 __getattr__, __dir__, __all__ = face(
-    __name__, {"fuse": ("FuseOptions", "Fused", "Fusion"), "verify": ("Finding", "Verified")}
+    __name__,
+    {
+        "extract": ("ExtractOptions", "Extracted"),
+        "fuse": ("FuseOptions", "Fused", "Fusion"),
+        "verify": ("Finding", "Verified"),
+    },
 )

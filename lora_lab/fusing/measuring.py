@@ -42,7 +42,7 @@ class Weight:
         self._square = base.ndim == 2 and base.shape[0] == base.shape[1]
         self._wide = torch.float64 if torch.float64 in (base.dtype, merged.dtype) else torch.float32
         self._same_dtype = base.dtype == merged.dtype
-        self._dtype = self._effective(merged)
+        self._dtype = effective_dtype(merged)
         """In whose rounding the merged weight is, though it may be stored in a wider one."""
         self._narrowed = torch.finfo(base.dtype).eps < torch.finfo(self._dtype).eps
 
@@ -142,13 +142,13 @@ class Weight:
     def _rounded(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._dtype).to(self._wide)
 
-    @staticmethod
-    def _effective(merged: Tensor) -> torch.dtype:
-        """The narrowest dtype that holds all of it."""
-        for dtype in _HALVES if merged.itemsize > 2 else ():
-            if torch.equal(merged.to(dtype).to(merged.dtype), merged):
-                return dtype
-        return merged.dtype
+
+def effective_dtype(tensor: Tensor) -> torch.dtype:
+    """The narrowest dtype that holds all of a tensor: that in whose rounding it is, if it was widened since."""
+    for dtype in _HALVES if tensor.itemsize > 2 else ():
+        if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+            return dtype
+    return tensor.dtype
 
 
 def _sum(tensor: Tensor) -> float:

@@ -80,5 +80,28 @@ class VerifyReport:
     )
 
 
-REPORTS = {"fuse": FuseReport, "merge": MergeReport, "prune": PruneReport, "verify": VerifyReport}
+@dataclass
+class ExtractReport:
+    """Which adapter was found between two checkpoints."""
+
+    path: str = column("the adapter that was written")
+    modules: int = column("modules of it")
+    ranks: dict[str, Any] = column("module → its rank")
+    error: float = column("‖difference − ΔW‖ / ‖difference‖ over these modules", "share")
+    errors: dict[str, Any] = column("module → the same for it", "share")
+    left: list[Any] = column(
+        "of each parameter that differs and is in no factor: parameter, why, share ‖difference‖ / ‖W‖, whole (whether "
+        "the adapter has the tuned tensor)"
+    )
+    equal: int = column("parameters that are the same in both, up to rounding")
+    bytes: int = column("size of the adapter's tensors", "bytes")
+
+
+REPORTS = {
+    "extract": ExtractReport,
+    "fuse": FuseReport,
+    "merge": MergeReport,
+    "prune": PruneReport,
+    "verify": VerifyReport,
+}
 """Name of the verb → the class of its report."""

@@ -80,6 +80,10 @@ def test_fuse_from_python_is_the_same(made, tmp_path):
         (["verify", "BASE", "A"], ["a base, one adapter or more, and the checkpoint"]),
         (["verify", "BASE", "A", "nowhere"], ["nowhere: no such folder or file"]),
         (["verify", "BASE", "A", "A", "--coefficients", "1,2"], ["1 adapters and 2 coefficients"]),
+        (["extract", "BASE", "BASE", "-o", "x", "--rank", "2"], ["no weight of a layer differs"]),
+        (["extract", "BASE", "A", "-o", "x"], ["--rank, --energy or --ratio"]),
+        (["extract", "BASE", "A", "-o", "x", "--rank", "2"], ["have no parameter in common"]),
+        (["extract", "BASE", "BASE", "--rank", "2"], ["-o names the adapter to write"]),
     ],
 )
 def test_what_cannot_be_is_one_line_and_leaves_nothing(lora_lab, made, tmp_path, arguments, words):
@@ -106,3 +110,20 @@ def test_verify_says_yes_or_no_by_its_exit_code_too(lora_lab, made, tmp_path):
     assert [finding["kind"] for finding in report["findings"]] == ["missing"] * 4
     assert lora_lab("verify", base, adapter, "half", "--coefficients", "0.5")[0] == 0
     assert ll.verify(base, [adapter, adapter], "half", coefficients=(1, -0.5), progress=False).right
+
+
+def test_extract_finds_the_adapter_again(lora_lab, made, tmp_path):
+    base, adapter = made
+    ll.fuse(base, adapter, tmp_path / "tuned", progress=False)
+    code, out, err = lora_lab("extract", base, "tuned", "-o", "found", "--rank", 8)
+    assert code == 0, err
+    assert ["ranks", "2"] in [line.split() for line in out.splitlines()]
+    assert lora_lab("verify", base, "found", "tuned")[0] == 0
+    code, out, err = lora_lab("extract", base, "tuned", "-o", "found", "--force", "--energy", "0.5", "--json")
+    assert code == 0, err
+    report = as_documented("extract", out)
+    assert report["modules"] == len(report["ranks"]) == 4
+    assert set(report["ranks"].values()) <= {1, 2}
+    made_here = ll.extract(base, "tuned", energy=0.5, progress=False)
+    assert made_here.record["extract"]["error"] == report["error"]
+    one_line(lora_lab("extract", base, "tuned", "-o", "found", "--rank", 8), "found: exists already")

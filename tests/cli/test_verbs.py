@@ -52,6 +52,7 @@ def one_line(result, *words, code=1):
         "prune",
         "fuse",
         "verify",
+        "extract",
         "sweep",
         "evaluate",
         "inspect",
