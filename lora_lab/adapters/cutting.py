@@ -67,9 +67,11 @@ def _krylov(dense: Tensor, rank: int) -> tuple[LowRank, float]:
     projected: list[Tensor] = []
     block = dense @ omega
     for left in range(_ROUNDS, -1, -1):
-        for Q in [*bases, *bases]:  # twice, since once leaves rounding of what was large
-            block = block - Q @ (Q.T @ block)
-        bases.append(torch.linalg.qr(block).Q)
+        for _ in range(2):  # of a ΔW of lower rank, rounding is left the first time, which is orthogonal to nothing
+            for Q in bases:
+                block = block - Q @ (Q.T @ block)
+            block = torch.linalg.qr(block).Q
+        bases.append(block)
         projected.append(dense.T @ bases[-1])
         if sum(Q.shape[1] for Q in bases) + width > min(rows, columns):
             break

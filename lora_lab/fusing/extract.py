@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from lora_lab.adapters.adapter import Adapter, from_updates
+from lora_lab.adapters.cutting import factored
 from lora_lab.adapters.formats.keys import PREFIX
 from lora_lab.adapters.formats.sites import Site
-from lora_lab.adapters.lowrank import LowRank, factored
+from lora_lab.adapters.lowrank import LowRank
 from lora_lab.brief import Brief
 from lora_lab.errors import MismatchError, OptionError, shorten
 from lora_lab.files.trust import Origin
@@ -105,7 +106,7 @@ def extract(
     """The LoRA adapter whose ΔW is tuned − base, cut as `options` say; one weight of each is in memory at a time.
 
     Directions within the rounding of the tuned weights are no part of it, so that base + ΔW of rank r gives rank r.
-    Up to 1024 rows or columns a cut is the best of its rank; beyond, nearly (see `lowrank.factored`). MismatchError
+    Up to 1024 rows or columns a cut is the best of its rank; beyond, nearly (see `cutting.factored`). MismatchError
     where no weight of a layer differs, or the checkpoints are of different models.
     """
     before, after = layout_of(base), layout_of(tuned)

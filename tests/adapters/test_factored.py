@@ -170,3 +170,15 @@ def test_a_cut_to_the_full_rank_is_the_matrix_to_the_bit(shape):
     update, error = factored(dense, min(shape))
     assert error == 0
     assert torch.equal(update.delta(), dense)
+
+
+def test_a_large_matrix_of_a_rank_that_the_blocks_exceed_is_cut_to_the_best():
+    """Beyond its rank, a block of the basis is rounding, which is orthogonal to the others only if it is made so."""
+    U, V = torch.linalg.qr(random(1100, 300)).Q, torch.linalg.qr(random(1040, 300, seed=1)).Q
+    S = 1 / (1 + torch.arange(300, dtype=torch.float64) / 60)
+    dense = (U * S @ V.T).float()
+    update, error = factored(dense, 256)
+    best = float(S[256:].norm() / S.norm())
+    assert error == pytest.approx(best, rel=1e-4)
+    assert float((update.delta() - dense).norm() / dense.norm()) == pytest.approx(best, rel=1e-4)
+    assert float((update.singular_values() - S[:256]).abs().max()) < 1e-5
