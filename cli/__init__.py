@@ -30,6 +30,7 @@ _VERBS = (
     "merge",
     "compare-merges",
     "prune",
+    "convert",
     "fuse",
     "verify",
     "extract",

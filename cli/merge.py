@@ -116,6 +116,7 @@ def command(
     refuse_existing(path, force=output.force, inputs=inputs)
     weights = parsing.weights(how.weights or [], len(adapters))
     loaded = loading.load(adapters)
+    output.check(loaded[0].layout.format)
     read_data = MERGES[how.method].reads_data or bool(spaces or task.task)
     sources = _sources(loaded, weights, how, task if read_data else None, computing, task.trust_record)
     merged = _merged(sources, how, options, spaces, computing)

@@ -197,10 +197,29 @@ class Output:
 
 
 @dataclass(frozen=True)
-class AdapterOutput:
+class AdapterFile:
     """The adapter that is written, and what is printed of how it was made."""
 
-    output: Path | None = option(None, "NAME.safetensors, or a name for a PEFT folder.", flag="o output")
+    output: Path | None = option(None, "NAME.safetensors, or a name for a folder.", flag="o output")
+    force: bool = option(False, "Replace what is there.")
+    json: bool = option(False, "Print what was done as JSON.")
+
+    def path(self) -> Path:
+        """Where the adapter goes; OptionError without."""
+        if self.output is None:
+            raise OptionError("-o names the adapter to write: NAME.safetensors, or a name for a folder")
+        return self.output
+
+
+@dataclass(frozen=True)
+class AdapterOutput(AdapterFile):
+    """The same, in a format, and made for a server."""
+
+    format: str | None = option(
+        None,
+        "NAMES: the format that is written; by default the one that was read.",
+        names=Later("lora_lab.adapters.formats.registry", "WRITTEN"),
+    )
     server: str | None = option(
         None,
         "NAMES: write what that server or tool takes (one rank, its format, a list of modules …); what is changed is "
@@ -209,24 +228,36 @@ class AdapterOutput:
         flag="for",
     )
     uniform_rank: bool = option(False, "One rank and one scale in all modules: smaller ranks are filled with zeros.")
-    force: bool = option(False, "Replace what is there.")
-    json: bool = option(False, "Print what was done as JSON.")
 
     def path(self) -> Path:
-        """Where the adapter goes; OptionError without."""
-        if self.output is None:
-            raise OptionError("-o names the adapter to write: NAME.safetensors, or a name for a PEFT folder")
+        """Where the adapter goes; OptionError without, or where no such file is in the format or for the server."""
+        path = super().path()
         if self.server is not None:
             from ..adapters.serving import server
 
-            if server(self.server).folder and self.output.suffix == ".safetensors":
-                raise OptionError(f"{self.output}: {self.server} takes a folder; a name without an ending is needed")
-        return self.output
+            facts = server(self.server)
+            if self.format not in (None, facts.format):
+                raise OptionError(f"{self.server} takes the format {facts.format}, not {self.format}")
+            if facts.folder and path.suffix == ".safetensors":
+                raise OptionError(f"{path}: {self.server} takes a folder; a name without an ending is needed")
+        if self.format is not None:
+            self.check(self.format)
+        return path
+
+    def check(self, read: str) -> None:
+        """Refuse a path that is none for the format, by default the one that was `read`; before anything is done."""
+        if self.server is None:
+            from ..adapters.writing import check_place
+
+            check_place(super().path(), self.format or read)
 
     def fit(self, adapter: Adapter) -> Fitted:
         """The adapter as it is to be written, and what that changed."""
+        from ..adapters.converting import converted
         from ..adapters.serving import Fitted, fitted, uniform
 
         if self.server is not None:
             return fitted(adapter, self.server)
-        return Fitted(*uniform(adapter)) if self.uniform_rank else Fitted(adapter)
+        even, changes = uniform(adapter) if self.uniform_rank else (adapter, [])
+        made = converted(even, self.format)
+        return Fitted(made.adapter, (*changes, *made.changes))

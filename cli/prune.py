@@ -119,6 +119,7 @@ def command(
     path = output.path()
     refuse_existing(path, force=output.force, inputs=[Path(adapter)])
     (loaded,) = reading.load([adapter])
+    output.check(loaded.layout.format)
     if how.keep is not None:
         pruned = _structured(loaded, how.keep, choosing, task, computing)
     elif how.sparsity is not None:

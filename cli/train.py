@@ -10,7 +10,7 @@ from typing import Any
 from ..options import option
 from ..training.recipe import Recipe
 from . import parsing
-from .options import AdapterOutput, Workers
+from .options import AdapterFile, Workers
 from .terminal import console, print_json, progress, say_written, table
 from .verbs import Grid, flags, shown
 
@@ -34,7 +34,7 @@ class SideBySide(Workers):
     jobs: int | None = option(None, "Runs side by side, a process each; by default one a core.", title="jobs")
 
 
-def command(recipe: Grid[Recipe], runs: Runs, workers: SideBySide, output: AdapterOutput) -> None:
+def command(recipe: Grid[Recipe], runs: Runs, workers: SideBySide, output: AdapterFile) -> None:
     """Train an adapter, with CoTo unless told otherwise; beside it lies the run's log (.train.json) and its figure.
 
     CoTo switches the adapters of each block on with a probability p(t) that grows from 0.1 to 1 over the first

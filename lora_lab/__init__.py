@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lora_lab.adapters.lowrank import LowRank as LowRank
     from lora_lab.adapters.reading import inspect as inspect
     from lora_lab.api import compare_merges as compare_merges
+    from lora_lab.api import convert as convert
     from lora_lab.api import evaluate as evaluate
     from lora_lab.api import extract as extract
     from lora_lab.api import figure as figure
@@ -53,6 +54,7 @@ __getattr__, __dir__, __all__ = face(
             "fuse",
             "interpolate",
             "load",
+            "convert",
             "merge",
             "prune",
             "shapley",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from inspect import signature
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from lora_lab import tasks
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.errors import OptionError, unknown
+from lora_lab.errors import LoraLabWarning, OptionError, unknown
 from lora_lab.options import checked
 from lora_lab.progress import bar
 from lora_lab.results.result import Result
@@ -222,6 +223,22 @@ def verify(
     with _shown(on, "verifying", progress) as where:
         device, report = where.place(), where.progress
         return verified(places[0], _adapters(adapters), places[1], **how, device=device, progress=report)
+
+
+@checked
+def convert(adapter: Adapter | Path_, to: str, *, dtype: str | None = None) -> Adapter:
+    """The adapter as its `save` writes it in another format (peft, diffusers, kohya, mlx), with the same ΔW.
+
+    `dtype` (float32, bfloat16 or float16) is the type of its factors, by default their own. What the format has no
+    place for is left out with a warning where it changes no weight, and refused when it is saved where it does.
+    """
+    from lora_lab.adapters.converting import converted
+
+    (loaded,) = _adapters(adapter)
+    made = converted(loaded, to, dtype)
+    for change in made.changes:
+        warnings.warn(f"{loaded.label}: {change}", LoraLabWarning, stacklevel=2)
+    return made.adapter
 
 
 @checked

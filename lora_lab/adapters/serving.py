@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.converting import converted
 from lora_lab.adapters.formats.keys import natural_key
 from lora_lab.brief import Brief
 from lora_lab.errors import AdapterError, OptionError, TunerError, shorten, unknown
@@ -96,10 +97,8 @@ def fitted(adapter: Adapter, name: str) -> Fitted:
         config["init_lora_weights"] = True
         changes.append("init_lora_weights is true: the weights are in the file")
     record = {**adapter.record, "fitted": {"for": name, "version": facts.version, "changes": changes}}
-    layout = replace(adapter.layout, format=facts.format)
-    return Fitted(
-        replace(adapter, config=config, record=record, layout=layout), tuple(changes), _advice(adapter, facts)
-    )
+    made = converted(replace(adapter, config=config, record=record), facts.format)
+    return Fitted(made.adapter, (*changes, *made.changes), _advice(adapter, facts))
 
 
 def _check(adapter: Adapter, facts: Server, name: str) -> None:

@@ -26,13 +26,9 @@ def write_adapter(
 
     `own` signs the record (JSON types) with the user's key.
     """
-    form = FORMATS[format_name]
-    if form.write is None:
-        writable = [name for name, entry in FORMATS.items() if entry.write]
-        raise TunerError(f"{format_name} is only read; what can be written is {shorten(writable)}")
+    form = check_place(path, format_name)
     lone = path.suffix == ".safetensors"
-    if form.file is None and not lone:
-        raise OptionError(f"{path}: {format_name} is a format of lone files; NAME.safetensors is needed")
+    assert form.write is not None
     parts = form.write(adapter)
     if lone and set(parts) != {""}:
         raise OptionError(
@@ -50,12 +46,23 @@ def write_adapter(
     return notes
 
 
+def check_place(path: Path, format_name: str) -> Format:
+    """The format, if it can be written to such a path; else TunerError or OptionError."""
+    form = FORMATS[format_name]
+    if form.write is None:
+        writable = [name for name, entry in FORMATS.items() if entry.write]
+        raise TunerError(f"{format_name} is only read; what can be written is {shorten(writable, 12)}")
+    if form.file is None and path.suffix != ".safetensors":
+        raise OptionError(f"{path}: {format_name} is a format of lone files; NAME.safetensors is needed")
+    return form
+
+
 def signed(settings: Mapping[str, Any] | None, header: Mapping[str, str]) -> Mapping[str, Any] | None:
     """What a signature covers besides record and tensors: the configuration, or the header of a format without one."""
     if settings is not None:
         return settings
     own = (CONFIG_KEY, RECORD_KEY, SIGNATURE_KEY, "format")
-    return {key: text for key, text in header.items() if key not in own} or None
+    return {key: header[key] for key in sorted(header) if key not in own} or None  # a file keeps no order of them
 
 
 def _write_part(path: Path, part: Part, form: Format, record: Mapping[str, Any], *, own: bool, lone: bool) -> None:

@@ -29,7 +29,9 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
     (stat.S_ISSOCK, "a socket"),
 )
-_ADAPTER_FILES = {"adapter_config.json", "adapter_model.safetensors", "README.md", "heads"}
+_WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapters.safetensors")
+"""What adapters are called in their folders, by the formats that are written."""
+_ADAPTER_FILES = {"adapter_config.json", *_WEIGHTS, "README.md", "heads"}
 _JSON = re.compile(rb'\s*\{\s*"format":\s*"lora-lab (result|journal|fused) \d+"')
 _CSV = re.compile(rb"\A[^\n]*," + MARK.encode() + rb"\n")
 _CARD = re.compile(rb"\A---\n(?:(?!---).*\n)*?tags:[^\n]*(?:\n- [^\n]*)*\blora-lab\b")
@@ -79,10 +81,11 @@ def _foreign_folder(folder: Path) -> str | None:
     if listed is not None:
         odd = [entry.name for entry in entries if entry.name not in listed or not stat.S_ISREG(entry.lstat().st_mode)]
         return f"holds more than the checkpoint that was written there ({shorten(odd)})" if odd else None
-    odd = [entry.name for entry in entries if entry.name not in _ADAPTER_FILES]
+    inner = [entry for entry in entries if _of_component(entry)]
+    odd = [entry.name for entry in entries if entry.name not in _ADAPTER_FILES and entry not in inner]
     if odd:
         return f"holds more than an adapter ({shorten(odd)})"
-    other = [entry.name for entry in entries if not _part_of_adapter(entry)]
+    other = [entry.name for entry in entries if entry not in inner and not _part_of_adapter(entry)]
     return f"holds what lora-lab did not write ({shorten(other)})" if other else None
 
 
@@ -99,11 +102,21 @@ def _files_of_checkpoint(folder: Path) -> list[str] | None:
     return listed if isinstance(listed, list) else None
 
 
+def _of_component(entry: Path) -> bool:
+    """Whether it is a folder with an adapter of ours, as one for each model of a pipeline."""
+    weights = [entry / name for name in _WEIGHTS]
+    return (
+        stat.S_ISDIR(entry.lstat().st_mode)
+        and any(path.is_file() for path in weights)
+        and all(inner.name in _ADAPTER_FILES and _part_of_adapter(inner) for inner in entry.iterdir())
+    )
+
+
 def _part_of_adapter(entry: Path) -> bool:
     mode = entry.lstat().st_mode
     if entry.name == "heads":
         return stat.S_ISDIR(mode) and all(head.suffix == ".safetensors" and _regular(head) for head in entry.iterdir())
-    if entry.name == "adapter_config.json" and entry.with_name("adapter_model.safetensors").exists():
+    if entry.name == "adapter_config.json" and any(entry.with_name(name).exists() for name in _WEIGHTS):
         return stat.S_ISREG(mode)  # it has no mark of its own: PEFT reads it
     return _regular(entry)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +9,11 @@ from typing import Any
 
 from lora_lab import escape, files
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.errors import FileError, LoraLabWarning, OptionError
+from lora_lab.adapters.converting import verify
+from lora_lab.errors import OptionError
 from lora_lab.files.ownership import METADATA
 from lora_lab.merging.merged import Merged
 from lora_lab.results.result import provenance
-
-CHECKED = 1e-6
-"""Difference of ΔW, relative to the size of its factors, at which a written file is refused."""
 
 
 def save(merged: Merged, path: Path, *, inputs: Sequence[Path] = (), force: bool = False) -> Path:
@@ -45,7 +42,7 @@ def save(merged: Merged, path: Path, *, inputs: Sequence[Path] = (), force: bool
                 (beside / "heads").mkdir(exist_ok=True)
                 mark = {"format": "pt", f"{METADATA}head": label}
                 files.write_safetensors(beside / "heads" / f"{label}.safetensors", tensors, mark)
-        _verify(beside, adapter)
+        verify(beside, adapter)
     return path
 
 
@@ -92,14 +89,3 @@ def words(weights: Any) -> str:
     if isinstance(weights, Mapping):
         return "; ".join(f"{name}: {', '.join(f'{w:g}' for w in each)}" for name, each in weights.items())
     return ", ".join(w if isinstance(w, str) else f"{w:g}" for w in weights)
-
-
-def _verify(path: Path, adapter: Adapter) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LoraLabWarning)  # of modules without a change, by a name that goes away
-        written = Adapter.load(path)
-    if set(written.updates) != set(adapter.updates):
-        raise FileError(f"{path}: the file does not hold the modules that were written; it was not kept")
-    for name, update in adapter.updates.items():
-        if not (written.updates[name] - update).norm() <= CHECKED * update.bound():  # of NaN, too
-            raise FileError(f"{path}: the file does not give the ΔW of {name} that was written; it was not kept")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,19 +13,19 @@ from torch import Tensor
 
 from lora_lab import escape
 from lora_lab.adapters.adapter import Adapter, from_updates
+from lora_lab.adapters.converting import DTYPES
 from lora_lab.adapters.cutting import factored
 from lora_lab.adapters.describe import labels_of
 from lora_lab.adapters.lowrank import LowRank, is_finite
 from lora_lab.adapters.renames import require_shared_modules
 from lora_lab.adapters.whole import HEADS, Whole, merge_heads, token_settings
 from lora_lab.brief import Brief
-from lora_lab.errors import MismatchError, OptionError, shorten
+from lora_lab.errors import LoraLabWarning, MismatchError, OptionError, shorten
 from lora_lab.files.trust import Origin
 from lora_lab.merging.methods import MERGES, check
 from lora_lab.merging.sources import Sources
 from lora_lab.options import check_options, checked, option
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _CANCELLED = 1e-12
 """Norm of ΔW, relative to the size of its factors, at which it is rounding and stands for 0."""
 
@@ -84,6 +85,14 @@ def merge(
     """
     given, how = check(method, options or {}), MergeOptions(**settings)
     require_shared_modules(sources.adapters)
+    formats = {adapter.layout.format: adapter.source for adapter in reversed(sources.adapters)}
+    if len(formats) > 1:
+        told = ", ".join(f"{source} ({name})" for name, source in reversed(formats.items()))
+        warnings.warn(
+            f"adapters of several formats: {told}; what comes out is in {sources.adapters[0].layout.format}'s",
+            LoraLabWarning,
+            stacklevel=2,
+        )
     whole = merge_heads(sources.adapters, _file_names(sources.adapters), how.heads)
     every_option = {n: v for n, v in {**MERGES[method].defaults(given), **given}.items() if v is not None}
     updates: dict[str, LowRank] = {}

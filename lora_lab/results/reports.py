@@ -97,7 +97,24 @@ class ExtractReport:
     bytes: int = column("size of the adapter's tensors", "bytes")
 
 
+@dataclass
+class ConvertReport:
+    """What was converted, and what the other format made necessary."""
+
+    path: str = column("the adapter that was written")
+    read: str = column("format that was read")
+    written: str = column("format that was written")
+    tuner: str = column("type of the adapter, as PEFT names it")
+    modules: int = column("number of its modules")
+    ranks: list[Any] = column("smallest and largest rank; empty of a tuner without ranks")
+    dtypes: list[Any] = column("types of the factors written")
+    error: float = column("‖ΔW rounded away‖ / ‖ΔW‖ over all modules; 0 unless a type was asked for", "share")
+    changes: list[Any] = column("what the format cannot carry, or holds in another way")
+    advice: list[Any] = column("how the server is to be started that it is written for")
+
+
 REPORTS = {
+    "convert": ConvertReport,
     "extract": ExtractReport,
     "fuse": FuseReport,
     "merge": MergeReport,

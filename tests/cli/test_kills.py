@@ -27,10 +27,11 @@ RUNS = {
     "evaluate": ["a.safetensors", "-o", "out/evaluate.json"],
     "merge": ["a.safetensors", "b.safetensors", "--method", "ties", "-o", "out/merged"],
     "prune": ["a.safetensors", "--rank", 1, "-o", "out/pruned"],
+    "convert": ["a.safetensors", "--to", "mlx", "-o", "out/converted"],
     "train": ["--steps", 6, "--batch-size", 8, "-o", "out/trained.safetensors"],
     "figure": ["line.json", "-o", "out/line.pdf", "-o", "out/line.svg"],
 }
-REPLACED = ("evaluate", "merge", "prune", "figure")
+REPLACED = ("evaluate", "merge", "prune", "convert", "figure")
 """Verbs that are told to replace what is there; the others find their result again."""
 
 

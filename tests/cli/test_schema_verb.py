@@ -45,6 +45,7 @@ def test_reports_of_verbs_that_write_adapters_have_the_columns_they_say(lora_lab
     for verb, *arguments in (
         ("merge", "a.safetensors", "b.safetensors", "-o", "m.safetensors"),
         ("prune", "a.safetensors", "--rank", 1, "-o", "p.safetensors"),
+        ("convert", "a.safetensors", "--to", "mlx", "-o", "c"),
     ):
         code, out, err = lora_lab(verb, *arguments, "--json")
         assert code == 0, err

@@ -50,6 +50,7 @@ def one_line(result, *words, code=1):
         "merge",
         "compare-merges",
         "prune",
+        "convert",
         "fuse",
         "verify",
         "extract",

@@ -43,7 +43,7 @@ def test_help_and_drawing_load_no_torch():
     assert loaded <= {"numpy", "matplotlib", "PIL"}
 
 
-@pytest.mark.parametrize("verb", ["inspect", "merge", "merge-folder", "prune"])
+@pytest.mark.parametrize("verb", ["inspect", "merge", "merge-folder", "prune", "convert"])
 def test_files_of_adapters_are_worked_on_with_torch_alone(tmp_path, verb):
     a, b = (write(tmp_path / name, lora(seed=seed), target_modules=["q_proj"]) for seed, name in enumerate("ab"))
     ways = {
@@ -51,6 +51,7 @@ def test_files_of_adapters_are_worked_on_with_torch_alone(tmp_path, verb):
         "merge": ["merge", a, b, "--method", "ties", "-o", tmp_path / "merged.safetensors"],
         "merge-folder": ["merge", a, b, "-o", tmp_path / "merged"],
         "prune": ["prune", a, "--rank", 1, "-o", tmp_path / "small.safetensors"],
+        "convert": ["convert", a, "--to", "mlx", "-o", tmp_path / "converted"],
     }
     loaded, printed = loaded_by(VERB, *ways[verb])
     assert "q_proj" in printed or (tmp_path / ways[verb][-1]).exists()

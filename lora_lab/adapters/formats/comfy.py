@@ -81,8 +81,8 @@ def write(adapter: Writable) -> Mapping[str, Part]:
 
     Raises TunerError for what is no LoRA, AdapterError for modules that have no name there.
     """
-    same = adapter.layout.format == _NAME
-    words = adapter.layout.names.split() if same else [_ALPHAS]
+    same = adapter.layout.format == _NAME and adapter.layout.names is not None
+    words = (adapter.layout.names or "").split() if same else [_ALPHAS]
     names = {name: name if _COMPONENTS in words else _own(name, wide=_NARROW not in words) for name in adapter.sites}
     if same:
         names = {name: own or name for name, own in names.items()}

@@ -39,6 +39,7 @@ _WHOLE = ("trainable_token_indices", "target_parameters", "layer_replication", "
 _SWITCHES = ("use_dora", "lora_bias", "fan_in_fan_out", "peft_type")
 """Fields that change ΔW of every module, so that all components must have the same."""
 
+_FLAT_CLIP = re.compile(r"^(text_encoder(?:_\d)?\.)encoder\.(?=layers\.)")
 # Language models whose own modules lie below a `transformer`: GPT-2 and its kin, MPT, DBRX, ChatGLM.
 _LANGUAGE = re.compile(
     r"transformer\.(h|wte|wpe|ln_f|word_embeddings|embedding|encoder|output_layer|"
@@ -50,6 +51,11 @@ def component_of(name: str) -> str | None:
     """The component that a module's name, or a key, begins with; None for one of no pipeline."""
     first, _, rest = name.partition(".")
     return first if first in PARTS and rest and not _LANGUAGE.match(name) else None
+
+
+def clip_name(name: str) -> str:
+    """The name, or key, of a module of CLIP below text_model, where transformers had it before 5.0."""
+    return _FLAT_CLIP.sub(r"\1text_model.encoder.", name)
 
 
 def by_component(names: Iterable[str]) -> dict[str, list[str]] | None:

@@ -17,6 +17,7 @@ from lora_lab.adapters.formats import carried
 from lora_lab.adapters.formats.components import (
     COMPONENTS,
     by_component,
+    clip_name,
     component_of,
     joined,
     numbers_for,
@@ -46,8 +47,6 @@ _FIRST = {
     "text_model": "text_encoder",
 }
 """First part of a module's name, in files that name no component → its component; any other is a transformer's."""
-_FLAT_CLIP = re.compile(r"^(text_encoder(?:_\d)?\.)encoder\.(?=layers\.)")
-"""CLIP's names without text_model, as in transformers from 5.0 on; diffusers takes both."""
 _NORMS = ("norm_q.weight", "norm_k.weight", "norm_added_q.weight", "norm_added_k.weight")
 """Whole weights that diffusers takes from a file for Flux's transformer (its Control LoRAs have them)."""
 _SWITCHES = ("use_rslora", "use_dora", "lora_bias")
@@ -102,7 +101,7 @@ def _whole(key: str) -> str:
         return f"{_FIRST.get(key.partition('.')[0], 'transformer')}.{key}"
     while key.startswith(f"{part}.{part}."):
         key = key.removeprefix(f"{part}.")
-    return _FLAT_CLIP.sub(r"\1text_model.encoder.", key)
+    return clip_name(key)  # diffusers takes both
 
 
 def _modern(key: str) -> str:
@@ -173,7 +172,7 @@ def write(adapter: Writable) -> Mapping[str, Part]:
     bare = [part for part in modules if part.startswith("text_encoder") and not _has_attention(modules[part])]
     tensors = {}
     for key, tensor in adapter.tensors.items():
-        name = key.removeprefix(PREFIX)
+        name = clip_name(key.removeprefix(PREFIX))
         if name.startswith("text_encoder") and name.endswith("lora_magnitude_vector"):
             name += ".weight"  # as transformers, which loads these, takes it; PEFT itself takes both
         tensors[_old(name) if component_of(name) in bare else name] = tensor

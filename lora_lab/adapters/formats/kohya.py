@@ -65,8 +65,8 @@ def write(adapter: Writable) -> Mapping[str, Part]:
     Raises TunerError for what is no LoRA, AdapterError for modules that no flat name is known of, with their names.
     """
     same = adapter.layout.format == _NAME
-    said = adapter.layout.names.split() if same else None
-    scheme = scheme_of(adapter.sites) if said is None else Scheme(**dict.fromkeys(said, True))
+    words = adapter.layout.names if same else None
+    scheme = scheme_of(adapter.sites) if words is None else Scheme(**dict.fromkeys(words.split(), True))
     names = {name: name if FLAT.match(name) else scheme.flat(name) for name in adapter.sites}
     tensors = written(adapter, names, "a kohya file", ("lora_down", "lora_up"))
     header = _network(adapter, adapter.layout.header if same else {})

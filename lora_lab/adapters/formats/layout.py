@@ -39,8 +39,9 @@ class Layout(Brief):
 
     format: str = "peft"
     """A name in FORMATS (registry.py)."""
-    names: str = ""
-    """In which of a model's naming schemes the modules were named, where the format has several."""
+    names: str | None = ""
+    """In which of a model's naming schemes the modules were named, where the format has several; None where the
+    adapter was in another format before, so that its writer chooses."""
     header: Mapping[str, str] = field(default_factory=dict)
     """Metadata of its header that is kept."""
     apart: Mapping[str, Tensor] = field(default_factory=dict)

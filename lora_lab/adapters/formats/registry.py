@@ -56,6 +56,9 @@ FORMATS = Registry(
 )
 """Formats by name. Each is asked whether a file is its; PEFT's last, whose keys are several others', too."""
 
+WRITTEN = ("peft", "diffusers", "kohya", "comfy", "mlx")
+"""Those of them that are written, and not only read."""
+
 
 def recognised(raw: Raw) -> str:
     """The name of the format that a file is in; PEFT's where no other one matches."""
