@@ -129,10 +129,11 @@ def _show_shrinkage(result: Any) -> None:
     for row in result.summary.get("shrinkage", []):
         if row["metric"] != "error":
             continue
-        pair = " – ".join(row["members"])
+        look = result.parameters.get("looks", {}).get(row.get("space"), {})  # what earlier versions wrote has none
+        pair, space = " – ".join(row["members"]), look.get("label", "line")
         names = ("barrier", "removed", "stays")
         height, removed, stays = (estimate(row[n], row[f"{n}_low"], row[f"{n}_high"]) for n in names)
         share = f" ({row['share']:.0%})" if row["share"] is not None and row["barrier_low"] > 0 else ""
         console.print(
-            f"{pair}: error barrier of the factor line {height}; matching ‖ΔW‖ removes {removed}{share}, {stays} stays."
+            f"{pair}, {space}: error barrier {height}; matching ‖ΔW‖ removes {removed}{share}, {stays} stays."
         )

@@ -5,6 +5,8 @@ import numpy as np
 from lora_lab.results.result import Result, columns
 from lora_lab.training.schedule import Schedule
 
+LOOKS = {"factors": ("factors A, B averaged", 1), "matched": ("factors, ‖ΔW‖ matched", 4), "delta": ("ΔW averaged", 0)}
+
 
 def line(method="lora", pairs=((0, 1),), spaces=("factors", "matched", "delta"), depth=0.3, ratios=()):
     grid = np.linspace(0, 1, 5)
@@ -23,6 +25,7 @@ def line(method="lora", pairs=((0, 1),), spaces=("factors", "matched", "delta"),
     count = 1 + max(max(pair) for pair in pairs)
     adapters = [{"label": f"{method}{i}", "method": method} for i in range(count)]
     parameters = {"spaces": list(spaces), "adapters": adapters, "task": {"name": "digits/relabel"}, "split": "test"}
+    parameters["looks"] = {space: {"label": label, "place": place} for space, (label, place) in LOOKS.items()}
     return Result("interpolate", columns(rows), parameters, {"barriers": barriers}, {"examples": 500})
 
 
@@ -187,6 +190,7 @@ def _lines(view, names, layers):
 
 
 def _games(view, names, layers):
+    names = names[:16] if view.endswith(("heatmap", "interactions")) else names  # a panel each
     types = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     players = [(kind, layer) for layer in range(layers) for kind in (types if "heatmap" in view else (None,))]
     rows, summaries = [], []
@@ -246,6 +250,7 @@ def _merged(view, names, layers):
 
 
 def _runs(view, names, layers):
+    names = names[:16]  # three panels each
     made = [run("coto" if i % 2 else "lora", steps=200, groups=layers) for i in range(len(names))]
     for one, name in zip(made, names, strict=True):
         one.parameters["record"] = {"method": name, "seed": 0}

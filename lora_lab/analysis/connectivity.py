@@ -131,7 +131,13 @@ def answer(question: Interpolate, adapters: Sequence[Adapter], task: Task, on: E
     return Result(
         question.kind,
         finite(columns(rows)),
-        {"task": task.record, **question.record, "spaces": spaces, "adapters": [described(a) for a in adapters]},
+        {
+            "task": task.record,
+            **question.record,
+            "spaces": spaces,
+            "looks": {name: {"label": SPACES[name].label or name, "place": SPACES[name].place} for name in spaces},
+            "adapters": [described(a) for a in adapters],
+        },
         finite(_summary(adapters, pairs, spaces, curves, grid)),
         evaluator.provenance(adapters, began=began, run=question.run_id(adapters, task), evaluations=len(scores)),
     )
@@ -262,7 +268,7 @@ def _summary(
     summary: dict[str, Any] = {"barriers": barriers}
     for space in [space for space in spaces if SPACES[space].rescaled in spaces][:1]:
         summary["shrinkage"] = [
-            {**_who(adapters, pair), "metric": metric, **_shrinkage(curves, pair, space, metric, grid)}
+            {**_who(adapters, pair), "space": space, "metric": metric, **_shrinkage(curves, pair, space, metric, grid)}
             for pair in pairs
             for metric in METRICS
         ]

@@ -71,6 +71,10 @@ class Space:
     """The path that is the same but for the norms, which it keeps: their barriers tell shrinkage apart."""
     mixtures: bool = True
     """Whether weighted mixtures are scored on it, besides the lines."""
+    label: str = ""
+    """What figures call it; its name by default."""
+    place: int | None = None
+    """Its place among the colours of all figures; None: one that is free, in each."""
 
 
 class Paths:
@@ -280,10 +284,19 @@ SPACES = Registry(
     "lora_lab.spaces",
     Space,
     {
-        "factors": Space(combine_factors, factor_norms, needs_delta=False, rescaled="matched"),
-        "matched": Space(matched, matched_norms, mixtures=False),
-        "delta": Space(combine, delta_norms, needs_factors=False),
-        "aligned": Space(combine_factors, factor_norms, aligned, mixtures=False),
+        "factors": Space(
+            combine_factors,
+            factor_norms,
+            needs_delta=False,
+            rescaled="matched",
+            label="factors A, B averaged",
+            place=1,
+        ),
+        "matched": Space(matched, matched_norms, mixtures=False, label="factors, ‖ΔW‖ matched", place=4),
+        "delta": Space(combine, delta_norms, needs_factors=False, label="ΔW averaged", place=0),
+        "aligned": Space(
+            combine_factors, factor_norms, aligned, mixtures=False, label="factors aligned first", place=2
+        ),
     },
 )
 """What can be averaged between adapters, by the name that is a space to users."""

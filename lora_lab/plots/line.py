@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from lora_lab.errors import OptionError
 from lora_lab.plots import primitives
 from lora_lab.plots import style as plot_style
-from lora_lab.plots.primitives import Band, Floats, Panels
+from lora_lab.plots.names import MOST, inches, name_axis, shortened, type_size
+from lora_lab.plots.panels import Panels
+from lora_lab.plots.primitives import Band, Floats, Row
 from lora_lab.results.analysis_kinds import MAIN_BARRIER
-from lora_lab.results.result import Result
-
-_LOOKS = {
-    "factors": ("factors A, B averaged", 1, "o", "-"),
-    "matched": ("factors, ‖ΔW‖ matched", 4, "s", "--"),
-    "delta": ("ΔW averaged", 0, "^", "-"),
-    "aligned": ("factors aligned first", 2, "D", ":"),
-}
-"""Space → label, place among the colours of the style (whichever others are drawn), marker and dashes."""
+from lora_lab.results.result import Result, grouped
 
 
-def space_look(space: str, place: int = 0) -> dict[str, Any]:
-    """Label, colour, marker and dashes of a space; one that is not known here has those of its place."""
-    if space not in _LOOKS:
-        return {"label": plot_style.shortened(space), **plot_style.look(space, 5 + place)}
-    label, color_place, marker, dashes = _LOOKS[space]
-    color = plot_style.look("", color_place)["color"]
-    return {"label": label, "color": color, "marker": marker, "linestyle": dashes}
+def space_looks(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
+    """Space → label, colour, marker and dashes: as its entry had it, or those of the first free place."""
+    said: dict[str, dict[str, Any]] = {}
+    for result in results:
+        said |= result.parameters.get("looks", {})
+    spaces = dict.fromkeys(space for result in results for space in result.parameters["spaces"])
+    places = plot_style.places(spaces, {space: look["place"] for space, look in said.items()})
+    labels = shortened([said[space]["label"] if space in said else space for space in spaces], 2 * MOST)
+    return {
+        space: {"label": label, **plot_style.look(places[space])} for space, label in zip(spaces, labels, strict=True)
+    }
+
+
+def group_names(results: Sequence[Result]) -> dict[str, str]:
+    """Method of a pair or of more adapters → what they are drawn as: their methods, or of very many all together."""
+    methods = list(dict.fromkeys(row["method"] for result in results for row in result.rows()))
+    if len(methods) > plot_style.FEW:  # pairs of adapters of unknown methods
+        return dict.fromkeys(methods, "all pairs")
+    return {method: plot_style.method_name(method) for method in methods}
 
 
 def curves(results: Sequence[Result], metric: str) -> dict[str, dict[str, tuple[Floats, Band]]]:
@@ -38,13 +46,10 @@ def curves(results: Sequence[Result], metric: str) -> dict[str, dict[str, tuple[
 
     One pair: the value with its interval over the examples. Several: mean and one standard deviation over pairs.
     """
-    found: dict[str, dict[str, list[list[dict[str, Any]]]]] = {}
-    for result in results:
-        for indices in _pairs(result):
-            for space in result.parameters["spaces"]:
-                rows = result.rows(ratio=None, indices=list(indices), space=space)
-                group = found.setdefault(plot_style.method_name(rows[0]["method"]), {})
-                group.setdefault(space, []).append(rows)
+    names = group_names(results)
+    found: dict[str, dict[str, list[list[Row]]]] = {}
+    for _, head, rows in _lines(results):
+        found.setdefault(names[head["method"]], {}).setdefault(head["space"], []).append(rows)
     return {
         group: {
             space: (np.array([row["t"] for row in lines[0]]), primitives.band(list(zip(*lines, strict=True)), metric))
@@ -53,6 +58,14 @@ def curves(results: Sequence[Result], metric: str) -> dict[str, dict[str, tuple[
         }
         for group, spaces in found.items()
     }
+
+
+def _lines(results: Sequence[Result]) -> Iterator[tuple[Result, dict[str, Any], list[Row]]]:
+    """Every result's lines: their pair, method and space, and their rows."""
+    for result in results:
+        rows = [{**row, "indices": tuple(row["indices"])} for row in result.rows(ratio=None)]
+        for head, members in grouped(rows, "method", "indices", "space"):
+            yield result, head, members
 
 
 def draw_accuracy(results: Sequence[Result], panels: Panels) -> list[Axes]:
@@ -66,119 +79,141 @@ def draw_loss(results: Sequence[Result], panels: Panels) -> list[Axes]:
 
 
 def draw_matrix(results: Sequence[Result], panels: Panels) -> list[Axes]:
-    """Error barriers between all adapters of each result, on the first space that all have; one colour scale."""
+    """Error barriers between all adapters of each result, on the first space that all have; one colour scale.
+
+    Adapters whose names do not fit below the columns are numbered.
+    """
     space = _shared_space(results)
-    tables = [_matrix(result, space) for result in results]
-    top = max(float(table.max()) for _, table in tables) or 1.0
-    count = len(tables)
-    height = 2.9 * count if panels.single else min(4.5, 0.7 + 5.6 / count)
-    axes = panels.grid(count, 1 if panels.single else count, height)
-    for ax, result, (labels, table) in zip(axes, results, tables, strict=True):
-        image = primitives.heat(ax, table, labels, labels, rotation=45, vmin=0, vmax=top, cmap="cividis_r")
-        size = min(7.0, 72 * primitives.extent(ax, "x") / len(labels) / 2.4)  # points: four signs to a cell
-        for (i, j), value in np.ndenumerate(table) if size > 3 else ():
-            if i != j:
-                color = "white" if value > 0.55 * top else "black"
-                ax.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=size, color=color)
+    tables = [_matrix(result, space, panels) for result in results]
+    top = max(float(table.max()) for *_, table in tables) or 1.0
+    size = type_size("ytick.labelsize")
+    beside = max(inches(name, size) for rows, *_ in tables for name in rows) + 0.3
+    columns = 1 if panels.single else min(2, len(tables))
+    # square cells: the height of the figure is what the names leave of its width
+    side = min(4.0, panels.page / columns - beside - (0.0 if panels.single else 1.0 / columns))
+    lines = -(-len(tables) // columns)
+    axes = panels.grid(len(tables), columns, (side + 0.5) * lines + (0.7 if panels.single else 0.1))
+    for ax, result, (rows, below, table) in zip(axes, results, tables, strict=True):
+        image = primitives.heat(ax, table, rows, below, vmin=0, vmax=top, cmap="cividis_r")
+        _values(ax, table, top, side)
         methods = {adapter["method"] for adapter in result.parameters["adapters"]}
-        primitives.title(ax, plot_style.method_name(methods.pop()) if len(methods) == 1 else "adapters")
-    panels.colour_bar(axes, image, f"error barrier, {space_look(space)['label']}", 0.8)
+        panels.title(ax, plot_style.method_name(methods.pop()) if len(methods) == 1 else "adapters")
+    panels.colour_bar(axes, image, f"error barrier, {space_looks(results)[space]['label']}")
     return axes
+
+
+def _values(ax: Axes, table: Floats, top: float, side: float) -> None:
+    """Numbers in the cells of a matrix so many inches wide: two significant digits, or one, or none, as they fit."""
+    pairs = [(i, j) for i, j in np.ndindex(*table.shape) if i != j]
+    for digits in (2, 1):
+        texts = [f"{table[i, j]:#.{digits}g}".rstrip(".") for i, j in pairs]
+        widest = max((inches(text, 1) for text in texts), default=1.0)
+        size = min(7.0, 0.85 * side / len(table) / widest)
+        if size >= 5:
+            for (i, j), text in zip(pairs, texts, strict=True):
+                color = "white" if table[i, j] > 0.55 * top else "black"
+                ax.text(j, i, text, ha="center", va="center", fontsize=size, color=color)
+            return
 
 
 def draw_ratios(results: Sequence[Result], panels: Panels) -> list[Axes]:
     """Accuracy of weighted mixtures: a point each, and the mean of every method and space."""
+    labels, looks = group_names(results), space_looks(results)
     groups: dict[tuple[str, str], dict[str, list[float]]] = {}
     for result in results:
         for row in (row for row in result.rows() if row["ratio"]):
-            key = (plot_style.method_name(row["method"]), row["space"])
-            groups.setdefault(key, {}).setdefault(row["ratio"], []).append(row["accuracy"])
+            cells = groups.setdefault((labels[row["method"]], row["space"]), {})
+            cells.setdefault(row["ratio"], []).append(row["accuracy"])
     if not groups:
         raise OptionError("these results hold no mixtures: a line with ratios has them")
     names = list(dict.fromkeys(ratio for cells in groups.values() for ratio in cells))
     methods = list(dict.fromkeys(method for method, _ in groups))
-    if len(methods) > 7:  # pairs of adapters without methods: more than there are symbols
-        methods, pairs = ["all pairs"], groups
-        groups = {}
-        for (_, space), cells in pairs.items():
-            for ratio, accuracies in cells.items():
-                groups.setdefault((methods[0], space), {}).setdefault(ratio, []).extend(accuracies)
+    short = dict(zip(methods, _short_pairs(methods), strict=True))
     (ax,) = panels.grid(1, 1, 2.4)
     for i, ((method, space), cells) in enumerate(groups.items()):
-        look = space_look(space)
+        look = looks[space]
         shift = (i - (len(groups) - 1) / 2) * 0.7 / len(groups)
         for x, ratio in enumerate(names):
             values = np.array(cells.get(ratio, []))
             ax.plot(np.full(len(values), x + shift), values, "_", color=look["color"], markersize=7)
         means = [np.mean(cells.get(ratio, [np.nan])) for ratio in names]
-        short = " – ".join(plot_style.shortened(part, 18) for part in method.split(" – "))
-        style = {"color": look["color"], "markersize": 5, "label": f"{short}, {look['label']}"}
-        marker = plot_style.look("", methods.index(method))["marker"]
+        style = {"color": look["color"], "markersize": 5, "label": f"{short[method]}, {look['label']}"}
+        marker = plot_style.look(methods.index(method))["marker"]
         ax.plot(np.arange(len(names)) + shift, means, marker, **style)
-    primitives.name_axis(ax.xaxis, names)
+    name_axis(ax.xaxis, names)
     ax.set_xlim(-0.6, len(names) - 0.4)
     ax.set_xlabel("weights (symbol: mean, dash: one combination)")
     ax.set_ylabel("accuracy")
-    panels.legend(ax, 1 if panels.single else 2)
+    panels.legend(ax, columns=1 if panels.single else 2)
     return [ax]
 
 
+def _short_pairs(names: Sequence[str]) -> list[str]:
+    """Names of adapters that stand together, each of them shortened."""
+    pairs = [name.split(" – ") for name in names]
+    short = iter(shortened([name for pair in pairs for name in pair], MOST // 2))
+    return [" – ".join(next(short) for _ in pair) for pair in pairs]
+
+
 def _draw_lines(results: Sequence[Result], panels: Panels, metric: str, label: str) -> list[Axes]:
-    groups, norms = curves(results, metric), curves(results, "norm")
+    groups, norms, looks = curves(results, metric), curves(results, "norm"), space_looks(results)
     norms = {group: spaces for group, spaces in norms.items() if spaces}
     count = len(groups) + bool(norms)
-    columns = 1 if panels.single else min(4, count)
+    columns = panels.columns(count, 1 if panels.single else 4, 1.75)
     lines = -(-count // columns)
     axes = panels.grid(count, columns, 0.55 + 1.75 * lines if panels.single else 2.45 * lines)
     for i, (ax, (group, spaces)) in enumerate(zip(axes, groups.items(), strict=False)):
         if i:
             ax.sharey(axes[0])
-        for place, (space, (t, values)) in enumerate(spaces.items()):
-            primitives.curve(ax, t, values, **space_look(space, place))
-        primitives.title(ax, group)
+        for space, (t, values) in spaces.items():
+            primitives.curve(ax, t, values, **looks[space])
+        panels.title(ax, *group.split(" – ", 1))
         if i % columns == 0:
             ax.set_ylabel(label)
+    dashes = dict(zip(norms, cycle(plot_style.DASHES), strict=False))
     if norms:
-        _draw_norms(axes[-1], norms)
+        _draw_norms(axes[-1], norms, looks, dashes)
+    words = "t, from one adapter to the other"
+    room = 0.7 * panels.page / columns
     for i, ax in enumerate(axes):
         if i + columns >= count:
-            ax.set_xlabel("t, from one adapter to the other" if columns < 4 else "t")
+            ax.set_xlabel(words if inches(words, type_size("axes.labelsize")) < room else "t")
         ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "¼", "½", "¾", "1"])
-    spaces_drawn = len(axes[0].get_legend_handles_labels()[1])
-    panels.legend(axes[0], 2 if panels.single else spaces_drawn)
+    several = dict(zip(_short_pairs(list(norms)), dashes.values(), strict=True)) if len(norms) > 1 else {}
+    more = {f"norm of {group}": Line2D([], [], color="#333333", linestyle=look) for group, look in several.items()}
+    panels.legend(*axes[: len(groups)], more=more)
     panels.caption(axes[0], _caption(results))
     return axes
 
 
-def _draw_norms(ax: Axes, norms: Mapping[str, Mapping[str, tuple[Floats, Band]]]) -> None:
+def _draw_norms(
+    ax: Axes,
+    norms: Mapping[str, Mapping[str, tuple[Floats, Band]]],
+    looks: Mapping[str, Mapping[str, Any]],
+    dashes: Mapping[str, Any],
+) -> None:
     """‖ΔW(t)‖ as a share of the mean of its ends; methods by dashes, spaces by colour and marker as elsewhere."""
-    for i, (group, spaces) in enumerate(norms.items()):
-        for place, (space, (t, values)) in enumerate(spaces.items()):
+    for group, spaces in norms.items():
+        for space, (t, values) in spaces.items():
             norm = values[0]
             ends = np.maximum((1 - t) * norm[0] + t * norm[-1], np.finfo(float).tiny)
-            look = {**space_look(space, place), "linestyle": plot_style.dashes(i), "label": f"{group} {space}"}
+            look = {**looks[space], "linestyle": dashes[group], "label": f"{group} {space}"}
             value, low, high = (line / ends for line in values)
             primitives.curve(ax, t, (value, low, high), **look)
     ax.axhline(1, color="#555555", linestyle=":", linewidth=0.8, zorder=1)
     ax.set_ylim(0, max(1.08, 1.05 * ax.dataLim.ymax))
     ax.set_ylabel("‖ΔW(t)‖, ends = 1")
-    words = {"-": "solid", "--": "dashed", "-.": "dash-dot", ":": "dotted"}
-    dashes = ", ".join(f"{group} {words[plot_style.dashes(i)]}" for i, group in enumerate(norms))
-    fits = primitives.inches(dashes, 8) < 1.2 * primitives.extent(ax, "x")
-    ax.set_title(f"norm ({dashes})" if len(norms) > 1 and fits else "norm")
-
-
-def _pairs(result: Result) -> list[tuple[int, ...]]:
-    return list(dict.fromkeys(tuple(row["indices"]) for row in result.rows(ratio=None)))
+    ax.set_title("norm")
 
 
 def _caption(results: Sequence[Result]) -> str:
-    pairs: dict[str, int] = {}
-    for result in results:
-        for indices in _pairs(result):
-            name = plot_style.method_name(result.rows(ratio=None, indices=list(indices))[0]["method"])
-            pairs[name] = pairs.get(name, 0) + 1
-    band = plot_style.bands(pairs, "95 % interval over examples", "±1 s.d. over pairs")
+    names = group_names(results)
+    pairs: dict[str, set[tuple[int, Any]]] = {}
+    for i, result in enumerate(results):
+        for _, head, _ in _lines([result]):
+            pairs.setdefault(names[head["method"]], set()).add((i, head["indices"]))
+    counts = {name: len(members) for name, members in pairs.items()}
+    band = plot_style.bands(counts, "95 % interval over examples", "±1 s.d. over pairs")
     return f"{plot_style.measured_on(results)}; bands: {band}"
 
 
@@ -191,11 +226,16 @@ def _shared_space(results: Sequence[Result]) -> str:
     return str(shared[0])
 
 
-def _matrix(result: Result, space: str) -> tuple[list[str], Floats]:
-    labels = plot_style.distinct([adapter["label"] for adapter in result.parameters["adapters"]])
-    table = np.zeros((len(labels), len(labels)))
+def _matrix(result: Result, space: str, panels: Panels) -> tuple[list[str], list[str], Floats]:
+    """Names beside the rows and below the columns, and the barriers."""
+    rows = shortened([adapter["label"] for adapter in result.parameters["adapters"]], MOST // 2)
+    below = rows
+    if sum(inches(name, type_size("xtick.labelsize")) + 0.1 for name in rows) > 0.4 * panels.page:
+        below = [str(i + 1) for i in range(len(rows))]
+        rows = [f"{name}  {number}" for name, number in zip(rows, below, strict=True)]
+    table = np.zeros((len(rows), len(rows)))
     for row in result.summary["barriers"]:
         if (row["space"], row["metric"], row["barrier"]) == (space, "error", MAIN_BARRIER):
             i, j = row["indices"]
             table[i, j] = table[j, i] = row["value"]
-    return labels, table
+    return rows, below, table

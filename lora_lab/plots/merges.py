@@ -11,7 +11,9 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 from lora_lab.errors import OptionError
 from lora_lab.plots import primitives
 from lora_lab.plots import style as plot_style
-from lora_lab.plots.primitives import Panels, Row
+from lora_lab.plots.names import more_for, name_axis, shortened
+from lora_lab.plots.panels import Panels
+from lora_lab.plots.primitives import Row
 from lora_lab.results.result import Result, grouped
 
 _ALONE = "alone"
@@ -26,12 +28,11 @@ def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
         return draw_ratios(results, panels)
     compared = list(dict.fromkeys(name for result in results for name in result.parameters["merges"]))
     names = ([name for name in _CURVES if name in compared] or compared)[: 2 if panels.single else 4]
-    lines = len(compared) + 1
-    height, ratio = (3.4 + 0.24 * lines, 0.12 * lines) if panels.single else (4.6 + primitives.more_for(compared), 1.3)
-    axes = panels.stack((1, len(names)), height, [ratio, 1], sharey=True)
+    height, below = _bars_height(compared, panels), 2.0
+    axes = panels.stack((1, len(names)), height + below, [height, below], sharey=True)
     _bars(axes[0], results, horizontal=panels.single)
     for i, (ax, name) in enumerate(zip(axes[1:], names, strict=True)):
-        _coefficient_curve(ax, results, name)
+        _coefficient_curve(ax, results, name, panels)
         if i:
             ax.tick_params(labelleft=False)
             ax.set_ylabel("")
@@ -45,7 +46,7 @@ def draw_bars(results: Sequence[Result], panels: Panels) -> list[Axes]:
     if _one_task(results):
         raise OptionError("seeds of one task are drawn over their ratios: compare-merges:ratios")
     merges = {row["merge"] for result in results for row in result.summary["by_method"]}
-    (ax,) = panels.grid(1, 1, 1.2 + 0.24 * len(merges) if panels.single else 3.0 + primitives.more_for(list(merges)))
+    (ax,) = panels.grid(1, 1, _bars_height(list(merges), panels))
     _bars(ax, results, horizontal=panels.single)
     panels.legend(ax)
     panels.caption(ax, _caption(results, _CHOSEN))
@@ -65,13 +66,16 @@ def draw_ratios(results: Sequence[Result], panels: Panels) -> list[Axes]:
 
 
 def _multiples(
-    results: Sequence[Result], panels: Panels, draw_one: Callable[[Axes, Sequence[Result], str], None], caption: str
+    results: Sequence[Result],
+    panels: Panels,
+    draw_one: Callable[[Axes, Sequence[Result], str, Panels], None],
+    caption: str,
 ) -> list[Axes]:
     names = list(dict.fromkeys(name for result in results for name in _merged(result)))
-    columns = min(2 if panels.single else 4, len(names))
+    columns = panels.columns(len(names), 2 if panels.single else 4, 1.55)
     axes = panels.grid(len(names), columns, 0.7 + 1.55 * -(-len(names) // columns), sharey=True)
     for i, (ax, name) in enumerate(zip(axes, names, strict=True)):
-        draw_one(ax, results, name)
+        draw_one(ax, results, name, panels)
         if i % columns:
             ax.set_ylabel("")
         if i + columns < len(names):
@@ -87,53 +91,57 @@ def _bars(ax: Axes, results: Sequence[Result], *, horizontal: bool) -> None:
     names = [name for name in dict.fromkeys(row["merge"] for row in table) if name != _ALONE]
     sets = [row for result in results for row in result.summary["sets"] if row["chosen"]]
     values = {}
-    methods = list(dict.fromkeys(row["method"] for row in table))
-    for method, label in zip(methods, plot_style.distinct(list(map(plot_style.method_name, methods))), strict=True):
+    for method, (label, _) in _looks(results).items():
         places = [[row for row in sets if (row["method"], row["merge"]) == (method, name)] for name in names]
         values[label] = primitives.band(places, "normalised")
-    primitives.bars(ax, values, horizontal=horizontal)
-    shown = plot_style.distinct([name.replace("ensemble of logits", "ensemble (logits)") for name in names])
-    line: dict[str, Any] = {"color": "#333333", "linewidth": 0.7, "linestyle": ":"}
-    if horizontal:
-        primitives.name_axis(ax.yaxis, shown)
-        ax.invert_yaxis()
-        ax.set_xlabel("accuracy / accuracy alone")
-        ax.axvline(1, **line)
-    else:
-        primitives.name_axis(ax.xaxis, shown, rotation=40, ha="right", rotation_mode="anchor")
-        ax.set_ylabel("accuracy / accuracy alone")
-        ax.axhline(1, **line)
+    shown = shortened([name.replace("ensemble of logits", "ensemble (logits)") for name in names])
+    primitives.named_bars(ax, values, shown, "accuracy / accuracy alone", horizontal=horizontal)
+    (ax.axvline if horizontal else ax.axhline)(1, color="#333333", linewidth=0.7, linestyle=":")
 
 
-def _coefficient_curve(ax: Axes, results: Sequence[Result], name: str) -> None:
+def _bars_height(merges: Sequence[str], panels: Panels) -> float:
+    return 1.4 + 0.2 * len(merges) if panels.single else 2.6 + more_for(merges)
+
+
+def _looks(results: Sequence[Result]) -> dict[str | None, tuple[str, dict[str, Any]]]:
+    """Training method → label and look, in all panels."""
+    methods = list(dict.fromkeys(row["method"] for result in results for row in result.summary["by_method"]))
+    labels = plot_style.in_legend([plot_style.method_name(method) for method in methods])
+    places = plot_style.places(labels)
+    return {method: (label, plot_style.look(places[label])) for method, label in zip(methods, labels, strict=True)}
+
+
+def _coefficient_curve(ax: Axes, results: Sequence[Result], name: str, panels: Panels) -> None:
     curves = [curve for result in results for curve in result.summary["curves"] if curve["merge"] == name]
-    for i, (head, members) in enumerate(grouped(curves, "method")):
+    looks = _looks(results)
+    for head, members in grouped(curves, "method"):
         points: dict[float, list[Row]] = {}
         for member in members:
             for coefficient, accuracy in zip(member["coefficient"], member["accuracy"], strict=True):
                 points.setdefault(coefficient, []).append({"accuracy": accuracy})
         coefficients = sorted(points)
-        label = plot_style.method_name(head["method"])
+        label, look = looks[head["method"]]
         values = primitives.band([points[each] for each in coefficients], "accuracy")
-        primitives.curve(ax, coefficients, values, alpha=0.14, label=label, **plot_style.look(label, i))
+        primitives.curve(ax, coefficients, values, alpha=0.14, label=label, **look)
     ax.set_xscale("log")
     most = 1.05 * max((curve["coefficient"][-1] for curve in curves), default=10)
     ticks = [tick for tick in (0.1, 0.3, 1, 3, 10) if tick <= most]
     ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_major_formatter(FixedFormatter([f"{tick:g}" for tick in ticks]))
     ax.xaxis.set_minor_locator(NullLocator())
-    primitives.title(ax, name)
+    panels.title(ax, name)
     ax.set_xlabel("coefficient")
     ax.set_ylabel("validation accuracy")
 
 
-def _ratio_curve(ax: Axes, results: Sequence[Result], name: str) -> None:
+def _ratio_curve(ax: Axes, results: Sequence[Result], name: str, panels: Panels) -> None:
     """Accuracy at each ratio; where nothing is merged, that of the adapters alone."""
     sets = [row for result in results for row in result.summary["sets"] if row["merge"] in (name, _ALONE)]
     sets = [row for row in sets if row["coefficient"] in (None, 1.0)]
     ratios = list(dict.fromkeys(row["ratio"] for row in sets))
-    for i, (head, members) in enumerate(grouped(sets, "method")):
-        label = plot_style.method_name(head["method"])
+    looks = _looks(results)
+    for head, members in grouped(sets, "method"):
+        label, look = looks[head["method"]]
         shown = [ratio for ratio in ratios if any(row["ratio"] == ratio for row in members)]
         places = []
         for ratio in shown:
@@ -141,9 +149,9 @@ def _ratio_curve(ax: Axes, results: Sequence[Result], name: str) -> None:
             places.append([row for row in there if row["merge"] == name] or there)
         values = primitives.band(places, "accuracy")
         x = [ratios.index(ratio) for ratio in shown]
-        primitives.curve(ax, x, values, alpha=0.14, label=label, **plot_style.look(label, i))
-    primitives.name_axis(ax.xaxis, [str(ratio) for ratio in ratios])
-    primitives.title(ax, name)
+        primitives.curve(ax, x, values, alpha=0.14, label=label, **look)
+    name_axis(ax.xaxis, [str(ratio) for ratio in ratios])
+    panels.title(ax, name)
     ax.set_xlabel("ratio of the seeds")
     ax.set_ylabel("accuracy")
 

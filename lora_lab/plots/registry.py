@@ -11,6 +11,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import PlaceHolderLayoutEngine
 
 from lora_lab import files
 from lora_lab.errors import LoraLabError, OptionError, shorten, unknown
@@ -23,7 +24,7 @@ from lora_lab.plots import stability as plot_stability
 from lora_lab.plots import style as plot_style
 from lora_lab.plots import sweep as plot_sweep
 from lora_lab.plots import train as plot_train
-from lora_lab.plots.primitives import Panels
+from lora_lab.plots.panels import Panels
 from lora_lab.plots.style import WIDTHS
 from lora_lab.registry import Registry
 from lora_lab.results.result import Result, fingerprint
@@ -58,7 +59,9 @@ class View:
         if width not in WIDTHS:
             raise unknown("width", width, WIDTHS)
         with plot_style.styled(), _one_line(f"results of kind {self.kind!r} that lack what {self.title} shows"):
-            axes = self.draw([_drawn(result) for result in results], Panels(ax, width))
+            panels = Panels(ax, width)
+            axes = self.draw([_drawn(result) for result in results], panels)
+            panels.lay_out(axes)
         return axes[0] if len(axes) == 1 else axes
 
 
@@ -81,7 +84,16 @@ def figure(results: Result | Sequence[Result], *, kind: str | None = None, width
     axes = view(results, width=width)
     made: Figure = (axes[0] if isinstance(axes, list) else axes).get_figure()
     made.set_gid(_identity(results, name, width))
+    with plot_style.styled(), _one_line("a figure that cannot be drawn"):
+        _lay_out(made)
     return made
+
+
+def _lay_out(made: Figure) -> None:
+    """Lay a figure out once and for all: a second layout would be a little different, and so would the files be."""
+    if not isinstance(made.get_layout_engine(), PlaceHolderLayoutEngine):
+        made.draw_without_rendering()
+        made.set_layout_engine("none")
 
 
 def _view(results: Sequence[Result], kind: str | None) -> tuple[str, View]:
@@ -150,8 +162,7 @@ def save(made: Figure, *paths: Path, force: bool = False) -> None:
             raise OptionError(f"{path}: figures are written as {', '.join(_FORMATS)}")
     files.refuse_existing(*paths, force=force)
     with plot_style.styled(), _one_line("a figure that cannot be drawn"):
-        made.draw_without_rendering()
-        made.set_layout_engine("none")  # the layout is done: every format gets this one
+        _lay_out(made)
         for path in paths:
             buffer = io.BytesIO()
             made.savefig(buffer, format=path.suffix[1:], metadata=_metadata(path.suffix, made.get_gid() or MARK))

@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from lora_lab.errors import OptionError
 from lora_lab.plots import primitives
 from lora_lab.plots import style as plot_style
-from lora_lab.plots.primitives import Panels
+from lora_lab.plots.names import labels, name_axis
+from lora_lab.plots.panels import Panels
 from lora_lab.results.result import Result, by_adapter
 
-_FEW = 4
-"""So many groups may have two lines of a legend each."""
+_WORST: dict[str, Any] = {"linestyle": ":", "linewidth": 0.9}
 
 Groups = dict[str, list[list[dict[str, Any]]]]
 
@@ -35,16 +36,15 @@ def draw_leave_one_out(results: Sequence[Result], panels: Panels) -> list[Axes]:
     axes = panels.grid(2, 1 if panels.single else 2, 4.2 if panels.single else 2.4)
     for ax, family, words in zip(axes, ("leave-one-out", "one-alone"), ("left out", "alone"), strict=True):
         groups = _groups(results, family, rescaled=False)
-        for i, (label, adapters) in enumerate(groups.items()):
-            value = primitives.band(list(zip(*adapters, strict=True)), "accuracy")
-            primitives.curve(ax, np.arange(len(adapters[0])), value, **plot_style.look(label, i), label=label)
-        names = plot_style.labels([row["label"] for row in next(iter(groups.values()))[0]])
-        primitives.name_axis(ax.xaxis, names, rotation=60 if max(map(len, names)) > 3 else 0)
+        for label, place in plot_style.places(groups).items():
+            value = primitives.band(list(zip(*groups[label], strict=True)), "accuracy")
+            primitives.curve(ax, np.arange(len(value[0])), value, **plot_style.look(place), label=label)
+        name_axis(ax.xaxis, labels([row["label"] for row in next(iter(groups.values()))[0]]))
         ax.set_title(f"each player {words}")
         ax.set_ylabel("accuracy")
     axes[-1].set_xlabel("player")
     if len(groups) > 1:
-        panels.legend(axes[0], 4)
+        panels.legend(axes[0])
     return axes
 
 
@@ -54,20 +54,18 @@ def _draw_curves(results: Sequence[Result], panels: Panels, family: str, label: 
     axes = panels.grid(len(kinds), 1 if panels.single else len(kinds), height, sharey=True)
     for ax, rescaled in zip(axes, kinds, strict=True):
         groups = _groups(results, family, rescaled=rescaled)
-        for i, (name, adapters) in enumerate(groups.items()):
+        for name, place in plot_style.places(groups).items():
+            adapters, look = groups[name], plot_style.look(place)
             x = np.array([row["share"] for row in adapters[0]])
             places = list(zip(*adapters, strict=True))
-            look = plot_style.look(name, i)
             primitives.curve(ax, x, primitives.band(places, "accuracy"), **look, label=name)
             if worst:
                 lowest = [np.mean([1 - row["error_worst"] for row in rows]) for rows in places]
-                thin = {"color": look["color"], "linestyle": ":", "linewidth": 0.9}
-                words = f"{name}, worst keep-set" if len(groups) <= _FEW else "worst keep-set" if i == 0 else None
-                ax.plot(x, lowest, label=words, **thin)
+                ax.plot(x, lowest, color=look["color"], **_WORST)
         ax.set_title("updates × G/k" if rescaled else "as they are")
         ax.set_xlabel(label)
     axes[0].set_ylabel("accuracy")
-    panels.legend(axes[0])
+    panels.legend(axes[0], more={"worst keep-set": Line2D([], [], color="#333333", **_WORST)} if worst else {})
     counts = {name: len(adapters) for name, adapters in groups.items()}
     kind = plot_style.bands(counts, "95 % interval (keep-sets and examples)", "±1 s.d. over seeds")
     where = plot_style.measured_on(results)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -11,6 +12,7 @@ from matplotlib import style as sheets
 from matplotlib.figure import Figure
 
 from lora_lab.errors import OptionError, unknown
+from lora_lab.plots.names import MOST, shortened
 
 WIDTHS = {"single": 3.25, "double": 6.75}
 """Inches: one and two columns of the usual conference templates."""
@@ -18,9 +20,15 @@ WIDTHS = {"single": 3.25, "double": 6.75}
 DEFAULT = "lora-lab"
 """The style sheet of this package (lora-lab.mplstyle)."""
 
-_FORMS = (("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("P", "--"), ("X", "-."))
+FORMS = (("o", "-"), ("s", "--"), ("^", "-."), ("D", ":"), ("v", "-"), ("P", "--"), ("X", "-."))
+"""Marker and dashes, in the order of places."""
+DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1, 1, 1)), (0, (1, 3)), (0, (10, 3)))
+"""What tells lines of one colour apart."""
 _HATCHES = ("", "//", "..", "xx", "--", "\\\\", "++")
 _current: list[tuple[str | Path, ...]] = [(DEFAULT,)]
+
+FEW = 7
+"""So many groups have a colour, and a bar, each of their own."""
 
 METHODS = {
     "lora": "LoRA",
@@ -73,35 +81,43 @@ def new(width: str, height: float) -> Figure:
     return Figure(figsize=(WIDTHS[width], height), layout="constrained")
 
 
-def look(label: str, place: int) -> dict[str, Any]:
-    """Colour, marker and dashes of a group: a method's own everywhere, else by its place.
+def look(place: int) -> dict[str, Any]:
+    """Colour, marker and dashes of the group at a place.
 
-    Markers go on where the colours of the style begin anew, so that no two of many groups look alike.
+    Markers and dashes go on where the colours of the style begin anew, so that no two of many groups look alike.
     """
-    names = list(METHODS.values())
-    place = names.index(label) if label in names else place
     colors = rcParams["axes.prop_cycle"].by_key().get("color", ["black"])
     turn, color = divmod(place, len(colors))
-    return {"color": colors[color], "marker": _FORMS[(color + turn) % len(_FORMS)][0], "linestyle": dashes(place)}
+    marker, dashes = FORMS[(color + turn) % len(FORMS)]
+    return {"color": colors[color], "marker": marker, "linestyle": dashes}
 
 
-def dashes(place: int) -> str:
-    """The dashes of the group at a place."""
-    return _FORMS[place % len(_FORMS)][1]
-
-
-def bar_look(label: str, place: int) -> dict[str, Any]:
+def bar_look(place: int) -> dict[str, Any]:
     """The same for bars: colour, and a hatch that tells them apart in grey."""
-    names = list(METHODS.values())
-    place = names.index(label) if label in names else place
-    look_there = look("", place)
-    hatch = _HATCHES[[marker for marker, _ in _FORMS].index(look_there["marker"])]
-    return {"color": look_there["color"], "hatch": hatch, "edgecolor": "white", "linewidth": 0.3}
+    there = look(place)
+    hatch = _HATCHES[[marker for marker, _ in FORMS].index(there["marker"])]
+    return {"color": there["color"], "hatch": hatch, "edgecolor": "white", "linewidth": 0.3}
+
+
+def places(names: Iterable[str], known: Mapping[str, int | None] | None = None) -> dict[str, int]:
+    """Each name's place among the looks: its own, if it has one (by default, that of a training method), or a free one.
+
+    So a method looks alike in all figures, and whatever is not known here looks like nothing else in its own.
+    """
+    own = dict(zip(METHODS.values(), count(), strict=False)) if known is None else known
+    names = list(dict.fromkeys(names))
+    found: dict[str, int] = {}
+    for name in names:
+        place = own.get(name)
+        if place is not None and place not in found.values():
+            found[name] = place
+    free = (place for place in count() if place not in found.values())
+    return {name: found[name] if name in found else next(free) for name in names}
 
 
 def method_name(method: str | None) -> str:
-    """How a figure writes a method."""
-    return METHODS.get(method or "", method or "adapters")
+    """How a figure writes a method, or several of a pair."""
+    return " – ".join(METHODS.get(name, name) for name in (method or "adapters").split(" – "))
 
 
 def task_name(record: Mapping[str, Any]) -> str:
@@ -111,40 +127,19 @@ def task_name(record: Mapping[str, Any]) -> str:
     return str(record.get("name") or f"{record.get('kind', 'task')}, {place.stem}")
 
 
-def shortened(text: str, most: int = 28) -> str:
-    """A name of so many characters at most, cut in its middle: ends of names are what tells them apart."""
-    if len(text) <= most:
-        return text
-    front = (most - 1) // 3
-    # what is drawn has its dollars as \$, and without the backslash one would begin a formula
-    return f"{text[:front]}…{text[len(text) - (most - 1 - front) :].removeprefix('$')}"
-
-
-def distinct(names: Sequence[str], most: int = 28) -> list[str]:
-    """The names shortened, but no further than leaves different ones different."""
-    longest = max(map(len, names), default=0)
-    while len({shortened(name, most) for name in names}) < len(set(names)) and most < longest:
-        most += 4
-    return [shortened(name, most) for name in names]
-
-
-def labels(names: Sequence[str]) -> list[str]:
-    """Names of modules or players without what all of them have in front, shortened."""
-    parts = [name.split(".") for name in names]
-    front = 0
-    while all(len(p) > front + 1 for p in parts) and len({p[front] for p in parts}) == 1:
-        front += 1
-    return distinct([".".join(p[front:]) for p in parts])
+def in_legend(names: Sequence[str]) -> list[str]:
+    """Names shortened for a legend: the more, the shorter."""
+    return shortened(names, MOST if len(set(names)) <= FEW else MOST // 2)
 
 
 def grouped(adapters: Sequence[list[dict[str, Any]]]) -> dict[str, list[list[dict[str, Any]]]]:
     """Rows of adapters by label; by method instead, where methods have several seeds."""
     methods = [rows[0]["method"] for rows in adapters]
     several = len(adapters) > 2 and None not in methods and len(set(methods)) < len(methods)
+    names = [method_name(rows[0]["method"]) if several else rows[0]["adapter"] for rows in adapters]
     groups: dict[str, list[list[dict[str, Any]]]] = {}
-    names = distinct([rows[0]["adapter"] for rows in adapters])
-    for rows, name in zip(adapters, names, strict=True):
-        label = method_name(rows[0]["method"]) if several else name
+    for rows, name in zip(adapters, in_legend(names), strict=True):
+        label = name
         while not several and label in groups:  # two files of one name are two adapters
             label += "′"
         groups.setdefault(label, []).append(rows)

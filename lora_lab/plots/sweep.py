@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import AutoLocator, Locator, MaxNLocator
 
 from lora_lab.errors import OptionError
 from lora_lab.plots import primitives
 from lora_lab.plots import style as plot_style
-from lora_lab.plots.primitives import Panels
+from lora_lab.plots.names import Numbers, labels, more_for
+from lora_lab.plots.panels import Panels
 from lora_lab.results.result import Result, by_adapter
 
-_AXIS: dict[str, tuple[str, Callable[[], Locator]]] = {
-    "unstructured": ("sparsity (share of entries set to 0)", AutoLocator),
-    "rank": ("rank kept", partial(MaxNLocator, integer=True)),
-}
-"""Kind of pruning that is a curve → what it is over, and what sets its ticks."""
+_AXIS = {"unstructured": ("sparsity (share of entries set to 0)", False), "rank": ("rank kept", True)}
+"""Kind of pruning that is a curve → what it is over, and whether these are whole numbers."""
 _KINDS = ("structured", *_AXIS)
-
-_DASHES = ("-", "--", ":", "-.")
-
-_FEW = 8
-"""Up to so many curves, each has its own words in the legend; of more, adapters and criteria have them."""
 
 
 def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
@@ -36,15 +28,13 @@ def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
     curves = [kind for kind in kinds if kind != "structured"]
     if "structured" not in kinds or not curves:
         return _draw_bars(results, panels) if "structured" in kinds else _draw_curves(results, panels, curves)
-    below, height, ratios = (1, len(curves)), 5.3, [1.1, 1.0]
-    if panels.single:
-        below, height, ratios = (len(curves), 1), 2.6 + 2.5 * len(curves), [1.0] * (1 + len(curves))
-    more = primitives.more_for(_patterns(results))
-    axes = panels.stack(below, height + more, ratios, sharey=False)
-    _bars(axes[0], results)
+    height = _bars_height(results, panels)
+    lines = len(curves) if panels.single else 1
+    axes = panels.stack((lines, len(curves) // lines), height + 2.4 * lines, [height, *[2.4] * lines], sharey=False)
+    _bars(axes[0], results, horizontal=panels.single)
     for ax, kind in zip(axes[1:], curves, strict=True):
         _curve(ax, results, kind)
-    panels.legend(axes[0])
+    panels.legend(*axes, more=_legend(results, curves))
     panels.caption(axes[0], _caption(results, kinds))
     return axes
 
@@ -66,8 +56,8 @@ def draw_rank(results: Sequence[Result], panels: Panels) -> list[Axes]:
 
 def _draw_bars(results: Sequence[Result], panels: Panels) -> list[Axes]:
     caption = _caption(results, ["structured"])
-    (ax,) = panels.grid(1, 1, 2.7 + primitives.more_for(_patterns(results)))
-    _bars(ax, results)
+    (ax,) = panels.grid(1, 1, _bars_height(results, panels))
+    _bars(ax, results, horizontal=panels.single)
     panels.legend(ax)
     panels.caption(ax, caption)
     return [ax]
@@ -75,57 +65,68 @@ def _draw_bars(results: Sequence[Result], panels: Panels) -> list[Axes]:
 
 def _draw_curves(results: Sequence[Result], panels: Panels, kinds: Sequence[str]) -> list[Axes]:
     caption = _caption(results, kinds)
-    height = 0.6 + 2.5 * len(kinds) if panels.single else 3.0
+    height = 0.6 + 2.3 * len(kinds) if panels.single else 2.9
     axes = panels.grid(len(kinds), 1 if panels.single else len(kinds), height)
     for ax, kind in zip(axes, kinds, strict=True):
-        if not _curve(ax, results, kind) and ax is axes[0]:
-            panels.legend(ax)
+        _curve(ax, results, kind)
+    panels.legend(*axes, more=_legend(results, kinds))
     panels.caption(axes[0], caption)
     return axes
 
 
-def _bars(ax: Axes, results: Sequence[Result]) -> None:
+def _bars_height(results: Sequence[Result], panels: Panels) -> float:
+    names = _patterns(results)
+    return 1.2 + 0.16 * len(names) if panels.single else 2.7 + more_for(names)
+
+
+def _bars(ax: Axes, results: Sequence[Result], *, horizontal: bool) -> None:
     groups = plot_style.grouped(by_adapter(results, kind="structured"))
     names = _patterns(results)
     values = {
         label: primitives.band(primitives.points(adapters, names, lambda row: row["label"]), "accuracy")
         for label, adapters in groups.items()
     }
-    primitives.bars(ax, values)
-    shown = plot_style.labels([name.removeprefix("type:").removesuffix("_proj") for name in names])
-    primitives.name_axis(ax.xaxis, shown, rotation=45, ha="right")
-    ax.set_ylabel("accuracy")
-    ax.set_xlabel("kept")
+    shown = labels([name.removeprefix("type:").removesuffix("_proj") for name in names])
+    primitives.named_bars(ax, values, shown, "accuracy", horizontal=horizontal)
+    (ax.set_ylabel if horizontal else ax.set_xlabel)("kept")
 
 
-def _curve(ax: Axes, results: Sequence[Result], kind: str) -> bool:
-    """Accuracy of every adapter and criterion; whether the legend below names the adapters, too."""
+def _curve(ax: Axes, results: Sequence[Result], kind: str) -> None:
+    """Accuracy of every adapter and criterion, these by their dashes."""
     groups = plot_style.grouped(by_adapter(results, kind=kind))
-    criteria = list(dict.fromkeys(row["criterion"] for adapters in groups.values() for r in adapters for row in r))
-    few = len(groups) * len(criteria) <= _FEW
-    for i, (label, adapters) in enumerate(groups.items()):
-        for j, criterion in enumerate(criteria):
-            names = [(criterion, row["label"]) for row in adapters[0] if row["criterion"] == criterion]
+    dashes = _dashes(results)
+    for label, place in plot_style.places(groups).items():
+        adapters = groups[label]
+        for criterion in dict.fromkeys(row["criterion"] for rows in adapters for row in rows):
+            rows = [row for rows in adapters for row in rows if row["criterion"] == criterion]
+            names = sorted({(criterion, row["label"]) for row in rows}, key=lambda name: float(name[1]))
             places = primitives.points(adapters, names, lambda row: (row["criterion"], row["label"]))
-            look = {**plot_style.look(label, i), "linestyle": _DASHES[j % 4]}
-            if any(row["draws"] > 1 for row in adapters[0] if row["criterion"] == criterion):
+            look = {**plot_style.look(place), "linestyle": dashes[criterion]}
+            if any(row["draws"] > 1 for row in rows):
                 look["markerfacecolor"] = "white"  # means over random draws
             x = np.array([float(name) for _, name in names])
             values = primitives.band(places, "accuracy")
-            words = f"{label}, {criterion}" if few else label if j == 0 else None
-            primitives.curve(ax, x, values, alpha=0.14, label=words, **look)
-    label, ticks = _AXIS[kind]
-    ax.xaxis.set_major_locator(ticks())
-    ax.set_xlabel(label)
+            primitives.curve(ax, x, values, alpha=0.14, **look)
+    words, whole = _AXIS[kind]
+    ax.xaxis.set_major_locator(Numbers(whole=whole))
+    ax.set_xlabel(words)
     ax.set_ylabel("accuracy")
-    handles, entries = ax.get_legend_handles_labels()
-    if not few:  # colours are told above the figure
-        handles = [Line2D([], [], color="#333333", linestyle=_DASHES[j % 4]) for j in range(len(criteria))]
-        entries = criteria
-    # below the axes: curves leave no corner free
-    below: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.28)}
-    ax.legend(handles, entries, fontsize=6, handlelength=3, ncols=2, **below)
-    return few
+
+
+def _dashes(results: Sequence[Result]) -> dict[str, Any]:
+    """Criterion → its dashes, the same in all panels."""
+    rows = [row for kind in _AXIS for result in results for row in result.rows(kind=kind)]
+    return dict(zip(dict.fromkeys(row["criterion"] for row in rows), cycle(plot_style.DASHES), strict=False))
+
+
+def _legend(results: Sequence[Result], kinds: Sequence[str]) -> dict[str, Line2D]:
+    """Adapters by colour and marker, criteria by dashes."""
+    places = plot_style.places(label for kind in kinds for label in plot_style.grouped(by_adapter(results, kind=kind)))
+    looks = {label: {**plot_style.look(place), "linestyle": "none"} for label, place in places.items()}
+    drawn = {row["criterion"] for kind in kinds for result in results for row in result.rows(kind=kind)}
+    dashes = {name: dashes for name, dashes in _dashes(results).items() if name in drawn}
+    looks |= {name: {"color": "#333333", "linestyle": dashes[name]} for name in dashes}
+    return {name: Line2D([], [], **look) for name, look in looks.items()}
 
 
 def _patterns(results: Sequence[Result]) -> list[str]:

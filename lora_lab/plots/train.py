@@ -13,7 +13,9 @@ from matplotlib.colors import ListedColormap
 from lora_lab.errors import OptionError
 from lora_lab.plots import primitives
 from lora_lab.plots import style as plot_style
-from lora_lab.plots.primitives import Floats, Panels
+from lora_lab.plots.names import Numbers, extent, inches, name_axis, type_size
+from lora_lab.plots.panels import Panels, figure_of
+from lora_lab.plots.primitives import Floats, Row
 from lora_lab.results.result import Result, grouped
 
 _OFF, _ON = "#f0f0f0", "#0072B2"
@@ -43,7 +45,7 @@ def smoothed(loss: Floats, window: int = 15) -> Floats:
 
 def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
     """One column a run: probability, masks, loss over the optimiser steps; further runs below the first."""
-    columns = min(2 if panels.single else 4, len(results))
+    columns = panels.columns(len(results), 2 if panels.single else 4, 3.3)
     blocks = -(-len(results) // columns)
     places = panels.grid(3 * blocks * columns, columns, 3.3 * blocks, (1, 1.15, 1) * blocks)
     axes = []
@@ -59,19 +61,24 @@ def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
         for ax in (top, middle):
             ax.tick_params(labelbottom=False)
         record = result.parameters["record"]
-        primitives.title(top, f"{plot_style.method_name(record['method'])}, seed {record['seed']}")
-        bottom.set_xlabel("optimiser step")
+        panels.title(top, plot_style.method_name(record["method"]), f"seed {record['seed']}", joint=", ")
+        words = "optimiser step"
+        fits = inches(words, type_size("axes.labelsize")) < 0.8 * panels.page / columns
+        bottom.set_xlabel(words if fits else "step")
+        for ax in column if i % columns else ():  # as on the left
+            ax.tick_params(labelleft=False)
         if i % columns == 0:
             top.set_ylabel("p(t)")
             middle.set_ylabel("group (blue: on)")
             bottom.set_ylabel("loss (nats)")
+        bottom.xaxis.set_major_locator(Numbers(whole=True))
     for ax in places:
         if ax not in axes:
             ax.set_axis_off()
     highest = max(ax.get_ylim()[1] for ax in axes[2::3])
     for ax in axes[2::3]:
         ax.set_ylim(0, highest)
-    primitives.figure_of(axes[0]).align_ylabels(places[::columns])
+    figure_of(axes[0]).align_ylabels(places[::columns])
     return axes
 
 
@@ -81,7 +88,8 @@ def _probability(ax: Axes, result: Result) -> None:
     ax.set_ylim(0, 1.08)
     if 0 < end < len(steps):
         ax.axvspan(end, len(steps), color="#999999", alpha=0.15, linewidth=0)
-        ax.text((end + len(steps)) / 2, 0.5, "all on", ha="center", va="center", fontsize=7)
+        if inches("all on", 7) < extent(ax.xaxis) * (1 - end / len(steps)):
+            ax.text((end + len(steps)) / 2, 0.5, "all on", ha="center", va="center", fontsize=7)
 
 
 def _raster(ax: Axes, result: Result) -> None:
@@ -115,18 +123,21 @@ def draw_tuning(results: Sequence[Result], panels: Panels) -> list[Axes]:
     The option with the most values is the axis; every combination of the others is a line.
     """
     criterion, axis = results[0].parameters["criterion"], _widest(results)
-    (ax,) = panels.grid(1, 1, 2.3)
-    place = 0
+    (ax,) = panels.grid(1, 1, 2.5)
+    lines: list[tuple[str, list[Row]]] = []
     for result in results:
         others = [name for name in result.parameters["options"] if name != axis]
         for fixed, rows in grouped(result.rows(), "method", *others):
             method = plot_style.method_name(fixed.pop("method"))
-            label = ", ".join([method, *(f"{_SPOKEN.get(name, name)} {value:g}" for name, value in fixed.items())])
-            _tuning_line(ax, rows, axis, criterion, plot_style.look(label, place), label)
-            place += 1
+            words = [method, *(f"{_SPOKEN.get(name, name)} {value:g}" for name, value in fixed.items())]
+            lines.append((", ".join(words), rows))
+    labels = plot_style.in_legend([label for label, _ in lines])
+    places = plot_style.places(labels)
+    for label, (_, rows) in zip(labels, lines, strict=True):
+        _tuning_line(ax, rows, axis, criterion, plot_style.look(places[label]), label)
     _tuning_axes(ax, results, axis)
     ax.set_ylabel(f"validation {criterion}" + (" (nats)" if criterion == "loss" else ""))
-    ax.legend()
+    panels.legend(ax)
     return [ax]
 
 
@@ -165,6 +176,6 @@ def _tuning_axes(ax: Axes, results: Sequence[Result], axis: str) -> None:
     values = sorted({value for result in results for value in result.columns[axis]})
     if values[0] > 0 and values[-1] >= 4 * values[0]:
         ax.set_xscale("log")
-    ax.set_xticks(values, [f"{value:g}" for value in values])
+    name_axis(ax.xaxis, [f"{value:g}" for value in values], values)
     ax.minorticks_off()
     ax.set_xlabel(_SPOKEN.get(axis, axis.replace("_", " ")))

@@ -46,10 +46,11 @@ class Barrier(Between):
 
 @dataclass
 class Shrinkage(Between):
-    """How much of the factor line's barrier comes from ‖ΔW‖ shrinking on it."""
+    """How much of a line's barrier comes from ‖ΔW‖ shrinking on it."""
 
+    space: str = column("what is averaged on the line", optional=True)
     metric: str = column("loss or error")
-    barrier: float = column("barrier of the factor line", "of the metric")
+    barrier: float = column("barrier of the line", "of the metric")
     barrier_low: float = column("low end of its interval", "of the metric")
     barrier_high: float = column("high end of its interval", "of the metric")
     stays: float = column("barrier that stays when the norm is matched", "of the metric")
@@ -266,6 +267,7 @@ KINDS = (
         parameters={
             "points": "points on each line",
             "spaces": "what was averaged",
+            "looks": "space → what figures call it, and its place among their colours (null: any)",
             "ratios": "weights of the mixtures",
             **ADAPTERS,
         },

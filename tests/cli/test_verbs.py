@@ -70,7 +70,7 @@ def test_every_verb_has_help_with_an_example(lora_lab, verb):
 def test_from_training_to_figure_as_the_readme_says(lora_lab, pair, tmp_path):
     code, out, err = lora_lab("interpolate", *pair, "--points", 3, "--ratios", "0:1,1:1")
     assert code == 0, err
-    assert "error barrier of the factor line" in out
+    assert "factors A, B averaged: error barrier" in out
     assert "1:1 of coto-s0, coto-s1" in out
     names = {f"interpolate.{end}" for end in ("json", "pdf", "png")}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {".outcomes", *names}

@@ -14,9 +14,9 @@ from making_results import line, merges, run, shapley_result, stability_result, 
 from lora_lab import escape, plots
 from lora_lab.errors import FileError, OptionError
 from lora_lab.plots import line as plot_line
-from lora_lab.plots import primitives
 from lora_lab.plots import style as plot_style
 from lora_lab.plots import train as plot_train
+from lora_lab.plots.names import inches, shortened
 from lora_lab.results.result import Result, columns
 from lora_lab.training.schedule import Schedule
 
@@ -45,11 +45,15 @@ def test_a_line_figure_draws_every_curve_and_says_what_its_bands_are():
     figure = plots.figure([line("lora"), line("coto", depth=0.1)])
     lora, coto, norm = figure.axes
     assert [ax.get_title() for ax in (lora, coto)] == ["LoRA", "CoTo"]
-    assert "LoRA solid, CoTo dashed" in norm.get_title()
+    assert norm.get_title() == "norm"
     assert lora.lines[0].get_ydata() == pytest.approx([0.9, 0.675, 0.6, 0.675, 0.9])
     assert coto.lines[0].get_ydata()[2] == pytest.approx(0.8)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["factors A, B averaged", "factors, ‖ΔW‖ matched", "ΔW averaged"]
+    spaces = ["factors A, B averaged", "factors, ‖ΔW‖ matched", "ΔW averaged"]
+    assert labels == [*spaces, "norm of LoRA", "norm of CoTo"]
+    handles = figure.legends[0].legend_handles
+    assert [handle.get_linestyle() for handle in handles[3:]] == ["-", "--"]
+    assert [drawn.get_linestyle() for drawn in norm.lines[:6]] == ["-"] * 3 + ["--"] * 3
     assert figure.get_supxlabel() == "digits/relabel, test split, n = 500; bands: 95 % interval over examples"
     several = plots.figure([line(pairs=((0, 1), (1, 2)))])
     assert several.get_supxlabel().endswith("bands: ±1 s.d. over pairs")
@@ -106,6 +110,43 @@ def test_the_matrix_shows_every_barrier_twice_on_one_scale():
     first, second = figure.axes[:2]
     assert sorted(text.get_text() for text in first.texts) == ["0.30", "0.30", "0.40", "0.40", "0.50", "0.50"]
     assert first.images[0].get_clim() == second.images[0].get_clim() == (0, 0.5)
+
+
+def test_small_barriers_keep_their_digits():
+    figure = plots.figure([line(pairs=((0, 1), (0, 2)), depth=0.002)], kind="interpolate:matrix")
+    assert sorted(text.get_text() for text in figure.axes[0].texts) == [
+        "0.0",
+        "0.0",
+        "0.0020",
+        "0.0020",
+        "0.10",
+        "0.10",
+    ]
+
+
+def test_a_space_that_is_not_built_in_has_a_look_of_its_own_and_may_bring_one():
+    result = line(spaces=("factors", "mine", "yours", "delta"))
+    result.parameters["looks"]["yours"] = {"label": "yours, averaged", "place": 3}
+    looks = plot_line.space_looks([result])
+    assert len({look["color"] for look in looks.values()}) == 4
+    assert [looks[space]["label"] for space in ("mine", "yours")] == ["mine", "yours, averaged"]
+    assert looks["yours"]["color"] == plot_style.look(3)["color"]
+    result.parameters["looks"]["yours"]["place"] = 1  # that of factors
+    assert len({look["color"] for look in plot_line.space_looks([result]).values()}) == 4
+
+
+def test_a_method_that_is_not_built_in_does_not_look_like_one_that_is():
+    places = plot_style.places(["mine", "LoRA", "yours", "CoTo"])
+    assert places == {"LoRA": 0, "CoTo": 1, "mine": 2, "yours": 3}
+
+
+def test_many_pairs_of_unknown_methods_are_drawn_together():
+    result = line(pairs=[(i, j) for i in range(5) for j in range(i + 1, 5)])
+    rows = [{**row, "method": f"a{row['indices'][0]} – a{row['indices'][1]}"} for row in result.rows()]
+    many = Result("interpolate", columns(rows), result.parameters, result.summary, result.provenance)
+    (pairs, norm) = plots.figure([many]).axes
+    assert [pairs.get_title(), norm.get_title()] == ["all pairs", "norm"]
+    assert pairs.lines[0].get_ydata()[2] == pytest.approx(0.9 - np.mean([0.3 + 0.1 * k for k in range(10)]))
 
 
 def test_mixtures_show_each_combination_and_the_mean():
@@ -167,34 +208,18 @@ def test_captions_name_tasks_of_files_too():
     assert "clip, birds" in plots.figure([result]).get_supxlabel()
 
 
-@pytest.mark.parametrize("width", plots.WIDTHS)
-@pytest.mark.parametrize("kind", plots.PLOTS)
-def test_every_figure_has_its_column_width_and_embeds_truetype(kind, width, tmp_path):
-    made = {
-        "train": run,
-        "tuning": lambda: tried_result("coto", [(1e-3, [0.5, 0.6], False), (2e-3, [0.7, 0.8], True)]),
-        "compare-merges": lambda: merges(ratios=("0:1", "1:1") if kind.endswith("ratios") else (None,)),
-        "interpolate": lambda: line(pairs=((0, 1), (0, 2)), ratios=("1:1",)),
-        "shapley": lambda: shapley_result(interactions=True),
-        "stability": stability_result,
-        "sweep": sweep_result,
-    }
-    results = [made[kind.partition(":")[0]]()]
-    figure = plots.figure(results, kind=kind, width=width)
-    assert figure.get_figwidth() == {"single": 3.25, "double": 6.75}[width]
-    if width == "double":  # fonts are those of the other width
-        figure.draw_without_rendering()
-        return
-    # the scripts of the paper write PDFs and PNGs of most kinds, too; half of a PDF's time goes to cutting its fonts
-    paths = [tmp_path / f"x.{ending}" for ending in (("svg",) if ":" in kind else ("svg", "pdf"))]
-    plots.save(figure, *paths)
-    for path in paths[1:]:
-        content = path.read_bytes()
-        assert b"/FontFile2" in content
-        assert b"/Type3" not in content
-    again = tmp_path / "again.svg"
-    plots.save(plots.figure(results, kind=kind, width=width), again)
-    assert again.read_bytes() == paths[0].read_bytes()
+@pytest.mark.parametrize("make", [line, shapley_result])
+def test_files_embed_truetype_and_are_the_same_again(make, tmp_path):
+    paths = [tmp_path / f"x.{ending}" for ending in ("pdf", "svg")]
+    plots.save(plots.figure([make()], width="single"), *paths)
+    content = paths[0].read_bytes()
+    assert b"/FontFile2" in content
+    assert b"/Type3" not in content
+    again = plots.figure([make()], width="single")
+    again.draw_without_rendering()  # on a screen, as often as one likes
+    again.savefig(tmp_path / "screen.png")
+    plots.save(again, tmp_path / "again.pdf")
+    assert (tmp_path / "again.pdf").read_bytes() == content
 
 
 def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path):
@@ -220,16 +245,13 @@ def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path):
 def drawn(tmp_path_factory):
     """A folder for every script's figures, and what went wrong with it; all are run in one process without torch.
 
-    Their PNGs are drawn, which is where a layout fails, but not coloured in.
+    They are laid out, but not written: files are tested elsewhere.
     """
     folder = tmp_path_factory.mktemp("scripts")
     code = """if True:
-        import json, pathlib, runpy, sys, traceback
+        import pathlib, runpy, sys, traceback
         from matplotlib.figure import Figure
-        savefig = Figure.savefig
-        def quick(self, file, *, format, metadata):
-            savefig(self, file, format=format, metadata=metadata) if format != "png" else file.write(b"")
-        Figure.savefig = quick
+        Figure.savefig = lambda figure, *_, **__: figure.draw_without_rendering()
         folder, *scripts = sys.argv[1:]
         for script in map(pathlib.Path, scripts):
             place = pathlib.Path(folder, script.stem)
@@ -271,6 +293,17 @@ def test_negative_contributions_get_a_diverging_map_around_zero():
     result.columns["value"][0] = -0.4
     image = plots.figure([result]).axes[0].images[0]
     assert image.norm(0.0) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("width", plots.WIDTHS)
+def test_both_signs_share_one_scale_and_the_bar_shows_what_there_is(width):
+    result = shapley_result()
+    result.columns["value"][:] = [0.012, -0.0004] * 9
+    first, *_, bar = plots.figure([result], width=width).axes
+    norm = first.images[0].norm
+    assert norm(-0.0004) == pytest.approx(0.5 - 0.5 * 0.0004 / 0.012)
+    assert norm(0.012) == pytest.approx(1)
+    assert (bar.get_xlim() if width == "single" else bar.get_ylim()) == pytest.approx((-0.0004, 0.012))
 
 
 def test_bars_show_values_and_intervals_and_several_seeds_as_means():
@@ -331,8 +364,10 @@ def test_captions_say_whose_band_is_which():
 @pytest.mark.parametrize("width", ["single", "double"])
 def test_a_sweep_has_bars_for_patterns_and_curves_for_the_rest(width):
     bars, sparsity, rank = plots.figure([sweep_result()], width=width).axes
-    assert [text.get_text() for text in bars.get_xticklabels()] == ["all", "even", "random:3"]
-    assert [patch.get_height() for patch in bars.patches[:3]] == pytest.approx([0.9, 0.87, 0.84])
+    names = bars.get_yticklabels() if width == "single" else bars.get_xticklabels()
+    assert [text.get_text() for text in names] == ["all", "even", "random:3"]
+    lengths = [patch.get_width() if width == "single" else patch.get_height() for patch in bars.patches[:3]]
+    assert lengths == pytest.approx([0.9, 0.87, 0.84])
     assert sparsity.lines[0].get_xdata() == pytest.approx([0, 0.5, 0.9])
     assert sparsity.lines[0].get_ydata() == pytest.approx([0.81, 0.78, 0.75])
     assert rank.lines[0].get_xdata() == pytest.approx([1, 2])
@@ -347,8 +382,16 @@ def test_criteria_of_which_several_draws_are_averaged_have_open_markers():
         for row in result.rows()
     ]
     renamed = Result("sweep", columns(rows), result.parameters, {}, {"examples": 500})
-    for drawn in plots.figure([renamed], kind="sweep:rank").axes[0].lines:
-        assert (drawn.get_markerfacecolor() == "white") == drawn.get_label().endswith("mine")
+    figure = plots.figure([renamed], kind="sweep:rank")
+    handles = dict(
+        zip((t.get_text() for t in figure.legends[0].get_texts()), figure.legends[0].legend_handles, strict=True)
+    )
+    assert list(handles) == ["lora-s0", "coto-s0", "mine", "random"]
+    lines = figure.axes[0].lines
+    assert {line.get_linestyle() for line in lines} == {handles[name].get_linestyle() for name in ("random", "mine")}
+    for drawn in lines:
+        mine = drawn.get_linestyle() == handles["mine"].get_linestyle()
+        assert (drawn.get_markerfacecolor() == "white") == mine
 
 
 def test_a_kind_that_was_not_swept_is_asked_for_by_name():
@@ -439,8 +482,8 @@ def test_a_caption_of_any_length_stays_within_the_figure(width):
 
 @given(st.text(alphabet="$\\_a", min_size=1, max_size=40), st.integers(6, 20))
 def test_a_name_that_is_cut_begins_no_formula(name, most):
-    cut = plot_style.shortened(escape.drawn(name), most)
-    assert len(cut) <= max(most, len(name))
+    (cut,) = shortened([escape.drawn(name)], most)
+    assert len(cut.replace(r"\$", "$")) <= most
     assert not re.search(r"(?<!\\)\$", cut)
 
 
@@ -454,5 +497,5 @@ def test_a_text_is_as_wide_as_it_is_drawn(text):
         figure = Figure(dpi=600)
         drawn = figure.text(0, 0, text, fontsize=7)
         figure.draw_without_rendering()
-        assert primitives.inches(text, 7) == pytest.approx(drawn.get_window_extent().width / 600, abs=0.02)
-        assert primitives.inches("中", 7) > 0.05  # that the font lacks it is told where it is drawn
+        assert inches(text, 7) == pytest.approx(drawn.get_window_extent().width / 600, abs=0.02)
+        assert inches("中", 7) > 0.05  # that the font lacks it is told where it is drawn

@@ -1,0 +1,177 @@
+"""Where a view draws: panels in lines, with their titles, one legend, one colour bar and a caption around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from lora_lab.errors import OptionError
+from lora_lab.plots import style as plot_style
+from lora_lab.plots.names import Numbers, extent, fit_names, folded, inches, shortened, type_size
+
+_CAPTION = 7
+_GREY = "#555555"
+_PAGE = 9.0  # inches: the height of a page, for which many panels are laid out
+_LEGEND = 0.6  # inches that figures have for their legend
+_SMALLEST = 5.0  # points: print that is still read
+
+
+class Panels:
+    """Where a view draws its panels: on a figure of its own, in the place of the Axes given, or on as many Axes.
+
+    Legends and captions outside of the panels belong to whole figures: on Axes that were given, the legend lies in the
+    first of them and there is no caption.
+    """
+
+    def __init__(self, ax: Axes | Sequence[Axes] | None, width: str) -> None:
+        self.width = width
+        self.single = width == "single"
+        self._given = None if ax is None else [ax] if isinstance(ax, Axes) else list(np.ravel(np.asarray(ax)))
+        self._titles: dict[Axes, tuple[tuple[str, ...], str]] = {}
+
+    @property
+    def page(self) -> float:
+        """How many inches wide the figure is."""
+        return plot_style.WIDTHS[self.width]
+
+    def grid(self, count: int, columns: int, height: float, ratios: Any = None, *, sharey: bool = False) -> list[Axes]:
+        """`count` panels in lines of so many, of heights as `ratios`; a figure of its own is `height` inches high."""
+        lines = -(-count // columns)
+        if self._given is not None and len(self._given) == count:
+            return self._given
+        spec = self._spec(lines, columns, height, height_ratios=ratios)
+        axes: list[Axes] = list(spec.subplots(squeeze=False, sharey=sharey).ravel())
+        for ax in axes[count:]:
+            ax.set_axis_off()
+        return axes[:count]
+
+    def columns(self, count: int, most: int, height: float) -> int:
+        """How many of `count` panels, each so many inches high, stand in a line.
+
+        These are at most `most`, or up to twice as many (or 3) where the lines would be more than a page has.
+        """
+        columns = min(most, count)
+        while -(-count // columns) * height > _PAGE and columns < max(3, 2 * most):
+            columns += 1
+        return columns
+
+    def stack(self, below: tuple[int, int], height: float, ratios: Sequence[float], *, sharey: bool) -> list[Axes]:
+        """A panel over the whole width, and below it (lines, columns) of others, which may share their y axis."""
+        lines, columns = below
+        if self._given is not None and len(self._given) == 1 + lines * columns:
+            return self._given
+        spec = self._spec(1 + lines, 1, height, height_ratios=ratios, panels=1 + lines * columns)
+        figure = spec.figure
+        # grids within the grid: long names beside one panel leave the others their width
+        axes = [figure.add_subplot(spec[0].subgridspec(1, 1)[0])]
+        for line in range(lines):
+            inner = spec[1 + line].subgridspec(1, columns)
+            for column in range(columns):
+                first = axes[1] if sharey and len(axes) > 1 else None
+                axes.append(figure.add_subplot(inner[column], sharey=first))
+        return axes
+
+    def _spec(self, lines: int, columns: int, height: float, panels: int | None = None, **ratios: Any) -> Any:
+        if self._given is None:
+            return plot_style.new(self.width, height).add_gridspec(lines, columns, **ratios)
+        place = self._given[0].get_subplotspec() if len(self._given) == 1 else None
+        if place is None:
+            raise OptionError(
+                f"{panels or lines * columns} panels do not fit on {len(self._given)} axes: "
+                "as many are needed, or one of a grid"
+            )
+        self._given[0].set_axis_off()
+        return place.subgridspec(lines, columns, **ratios)
+
+    def title(self, ax: Axes, *parts: str, joint: str = " – ") -> None:
+        """A title that stays above its panel, its parts in a line each if need be; `lay_out` shortens all of them."""
+        self._titles[ax] = parts, joint
+        ax.set_title("\n".join(parts))
+
+    def legend(self, *axes: Axes, columns: int | None = None, more: Mapping[str, Any] | None = None) -> None:
+        """The legend of some panels for all, a name once: above the figure, in as many columns as fit.
+
+        By default these are up to 4, or 2 in one column of a page. `more` are names → handles that panels lack.
+        """
+        named: dict[str, Any] = {}
+        for ax in axes:
+            for handle, name in zip(*ax.get_legend_handles_labels(), strict=True):
+                named.setdefault(name, handle)
+        for name, handle in (more or {}).items():
+            named.setdefault(name, handle)
+        if not named:
+            return
+        handles, names = list(named.values()), list(named)
+        if self._given is not None:
+            axes[0].legend(handles, names)
+            return
+        figure = figure_of(axes[0])
+        most = columns or (2 if self.single else 4)
+        for count in range(min(most, len(names)), 0, -1):
+            made = figure.legend(handles, names, loc="outside upper center", ncols=count)
+            if count == 1 or made.get_window_extent().width <= figure.bbox.width:
+                break
+            made.remove()
+        height = made.get_window_extent().height / figure.dpi
+        figure.set_figheight(figure.get_figheight() + max(0.0, height - _LEGEND))
+
+    def colour_bar(self, axes: Sequence[Axes], image: Any, label: str, shrink: float = 0.9) -> Any:
+        """One colour bar beside all panels, or below them where these have one column of a page."""
+        figure = figure_of(axes[0])
+        length = shrink * (self.page if self.single else figure.get_figheight())
+        text = "\n".join(folded(label, type_size("axes.labelsize"), 0.8 * length))
+        more: dict[str, Any] = {"location": "bottom", "aspect": 30} if self.single else {"aspect": 10 * length}
+        if self.single:
+            more["pad"] = 0.05 / figure.get_figheight()
+        return figure.colorbar(image, ax=list(axes), label=text, shrink=shrink, ticks=Numbers(), **more)
+
+    def caption(self, ax: Axes, text: str) -> None:
+        """Grey lines below the figure that say what it was measured on; in one column, a line for each part.
+
+        Parts stand between semicolons; what is wider than the figure goes on in a further line.
+        """
+        if self._given is not None:
+            return
+        figure = figure_of(ax)
+        room = figure.get_figwidth() - 0.2
+        lines: list[str] = []
+        for part in text.split("; "):
+            whole = f"{lines[-1]}; {part}" if lines and not self.single else part
+            if whole is not part and inches(whole, _CAPTION) <= room:
+                lines[-1] = whole
+            else:
+                lines += folded(part, _CAPTION, room)
+        figure.supxlabel("\n".join(lines), fontsize=_CAPTION, color=_GREY)
+
+    def lay_out(self, axes: Sequence[Axes]) -> None:
+        """Fit titles and the names on axes to the size that the panels have once they are laid out."""
+        if self._given is None:
+            figure_of(axes[0]).draw_without_rendering()
+        for axis in (axis for ax in axes for axis in (ax.xaxis, ax.yaxis)):
+            fit_names(axis)
+        if self._titles:
+            self._fit_titles()
+
+    def _fit_titles(self) -> None:
+        size, room = type_size("axes.titlesize"), min(extent(ax.xaxis) for ax in self._titles)
+        titles = list(self._titles.values())
+        whole = all(inches(joint.join(parts), size) <= room for parts, joint in titles)
+        parts = [part for parts, _ in titles for part in parts]
+        most = max(map(len, parts))
+        while not whole and most > 8 and max(inches(f"{part} –", size) for part in shortened(parts, most)) > room:
+            most -= 1
+        short = iter(shortened(parts, most))
+        texts = [
+            (joint if whole else f"{joint.rstrip()}\n").join(next(short) for _ in parts) for parts, joint in titles
+        ]
+        widest = max(inches(text, size) for text in texts)
+        for ax, text in zip(self._titles, texts, strict=True):
+            ax.set_title(text, fontsize=max(_SMALLEST, size * min(1.0, room / widest)))
+
+
+def figure_of(ax: Axes) -> Any:
+    """The figure, or part of one, that the axes lie on."""
+    return ax.get_figure()
