@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,11 +33,21 @@ class Merging:
         "Choose on the validation splits: coefficient=0.3,0.5,1 or any option of the method (a grid), or "
         "coefficient=0.1..2 (scipy). Repeatable.",
     )
-    rank: int | None = option(None, "Cut to this rank, the error is told; by default exact.", least=1)
+    rank: int | None = option(
+        None,
+        "Cut to this rank, the error is told. By default exact, but a merge by single entries (ties, dare, della …), "
+        "which has no low rank, is cut to the ranks of the adapters together.",
+        least=1,
+    )
+    exact: bool = option(
+        False, "Cut nothing: a merge by single entries is written whole, as large as the weights that it changes."
+    )
     heads: str | None = option(
         None, "Heads that differ: keep-own (each its own, beside it), average (a plain mean), or first."
     )
-    dtype: str = option("float32", "float32, bfloat16 or float16, of the file.")
+    dtype: str | None = option(
+        None, "float32, bfloat16 or float16 (fp32, bf16, fp16), of the file; by default the adapters' own, the widest."
+    )
     base: str | None = option(None, "Folder or hub id of the base model: for DoRA, HiRA and others, whose ΔW needs it.")
 
 
@@ -96,13 +105,13 @@ def command(
     """Merge adapters into one that PEFT loads, with the ΔW that the method says: no base model is needed for it.
 
     Ranks, alphas and modules may differ between the adapters; where one leaves a module alone, its ΔW there is 0.
-    Nothing is cut unless --rank says so. fisher, regmean, lorahub and adamerging look at data: the training or
-    validation splits of the tasks that the adapters record (or --task).
+    A sum is exact unless --rank cuts it; what is lost by a cut or by rounding is told. fisher, regmean, lorahub and
+    adamerging look at data: the training or validation splits of the tasks that the adapters record (or --task).
 
     Example:  lora-lab merge a.safetensors b.safetensors c.safetensors --method ties --set density=0.2 -o merged
     """
     from ..files.disk import refuse_existing
-    from ..merging.export import save
+    from ..merging.export import recorded, save
     from ..merging.methods import MERGES
 
     path = output.path()
@@ -121,8 +130,15 @@ def command(
     sources = _sources(loaded, weights, how, task if read_data else None, computing, task.trust_record)
     merged = _merged(sources, how, options, spaces, computing)
     fitted = output.fit(merged.adapter)
-    save(replace(merged, adapter=fitted.adapter), path, inputs=inputs, force=output.force)
-    report = {**_report(path, merged), "changes": list(fitted.changes), "advice": list(fitted.advice)}
+    merged = recorded(replace(merged, adapter=fitted.adapter), inputs)
+    save(merged, path, inputs=inputs, force=output.force)
+    report = {
+        "path": str(path),
+        **merged.adapter.record["merge"],
+        "errors": dict(merged.errors),
+        "changes": list(fitted.changes),
+        "advice": list(fitted.advice),
+    }
     if output.json:
         print_json(report)
     else:
@@ -155,20 +171,12 @@ def _merged(sources: Any, how: Merging, options: Any, spaces: Any, computing: Se
             options=options,
             coefficient=coefficient,
             rank=how.rank,
+            exact=how.exact,
             heads=how.heads,
             dtype=how.dtype,
             trials=trials,
             progress=on.progress,
         )
-
-
-def _report(output: Path, made: Any) -> dict[str, Any]:
-    from ..adapters.adapter import Adapter
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        record = Adapter.load(output).record
-    return {"path": str(output), **record["merge"], "errors": dict(made.errors)}
 
 
 def show(report: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -163,12 +163,31 @@ class Adapter:
         return path
 
 
-def from_updates(updates: Mapping[str, LowRank], *, like: Adapter, source: str) -> Adapter:
-    """See `Adapter.with_updates`; layouts (embedding, convolution, fan_in_fan_out) follow `like`'s sites."""
-    if not updates:
+def from_updates(
+    updates: Mapping[str, LowRank] | Iterable[tuple[str, LowRank]],
+    *,
+    like: Adapter,
+    source: str,
+    dtype: torch.dtype | None = None,
+) -> Adapter:
+    """See `Adapter.with_updates`; layouts (embedding, convolution, fan_in_fan_out) follow `like`'s sites.
+
+    Pairs of (module, update) may come one by one, so that only their tensors, in `dtype`, are kept.
+    """
+    sites, tensors_of = {}, {}
+    for name, update in updates.items() if isinstance(updates, Mapping) else updates:
+        kind = _kind(update, like.sites.get(name))
+        site = Site(name, kind, {}, update.rank, 1.0)
+        ends = ("", "") if kind == "embedding" else (".weight", ".weight")
+        keys = {part: f"{PREFIX}{name}.{part}{end}" for part, end in zip(site.pair, ends, strict=True)}
+        factors = stored(update, kind, bool(like.config.get("fan_in_fan_out")))
+        tensors_of[name] = {k: f if dtype is None else f.to(dtype) for k, f in zip(keys.values(), factors, strict=True)}
+        sites[name] = replace(site, keys=keys)
+    if not sites:
         raise AdapterError("an adapter needs at least one module")
-    names = sorted(updates)
-    ranks = {name: updates[name].rank for name in names}
+    names = sorted(sites)
+    sites = {name: sites[name] for name in names}
+    ranks = {name: site.rank or 0 for name, site in sites.items()}
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     uneven = {anchored(name): rank for name, rank in ranks.items() if rank != common}
     config = {
@@ -183,16 +202,7 @@ def from_updates(updates: Mapping[str, LowRank], *, like: Adapter, source: str) 
         "init_lora_weights": True,
         "target_modules": peft_config.exact_targets(names, like.sites),
     }
-    tensors: dict[str, Tensor] = {}
-    sites = {}
-    for name in names:
-        kind = _kind(updates[name], like.sites.get(name))
-        site = Site(name, kind, {}, ranks[name], 1.0)
-        A, B = stored(updates[name], kind, bool(config.get("fan_in_fan_out")))
-        ends = ("", "") if kind == "embedding" else (".weight", ".weight")
-        keys = {part: f"{PREFIX}{name}.{part}{end}" for part, end in zip(site.pair, ends, strict=True)}
-        tensors |= dict(zip(keys.values(), (A, B), strict=True))
-        sites[name] = replace(site, keys=keys)
+    tensors = {key: tensor for name in names for key, tensor in tensors_of[name].items()}
     beside = {key: tensor for key, tensor in other_tensors(like, sites).items() if key.startswith(PREFIX)}
     tensors |= beside
     if config.get("modules_to_save"):  # PEFT cannot load a file that lacks what these name

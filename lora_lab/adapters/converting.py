@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lora_lab import files
 from lora_lab.adapters.adapter import Adapter
@@ -21,6 +22,7 @@ from lora_lab.brief import Brief
 from lora_lab.errors import FileError, LoraLabWarning, OptionError, shorten, unknown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHECKED = 1e-6
 """Difference of ΔW, relative to the size of its factors, at which a written file is refused."""
 
@@ -100,6 +102,24 @@ def save(
             adapter.save(beside)
         read = verify(beside, adapter)
     return read, [str(warning.message) for warning in told]
+
+
+def same_bits(path: Path, adapter: Adapter) -> bool:
+    """Whether a file in PEFT's format holds the adapter's very tensors, each to the bit."""
+    file = path if path.is_file() else path / "adapter_model.safetensors"
+    if not file.is_file():
+        return False
+    written = files.LazyTensors(file)
+    if written.keys() != adapter.tensors.keys():
+        return False
+    return all(_same_bits(written[key], adapter.tensors[key]) for key in written)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    first, second = (tensor.detach().cpu().contiguous().flatten().view(torch.uint8) for tensor in (one, other))
+    return torch.equal(first, second)
 
 
 def verify(path: Path, adapter: Adapter) -> Adapter:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from lora_lab.files.disk import replacing as replacing
     from lora_lab.files.disk import write_bytes as write_bytes
     from lora_lab.files.disk import write_json as write_json
-    from lora_lab.files.disk import write_safetensors as write_safetensors
     from lora_lab.files.streamed import LazyTensors as LazyTensors
     from lora_lab.files.streamed import byte_size as byte_size
     from lora_lab.files.streamed import index_of as index_of
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from lora_lab.files.streamed import shards as shards
     from lora_lab.files.streamed import spooled_writer as spooled_writer
     from lora_lab.files.streamed import streamed_writer as streamed_writer
+    from lora_lab.files.streamed import write_safetensors as write_safetensors
 
 __getattr__, __dir__, __all__ = face(
     __name__,
@@ -43,7 +43,6 @@ __getattr__, __dir__, __all__ = face(
             "replacing",
             "write_bytes",
             "write_json",
-            "write_safetensors",
         ),
         "streamed": (
             "LazyTensors",
@@ -53,6 +52,7 @@ __getattr__, __dir__, __all__ = face(
             "shards",
             "spooled_writer",
             "streamed_writer",
+            "write_safetensors",
         ),
     },
 )

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _LONGEST_HEADER = 2**25
 """Bytes of a safetensors header: a quarter of a million tensors have half of that."""
+_CHUNK = 2**20
 _DEEPEST = 100
 """Levels of JSON: what is written here has a dozen, and what is read is walked through by calls within calls."""
 
@@ -161,17 +162,6 @@ def read_bin(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file beside its place, then rename: `path` is whole or as it was."""
-    import torch
-    from safetensors.torch import save
-
-    copies = {  # of their own, since safetensors refuses tensors that share memory
-        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()
-    }
-    write_bytes(path, _with_sorted_header(save(copies, dict(metadata))))
-
-
 def write_json(path: Path, content: object) -> None:
     """Write strict JSON (no NaN) beside its place, then rename; what is no text in a name is escaped."""
     text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
@@ -227,24 +217,17 @@ def _refuse_unwritable(path: Path) -> None:
 def file_hash(path: Path) -> str:
     """The first 16 hex digits of a file's SHA-256; of a folder, of the names and contents of its files, sorted."""
     digest = hashlib.sha256()
+    buffer = bytearray(_CHUNK)
     try:
         for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
             if path.is_dir():
                 digest.update(file.name.encode())
-            digest.update(file.read_bytes())
+            with file.open("rb", buffering=0) as stream:
+                while read := stream.readinto(buffer):
+                    digest.update(memoryview(buffer)[:read])
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror})") from error
     return digest.hexdigest()[:16]
-
-
-def _with_sorted_header(data: bytes) -> bytes:
-    """The same file with its metadata in order, which safetensors shuffles: one content, one hash."""
-    end = 8 + struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8:end])
-    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight
-    return struct.pack("<Q", len(text)) + text + data[end:]
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

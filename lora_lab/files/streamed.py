@@ -171,6 +171,21 @@ def _sharded(index: Path) -> LazyTensors:
     return tensors
 
 
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file beside its place, then rename: `path` is whole or as it was.
+
+    Tensors that are read when they are asked for are held one at a time.
+    """
+    spec: Spec = (
+        tensors.spec
+        if isinstance(tensors, LazyTensors)
+        else {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    )
+    with streamed_writer(path, spec, metadata) as write:
+        for name in tensors:
+            write(name, tensors[name])
+
+
 @contextlib.contextmanager
 def streamed_writer(
     path: Path, spec: Spec, metadata: Mapping[str, str] | None = None

@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_lab import escape, files
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.converting import verify
+from lora_lab.adapters.converting import same_bits, verify
 from lora_lab.errors import OptionError
 from lora_lab.files.ownership import METADATA
 from lora_lab.merging.merged import Merged
@@ -27,13 +27,7 @@ def save(merged: Merged, path: Path, *, inputs: Sequence[Path] = (), force: bool
     lone = path.suffix == ".safetensors"
     if lone and merged.heads:
         raise OptionError(f"{path}: with heads kept apart, a folder is needed, not a lone file")
-    here = provenance()
-    made = {**merged.adapter.record["merge"], "versions": here["versions"], "commit": here["commit"]}
-    if inputs:
-        hashes = [files.file_hash(file) if file.exists() else None for file in inputs]
-        made["inputs"] = [{**entry, "sha256": h} for entry, h in zip(made["inputs"], hashes, strict=True)]
-    record = {**merged.adapter.record, "merge": made}
-    adapter = replace(merged.adapter, record=record)
+    adapter = recorded(merged, inputs).adapter
     with files.replacing(path) as beside:
         adapter.save(beside)
         if not lone:
@@ -42,8 +36,22 @@ def save(merged: Merged, path: Path, *, inputs: Sequence[Path] = (), force: bool
                 (beside / "heads").mkdir(exist_ok=True)
                 mark = {"format": "pt", f"{METADATA}head": label}
                 files.write_safetensors(beside / "heads" / f"{label}.safetensors", tensors, mark)
-        verify(beside, adapter)
+        if not same_bits(beside, adapter):  # another format, or a fault that is then told
+            verify(beside, adapter)
     return path
+
+
+def recorded(merged: Merged, inputs: Sequence[Path] = ()) -> Merged:
+    """The merge with what its file records beside: versions, and the hashes of the files that it was made from."""
+    made = merged.adapter.record["merge"]
+    if "versions" in made:
+        return merged
+    here = provenance()
+    made = {**made, "versions": here["versions"], "commit": here["commit"]}
+    if inputs:
+        hashes = [files.file_hash(file) if file.exists() else None for file in inputs]
+        made["inputs"] = [{**entry, "sha256": h} for entry, h in zip(made["inputs"], hashes, strict=True)]
+    return replace(merged, adapter=replace(merged.adapter, record={**merged.adapter.record, "merge": made}))
 
 
 def card(adapter: Adapter) -> str:
@@ -67,7 +75,7 @@ def card(adapter: Adapter) -> str:
     rows["weights"] = words(made["weights"])
     if made["coefficient"] != 1:
         rows["coefficient"] = f"{made['coefficient']:g}"
-    rows["rank"] = "as the method needs" if made["rank"] is None else str(made["rank"])
+    rows["rank"] = made["ranks"]
     rows["relative error of ΔW"] = f"{made['error']:.3g}"
     if made["heads"]:
         rows["heads"] = made["heads"]

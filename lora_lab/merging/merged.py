@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from lora_lab.adapters.adapter import Adapter, from_updates
 from lora_lab.adapters.converting import DTYPES
 from lora_lab.adapters.cutting import factored
 from lora_lab.adapters.describe import labels_of
+from lora_lab.adapters.formats import peft_format
 from lora_lab.adapters.lowrank import LowRank, is_finite
 from lora_lab.adapters.renames import require_shared_modules
 from lora_lab.adapters.whole import HEADS, Whole, merge_heads, token_settings
@@ -26,6 +27,8 @@ from lora_lab.merging.methods import MERGES, check
 from lora_lab.merging.sources import Sources
 from lora_lab.options import check_options, checked, option
 
+WHOLE: dict[str, Any] = {"exact": True, "dtype": "float32"}
+"""Settings of a merge that is scored: nothing is cut or rounded."""
 _CANCELLED = 1e-12
 """Norm of ΔW, relative to the size of its factors, at which it is rounding and stands for 0."""
 
@@ -35,17 +38,38 @@ class MergeOptions:
     """What a merge is besides its method; OptionError for what cannot be."""
 
     coefficient: float = option(1.0, "The merged ΔW is multiplied by it.", title="the coefficient")
-    rank: int | None = option(None, "Cut to this rank, the error is told; by default exact.", least=1)
+    rank: int | None = option(
+        None,
+        "Cut to this rank, the error is told. By default exact, but what works on single entries, whose ΔW has no low "
+        "rank, is cut to the ranks of the adapters together.",
+        least=1,
+    )
+    exact: bool = option(False, "Cut nothing: what works on single entries is written whole, as large as the model.")
     heads: str | None = option(
         None,
         "Heads that differ: keep-own (each its own, beside it), average (a plain mean), or first.",
         choices=lambda: HEADS,
         title="way with heads",
     )
-    dtype: str = option("float32", "float32, bfloat16 or float16, of the file.", choices=lambda: DTYPES)
+    dtype: str | None = option(
+        None,
+        "float32, bfloat16 or float16 (fp32, bf16, fp16), of the file; by default that of the adapters, the widest of "
+        "them.",
+        choices=lambda: DTYPES,
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
+        if self.exact and self.rank is not None:
+            raise OptionError(f"a rank of {self.rank} and exact are both asked for; a cut is not exact")
+
+    def dtype_of(self, adapters: Sequence[Adapter]) -> torch.dtype:
+        """The dtype asked for, or the narrowest that holds all numbers of the adapters' factors, at most float32."""
+        if self.dtype is not None:
+            return DTYPES[self.dtype]
+        kinds = {a.tensors[key].dtype for a in adapters for site in a.sites.values() for key in site.keys.values()}
+        wide = {kind for kind in kinds if kind in (torch.bfloat16, torch.float16)}
+        return wide.pop() if len(wide) == 1 and wide == kinds else torch.float32
 
 
 @dataclass(frozen=True, repr=False)
@@ -79,33 +103,35 @@ def merge(
     """The adapter that a method of MERGES makes of the sources.
 
     `options` are the method's, `settings` the fields of `MergeOptions`. Exact at the rank that the method needs, or cut
-    to the `rank` asked for with its error. `heads` says what becomes of heads and other whole tensors where the sources
-    differ in them: keep-own (each its own, beside the adapter), average, first. `trials` of a search (search.py) go
-    into the record.
+    to the `rank` asked for with its error; a dense ΔW is cut to the ranks of the sources together unless `exact`.
+    `heads` says what becomes of heads and other whole tensors where the sources differ in them: keep-own (each its own,
+    beside the adapter), average, first. `trials` of a search (search.py) go into the record.
     """
     given, how = check(method, options or {}), MergeOptions(**settings)
     require_shared_modules(sources.adapters)
     formats = {adapter.layout.format: adapter.source for adapter in reversed(sources.adapters)}
     if len(formats) > 1:
-        told = ", ".join(f"{source} ({name})" for name, source in reversed(formats.items()))
+        listed = ", ".join(f"{source} ({name})" for name, source in reversed(formats.items()))
         warnings.warn(
-            f"adapters of several formats: {told}; what comes out is in {sources.adapters[0].layout.format}'s",
+            f"adapters of several formats: {listed}; what comes out is in {sources.adapters[0].layout.format}'s",
             LoraLabWarning,
             stacklevel=2,
         )
     whole = merge_heads(sources.adapters, _file_names(sources.adapters), how.heads)
     every_option = {n: v for n, v in {**MERGES[method].defaults(given), **given}.items() if v is not None}
-    updates: dict[str, LowRank] = {}
-    errors: dict[str, float] = {}
-    norms: dict[str, float] = {}
-    for done, (name, result) in enumerate(MERGES[method](sources, **every_option), 1):
-        updates[name], errors[name], norms[name] = _finished(result, how, name, method)
-        if progress:
-            progress(done, len(sources.modules))
-    # ‖lost‖ / ‖ΔW‖ over all modules, from ‖lost_m‖ = error_m ‖ΔW_m‖
-    total = math.sqrt(math.fsum(norm**2 for norm in norms.values()))
-    lost = math.sqrt(math.fsum((errors[name] * norms[name]) ** 2 for name in norms))
+    dtype = how.dtype_of(sources.adapters)
+    told: dict[str, _Stored] = {}
+
+    def stored() -> Iterator[tuple[str, LowRank]]:
+        for name, result in MERGES[method](sources, **every_option):
+            update, told[name] = _finished(result, how, dtype, sources.rank_of(name), f"{method}: ΔW of {name}")
+            yield name, update
+            if progress:
+                progress(len(told), len(sources.modules))
+
     names = labels_of(sources.adapters)
+    adapter = from_updates(stored(), like=sources.like, source=f"{method} of {shorten(names)}", dtype=dtype)
+    errors = {name: each.error for name, each in told.items()}
     record = {
         "method": method,
         "options": every_option,
@@ -113,23 +139,23 @@ def merge(
         "weights": sources.weights.record,
         "rank": how.rank,
         "heads": how.heads,
-        "dtype": how.dtype,
-        "error": lost / total if total else 0.0,
-        "ranks": _range([update.rank for update in updates.values()]),
+        "exact": how.exact,
+        "dtype": str(dtype).removeprefix("torch."),
+        "error": _error(told, adapter),
+        "ranks": _range([site.rank or 0 for site in adapter.sites.values()]),
         "trials": trials,
         "inputs": [{"adapter": n, **_brief(a)} for n, a in zip(names, sources.adapters, strict=True)],
         "absent": {name: len(absent) for name, absent in zip(names, sources.absent, strict=True) if absent},
     }
-    adapter = from_updates(updates, like=sources.like, source=f"{method} of {shorten(names)}")
-    adapter = _with_whole(adapter, whole, DTYPES[how.dtype])
+    adapter = _with_whole(adapter, whole)
     adapter = replace(adapter, record=_record(sources, record), origin=_origin(sources.adapters))
     return Merged(
         adapter, method, every_option, record["weights"], record["error"], errors, whole.apart, sources.absent
     )
 
 
-def _with_whole(adapter: Adapter, whole: Whole, dtype: torch.dtype) -> Adapter:
-    """The adapter in its dtype with heads and other whole tensors, of which its configuration knows."""
+def _with_whole(adapter: Adapter, whole: Whole) -> Adapter:
+    """The adapter with heads and other whole tensors, of which its configuration knows."""
     config = token_settings(adapter.config, whole.tokens)
     if whole.apart:  # PEFT would make heads anew that the file does not hold
         parts = config.get("modules_to_save") or []
@@ -138,7 +164,7 @@ def _with_whole(adapter: Adapter, whole: Whole, dtype: torch.dtype) -> Adapter:
         headless: dict[str, Any] = {} if saved else {"task_type": None}
         config = {**config, "modules_to_save": saved or None, **headless}
     factors = {key for site in adapter.sites.values() for key in site.keys.values()}
-    tensors = {key: tensor.to(dtype) for key, tensor in adapter.tensors.items() if key in factors}
+    tensors = {key: tensor for key, tensor in adapter.tensors.items() if key in factors}
     return replace(adapter, config=config, tensors={**tensors, **whole.tensors})
 
 
@@ -147,33 +173,74 @@ def _range(ranks: Sequence[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _finished(merged: LowRank | Tensor, how: MergeOptions, name: str, method: str) -> tuple[LowRank, float, float]:
-    """The update as it will be stored, its relative error and its norm."""
-    too_large = f"{method}: ΔW of {name} is not finite: an adapter, a weight or an option is too large for it"
+@dataclass(frozen=True)
+class _Stored:
+    """What is told of a module that was merged."""
+
+    error: float
+    norm: float | None
+    """‖ΔW‖; None where nothing was lost, so that nobody needed it."""
+
+
+def _error(told: Mapping[str, _Stored], adapter: Adapter) -> float:
+    """‖lost‖ / ‖ΔW‖ over all modules, from ‖lost_m‖ = error_m ‖ΔW_m‖."""
+    if not any(each.error for each in told.values()):
+        return 0.0
+    squares, lost = [], []
+    for name, each in told.items():
+        norm = each.norm
+        if norm is None:
+            norm = peft_format.update(adapter.sites[name], adapter.tensors, adapter.config).norm()
+        squares.append(norm**2)
+        lost.append((each.error * norm) ** 2)
+    total = math.fsum(squares)
+    return math.sqrt(math.fsum(lost) / total) if total else 0.0
+
+
+def _finished(
+    merged: LowRank | Tensor, how: MergeOptions, dtype: torch.dtype, budget: int, what: str
+) -> tuple[LowRank, _Stored]:
+    """The update with the numbers that will be stored, and what is told of it; a dense one is cut to the budget."""
+    too_large = f"{what} is not finite: an adapter, a weight or an option is too large for it"
     if not is_finite(merged):
         raise MismatchError(too_large)
+    error, norm = 0.0, None
     if isinstance(merged, Tensor):
-        norm = float(merged.norm(dtype=torch.float64) if merged.dtype == torch.float64 else merged.norm())
-        update, error = factored(merged, how.rank)
+        norm = float(torch.linalg.vector_norm(merged, dtype=torch.float64))
+        update, error = factored(merged, None if how.exact else how.rank or budget)
+    elif how.rank is not None and how.rank < merged.rank:
+        update, error, norm = merged.cut(how.rank)
     else:
-        norm = merged.norm()
-        update, error = (merged, 0.0) if how.rank is None or how.rank >= merged.rank else merged.truncate(how.rank)
-        if update.rank > min(update.B.shape[0], update.A.shape[1]):
-            update = factored(update.delta())[0]
-    norm, update = norm * abs(how.coefficient), update * how.coefficient
+        update = merged
+    if update.rank > min(update.B.shape[0], update.A.shape[1]):
+        update = factored(update.delta())[0]
+    if how.coefficient != 1:
+        update = update * how.coefficient
+        norm = None if norm is None else norm * abs(how.coefficient)
     if not is_finite(update):
         raise MismatchError(too_large)
-    if norm <= _CANCELLED * update.bound():  # or no factors at all, which PEFT has no rank for
-        norm = 0.0
+    # or no factors at all, which PEFT has no rank for
+    if update.vanishes(_CANCELLED) if norm is None else norm <= _CANCELLED * update.bound():
         rows, columns = update.B.shape[0], update.A.shape[1]
-        update = LowRank(torch.zeros(1, columns), torch.zeros(rows, 1), update.shape)
-    dtype, wide = DTYPES[how.dtype], torch.float32
-    stored = LowRank(update.A.to(dtype).to(wide), update.B.to(dtype).to(wide), update.shape)
-    if not (torch.isfinite(stored.A).all() and torch.isfinite(stored.B).all()):
-        raise OptionError(f"{name} has entries that {how.dtype} cannot hold; float32 can")
-    if dtype != wide and norm:
-        error = math.hypot(error, (stored - LowRank(update.A.to(wide), update.B.to(wide), update.shape)).norm() / norm)
-    return stored, error, norm
+        return LowRank(torch.zeros(1, columns), torch.zeros(rows, 1), update.shape), _Stored(error, 0.0)
+    return _rounded(update, dtype, error, norm, what)
+
+
+def _rounded(
+    update: LowRank, dtype: torch.dtype, error: float, norm: float | None, what: str
+) -> tuple[LowRank, _Stored]:
+    """The update in float32, with entries that `dtype` has, and what is told of it."""
+    A, B = update.A.float().cpu(), update.B.float().cpu()
+    stored = LowRank(A.to(dtype).float(), B.to(dtype).float(), update.shape)
+    if not all(all(map(math.isfinite, map(float, factor.aminmax()))) for factor in (stored.A, stored.B)):
+        raise OptionError(f"{what} has entries that {str(dtype).removeprefix('torch.')} cannot hold; float32 can")
+    if dtype == torch.float32 or (torch.equal(stored.A, A) and torch.equal(stored.B, B)):
+        return stored, _Stored(error, norm)
+    # B'A' − BA = (B' − B) A' + B (A' − A), which loses no digits
+    lost = LowRank(torch.cat([stored.A, stored.A - A]), torch.cat([stored.B - B, B], dim=1), update.shape)
+    rounding = lost.norm() if lost.rank < min(len(B), A.shape[1]) else float(lost.delta().norm())
+    norm = update.norm() if norm is None else norm
+    return stored, _Stored(math.hypot(error, rounding / norm), norm)
 
 
 def _file_names(adapters: Sequence[Adapter]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import OptionError
-from lora_lab.merging.merged import merge
+from lora_lab.merging.merged import WHOLE, merge
 from lora_lab.merging.methods import MERGES
 from lora_lab.merging.sources import Sources, Weights
 from lora_lab.merging.task_models import MergeModels, mean_loss
@@ -84,7 +84,7 @@ class MergedUpdates(Change):
 
     def _merged(self, models: MergeModels) -> Mapping[str, LowRank]:
         sources = models.sources.part(self.members, self.weights)
-        return merge(sources, self.method, options=self.options, heads="keep-own").adapter.updates
+        return merge(sources, self.method, options=self.options, heads="keep-own", **WHOLE).adapter.updates
 
 
 @dataclass(frozen=True)

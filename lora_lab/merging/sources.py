@@ -18,7 +18,7 @@ from lora_lab.adapters.adapter import Adapter, same_base
 from lora_lab.adapters.attached import weight_deltas
 from lora_lab.adapters.cutting import factored
 from lora_lab.adapters.formats.keys import natural_key
-from lora_lab.adapters.formats.peft_format import update
+from lora_lab.adapters.formats.peft_format import shape_of, update
 from lora_lab.adapters.groups import locate
 from lora_lab.adapters.lowrank import LowRank, is_finite
 from lora_lab.errors import MismatchError, OptionError, TunerError, shorten
@@ -166,22 +166,43 @@ class Sources:
             raise MismatchError(f"{adapter.source}: ΔW of {name} is not finite: its factors are too large for float32")
         return found
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What ΔW is computed in: float64 where an adapter has it, else float32."""
+        kinds = {a.tensors[key].dtype for a in self.adapters for site in a.sites.values() for key in site.keys.values()}
+        return torch.float64 if torch.float64 in kinds else torch.float32
+
+    def rank_of(self, name: str) -> int:
+        """The ranks of all adapters in a module, added: the rank of a sum of theirs, up to the module's sides."""
+        shape = self.shapes[name]
+        whole = min(shape[0], shape[1:].numel())
+        own = [adapter.sites[name].rank if i not in self._exact else None for i, adapter in self._with(name)]
+        return min(whole, sum(whole if rank is None else rank for rank in own))
+
+    def _with(self, name: str) -> list[tuple[int, Adapter]]:
+        return [(i, adapter) for i, adapter in enumerate(self.adapters) if name in adapter.sites]
+
     def _shapes(self) -> dict[str, torch.Size]:
         shapes: dict[str, tuple[torch.Size, str]] = {}
         for index, adapter in enumerate(self.adapters):
             for name in adapter.sites:
-                found = self._update(index, name)
-                assert found is not None
-                known, source = shapes.setdefault(name, (torch.Size(found.shape), adapter.source))
-                if known != found.shape:
+                found = torch.Size(self._shape(index, name))
+                known, source = shapes.setdefault(name, (found, adapter.source))
+                if known != found:
                     raise MismatchError(
-                        f"{source} and {adapter.source}: {name} is {tuple(known)} and {tuple(found.shape)}; adapters "
-                        "of one base model are needed"
+                        f"{source} and {adapter.source}: {name} is {tuple(known)} and {tuple(found)}; adapters of one "
+                        "base model are needed"
                     )
         return {name: shapes[name][0] for name in sorted(shapes, key=natural_key)}
 
+    def _shape(self, index: int, name: str) -> tuple[int, ...]:
+        """Of ΔW, from the shapes of its factors alone."""
+        if index in self._exact:
+            return self._exact[index].updates[name].shape
+        adapter = self.adapters[index]
+        return shape_of(adapter.sites[name], adapter.tensors, adapter.config)
 
-@checked
+
 def base_of(
     adapters: Sequence[Adapter], base: str | None, *, trust_record: bool = False
 ) -> Callable[[], nn.Module] | None:

@@ -125,13 +125,13 @@ def test_a_merge_is_scored_as_the_merged_adapter_itself_on_each_task(sets, resul
     (curve,) = [c for c in result.summary["curves"] if (c["set"], c["merge"]) == ("lora, seed 0", "ties")]
     assert curve["coefficient"] == [0.5, 1.0, 2.0]
     for i, coefficient in enumerate(curve["coefficient"]):
-        merged = merge(sources, "ties", coefficient=coefficient).adapter
+        merged = merge(sources, "ties", coefficient=coefficient, exact=True).adapter
         own = [score(Few(labelling), merged, "validation") for labelling in TASKS]
         assert curve["accuracy"][i] == pytest.approx(np.mean([s.accuracy for s in own]))
         assert curve["loss"][i] == pytest.approx(np.mean([s.mean_loss for s in own]), abs=1e-5)
     for labelling in TASKS:
         (row,) = result.rows(set="lora, seed 0", merge="ties", chosen=True, task=f"digits/{labelling}")
-        merged = merge(sources, "ties", coefficient=row["coefficient"]).adapter
+        merged = merge(sources, "ties", coefficient=row["coefficient"], exact=True).adapter
         own = score(Few(labelling), merged)
         assert row["accuracy"] == pytest.approx(own.accuracy)
         assert row["loss"] == pytest.approx(own.mean_loss, abs=1e-5)

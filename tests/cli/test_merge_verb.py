@@ -369,7 +369,7 @@ def saved(tmp_path_factory):
 
 
 def test_a_search_takes_what_does_best_on_validation_data_and_shows_what_was_tried(lora_lab, digits, tmp_path):
-    line = ["--method", "ties", "--search", "coefficient=0.25,3", "--search", "density=0.1,1"]
+    line = ["--method", "ties", "--search", "coefficient=0.25,3", "--search", "density=0.1,1", "--exact"]
     code, out, err = lora_lab("merge", *digits, *line, "-o", "m", "--json")
     assert code == 0, err
     report = json.loads(out)

@@ -1,6 +1,7 @@
 """Merges at their edges: seeds that are not given, numbers that do not fit, modules without a change, odd tuners."""
 
 import warnings
+from dataclasses import replace
 from importlib.metadata import entry_points
 
 import peft
@@ -10,6 +11,7 @@ from peft_models import logits, randomised
 from tiny_models import Tiny, adapter, deltas, update
 
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.formats.layout import Layout
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import FileError, LoraLabError, LoraLabWarning, OptionError, TunerError
 from lora_lab.merging import export
@@ -157,18 +159,32 @@ def test_adapters_that_cancel_leave_zeros_that_peft_can_load(method, tmp_path):
 
 def test_a_file_that_lost_a_module_is_not_kept(tmp_path, monkeypatch):
     merged = merge(twins())
-    true = Adapter.load.__func__
+    true = Adapter.save
 
-    def forgetful(cls, path, **options):
-        loaded = true(cls, path, **options)
-        kept = {name: u for name, u in loaded.updates.items() if name != "layers.1.fc"}
-        return loaded.with_updates(kept, source=str(path))
+    def forgetful(adapter, path, **options):
+        kept = {name: u for name, u in adapter.updates.items() if name != "layers.1.fc"}
+        return true(adapter.with_updates(kept, source=str(path)), path, **options)
 
-    monkeypatch.setattr(Adapter, "load", classmethod(forgetful))
+    monkeypatch.setattr(Adapter, "save", forgetful)
     for target in ("m", "m.safetensors"):
         with pytest.raises(FileError, match=rf"{target}: the file does not hold the modules that were written"):
             save(merged, tmp_path / target)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_another_format_is_checked_by_its_delta(tmp_path, monkeypatch):
+    merged = merge(twins())
+    merged = replace(merged, adapter=replace(merged.adapter, layout=Layout("mlx")))
+    save(merged, tmp_path / "right")
+    true = Adapter.save
+
+    def wrong(adapter, path, **options):
+        return true(replace(adapter, tensors={k: t * 1.001 for k, t in adapter.tensors.items()}), path, **options)
+
+    monkeypatch.setattr(Adapter, "save", wrong)
+    with pytest.raises(FileError, match=r"does not give the ΔW of layers\.[01]\.fc"):
+        save(merged, tmp_path / "wrong")
+    assert [path.name for path in tmp_path.iterdir()] == ["right"]
 
 
 def test_a_failed_replacement_leaves_what_was_there(tmp_path, monkeypatch):

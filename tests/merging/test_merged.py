@@ -112,7 +112,7 @@ def test_inputs_stay_as_they_are_and_shapes_and_dtypes_are_kept(method, pair, ta
 
 @pytest.mark.parametrize("method", [name for name in MERGES if name not in FLATTENED + SEARCHED])
 def test_one_adapter_at_weight_one_is_itself(method, pair, tasks):
-    merged = merge(Sources(pair[:1], tasks=tasks[:1]), method, options=LOSSLESS.get(method))
+    merged = merge(Sources(pair[:1], tasks=tasks[:1]), method, options=LOSSLESS.get(method), exact=True)
     close(deltas(merged.adapter), deltas(pair[0]))
     assert merged.error == 0
 
@@ -299,10 +299,52 @@ def test_a_file_in_bfloat16_tells_the_error_of_its_rounding(tmp_path):
     assert 1e-4 < merged.error < 1e-2
 
 
+@pytest.mark.parametrize("method", ["ties", "dare", "dare-ties", "della", "breadcrumbs", "magnitude"])
+def test_what_works_on_entries_is_cut_to_the_ranks_of_the_sources_together_unless_it_is_to_be_exact(method, tmp_path):
+    found = [tiny(tmp_path, f"{s}", seed=s, rows=20, columns=16, rank=rank) for s, rank in enumerate((2, 3))]
+    whole = merge(Sources(found), method, exact=True)
+    exact = whole.adapter.updates["net.q_proj"].delta().double()
+    assert (whole.error, whole.adapter.sites["net.q_proj"].rank) == (0, 16)
+    merged = merge(Sources(found), method)
+    kept = merged.adapter.updates["net.q_proj"]
+    S = torch.linalg.svdvals(exact)
+    assert kept.rank == 5
+    assert merged.error == pytest.approx(float(S[5:].norm() / S.norm()), rel=1e-4)
+    assert float((kept.delta() - exact).norm() / exact.norm()) == pytest.approx(merged.error, rel=1e-4)
+    with pytest.raises(OptionError, match="a rank of 3 and exact are both asked for"):
+        merge(Sources(found), method, exact=True, rank=3)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "wanted"),
+    [
+        ([torch.bfloat16, torch.bfloat16], torch.bfloat16),
+        ([torch.float16, torch.float16], torch.float16),
+        ([torch.bfloat16, torch.float16], torch.float32),
+        ([torch.bfloat16, torch.float32], torch.float32),
+        ([torch.float64, torch.float64], torch.float32),
+    ],
+)
+def test_the_file_is_in_the_widest_dtype_of_the_adapters(kinds, wanted, tmp_path):
+    found = [
+        Adapter.load(write(tmp_path / f"{seed}", lora("net.q_proj", seed=seed, dtype=kind), r=2, lora_alpha=4))
+        for seed, kind in enumerate(kinds)
+    ]
+    merged = merge(Sources(found, [1.0, 0.3]))  # 0.3 is no number of bfloat16
+    exact = sum(w * f.updates["net.q_proj"].delta().double() for w, f in zip((1.0, 0.3), found, strict=True))
+    assert {tensor.dtype for tensor in merged.adapter.tensors.values()} == {wanted}
+    assert merged.adapter.record["merge"]["dtype"] == str(wanted).removeprefix("torch.")
+    true = float((merged.adapter.updates["net.q_proj"].delta().double() - exact).norm() / exact.norm())
+    assert merged.error == (pytest.approx(true, rel=1e-3) if wanted != torch.float32 else 0)
+    assert true > 1e-5 or wanted == torch.float32
+    for alias, kind in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+        assert {t.dtype for t in merge(Sources(found), dtype=alias).adapter.tensors.values()} == {kind}
+
+
 def test_a_rank_cuts_to_the_best_approximation_and_tells_the_error(tmp_path):
     found = [tiny(tmp_path, f"{s}", seed=s, rows=20, columns=16, rank=4) for s in (0, 1, 2)]
     for method in ("task-arithmetic", "ties"):
-        whole = merge(Sources(found), method).adapter.updates["net.q_proj"].delta().double()
+        whole = merge(Sources(found), method, exact=True).adapter.updates["net.q_proj"].delta().double()
         merged = merge(Sources(found), method, rank=3)
         kept = merged.adapter.updates["net.q_proj"]
         S = torch.linalg.svdvals(whole)
@@ -503,7 +545,7 @@ def test_factors_whose_product_float32_cannot_hold_are_refused_with_their_source
     a, big = tiny(tmp_path, "a"), tiny(tmp_path, "big")
     huge = replace(big, tensors={k: t * 1e25 for k, t in big.tensors.items()})
     with pytest.raises(MismatchError, match=r"big: ΔW of net\.q_proj is not finite"):
-        Sources([a, huge])
+        merge(Sources([a, huge]))
 
 
 @pytest.mark.parametrize("method", [name for name in MERGES if not MERGES[name].reads_data])
@@ -567,7 +609,7 @@ def test_random_methods_thin_modules_of_one_shape_differently(tmp_path):
         **{k.replace("q_proj", "v_proj"): t for k, t in lora("net.q_proj", seed=0).items()},
     }
     one = Adapter.load(write(tmp_path / "a", tensors, r=2, lora_alpha=4))
-    merged = merge(Sources([one]), "dare").adapter.updates
+    merged = merge(Sources([one]), "dare", exact=True).adapter.updates
     assert not torch.equal(merged["net.q_proj"].delta() != 0, merged["net.v_proj"].delta() != 0)
 
 

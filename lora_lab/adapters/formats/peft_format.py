@@ -142,6 +142,14 @@ def update(site: Site, tensors: Mapping[str, Tensor], config: Mapping[str, Any])
     return LowRank(A.flatten(1), B.flatten(1), (B.shape[0], *A.shape[1:]))
 
 
+def shape_of(site: Site, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of `update`, from those of the factors alone."""
+    A, B = (tuple(tensors[site.keys[part]].shape) for part in site.pair)
+    if site.kind == "embedding" or (site.kind == "linear" and config.get("fan_in_fan_out")):
+        return A[1], B[0]
+    return B[0], *A[1:]
+
+
 def why_not_additive(config: Mapping[str, Any], sites: Collection[Site]) -> str | None:
     """Why ΔW is not scale · B A for this adapter, or None if it is."""
     tuner, init = tuner_of(config), str(config.get("init_lora_weights")).lower()

@@ -184,7 +184,7 @@ def main() -> None:
     """Train the base anew, write it as fp16, and print its accuracy on the test split."""
     from pathlib import Path
 
-    from lora_lab.files.disk import write_safetensors
+    from lora_lab.files.streamed import write_safetensors
 
     torch.set_num_threads(1)
     model = train_base()
