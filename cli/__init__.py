@@ -13,11 +13,11 @@ from typing import Any
 
 import typer
 
-from ..errors import LoraLabError, LoraLabNote, LoraLabWarning
+from ..errors import LoraLabError, LoraLabNote, LoraLabWarning, OptionError
 from ..escape import visible
 from . import streams
 from .terminal import escaping
-from .verbs import command_of
+from .verbs import checking, command_of
 
 _EPILOG = "Start with `lora-lab quickstart`: a minute or two from nothing to a first figure."
 
@@ -40,10 +40,11 @@ _VERBS = (
     "tasks",
     "figure",
     "schema",
+    "run",
 )
 
 
-def _application(arguments: Sequence[str]) -> typer.Typer:
+def application(arguments: Sequence[str]) -> typer.Typer:
     """The verb that is called with its options; without one, all of them without, which would take time to build."""
     app = typer.Typer(
         name="lora-lab",
@@ -88,7 +89,7 @@ def _run(arguments: list[str], heard: list[int]) -> int:
     """The exit code; what went wrong has been said."""
     try:
         with escaping():
-            code = _application(arguments)(arguments, standalone_mode=False)
+            code = application(arguments)(arguments, standalone_mode=False)
     except LoraLabError as error:
         return _say(_with_flags(str(error)))
     except BrokenPipeError:
@@ -107,6 +108,18 @@ def _run(arguments: list[str], heard: list[int]) -> int:
     if code == _ENDED_BY + signal.SIGINT:  # typer returns it, or raises, by its version
         return _say("interrupted; nothing half-written was left", _ENDED_BY + (heard or [signal.SIGINT])[0])
     return code if isinstance(code, int) else 0
+
+
+def check(arguments: list[str]) -> None:
+    """Take a command line apart and hold its options against their bounds; nothing is run.
+
+    OptionError says what is wrong.
+    """
+    try:
+        with checking():
+            application(arguments)(arguments, standalone_mode=False)
+    except _UsageError as error:
+        raise OptionError(_usage(error)[0]) from error
 
 
 def _say(text: str, code: int = 1) -> int:

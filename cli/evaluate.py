@@ -25,7 +25,7 @@ class File(Output):
 
 
 def command(
-    paths: Annotated[list[str], typer.Argument(help="Adapters.")],
+    adapters: Annotated[list[str], typer.Argument(help="Adapters.")],
     question: Evaluate,
     task: TaskEach,
     loading: Loading,
@@ -47,13 +47,13 @@ def command(
     json = output.output or Path("evaluate.json")
     beside = [json.with_suffix(f".{ending}") for ending in output.tables]
     if output.output:
-        refuse_existing(json, force=output.force, inputs=[Path(path) for path in paths])
+        refuse_existing(json, force=output.force, inputs=[Path(path) for path in adapters])
     for path in beside:
         tables.refuse(path, force=output.force)
-    adapters = loading.load(paths)
-    tasks = task.of(adapters)
+    loaded = loading.load(adapters)
+    tasks = task.of(loaded)
     with computing.execution("evaluating") as on:
-        result = question.run(adapters, tasks, on)
+        result = question.run(loaded, tasks, on)
     written = [result.save(json)] if output.output else []
     for path in beside:
         written += tables.save(result, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -252,12 +252,14 @@ class AdapterOutput(AdapterFile):
             check_place(super().path(), self.format or read)
 
     def fit(self, adapter: Adapter) -> Fitted:
-        """The adapter as it is to be written, and what that changed."""
+        """The adapter as it is to be written, with the recipe that makes it again, and what a server changed in it."""
         from ..adapters.converting import converted
         from ..adapters.serving import Fitted, fitted, uniform
+        from .verbs import step
 
+        made = replace(adapter, record={**adapter.record, "recipe": {"steps": [step()]}})
         if self.server is not None:
-            return fitted(adapter, self.server)
-        even, changes = uniform(adapter) if self.uniform_rank else (adapter, [])
-        made = converted(even, self.format)
-        return Fitted(made.adapter, (*changes, *made.changes))
+            return fitted(made, self.server)
+        even, changes = uniform(made) if self.uniform_rank else (made, [])
+        written = converted(even, self.format)
+        return Fitted(written.adapter, (*changes, *written.changes))

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
@@ -63,6 +67,42 @@ FORMS: dict[Any, Form] = {
 """Types of fields that typer does not know."""
 
 
+_called: ContextVar[tuple[str, dict[str, Any]]] = ContextVar("called")
+
+
+def step() -> dict[str, Any]:
+    """The verb that runs, with all that it was told but its output, as a step of a recipe.
+
+    Of files and folders the names stand there alone: where they lie is nobody's business.
+    """
+    verb, given = _called.get()
+    left_out = ("output", "force", "json", "yes", "jobs", "ray", "device")
+    return {verb: {key: _told(value) for key, value in given.items() if key not in left_out}}
+
+
+def _told(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _told(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_told(inner) for inner in value]
+    if isinstance(value, Path) or (isinstance(value, str) and os.path.lexists(value)):
+        return Path(value).name
+    return value if isinstance(value, str | int | float | bool) else str(value)
+
+
+_checking: ContextVar[bool] = ContextVar("checking", default=False)
+
+
+@contextmanager
+def checking() -> Iterator[None]:
+    """Within it a command only builds what it would be called with, so that its options are checked."""
+    token = _checking.set(True)
+    try:
+        yield
+    finally:
+        _checking.reset(token)
+
+
 def command_of(function: Callable[..., None]) -> Callable[..., None]:
     """The function as typer takes it, every dataclass among its parameters replaced by its options.
 
@@ -83,10 +123,17 @@ def command_of(function: Callable[..., None]) -> Callable[..., None]:
             parameters.append(parameter.replace(annotation=hint))
 
     def command(**given: Any) -> None:
+        told = {key: value for key, value in given.items() if value not in (None, defaults.get(key), [], ())}
+        _called.set((name, {words[key]: value for key, value in told.items()}))
         for parameter, group in groups.items():
             given[parameter] = build(group, given)
-        function(**given)
+        if not _checking.get():
+            function(**given)
 
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+    words = {parameter.name: parameter.name for parameter in parameters}
+    for group in groups.values():
+        words |= {field.name: flags(field, said)[-1].strip("-").split("/")[0] for field, said in shown(_group(group))}
     command.__doc__, command.__module__, command.__wrapped__ = function.__doc__, function.__module__, function  # type: ignore[attr-defined]
     ordered = sorted(parameters, key=lambda parameter: parameter.default is not inspect.Parameter.empty)
     command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]

@@ -1,0 +1,173 @@
+"""`lora-lab run`: the steps of a recipe, of which only those are run that something has changed for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import FileError
+from ..options import option
+from . import recipes
+from .terminal import messages, print_json, size, table
+
+
+@dataclass(frozen=True)
+class Running:
+    """What is done with the steps."""
+
+    dry_run: bool = option(False, "Check every step and tell what would be run, and why; nothing is written.")
+    force: bool = option(False, "Run every step again, and replace outputs that this recipe did not write.")
+    json: bool = option(False, "Print what was done as JSON.")
+
+
+def command(recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")], how: Running) -> None:
+    """Run the steps of a recipe: merges, prunings, conversions, fusions, scores, one after the other.
+
+    A step is a verb with its options by their long names; paths are relative to the recipe's folder. All steps are
+    checked before the first one is run. A step is run when its options, what it reads or what it wrote have changed
+    since, and left alone otherwise; what is known of that lies beside the recipe in NAME.state.json. A merge may be
+    written in mergekit's words, too (merge_method, models, parameters).
+
+    Example:  lora-lab run recipe.yaml --dry-run
+    """
+    steps = recipes.read(recipe)
+    state = _State(recipe.with_name(f"{recipe.stem}.state.json"))
+    said = []
+    with contextlib.chdir(recipe.parent):
+        changed: set[str] = set()
+        for step in steps:
+            why = "asked for" if how.force else state.why(step, changed)
+            entry = {"step": step.number, "verb": step.verb, "output": step.output, "run": why, **state.last(step)}
+            entry["bytes"] = sum(recipes.size_of(Path(p)) for p in step.inputs if Path(p).exists())
+            said.append(entry)
+            if why and how.dry_run:
+                changed.add(step.output)
+            if why is None or how.dry_run:
+                continue
+            messages.print(f"{step.name} → {step.output}: {why}")
+            entry |= _run(step, force=how.force or state.wrote(step))
+            state.note(step, entry["seconds"], entry["peak_memory"])
+    if how.json:
+        print_json({"recipe": str(recipe), "dry_run": how.dry_run, "steps": said})
+    else:
+        show(said, dry=how.dry_run)
+
+
+def _run(step: recipes.Step, *, force: bool) -> dict[str, Any]:
+    from . import application
+
+    words = [step.verb, *step.arguments, "-o", step.output, *(["--force"] if force else [])]
+    accepted = {name for p in recipes.command_named(step.verb).params for name in p.opts}
+    words += ["--yes"] if "--yes" in accepted else []
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(sys.stderr):  # standard output is for what `run` says
+        application([step.verb])(words, standalone_mode=False)
+    return {"seconds": round(time.perf_counter() - start, 3), "peak_memory": _peak()}
+
+
+def _peak() -> int | None:
+    """Bytes of memory that this process has had at most; None where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class _State:
+    """What each step was run with, and what it wrote: beside the recipe, sealed with the user's key."""
+
+    def __init__(self, path: Path) -> None:
+        from .. import files
+        from ..files import trust
+
+        self._path, self._seal = path.absolute(), trust.seal
+        self._steps: dict[str, Any] = {}
+        if path.exists():
+            with contextlib.suppress(FileError, KeyError, TypeError, AttributeError):
+                content = files.read_json(path)
+                if content["seal"] == self._sealed(content["steps"]):
+                    self._steps = content["steps"]
+
+    def _sealed(self, steps: dict[str, Any]) -> str:
+        return self._seal(json.dumps(steps, sort_keys=True).encode())
+
+    def _stamp(self, step: recipes.Step) -> list[Any]:
+        """All that the step hangs on: its words, what lies at every path among them, and the version."""
+        from importlib.metadata import version
+
+        read = {path: recipes.content_of(Path(path)) for path in sorted(set(step.inputs)) if Path(path).exists()}
+        return [step.verb, step.arguments, read, version("lora-lab")]
+
+    def why(self, step: recipes.Step, changed: set[str]) -> str | None:
+        """Why the step is to be run; None where it is up to date."""
+        known = self._steps.get(step.output)
+        made = next((path for path in step.inputs if path in changed), None)
+        if made:
+            return f"{made} is made anew"
+        if known is None:
+            return "not run yet"
+        verb, arguments, read, version = known["stamp"]
+        now = self._stamp(step)
+        if [verb, arguments] != now[:2]:
+            return "its options have changed"
+        for path, content in now[2].items():
+            if read.get(path) != content:
+                return f"{path} has changed"
+        if version != now[3]:
+            return f"lora-lab {now[3]} is not {version}, which wrote it"
+        content = recipes.content_of(Path(step.output))
+        if content is None:
+            return f"{step.output} is not there"
+        return None if content == known["wrote"] else f"{step.output} has changed"
+
+    def wrote(self, step: recipes.Step) -> bool:
+        """Whether what lies at the output is what this recipe has put there, so that it may be replaced."""
+        known = self._steps.get(step.output)
+        return known is not None and recipes.content_of(Path(step.output)) == known["wrote"]
+
+    def last(self, step: recipes.Step) -> dict[str, Any]:
+        """How long the step took when it was last run, and how much memory there was in use at most."""
+        known = self._steps.get(step.output, {})
+        return {"seconds": known.get("seconds"), "peak_memory": known.get("peak_memory")}
+
+    def note(self, step: recipes.Step, seconds: float, peak: int | None) -> None:
+        """Write down that the step was run, so that a later run goes on from it."""
+        from .. import files
+
+        wrote = recipes.content_of(Path(step.output))
+        self._steps[step.output] = {
+            "stamp": self._stamp(step),
+            "wrote": wrote,
+            "seconds": seconds,
+            "peak_memory": peak,
+        }
+        files.write_json(
+            self._path, {"format": "lora-lab run 1", "steps": self._steps, "seal": self._sealed(self._steps)}
+        )
+
+
+def show(steps: list[dict[str, Any]], *, dry: bool) -> None:
+    """The steps as a table."""
+    rows = [
+        (
+            step["step"],
+            step["verb"],
+            step["output"],
+            step["run"] or "up to date",
+            size(step["bytes"]),
+            "not known" if step["seconds"] is None else f"{step['seconds']:.1f} s",
+            "not known" if step["peak_memory"] is None else size(step["peak_memory"]),
+        )
+        for step in steps
+    ]
+    title = "What would be run" if dry else "What was run"
+    took = "took last" if dry else "took"
+    table(title, ("step", "verb", "output", "why", "reads", took, "memory at most"), rows, texts=4)

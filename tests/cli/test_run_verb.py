@@ -1,0 +1,159 @@
+"""Recipes: steps that are checked before any is run, run when something has changed, and left alone otherwise."""
+
+import json
+
+import pytest
+import torch
+from making_adapters import lora, write
+
+from lora_lab.adapters.adapter import Adapter
+
+STEPS = """
+steps:
+  - merge:
+      adapters: [a, b]
+      method: ties
+      set: {density: 0.5}
+      weights: [1, 0.5]
+      output: merged
+  - prune: {adapter: merged, rank: 2, uniform_rank: true, output: small.safetensors}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    for seed, name in enumerate("ab"):
+        write(tmp_path / name, lora(seed=seed), target_modules=["q_proj"])
+    (tmp_path / "r.yaml").write_text(STEPS)
+    return tmp_path / "r.yaml"
+
+
+@pytest.fixture
+def run(lora_lab, recipe):
+    def run(*options):
+        code, out, err = lora_lab("run", "r.yaml", "--json", *options)
+        assert code == 0, err
+        return [step["run"] for step in json.loads(out)["steps"]]
+
+    return run
+
+
+def test_a_recipe_gives_what_its_verbs_give(run, recipe, lora_lab, tmp_path):
+    assert run("--dry-run") == ["not run yet", "merged is made anew"]
+    assert not (tmp_path / "merged").exists()
+    assert run() == ["not run yet", "not run yet"]
+    merge = ("merge", "a", "b", "--method", "ties", "--set", "density=0.5", "--weights", "1,0.5", "-o", "m")
+    assert lora_lab(*merge)[0] == 0
+    assert lora_lab("prune", "m", "--rank", "2", "--uniform-rank", "-o", "s.safetensors")[0] == 0
+    made, wanted = (Adapter.load(tmp_path / name) for name in ("small.safetensors", "s.safetensors"))
+    assert made.tensors.keys() == wanted.tensors.keys()
+    assert all(torch.equal(made.tensors[key], tensor) for key, tensor in wanted.tensors.items())
+
+
+def test_only_what_has_changed_is_run_again(run, recipe, tmp_path):
+    run()
+    assert run() == [None, None]
+    recipe.write_text(STEPS.replace("rank: 2", "rank: 1"))
+    assert run() == [None, "its options have changed"]
+    write(tmp_path / "b", lora(seed=7), target_modules=["q_proj"])
+    assert run("--dry-run") == ["b has changed", "merged is made anew"]
+    assert run() == ["b has changed", "merged has changed"]
+    (tmp_path / "small.safetensors").unlink()
+    assert run() == [None, "small.safetensors is not there"]
+    # the same bytes again: what hangs on them is left alone
+    assert run("--force") == ["asked for", "asked for"]
+    (tmp_path / "r.state.json").write_text((tmp_path / "r.state.json").read_text().replace('"wrote": "', '"wrote": "0'))
+    assert run("--dry-run") == ["not run yet", "merged is made anew"]  # a state that was edited is none
+
+
+def test_an_output_that_the_recipe_did_not_write_stays(run, recipe, lora_lab, tmp_path):
+    write(tmp_path / "merged", lora(seed=3))
+    before = (tmp_path / "merged" / "adapter_model.safetensors").read_bytes()
+    code, _, err = lora_lab("run", "r.yaml")
+    assert code == 1
+    assert "merged: exists already" in err
+    assert (tmp_path / "merged" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_what_is_written_holds_the_recipe_that_makes_it_again(run, recipe, lora_lab, tmp_path):
+    run()
+    (step,) = Adapter.load(tmp_path / "merged").record["recipe"]["steps"]
+    assert step["merge"] == {
+        "adapters": ["a", "b"],
+        "method": "ties",
+        "set": ["density=0.5"],
+        "weights": ["1,0.5"],
+    }
+    other = tmp_path / "again.yaml"
+    other.write_text(json.dumps({"steps": [{"merge": {**step["merge"], "output": "again"}}]}))
+    code, _, err = lora_lab("run", "again.yaml")
+    assert code == 0, err
+    first, again = (Adapter.load(tmp_path / name).tensors for name in ("merged", "again"))
+    assert all(torch.equal(again[key], tensor) for key, tensor in first.items())
+
+
+def test_a_merge_in_mergekits_words(recipe, lora_lab, tmp_path):
+    recipe.write_text(
+        """
+merge_method: ties
+base_model: some/base
+models:
+  - model: some/base+a
+    parameters: {weight: 1.0, density: 0.5}
+  - model: b
+    parameters: {weight: 0.5, density: 0.5}
+parameters: {lambda: 0.7}
+dtype: float32
+output: kit
+"""
+    )
+    assert lora_lab("run", "r.yaml")[0] == 0
+    merge = ("merge", "a", "b", "--method", "ties", "--set", "density=0.5", "--weights", "1,0.5")
+    assert lora_lab(*merge, "--coefficient", "0.7", "--dtype", "float32", "-o", "ours")[0] == 0
+    kit, ours = (Adapter.load(tmp_path / name).tensors for name in ("kit", "ours"))
+    assert all(torch.equal(kit[key], tensor) for key, tensor in ours.items())
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "a recipe is a mapping with `steps`, and this is a NoneType"),
+        ("steps: [", "line 1: not YAML"),
+        ("steps: []", "must list at least one step"),
+        ("step: []", "unknown key in r.yaml 'step' (did you mean 'steps'"),
+        ("steps: [{merg: {}}]", "unknown verb in step 1 of r.yaml 'merg' (did you mean 'merge'"),
+        ("steps: [{merge: {adapters: [a, b]}}]", "step 1 (merge) needs `output`"),
+        ("steps: [{prune: {adapter: a, rnk: 2, output: x}}]", "step 1 (prune) 'rnk' (did you mean 'rank'"),
+        ("steps: [{prune: {adapter: a, rank: two, output: x}}]", "step 1 (prune): invalid value for '--rank'"),
+        ("steps: [{prune: {adapter: a, rank: 0, output: x}}]", "step 1 (prune): --rank is 0; it must be at least 1"),
+        ("steps: [{prune: {rank: 2, output: x}}]", "step 1 (prune): missing argument 'adapter'"),
+        ("steps: [{prune: {adapter: a, force: true, rank: 1, output: x}}]", "step 1 (prune) 'force'"),
+        (
+            "steps: [{prune: {adapter: x, rank: 1, output: y}}, {prune: {adapter: a, rank: 1, output: x}}]",
+            "step 1 (prune) reads x, which step 2 (prune) only makes later",
+        ),
+        (
+            "steps: [{prune: {adapter: a, rank: 1, output: x}}, {prune: {adapter: b, rank: 1, output: ./x}}]",
+            "step 2 (prune) writes ./x, as step 1 (prune) does",
+        ),
+        (
+            "{merge_method: ties, models: [{model: a, parameters: {density: 0.1}}, {model: b}]}",
+            "density is not the same for all models",
+        ),
+        ("{merge_method: ties, models: [{model: a}], slices: []}", "unknown key in r.yaml 'slices'"),
+        (
+            "{merge_method: ties, models: [{model: a}, {model: b}], parameters: {normalize: true}}",
+            "normalize is not had",
+        ),
+        ("!!python/object/apply:os.system ['true']", "not YAML"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_one_line_and_nothing_is_run(recipe, lora_lab, tmp_path, text, told):
+    recipe.write_text(text)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    code, out, err = lora_lab("run", "r.yaml")
+    assert code == 1
+    assert out == ""
+    (line,) = err.strip().splitlines()
+    assert told.replace("`", "--", 1).replace("`", "") in line or told in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
