@@ -63,23 +63,27 @@ def command(
 
 def describe(listing: Any) -> dict[str, Any]:
     """The report as JSON types; what has no ΔW gets no norm, and the warnings say why."""
-    from ..adapters.formats import keys, peft_format
+    from ..adapters.formats import keys, peft_format, products
     from ..errors import LoraLabError
 
     adapter = listing.adapter
     warnings = [*listing.problems, *listing.warnings]
-    reason = peft_format.why_not_additive(adapter.config, adapter.sites.values())
+    reason = products.why_no_delta(adapter.config, adapter.sites.values())
     if reason and adapter.sites:
         warnings.append(f"no ΔW from the factors alone: {reason}")
+    updates = {}
+    if not reason and adapter.why_not_additive:  # LoHa and LoKr
+        with contextlib.suppress(LoraLabError, RuntimeError):
+            updates = adapter.updates
     modules, total = [], 0.0
     for name, site in adapter.sites.items():
         tensors = [adapter.tensors[key] for key in site.keys.values()]
         entry: dict[str, Any] = {"name": name, "type": site.kind, "rank": site.rank, "scale": site.scale}
         entry["dtype"] = str(tensors[0].dtype).removeprefix("torch.")
         entry |= {"shape": None, "norm": None, "effective_rank": None}
-        if site.scale is not None:
+        if site.scale is not None or name in updates:
             with contextlib.suppress(LoraLabError, RuntimeError):  # an SVD of NaN; the warnings name the tensor
-                update = peft_format.update(site, adapter.tensors, adapter.config)
+                update = updates.get(name) or peft_format.update(site, adapter.tensors, adapter.config)
                 entry["shape"] = list(update.shape)
                 if not reason:
                     entry |= {"norm": update.norm(), "effective_rank": update.effective_rank()}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lora_lab import files
-from lora_lab.adapters.formats import peft_config, peft_format
+from lora_lab.adapters.formats import peft_config, peft_format, products
 from lora_lab.adapters.formats.keys import PREFIX, anchored
 from lora_lab.adapters.formats.layout import Layout
 from lora_lab.adapters.formats.sites import Site
@@ -104,16 +104,30 @@ class Adapter:
 
     @cached_property
     def updates(self) -> dict[str, LowRank]:
-        """Module name → ΔW as a LowRank.
+        """Module name → ΔW as a LowRank; of LoHa and LoKr, of the rank that their products have.
 
-        Raises TunerError, naming the tuner, where ΔW is not scale · B A (DoRA, PiSSA, LoHa, OFT …).
+        Raises TunerError, naming the tuner, where ΔW is not known without the base model (DoRA, PiSSA, OFT …).
         """
-        self.require_additive()
-        return {name: peft_format.update(site, self.tensors, self.config) for name, site in self.sites.items()}
+        if self.why_no_delta:
+            raise TunerError(f"{self.source or 'adapter'}: no ΔW from the factors alone: {self.why_no_delta}")
+        return products.updates(self.sites, self.tensors, self.config)
+
+    @cached_property
+    def why_no_delta(self) -> str | None:
+        """Why ΔW is not known from the adapter alone, or None where it is: of LoRA, LoHa and LoKr."""
+        return products.why_no_delta(self.config, self.sites.values())
+
+    @property
+    def as_lora(self) -> Adapter:
+        """The same ΔW as a plain LoRA: itself, or of LoHa and LoKr with factors of the rank that ΔW has.
+
+        Raises TunerError where ΔW is not known without the base model.
+        """
+        return self if self.why_not_additive is None else self.with_updates(self.updates, source=self.source)
 
     @cached_property
     def why_not_additive(self) -> str | None:
-        """Why ΔW is not scale · B A, or None where it is."""
+        """Why ΔW is not scale · B A of two factors in the file, or None where it is."""
         return peft_format.why_not_additive(self.config, self.sites.values())
 
     def require_additive(self) -> None:

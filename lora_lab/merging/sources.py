@@ -73,8 +73,8 @@ class Weights:
 class Sources:
     """Adapters of one base model, ready to be merged.
 
-    A module that an adapter leaves alone has ΔW = 0 there; `absent` tells of them. Adapters whose ΔW is no plain
-    product (DoRA, HiRA, LoHa …) need the model in `base`, against which their ΔW is exact. `tasks`, one an adapter, are
+    A module that an adapter leaves alone has ΔW = 0 there; `absent` tells of them. Adapters whose ΔW is not known from
+    themselves (DoRA, HiRA …) need the model in `base`, against which their ΔW is exact. `tasks`, one an adapter, are
     for methods that look at data. Raises MismatchError where base models, modules or shapes do not fit.
     """
 
@@ -238,6 +238,13 @@ def _exact(adapters: Sequence[Adapter], base: Callable[[], nn.Module] | None) ->
     exact: dict[int, _Exact] = {}
     for index, adapter in enumerate(adapters):
         if adapter.why_not_additive is None:
+            continue
+        if base is None and adapter.why_no_delta is None:  # LoHa and LoKr
+            kinds = {
+                name: "linear" if len(u.shape) == 2 else f"conv{len(u.shape) - 2}d"
+                for name, u in adapter.updates.items()
+            }
+            exact[index] = _Exact(adapter.updates, kinds)
             continue
         if base is None:
             raise TunerError(f"{adapter.source}: {adapter.why_not_additive}; no base model was given")

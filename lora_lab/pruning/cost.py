@@ -38,7 +38,7 @@ def measured(
     lost: tuple[Mapping[str, float], Mapping[str, float]] | None = None,
 ) -> Pruned:
     """`after` with its record (for given options) and its cost; `lost` are ‖lost‖² and ‖ΔW‖² by module, if known."""
-    if lost is None and before.why_not_additive is None:
+    if lost is None and before.why_no_delta is None:
         whole = {name: update.norm() ** 2 for name, update in before.updates.items()}
         lost = {name: _lost(name, before, after) for name in whole}, whole
     gone, all_of_it = lost or ({}, {})
@@ -62,7 +62,8 @@ def _lost(name: str, before: Adapter, after: Adapter) -> float:
         return before.updates[name].norm() ** 2
     sites = before.sites[name], after.sites[name]
     if sites[0].scale == sites[1].scale and all(
-        before.tensors[sites[0].keys[part]] is after.tensors[sites[1].keys[part]] for part in sites[0].pair
+        part in sites[1].keys and before.tensors[key] is after.tensors[sites[1].keys[part]]
+        for part, key in sites[0].keys.items()
     ):
         return 0.0
     return (before.updates[name] - after.updates[name]).norm() ** 2

@@ -117,7 +117,6 @@ def _alive(adapter: Adapter, site: Site) -> list[int]:
 
 
 def _in_deltas(adapter: Adapter, masks: Masks, sparsity: float, rank: int | None) -> Pruned:
-    adapter.require_additive()
     wide = max((update.A.dtype for update in adapter.updates.values()), key=lambda dtype: dtype.itemsize)
 
     def parts() -> Iterator[Tensor]:

@@ -171,8 +171,8 @@ def prune_rank(
     (1 − ‖lost‖²/‖ΔW‖²), or the share `cumulative` of the sum of its units' norms, or all whose norm is above the
     largest divided by `ratio`. Of the SVD's units the norms are the singular values σ: kohya's sv_fro F is the energy
     F², its sv_cumulative and sv_ratio are these. A module whose own rank is no larger stays bit for bit; with a share,
-    modules whose ΔW is 0 are removed. Scales stay. New factors (svd) are rounded to the dtype of the old. Plain LoRA
-    only: TunerError for anything else.
+    modules whose ΔW is 0 are removed. Scales stay. New factors (svd) are rounded to the dtype of the old. LoHa and LoKr
+    become a LoRA; TunerError where ΔW is not known without the base model.
     """
     order = RANK_ORDERS[by].order
     given = {"energy": energy, "cumulative": cumulative, "ratio": ratio}
@@ -180,6 +180,9 @@ def prune_rank(
     _check_cut(rank, shares)
     if "ratio" in shares and RANK_ORDERS[by].random:
         raise OptionError(f"units in an order drawn at random ({by}) are not cut by a ratio of their norms")
+    before = adapter
+    if before.why_no_delta is None:
+        adapter = before.as_lora
     require_ranks(adapter)
     tensors, kept = dict(adapter.tensors), {}
     generator = np.random.default_rng(seed)
@@ -199,7 +202,7 @@ def prune_rank(
     pruned = keep_ranks(replace(adapter, tensors=tensors), kept)
     options = {"rank": rank} if rank is not None else {}
     return measured(
-        adapter, pruned, {**options, **shares, "by": by} | ({"seed": seed} if RANK_ORDERS[by].random else {})
+        before, pruned, {**options, **shares, "by": by} | ({"seed": seed} if RANK_ORDERS[by].random else {})
     )
 
 

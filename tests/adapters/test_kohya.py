@@ -325,7 +325,7 @@ def test_what_belongs_to_no_module_is_kept_and_told(tmp_path):
         (pair(UNET.replace("down_blocks_0_attentions_0", "input_blocks_1_1")), "two names of one module"),
         (pair("diffusion_model.double_blocks.0.img_mlp.0"), "two schemes; a file is of one model"),
         ({f"{UNET}.lora_A.weight": random(4, 5)}, f"{UNET}.lora_down.weight: two tensors for one place"),
-        ({f"{UNET}.diff_b": random(6)}, f"{UNET}.diff_b: changes the model in a way that is not known here"),
+        ({f"{UNET}.diff_b": random(6)}, f"{UNET}.diff_b: a change of a bias"),
         ({f"{UNET}.lora_down.0.weight": random(6)}, f"{UNET}.lora_down.0.weight: changes the model"),
         ({"x.weight_mask": random(6)}, "x.weight_mask: changes the model in a way that is not known here"),
         ({f"{UNET}.lora_up.weight": random(6, 4) / 0}, "non-finite values"),

@@ -539,7 +539,7 @@ def test_invocation_tokens_are_told(tmp_path):
     ],
 )
 @pytest.mark.parametrize("raw", [False, True])
-def test_every_tuner_has_its_sites_and_refuses_delta_maths_by_name(tmp_path, tuner, parts, raw):
+def test_every_tuner_has_its_sites_and_a_delta_or_a_reason_for_none(tmp_path, tuner, parts, raw):
     def written(part: str) -> str:
         head, dot, end = part.partition(".")
         return f"{head}.default{dot}{end}" if raw else part
@@ -551,6 +551,10 @@ def test_every_tuner_has_its_sites_and_refuses_delta_maths_by_name(tmp_path, tun
     assert all(site.kind == tuner.lower() and site.scale is None for site in adapter.sites.values())
     assert sorted(adapter.tensors) == sorted(f"{PREFIX}{module}.{part}" for module in (Q, K) for part in parts)
     assert not adapter.others
+    if tuner in ("LOHA", "LOKR"):  # of ones, at the scale 8 / 2 of PEFT's alpha: 4 · 2 · 2 and 4 · 1 ⊗ 2
+        wanted = torch.full((2, 2), 16.0) if tuner == "LOHA" else torch.full((4, 4), 8.0)
+        assert all(torch.equal(update.delta(), wanted) for update in adapter.updates.values())
+        return
     with pytest.raises(TunerError, match=tuner):
         _ = adapter.updates
 

@@ -414,11 +414,14 @@ def test_bad_options_of_analyses_give_one_line(lora_lab, pair, tmp_path, argumen
     assert not (tmp_path / "y").exists()
 
 
-def test_a_tuner_without_ranks_is_refused_by_name(lora_lab, tmp_path):
+def test_loha_has_no_ranks_of_its_own_but_is_cut_to_one(lora_lab, tmp_path):
     code, _, err = lora_lab("train", "--peft", "loha", "--rank", 2, "-o", "h.safetensors", *SHORT)
     assert code == 0, err
     one_line(lora_lab("shapley", "h.safetensors", "--players", "rank"), "LOHA has no rank-1 components")
-    one_line(lora_lab("prune", "h.safetensors", "--rank", 1, "-o", "y"), "LOHA")
+    assert lora_lab("prune", "h.safetensors", "--rank", 1, "-o", "cut")[0] == 0
+    from lora_lab import Adapter
+
+    assert {site.rank for site in Adapter.load(tmp_path / "cut").sites.values()} == {1}
     assert lora_lab("shapley", "h.safetensors", *FEW)[0] == 0
     assert lora_lab("prune", "h.safetensors", "--keep", "odd", "-o", "y")[0] == 0
 

@@ -166,6 +166,16 @@ def scheme_of(modules: Collection[str]) -> Scheme:
     return Scheme(sgm=sdxl and unet, numbered=sdxl or not unet)
 
 
+_THREE_BY_THREE = re.compile(
+    r"unet\.(conv_in|conv_out|.*\.(resnets\.\d+\.conv[12]|(downsamplers|upsamplers)\.\d+\.conv))$"
+)
+
+
+def kernel_of(module: str) -> tuple[int, ...]:
+    """The kernel of a U-Net's convolution by its canonical name; () of other layers, and where it is not known."""
+    return (3, 3) if _THREE_BY_THREE.match(module) else ()
+
+
 def from_sgm(path: str) -> str | None:
     """Diffusers' name of a U-Net's module from its authors' (input_blocks.4.1.proj_in); None for any other name."""
     for theirs, ours in _ENDS.items():

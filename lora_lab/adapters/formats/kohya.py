@@ -28,10 +28,16 @@ def matches(raw: Raw) -> bool:
 def read(raw: Raw) -> Content:
     """The adapter with canonical names; scale 1 where a module has no alpha, as sd-scripts reads it."""
     file = taken_apart(raw.tensors, diffusion_names.modules_of)
-    words = " ".join(word for word, said in asdict(_scheme(file)).items() if said)
+    layout = layout_of(file, raw)
     if raw.settings is not None:
         file.notes.append("the adapter_config.json is not used: kohya's files say everything themselves")
-    return lora_content(file, raw.alpha, Layout(_NAME, words, _kept(raw.header), file.apart))
+    return lora_content(file, raw.alpha, layout)
+
+
+def layout_of(file: Pieces, raw: Raw) -> Layout:
+    """How a file with flat names is laid out."""
+    words = " ".join(word for word, said in asdict(_scheme(file)).items() if said)
+    return Layout(_NAME, words, _kept(raw.header), file.apart)
 
 
 def _kept(header: Mapping[str, str]) -> dict[str, str]:
@@ -82,6 +88,9 @@ def _network(adapter: Writable, header: Mapping[str, str]) -> dict[str, str]:
         adapter, [name for name, conv in kinds.items() if not conv]
     )
     arguments = _arguments(said)
+    if "algo" in arguments:  # LyCORIS' name of a LoRA with convolutions
+        arguments["algo"] = "locon"
+        said["ss_network_args"] = json.dumps(arguments)
     if any(kinds.values()) or "conv_dim" in arguments:
         conv = _common(adapter, [name for name, is_conv in kinds.items() if is_conv])
         said["ss_network_args"] = json.dumps({**arguments, "conv_dim": conv[0], "conv_alpha": conv[1]})

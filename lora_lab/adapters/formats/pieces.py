@@ -134,7 +134,8 @@ def alphas_of(file: Pieces, ranks: Mapping[str, int], given: float | None) -> di
     """Module → lora_alpha: of its tensor, else as given, else its rank; with notes and faults of the tensors."""
     alphas: dict[str, float] = {}
     without = []
-    for name, module in file.modules.items():
+    for name in ranks:
+        module = file.modules[name]
         tensor = module.pieces.get("alpha")
         if tensor is None:
             without.append(name)
@@ -154,10 +155,10 @@ def alphas_of(file: Pieces, ranks: Mapping[str, int], given: float | None) -> di
         file.notes.append(f"alpha {given:g} is not used where the file has alpha tensors")
     if without and given is None:
         file.notes.append(
-            f"{len(without)} of {len(file.modules)} modules have no alpha tensor: scale 1 is assumed for them, as "
+            f"{len(without)} of {len(ranks)} modules have no alpha tensor: scale 1 is assumed for them, as "
             f"trainers and user interfaces do; `alpha` says another one"
         )
-    return {**{name: float(ranks.get(name, 1)) if given is None else given for name in without}, **alphas}
+    return {**{name: float(ranks[name]) if given is None else given for name in without}, **alphas}
 
 
 def lora_content(file: Pieces, given: float | None, layout: Layout) -> Content:
@@ -174,10 +175,10 @@ def lora_content(file: Pieces, given: float | None, layout: Layout) -> Content:
         tensors[f"{PREFIX}{name}.lora_A.weight"] = A
         tensors[f"{PREFIX}{name}.lora_B.weight"] = B
         if "dora_scale" in module.pieces:
-            magnitude = _magnitude(module, len(B), A.ndim, file.faults)
-            if magnitude is not None:
+            scale = magnitude(module, len(B), A.ndim, file.faults)
+            if scale is not None:
                 magnitudes = True
-                tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = magnitude
+                tensors[f"{PREFIX}{name}.lora_magnitude_vector"] = scale
     alphas = alphas_of(file, ranks, given)
     problems = file.faults.lines()
     if problems:
@@ -230,7 +231,7 @@ def factors(module: Module, faults: Faults) -> tuple[Tensor, Tensor] | None:
     return core.reshape(len(down), down.shape[1], *mid.shape[2:]).to(dtype), up
 
 
-def _magnitude(module: Module, rows: int, ndim: int, faults: Faults) -> Tensor | None:
+def magnitude(module: Module, rows: int, ndim: int, faults: Faults) -> Tensor | None:
     """PEFT's magnitude, one number for each output, from dora_scale [outputs, 1, …]."""
     scale = module.pieces["dora_scale"]
     if scale.numel() == rows and scale.shape[:1] == (rows,) and scale.is_floating_point():
@@ -266,6 +267,6 @@ def written(
         tensors[f"{names[name]}.{halves[1]}.weight"] = B
         tensors[f"{names[name]}.alpha"] = torch.tensor((site.scale or 0.0) * len(A), dtype=torch.float32)
         if "lora_magnitude_vector" in site.keys:
-            magnitude = adapter.tensors[site.keys["lora_magnitude_vector"]]
-            tensors[f"{names[name]}.dora_scale"] = magnitude.reshape(-1, *[1] * (A.ndim - 1))
+            scale = adapter.tensors[site.keys["lora_magnitude_vector"]]
+            tensors[f"{names[name]}.dora_scale"] = scale.reshape(-1, *[1] * (A.ndim - 1))
     return tensors

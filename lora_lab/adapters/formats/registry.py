@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_lab.adapters.formats import comfy, diffusers, kohya, mlx, peft_files
+from lora_lab.adapters.formats import comfy, diffusers, kohya, lycoris, mlx, peft_files
 from lora_lab.adapters.formats.layout import Format, Raw
 from lora_lab.registry import Registry
 
@@ -39,6 +39,12 @@ _COMFY = Format(
     write=comfy.write,
 )
 
+_LYCORIS = Format(
+    about="LyCORIS: LoHa, LoKr, whole differences, IA³ and their like",
+    matches=lycoris.matches,
+    read=lycoris.read,
+)
+
 _MLX = Format(
     about="mlx-lm: adapters.safetensors with adapter_config.json in a folder",
     matches=mlx.matches,
@@ -52,7 +58,7 @@ FORMATS = Registry(
     "format",
     "lora_lab.formats",
     Format,
-    {"peft": _PEFT, "kohya": _KOHYA, "comfy": _COMFY, "diffusers": _DIFFUSERS, "mlx": _MLX},
+    {"peft": _PEFT, "lycoris": _LYCORIS, "kohya": _KOHYA, "comfy": _COMFY, "diffusers": _DIFFUSERS, "mlx": _MLX},
 )
 """Formats by name. Each is asked whether a file is its; PEFT's last, whose keys are several others', too."""
 

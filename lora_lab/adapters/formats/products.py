@@ -1,0 +1,134 @@
+"""ΔW of LoHa and LoKr as one product of two matrices, exactly: B A of a higher rank, without the base model.
+
+Both combine two products P Q, each of them of the weight's layout (a convolution's kernel flattened behind its inputs).
+LoHa's is their Hadamard product (Hyeon-Woo et al. 2022, arXiv:2108.06098), LoKr's their Kronecker product (Yeh et al.
+2024, arXiv:2309.14859).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_lab.adapters.cutting import factored
+from lora_lab.adapters.formats.diffusion_names import kernel_of
+from lora_lab.adapters.formats.peft_config import count, number, pattern_values, patterns_of, tuner_of
+from lora_lab.adapters.formats.peft_format import update, why_not_additive
+from lora_lab.adapters.formats.sites import Site
+from lora_lab.adapters.lowrank import LowRank
+from lora_lab.errors import AdapterError, shorten
+
+Pair = tuple[Tensor, Tensor]
+
+LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+"""The tensors of a module, as LyCORIS and PEFT call them; those with t are cores of convolutions."""
+
+
+_PARTS = {"LOHA": LOHA, "LOKR": LOKR}
+
+
+def why_no_delta(config: Mapping[str, Any], sites: Collection[Site]) -> str | None:
+    """Why ΔW is not known from the adapter alone, or None where it is: of LoRA, LoHa and LoKr in their plain forms."""
+    parts = _PARTS.get(tuner_of(config))
+    if parts is None:
+        return why_not_additive(config, sites)
+    strange = sorted({part for site in sites for part in site.keys}.difference(parts))
+    return f"{shorten(strange)} is no part of a plain {tuner_of(config)}" if strange else None
+
+
+def updates(sites: Mapping[str, Site], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, LowRank]:
+    """Module → ΔW of a LoRA, a LoHa or a LoKr, where `why_no_delta` gives no reason against it."""
+    tuner = tuner_of(config)
+    if tuner not in _PARTS:
+        return {name: update(site, tensors, config) for name, site in sites.items()}
+    ranks = pattern_values(patterns_of(config, "rank_pattern"), sites, config.get("r", 8))
+    alphas = pattern_values(patterns_of(config, "alpha_pattern"), sites, config.get("alpha", 8))
+    deltas = {}
+    for name, site in sites.items():
+        rank, alpha = count(ranks[name]), number(alphas[name])
+        if rank is None or alpha is None:
+            raise AdapterError(f"{name}: r is {ranks[name]!r} and alpha {alphas[name]!r}; numbers are needed")
+        parts = {part: tensors[key] for part, key in site.keys.items()}
+        deltas[name] = PRODUCTS[tuner](parts, alpha / rank, name, kernel_of(name))
+    return deltas
+
+
+def loha(parts: Mapping[str, Tensor], scale: float, name: str, kernel: tuple[int, ...] = ()) -> LowRank:
+    """scale · (P₁ Q₁) ∘ (P₂ Q₂) of rank r₁ r₂: B has the products of P's columns, A those of Q's rows.
+
+    (Σᵢ pᵢ qᵢᵀ) ∘ (Σⱼ p'ⱼ q'ⱼᵀ) = Σᵢⱼ (pᵢ ∘ p'ⱼ)(qᵢ ∘ q'ⱼ)ᵀ. Without a core the factors do not say the shape of the
+    kernel, which then is `kernel`. Raises AdapterError, with the module's `name`, for parts that do not fit together.
+    """
+    (P1, Q1), (P2, Q2) = (_product(parts, f"hada_w{i}", f"hada_t{i}", name) for i in (1, 2))
+    if P1.shape[0] != P2.shape[0] or Q1.shape[1] != Q2.shape[1]:
+        raise AdapterError(f"{name}: its two products are {_size(P1, Q1)} and {_size(P2, Q2)}; LoHa's are of one size")
+    B = (P1[:, :, None] * P2[:, None, :]).flatten(1)
+    A = (Q1[:, None, :] * Q2[None, :, :]).flatten(0, 1)
+    core = parts.get("hada_t1")
+    said = tuple(core.shape[2:]) if core is not None else kernel
+    return _smallest(A, B * scale, said if A.shape[1] % math.prod(said) == 0 else ())
+
+
+def lokr(parts: Mapping[str, Tensor], scale: float, name: str, kernel: tuple[int, ...] = ()) -> LowRank:
+    """scale · W₁ ⊗ W₂ of rank r₁ r₂, by (P₁ Q₁) ⊗ (P₂ Q₂) = (P₁ ⊗ P₂)(Q₁ ⊗ Q₂); see `loha`."""
+    P1, Q1 = _product(parts, "lokr_w1", None, name)
+    P2, Q2 = _product(parts, "lokr_w2", "lokr_t2", name)
+    shaped = parts.get("lokr_t2", parts.get("lokr_w2", parts.get("lokr_w2_b")))
+    A, B = _kron(Q1, Q2), _kron(P1, P2) * scale
+    said = tuple(shaped.shape[2:]) if shaped is not None and shaped.ndim > 2 else kernel
+    return _smallest(A, B, said if A.shape[1] % math.prod(said) == 0 else ())
+
+
+PRODUCTS = {"LOHA": loha, "LOKR": lokr}
+"""PEFT's tuner → ΔW of a module from its tensors, scale, name and, where they do not say it, kernel."""
+
+
+def _product(parts: Mapping[str, Tensor], stem: str, core: str | None, name: str) -> Pair:
+    """P [rows, r] and Q [r, columns] of one of the two products; a whole matrix is one of itself and an identity."""
+    whole, a, b = (_of(parts, key) for key in (stem, f"{stem}_a", f"{stem}_b"))
+    t = _of(parts, core) if core else None
+    if whole is not None and whole.ndim >= 2:
+        flat = whole.flatten(1)
+        identity = torch.eye(min(flat.shape), dtype=flat.dtype, device=flat.device)
+        return (identity, flat) if flat.shape[0] <= flat.shape[1] else (flat, identity)
+    if a is None or b is None:
+        raise AdapterError(f"{name}: {stem}{'_a and ' + stem + '_b are' if a is b else '_a or _b is'} missing")
+    if t is not None and a.ndim == b.ndim == 2 and t.ndim > 2 and t.shape[:2] == (len(a), len(b)):
+        return a.T, torch.einsum("ijk,jc->ick", t.flatten(2), b).flatten(1)  # Σⱼ t[i, j, k] b[j, c]
+    if t is None and a.ndim == 2 and b.ndim >= 2 and a.shape[1] == len(b):
+        return a, b.flatten(1)
+    shapes = [list(part.shape) for part in (t, a, b) if part is not None]
+    raise AdapterError(f"{name}: tensors of {stem} of shapes {' and '.join(map(str, shapes))} do not fit together")
+
+
+def _kron(one: Tensor, other: Tensor) -> Tensor:
+    """The Kronecker product; torch.kron refuses some matrices that lie transposed in memory."""
+    product = one[:, None, :, None] * other[None, :, None, :]
+    return product.reshape(len(one) * len(other), one.shape[1] * other.shape[1])
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32, or float64 where it is that."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _of(parts: Mapping[str, Tensor], key: str) -> Tensor | None:
+    return wide(parts[key]) if key in parts else None
+
+
+def _smallest(A: Tensor, B: Tensor, kernel: tuple[int, ...]) -> LowRank:
+    """B A, or where their rank exceeds that of any matrix of this size, the same matrix and an identity."""
+    B, A = (B, A) if B.dtype == A.dtype else (B.double(), A.double())
+    shape = (len(B), A.shape[1] // math.prod(kernel), *kernel)
+    if len(A) <= min(len(B), A.shape[1]):
+        return LowRank(A, B, shape)
+    return factored((B @ A).reshape(shape))[0]
+
+
+def _size(P: Tensor, Q: Tensor) -> str:
+    return f"{len(P)} × {Q.shape[1]}"
