@@ -58,11 +58,12 @@ def cuts(pieces: Pieces, count: Callable[[int], int], dtype: torch.dtype) -> dic
     totals, sampled, margins = _leading(pieces, dtype, sample=True)
     wanted = {i: count(total) for i, total in totals.items() if total}
     ranges = {i: _near(sampled[i], wanted[i] / totals[i], margins[i], dtype) for i in wanted}
-    found = _exactly(pieces, ranges, wanted, dtype)
+    bins = {i: min(_BINS, max(_FEWEST_BINS, 16 * totals[i])) for i in wanted}
+    found = _exactly(pieces, ranges, wanted, bins, dtype)
     if len(found) < len(wanted):  # rows unlike all others
         _, all_of_it, _ = _leading(pieces, dtype, sample=False)
         ranges = {i: _near(all_of_it[i], wanted[i] / totals[i], _MARGIN, dtype) for i in wanted if i not in found}
-        found |= _exactly(pieces, ranges, wanted, dtype)
+        found |= _exactly(pieces, ranges, wanted, bins, dtype)
     return {i: found.get(i, NO_ENTRY) for i in totals}
 
 
@@ -79,6 +80,8 @@ _EVERY = 16
 _MARGIN = 0.003
 """Least share of the entries on either side of what the sample says, among which the end is looked for."""
 _BINS = 1 << 21
+"""In which sizes near the end are counted at a time; fewer where they would cost more than another pass."""
+_FEWEST_BINS = 1 << 12
 _BUFFERED = 1 << 20
 
 
@@ -129,29 +132,33 @@ def _near(counts: Tensor, share: float, margin: float, dtype: torch.dtype) -> tu
 
 
 def _exactly(
-    pieces: Pieces, ranges: Mapping[int, tuple[int, int]], wanted: Mapping[int, int], dtype: torch.dtype
+    pieces: Pieces,
+    ranges: Mapping[int, tuple[int, int]],
+    wanted: Mapping[int, int],
+    bins: Mapping[int, int],
+    dtype: torch.dtype,
 ) -> dict[int, Cut]:
-    """The cuts of the vectors whose end lies in its range; the others are left out."""
+    """The cuts of the vectors whose end lies in its range, counted in so many bins; the others are left out."""
     left, open_ranges, found = dict(wanted), dict(ranges), {}
     while open_ranges:
-        shifts = {i: max(0, math.ceil(math.log2((high - low) / _BINS))) for i, (low, high) in open_ranges.items()}
+        shifts = {i: max(0, math.ceil(math.log2((high - low) / bins[i]))) for i, (low, high) in open_ranges.items()}
         counted = _counted(pieces, open_ranges, shifts, dtype)
         narrower = {}
         for i, (low, high) in open_ranges.items():
-            above, bins = counted[i]
+            above, inside = counted[i]
             missing = left[i] - (above if high == ranges[i][1] and low == ranges[i][0] else 0)
-            if not 0 < missing <= int(bins.sum()):
+            if not 0 < missing <= int(inside.sum()):
                 continue
-            reached = bins.flip(0).cumsum(0)  # entries in the last bin, in the last two …
+            reached = inside.flip(0).cumsum(0)  # entries in the last bin, in the last two …
             larger = int((reached < missing).sum())
-            place = len(bins) - 1 - larger
+            place = len(inside) - 1 - larger
             left[i] = missing - (int(reached[larger - 1]) if larger else 0)
             begin = low + (place << shifts[i])
             if shifts[i]:
                 narrower[i] = (begin, min(high, begin + (1 << shifts[i])))
             else:
                 # where all entries of this size stay, it is a cut just below it
-                whole = left[i] == int(bins[place])
+                whole = left[i] == int(inside[place])
                 size = torch.tensor(max(0, begin - whole), dtype=_INTEGERS[dtype]).view(dtype)
                 found[i] = Cut(size, 0 if whole else left[i])
         open_ranges = narrower
