@@ -110,7 +110,7 @@ def alone(evaluator: Evaluator, merge_set: MergeSet, split: str) -> SetScores:
     """Each member on its own task, as it is."""
     scores = evaluator.scores([Alone(i) for i in merge_set.members], split)
     one_place = len(places(evaluator, merge_set)) < len(merge_set.members)
-    return [scores] if one_place else [[each] for each in scores]
+    return [scores] if one_place else [[of_one] for of_one in scores]
 
 
 def ensembles(evaluator: Evaluator, merge_set: MergeSet) -> list[Ensemble]:
@@ -147,8 +147,8 @@ def _best(curve: Mapping[str, Any]) -> float:
 
 def share(accuracy: Floats, own: Floats) -> Floats:
     """Accuracy as a share of the adapter's own; NaN where that is 0."""
-    found: Floats = np.divide(accuracy, own, out=np.full(np.broadcast(accuracy, own).shape, np.nan), where=own > 0)
-    return found
+    shares: Floats = np.divide(accuracy, own, out=np.full(np.broadcast(accuracy, own).shape, np.nan), where=own > 0)
+    return shares
 
 
 def correct(scores: Sequence[Scores]) -> Floats:

@@ -117,7 +117,7 @@ def _searches(
     """The merges of every set, and why a worker could not make them; what they are compared with is scored here."""
     several = [merge_set for merge_set in merge_sets if len(merge_set.members) > 1]
     grid = [*question.coefficients, 1.0]
-    searches = [CoefficientSearch(each, spec, spec.coefficients(grid)) for each in several for spec in specs]
+    searches = [CoefficientSearch(merge_set, spec, spec.coefficients(grid)) for merge_set in several for spec in specs]
     members = [Alone(i) for i in sorted({i for merge_set in merge_sets for i in merge_set.members})]
     together = [ensemble for merge_set in several for ensemble in ensembles(evaluator, merge_set)]
     evaluator.total = 2 * len(members) + len(together)
@@ -281,15 +281,15 @@ def _cells(key: str, mean: Floats, samples: Floats) -> Row:
 
 def _by_method(sets: Sequence[Row]) -> list[Row]:
     """Mean and standard deviation over the sets of each training method: at the chosen coefficient, and at 1."""
-    found = []
+    rows = []
     for head, members in grouped(sets, "method", "ratio", "merge"):
-        chosen = [row for row in members if row["chosen"]]
+        at_best = [row for row in members if row["chosen"]]
         plain = [row for row in members if row["coefficient"] in (None, 1.0)]
-        row = {**head, "sets": len(chosen), "at_edge": sum(bool(r["at_edge"]) for r in chosen)}
-        values = [r["coefficient"] for r in chosen]
+        row = {**head, "sets": len(at_best), "at_edge": sum(bool(r["at_edge"]) for r in at_best)}
+        values = [r["coefficient"] for r in at_best]
         row["coefficient"] = None if None in values else float(np.mean(values))
         for key in ("accuracy", "normalised", "loss"):
-            row[key], row[f"{key}_spread"] = mean_and_spread(np.array([r[key] for r in chosen]))
+            row[key], row[f"{key}_spread"] = mean_and_spread(np.array([r[key] for r in at_best]))
             row[f"plain_{key}"], row[f"plain_{key}_spread"] = mean_and_spread(np.array([r[key] for r in plain]))
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows

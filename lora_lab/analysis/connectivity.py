@@ -200,15 +200,15 @@ def _on_line(pair: tuple[int, int], t: float, count: int, space: str) -> MixPoin
 def _ratio_points(
     ratios: Sequence[Sequence[float]], count: int, spaces: Sequence[str]
 ) -> list[tuple[tuple[tuple[int, ...], str], MixPoint]]:
-    found = []
+    points = []
     for ratio, space in itertools.product(ratios, spaces):
         for members in itertools.combinations(range(count), len(ratio)):
             weights = [0.0] * count
             for member, weight in zip(members, ratio, strict=True):
                 weights[member] = weight / sum(ratio)
             label = ":".join(f"{weight:g}" for weight in ratio)
-            found.append(((members, label), MixPoint(tuple(weights), space)))
-    return found
+            points.append(((members, label), MixPoint(tuple(weights), space)))
+    return points
 
 
 def _who(adapters: Sequence[Adapter], members: Sequence[int]) -> dict[str, Any]:
@@ -303,20 +303,20 @@ def _shrinkage(curves: Curves, pair: tuple[int, int], space: str, metric: str, g
 
 def _matrix(count: int, barriers: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[list[float]]]]:
     """Space → metric → Entezari barriers between all adapters, symmetric, zero on the diagonal."""
-    found: dict[str, dict[str, list[list[float]]]] = {}
+    tables: dict[str, dict[str, list[list[float]]]] = {}
     for row in barriers:
         if row["barrier"] == MAIN_BARRIER:
             empty = [[0.0] * count for _ in range(count)]
-            table = found.setdefault(row["space"], {}).setdefault(row["metric"], empty)
+            table = tables.setdefault(row["space"], {}).setdefault(row["metric"], empty)
             i, j = row["indices"]
             table[i][j] = table[j][i] = row["value"]
-    return found
+    return tables
 
 
 def _over_pairs(barriers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Mean and standard deviation of every barrier over the pairs of one method (pairs share adapters)."""
-    found = []
+    means = []
     for head, rows in grouped(barriers, "method", "space", "metric", "barrier"):
         mean, spread = mean_and_spread(np.array([row["value"] for row in rows]))
-        found.append({**head, "mean": mean, "spread": spread, "pairs": len(rows)})
-    return found
+        means.append({**head, "mean": mean, "spread": spread, "pairs": len(rows)})
+    return means

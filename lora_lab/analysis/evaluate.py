@@ -42,26 +42,26 @@ def answer(question: Evaluate, adapters: Sequence[Adapter], task: Task | Sequenc
     """Every adapter on its task, and every base model alone."""
     began, split, seed = time.perf_counter(), question.split, question.seed
     tasks = [task] * len(adapters) if isinstance(task, Task) else task
-    shared = {fingerprint(each.record): each for each in reversed(tasks)}  # equal tasks load their data once
-    own = [shared[fingerprint(each.record)] for each in tasks]
-    changes = [AsItIs(own.index(each), base=True) for each in shared.values() if question.base]
+    shared = {fingerprint(task.record): task for task in reversed(tasks)}  # equal tasks load their data once
+    of_adapters = [shared[fingerprint(task.record)] for task in tasks]
+    changes = [AsItIs(of_adapters.index(task), base=True) for task in shared.values() if question.base]
     changes += [AsItIs(index, base=False) for index in range(len(adapters))]
-    measures = list(dict.fromkeys(name for each in shared.values() for name in each.measures))
-    evaluator = Evaluator(adapters, own, on, split=split)
+    measures = list(dict.fromkeys(name for task in shared.values() for name in task.measures))
+    evaluator = Evaluator(adapters, of_adapters, on, split=split)
     evaluator.total = len(changes)
     if on.workers:
         evaluator.prepare([(functools.partial(_ask, change), [(split, change)]) for change in changes])
     rows = []
     for change, scores in zip(changes, evaluator.scores(changes), strict=True):
-        adapter, judge = None if change.base else adapters[change.index], own[change.index]
+        adapter, judge = None if change.base else adapters[change.index], of_adapters[change.index]
         rows.append({**_described(adapter, judge), "examples": len(scores), **_estimates(scores, seed)})
-        if any(not each.classifies for each in tasks):
+        if any(not task.classifies for task in tasks):
             rows[-1] |= _perplexity(scores, None if judge.classifies else judge.target_counts(split), seed)
         rows[-1] |= _shares(measures, judge.measured(scores, split))
     return Result(
         question.kind,
         columns(rows),
-        {**question.record, "tasks": [each.record for each in shared.values()]},
+        {**question.record, "tasks": [task.record for task in shared.values()]},
         {},
         provenance(
             inputs=[Path(adapter.source) for adapter in adapters],

@@ -81,11 +81,11 @@ def check(question: Shapley, adapters: Sequence[Adapter]) -> None:
 def _check_options(question: Shapley) -> None:
     """OptionError for an option that the estimator does not have."""
     entry = estimators.ESTIMATORS.get(question.estimator)
-    known = list(entry.options if entry else {})
+    names = list(entry.options if entry else {})
     for name in question.options:
-        if name not in known:
+        if name not in names:
             of = question.estimator or "the default estimator"
-            raise unknown(f"option of {of}", name, known) if known else OptionError(f"{of} has no options to set")
+            raise unknown(f"option of {of}", name, names) if names else OptionError(f"{of} has no options to set")
 
 
 def choose(question: Shapley, game: Game) -> str:

@@ -237,7 +237,7 @@ def _cells(scores: Sequence[Scores], reach: Mapping[str, float], seed: int) -> R
     Over examples: `proportion` for accuracies, a bootstrap for losses. Draws that are all one model add nothing.
     """
     row: Row = {}
-    one_model = all((each.loss == scores[0].loss).all() for each in scores)
+    one_model = all((other.loss == scores[0].loss).all() for other in scores)
     for metric in ("accuracy", "loss"):
         values = _values(scores, metric)
         if metric == "accuracy":

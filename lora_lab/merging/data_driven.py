@@ -221,8 +221,8 @@ def adamerging(
         optimizer.step()
     final = coefficients.detach()
     for m, name in enumerate(joined):
-        chosen = (final[m].double() * torch.tensor(sources.weights_of(name), dtype=torch.float64)).tolist()
-        yield name, scale * combine(sources.updates_of(name), chosen)
+        weighted = (final[m].double() * torch.tensor(sources.weights_of(name), dtype=torch.float64)).tolist()
+        yield name, scale * combine(sources.updates_of(name), weighted)
 
 
 def adamerging_cost(options: Mapping[str, Any], tasks: Sequence[Task]) -> float:
@@ -279,14 +279,14 @@ def _unlabelled(models: MergeModels, index: int, size: int, generator: torch.Gen
     while True:
         if len(order) < min(size, count):
             order = torch.randperm(count, generator=generator).tolist()
-        chosen, order = order[:size], order[size:]
-        yield {name: tensor[chosen].to(models.device) for name, tensor in inputs.items()}
+        drawn, order = order[:size], order[size:]
+        yield {name: tensor[drawn].to(models.device) for name, tensor in inputs.items()}
 
 
 def _normalized(information: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Divided by the norm over all modules; all 0 stays 0."""
-    norm = math.sqrt(math.fsum(float(each.double().square().sum()) for each in information.values()))
-    return {name: each / norm if norm else each for name, each in information.items()}
+    norm = math.sqrt(math.fsum(float(F.double().square().sum()) for F in information.values()))
+    return {name: F / norm if norm else F for name, F in information.items()}
 
 
 def _turned(update: LowRank) -> LowRank:

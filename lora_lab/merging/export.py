@@ -95,5 +95,5 @@ def card(adapter: Adapter) -> str:
 def words(weights: Any) -> str:
     """Weights as a line of text."""
     if isinstance(weights, Mapping):
-        return "; ".join(f"{name}: {', '.join(f'{w:g}' for w in each)}" for name, each in weights.items())
+        return "; ".join(f"{name}: {', '.join(f'{w:g}' for w in listed)}" for name, listed in weights.items())
     return ", ".join(w if isinstance(w, str) else f"{w:g}" for w in weights)

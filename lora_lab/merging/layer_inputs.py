@@ -33,7 +33,7 @@ def information(models: MergeModels, index: int, examples: int, seed: int) -> di
     sources, task = models.sources, models.tasks[index]
     model, _ = _worn_by_source(models, index)
     data = task.split("train").subset(examples, seed)
-    found = {name: torch.zeros(shape[0], shape[1:].numel()) for name, shape in sources.shapes.items()}
+    sums = {name: torch.zeros(shape[0], shape[1:].numel()) for name, shape in sources.shapes.items()}
     generator = torch.Generator().manual_seed(seed)
     with _watched(model, sources.modules, gradients=True) as seen:
         size = min(32, task.batch_size) if task.rows_are_examples else 1
@@ -51,8 +51,8 @@ def information(models: MergeModels, index: int, examples: int, seed: int) -> di
                     gradient = torch.einsum("nti,nto->noi", rows, gradients).float().square()
                     weights = torch.ones(len(gradient), device=gradient.device) if chance is None else chance
                     squares = torch.einsum("n,noi->oi", weights, gradient).cpu()
-                    found[name] += squares.T if _transposed(layer) else squares
-    return {name: each / len(data) for name, each in found.items()}
+                    sums[name] += squares.T if _transposed(layer) else squares
+    return {name: total / len(data) for name, total in sums.items()}
 
 
 def _answers(task: Task, logs: Tensor, generator: torch.Generator) -> list[tuple[Tensor, Tensor | None]]:
@@ -65,8 +65,8 @@ def _answers(task: Task, logs: Tensor, generator: torch.Generator) -> list[tuple
 
 def _backward(loss: Tensor, seen: Mapping[str, list[Any]], *, keep: bool) -> None:
     outputs = [entry[3] for entry in seen.values()]
-    found = torch.autograd.grad(loss, outputs, retain_graph=keep, allow_unused=True)
-    for entry, gradient in zip(seen.values(), found, strict=True):
+    gradients = torch.autograd.grad(loss, outputs, retain_graph=keep, allow_unused=True)
+    for entry, gradient in zip(seen.values(), gradients, strict=True):
         entry[2] = torch.zeros_like(entry[3]) if gradient is None else gradient
 
 
@@ -79,7 +79,7 @@ def grams(models: MergeModels, index: int, examples: int, seed: int, *, mean: bo
     sources, task = models.sources, models.tasks[index]
     model, _ = _worn_by_source(models, index)
     data = task.split("train").subset(examples, seed)
-    found: dict[str, tuple[Tensor, bool]] = {}
+    sums: dict[str, tuple[Tensor, bool]] = {}
     counts: dict[str, int] = {}
     model.eval()
     with _watched(model, sources.modules, gradients=False) as seen, torch.inference_mode():
@@ -90,10 +90,10 @@ def grams(models: MergeModels, index: int, examples: int, seed: int, *, mean: bo
             masks = _masks(model, inputs)
             for name, (layer, x, _, _) in seen.items():
                 rows = _unpadded(_tokens(layer, x, None)[0], masks).double().cpu()
-                known = found[name][0] if name in found else 0.0
-                found[name] = known + rows.T @ rows, _transposed(layer)
+                before = sums[name][0] if name in sums else 0.0
+                sums[name] = before + rows.T @ rows, _transposed(layer)
                 counts[name] = counts.get(name, 0) + len(rows)
-    return {name: (G / (max(1, counts[name]) if mean else 1), turned) for name, (G, turned) in found.items()}
+    return {name: (G / (max(1, counts[name]) if mean else 1), turned) for name, (G, turned) in sums.items()}
 
 
 def _masks(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:

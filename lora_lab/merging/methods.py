@@ -255,7 +255,7 @@ def _cuts(
                 matrices, _ = view([updates[i] for i in used])
                 yield {i: matrix for i, matrix in zip(used, matrices, strict=True) if updates[i].rank}
 
-    return trimming.cuts_of(pieces, density, max(dtype, sources.dtype, key=lambda each: each.itemsize))
+    return trimming.cuts_of(pieces, density, max(dtype, sources.dtype, key=lambda dtype: dtype.itemsize))
 
 
 @contextmanager

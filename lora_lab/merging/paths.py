@@ -182,7 +182,7 @@ class Paths:
     def _mix_tensors(self, weights: Sequence[float]) -> Adapter:
         """Every tensor of a tuner that has no ΔW algebra, averaged: the factor curve of any tuner."""
         scales = [{name: site.scale for name, site in a.sites.items()} for a in self.adapters]
-        if any(each != scales[0] for each in scales):
+        if any(scale != scales[0] for scale in scales):
             raise MismatchError("these adapters have different scales, and their tuner allows no folding of them")
         tensors = {key: self._mix_key(key, weights) for key in self.adapters[0].tensors}
         return replace(self.adapters[0], tensors=tensors, source=f"factors {self._label(weights)}")

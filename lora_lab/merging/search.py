@@ -155,8 +155,8 @@ def search(
     members, indices = tuple(range(len(sources.adapters))), tuple(models.indices)
     combinations = []
     for values in itertools.product(*grids):
-        chosen = {**(options or {}), **dict(zip(names, values, strict=True))}
-        merged = MergedUpdates(method, chosen, members, sources.weights, 1.0, 0)
+        settings = {**(options or {}), **dict(zip(names, values, strict=True))}
+        merged = MergedUpdates(method, settings, members, sources.weights, 1.0, 0)
         combinations.append(_Combination(merged, tried, indices))
     evaluator = _evaluator(models, on, reads_data=MERGES[method].reads_data)
     evaluator.total = len(combinations) * len(indices)
@@ -165,7 +165,7 @@ def search(
         evaluator.on.confirm(_cost(evaluator, combinations))
     if evaluator.on.workers:
         count = -(-evaluator.on.workers.size // len(combinations))
-        evaluator.prepare([(part, ()) for each in combinations for part in each.parts(count)])
+        evaluator.prepare([(part, ()) for combination in combinations for part in combination.parts(count)])
     trials = [trial for combination in combinations for trial in combination(evaluator)]
     best = max(trials, key=lambda trial: (trial["accuracy"], -trial["loss"]))
     kept = {name: value for name, value in best.items() if name not in (COEFFICIENT, "accuracy", "loss")}

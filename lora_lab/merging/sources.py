@@ -118,7 +118,7 @@ class Sources:
     def _measure(self) -> None:
         """Take the modules' shapes and layers; OptionError for a pattern of weights that is of none of them."""
         self.shapes = self._shapes()
-        self._layers = {name: place.layer for name, place in locate(list(self.shapes)).items()}
+        self._layers = {name: spot.layer for name, spot in locate(list(self.shapes)).items()}
         for pattern in self.weights.patterns:
             if not any(re.search(pattern, name) for name in self.shapes):
                 raise OptionError(f"weights: {pattern!r} matches no module; there are: {shorten(self.shapes)}")
@@ -150,21 +150,21 @@ class Sources:
 
     def updates_of(self, name: str) -> list[LowRank]:
         """ΔW of every adapter in a module, of rank 0 where it leaves it alone; all in one dtype."""
-        found = [self._update(i, name) for i in range(len(self.adapters))]
-        dtype = max((u.A.dtype for u in found if u), key=lambda dtype: dtype.itemsize)
+        updates = [self._update(i, name) for i in range(len(self.adapters))]
+        dtype = max((u.A.dtype for u in updates if u), key=lambda dtype: dtype.itemsize)
         shape = self.shapes[name]
         empty = torch.zeros(0, shape[1:].numel(), dtype=dtype), torch.zeros(shape[0], 0, dtype=dtype)
-        return [LowRank(u.A.to(dtype), u.B.to(dtype), shape) if u else LowRank(*empty, shape) for u in found]
+        return [LowRank(u.A.to(dtype), u.B.to(dtype), shape) if u else LowRank(*empty, shape) for u in updates]
 
     def _update(self, index: int, name: str) -> LowRank | None:
         adapter = self.adapters[index]
         if index in self._exact:
             return self._exact[index].updates.get(name)
         site = adapter.sites.get(name)
-        found = update(site, adapter.tensors, adapter.config) if site else None
-        if found is not None and not is_finite(found):
+        delta = update(site, adapter.tensors, adapter.config) if site else None
+        if delta is not None and not is_finite(delta):
             raise MismatchError(f"{adapter.source}: ΔW of {name} is not finite: its factors are too large for float32")
-        return found
+        return delta
 
     @property
     def dtype(self) -> torch.dtype:
@@ -186,11 +186,11 @@ class Sources:
         shapes: dict[str, tuple[torch.Size, str]] = {}
         for index, adapter in enumerate(self.adapters):
             for name in adapter.sites:
-                found = torch.Size(self._shape(index, name))
-                known, source = shapes.setdefault(name, (found, adapter.source))
-                if known != found:
+                shape = torch.Size(self._shape(index, name))
+                first, source = shapes.setdefault(name, (shape, adapter.source))
+                if first != shape:
                     raise MismatchError(
-                        f"{source} and {adapter.source}: {name} is {tuple(known)} and {tuple(found)}; adapters of one "
+                        f"{source} and {adapter.source}: {name} is {tuple(first)} and {tuple(shape)}; adapters of one "
                         "base model are needed"
                     )
         return {name: shapes[name][0] for name in sorted(shapes, key=natural_key)}

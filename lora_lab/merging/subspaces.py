@@ -98,15 +98,15 @@ def iso_cts(updates: Updates, weights: Sequence[float], *, common: float = 0.8, 
     if not 0 <= common <= 1:
         raise OptionError(f"common is {common:g}; a share from 0 to 1 is needed")
     U, S, Vh = _svd(combine(updates, weights))
-    own = min(round((len(S) - int(common * len(S))) / len(updates)), len(S) // len(updates))
-    kept = len(S) - own * len(updates)
+    unique = min(round((len(S) - int(common * len(S))) / len(updates)), len(S) // len(updates))
+    kept = len(S) - unique * len(updates)
     parts = [(U[:, :kept], S[:kept], Vh[:kept])]
     for update, weight in zip(updates, weights, strict=True):
         B = weight * update.B.double()
         size = abs(weight) * float(update.singular_values().amax(0)) if update.rank else 0.0
         # what (I − U Uᵀ) wᵢΔWᵢ, U the common columns, has of leading directions
         beside = _svd(LowRank(update.A.double(), B - U[:, :kept] @ (U[:, :kept].T @ B)), update.A.dtype, size)
-        parts.append((beside[0][:, :own], beside[1][:own], beside[2][:own]))
+        parts.append((beside[0][:, :unique], beside[1][:unique], beside[2][:unique]))
     U, S, Vh = _joined(parts)
     return _product(_polar(U, updates[0].A.dtype), scale * _flat(S), _polar(Vh.T, updates[0].A.dtype).T, updates)
 

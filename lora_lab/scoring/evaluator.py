@@ -183,7 +183,7 @@ class Evaluator:
         pieces = []
         for ask, changes in works:
             places = [(split, change.key) for split, change in changes]
-            pieces.append(_Piece(ask, {place: self.known[place] for place in places if self._knows(*place)}, refusals))
+            pieces.append(_Piece(ask, {where: self.known[where] for where in places if self._knows(*where)}, refusals))
 
         def keep(_: _Piece, answer: _Answer) -> None:
             new, effort, dtypes = answer[0], *answer[2:]
@@ -350,7 +350,7 @@ class _Piece:
             self.ask(evaluator)
         except self.refusals as refusal:
             error = refusal
-        new = {place: scores for place, scores in evaluator.known.items() if place not in self.known}
+        new = {where: scores for where, scores in evaluator.known.items() if where not in self.known}
         effort = replace(evaluator.effort, computed=evaluator.effort.computed - before)
         return new, error, effort, [task.dtype for task in evaluator.tasks]
 

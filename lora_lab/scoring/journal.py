@@ -178,10 +178,10 @@ class Journal:
 
     def _connect(self) -> None:
         """Open the file as data: nothing in it is run, no library loaded, no other file attached."""
-        place = "file:" + urllib.parse.quote(os.fsencode(os.path.realpath(self.path)))
+        address = "file:" + urllib.parse.quote(os.fsencode(os.path.realpath(self.path)))
         if self.path.exists() and not os.access(self.path.parent, os.W_OK):
-            place += "?mode=ro&immutable=1"
-        database = sqlite3.connect(place, uri=True, timeout=_WAIT, check_same_thread=False)
+            address += "?mode=ro&immutable=1"
+        database = sqlite3.connect(address, uri=True, timeout=_WAIT, check_same_thread=False)
         self._database, self._disconnect = database, weakref.finalize(self, database.close)
         database.text_factory = partial(str, encoding="utf-8", errors="replace")
         database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LARGEST)
@@ -193,10 +193,10 @@ class Journal:
     def _has_table(self) -> bool:
         """Whether the database has our table; sqlite3.DatabaseError if it has anything else."""
         assert self._database is not None
-        found = self._database.execute("SELECT type, sql FROM sqlite_master").fetchmany(3)
-        if found not in ([], [("table", _SCHEMA), ("index", None)]):
+        objects = self._database.execute("SELECT type, sql FROM sqlite_master").fetchmany(3)
+        if objects not in ([], [("table", _SCHEMA), ("index", None)]):
             raise sqlite3.DatabaseError("no journal")
-        return bool(found)
+        return bool(objects)
 
     def _leave(self) -> None:
         if self._database is not None:
@@ -234,8 +234,8 @@ class Journal:
 
 def discard(path: Path) -> None:
     """Remove a journal, if there is one, with what lies beside it while it is written."""
-    for place in (path, *_beside(path)):
-        place.unlink(missing_ok=True)
+    for file in (path, *_beside(path)):
+        file.unlink(missing_ok=True)
 
 
 def _beside(path: Path) -> list[Path]:
@@ -248,9 +248,9 @@ def _is_there(path: Path) -> bool:
     try:
         if path.exists() and not path.is_file():
             raise FileError(f"{path}: cannot be read (neither a file nor a link to one)")
-        for place in _beside(path):
-            if os.path.lexists(place) and (place.is_symlink() or not place.is_file()):
-                raise FileError(f"{place}: in the way of what is written beside the journal {path.name}; no file")
+        for file in _beside(path):
+            if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
+                raise FileError(f"{file}: in the way of what is written beside the journal {path.name}; no file")
         rollback = _beside(path)[-1]
         if rollback.exists() and rollback.read_bytes()[-len(_SUPER) :] == _SUPER:
             rollback.unlink()
@@ -276,5 +276,5 @@ def _is_local(folder: Path) -> bool:
 
     mounted = {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
     real = Path(os.path.realpath(folder))
-    holding = next((place for place in (real, *real.parents) if str(place) in mounted), None)
+    holding = next((folder for folder in (real, *real.parents) if str(folder) in mounted), None)
     return mounted.get(str(holding), "").lower() in _LOCAL

@@ -74,12 +74,12 @@ class Layout:
 
     @cached_property
     def _outside(self) -> list[int]:
-        inside = {i for own in self.members for i in own}
+        inside = {i for indices in self.members for i in indices}
         return [i for i in range(len(self.names)) if i not in inside]
 
     def _segments(self, variant: Variant) -> list[tuple[State, ...]]:
         """States by segment: modules outside of blocks first, then each block's."""
-        inside = [tuple(variant[i] for i in own) for own in self.members]
+        inside = [tuple(variant[i] for i in indices) for indices in self.members]
         return [tuple(variant[i] for i in self._outside), *inside]
 
     def _recomputed(self, before: list[tuple[State, ...]], now: list[tuple[State, ...]]) -> int:
@@ -138,14 +138,14 @@ class Variants:
             size = self._fitting(memory, variants[order[0]], batches, judge)
             for start in range(0, len(order), size):
                 chunk = order[start : start + size]
-                found: dict[int, list[Scores]] = {i: [] for i in chunk}
+                scores: dict[int, list[Scores]] = {i: [] for i in chunk}
                 for b, batch in enumerate(batches):
                     memory.turn_to(b if size == 1 else None)
                     for i in chunk:
-                        found[i].append(self._pass(memory, variants[i], batch, judge))
+                        scores[i].append(self._pass(memory, variants[i], batch, judge))
                     if size > 1:
                         memory.clear()
-                yield from ((i, Scores.join(found[i])) for i in chunk)
+                yield from ((i, Scores.join(scores[i])) for i in chunk)
 
     def _pass(self, memory: _Memory, variant: Variant, batch: Mapping[str, Tensor], judge: Judge) -> Scores:
         self.set(variant)
@@ -175,7 +175,7 @@ class Variants:
         """Blocks remember while the context lasts; afterwards everything is on and as it was."""
         memory = _Memory(self.layout.members, on=share)
         configs = [c for c in _configs(self.model) if getattr(c, "use_cache", False)]
-        own = [vars(module).get("forward") for module in self._blocks.values()]
+        forwards = [vars(module).get("forward") for module in self._blocks.values()]
         try:
             for config in configs:  # a cache of keys and values would be filled only by the blocks that run
                 config.use_cache = False
@@ -186,7 +186,7 @@ class Variants:
         finally:
             memory.clear()
             self.kept_bytes = max(self.kept_bytes, memory.peak)
-            for module, forward in zip(self._blocks.values(), own, strict=True):
+            for module, forward in zip(self._blocks.values(), forwards, strict=True):
                 vars(module).pop("forward")
                 if forward is not None:
                     vars(module)["forward"] = forward
@@ -278,11 +278,11 @@ class _Memory(Brief):
             self.computed += 1
             return forward(*args, **kwargs)
         states = [self._state[i] for i in self.members[index]]
-        known = self._calls.get(index)
-        if known is not None and known.states == states and self._same((args, kwargs), known.arguments):
-            if any(tensor._version != version for tensor, version in known.versions):
+        call = self._calls.get(index)
+        if call is not None and call.states == states and self._same((args, kwargs), call.arguments):
+            if any(tensor._version != version for tensor, version in call.versions):
                 self.spoilt = "the model changes the outputs of its blocks in place"
-            return known.output
+            return call.output
         given = [(tensor, tensor._version) for tensor in _tensors((args, kwargs))]
         output = forward(*args, **kwargs)
         self.computed += 1
@@ -348,8 +348,8 @@ def _members(adapted: Sequence[str], blocks: Iterable[str]) -> tuple[tuple[int, 
 
 def _configs(model: nn.Module) -> list[Any]:
     """Every configuration object within the model."""
-    found = {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}
-    return list(found.values())
+    configs = {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}
+    return list(configs.values())
 
 
 def _factor(layer: Any) -> Any:
@@ -377,4 +377,4 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _sortable(segments: Sequence[tuple[State, ...]]) -> list[list[tuple[float, ...]]]:
     """States that compare with each other, numbers with rank masks too."""
-    return [[state if isinstance(state, tuple) else (float(state),) for state in own] for own in segments]
+    return [[state if isinstance(state, tuple) else (float(state),) for state in segment] for segment in segments]

@@ -165,12 +165,12 @@ def _on_loopback(ray: Any) -> Iterator[None]:
     On Linux, Ray's processes listen to every network by default, and replace a loopback address that they are given.
     """
     constants, name = ray._private.ray_constants, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-    before, known = os.environ.get(name), constants.ENABLE_RAY_CLUSTER
+    before, enabled = os.environ.get(name), constants.ENABLE_RAY_CLUSTER
     os.environ[name], constants.ENABLE_RAY_CLUSTER = "0", False
     try:
         yield
     finally:
-        constants.ENABLE_RAY_CLUSTER = known
+        constants.ENABLE_RAY_CLUSTER = enabled
         os.environ.pop(name)
         if before is not None:
             os.environ[name] = before
@@ -195,13 +195,15 @@ def _shares(ray: Any, where: re.Match[str], device: str | None, threads: int) ->
     wanted = None if device is None else device.partition(":")[0]
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     if (wanted is None and gpus) or wanted == "cuda":
-        each: float = int(where["gpus"] or 1)
+        gpus_each: float = int(where["gpus"] or 1)
         if where["count"] and where["gpus"] is None and gpus:
-            each = 1 / -(-int(where["count"]) // gpus)  # more workers than GPUs share them
-        size = int(where["count"] or sum(node.get("GPU", 0) // each for node in nodes))
-        if not gpus or size < 1 or size * each > gpus:
-            raise OptionError(f"{gpus} GPUs on the Ray cluster; {size or 1} workers with {each:g} each cannot be had")
-        return size, "cuda", {"num_cpus": 0, "num_gpus": each}
+            gpus_each = 1 / -(-int(where["count"]) // gpus)  # more workers than GPUs share them
+        size = int(where["count"] or sum(node.get("GPU", 0) // gpus_each for node in nodes))
+        if not gpus or size < 1 or size * gpus_each > gpus:
+            raise OptionError(
+                f"{gpus} GPUs on the Ray cluster; {size or 1} workers with {gpus_each:g} each cannot be had"
+            )
+        return size, "cuda", {"num_cpus": 0, "num_gpus": gpus_each}
     if where["gpus"] or wanted not in (None, "cpu"):
         raise OptionError(f"workers on {wanted or 'GPUs'} are not to be had on this Ray cluster; on cpu they are")
     if where["count"]:
@@ -210,7 +212,7 @@ def _shares(ray: Any, where: re.Match[str], device: str | None, threads: int) ->
     if not any(cores):
         raise OptionError("the Ray cluster has no CPU for a worker")
     share = min(threads, max(cores))
-    return min(_MOST, sum(each // share for each in cores)), "cpu", {"num_cpus": share}
+    return min(_MOST, sum(count // share for count in cores)), "cpu", {"num_cpus": share}
 
 
 def _last_line(error: BaseException) -> str:

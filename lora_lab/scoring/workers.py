@@ -71,22 +71,22 @@ class Workers:
                     idle.ask(*self._packed, items[idle.place])
                     idle.built = setup.fingerprint
                 for worker in self._ready():
-                    place = worker.place
+                    number = worker.place
                     kind, value = self._reply(worker)
-                    if place is None:  # it has started, or answers to what is not waited for any more
+                    if number is None:  # it has started, or answers to what is not waited for any more
                         continue
                     if kind == "report" and hear:
-                        hear(items[place], *value)
+                        hear(items[number], *value)
                     elif kind == "error":
                         raise value
                     elif kind == "died":
-                        lost[place] += 1
-                        _tell_of_death(value, lost[place])
-                        waiting.appendleft(place)
+                        lost[number] += 1
+                        _tell_of_death(value, lost[number])
+                        waiting.appendleft(number)
                     elif kind == "answer":
-                        answers[place] = value
+                        answers[number] = value
                         if keep:
-                            keep(items[place], value)
+                            keep(items[number], value)
         finally:
             for worker in self._workers:
                 worker.place = None
