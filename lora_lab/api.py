@@ -11,20 +11,36 @@ import contextlib
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from lora_lab import tasks
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.errors import LoraLabWarning, OptionError, unknown
+from lora_lab.errors import LoraLabWarning, OptionError
+from lora_lab.given import (
+    Adapters,
+    OneAdapter,
+    OneTask,
+    Path_,
+    Results,
+    TaskEach,
+    TaskLike,
+    adapters_of,
+    check_names,
+    each_task_of,
+    from_options,
+    kept_by,
+    keywords_of,
+    one_task_of,
+    paths_of,
+    task_of_given,
+)
 from lora_lab.options import checked
 from lora_lab.progress import bar
 from lora_lab.results.result import Result
 from lora_lab.scoring.execution import Execution
-from lora_lab.tasks.choosing import task_of, tasks_of
 from lora_lab.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -33,17 +49,6 @@ if TYPE_CHECKING:
     from lora_lab.analysis.question import Question
     from lora_lab.fusing.fuse import Fused
     from lora_lab.fusing.verify import Verified
-
-Path_ = str | os.PathLike[str]
-Adapters = Annotated[Adapter | Path_ | Sequence[Adapter | Path_], "an adapter, what `load` reads, or a list of them"]
-OneAdapter = Annotated[Adapter | Path_, "an adapter or what `load` reads"]
-OneTask = Annotated[Task | Path_, "a task, the name of one or a task file"]
-TaskLike = Annotated[Task | Path_ | None, "a task, the name of one or a task file"]
-TaskEach = Annotated[
-    Task | Path_ | Sequence[Task | Path_] | None, "a task, the name of one, a task file, or a list of one an adapter"
-]
-Results = Annotated[Result | Path_ | Sequence[Result | Path_], "a result, its file, or a list of them"]
-Made = TypeVar("Made")
 
 
 @checked
@@ -71,9 +76,11 @@ def train(
     from lora_lab.training.fit import train as fit
     from lora_lab.training.recipe import Recipe
 
-    made = _made(Recipe, {"method": method, **recipe})
+    made = from_options(Recipe, {"method": method, **recipe})
     with _shown(on, "training", progress) as where:
-        return fit(_task(task), made, device=where.place() if where.device else None, progress=where.progress)[0]
+        return fit(task_of_given(task), made, device=where.place() if where.device else None, progress=where.progress)[
+            0
+        ]
 
 
 @checked
@@ -98,7 +105,7 @@ def merge(
     from lora_lab.merging.methods import MERGES
     from lora_lab.merging.sources import Sources, base_of
 
-    loaded = _adapters(adapters)
+    loaded = adapters_of(adapters)
     require_shared_modules(loaded)
     common = {
         field.name: options.pop(field.name)
@@ -111,7 +118,7 @@ def merge(
         loaded,
         weights,
         base=base_of(loaded, base, trust_record=trust_record),
-        tasks=_tasks(loaded, task, trust_record) if MERGES[method].reads_data else None,
+        tasks=each_task_of(loaded, task, trust_record) if MERGES[method].reads_data else None,
         device=where.place(),
     )
     with _shown(where, f"merging by {method}", progress) as told:
@@ -128,7 +135,6 @@ def prune(
     *,
     keep: str | None = None,
     sparsity: float | None = None,
-    rank: int | None = None,
     on: Execution | None = None,
     progress: bool = True,
     trust_record: bool = False,
@@ -144,19 +150,19 @@ def prune(
     """
     from lora_lab import pruning
 
-    (loaded,) = _adapters(adapter)
-    by_rank = rank is not None or not options.keys().isdisjoint(("energy", "cumulative", "ratio"))
+    (loaded,) = adapters_of(adapter)
+    by_rank = not options.keys().isdisjoint(("rank", "energy", "cumulative", "ratio"))
     if sum([keep is not None, sparsity is not None, by_rank]) != 1:
         raise OptionError("say how to prune, in one way: keep, sparsity, or rank (or energy, cumulative, ratio)")
     if keep is not None:
         shown = _shown(on, "asking for coalitions", progress)
-        names = _kept(loaded, keep, partial(_task_of, [loaded], task, trust_record), shown, options)
+        names = kept_by(loaded, keep, partial(one_task_of, [loaded], task, trust_record), shown, options)
         return pruning.structured(loaded, names, pattern=keep).adapter
     if sparsity is not None:
-        _check_names("pruning by sparsity", options, _keywords(pruning.prune_weights))
+        check_names("pruning by sparsity", options, keywords_of(pruning.prune_weights))
         return pruning.prune_weights(loaded, sparsity=sparsity, **options).adapter
-    _check_names("pruning by rank", options, _keywords(pruning.prune_rank))
-    return pruning.prune_rank(loaded, rank=rank, **options).adapter
+    check_names("pruning by rank", options, keywords_of(pruning.prune_rank))
+    return pruning.prune_rank(loaded, **options).adapter
 
 
 @checked
@@ -178,10 +184,10 @@ def fuse(
     from lora_lab.fusing.fuse import FuseOptions, Fusion
     from lora_lab.hub import checkpoint_folder
 
-    fusion = Fusion(checkpoint_folder(os.fspath(base)), _adapters(adapters), _made(FuseOptions, options))
+    fusion = Fusion(checkpoint_folder(os.fspath(base)), adapters_of(adapters), from_options(FuseOptions, options))
     with _shown(on, "fusing", progress) as where:
         return fusion.write(
-            Path(path), force=force, inputs=_paths(adapters), device=where.place(), progress=where.progress
+            Path(path), force=force, inputs=paths_of(adapters), device=where.place(), progress=where.progress
         )
 
 
@@ -197,7 +203,7 @@ def extract(
     from lora_lab.fusing.extract import extract as extracted
     from lora_lab.hub import checkpoint_folder
 
-    how = _made(ExtractOptions, options)
+    how = from_options(ExtractOptions, options)
     before, after = (checkpoint_folder(os.fspath(path)) for path in (base, tuned))
     with _shown(on, "extracting", progress) as where:
         return extracted(before, after, how, device=where.place(), progress=where.progress).adapter
@@ -222,7 +228,7 @@ def verify(
     how: Any = {"coefficients": coefficients, "heads": heads}
     with _shown(on, "verifying", progress) as where:
         device, report = where.place(), where.progress
-        return verified(places[0], _adapters(adapters), places[1], **how, device=device, progress=report)
+        return verified(places[0], adapters_of(adapters), places[1], **how, device=device, progress=report)
 
 
 @checked
@@ -234,7 +240,7 @@ def convert(adapter: Adapter | Path_, to: str, *, dtype: str | None = None) -> A
     """
     from lora_lab.adapters.converting import converted
 
-    (loaded,) = _adapters(adapter)
+    (loaded,) = adapters_of(adapter)
     made = converted(loaded, to, dtype)
     for change in made.changes:
         warnings.warn(f"{loaded.label}: {change}", LoraLabWarning, stacklevel=2)
@@ -255,7 +261,7 @@ def interpolate(
     from lora_lab.analysis.questions import Interpolate
 
     shown = _shown(on, "interpolating", progress)
-    return _answered(_made(Interpolate, options), adapters, task, trust_record, shown)
+    return _answered(from_options(Interpolate, options), adapters, task, trust_record, shown)
 
 
 @checked
@@ -272,7 +278,7 @@ def stability(
     from lora_lab.analysis.questions import Stability
 
     shown = _shown(on, "scoring keep-sets", progress)
-    return _answered(_made(Stability, options), adapters, task, trust_record, shown)
+    return _answered(from_options(Stability, options), adapters, task, trust_record, shown)
 
 
 @checked
@@ -289,7 +295,7 @@ def shapley(
     from lora_lab.analysis.questions import Shapley
 
     shown = _shown(on, "asking for coalitions", progress)
-    return _answered(_made(Shapley, options), adapters, task, trust_record, shown)
+    return _answered(from_options(Shapley, options), adapters, task, trust_record, shown)
 
 
 @checked
@@ -306,7 +312,7 @@ def sweep(
     from lora_lab.analysis.questions import Sweep
 
     shown = _shown(on, "scoring pruned adapters", progress)
-    return _answered(_made(Sweep, options), adapters, task, trust_record, shown)
+    return _answered(from_options(Sweep, options), adapters, task, trust_record, shown)
 
 
 @checked
@@ -323,7 +329,7 @@ def evaluate(
     from lora_lab.analysis.questions import Evaluate
 
     shown = _shown(on, "evaluating", progress)
-    return _answered(_made(Evaluate, options), adapters, task, trust_record, shown, _tasks)
+    return _answered(from_options(Evaluate, options), adapters, task, trust_record, shown, each_task_of)
 
 
 @checked
@@ -340,8 +346,8 @@ def compare_merges(
     from lora_lab.analysis.questions import CompareMerges
     from lora_lab.merging.sources import base_of
 
-    question, loaded = _made(CompareMerges, options), _adapters(adapters)
-    tasks = _tasks(loaded, task, trust_record)
+    question, loaded = from_options(CompareMerges, options), adapters_of(adapters)
+    tasks = each_task_of(loaded, task, trust_record)
     question.check_sets(loaded, tasks)
     base = base_of(loaded, question.base_name, trust_record=trust_record)
     with _shown(on, "merging and scoring", progress) as where:
@@ -367,60 +373,10 @@ def _answered(
     of: Callable[[Sequence[Adapter], Any, bool], Any] | None = None,
 ) -> Result:
     """The answer to a question about these adapters, on the task that they share, or on what `of` makes of theirs."""
-    loaded = _adapters(adapters)
+    loaded = adapters_of(adapters)
     question.check(loaded)
     with shown as where:
-        return question.run(loaded, (of or _task_of)(loaded, task, trust_record), where)
-
-
-def _adapters(given: Adapters) -> list[Adapter]:
-    several = [given] if isinstance(given, Adapter | str | os.PathLike) else given
-    return [adapter if isinstance(adapter, Adapter) else load(adapter) for adapter in several]
-
-
-def _paths(given: Adapters) -> list[Path]:
-    """The adapters that are files, which no output may replace."""
-    several = [given] if isinstance(given, Adapter | str | os.PathLike) else given
-    return [Path(each) for each in several if not isinstance(each, Adapter)]
-
-
-def _task(given: OneTask) -> Task:
-    return given if isinstance(given, Task) else task(given)
-
-
-def _task_of(adapters: Sequence[Adapter], given: TaskLike, trust_record: bool) -> Task:
-    return task_of(*adapters, trust_record=trust_record) if given is None else _task(given)
-
-
-def _tasks(adapters: Sequence[Adapter], given: TaskEach, trust_record: bool) -> list[Task]:
-    """A task for each adapter: its own, or the one for all, or one given for each of them."""
-    if given is None:
-        return tasks_of(adapters, trust_record=trust_record)
-    several = [_task(given)] if isinstance(given, Task | str | os.PathLike) else [_task(each) for each in given]
-    if len(several) not in (1, len(adapters)):
-        raise OptionError(f"{len(adapters)} adapters and {len(several)} tasks; one for all, or one an adapter")
-    return several * len(adapters) if len(several) == 1 else several
-
-
-def _kept(
-    adapter: Adapter,
-    pattern: str,
-    task: Callable[[], Task],
-    shown: contextlib.AbstractContextManager[Execution],
-    options: Mapping[str, Any],
-) -> list[str]:
-    """The modules that a pattern keeps; Shapley values are computed for those alone that are by them."""
-    from lora_lab.analysis.questions import Shapley
-    from lora_lab.pruning.patterns import choice_of, keep
-
-    question = _made(Shapley, {"split": "validation", **options})
-    choice = choice_of(adapter, by=question.players, seed=question.seed)
-
-    def shapley() -> dict[str, float]:
-        with shown as where:
-            return question.values(adapter, task(), where)
-
-    return keep(dataclasses.replace(choice, shapley=shapley), pattern)
+        return question.run(loaded, (of or one_task_of)(loaded, task, trust_record), where)
 
 
 @contextlib.contextmanager
@@ -432,27 +388,3 @@ def _shown(on: Execution | None, what: str, progress: bool) -> Iterator[Executio
         return
     with bar(what) as report:
         yield dataclasses.replace(on, progress=report)
-
-
-def _made(cls: type[Made], options: Mapping[str, Any]) -> Made:
-    """A dataclass from keywords, where a list, or one text alone, stands for a tuple; OptionError for another name."""
-    defaults = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    _check_names(cls.__name__, options, list(defaults))
-    return cls(
-        **{name: _tupled(value) if isinstance(defaults[name], tuple) else value for name, value in options.items()}
-    )
-
-
-def _tupled(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
-
-
-def _check_names(what: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
-    for name in options:
-        if name not in known:
-            raise unknown(f"option of {what}", name, known)
-
-
-def _keywords(function: Callable[..., Any]) -> list[str]:
-    parameters = signature(function).parameters.values()
-    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
