@@ -203,6 +203,7 @@ class Sources:
         return shape_of(adapter.sites[name], adapter.tensors, adapter.config)
 
 
+@checked
 def base_of(
     adapters: Sequence[Adapter], base: str | None, *, trust_record: bool = False
 ) -> Callable[[], nn.Module] | None:
