@@ -194,7 +194,7 @@ def test_a_failed_replacement_leaves_what_was_there(tmp_path, monkeypatch):
     def broken(*args):
         raise FileError("broken")
 
-    monkeypatch.setattr(export, "_verify", broken)
+    monkeypatch.setattr(export, "verify", broken)
     with pytest.raises(FileError, match="broken"):
         save(merge(twins(3)), tmp_path / "m", force=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before
