@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import warnings
@@ -16,7 +15,7 @@ import typer
 from ..errors import LoraLabError, LoraLabNote, LoraLabWarning, OptionError
 from ..escape import visible
 from . import streams
-from .terminal import escaping
+from .terminal import escaping, with_flags
 from .verbs import checking, command_of
 
 _EPILOG = "Start with `lora-lab quickstart`: a minute or two from nothing to a first figure."
@@ -91,7 +90,7 @@ def _run(arguments: list[str], heard: list[int]) -> int:
         with escaping():
             code = application(arguments)(arguments, standalone_mode=False)
     except LoraLabError as error:
-        return _say(_with_flags(str(error)))
+        return _say(with_flags(str(error)))
     except BrokenPipeError:
         streams.drop()
         return 1
@@ -174,9 +173,4 @@ def _usage(error: Any) -> tuple[str, bool]:
 
 def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
     kind = "note:" if isinstance(message, LoraLabNote) else "warning:"
-    print(kind, visible(_with_flags(str(message).strip())), file=sys.stderr)
-
-
-def _with_flags(text: str) -> str:
-    """The library's names of options, in backticks, as the flags that they are here."""
-    return re.sub(r"`([a-z_]+)`", lambda found: "--" + found[1].replace("_", "-"), text)
+    print(kind, visible(with_flags(str(message).strip())), file=sys.stderr)

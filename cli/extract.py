@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..options import option
-from .options import AdapterOutput, Device
+from .options import AdapterFile, Device
 from .terminal import console, print_json, progress, size, table
 
 _SHOWN = 20  # modules and leftover parameters; all are in the JSON
@@ -35,7 +35,7 @@ def command(
     tuned: Annotated[str, typer.Argument(help="The same of the model that was made of it.")],
     how: Extracting,
     device: Device,
-    output: AdapterOutput,
+    output: AdapterFile,
 ) -> None:
     """Write the adapter that makes one checkpoint of another: the difference of every layer at a low rank.
 

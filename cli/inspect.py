@@ -8,26 +8,61 @@ from typing import Annotated, Any
 import typer
 
 from .options import AsJson, Reading
-from .terminal import console, messages, number, print_json, table
+from .terminal import console, messages, number, print_json, table, with_flags
+
+SCHEMA = 2
+"""Of the report: version 1 had problems and notes together as warnings, and neither `ok` nor a number."""
 
 
 def command(
-    path: Annotated[
-        str, typer.Argument(help="PEFT folder, .safetensors, .bin, Trainer checkpoint, or hub id org/name.")
-    ],
+    paths: Annotated[list[str], typer.Argument(help="Files or folders of any format, checkpoints, hub ids org/name.")],
     reading: Reading,
     output: AsJson,
 ) -> None:
     """Print modules, ranks, scales, norms and everything odd; reports also on adapters that other verbs refuse.
 
+    Ends with exit code 1 where one cannot be used. JSON is an object for one path and a list of them for several;
+    `lora-lab schema inspect` tells what it says.
+
     Example:  lora-lab inspect a.safetensors --json
     """
     from ..adapters.reading import inspect
+    from ..errors import LoraLabError
 
-    listing = inspect(path, **vars(reading))
-    content = describe(listing)
+    reports = []
+    for path in paths:
+        try:
+            report = describe(inspect(path, **vars(reading)))
+        except LoraLabError as error:
+            report = _unread(str(error))
+        reports.append({"path": path, "schema": SCHEMA, **report})
+        if not output.json:
+            _show(path, report)
+        for problem in report["problems"]:
+            messages.print(f"error: {with_flags(problem)}")
     if output.json:
-        print_json({"path": path, **content})
+        print_json(reports if len(paths) > 1 else reports[0])
+    if not all(report["ok"] for report in reports):
+        raise typer.Exit(1)
+
+
+def _unread(problem: str) -> dict[str, Any]:
+    """The report on what is no adapter at all."""
+    nothing = dict.fromkeys(("format", "tuner", "base_model", "total_norm"))
+    return {
+        "ok": False,
+        "problems": [problem],
+        "notes": [],
+        **nothing,
+        "modules": [],
+        "other_tensors": [],
+        "record": {},
+    }
+
+
+def _show(path: str, content: dict[str, Any]) -> None:
+    """One adapter as a table, and what is odd with it."""
+    if content["format"] is None:
         return
     rows = [
         (
@@ -57,8 +92,8 @@ def command(
                 continue
             options = ", ".join(f"{name} {value}" for name, value in step.items() if name != "from")
             console.print(f"pruned since (what was measured then is of the whole): {options}")
-    for warning in content["warnings"]:
-        messages.print(f"warning: {warning}")
+    for note in content["notes"]:
+        messages.print(f"warning: {with_flags(note)}")
 
 
 def describe(listing: Any) -> dict[str, Any]:
@@ -67,10 +102,10 @@ def describe(listing: Any) -> dict[str, Any]:
     from ..errors import LoraLabError
 
     adapter = listing.adapter
-    warnings = [*listing.problems, *listing.warnings]
+    notes = [*listing.warnings]
     reason = products.why_no_delta(adapter.config, adapter.sites.values())
     if reason and adapter.sites:
-        warnings.append(f"no ΔW from the factors alone: {reason}")
+        notes.append(f"no ΔW from the factors alone: {reason}")
     updates = {}
     if not reason and adapter.why_not_additive:  # LoHa and LoKr
         with contextlib.suppress(LoraLabError, RuntimeError):
@@ -91,12 +126,14 @@ def describe(listing: Any) -> dict[str, Any]:
         total += (entry["norm"] or 0.0) ** 2
     known = bool(modules) and all(entry["norm"] is not None for entry in modules)
     return {
+        "ok": not listing.problems,
+        "problems": list(listing.problems),
+        "notes": notes,
         "format": listing.format,
         "tuner": adapter.tuner,
         "base_model": adapter.base_model,
         "modules": modules,
         "other_tensors": [key.removeprefix(keys.PREFIX) for key in adapter.others],
-        "warnings": warnings,
         "total_norm": total**0.5 if known else None,
         "record": dict(adapter.record),
     }

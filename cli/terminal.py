@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -70,6 +71,11 @@ class Plain(Console):
 # In a pipe or a file there is no width to keep to, and a cut table would lose numbers.
 console = Plain(width=None if sys.stdout and sys.stdout.isatty() else 160)
 messages = Plain(stderr=True)
+
+
+def with_flags(text: str) -> str:
+    """The library's names of options, in backticks, as the flags that they are here."""
+    return re.sub(r"`([a-z_]+)`", lambda found: "--" + found[1].replace("_", "-"), text)
 
 
 def say_written(paths: Iterable[Path]) -> None:

@@ -146,7 +146,8 @@ def read_bin(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise FileError(
-            f"{path}: refused: it holds more than tensors (or is no torch file), and reading it could run code"
+            f"{path}: refused: it holds more than tensors (or is no torch file), and reading it could run code; "
+            "a .safetensors file of the same adapter is needed"
         ) from error
     except Exception as error:  # whatever bytes make of torch's unpickler, struct.error among it
         raise FileError(f"{path}: truncated or incomplete, or no torch file ({_brief(error)})") from error

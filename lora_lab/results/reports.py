@@ -114,10 +114,43 @@ class ConvertReport:
     advice: list[Any] = column("how the server is to be started that it is written for")
 
 
+@dataclass
+class ModuleOfAdapter:
+    """One module of an adapter."""
+
+    name: str = column("its name in the base model")
+    type: str = column("linear, embedding, conv2d …; of another tuner its name")
+    rank: int | None = column("rank of its factors; null where it has none")
+    scale: float = column("what B A is multiplied by: lora_alpha / rank, with rsLoRA lora_alpha / √rank")
+    dtype: str = column("type of its tensors")
+    shape: list[Any] | None = column("shape of ΔW")
+    norm: float = column("‖ΔW‖; null where it has none without the base model")
+    effective_rank: float = column("exp of the entropy of ΔW's singular values, as shares of their sum")
+
+
+@dataclass
+class InspectReport:
+    """What is in an adapter file; of several files, a list of these."""
+
+    path: str = column("what was asked for")
+    schema: int = column("version of this report")
+    ok: bool = column("whether it can be used")
+    problems: list[Any] = column("why not: one line each, with the tensor or field and what would be right")
+    notes: list[Any] = column("what was assumed, left out or is odd")
+    format: str | None = column("how it lies there; null of what could not be read")
+    tuner: str | None = column("type of the adapter, as PEFT names it")
+    base_model: str | None = column("the base model that its configuration names")
+    modules: list[ModuleOfAdapter] = column("what it adapts")
+    other_tensors: list[Any] = column("tensors of no tuner layer: heads, biases, embeddings")
+    total_norm: float = column("‖ΔW‖ over all modules")
+    record: dict[str, Any] = column("how it came to be, as its file says")
+
+
 REPORTS = {
     "convert": ConvertReport,
     "extract": ExtractReport,
     "fuse": FuseReport,
+    "inspect": InspectReport,
     "merge": MergeReport,
     "prune": PruneReport,
     "verify": VerifyReport,

@@ -74,6 +74,37 @@ def test_a_folder_without_an_adapter_says_what_it_lacks(tmp_path):
     assert "a whole model, not an adapter" in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "model_index.json"])
+def test_a_folder_of_a_sharded_model_or_a_pipeline_is_named(tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    for i in (1, 2):
+        save_file({"w": torch.ones(1)}, tmp_path / f"model-{i}-of-2.safetensors")
+    assert "a whole model, not an adapter" in refusal(tmp_path)
+
+
+def test_the_one_file_of_a_folder_is_read_whatever_its_name_and_several_are_listed(tmp_path):
+    save_file(lora(), tmp_path / "style_v2.safetensors")
+    with pytest.warns(LoraLabWarning) as told:
+        assert list(Adapter.load(tmp_path).sites) == [Q]
+    assert "the one safetensors file in it is read: style_v2.safetensors" in str(told[0].message)
+    save_file(lora(), tmp_path / "style_v1.safetensors")
+    assert "none by an adapter's usual name: style_v1.safetensors, style_v2.safetensors; name one" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "told"),
+    [
+        ({"model.q_proj.weight": torch.ones(2, 2), "norm.bias": torch.ones(2)}, "a whole model, not an adapter"),
+        ({"emb_params": torch.ones(2, 8)}, "embeddings of new words .textual inversion"),
+        ({"model.q_proj.hada_w9": torch.ones(2, 2)}, "another tuner's file.*peft_type"),
+    ],
+)
+def test_what_a_file_holds_instead_of_an_adapter_is_said(tmp_path, tensors, told):
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(AdapterError, match=told):
+        Adapter.load(tmp_path / "x.safetensors")
+
+
 def test_a_folder_of_adapters_lists_them(tmp_path):
     for name in ("task-b", "task-a"):
         write(tmp_path / name, lora())
@@ -155,7 +186,10 @@ def test_only_the_adapters_files_are_asked_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert Adapter.load("someone/adapter@main").sites
     assert (asked["repo"], asked["revision"]) == ("someone/adapter", "main")
-    assert asked["allow_patterns"] == [
+    ours, of_components = asked["allow_patterns"][:6], asked["allow_patterns"][6:]
+    assert "unet/adapter_model.safetensors" in of_components
+    assert {name.partition("/")[2] for name in of_components} == set(ours[:3])
+    assert ours == [
         "adapter_config.json",
         "adapter_model.safetensors",
         "adapter_model.bin",

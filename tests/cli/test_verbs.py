@@ -243,8 +243,9 @@ def test_inspect_as_json_has_the_promised_shape(lora_lab, pair):
     code, out, _ = lora_lab("inspect", pair[0], "--json")
     found = json.loads(out)
     assert code == 0
-    expected = {"path", "format", "tuner", "base_model", "modules", "other_tensors", "warnings", "total_norm", "record"}
-    assert set(found) == expected
+    about = {"path", "schema", "ok", "problems", "notes", "format", "record"}
+    assert set(found) == {*about, "tuner", "base_model", "modules", "other_tensors", "total_norm"}
+    assert (found["ok"], found["problems"], found["schema"]) == (True, [], 2)
     assert set(found["modules"][0]) == {"name", "type", "rank", "scale", "dtype", "shape", "norm", "effective_rank"}
     assert len(found["modules"]) == 36
     assert found["total_norm"] == pytest.approx(sum(m["norm"] ** 2 for m in found["modules"]) ** 0.5)
@@ -253,28 +254,50 @@ def test_inspect_as_json_has_the_promised_shape(lora_lab, pair):
     assert "36 modules, ranks 4" in out
 
 
-@pytest.mark.parametrize(
-    ("case", "words"),
-    [
-        ("R18_nan_inf_weights/adapter", ["model.layers.0.self_attn.v_proj", "non-finite"]),
-        ("R21_unpaired_lora_A/adapter", ["model.layers.1.self_attn.v_proj", "lora_B"]),
-        ("R22_rank_differs_from_config/adapter", ["rank 4", "8 in the config"]),
-        ("R28_dora/adapter", ["DoRA"]),
-        ("K10_pissa_olora_init/adapter", ["pissa"]),
-        ("K15_all_zero_B/adapter_all_zero", ["4 of 4 modules have zero delta (untrained?)"]),
-        ("R14_adapter_name_inside_keys/adapter_two_in_one_file", ["one", "two"]),
-        ("K03_single_file_no_config/adapter_only.safetensors", ["alpha"]),
-    ],
-)
+REFUSED = [
+    ("R18_nan_inf_weights/adapter", ["model.layers.0.self_attn.v_proj", "non-finite"]),
+    ("R21_unpaired_lora_A/adapter", ["model.layers.1.self_attn.v_proj", "lora_B"]),
+    ("R22_rank_differs_from_config/adapter", ["rank 4", "8 in the config"]),
+    ("R14_adapter_name_inside_keys/adapter_two_in_one_file", ["--adapter-name", "one", "two"]),
+]
+ODD = [
+    ("R28_dora/adapter", ["DoRA"]),
+    ("K10_pissa_olora_init/adapter", ["pissa"]),
+    ("K15_all_zero_B/adapter_all_zero", ["4 of 4 modules have zero delta (untrained?)"]),
+    ("K03_single_file_no_config/adapter_only.safetensors", ["--alpha"]),
+]
+
+
+@pytest.mark.parametrize(("case", "words"), [*REFUSED, *ODD])
 def test_inspect_reports_on_what_other_verbs_refuse(lora_lab, case, words):
     code, out, _ = lora_lab("inspect", CASES / case, "--json")
-    assert code == 0
-    warnings = " ".join(json.loads(out)["warnings"])
+    found, usable = json.loads(out), (case, words) in ODD
+    assert (code, found["ok"], found["problems"] == []) == (int(not usable), usable, usable)
+    told = " ".join(found["notes" if usable else "problems"])
     for word in words:
-        assert word in warnings
+        assert word.removeprefix("--").replace("-", "_" if word.startswith("--") else "-") in told
     code, out, err = lora_lab("inspect", CASES / case)
-    assert code == 0
+    assert code == int(not usable)
+    assert ("warning: " if usable else "error: ") in err
     assert words[0] in err
+
+
+def test_inspect_of_several_paths_goes_on_after_one_that_is_none(lora_lab, pair):
+    paths = [pair[0], "none.safetensors", CASES / REFUSED[0][0], pair[1]]
+    code, out, err = lora_lab("inspect", *paths, "--json")
+    found = json.loads(out)
+    assert code == 1
+    assert [each["path"] for each in found] == [str(path) for path in paths]
+    assert [each["ok"] for each in found] == [True, False, False, True]
+    assert found[1]["problems"] == ["none.safetensors: no such file or folder"]
+    assert (found[1]["format"], found[1]["modules"]) == (None, [])
+    assert len({frozenset(each) for each in found}) == 1
+    code, out, err = lora_lab("inspect", *paths)
+    assert code == 1
+    assert out.count("36 modules, ranks 4") == 2
+    assert err.startswith("error: none.safetensors: no such file or folder")
+    code, out, _ = lora_lab("inspect", *pair, "--json")
+    assert (code, len(json.loads(out))) == (0, 2)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ _WEIGHTS = (
     "adapters.safetensors",
 )
 """Names of weights in a folder: PEFT's, diffusers', MLX's."""
+_WHOLE = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "model_index.json")
+"""What the folders of whole models hold, those of pipelines among them."""
 
 
 def locate(given: str | os.PathLike[str]) -> Location:
@@ -72,9 +74,20 @@ def _in_folder(folder: Path) -> Location:
         return location
     if inside:
         raise FileError(f"{folder}: no adapter itself, but holds some: {shorten(inside, 5)}; name one of them")
-    if any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")):
+    if any((folder / name).is_file() for name in _WHOLE):
         raise FileError(f"{folder}: a whole model, not an adapter ({' or '.join(_WEIGHTS[:2])} is needed)")
-    raise FileError(f"{folder}: no {', no '.join(_WEIGHTS[:-1])} and no {_WEIGHTS[-1]} in this folder")
+    others = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+    if len(others) == 1:
+        return Location(others[0], folder, "lone file", [f"the one safetensors file in it is read: {others[0].name}"])
+    if others:
+        raise FileError(
+            f"{folder}: several safetensors files and none by an adapter's usual name: "
+            f"{shorten((path.name for path in others), 5)}; name one of them"
+        )
+    raise FileError(
+        f"{folder}: no {', no '.join(_WEIGHTS[:-1])} and no {_WEIGHTS[-1]} in this folder; an adapter's folder or file "
+        "is needed"
+    )
 
 
 def _of_peft(folder: Path) -> bool:
@@ -86,7 +99,7 @@ def _on_hub(name: str) -> Location:
 
     repo, _, revision = name.partition("@")
     names = ["adapter_config.json", *_WEIGHTS]
-    patterns = [*names, *(f"{component}/{name}" for component in PARTS for name in names)]
+    patterns = [*names, *(f"{component}/{name}" for component in PARTS for name in names[:3])]
     offline = stay_offline_without_network()
     try:
         folder = snapshot_download(repo, revision=revision or None, allow_patterns=patterns)

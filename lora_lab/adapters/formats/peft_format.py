@@ -277,4 +277,9 @@ def _add_others(
 def _other_content(tensors: Mapping[str, Tensor]) -> str:
     if not tensors:
         return ": the file holds none at all (an emptied state_dict was saved?)"
-    return f"; it holds {shorten(tensors)}: a whole model, or another tuner's file?"
+    held = f"; it holds {shorten(tensors)}: "
+    if all("." not in key and tensor.ndim <= 2 for key, tensor in tensors.items()):
+        return held + "embeddings of new words (textual inversion)? They are no adapter"
+    if all(key.endswith((".weight", ".bias")) for key in tensors) and not any(map(keys.odd_content, tensors)):
+        return held + "a whole model, not an adapter? What it differs by from its base can be extracted as one"
+    return held + "another tuner's file? Its adapter_config.json is needed, which says so by peft_type"
