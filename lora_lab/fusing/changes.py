@@ -6,7 +6,7 @@ with that module's own weights, so that DoRA, HiRA, OFT … come out as PEFT has
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -258,18 +258,22 @@ class Changes:
             layer.register_parameter(last, nn.Parameter(given, requires_grad=False))
         return layer
 
+    def _closest(self, missing: Sequence[str]) -> str:
+        """What to do about modules that the base has under other names, or what is nearest to them."""
+        there = {name.rpartition(".")[0] for name in (*self.layout.groups, *self.layout.tied)}
+        if way := _renaming(missing, there):
+            return f"; `rename` {way[0]}={way[1]} makes them the base's"
+        close = nearest(missing[0], sorted(there))
+        return f"; the closest one is {close}" if close else ""
+
     def _check(self) -> None:
         """MismatchError for modules that the base has not, with the closest ones that it has."""
         for index, adapter in enumerate(self.adapters):
             mine = [m for m, s in self.sites.items() if index in {i for i, _ in s}]
             missing = [module for module in mine if not self.layout.parameters_of(module)]
             if missing:
-                there = list({name.rpartition(".")[0] for name in (*self.layout.groups, *self.layout.tied)})
-                close = nearest(missing[0], there)
                 raise MismatchError(
-                    f"{adapter.source}: the base has no module {shorten(missing)}"
-                    + (f"; the closest one is {close}" if close else "")
-                    + "; `rename` changes the first parts of an adapter's names"
+                    f"{adapter.source}: the base has no module {shorten(missing)}{self._closest(missing)}"
                 )
             if adapter.why_not_additive is None:
                 for module in mine:
@@ -284,6 +288,20 @@ class Changes:
                 raise MismatchError(f"{self.adapters[0].source}: {name} has no place in {type(model).__name__}")
             if shape is not None and shape[1:] != tuple(tensor.shape[1:]):
                 raise MismatchError(f"{name} is {list(tensor.shape)} in the adapters and {list(shape)} in the base")
+
+
+def _renaming(missing: Sequence[str], there: Collection[str]) -> tuple[str, str] | None:
+    """First parts (old, new) of the names that are missing with which all of them would be there."""
+    parts = missing[0].split(".")
+    for count in range(len(parts)):
+        old, rest = ".".join(parts[:count]), ".".join(parts[count:])
+        for new in sorted({name[: -len(rest)].rstrip(".") for name in there if f".{name}".endswith(f".{rest}")}):
+            head = f"{new}." if new else ""
+            if all(
+                f".{name}".startswith(f".{old}") and head + name[len(old) :].lstrip(".") in there for name in missing
+            ):
+                return old, new
+    return None
 
 
 def _wholes(

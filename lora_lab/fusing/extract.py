@@ -138,7 +138,7 @@ def cut(
     """
     limit = min(delta.flatten(1).shape)
     most = min(limit, rank or limit)
-    total = float(delta.norm(dtype=torch.float64)) ** 2
+    total = _norm(delta) ** 2
     tried = most if limit <= _SMALL else min(most, _FIRST_RANK)
     while True:
         whole = tried >= limit or limit <= _SMALL
@@ -163,8 +163,7 @@ def noise_of(tuned: Tensor, delta: Tensor | None = None) -> float:
     there are four: of its sum over the ranks, of its scale, of the sum, and of the difference that is taken here.
     """
     rows, columns = tuned.flatten(1).shape
-    size = float(tuned.norm(dtype=torch.float64)) ** 2
-    size += 4 * float(delta.norm(dtype=torch.float64)) ** 2 if delta is not None else 0.0
+    size = _norm(tuned) ** 2 + (4 * _norm(delta) ** 2 if delta is not None else 0.0)
     sigma = 0.22 * torch.finfo(effective_dtype(tuned)).eps * math.sqrt(size / max(1, rows * columns))
     return _ABOVE_NOISE * sigma * (math.sqrt(rows) + math.sqrt(columns))
 
@@ -195,8 +194,8 @@ def _compare(
     module, _, last = name.rpartition(".")
     kind = _kind(after, module, len(shapes[0])) if last == "weight" else None
     wide = torch.promote_types(torch.promote_types(base.dtype, tuned.dtype), torch.float32)
-    delta = tuned.to(device, wide) - base.to(device, wide)
-    size, norm = float(base.norm(dtype=torch.float64)), float(delta.norm(dtype=torch.float64))
+    delta = tuned.to(device, wide, copy=True).sub_(base.to(device))
+    size, norm = _norm(base), _norm(delta)
     share = norm / size if size else None
     if kind is None:
         sums.left.append(Left(name, "no weight of a layer that LoRA knows", share))
@@ -209,7 +208,7 @@ def _compare(
     A, B = (_cast(part, options.dtype, name).cpu() for part in (update.A, update.B))
     stored = LowRank(A, B, update.shape)
     sums.norms[module] = norm
-    sums.errors[module] = float((delta - stored.delta().to(delta)).norm(dtype=torch.float64)) / norm
+    sums.errors[module] = _norm(delta.sub_(stored.delta().to(delta))) / norm
     sums.updates[module], sums.kinds[module] = stored, kind
 
 
@@ -296,6 +295,11 @@ def _check_alike(before: Layout, after: Layout, base: Path, tuned: Path) -> None
             f"{base} and {tuned} are models of different sizes: {name} is {list(before.shape(name) or ())} and "
             f"{list(after.shape(name) or ())}"
         )
+
+
+def _norm(tensor: Tensor) -> float:
+    """Its Frobenius norm, summed in float64 without a copy."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
 def _words(dtype: torch.dtype) -> str:

@@ -323,7 +323,11 @@ def layout_of(base: Path, adapters: Sequence[Adapter] = ()) -> Layout:
     checkpoint = files.open_checkpoint(base)
     modules = {name.replace(".base_layer", "") for adapter in adapters for name in adapter.sites}
     types = [str(adapter.config["task_type"]) for adapter in adapters if adapter.config.get("task_type")]
-    return Layout(checkpoint, skeleton(base, modules, types))
+    model = skeleton(base, modules, types)
+    there = {name for name, _ in model.named_modules()} if model is not None else set()
+    # experts one by one, as older models have them, and as their checkpoints still do
+    by_name = not there.issuperset(modules) and all(f"{module}.weight" in checkpoint for module in modules)
+    return Layout(checkpoint, None if by_name else model)
 
 
 def _stem(layout: Layout) -> str:

@@ -157,8 +157,9 @@ def _untouched(name: str, before: Layout, after: Layout) -> tuple[str, Finding |
     if kind != "changed":
         return kind, None
     wide = torch.promote_types(base.dtype, torch.float32)
-    size = float(base.to(wide).norm())
-    share = float((merged.to(wide) - base.to(wide)).norm()) / size if size else math.inf
+    size = float(torch.linalg.vector_norm(base, dtype=torch.float64))
+    off = float(torch.linalg.vector_norm(merged.to(wide) - base, dtype=torch.float64))
+    share = off / size if size else math.inf
     return kind, Finding(name, "unnamed", residual=share)
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import warnings
@@ -15,11 +16,14 @@ import pytest
 import torch
 import transformers
 from making_checkpoints import QV, TEXT, class_of, in_peft, load_base, merged, train, write_base
+from making_processes import finished, started
 from peft_models import quiet_embeddings, randomised
 from safetensors.torch import load_file, save_file
 
 from lora_lab import files
-from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.adapter import Adapter, from_updates
+from lora_lab.adapters.lowrank import LowRank
+from lora_lab.adapters.renames import renamed
 from lora_lab.errors import FileError, LoraLabWarning, MismatchError, OptionError, TunerError
 from lora_lab.files import LazyTensors
 from lora_lab.fusing.fuse import FuseOptions, Fusion
@@ -368,6 +372,35 @@ def test_modules_that_the_base_lacks_are_named_with_the_closest(bases, tmp_path)
         fused(bases("llama"), [adapter], tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("theirs", "said"),
+    [("unet.model", "unet="), ("", "=model"), ("model.language_model", "model.language_model=model")],
+)
+def test_modules_under_other_first_names_are_told_with_the_renaming(bases, tmp_path, theirs, said):
+    adapter = train("llama", bases("llama"), tmp_path / "a", peft.LoraConfig(r=2, target_modules=QV))
+    other, base = renamed(Adapter.load(adapter), "model", theirs), bases("llama") / "model.safetensors"
+    with pytest.raises(MismatchError, match=rf"`rename` {said} makes them the base's"):
+        Fusion(base, [other])
+    Fusion(base, [renamed(other, *said.split("="))])
+
+
+def test_experts_that_were_modules_are_found_where_the_checkpoint_has_them(bases, tmp_path):
+    weights = {key: LazyTensors(bases("experts") / "model.safetensors")[key] for key in EXPERTS}
+    updates = {
+        key.removesuffix(".weight"): LowRank(torch.randn(2, t.shape[1]).double(), torch.randn(t.shape[0], 2).double())
+        for key, t in weights.items()
+    }
+    like = Adapter({}, {}, {}, {}, "a")
+    Fusion(bases("experts"), [from_updates(updates, like=like, source="a")]).write(tmp_path / "out")
+    before, after = (load_file(folder / "model.safetensors") for folder in (bases("experts"), tmp_path / "out"))
+    for key, tensor in before.items():
+        wanted = tensor + updates[key.removesuffix(".weight")].delta() if key in EXPERTS else tensor
+        torch.testing.assert_close(after[key], wanted, rtol=0, atol=1e-12)
+
+
+EXPERTS = [f"model.layers.0.block_sparse_moe.experts.{i}.w{j}.weight" for i, j in ((0, 1), (2, 2))]
+
+
 def test_a_base_of_other_shapes_is_one_line(bases, tmp_path):
     adapter = train("llama", bases("llama"), tmp_path / "a", peft.LoraConfig(r=2, target_modules=["q_proj"]))
     base = write_base("llama", tmp_path / "base", hidden_size=8, intermediate_size=12)
@@ -478,6 +511,23 @@ def test_shards_of_another_question_or_damaged_ones_are_made_anew(work, tmp_path
     assert content(tmp_path / "out") == content(tmp_path / "again")
 
 
+def test_a_run_that_is_killed_outright_is_gone_on_with(work, tmp_path, monkeypatch):
+    base, adapter = work
+    options = ("fuse", base, adapter, "-o", "out", "--max-shard-size", "0.000006")
+    killed = started(tmp_path, *options, fatal=("fusing.fuse", "copied"))  # when all shards are there
+    finished(killed, tmp_path, -signal.SIGKILL)
+    assert not (tmp_path / "out").exists()
+    read = []
+    real = LazyTensors.__getitem__
+    monkeypatch.setattr(LazyTensors, "__getitem__", lambda self, name: read.append(name) or real(self, name))
+    told = fused(base, [adapter], tmp_path / "out", max_shard_size=6e-6)
+    assert told.resumed == len(list((tmp_path / "out").glob("*.safetensors")))
+    # to see whether what the adapter has saved of them is a copy
+    assert set(read) <= {"model.embed_tokens.weight", "lm_head.weight"}
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "out", "whole", "out.txt", "err.txt"}
+
+
 def test_unfinished_shards_in_a_folder_that_others_may_write_are_not_trusted(work, tmp_path):
     base, adapter = work
     interrupted(base, adapter, tmp_path / "out", 12)
@@ -493,7 +543,9 @@ import json, resource, sys
 from pathlib import Path
 from types import SimpleNamespace
 import torch
-from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.adapter import Adapter, from_updates
+from lora_lab.adapters.lowrank import LowRank
+from lora_lab.adapters.renames import renamed
 from lora_lab.fusing.fuse import Fusion
 torch.set_num_threads(1)
 fusion = Fusion(Path(sys.argv[1]), [Adapter.load(sys.argv[2])])
