@@ -51,6 +51,12 @@ def converted(adapter: Adapter, format_name: str | None = None, dtype: str | Non
         if layout.apart:
             changes.append(f"{len(layout.apart)} tensors of no module are left out: {shorten(layout.apart)}")
         layout = Layout(format_name, "" if format_name == PEFT else None)
+        renamed = FORMATS[format_name].renamed
+        before, adapter = adapter, renamed(adapter) if renamed else adapter
+        if adapter is not before:
+            changes.append(
+                f"{len(before.sites)} modules are {len(adapter.sites)} under the names that the format has for them"
+            )
     apart = by_component(adapter.sites) if format_name == PEFT else None
     if apart and (adapter.layout != Layout() or apart.keys() != {"transformer"}):  # which language models have, too
         layout = replace(layout, names=TOGETHER)

@@ -109,6 +109,11 @@ class Format:
 
     Raises TunerError or AdapterError, naming the module, for what the format cannot carry.
     """
+    renamed: Callable[[Any], Any] | None = None
+    """An Adapter of another format with the modules that this one has, split or joined where they are other ones.
+
+    Raises AdapterError, with their names, for modules that it has none for.
+    """
     file: str | None = None
     """Name of the weights in a folder; None for a format of lone files."""
     settings: str | None = None

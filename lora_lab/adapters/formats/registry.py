@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora_lab.adapters.formats import comfy, diffusers, kohya, lycoris, mlx, peft_files
+from lora_lab.adapters.formats import comfy, diffusers, kohya, lycoris, mlx, model_names, peft_files
 from lora_lab.adapters.formats.layout import Format, Raw
 from lora_lab.registry import Registry
 
@@ -22,6 +22,7 @@ _DIFFUSERS = Format(
     matches=diffusers.matches,
     read=diffusers.read,
     write=diffusers.write,
+    renamed=model_names.to_diffusers,
     file="pytorch_lora_weights.safetensors",
 )
 
@@ -30,6 +31,7 @@ _KOHYA = Format(
     matches=kohya.matches,
     read=kohya.read,
     write=kohya.write,
+    renamed=model_names.flux_to_authors,
 )
 
 _COMFY = Format(
