@@ -17,8 +17,6 @@ _NOT_IN_STEPS = ("output", "o", "force", "overwrite", "help", "json", "yes")
 """Options that a step has otherwise, or not at all."""
 _LARGEST = 2**20
 """Bytes of a recipe."""
-_HASHED = 2**30
-"""Bytes of a file or folder up to which its content is hashed; of a larger one, names, sizes and times are."""
 
 _MERGEKIT_METHODS = {
     "task_arithmetic": "task-arithmetic",
@@ -229,25 +227,3 @@ def command_named(verb: str) -> Any:
     from . import application
 
     return typer.main.get_command(application([verb])).commands[verb]  # type: ignore[attr-defined]
-
-
-def content_of(path: Path) -> str | None:
-    """What a file or folder holds, in a few letters: of its content, or of names, sizes and times where it is large."""
-    import hashlib
-
-    from ..files import file_hash
-
-    if not path.exists():
-        return None
-    parts = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    sizes = [part.stat() for part in parts]
-    if sum(status.st_size for status in sizes) <= _HASHED:
-        return file_hash(path)
-    told = [(str(p), s.st_size, s.st_mtime_ns) for p, s in zip(parts, sizes, strict=True)]
-    return "by-time-" + hashlib.sha256(repr(told).encode()).hexdigest()[:16]
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of the files in a folder."""
-    parts = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
-    return sum(part.stat().st_size for part in parts)

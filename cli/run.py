@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -14,8 +15,11 @@ import typer
 
 from ..errors import FileError
 from ..options import option
-from . import recipes
+from . import recipes, stamps
 from .terminal import messages, print_json, size, table
+
+_FORMAT = "lora-lab run 2"
+"""Of the state; the number counts its versions."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +49,16 @@ def command(recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file
         for step in steps:
             why = "asked for" if how.force else state.why(step, changed)
             entry = {"step": step.number, "verb": step.verb, "output": step.output, "run": why, **state.last(step)}
-            entry["bytes"] = sum(recipes.size_of(Path(p)) for p in step.inputs if Path(p).exists())
+            entry["bytes"] = sum(map(stamps.size_of, stamps.places(step)))
             said.append(entry)
             if why and how.dry_run:
-                changed.add(step.output)
+                changed.add(os.path.normpath(step.output))
             if why is None or how.dry_run:
                 continue
             messages.print(f"{step.name} → {step.output}: {why}")
+            stamp = stamps.stamp(step)  # of what may change while the step is run, it is not known what was read
             entry |= _run(step, force=how.force or state.wrote(step))
-            state.note(step, entry["seconds"], entry["peak_memory"])
+            state.note(step, stamp, entry["seconds"], entry["peak_memory"])
     if how.json:
         print_json({"recipe": str(recipe), "dry_run": how.dry_run, "steps": said})
     else:
@@ -93,37 +98,32 @@ class _State:
         if path.exists():
             with contextlib.suppress(FileError, KeyError, TypeError, AttributeError):
                 content = files.read_json(path)
-                if content["seal"] == self._sealed(content["steps"]):
+                if content["format"] == _FORMAT and content["seal"] == self._sealed(content["steps"]):
                     self._steps = content["steps"]
 
     def _sealed(self, steps: dict[str, Any]) -> str:
         return self._seal(json.dumps(steps, sort_keys=True).encode())
 
-    def _stamp(self, step: recipes.Step) -> list[Any]:
-        """All that the step hangs on: its words, what lies at every path among them, and the version."""
-        from importlib.metadata import version
-
-        read = {path: recipes.content_of(Path(path)) for path in sorted(set(step.inputs)) if Path(path).exists()}
-        return [step.verb, step.arguments, read, version("lora-lab")]
-
     def why(self, step: recipes.Step, changed: set[str]) -> str | None:
         """Why the step is to be run; None where it is up to date."""
         known = self._steps.get(step.output)
-        made = next((path for path in step.inputs if path in changed), None)
+        made = next((path for path in step.inputs if os.path.normpath(path) in changed), None)
         if made:
             return f"{made} is made anew"
         if known is None:
             return "not run yet"
-        verb, arguments, read, version = known["stamp"]
-        now = self._stamp(step)
+        verb, arguments, read, data, version = known["stamp"]
+        now = stamps.stamp(step)
         if [verb, arguments] != now[:2]:
             return "its options have changed"
-        for path, content in now[2].items():
-            if read.get(path) != content:
+        for path in {**now[2], **read}:
+            if read.get(path) != now[2].get(path):
                 return f"{path} has changed"
-        if version != now[3]:
-            return f"lora-lab {now[3]} is not {version}, which wrote it"
-        content = recipes.content_of(Path(step.output))
+        if data != now[3]:
+            return "the data or the base model of its task has changed"
+        if version != now[4]:
+            return f"lora-lab {now[4]} is not {version}, which wrote it"
+        content = stamps.content_of(Path(step.output))
         if content is None:
             return f"{step.output} is not there"
         return None if content == known["wrote"] else f"{step.output} has changed"
@@ -131,27 +131,25 @@ class _State:
     def wrote(self, step: recipes.Step) -> bool:
         """Whether what lies at the output is what this recipe has put there, so that it may be replaced."""
         known = self._steps.get(step.output)
-        return known is not None and recipes.content_of(Path(step.output)) == known["wrote"]
+        return known is not None and stamps.content_of(Path(step.output)) == known["wrote"]
 
     def last(self, step: recipes.Step) -> dict[str, Any]:
         """How long the step took when it was last run, and how much memory there was in use at most."""
         known = self._steps.get(step.output, {})
         return {"seconds": known.get("seconds"), "peak_memory": known.get("peak_memory")}
 
-    def note(self, step: recipes.Step, seconds: float, peak: int | None) -> None:
-        """Write down that the step was run, so that a later run goes on from it."""
+    def note(self, step: recipes.Step, stamp: list[Any], seconds: float, peak: int | None) -> None:
+        """Write down that the step was run, and with what, as it was before; a later run goes on from it."""
         from .. import files
 
-        wrote = recipes.content_of(Path(step.output))
+        wrote = stamps.content_of(Path(step.output))
         self._steps[step.output] = {
-            "stamp": self._stamp(step),
+            "stamp": stamp,
             "wrote": wrote,
             "seconds": seconds,
             "peak_memory": peak,
         }
-        files.write_json(
-            self._path, {"format": "lora-lab run 1", "steps": self._steps, "seal": self._sealed(self._steps)}
-        )
+        files.write_json(self._path, {"format": _FORMAT, "steps": self._steps, "seal": self._sealed(self._steps)})
 
 
 def show(steps: list[dict[str, Any]], *, dry: bool) -> None:

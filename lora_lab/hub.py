@@ -51,13 +51,13 @@ def pretrained(cls: Any, name: str, *, where: str = "the model", **options: Any)
         ) from error
 
 
-def cached_folder(name: str, revision: str | None = None) -> Path | None:
-    """Where a model from the hub lies in the cache, in a folder called by its commit; None where it does not."""
+def cached_folder(name: str, revision: str | None = None, *, file: str = "config.json") -> Path | None:
+    """Where a repository with this file lies in the cache, in a folder called by its commit; None where it does not."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, "config.json", revision=revision)
+        found = try_to_load_from_cache(name, file, revision=revision)
     except HFValidationError:  # no hub id
         return None
     return Path(found).parent if isinstance(found, str) else None

@@ -1,12 +1,18 @@
 """Recipes: steps that are checked before any is run, run when something has changed, and left alone otherwise."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from making_adapters import lora, write
+from making_adapters import lora, random_adapter, write
+from peft import LoraConfig
+from safetensors.torch import save_file
+from tiny_models import write_bert
 
+from lora_lab import tasks
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.files.trust import Origin
 
 STEPS = """
 steps:
@@ -64,6 +70,92 @@ def test_only_what_has_changed_is_run_again(run, recipe, tmp_path):
     assert run("--force") == ["asked for", "asked for"]
     (tmp_path / "r.state.json").write_text((tmp_path / "r.state.json").read_text().replace('"wrote": "', '"wrote": "0'))
     assert run("--dry-run") == ["not run yet", "merged is made anew"]  # a state that was edited is none
+
+
+@pytest.fixture
+def reasons(lora_lab, recipe):
+    def reasons(step, *options):
+        recipe.write_text(f"steps: [{step}]")
+        code, out, err = lora_lab("run", "r.yaml", "--json", *options)
+        assert code == 0, err
+        return [step["run"] for step in json.loads(out)["steps"]]
+
+    return reasons
+
+
+def test_the_configuration_beside_a_lone_file_is_one_of_its_inputs(reasons, tmp_path):
+    lone, config = tmp_path / "lone" / "x.safetensors", tmp_path / "lone" / "adapter_config.json"
+    lone.parent.mkdir()
+    save_file(lora(), lone)
+    config.write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 4}')
+    step = "{convert: {adapter: lone/x.safetensors, dtype: float32, output: y}}"
+    assert reasons(step) == ["not run yet"]
+    assert reasons(step) == [None]
+    config.write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 8}')
+    assert reasons(step) == ["lone/adapter_config.json has changed"]
+    config.unlink()
+    assert reasons(step, "--dry-run") == ["lone/adapter_config.json has changed"]
+
+
+def test_weights_in_a_file_and_places_at_home_are_inputs(reasons, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "w.json").write_text('{"default": [1, 1]}')
+    step = "{merge: {adapters: [~/a, b], weights: w.json, output: m}}"
+    assert reasons(step) == ["not run yet"]
+    assert reasons(step) == [None]
+    (tmp_path / "w.json").write_text('{"default": [1, 2]}')
+    assert reasons(step) == ["w.json has changed"]
+    write(tmp_path / "a", lora(seed=9))
+    assert reasons(step) == [f"{tmp_path / 'a'} has changed"]
+    (tmp_path / "w.json").unlink()
+    assert reasons(step, "--dry-run") == ["w.json has changed"]  # and is no longer there
+
+
+def test_what_lies_elsewhere_in_a_folder_is_a_change(reasons, tmp_path):
+    for part in ("unet", "text_encoder"):
+        write(tmp_path / "pipe" / part, lora())
+    step = "{convert: {adapter: pipe, dtype: float32, output: y}}"
+    assert reasons(step) == ["not run yet"]
+    (tmp_path / "pipe" / "unet").rename(tmp_path / "pipe" / "transformer")
+    (tmp_path / "pipe" / "text_encoder").rename(tmp_path / "pipe" / "text_encoder_2")
+    assert reasons(step) == ["pipe has changed"]
+
+
+def test_what_changes_while_a_step_is_run_is_read_again(reasons, tmp_path, monkeypatch):
+    step = "{merge: {adapters: [a, b], output: m}}"
+    from lora_lab.cli import run as verb
+
+    def changing(*arguments, run=verb._run, **options):
+        ran = run(*arguments, **options)
+        write(tmp_path / "a", lora(seed=11))
+        return ran
+
+    monkeypatch.setattr(verb, "_run", changing)
+    assert reasons(step) == ["not run yet"]
+    assert reasons(step, "--dry-run") == ["a has changed"]
+
+
+@pytest.mark.parametrize("named", ["given", "recorded"])
+def test_scores_are_stale_where_the_data_or_the_base_of_their_task_is_another(reasons, tmp_path, monkeypatch, named):
+    monkeypatch.chdir(tmp_path)
+    write_bert(tmp_path / "base", tmp_path / "vocab.txt", ["good", "bad"])
+    rows = [f"{word},{label}" for word, label in (("good", 1), ("bad", 0)) for _ in range(20)]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]))
+    keys = 'kind = "text-classification"\nbase = "base"\ndata = "rows.csv"\ntext = "text"\nlabel = "label"\n'
+    (tmp_path / "t.toml").write_text(keys)
+    task = tasks.from_name("t.toml")
+    config = LoraConfig(r=1, target_modules=["query"])
+    made = random_adapter(task, tmp_path / "trained", config, scale=0.1)
+    replace(made, record={"task": task.record}, origin=Origin(own=True)).save(tmp_path / "own")
+    adapter = "trained, task: t.toml" if named == "given" else "own"
+    step = f"{{evaluate: {{adapters: {adapter}, output: e.json}}}}"
+    assert reasons(step) == ["not run yet"]
+    assert reasons(step) == [None]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows, "bad good,1", "good bad,0"]))
+    assert reasons(step) == ["the data or the base model of its task has changed"]
+    assert reasons(step) == [None]
+    write_bert(tmp_path / "base", tmp_path / "vocab.txt", ["good", "bad"], initializer_range=0.3)
+    assert reasons(step, "--dry-run") == ["the data or the base model of its task has changed"]
 
 
 def test_an_output_that_the_recipe_did_not_write_stays(run, recipe, lora_lab, tmp_path):
