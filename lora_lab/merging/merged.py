@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_lab import escape
 from lora_lab.adapters.adapter import Adapter, from_updates
 from lora_lab.adapters.converting import DTYPES
-from lora_lab.adapters.cutting import factored
+from lora_lab.adapters.cutting import factored, norm_of
 from lora_lab.adapters.describe import labels_of
 from lora_lab.adapters.formats import peft_format
 from lora_lab.adapters.lowrank import LowRank, is_finite
@@ -206,7 +206,7 @@ def _finished(
         raise MismatchError(too_large)
     error, norm = 0.0, None
     if isinstance(merged, Tensor):
-        norm = float(torch.linalg.vector_norm(merged, dtype=torch.float64))
+        norm = norm_of(merged)
         update, error = factored(merged, None if how.exact else how.rank or budget)
     elif how.rank is not None and how.rank < merged.rank:
         update, error, norm = merged.cut(how.rank)

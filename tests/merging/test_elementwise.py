@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import MismatchError, OptionError
+from lora_lab.merging import rows
 from lora_lab.merging.methods import ENTRIES, MERGES, rules
 from lora_lab.merging.trimming import cuts_of
 
@@ -338,6 +340,25 @@ def test_the_chances_of_della_rise_with_the_rank_in_the_row():
     torch.testing.assert_close(found, torch.where(stayed, both / chances, 0.0), rtol=1e-6, atol=0)
     error = (both.square() * (1 - chances) / chances / seeds).sqrt()
     assert bool(((found.mean(0) - both).abs() < 5 * error).all())  # unbiased
+
+
+@pytest.mark.parametrize("rule", ["dare", "della", "ties", "breadcrumbs"])
+def test_large_matrices_given_by_their_factors_are_merged_in_blocks_as_their_products_would_be(rule, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    updates = [
+        LowRank(torch.randn(3, 700, generator=generator), torch.randn(500, 3, generator=generator)) for _ in range(3)
+    ]
+    matrices, weights = [update.delta() for update in updates], [1.0, -0.5, 2.0]
+    monkeypatch.setattr(rows, "_WHOLE", 1)  # numbers are drawn block by block
+    monkeypatch.setattr(rows, "_BLOCK", 1 << 14)
+    found = RULES[rule](updates, weights)
+    torch.testing.assert_close(found, RULES[rule](matrices, weights), rtol=1e-4, atol=1e-4)
+    if rule == "dare":
+        one = RULES[rule](updates[:1], [1.0], density=0.3)
+        stayed = one != 0
+        torch.testing.assert_close(one[stayed], (matrices[0] / 0.3)[stayed])
+        assert abs(float(stayed.float().mean()) - 0.3) < 5 * math.sqrt(0.21 / stayed.numel())
+        assert not torch.equal(stayed[:250], stayed[250:])
 
 
 def test_a_row_of_a_kernel_is_an_output_channel_to_della():
