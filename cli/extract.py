@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import typer
 
 from ..options import option
-from .options import AdapterFile, Device
-from .terminal import console, print_json, progress, size, table
+from .options import AdapterFile, Device, duration
+from .terminal import console, messages, print_json, progress, size, table
 
 _SHOWN = 20  # modules and leftover parameters; all are in the JSON
 
@@ -46,16 +46,20 @@ def command(
     """
     from pathlib import Path
 
-    from ..files.disk import refuse_existing
-    from ..fusing.extract import ExtractOptions, extract
+    from .. import files
+    from ..fusing.extract import BYTES_A_SECOND, ExtractOptions, extract
     from ..hub import checkpoint_folder
+    from .verbs import step
 
     path, options = output.path(), ExtractOptions(**vars(how))
     places: list[Path] = [checkpoint_folder(each) for each in (base, tuned)]
-    refuse_existing(path, force=output.force, inputs=places)
+    files.refuse_existing(path, force=output.force, inputs=places)
+    count = sum(files.open_checkpoint(each).bytes for each in places)
+    messages.print(f"to be read: {size(count)}, about {duration(count / BYTES_A_SECOND)}")
     with progress("extracting") as report:
         found = extract(*places, options, device=device.resolved(), progress=report)
-    found.adapter.save(path, force=output.force)
+    record = {**found.adapter.record, "recipe": {"steps": [step()]}}
+    replace(found.adapter, record=record).save(path, force=output.force)
     said: dict[str, Any] = {
         "path": str(path),
         "modules": len(found.ranks),

@@ -66,6 +66,7 @@ def command(
     from ..files.disk import refuse_existing
     from ..fusing.fuse import FuseOptions, Fusion
     from ..hub import checkpoint_folder
+    from .verbs import step
 
     path, folder, inputs = output.path(), checkpoint_folder(base), [Path(adapter) for adapter in adapters]
     refuse_existing(path, force=output.force, inputs=[folder, *inputs])
@@ -74,7 +75,8 @@ def command(
     files = f"{len(fusion.shards)} file{'s' if len(fusion.shards) > 1 else ''}"
     messages.print(f"to be written: {size(fusion.bytes)} in {files}, about {duration(fusion.seconds)}")
     with progress("fusing") as report:
-        fused = fusion.write(path, force=output.force, inputs=inputs, device=device.resolved(), progress=report)
+        place, record = device.resolved(), {"recipe": {"steps": [step()]}}
+        fused = fusion.write(path, force=output.force, inputs=inputs, device=place, progress=report, record=record)
     said: dict[str, Any] = {
         "path": str(path),
         "base": base,

@@ -11,8 +11,8 @@ import typer
 from ..errors import OptionError
 from ..options import option
 from ..registry import Later
-from .options import AsJson, Device, Loading
-from .terminal import console, messages, print_json, progress, table
+from .options import AsJson, Device, Loading, duration
+from .terminal import console, messages, print_json, progress, size, table
 
 _SHOWN = 20  # parameters that are not as they should be; all are in the JSON
 
@@ -48,7 +48,8 @@ def command(
 
     Example:  lora-lab verify ./llama-3-8b a.safetensors ./merged
     """
-    from ..fusing.verify import verify
+    from .. import files
+    from ..fusing.verify import BYTES_A_SECOND, verify
     from ..hub import checkpoint_folder
 
     if len(paths) < 2:
@@ -56,6 +57,8 @@ def command(
     *adapters, merged = paths
     before, after = checkpoint_folder(base), checkpoint_folder(merged)
     loaded = loading.load(adapters)
+    count = sum(files.open_checkpoint(each).bytes for each in (before, after))
+    messages.print(f"to be read: {size(count)}, about {duration(count / BYTES_A_SECOND)}")
     place, settings = device.resolved(), vars(how)
     with progress("verifying") as report:
         found = verify(before, loaded, after, **settings, device=place, progress=report)

@@ -87,6 +87,11 @@ class LazyTensors(Mapping[str, Tensor]):
         """Dtype and shape of every tensor, from the headers alone."""
         return {name: (place.dtype, place.shape) for name, place in self._places.items()}
 
+    @property
+    def bytes(self) -> int:
+        """Of all tensors together."""
+        return sum(byte_size(place.dtype, place.shape) for place in self._places.values())
+
     def path_of(self, name: str) -> Path:
         """The file that a tensor lies in."""
         return self._places[name].path

@@ -27,6 +27,8 @@ from lora_lab.options import check_options, option
 from lora_lab.results.result import versions
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BYTES_A_SECOND = 150e6
+"""About as many of both checkpoints are read and cut, on one core."""
 _FIRST_RANK = 64
 """At which the leading directions of a large matrix are looked for first, and twice as many each time after."""
 _SMALL = 1024

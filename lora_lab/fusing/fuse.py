@@ -121,10 +121,12 @@ class Fusion:
         inputs: Sequence[Path] = (),
         device: torch.device | None = None,
         progress: Progress | None = None,
+        record: Mapping[str, Any] | None = None,
     ) -> Fused:
         """Write the folder: shards with their index, the base's other files, and a record of how it was made.
 
-        It is whole or absent. What a run that was killed had finished is not done again by the next one.
+        `record` is put into it. The folder is whole or absent. What a run that was killed had finished is not done
+        again by the next one.
         """
         files.refuse_existing(path, force=force, inputs=[self.base, *inputs])
         with resumed(path, self._key()) as shards:
@@ -137,7 +139,7 @@ class Fusion:
                     done += 1
                     if progress:
                         progress(done, total)
-            return self._finish(path, shards, there)
+            return self._finish(path, shards, there, record or {})
 
     def _write_shard(self, shards: Shards, name: str, device: torch.device | None) -> Iterator[str]:
         """Write one file, giving the name of each tensor that is done."""
@@ -203,7 +205,7 @@ class Fusion:
         assert tensor is not None
         return tensor.to(self.spec[name][0])
 
-    def _finish(self, path: Path, shards: Shards, there: int) -> Fused:
+    def _finish(self, path: Path, shards: Shards, there: int, record: Mapping[str, Any]) -> Fused:
         """Put everything beside the shards that is not weights."""
         if len(self.shards) > 1:
             index = files.index_of(self.spec, self.shards)
@@ -216,8 +218,9 @@ class Fusion:
         error = lost / norm if norm else 0.0
         names += [f"{_stem(self.layout)}.safetensors.index.json"] if len(self.shards) > 1 else []
         written = sorted([*names, RECORD])
-        record = {
-            "format": f"{FUSED} 1",
+        content = {
+            "format": f"{FUSED} 1",  # first, since what is ours is known by it
+            **record,
             "base": self.base.name,
             "adapters": labels_of(self.adapters),
             "coefficients": self.changes.coefficients,
@@ -227,7 +230,7 @@ class Fusion:
             "versions": versions(),
             "files": written,
         }
-        files.write_json(shards.folder / RECORD, finite(record))
+        files.write_json(shards.folder / RECORD, finite(content))
         changed = norms.keys() | self.changes.replaced
         return Fused(path, len(changed), error, errors, self.notes, self.bytes, written, there)
 

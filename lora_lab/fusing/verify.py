@@ -20,6 +20,8 @@ from lora_lab.fusing.fuse import layout_of
 from lora_lab.fusing.layout import Layout
 from lora_lab.fusing.measuring import RIGHT, Measured, Weight
 
+BYTES_A_SECOND = 400e6
+"""About as many of both checkpoints are read and compared, on one core and a plain disk."""
 _CLOSE = 0.02
 """How near a factor must be to one that a known mistake makes, as a share of it."""
 

@@ -9,6 +9,7 @@ from making_checkpoints import QV, merged, train, write_base
 from safetensors.torch import load_file
 
 import lora_lab as ll
+from lora_lab.adapters.adapter import Adapter
 from lora_lab.results import schema
 from lora_lab.results.reports import REPORTS
 
@@ -52,6 +53,8 @@ def test_fuse_writes_a_folder_and_says_what_rounding_took(lora_lab, made, tmp_pa
     code, out, err = lora_lab("fuse", base, adapter, "-o", "out", "--force", "--json")
     assert code == 0, err
     report = as_documented("fuse", out)
+    recipe = json.loads((tmp_path / "out" / "fuse.json").read_text())["recipe"]
+    assert recipe["steps"] == [{"fuse": {"base": "base", "adapters": ["a"]}}]
     assert 1e-4 < report["error"] < 1e-2
     assert report["files"] == ["config.json", "fuse.json", "generation_config.json", "model.safetensors"]
 
@@ -99,6 +102,7 @@ def test_verify_says_yes_or_no_by_its_exit_code_too(lora_lab, made, tmp_path):
     ll.fuse(base, adapter, tmp_path / "half", coefficients=(0.5,), progress=False)
     code, out, err = lora_lab("verify", base, adapter, "right")
     assert code == 0, err
+    assert "to be read: 22.8 kB, about 0 s" in err
     assert out.splitlines()[-1] == "yes: base + adapter, exactly, in all 4 parameters that are adapted"
     code, out, _ = lora_lab("verify", base, adapter, "half")
     assert code == 1
@@ -117,6 +121,7 @@ def test_extract_finds_the_adapter_again(lora_lab, made, tmp_path):
     ll.fuse(base, adapter, tmp_path / "tuned", progress=False)
     code, out, err = lora_lab("extract", base, "tuned", "-o", "found", "--rank", 8)
     assert code == 0, err
+    assert "to be read: 22.8 kB, about 0 s" in err
     assert ["ranks", "2"] in [line.split() for line in out.splitlines()]
     assert lora_lab("verify", base, "found", "tuned")[0] == 0
     code, out, err = lora_lab("extract", base, "tuned", "-o", "found", "--force", "--energy", "0.5", "--json")
@@ -124,6 +129,8 @@ def test_extract_finds_the_adapter_again(lora_lab, made, tmp_path):
     report = as_documented("extract", out)
     assert report["modules"] == len(report["ranks"]) == 4
     assert set(report["ranks"].values()) <= {1, 2}
+    (step,) = Adapter.load("found").record["recipe"]["steps"]
+    assert step["extract"].items() >= {"base": "base", "tuned": "tuned", "energy": 0.5}.items()
     made_here = ll.extract(base, "tuned", energy=0.5, progress=False)
     assert made_here.record["extract"]["error"] == report["error"]
     one_line(lora_lab("extract", base, "tuned", "-o", "found", "--rank", 8), "found: exists already")
