@@ -47,6 +47,10 @@ def converted(adapter: Adapter, format_name: str | None = None, dtype: str | Non
     layout, changes = adapter.layout, []
     if format_name is not None and format_name not in FORMATS:
         raise unknown("format", format_name, FORMATS)
+    if (format_name or layout.format) != PEFT and adapter.why_not_additive and adapter.why_no_delta is None:
+        tuner, adapter = adapter.tuner, adapter.as_lora
+        most = max(site.rank or 0 for site in adapter.sites.values())
+        changes.append(f"{tuner} is written as a LoRA with the same ΔW, of ranks up to {most}")
     if format_name is not None and format_name != layout.format:
         if layout.apart:
             changes.append(f"{len(layout.apart)} tensors of no module are left out: {shorten(layout.apart)}")

@@ -214,9 +214,9 @@ def test_tensors_of_no_module_are_left_out_with_a_word(tmp_path):
 def test_another_tuner_and_heads_are_refused_by_name(tmp_path, name):
     adapter = adapter_of(tmp_path / "a", [(LINEAR[0], 2, 3.0)])
     headed = replace(adapter, tensors={**adapter.tensors, f"{PREFIX}unet.head.weight": torch.ones(2)})
-    loha = {f"{PREFIX}{LINEAR[0]}.hada_w{i}_{half}": torch.ones(2, 2) for i in (1, 2) for half in "ab"}
-    other = Adapter.load(write(tmp_path / "loha", loha, peft_type="LOHA", alpha=2))
-    for odd, text in ((headed, "no place for tensors beside the adapter's own .*unet.head.weight"), (other, "LOHA")):
+    ia3 = {f"{PREFIX}{LINEAR[0]}.ia3_l": torch.ones(2, 1)}
+    other = Adapter.load(write(tmp_path / "ia3", ia3, peft_type="IA3"))
+    for odd, text in ((headed, "no place for tensors beside the adapter's own .*unet.head.weight"), (other, "IA3")):
         with pytest.raises((TunerError, AdapterError), match=text):
             saved(odd, tmp_path / "out", name)
     assert not (tmp_path / "out").exists()

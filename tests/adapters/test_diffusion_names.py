@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from lora_lab.adapters.formats.diffusion_names import Scheme, dotted, from_sgm, is_sgm, modules_of, scheme_of, to_sgm
+from lora_lab.adapters.formats.diffusion_names import (
+    Scheme,
+    dotted,
+    from_sgm,
+    is_sgm,
+    kernel_of,
+    modules_of,
+    scheme_of,
+    to_sgm,
+)
 
 SD = {"cross_attention_dim": 768}
 SDXL = {
@@ -173,6 +182,16 @@ def test_a_module_that_could_not_be_read_back_has_no_flat_name(module):
 def test_a_number_is_no_word():
     assert dotted("blocks_12_attn_to_q") == "blocks.12.attn.to_q"
     assert dotted("") is None
+
+
+@pytest.mark.parametrize("config", [SD, SDXL])
+def test_kernels_are_those_of_the_models(config):
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        model = diffusers.UNet2DConditionModel(**config)
+    for name in adaptable(model):
+        kernel = tuple(model.get_submodule(name).weight.shape[2:])
+        assert kernel_of(f"unet.{name}") == kernel or name.endswith(("proj_in", "proj_out"))
 
 
 def test_the_scheme_of_a_model_is_the_one_that_its_trainers_use(sdxl):

@@ -332,3 +332,18 @@ def test_loha_and_lokr_are_merged_and_pruned_without_a_base(tmp_path):
     assert sorted(load_file(tmp_path / "out.safetensors")) == [
         f"{UNET}.{end}" for end in ("alpha", "lora_down.weight", "lora_up.weight")
     ]
+
+
+@pytest.mark.parametrize("form", ["kohya", "comfy", "diffusers"])
+def test_formats_of_loras_get_the_same_delta_as_a_lora(tmp_path, form):
+    from lora_lab.adapters.converting import converted, save
+
+    adapter = load(tmp_path, {**loha(UNET), **loha(CONV, kernel=(3, 3))})
+    made = converted(adapter, form)
+    assert made.changes == ["LOHA is written as a LoRA with the same ΔW, of ranks up to 4"]
+    read, _ = save(made.adapter, tmp_path / "out.safetensors")
+    assert read.layout.format == form
+    for name, update in adapter.updates.items():
+        torch.testing.assert_close(read.updates[name].delta(), update.delta())
+    with pytest.raises(TunerError, match="cannot hold this adapter: LOHA updates"):
+        adapter.save(tmp_path / "no.safetensors")

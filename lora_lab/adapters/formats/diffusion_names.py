@@ -166,14 +166,18 @@ def scheme_of(modules: Collection[str]) -> Scheme:
     return Scheme(sgm=sdxl and unet, numbered=sdxl or not unet)
 
 
-_THREE_BY_THREE = re.compile(
-    r"unet\.(conv_in|conv_out|.*\.(resnets\.\d+\.conv[12]|(downsamplers|upsamplers)\.\d+\.conv))$"
-)
+_KERNELS = {
+    3: re.compile(r"unet\.(conv_in|conv_out|.*\.(resnets\.\d+\.conv[12]|(downsamplers|upsamplers)\.\d+\.conv))$"),
+    1: re.compile(r"unet\..*\.conv_shortcut$"),
+}
 
 
 def kernel_of(module: str) -> tuple[int, ...]:
-    """The kernel of a U-Net's convolution by its canonical name; () of other layers, and where it is not known."""
-    return (3, 3) if _THREE_BY_THREE.match(module) else ()
+    """The kernel of a U-Net's convolution by its canonical name; () of other layers, and where it is not known.
+
+    proj_in and proj_out are convolutions in SD 1 and linear in SDXL.
+    """
+    return next(((size, size) for size, pattern in _KERNELS.items() if pattern.match(module)), ())
 
 
 def from_sgm(path: str) -> str | None:
