@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 def load(
     path: Path_, *, config: Path_ | None = None, alpha: float | None = None, adapter_name: str | None = None
 ) -> Adapter:
-    """The adapter of a PEFT folder, a lone file, a Trainer checkpoint or a hub id; see `Adapter.load`."""
+    """The adapter of a folder or file of any format, a Trainer checkpoint or a hub id; see `Adapter.load`."""
     return Adapter.load(path, config=config, alpha=alpha, adapter_name=adapter_name)
 
 
@@ -233,7 +233,7 @@ def verify(
 
 @checked
 def convert(adapter: Adapter | Path_, to: str, *, dtype: str | None = None) -> Adapter:
-    """The adapter as its `save` writes it in another format (peft, diffusers, kohya, mlx), with the same ΔW.
+    """The adapter as its `save` writes it in another format (peft, diffusers, kohya, comfy, mlx), with the same ΔW.
 
     `dtype` (float32, bfloat16 or float16) is the type of its factors, by default their own. What the format has no
     place for is left out with a warning where it changes no weight, and refused when it is saved where it does.

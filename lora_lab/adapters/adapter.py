@@ -54,7 +54,7 @@ class Adapter:
         alpha: float | None = None,
         adapter_name: str | None = None,
     ) -> Adapter:
-        """Read a PEFT folder, a lone .safetensors or .bin file, a Trainer checkpoint, or a hub id (org/name).
+        """Read a folder or a lone file in one of FORMATS, a Trainer checkpoint, or a hub id (org/name).
 
         `config` names an adapter_config.json for a file that has none in its header or beside it, `alpha` gives
         lora_alpha where no configuration is to be had, `adapter_name` chooses one of several in the keys.

@@ -34,6 +34,13 @@ def test_the_formats_that_are_written_are_listed():
     assert {name for name, form in FORMATS.items() if form.write} == set(WRITTEN)
 
 
+def test_the_page_on_formats_tells_of_each_whether_it_is_written():
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    told = {row[0]: row[3].partition(" ")[0] for row in rows[2:]}
+    assert told == {name: "yes" if name in WRITTEN else "no" for name in FORMATS}
+
+
 @st.composite
 def specs(draw):
     """(module, rank, alpha) of every module; all numbers as kohya's float32 alphas hold them."""

@@ -178,6 +178,14 @@ def test_diffusers_loads_a_text_encoder_of_which_no_attention_is_adapted(tmp_pat
     assert set(Adapter.load(tmp_path / "out").tensors) == set(adapter.tensors)
 
 
+@pytest.mark.parametrize("names", [("unet", "text_encoder"), ("unet",), ("text_encoder",)])
+def test_diffusers_gives_the_same_delta_of_kohyas_file(tmp_path, pipelines, names):
+    pipe = pipelines("sd")
+    modules = [f"{part}.{name}" for part in names for name in MODULES[part]]
+    adapter = random_adapter(pipe, tmp_path / "peft", modules, alphas=(3.0,))  # of several, it loses those of a U-Net
+    assert_gives(pipe, adapter.save(tmp_path / "x.safetensors", format="kohya"), adapter)
+
+
 @pytest.mark.parametrize("method", ["task-arithmetic", "ties"])
 def test_diffusers_gives_the_delta_of_a_merge_of_its_own_files(tmp_path, pipelines, method):
     pipe, names = pipelines("sd"), names_of("sd")
@@ -511,3 +519,30 @@ def test_a_header_that_was_changed_is_not_the_users_own(tmp_path):
     save_file(load_file(path), path, header)
     again = Adapter.load(path)
     assert (again.sites[KEY].scale, again.origin.own) == (2.0, False)
+
+
+def test_diffusers_reads_a_kohya_file_of_flux_as_what_it_is_converted_to(tmp_path, pipelines):
+    from lora_lab.adapters.converting import converted
+
+    shapes = {"img_attn.qkv": (24, 8), "txt_attn.qkv": (24, 8), "img_attn.proj": (8, 8), "txt_mlp.2": (8, 32)}
+    shapes |= {"img_mod.lin": (48, 8), "txt_mod.lin": (48, 8)}
+    tensors = {}
+    for seed, (name, shape) in enumerate(shapes.items()):
+        factors = pair(f"diffusion_model.double_blocks.0.{name}", seed=seed)
+        (A, a), (B, b) = factors.items()
+        generator = torch.Generator().manual_seed(seed)
+        tensors |= {
+            A: torch.randn(len(a), shape[1], generator=generator),
+            B: torch.randn(shape[0], b.shape[1], generator=generator),
+        }
+    kohya = Adapter.load(load(tmp_path / "peft", tensors).save(tmp_path / "k.safetensors", format="kohya"))
+    made = converted(kohya, "diffusers").adapter
+    names = list(made.sites)
+    weights = []
+    for path in (tmp_path / "k.safetensors", made.save(tmp_path / "d")):
+        pipe = pipelines("flux")
+        weights.append(fused(pipe, path, names))
+    base = pipelines("flux")
+    for name in names:
+        torch.testing.assert_close(weights[0][name], weights[1][name])
+        assert not torch.equal(weights[0][name], module_of(base, name).weight)

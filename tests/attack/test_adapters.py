@@ -217,3 +217,50 @@ def _write_and_read(place: Path, survived, data: bytes) -> None:
     path = place / "a.safetensors"
     path.write_bytes(data)
     read(path, len(data), survived)
+
+
+_PARTS = ("unet", "text_encoder", "transformer", "")
+_UNET, _CLIP = "unet.down_blocks.0.attn1.to_q", "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+
+
+@attack(
+    examples=120,
+    said=st.dictionaries(
+        st.tuples(st.sampled_from(_PARTS), st.one_of(fields, texts)).map(".".join), values, max_size=6
+    ),
+    names=st.dictionaries(st.sampled_from([_UNET, _CLIP, "x"]), st.sampled_from(["lora", "lora_A", "to_q_lora"])),
+)
+def test_headers_of_diffusers_say_what_they_say(place, survived, said, names):
+    pieces = {
+        _UNET: ".lora_A.weight .lora_B.weight",
+        _CLIP: ".lora_linear_layer.down.weight .lora_linear_layer.up.weight",
+    }
+    pieces |= {f"{name}.{odd}": ".down.weight .up.weight" for name, odd in names.items()}
+    tensors = {}
+    for name, ends in pieces.items():
+        tensors |= {name + end: torch.ones(shape) for end, shape in zip(ends.split(), ((2, 6), (5, 2)), strict=True)}
+    path = place / "diffusers.safetensors"
+    path.write_bytes(save(tensors, {"lora_adapter_metadata": dumps(said)}))
+    read(path, path.stat().st_size, survived)
+
+
+@attack(
+    examples=120,
+    said=st.dictionaries(st.sampled_from(["fine_tune_type", "num_layers", "model", "fan_in_fan_out"]), values),
+    parameters=st.one_of(
+        values, st.dictionaries(st.sampled_from(["rank", "scale", "dropout", "alpha", "keys"]), values)
+    ),
+    sound=st.booleans(),
+)
+def test_configurations_of_mlx_say_what_they_say(place, survived, said, parameters, sound):
+    if sound and isinstance(parameters, dict):
+        parameters = {"rank": 2, "scale": 20.0, **{k: v for k, v in parameters.items() if k not in ("rank", "scale")}}
+    tensors = {f"{MODULES[0]}.lora_a": torch.ones(6, 2), f"{MODULES[0]}.lora_b": torch.ones(2, 5)}
+    folder = place / "mlx"
+    folder.mkdir(exist_ok=True)
+    (folder / "adapters.safetensors").write_bytes(save(tensors))
+    (folder / "adapter_config.json").write_text(
+        dumps({"fine_tune_type": "lora", **said, "lora_parameters": parameters})
+    )
+    read(folder, 10_000, survived)
+    (folder / "adapter_config.json").unlink()
