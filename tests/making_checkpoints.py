@@ -18,6 +18,7 @@ MODELS = {
     "bert": ("BertForSequenceClassification", {**TEXT, "num_labels": 3}),
     "vit": ("ViTForImageClassification", IMAGE),
     "clip": ("CLIPModel", {"text_config": {**TEXT, "max_position_embeddings": 8}, "vision_config": IMAGE}),
+    "halves": ("Dinov2ForImageClassification", {**IMAGE, "use_swiglu_ffn": True}),  # two weights in one of the file
     "experts": ("MixtralForCausalLM", {**TEXT, "num_key_value_heads": 2, "num_local_experts": 3}),
 }
 QV = ["q_proj", "v_proj"]

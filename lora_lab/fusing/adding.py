@@ -12,8 +12,6 @@ from lora_lab.fusing.changes import Change
 
 _ENTRIES = 2**22
 """Of the rows that are computed at a time: 16 MB in float32."""
-CODES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
-"""Dtypes of eight bits, whose weights have scales apart."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +55,8 @@ def as_rows(tensor: Tensor) -> Tensor:
 def add(tensor: Tensor, change: Change, name: str, device: torch.device | None = None) -> Rounding:
     """Add what a change adds to the tensor in place: computed in float32 or wider, and rounded once.
 
-    MismatchError for a dtype that is not of floating point, or that cannot hold the sum.
+    MismatchError where the dtype cannot hold the sum.
     """
-    if not tensor.is_floating_point() or tensor.dtype in CODES:
-        kind = str(tensor.dtype).removeprefix("torch.")
-        raise MismatchError(f"{name} is {kind} in the base: quantised weights, to whose codes nothing can be added")
     matrix, device = as_rows(tensor), device or torch.device("cpu")
     norm = lost = 0.0
     for rows in blocks(matrix):

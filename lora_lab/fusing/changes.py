@@ -6,7 +6,7 @@ with that module's own weights, so that DoRA, HiRA, OFT … come out as PEFT has
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +23,8 @@ from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank, combine
 from lora_lab.adapters.whole import TOKENS, merge_heads
 from lora_lab.brief import Brief
-from lora_lab.errors import MismatchError, TunerError, nearest, shorten
+from lora_lab.errors import MismatchError, TunerError
+from lora_lab.fusing.fitting import require_modules, require_places
 from lora_lab.fusing.layout import Layout
 from lora_lab.fusing.skeleton import quiet
 
@@ -112,7 +113,12 @@ class Changes:
                 self._rows |= {name: trained for name in names if name not in self._whole}
         self._skeletons: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
         self._last: tuple[str, dict[str, Tensor]] = ("", {})
-        self._check()
+        for index, adapter in enumerate(adapters):
+            mine = {name: site for name, sites in self.sites.items() for i, site in sites if i == index}
+            require_modules(layout, list(mine), adapter.source)
+            for site in mine.values() if adapter.why_not_additive is None else ():
+                self._plain(adapter, site)
+        require_places(layout, self._whole, adapters[0].source)
 
     @property
     def parameters(self) -> list[str]:
@@ -257,51 +263,6 @@ class Changes:
             given = torch.zeros((), dtype=dtype).expand(shape) if base is None else base[parameter].clone()
             layer.register_parameter(last, nn.Parameter(given, requires_grad=False))
         return layer
-
-    def _closest(self, missing: Sequence[str]) -> str:
-        """What to do about modules that the base has under other names, or what is nearest to them."""
-        there = {name.rpartition(".")[0] for name in (*self.layout.groups, *self.layout.tied)}
-        if way := _renaming(missing, there):
-            return f"; `rename` {way[0]}={way[1]} makes them the base's"
-        close = nearest(missing[0], sorted(there))
-        return f"; the closest one is {close}" if close else ""
-
-    def _check(self) -> None:
-        """MismatchError for modules that the base has not, with the closest ones that it has."""
-        for index, adapter in enumerate(self.adapters):
-            mine = [m for m, s in self.sites.items() if index in {i for i, _ in s}]
-            missing = [module for module in mine if not self.layout.parameters_of(module)]
-            if missing:
-                raise MismatchError(
-                    f"{adapter.source}: the base has no module {shorten(missing)}{self._closest(missing)}"
-                )
-            if adapter.why_not_additive is None:
-                for module in mine:
-                    for i, site in self.sites[module]:
-                        if i == index:
-                            self._plain(adapter, site)
-        model = self.layout.model
-        places = set(model.state_dict()) if model is not None else None
-        for name, tensor in self._whole.items():
-            shape = self.layout.shape(name)
-            if shape is None and places is not None and name not in places:
-                raise MismatchError(f"{self.adapters[0].source}: {name} has no place in {type(model).__name__}")
-            if shape is not None and shape[1:] != tuple(tensor.shape[1:]):
-                raise MismatchError(f"{name} is {list(tensor.shape)} in the adapters and {list(shape)} in the base")
-
-
-def _renaming(missing: Sequence[str], there: Collection[str]) -> tuple[str, str] | None:
-    """First parts (old, new) of the names that are missing with which all of them would be there."""
-    parts = missing[0].split(".")
-    for count in range(len(parts)):
-        old, rest = ".".join(parts[:count]), ".".join(parts[count:])
-        for new in sorted({name[: -len(rest)].rstrip(".") for name in there if f".{name}".endswith(f".{rest}")}):
-            head = f"{new}." if new else ""
-            if all(
-                f".{name}".startswith(f".{old}") and head + name[len(old) :].lstrip(".") in there for name in missing
-            ):
-                return old, new
-    return None
 
 
 def _wholes(

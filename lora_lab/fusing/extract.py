@@ -19,7 +19,8 @@ from lora_lab.adapters.lowrank import LowRank
 from lora_lab.brief import Brief
 from lora_lab.errors import MismatchError, OptionError, shorten
 from lora_lab.files.trust import Origin
-from lora_lab.fusing.adding import CODES, same_bits
+from lora_lab.fusing.adding import same_bits
+from lora_lab.fusing.fitting import is_coded
 from lora_lab.fusing.fuse import layout_of
 from lora_lab.fusing.layout import Layout
 from lora_lab.fusing.measuring import effective_dtype
@@ -190,7 +191,7 @@ def _compare(
         sums.equal += 1
         return
     for tensor, where in ((base, before), (tuned, after)):
-        if not tensor.is_floating_point() or tensor.dtype in CODES:
+        if is_coded(tensor.dtype):
             path = where.checkpoint.paths[0].parent
             raise MismatchError(f"{path}: {name} is {_words(tensor.dtype)}, quantised: it cannot be compared")
     module, _, last = name.rpartition(".")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -108,7 +109,19 @@ class Layout:
 
     def parameters_of(self, module: str) -> list[str]:
         """The parameters that lie in a module itself."""
-        return [name for name in (*self.groups, *self.tied) if name.rpartition(".")[0] == module]
+        return self._by_module.get(module, [])
+
+    @cached_property
+    def _by_module(self) -> dict[str, list[str]]:
+        inside: dict[str, list[str]] = {}
+        for name in (*self.groups, *self.tied):
+            inside.setdefault(name.rpartition(".")[0], []).append(name)
+        return inside
+
+    @property
+    def owners(self) -> list[str]:
+        """The modules that parameters lie in."""
+        return list(self._by_module)
 
     def _shapes(self, group: Group) -> dict[str, Tensor]:
         spec = self.checkpoint.spec

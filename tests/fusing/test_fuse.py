@@ -62,6 +62,7 @@ LORA = {
     ),
     "vit": peft.LoraConfig(r=2, target_modules=["q_proj", "projection"], modules_to_save=["classifier"]),
     "clip": peft.LoraConfig(r=2, target_modules=["q_proj", "visual_projection", "patch_embedding", "token_embedding"]),
+    "halves": peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"]),
     "experts": peft.LoraConfig(
         r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     ),
@@ -100,6 +101,7 @@ ELSEWHERE = [
     ("bert", lambda: peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", lora_bias=True)),
     ("bert", lambda: peft.OFTConfig(r=0, oft_block_size=4, target_modules=["query"], task_type="SEQ_CLS")),
     ("vit", lambda: peft.LoraConfig(r=2, target_modules=["projection"], use_dora=True)),
+    ("halves", lambda: peft.LoraConfig(r=2, target_modules=["gate_proj"], use_dora=True)),
     ("vit", lambda: peft.LoHaConfig(r=2, target_modules=["projection"])),
     ("vit", lambda: peft.LoKrConfig(r=2, target_modules=["projection", "q_proj"])),
     ("vit", lambda: peft.OFTConfig(r=0, oft_block_size=4, target_modules=["projection"])),
@@ -357,6 +359,11 @@ def test_quantised_bases_are_refused_by_name(bases, tmp_path):
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(MismatchError, match=r"q_proj\.weight is float8_e4m3fn in the base: quantised weights"):
         fused(base, [adapter], tmp_path / "out")
+    packed = {"layers.0.q_proj.qweight": torch.ones(4, 2, dtype=torch.int32), "layers.0.q_proj.scales": torch.ones(1)}
+    save_file(packed, tmp_path / "packed.safetensors")
+    updates = {"layers.0.q_proj": LowRank(torch.ones(1, 4), torch.ones(12, 1))}
+    with pytest.raises(MismatchError, match=r"q_proj\.qweight is int32 in the base: quantised weights"):
+        Fusion(tmp_path / "packed.safetensors", [from_updates(updates, like=Adapter({}, {}, {}, {}, "a"), source="a")])
 
 
 # what does not fit
@@ -399,6 +406,17 @@ def test_experts_that_were_modules_are_found_where_the_checkpoint_has_them(bases
 
 
 EXPERTS = [f"model.layers.0.block_sparse_moe.experts.{i}.w{j}.weight" for i, j in ((0, 1), (2, 2))]
+
+
+@pytest.mark.parametrize(("there", "asked"), [("qkv_proj", "q_proj"), ("q_proj", "qkv_proj")])
+def test_parts_of_a_fused_weight_and_a_fused_one_of_parts_are_refused_by_name(tmp_path, there, asked):
+    save_file(
+        {f"layers.{i}.self_attn.{there}.weight": torch.ones(12, 4) for i in (0, 1)}, tmp_path / "base.safetensors"
+    )
+    updates = {f"layers.{i}.self_attn.{asked}": LowRank(torch.ones(1, 4), torch.ones(12, 1)) for i in (0, 1)}
+    adapter = from_updates(updates, like=Adapter({}, {}, {}, {}, "a"), source="a")
+    with pytest.raises(MismatchError, match=rf"no module layers\.0\.self_attn\.{asked}.*closest one is .*{there}"):
+        Fusion(tmp_path / "base.safetensors", [adapter])
 
 
 def test_a_base_of_other_shapes_is_one_line(bases, tmp_path):
