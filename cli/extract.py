@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from ..options import option
-from .options import AdapterFile, Device, duration
+from ..progress import duration
+from .options import AdapterFile, Device
 from .terminal import console, messages, print_json, progress, size, table
 
 _SHOWN = 20  # modules and leftover parameters; all are in the JSON

@@ -10,8 +10,9 @@ import typer
 
 from ..errors import OptionError
 from ..options import option
+from ..progress import duration
 from ..registry import Later
-from .options import Device, Loading, duration
+from .options import Device, Loading
 from .terminal import messages, print_json, progress, size, table
 
 

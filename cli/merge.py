@@ -11,9 +11,10 @@ import typer
 
 from ..errors import OptionError
 from ..options import option
+from ..progress import duration
 from . import parsing
 from .options import AdapterOutput, Computing, Device, Loading, TaskEach
-from .terminal import console, print_json, table
+from .terminal import console, messages, print_json, progress, size, table
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,13 @@ def command(
     output.check(loaded[0].layout.format)
     read_data = MERGES[how.method].reads_data or bool(spaces or task.task)
     sources = _sources(loaded, weights, how, task if read_data else None, computing, task.trust_record)
+    _foretell(sources, how)
     merged = _merged(sources, how, options, spaces, computing)
     fitted = output.fit(merged.adapter)
-    merged = recorded(replace(merged, adapter=fitted.adapter), inputs)
-    save(merged, path, inputs=inputs, force=output.force)
+    with progress("hashing, writing and checking") as report_step:
+        report_step(0, 3)
+        merged = recorded(replace(merged, adapter=fitted.adapter), inputs)
+        save(merged, path, inputs=inputs, force=output.force, progress=report_step)
     report = {
         "path": str(path),
         **merged.adapter.record["merge"],
@@ -154,6 +158,19 @@ def _sources(loaded: Any, weights: Any, how: Merging, task: TaskEach | None, dev
     tasks = task.of(loaded) if task else None
     base = base_of(loaded, how.base, trust_record=trust)
     return Sources(loaded, weights, base=base, tasks=tasks, device=device.resolved())
+
+
+def _foretell(sources: Any, how: Merging) -> None:
+    """Tell what a merge will take, in one line, where that is much."""
+    from ..merging.forecast import forecast
+
+    expected = forecast(sources, how.method, rank=how.rank, exact=how.exact, dtype=how.dtype)
+    if expected.is_long:
+        time = "" if expected.seconds is None else f", about {duration(expected.seconds)} on one core"
+        messages.print(
+            f"to be merged: {expected.modules} modules, rank {expected.rank}, {size(expected.bytes)}{time}, "
+            f"up to {size(expected.memory)} of memory"
+        )
 
 
 def _merged(sources: Any, how: Merging, options: Any, spaces: Any, computing: Searching) -> Any:

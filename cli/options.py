@@ -13,6 +13,7 @@ import typer
 
 from ..errors import OptionError
 from ..options import check_options, option
+from ..progress import duration
 from ..registry import Later
 from ..scoring.execution import Cost, Execution
 from . import parsing
@@ -157,13 +158,6 @@ class Computing(Workers):
 
 
 _LONG = 600.0  # seconds from which a run is asked about first
-
-
-def duration(seconds: float) -> str:
-    """A time in words."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import typer
 
 from ..errors import OptionError
 from ..options import option
+from ..progress import duration
 from ..registry import Later
-from .options import AsJson, Device, Loading, duration
+from .options import AsJson, Device, Loading
 from .terminal import console, messages, print_json, progress, size, table
 
 _SHOWN = 20  # parameters that are not as they should be; all are in the JSON

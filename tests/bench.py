@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_commands import bench_commands
 from bench_merging import bench_merging
 from bench_workers import bench_workers
 from making_adapters import random_adapter
@@ -411,7 +412,7 @@ def bench_estimators(seeds: int = 20) -> None:
             print(f"  {label:<32} {' / '.join(errors)}", flush=True)
 
 
-BENCHES = ("curves", "training", "sharing", "estimators", "merging", "models", "arithmetic", "workers")
+BENCHES = ("curves", "training", "sharing", "estimators", "merging", "models", "arithmetic", "workers", "commands")
 
 
 def main() -> None:
@@ -437,6 +438,7 @@ def main() -> None:
             "models": lambda: bench_models(chosen.repeats, folder),
             "arithmetic": lambda: bench_arithmetic(chosen.repeats, folder),
             "workers": lambda: bench_workers(chosen.repeats, folder),
+            "commands": lambda: bench_commands(folder, repeats=chosen.repeats),
         }
         for each in [chosen.only] if chosen.only else benches:
             benches[each]()

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from bench_commands import ADAPTERS, LAYERS, LLAMA_8B, RANK
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -27,17 +28,6 @@ from lora_lab.merging.methods import rule_of
 from lora_lab.merging.sources import Sources
 from lora_lab.merging.subspaces import knots
 
-ADAPTERS, RANK = 4, 16
-LLAMA_8B = {
-    "self_attn.q_proj": (4096, 4096),
-    "self_attn.k_proj": (1024, 4096),
-    "self_attn.v_proj": (1024, 4096),
-    "self_attn.o_proj": (4096, 4096),
-    "mlp.gate_proj": (14336, 4096),
-    "mlp.up_proj": (14336, 4096),
-    "mlp.down_proj": (4096, 14336),
-}
-LAYERS = 32
 LARGE = (4096, 14336)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,14 @@ from lora_lab.merging.merged import Merged
 from lora_lab.results.result import provenance
 
 
-def save(merged: Merged, path: Path, *, inputs: Sequence[Path] = (), force: bool = False) -> Path:
+def save(
+    merged: Merged,
+    path: Path,
+    *,
+    inputs: Sequence[Path] = (),
+    force: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
     """Write the adapter, check that the file gives exactly its ΔW, and put it in its place.
 
     A folder gets a README.md that tells how it was made, and with keep-own `heads/LABEL.safetensors` for each source.
@@ -28,6 +35,7 @@ def save(merged: Merged, path: Path, *, inputs: Sequence[Path] = (), force: bool
     if lone and merged.heads:
         raise OptionError(f"{path}: with heads kept apart, a folder is needed, not a lone file")
     adapter = recorded(merged, inputs).adapter
+    progress(1, 3)
     with files.replacing(path) as beside:
         adapter.save(beside)
         if not lone:
@@ -36,8 +44,10 @@ def save(merged: Merged, path: Path, *, inputs: Sequence[Path] = (), force: bool
                 (beside / "heads").mkdir(exist_ok=True)
                 mark = {"format": "pt", f"{METADATA}head": label}
                 files.write_safetensors(beside / "heads" / f"{label}.safetensors", tensors, mark)
+        progress(2, 3)
         if not same_bits(beside, adapter):  # another format, or a fault that is then told
             verify(beside, adapter)
+    progress(3, 3)
     return path
 
 

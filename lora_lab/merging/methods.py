@@ -122,19 +122,25 @@ class Kind:
     """The function → a rule for matrices, where it can be one inside of a subspace."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options with their defaults that are added to the function's own."""
+    dense: bool = False
+    """Whether it works on ΔW whole, and gives it whole."""
+    pace: float = 30.0
+    """About how many nanoseconds a core of 2024 takes: an entry of each ΔW where it is dense, else of the factors."""
 
 
 SOURCES = Kind(lambda function: function)
 """(sources, options) → (module, merged ΔW) pairs."""
 UPDATES = Kind(by_updates)
 """(low-rank updates of one module, their weights, options) → low-rank update."""
-MATRICES = Kind(lambda function: by_matrices(elementwise.checked(function)), elementwise.checked)
+MATRICES = Kind(lambda function: by_matrices(elementwise.checked(function)), elementwise.checked, dense=True, pace=10)
 """(matrices of one shape, their weights, options) → matrix."""
-ENTRIES = Kind(lambda function: by_matrices(elementwise.checked_rows(function)), elementwise.checked_rows)
+ENTRIES = Kind(
+    lambda function: by_matrices(elementwise.checked_rows(function)), elementwise.checked_rows, dense=True, pace=5
+)
 """The same for what hangs on single entries and their rows alone, so that it takes matrices or their factors."""
-SUM = Kind(by_sums, summed)
+SUM = Kind(by_sums, summed, pace=5)
 """(what gives the inner products, weights, options) → coefficients of a sum."""
-SUBSPACE = Kind(by_subspace, options={"inner": "ties"})
+SUBSPACE = Kind(by_subspace, options={"inner": "ties"}, pace=150)
 """(low-rank updates of one module, options) → `Subspace`, where the option `inner` names the rule."""
 
 

@@ -109,7 +109,7 @@ Units = tuple[LowRank, Sequence[int] | None]
 
 def svd(update: LowRank, generator: np.random.Generator) -> Units:
     """The singular triplets, so that the first k of them are the best approximation of rank k."""
-    if not update.norm():
+    if update.vanishes(0.0):
         return update, range(update.rank)
     return update.truncate(update.rank)[0], None
 
