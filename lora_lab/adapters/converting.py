@@ -17,6 +17,7 @@ from lora_lab.adapters.formats.components import TOGETHER, by_component, clip_na
 from lora_lab.adapters.formats.layout import Layout
 from lora_lab.adapters.formats.peft_format import update
 from lora_lab.adapters.formats.registry import FORMATS, PEFT
+from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.brief import Brief
 from lora_lab.errors import FileError, LoraLabWarning, OptionError, shorten, unknown
@@ -132,6 +133,11 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(first, second)
 
 
+def _same_factors(one: Site, other: Site, first: Adapter, second: Adapter) -> bool:
+    pairs = [(first.tensors[one.keys[part]], second.tensors[other.keys[part]]) for part in other.pair]
+    return all(_same_bits(a, b) for a, b in pairs)
+
+
 def verify(path: Path, adapter: Adapter) -> Adapter:
     """What was written to `path`; FileError unless it has the same modules as the adapter, each with its ΔW."""
     with warnings.catch_warnings():
@@ -145,8 +151,10 @@ def verify(path: Path, adapter: Adapter) -> Adapter:
         if site.scale is None:
             same = all(torch.equal(read.tensors[key], adapter.tensors[key]) for key in site.keys.values())
         else:
-            wanted = _product(adapter, name)
-            same = (_product(read, found) - wanted).norm() <= CHECKED * wanted.bound()  # not of NaN
+            same = site.scale == read.sites[found].scale and _same_factors(read.sites[found], site, read, adapter)
+            if not same:
+                wanted = _product(adapter, name)
+                same = (_product(read, found) - wanted).norm() <= CHECKED * wanted.bound()  # not of NaN
         magnitudes = [
             each.tensors[key].flatten()
             for each, own in ((adapter, site), (read, read.sites[found]))
