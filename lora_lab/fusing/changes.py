@@ -24,7 +24,7 @@ from lora_lab.adapters.lowrank import LowRank, combine
 from lora_lab.adapters.whole import TOKENS, merge_heads
 from lora_lab.brief import Brief
 from lora_lab.errors import MismatchError, TunerError
-from lora_lab.fusing.fitting import require_modules, require_places
+from lora_lab.fusing.fitting import require_modules, require_places, require_rows
 from lora_lab.fusing.layout import Layout
 from lora_lab.fusing.skeleton import quiet
 
@@ -55,15 +55,15 @@ class Change(Brief):
     """Rows of it that are replaced, and by what."""
 
     def start(self, base: Tensor | None) -> Tensor:
-        """The parameter before anything is added, a tensor of its own."""
-        if self.whole is not None and (base is None or base.shape != self.whole.shape):
-            return self.whole.clone()
-        assert base is not None
-        started = base if self.whole is None else self.whole.to(base.dtype)
+        """The parameter before anything is added, in the base's dtype; `base` itself is changed where rows are."""
+        if self.whole is None:
+            assert base is not None
+            started = base
+        else:
+            started = self.whole.to(base.dtype if base is not None else self.whole.dtype, copy=True)
         if self.rows is not None:
-            started = started.clone()
             started[list(self.rows[0])] = self.rows[1].to(started.dtype)
-        return started.clone() if started is self.whole else started
+        return started
 
     def dense(self) -> Tensor | None:
         """What is added, as one tensor; None for nothing."""
@@ -119,6 +119,7 @@ class Changes:
             for site in mine.values() if adapter.why_not_additive is None else ():
                 self._plain(adapter, site)
         require_places(layout, self._whole, adapters[0].source)
+        require_rows(layout, {name: ids for name, (ids, _) in self._rows.items()}, adapters[0].source)
 
     @property
     def parameters(self) -> list[str]:
@@ -176,7 +177,8 @@ class Changes:
         if module is not None:
             config = {"fan_in_fan_out": type(module).__name__ == "Conv1D"}
         made = update(site, adapter.tensors, config)
-        shape = self.layout.shape(f"{site.name}.weight")
+        weight = f"{site.name}.weight"
+        shape = self.whole_shape(weight) or self.layout.shape(weight)
         if made.shape != shape and made.shape[::-1] == shape and len(shape) == 2 and module is None:
             made = update(site, adapter.tensors, {"fan_in_fan_out": not config.get("fan_in_fan_out")})
         if made.shape != shape:

@@ -48,6 +48,16 @@ def require_places(layout: Layout, wholes: Mapping[str, Tensor], source: str) ->
             raise MismatchError(f"{source}: {name} is {list(tensor.shape)}, and {list(shape)} in the base")
 
 
+def require_rows(layout: Layout, trained: Mapping[str, Sequence[int]], source: str) -> None:
+    """MismatchError for trained tokens that the base has no row for."""
+    for name, tokens in trained.items():
+        rows = (layout.shape(name) or (0,))[0]
+        if beyond := [token for token in tokens if not 0 <= token < rows]:
+            raise MismatchError(
+                f"{source}: trains the tokens {shorten(beyond)}, and {name} has {rows} rows in the base"
+            )
+
+
 def _closest(missing: Sequence[str], there: Sequence[str]) -> str:
     """What to do about modules that the base has under other names, or what is nearest to them."""
     if way := _renaming(missing, set(there)):

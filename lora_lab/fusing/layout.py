@@ -75,6 +75,7 @@ class Layout:
     def __init__(self, checkpoint: LazyTensors, model: nn.Module | None = None) -> None:
         self.checkpoint = checkpoint
         self.model = model
+        self._empty: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self.groups: dict[str, Group] = {}
         """Parameter → the group that it is in."""
         for group in _groups(checkpoint, model):
@@ -124,8 +125,11 @@ class Layout:
         return list(self._by_module)
 
     def _shapes(self, group: Group) -> dict[str, Tensor]:
-        spec = self.checkpoint.spec
-        return group.read({t: torch.empty(spec[t][1], dtype=spec[t][0], device="meta") for t in group.tensors})
+        if group.parameters not in self._empty:
+            spec = self.checkpoint.spec
+            empty = {name: torch.empty(spec[name][1], dtype=spec[name][0], device="meta") for name in group.tensors}
+            self._empty[group.parameters] = group.read(empty)
+        return self._empty[group.parameters]
 
     def _tied_sets(self) -> list[list[str]]:
         shared: dict[int, list[str]] = {}

@@ -278,20 +278,38 @@ def test_a_head_that_the_base_has_not_comes_with_its_class(bases, tmp_path):
         torch.testing.assert_close(again.eval()(input_ids=ids).logits, wanted, rtol=0, atol=1e-12)
 
 
-def test_more_tokens_than_the_base_has_are_told_in_the_configuration(bases, tmp_path):
-    model = load_base("llama", bases("llama"))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "more",
+    [{"modules_to_save": ["embed_tokens", "lm_head"]}, {"target_modules": ["embed_tokens", "lm_head"]}],
+    ids=["trained", "LoRA"],
+)
+def test_more_tokens_than_the_base_has_are_told_in_the_configuration(tmp_path, dtype, more):
+    base = write_base("llama", tmp_path / "base", dtype)
+    model = load_base("llama", base).double()
     model.resize_token_embeddings(43, mean_resizing=False)
-    config = peft.LoraConfig(r=2, target_modules=QV, modules_to_save=["embed_tokens", "lm_head"])
-    model = randomised(peft.get_peft_model(model, config))
-    with quiet_embeddings():
+    model = randomised(peft.get_peft_model(model, peft.LoraConfig(**{"r": 2, "target_modules": QV, **more})))
+    with quiet_embeddings(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         model.save_pretrained(tmp_path / "a")
-    told = fused(bases("llama"), [tmp_path / "a"], tmp_path / "out")
+    told = fused(base, [tmp_path / "a"], tmp_path / "out")
     assert "lm_head.weight has 43 rows, 40 in the base" in told.notes
     again = load_base("llama", tmp_path / "out")
     assert again.config.vocab_size == 43
+    assert again.dtype == dtype
     ids = torch.tensor([[1, 41, 42]])
     with torch.no_grad():
-        torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits, rtol=0, atol=1e-12)
+        got, wanted = again.double()(input_ids=ids).logits, model(input_ids=ids).logits
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12 if dtype == torch.float64 else 0.2)
+
+
+def test_trained_tokens_that_the_base_has_not_are_refused(bases, tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=QV, trainable_token_indices=[1, 5])
+    adapter = train("llama", bases("llama"), tmp_path / "a", config)
+    said = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**said, "trainable_token_indices": [1, 40]}))
+    with pytest.raises(MismatchError, match=r"trains the tokens 40, and model\.embed_tokens\.weight has 40 rows"):
+        fused(bases("llama"), [adapter], tmp_path / "out")
 
 
 def test_a_base_without_a_configuration_goes_by_names_and_shapes(bases, tmp_path):
