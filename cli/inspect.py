@@ -106,19 +106,22 @@ def describe(listing: Any) -> dict[str, Any]:
     reason = products.why_no_delta(adapter.config, adapter.sites.values())
     if reason and adapter.sites:
         notes.append(f"no ΔW from the factors alone: {reason}")
-    updates = {}
+    scales = {}
     if not reason and adapter.why_not_additive:  # LoHa and LoKr
-        with contextlib.suppress(LoraLabError, RuntimeError):
-            updates = adapter.updates
+        with contextlib.suppress(LoraLabError):
+            scales = products.scales_of(adapter.sites, adapter.config)
     modules, total = [], 0.0
     for name, site in adapter.sites.items():
         tensors = [adapter.tensors[key] for key in site.keys.values()]
         entry: dict[str, Any] = {"name": name, "type": site.kind, "rank": site.rank, "scale": site.scale}
         entry["dtype"] = str(tensors[0].dtype).removeprefix("torch.")
         entry |= {"shape": None, "norm": None, "effective_rank": None}
-        if site.scale is not None or name in updates:
-            with contextlib.suppress(LoraLabError, RuntimeError):  # an SVD of NaN; the warnings name the tensor
-                update = updates.get(name) or peft_format.update(site, adapter.tensors, adapter.config)
+        with contextlib.suppress(LoraLabError, RuntimeError):  # an SVD of NaN; the warnings name the tensor
+            if name in scales:
+                found = products.measures(site, adapter.tensors, adapter.tuner, scales[name])
+                entry |= dict(zip(("shape", "norm", "effective_rank"), (list(found[0]), *found[1:]), strict=True))
+            elif site.scale is not None:
+                update = peft_format.update(site, adapter.tensors, adapter.config)
                 entry["shape"] = list(update.shape)
                 if not reason:
                     entry |= {"norm": update.norm(), "effective_rank": update.effective_rank()}

@@ -81,7 +81,7 @@ def html_of(adapter: Adapter) -> str:
     types: dict[str, list[str]] = {}
     for name in adapter.sites:
         types.setdefault(name.rpartition(".")[2], []).append(name)
-    norms = {} if adapter.why_no_delta else {name: update.norm() for name, update in adapter.updates.items()}
+    norms = {} if adapter.why_not_additive else {name: update.norm() for name, update in adapter.updates.items()}
     rows = [
         (
             kind,

@@ -283,6 +283,10 @@ def test_ia3_multiplies_the_base_as_in_peft(tmp_path, on_input, kernel):
         ({k: t for k, t in loha().items() if "w2_b" not in k}, f"{UNET}: hada_w2_a or _b is missing"),
         ({**loha(), f"{UNET}.hada_w2_a": random(5, 2)}, f"{UNET}: its two products are 12 × 8 and 5 × 8"),
         ({**loha(), f"{UNET}.hada_w2_a": random(12, 3)}, f"{UNET}: tensors of hada_w2 of shapes [12, 3] and [2, 8]"),
+        (
+            {f"{UNET}.lokr_w1": torch.ones(300, 300), f"{UNET}.lokr_w2": torch.ones(300, 300)},
+            f"{UNET}: a ΔW of 90000 × 90000 at rank 90000 is too large",
+        ),
         ({f"{UNET}.lokr_w1": random(2, 2)}, f"{UNET}: lokr_w2_a and lokr_w2_b are missing"),
         ({**lokr(), f"{UNET}.lokr_w2_a": torch.ones(4, 2, dtype=torch.int8)}, f"{UNET}: tensors of torch.int8"),
         ({f"{UNET}.weight": random(6), f"{TEXT}.on_input": torch.ones(1)}, "one weight and one number on_input"),
@@ -347,3 +351,17 @@ def test_formats_of_loras_get_the_same_delta_as_a_lora(tmp_path, form):
         torch.testing.assert_close(read.updates[name].delta(), update.delta())
     with pytest.raises(TunerError, match="cannot hold this adapter: LOHA updates"):
         adapter.save(tmp_path / "no.safetensors")
+
+
+@pytest.mark.parametrize(
+    "make", [loha, lambda name: lokr(name, first=(3, 2), ranks=(None, 2)), lambda name: lokr(name)]
+)
+def test_inspect_measures_products_as_their_updates(tmp_path, make):
+    from lora_lab.adapters.formats import products
+
+    adapter = load(tmp_path, make(UNET))
+    site, scale = adapter.sites[FULL[UNET]], products.scales_of(adapter.sites, adapter.config)[FULL[UNET]]
+    shape, norm, rank = products.measures(site, adapter.tensors, adapter.tuner, scale)
+    assert shape == one(adapter).shape
+    assert norm == pytest.approx(float(one(adapter).delta().norm()), rel=1e-5)
+    assert rank == pytest.approx(one(adapter).effective_rank(), rel=1e-5)

@@ -148,20 +148,19 @@ def _products(file: Pieces, given: float | None, layout: Layout, kind: str) -> C
     scales = _scales(file, dict.fromkeys(file.modules, kind), given)
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
+    wrong: dict[object, str] = {}
     for name, module in file.modules.items():
         parts = {piece: tensor for piece, tensor in module.pieces.items() if piece != "alpha"}
-        try:
-            shapes = {
-                piece: tensor.to("meta") for piece, tensor in parts.items()
-            }  # whether they fit is all that is asked
-            products.PRODUCTS[kind.upper()](shapes, 1.0, module.own, ())
-        except AdapterError as error:
-            file.faults.add(module.own, str(error).removeprefix(f"{module.own}: "))
+        shapes = tuple(sorted((piece, tuple(tensor.shape)) for piece, tensor in parts.items()))
+        if shapes not in wrong:  # most modules have the shapes of another one
+            wrong[shapes] = _misfit(parts, kind)
+        if wrong[shapes]:
+            file.faults.add(module.own, wrong[shapes])
         tensors |= {f"{PREFIX}{name}.{piece}": tensor for piece, tensor in parts.items()}
         if "lokr_w2_b" in parts:  # over a kernel, which PEFT keeps flat
             tensors[f"{PREFIX}{name}.lokr_w2_b"] = parts["lokr_w2_b"].flatten(1)
         # PEFT keeps a whole second matrix at ranks that are no smaller than half of it
-        ranks[name] = max(parts["lokr_w2"].shape[:2]) if _is_whole(module) else _rank(module)
+        ranks[name] = max(parts["lokr_w2"].shape[:2], default=1) if _is_whole(module) else _rank(module)
     problems = file.faults.lines()
     if problems:
         return Content({}, {}, layout, file.notes, problems)
@@ -182,6 +181,15 @@ def _products(file: Pieces, given: float | None, layout: Layout, kind: str) -> C
                 "known, but PEFT cannot load the tensors"
             )
     return Content(tensors, config, layout, file.notes)
+
+
+def _misfit(parts: Mapping[str, Tensor], kind: str) -> str:
+    """Why tensors of these shapes make no ΔW; '' where they do. Nothing is computed."""
+    try:
+        products.PRODUCTS[kind.upper()]({piece: tensor.to("meta") for piece, tensor in parts.items()}, 1.0, "its", ())
+    except AdapterError as error:
+        return str(error).removeprefix("its: ")
+    return ""
 
 
 def _decompose_factor(file: Pieces) -> int | None:

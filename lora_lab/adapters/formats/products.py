@@ -46,16 +46,44 @@ def updates(sites: Mapping[str, Site], tensors: Mapping[str, Tensor], config: Ma
     tuner = tuner_of(config)
     if tuner not in _PARTS:
         return {name: update(site, tensors, config) for name, site in sites.items()}
-    ranks = pattern_values(patterns_of(config, "rank_pattern"), sites, config.get("r", 8))
-    alphas = pattern_values(patterns_of(config, "alpha_pattern"), sites, config.get("alpha", 8))
-    deltas = {}
-    for name, site in sites.items():
+    scales = scales_of(sites, config)
+    return {
+        name: PRODUCTS[tuner](_tensors_of(site, tensors), scales[name], name, kernel_of(name))
+        for name, site in sites.items()
+    }
+
+
+def scales_of(names: Collection[str], config: Mapping[str, Any]) -> dict[str, float]:
+    """alpha / rank of each module of a LoHa or a LoKr; AdapterError where the configuration has no numbers."""
+    ranks = pattern_values(patterns_of(config, "rank_pattern"), names, config.get("r", 8))
+    alphas = pattern_values(patterns_of(config, "alpha_pattern"), names, config.get("alpha", 8))
+    scales = {}
+    for name in names:
         rank, alpha = count(ranks[name]), number(alphas[name])
         if rank is None or alpha is None:
             raise AdapterError(f"{name}: r is {ranks[name]!r} and alpha {alphas[name]!r}; numbers are needed")
-        parts = {part: tensors[key] for part, key in site.keys.items()}
-        deltas[name] = PRODUCTS[tuner](parts, alpha / rank, name, kernel_of(name))
-    return deltas
+        scales[name] = alpha / rank
+    return scales
+
+
+def measures(
+    site: Site, tensors: Mapping[str, Tensor], tuner: str, scale: float
+) -> tuple[tuple[int, ...], float, float]:
+    """Shape, Frobenius norm and effective rank of a LoHa's or a LoKr's ΔW.
+
+    Of LoKr without ΔW itself: the singular values of W₁ ⊗ W₂ are the products of theirs, so both numbers are, too.
+    """
+    parts = _tensors_of(site, tensors)
+    if tuner == "LOKR":
+        one, other = (LowRank(Q, P) for P, Q in _pairs_of_lokr(parts, site.name))
+        shape = _shape(len(one.B) * len(other.B), one.shape[1] * other.shape[1], _kernel_of_lokr(parts, site.name))
+        return shape, abs(scale) * one.norm() * other.norm(), one.effective_rank() * other.effective_rank()
+    whole = PRODUCTS[tuner](parts, scale, site.name, kernel_of(site.name))
+    return whole.shape, whole.norm(), whole.effective_rank()
+
+
+def _tensors_of(site: Site, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {part: tensors[key] for part, key in site.keys.items()}
 
 
 def loha(parts: Mapping[str, Tensor], scale: float, name: str, kernel: tuple[int, ...] = ()) -> LowRank:
@@ -67,25 +95,60 @@ def loha(parts: Mapping[str, Tensor], scale: float, name: str, kernel: tuple[int
     (P1, Q1), (P2, Q2) = (_product(parts, f"hada_w{i}", f"hada_t{i}", name) for i in (1, 2))
     if P1.shape[0] != P2.shape[0] or Q1.shape[1] != Q2.shape[1]:
         raise AdapterError(f"{name}: its two products are {_size(P1, Q1)} and {_size(P2, Q2)}; LoHa's are of one size")
+    core = parts.get("hada_t1")
+    shape = _shape(len(P1), Q1.shape[1], tuple(core.shape[2:]) if core is not None else kernel)
+    rank = _rank(P1.shape[1] * P2.shape[1], shape, name)
+    if rank is None:
+        return factored(scale * ((P1 @ Q1) * (P2 @ Q2)).reshape(shape))[0]
     B = (P1[:, :, None] * P2[:, None, :]).flatten(1)
     A = (Q1[:, None, :] * Q2[None, :, :]).flatten(0, 1)
-    core = parts.get("hada_t1")
-    said = tuple(core.shape[2:]) if core is not None else kernel
-    return _smallest(A, B * scale, said if A.shape[1] % math.prod(said) == 0 else ())
+    return LowRank(A, B * scale, shape)
 
 
 def lokr(parts: Mapping[str, Tensor], scale: float, name: str, kernel: tuple[int, ...] = ()) -> LowRank:
     """scale · W₁ ⊗ W₂ of rank r₁ r₂, by (P₁ Q₁) ⊗ (P₂ Q₂) = (P₁ ⊗ P₂)(Q₁ ⊗ Q₂); see `loha`."""
-    P1, Q1 = _product(parts, "lokr_w1", None, name)
-    P2, Q2 = _product(parts, "lokr_w2", "lokr_t2", name)
-    shaped = parts.get("lokr_t2", parts.get("lokr_w2", parts.get("lokr_w2_b")))
-    A, B = _kron(Q1, Q2), _kron(P1, P2) * scale
-    said = tuple(shaped.shape[2:]) if shaped is not None and shaped.ndim > 2 else kernel
-    return _smallest(A, B, said if A.shape[1] % math.prod(said) == 0 else ())
+    (P1, Q1), (P2, Q2) = _pairs_of_lokr(parts, name)
+    kernel = _kernel_of_lokr(parts, name) or kernel
+    shape = _shape(len(P1) * len(P2), Q1.shape[1] * Q2.shape[1], kernel)
+    rank = _rank(P1.shape[1] * P2.shape[1], shape, name)
+    if rank is None:
+        return factored(scale * _kron(P1 @ Q1, P2 @ Q2).reshape(shape))[0]
+    return LowRank(_kron(Q1, Q2), _kron(P1, P2) * scale, shape)
 
 
 PRODUCTS = {"LOHA": loha, "LOKR": lokr}
 """PEFT's tuner → ΔW of a module from its tensors, scale, name and, where they do not say it, kernel."""
+
+
+def _pairs_of_lokr(parts: Mapping[str, Tensor], name: str) -> tuple[Pair, Pair]:
+    (P1, Q1), (P2, Q2) = _product(parts, "lokr_w1", None, name), _product(parts, "lokr_w2", "lokr_t2", name)
+    dtype = torch.promote_types(P1.dtype, P2.dtype)
+    return (P1.to(dtype), Q1.to(dtype)), (P2.to(dtype), Q2.to(dtype))
+
+
+def _kernel_of_lokr(parts: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """The kernel, by the core or the second matrix where that is whole; else by the module's name."""
+    shaped = parts.get("lokr_t2", parts.get("lokr_w2", parts.get("lokr_w2_b")))
+    said = () if shaped is None else tuple(shaped.shape[2:])
+    return said or kernel_of(name)
+
+
+def _shape(rows: int, columns: int, kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a weight whose columns are inputs and kernel together, as far as the kernel fits."""
+    size = math.prod(kernel)
+    return (rows, columns // size, *kernel) if size and columns % size == 0 else (rows, columns)
+
+
+def _rank(rank: int, shape: tuple[int, ...], name: str) -> int | None:
+    """The rank, or None where it is above that of any matrix of this shape; AdapterError for what fills no memory."""
+    rows, columns = shape[0], math.prod(shape[1:])
+    if min(rank, rows, columns) * (rows + columns) > _MOST:
+        raise AdapterError(f"{name}: a ΔW of {rows} × {columns} at rank {min(rank, rows, columns)} is too large")
+    return None if rank > min(rows, columns) else rank
+
+
+_MOST = 2**31
+"""Numbers of both factors."""
 
 
 def _product(parts: Mapping[str, Tensor], stem: str, core: str | None, name: str) -> Pair:
@@ -119,15 +182,6 @@ def wide(tensor: Tensor) -> Tensor:
 
 def _of(parts: Mapping[str, Tensor], key: str) -> Tensor | None:
     return wide(parts[key]) if key in parts else None
-
-
-def _smallest(A: Tensor, B: Tensor, kernel: tuple[int, ...]) -> LowRank:
-    """B A, or where their rank exceeds that of any matrix of this size, the same matrix and an identity."""
-    B, A = (B, A) if B.dtype == A.dtype else (B.double(), A.double())
-    shape = (len(B), A.shape[1] // math.prod(kernel), *kernel)
-    if len(A) <= min(len(B), A.shape[1]):
-        return LowRank(A, B, shape)
-    return factored((B @ A).reshape(shape))[0]
 
 
 def _size(P: Tensor, Q: Tensor) -> str:
