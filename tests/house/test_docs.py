@@ -67,3 +67,15 @@ def test_the_table_names_every_registry_with_its_group():
     source = "".join(path.read_text() for path in Path(lora_lab.__file__).parent.rglob("*.py"))
     groups = set(re.findall(r'Registry\(\s*"[^"]+",\s*"(lora_lab\.\w+)"', source))
     assert groups == {*named.values(), "lora_lab.merges"}
+
+
+def test_the_table_of_formats_is_the_registry():
+    from lora_lab.adapters.formats.registry import FORMATS, WRITTEN
+
+    page = (Path(__file__).parents[2] / "docs/formats.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| ")
+    ]
+    shown = {row[0]: row[3].partition(" ")[0] for row in rows if row[0] in FORMATS}
+    assert shown == {name: "yes" if entry.write else "no" for name, entry in FORMATS.items()}
+    assert {name for name, entry in FORMATS.items() if entry.write} == set(WRITTEN)
