@@ -58,9 +58,9 @@ class Searching(Computing):
 
     jobs: int | None = option(
         None,
-        "Try what --search names in so many processes of this machine: combinations side by side, or the coefficients "
-        "of a list; an interval in one. A single merge is never divided, fisher, regmean, lorahub and adamerging "
-        "neither.",
+        "Merge so many modules at a time, by default up to four; the result is the same to the bit. With --search, try "
+        "what it names in so many processes: combinations side by side, or the coefficients of a list; an interval in "
+        "one. fisher, regmean, lorahub and adamerging are never divided.",
         least=1,
     )
     ray: str | None = option(
@@ -120,8 +120,8 @@ def command(
     spaces = parsing.searches(how.search or [], how.method, options)
     if "coefficient" in spaces and how.coefficient != 1:
         raise OptionError("the coefficient is both set and searched")
-    if not spaces and (computing.ray or (computing.jobs or 1) > 1):
-        raise OptionError("--jobs and --ray share out what --search tries; a single merge is never divided")
+    if not spaces and computing.ray:
+        raise OptionError("--ray shares out what --search tries; a single merge is divided by --jobs alone")
     inputs = [Path(adapter) for adapter in adapters]
     refuse_existing(path, force=output.force, inputs=inputs)
     weights = parsing.weights(how.weights or [], len(adapters))
@@ -129,7 +129,7 @@ def command(
     output.check(loaded[0].layout.format)
     read_data = MERGES[how.method].reads_data or bool(spaces or task.task)
     sources = _sources(loaded, weights, how, task if read_data else None, computing, task.trust_record)
-    _foretell(sources, how)
+    _foretell(sources, how, computing.jobs)
     merged = _merged(sources, how, options, spaces, computing)
     fitted = output.fit(merged.adapter)
     with progress("hashing, writing and checking") as report_step:
@@ -160,13 +160,13 @@ def _sources(loaded: Any, weights: Any, how: Merging, task: TaskEach | None, dev
     return Sources(loaded, weights, base=base, tasks=tasks, device=device.resolved())
 
 
-def _foretell(sources: Any, how: Merging) -> None:
+def _foretell(sources: Any, how: Merging, jobs: int | None) -> None:
     """Tell what a merge will take, in one line, where that is much."""
     from ..merging.forecast import forecast
 
-    expected = forecast(sources, how.method, rank=how.rank, exact=how.exact, dtype=how.dtype)
+    expected = forecast(sources, how.method, jobs=jobs, rank=how.rank, exact=how.exact, dtype=how.dtype)
     if expected.is_long:
-        time = "" if expected.seconds is None else f", about {duration(expected.seconds)} on one core"
+        time = "" if expected.seconds is None else f", about {duration(expected.seconds)} of a core"
         messages.print(
             f"to be merged: {expected.modules} modules, rank {expected.rank}, {size(expected.bytes)}{time}, "
             f"up to {size(expected.memory)} of memory"
@@ -177,11 +177,12 @@ def _merged(sources: Any, how: Merging, options: Any, spaces: Any, computing: Se
     """The merge, at the options and the coefficient that a search finds best where there is one."""
     from ..merging import merged, search
 
-    coefficient, trials = how.coefficient, None
-    with computing.execution(f"merging by {how.method}") as on:
-        if spaces:
+    coefficient, trials, doing = how.coefficient, None, f"merging by {how.method}"
+    if spaces:
+        with computing.execution(doing) as on:
             best = search.search(sources, how.method, spaces, options=options, coefficient=coefficient, on=on)
             options, coefficient, trials = dict(best.options), best.coefficient, best.trials
+    with progress(doing) as report:
         return merged.merge(
             sources,
             how.method,
@@ -192,7 +193,8 @@ def _merged(sources: Any, how: Merging, options: Any, spaces: Any, computing: Se
             heads=how.heads,
             dtype=how.dtype,
             trials=trials,
-            progress=on.progress,
+            progress=report,
+            jobs=computing.jobs,
         )
 
 

@@ -11,6 +11,7 @@ import torch
 
 from lora_lab.merging.merged import MergeOptions
 from lora_lab.merging.methods import MERGES
+from lora_lab.merging.side_by_side import usual_jobs
 from lora_lab.merging.sources import Sources
 
 
@@ -24,7 +25,7 @@ class Forecast:
     bytes: int
     """Of the tensors that will be written, at the most."""
     seconds: float | None
-    """On one core, within a factor of two or so; None for a method that looks at data, where the model decides."""
+    """Of a core, within a factor of two or so; None for a method that looks at data, where the model decides."""
     memory: int
     """Bytes at a time, at the most."""
 
@@ -34,8 +35,8 @@ class Forecast:
         return (self.seconds or 0.0) > 10 or self.bytes > 5e8
 
 
-def forecast(sources: Sources, method: str, **settings: Any) -> Forecast:
-    """What the merge of these sources will take; `settings` are the fields of `MergeOptions`."""
+def forecast(sources: Sources, method: str, *, jobs: int | None = None, **settings: Any) -> Forecast:
+    """What the merge of these sources will take with so many jobs; `settings` are the fields of `MergeOptions`."""
     how, kind = MergeOptions(**settings), MERGES[method].kind
     width = how.dtype_of(sources.adapters).itemsize
     rank, size, work, largest = 0, 0, 0.0, 0
@@ -50,9 +51,10 @@ def forecast(sources: Sources, method: str, **settings: Any) -> Forecast:
             largest = max(largest, rows * columns)
         else:
             work += sources.rank_of(name) * (rows + columns) * kind.pace
+    jobs = jobs or usual_jobs()
     given = sum(_bytes(adapter.tensors) for adapter in sources.adapters)
     seconds = None if MERGES[method].reads_data else _SHARE_OF_IO * (given + size) + work * _slowness() * 1e-9
-    return Forecast(len(sources.shapes), rank, size, seconds, given + size + _DENSE_COPIES * 4 * largest)
+    return Forecast(len(sources.shapes), rank, size, seconds, given + size + jobs * _DENSE_COPIES * 4 * largest)
 
 
 _CUT = 18.0

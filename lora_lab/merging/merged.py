@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +25,8 @@ from lora_lab.adapters.whole import HEADS, Whole, merge_heads, token_settings
 from lora_lab.brief import Brief
 from lora_lab.errors import LoraLabWarning, MismatchError, OptionError, shorten
 from lora_lab.files.trust import Origin
-from lora_lab.merging.methods import MERGES, check
+from lora_lab.merging.methods import MERGES, Delta, check
+from lora_lab.merging.side_by_side import in_order, one_core_each, usual_jobs
 from lora_lab.merging.sources import Sources
 from lora_lab.options import check_options, checked, option
 
@@ -98,6 +101,7 @@ def merge(
     options: Mapping[str, Any] | None = None,
     trials: Sequence[Mapping[str, Any]] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    jobs: int | None = None,
     **settings: Any,
 ) -> Merged:
     """The adapter that a method of MERGES makes of the sources.
@@ -106,6 +110,8 @@ def merge(
     to the `rank` asked for with its error; a dense ΔW is cut to the ranks of the sources together unless `exact`.
     `heads` says what becomes of heads and other whole tensors where the sources differ in them: keep-own (each its own,
     beside the adapter), average, first. `trials` of a search (search.py) go into the record.
+    `jobs` modules are merged at a time (by default up to four, fewer on fewer cores), with the same numbers for any of
+    them; a method that looks at data goes its own way.
     """
     given, how = check(method, options or {}), MergeOptions(**settings)
     require_shared_modules(sources.adapters)
@@ -122,15 +128,22 @@ def merge(
     dtype = how.dtype_of(sources.adapters)
     told: dict[str, _Stored] = {}
 
+    def finished(name: str, result: Delta | Callable[[], Delta]) -> tuple[str, LowRank, _Stored]:
+        made = result() if callable(result) else result
+        return name, *_finished(made, how, dtype, sources.rank_of(name), f"{method}: ΔW of {name}")
+
     def stored() -> Iterator[tuple[str, LowRank]]:
-        for name, result in MERGES[method](sources, **every_option):
-            update, told[name] = _finished(result, how, dtype, sources.rank_of(name), f"{method}: ΔW of {name}")
+        calls = (partial(finished, *pair) for pair in MERGES[method].calls(sources, **every_option))
+        for name, update, each in in_order(calls, at_a_time):
+            told[name] = each
             yield name, update
             if progress:
                 progress(len(told), len(sources.modules))
 
     names = labels_of(sources.adapters)
-    adapter = from_updates(stored(), like=sources.like, source=f"{method} of {shorten(names)}", dtype=dtype)
+    at_a_time = 1 if MERGES[method].reads_data else jobs or usual_jobs()
+    with contextlib.nullcontext() if MERGES[method].reads_data else one_core_each():
+        adapter = from_updates(stored(), like=sources.like, source=f"{method} of {shorten(names)}", dtype=dtype)
     errors = {name: each.error for name, each in told.items()}
     record = {
         "method": method,

@@ -29,8 +29,11 @@ from lora_lab.options import check_type
 from lora_lab.registry import Registry
 from lora_lab.tasks.task import Task
 
-Method = Callable[..., Iterable[tuple[str, LowRank | Tensor]]]
-"""Function (sources, options) → (module, merged ΔW), dense where the method works on entries."""
+Delta = LowRank | Tensor
+"""A merged ΔW, dense where the method works on entries."""
+
+Method = Callable[..., Iterable[tuple[str, Delta | Callable[[], Delta]]]]
+"""Function (sources, options) → (module, merged ΔW), or the call that is still to make where no other module matters."""
 
 Rule = Callable[..., Tensor]
 """Function (matrices, weights, options) → merged matrix."""
@@ -39,16 +42,16 @@ Rule = Callable[..., Tensor]
 def by_updates(function: Callable[..., LowRank]) -> Method:
     """A method of one module's (updates, weights) as a method of all modules."""
 
-    def method(sources: Sources, **options: Any) -> Iterator[tuple[str, LowRank]]:
-        for name in sources.modules:
+    def method(sources: Sources, **options: Any) -> Iterator[tuple[str, Callable[[], Delta]]]:
+        def merged(name: str) -> LowRank:
             updates, weights = sources.updates_of(name), sources.weights_of(name)
             used = [i for i, weight in enumerate(weights) if weight]
             if not used:
-                yield name, 0.0 * updates[0]
-                continue
+                return 0.0 * updates[0]
             with _naming(name):
-                merged = function([updates[i] for i in used], [weights[i] for i in used], **_seeded(name, options))
-            yield name, merged
+                return function([updates[i] for i in used], [weights[i] for i in used], **_seeded(name, options))
+
+        return _each(sources, merged)
 
     return method
 
@@ -56,22 +59,29 @@ def by_updates(function: Callable[..., LowRank]) -> Method:
 def by_sums(coefficients: Callable[..., list[float]]) -> Method:
     """A weighted sum as a method: exact by concatenation, its coefficients from r × r cores."""
 
-    def method(sources: Sources, **options: Any) -> Iterator[tuple[str, LowRank]]:
-        for name in sources.modules:
+    def method(sources: Sources, **options: Any) -> Iterator[tuple[str, Callable[[], Delta]]]:
+        def merged(name: str) -> LowRank:
             updates = sources.updates_of(name)
 
-            def gram(updates: Sequence[LowRank] = updates) -> Tensor:
+            def gram() -> Tensor:
                 return torch.tensor([[a.inner(b) for b in updates] for a in updates], dtype=torch.float64)
 
-            yield name, combine(updates, coefficients(gram, sources.weights_of(name), **options))
+            return combine(updates, coefficients(gram, sources.weights_of(name), **options))
+
+        return _each(sources, merged)
 
     return method
+
+
+def _each(sources: Sources, merged: Callable[[str], Delta]) -> Iterator[tuple[str, Callable[[], Delta]]]:
+    """Every module with the call that merges it."""
+    return ((name, functools.partial(merged, name)) for name in sources.modules)
 
 
 def by_matrices(rule: Rule) -> Method:
     """A checked rule for matrices as a method on ΔW itself, one dense module at a time."""
 
-    def method(sources: Sources, **options: Any) -> Iterator[tuple[str, LowRank | Tensor]]:
+    def method(sources: Sources, **options: Any) -> Iterator[tuple[str, Delta | Callable[[], Delta]]]:
         def view(updates: Sequence[LowRank]) -> tuple[Matrices, Callable[[Tensor], Tensor]]:
             return updates, lambda merged: merged
 
@@ -83,7 +93,7 @@ def by_matrices(rule: Rule) -> Method:
 def by_subspace(subspace: Callable[..., subspaces.Subspace]) -> Method:
     """A merge by an inner rule in shared bases as a method of all modules."""
 
-    def method(sources: Sources, *, inner: str, **options: Any) -> Iterator[tuple[str, LowRank | Tensor]]:
+    def method(sources: Sources, *, inner: str, **options: Any) -> Iterator[tuple[str, Delta | Callable[[], Delta]]]:
         bases = {name: options.pop(name, default) for name, default in keywords(subspace).items()}
 
         def view(updates: Sequence[LowRank]) -> tuple[Matrices, Callable[[Tensor], LowRank]]:
@@ -160,8 +170,13 @@ class Merge:
     divisor: Callable[[Sequence[float]], float] | None = None
     """Of weights wᵢ: the d with which it is Σ wᵢΔWᵢ / d without options; None where it is no point of that line."""
 
-    def __call__(self, sources: Sources, **options: Any) -> Iterable[tuple[str, LowRank | Tensor]]:
+    def __call__(self, sources: Sources, **options: Any) -> Iterator[tuple[str, Delta]]:
         """(module, merged ΔW) pairs; options that are not given have their defaults."""
+        for name, merged in self.calls(sources, **options):
+            yield name, merged() if callable(merged) else merged
+
+    def calls(self, sources: Sources, **options: Any) -> Iterable[tuple[str, Delta | Callable[[], Delta]]]:
+        """The same, where a module that hangs on no other is a call that is still to be made, in any thread."""
         return self.kind.method(self.function)(sources, **{**self.kind.options, **options})
 
     @property
@@ -227,7 +242,7 @@ View = Callable[[Sequence[LowRank]], tuple[Matrices, Callable[[Tensor], LowRank 
 
 def _by_rule(
     sources: Sources, rule: Rule, view: View, options: Mapping[str, Any], *, everyone: bool
-) -> Iterator[tuple[str, LowRank | Tensor]]:
+) -> Iterator[tuple[str, Delta | Callable[[], Delta]]]:
     """A rule on what `view` makes of every module, of all adapters or of those with a weight there."""
 
     def used_in(name: str) -> list[int]:
@@ -237,16 +252,20 @@ def _by_rule(
     cuts = None
     if options.get("scope") == "global" and "cuts" in inspect.signature(rule).parameters:
         cuts = _cuts(sources, view, used_in, options["density"], torch.float32 if everyone else torch.float64)
-    for name in sources.modules:
+
+    def merged(name: str) -> Delta:
         updates, weights, used = sources.updates_of(name), sources.weights_of(name), used_in(name)
         if not used:
-            yield name, 0.0 * updates[0]
-            continue
+            return 0.0 * updates[0]
         with _naming(name):
             matrices, back = view([updates[i] for i in used])
             of_used = [] if cuts is None else [[cuts.get(i, trimming.NO_ENTRY) for i in used]]
-            merged = back(rule(matrices, [weights[i] for i in used], *of_used, **_seeded(name, options)))
-        yield name, merged
+            return back(rule(matrices, [weights[i] for i in used], *of_used, **_seeded(name, options)))
+
+    # of entries of one size that are not all kept, the first modules have the first
+    in_order = any(cut.first for cut in (cuts or {}).values())
+    for name, call in _each(sources, merged):
+        yield name, call() if in_order else call
 
 
 def _cuts(

@@ -293,7 +293,7 @@ ERRORS = [
     (["--search", "density=1,2", "-o", "m"], ["unknown option of task-arithmetic 'density'"]),
     (["--search", "coefficient", "-o", "m"], ["NAME=VALUE,VALUE"]),
     (["--search", "scale=0..1", "-o", "m"], ["can be searched for coefficient only"]),
-    (["--jobs", 2, "-o", "m"], ["--jobs and --ray share out what --search tries", "a single merge is never divided"]),
+    (["--ray", "local:2", "-o", "m"], ["--ray shares out what --search tries", "divided by --jobs alone"]),
     (["--ray", "auto", "-o", "m"], ["--jobs and --ray share out what --search tries"]),
     (["--method", "fisher", "--task", "digits/relabel", "-o", "m"], ["another base model", "layers.0.q_proj"]),
     (["--method", "fisher", "--task", "digits/relable", "-o", "m"], ["did you mean 'digits/relabel'"]),
