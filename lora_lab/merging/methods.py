@@ -33,7 +33,7 @@ Delta = LowRank | Tensor
 """A merged ΔW, dense where the method works on entries."""
 
 Method = Callable[..., Iterable[tuple[str, Delta | Callable[[], Delta]]]]
-"""Function (sources, options) → (module, merged ΔW), or the call that is still to make where no other module matters."""
+"""Function (sources, options) → (module, merged ΔW), or the call still to make where no other module matters."""
 
 Rule = Callable[..., Tensor]
 """Function (matrices, weights, options) → merged matrix."""

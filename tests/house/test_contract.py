@@ -176,10 +176,10 @@ def first(updates, weights):
 def test_a_rule_is_a_merge_and_an_inner_rule(pair, add, command, tmp_path, inner):
     add(MERGES, Merge(smallest, MATRICES))
     method, options = ("knots", {"inner": "throwaway", "scale": 2.0}) if inner else ("throwaway", {"scale": 2.0})
-    merged = merge(Sources(pair), method, options=options, heads="first").adapter
+    merged = merge(Sources(pair), method, options=options, heads="first", exact=True).adapter
     assert merged.record["merge"]["options"] == options
     settings = [part for name, value in options.items() for part in ("--set", f"{name}={value}")]
-    command("merge", "--method", method, *settings, "--heads", "first", "-o", "merged.safetensors")
+    command("merge", "--method", method, *settings, "--heads", "first", "--exact", "-o", "merged.safetensors")
     written = Adapter.load(tmp_path / "merged.safetensors")
     for name, update in merged.updates.items():
         assert torch.allclose(written.updates[name].delta(), update.delta(), atol=1e-6)
