@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lora_lab.errors import FileError
+from lora_lab.errors import FileError, LoraLabError
 
 if sys.platform != "win32":
     import fcntl
@@ -31,8 +31,8 @@ def replacing(path: Path) -> Iterator[Path]:
             yield beside
             if not (beside.is_dir() and path.is_dir() and _exchange(beside, path)):
                 _put(beside, path, workplace / _replaced(path.name))
-        except FileError as error:  # from a file inside the folder: name the place that was asked for
-            raise FileError(str(error).replace(str(beside), str(asked))) from error
+        except LoraLabError as error:  # of a file inside the folder: name the place that was asked for
+            raise type(error)(str(error).replace(str(beside), str(asked))) from error
         except OSError as error:
             raise FileError(f"{asked}: cannot be written ({error.strerror or error})") from error
 

@@ -45,7 +45,7 @@ def test_the_page_on_formats_tells_of_each_whether_it_is_written():
 def specs(draw):
     """(module, rank, alpha) of every module; all numbers as kohya's float32 alphas hold them."""
     names = draw(st.lists(st.sampled_from([*LINEAR, *CONV]), min_size=1, unique=True))
-    alphas = st.sampled_from([0.25, 1.0, 2.0, 3.0, 8.0])
+    alphas = st.sampled_from([-3.0, 0.25, 1.0, 2.0, 3.0, 8.0])
     return [(name, draw(st.integers(1, 4)), draw(alphas)) for name in names]
 
 
@@ -340,3 +340,14 @@ def test_adapters_of_several_formats_are_merged_and_that_is_told(lora_lab, tmp_p
     both = Adapter.load(tmp_path / "both")
     for name, update in made.updates.items():
         torch.testing.assert_close(both.updates[name].delta(), 2 * update.delta())
+
+
+@pytest.mark.filterwarnings("ignore:.*have zero delta")
+@pytest.mark.parametrize("format_name", ["kohya", "comfy"])
+def test_a_scale_of_zero_is_written_as_zeros_and_not_as_an_alpha_of_zero(tmp_path, format_name):
+    adapter = adapter_of(tmp_path / "a", [(LINEAR[0], 2, 0.0), (CONV[0], 3, 2.0)])
+    save(converted(adapter, format_name).adapter, tmp_path / "b.safetensors")
+    assert all(float(t) != 0 for key, t in load_file(tmp_path / "b.safetensors").items() if key.endswith("alpha"))
+    read = Adapter.load(tmp_path / "b.safetensors")
+    assert read.updates[LINEAR[0]].norm() == 0
+    assert torch.equal(read.updates[CONV[0]].delta(), adapter.updates[CONV[0]].delta())

@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import struct
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save
 
 from lora_lab import files
-from lora_lab.errors import FileError
+from lora_lab.errors import AdapterError, FileError
 from lora_lab.files import workplace
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1049\n"
@@ -159,6 +160,14 @@ def test_errors_inside_a_folder_name_the_place_that_was_asked_for(tmp_path, full
         write()
     assert str(caught.value) == (f"{tmp_path / 'adapter' / 'x.json'}: cannot be written (No space left on device)")
     assert names(tmp_path) == []
+
+
+def test_errors_of_any_class_name_the_place_that_was_asked_for(tmp_path):
+    with (
+        pytest.raises(AdapterError, match=re.escape(f"{tmp_path / 'a'}: no")),
+        files.replacing(tmp_path / "a") as beside,
+    ):
+        raise AdapterError(f"{beside}: no")
 
 
 def test_a_parent_that_is_a_file_is_one_line(tmp_path):

@@ -263,9 +263,12 @@ def written(
     tensors: dict[str, Tensor] = {}
     for name, site in adapter.sites.items():
         A, B = (adapter.tensors[site.keys[part]] for part in site.pair)
+        times = site.scale
+        if not times:  # an alpha of 0 is taken for the rank by some programs: no update is a factor of zeros
+            times, B = 1.0, torch.zeros_like(B)
         tensors[f"{names[name]}.{halves[0]}.weight"] = A
         tensors[f"{names[name]}.{halves[1]}.weight"] = B
-        tensors[f"{names[name]}.alpha"] = torch.tensor((site.scale or 0.0) * len(A), dtype=torch.float32)
+        tensors[f"{names[name]}.alpha"] = torch.tensor(times * len(A), dtype=torch.float32)
         if "lora_magnitude_vector" in site.keys:
             scale = adapter.tensors[site.keys["lora_magnitude_vector"]]
             tensors[f"{names[name]}.dora_scale"] = scale.reshape(-1, *[1] * (A.ndim - 1))
