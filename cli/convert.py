@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,12 +10,12 @@ import typer
 from ..errors import OptionError
 from ..options import option
 from ..registry import Later
-from .options import AdapterOutput, Loading
+from .options import InPlace, Loading
 from .terminal import print_json, table
 
 
 @dataclass(frozen=True)
-class Written(AdapterOutput):
+class Written(InPlace):
     """The adapter in the other format."""
 
     format: str | None = option(
@@ -44,10 +43,11 @@ def command(
     from ..adapters.converting import converted, save
     from ..files.disk import refuse_existing
 
+    output = output.at(adapter)
     path = output.path()
     if output.format is output.dtype is output.server is None and not output.uniform_rank:
         raise OptionError("say into what: --to names the format, --for the server or tool, --dtype the type")
-    inputs = [Path(adapter)]
+    inputs = output.inputs(adapter)
     refuse_existing(path, force=output.force, inputs=inputs)
     (loaded,) = loading.load([adapter])
     output.check(loaded.layout.format)

@@ -257,3 +257,22 @@ class AdapterOutput(AdapterFile):
         even, changes = uniform(made) if self.uniform_rank else (made, [])
         written = converted(even, self.format)
         return Fitted(written.adapter, (*changes, *written.changes))
+
+
+@dataclass(frozen=True)
+class InPlace(AdapterOutput):
+    """The same, where it may take the place of the one that was read."""
+
+    in_place: bool = option(False, "Replace the adapter that is read, if lora-lab wrote it; without -o.")
+
+    def at(self, adapter: str) -> InPlace:
+        """With the place that it goes to; OptionError where both that of the adapter and another one are named."""
+        if not self.in_place:
+            return self
+        if self.output is not None:
+            raise OptionError("--in-place writes where the adapter lies, and -o elsewhere; one of them is needed")
+        return replace(self, output=Path(adapter), force=True)
+
+    def inputs(self, adapter: str) -> list[Path]:
+        """What the output must not replace."""
+        return [] if self.in_place else [Path(adapter)]

@@ -13,7 +13,7 @@ from ..analysis.questions import Shapley
 from ..errors import OptionError
 from ..options import option
 from ..registry import Later
-from .options import AdapterOutput, Computing, OneTask, Reading
+from .options import Computing, InPlace, OneTask, Reading
 from .terminal import print_json, table
 
 
@@ -102,7 +102,7 @@ def command(
     task: ChoosingTask,
     reading: Reading,
     computing: Computing,
-    output: AdapterOutput,
+    output: InPlace,
 ) -> None:
     """Write a smaller adapter that PEFT loads: fewer modules (--keep), fewer entries (--sparsity), or a lower rank.
 
@@ -116,8 +116,9 @@ def command(
     from ..pruning.entries import prune_weights
     from ..pruning.ranks import prune_rank
 
+    output = output.at(adapter)
     path = output.path()
-    refuse_existing(path, force=output.force, inputs=[Path(adapter)])
+    refuse_existing(path, force=output.force, inputs=output.inputs(adapter))
     (loaded,) = reading.load([adapter])
     output.check(loaded.layout.format)
     if how.keep is not None:
