@@ -179,6 +179,30 @@ def test_a_module_that_could_not_be_read_back_has_no_flat_name(module):
     assert SDXL_NAMES.flat(module) is None
 
 
+TRANSFORMERS = [
+    *("AuraFlow", "Chroma", "CogView4", "Flux", "Flux2", "HunyuanVideo", "LTXVideo", "Lumina2", "PixArt", "QwenImage"),
+    *("SD3", "Sana", "Wan", "ZImage"),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", TRANSFORMERS)
+def test_no_module_of_a_transformer_is_read_as_another(family):
+    """Nearly all are read as what they are; the others stay flat (patches of several sizes, a mask of a name)."""
+    diffusers = pytest.importorskip("diffusers")
+    kind = next(name for name in dir(diffusers) if name.startswith(f"{family}Transformer"))
+    with torch.device("meta"):
+        names = adaptable(getattr(diffusers, kind)())
+    flat = {f"lora_transformer_{name.replace('.', '_')}": f"transformer.{name}" for name in names}
+    read = modules_of(flat)
+    unread = [text for text, module in read.items() if module is None]
+    assert {text: module for text, module in read.items() if module is not None} == {
+        text: module for text, module in flat.items() if text not in unread
+    }
+    assert len(flat) == len(names)
+    assert len(unread) <= 3, unread
+
+
 def test_a_number_is_no_word():
     assert dotted("blocks_12_attn_to_q") == "blocks.12.attn.to_q"
     assert dotted("") is None

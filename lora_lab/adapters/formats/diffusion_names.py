@@ -45,10 +45,15 @@ double_blocks single_blocks img_attn txt_attn img_mlp txt_mlp img_mod txt_mod mo
 txt_in time_in vector_in guidance_in in_layer out_layer final_layer adaLN_modulation
 joint_blocks x_block context_block attn_2
 blocks cross_attn ffn k_img v_img patch_embedding text_embedding time_projection head img_emb
-noise_refiner context_refiner attention feed_forward w1 w2 w3
+noise_refiner context_refiner attention feed_forward w1 w2 w3 t_embedder cap_embedder
+linear_3 linear_in linear_out time_guidance_embed double_stream_modulation_img double_stream_modulation_txt
+single_stream_modulation to_qkv_mlp_proj distilled_guidance_layer in_proj token_refiner refiner_blocks
+condition_embedder time_embedder image_embedder time_proj caption_projection adaln_single emb pos_embed patch_embed
+aspect_ratio_embedder resolution_embedder joint_transformer_blocks out_projection time_condition_embed text_proj
+time_caption_embed caption_embedder conv_depth conv_inverted conv_point
 """
 """The components of names, by family: diffusers' U-Net and Flux; SGM's U-Net; CLIP; T5; Llama and Qwen; the authors'
-Flux; SD3; Wan; Lumina and Z-Image."""
+Flux; SD3; Wan; Lumina and Z-Image; diffusers' Flux.2, Chroma, HunyuanVideo, LTX, PixArt, AuraFlow, CogView and Sana."""
 
 _RESNET = {
     "in_layers.2": "conv1",

@@ -228,7 +228,7 @@ def factors(module: Module, faults: Faults) -> tuple[Tensor, Tensor] | None:
         return None
     core = torch.einsum("abk,bi->aik", mid.flatten(2).double(), down.flatten(1).double())
     dtype = torch.float64 if torch.float64 in (down.dtype, mid.dtype) else torch.float32
-    return core.reshape(len(down), down.shape[1], *mid.shape[2:]).to(dtype), up
+    return core.reshape(len(down), down.shape[1], *mid.shape[2:]).to(dtype), up.to(dtype)
 
 
 def magnitude(module: Module, rows: int, ndim: int, faults: Faults) -> Tensor | None:
