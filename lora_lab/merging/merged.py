@@ -230,7 +230,7 @@ def _finished(
     if how.coefficient != 1:
         update = update * how.coefficient
         norm = None if norm is None else norm * abs(how.coefficient)
-    if not is_finite(update):
+    if update is not merged and not is_finite(update):
         raise MismatchError(too_large)
     # or no factors at all, which PEFT has no rank for
     if update.vanishes(_CANCELLED) if norm is None else norm <= _CANCELLED * update.bound():

@@ -273,14 +273,24 @@ def _cuts(
 ) -> dict[int, trimming.Cut]:
     """Adapter → where its largest entries end, over all modules that it changes; in `dtype` or what is wider."""
 
+    known: dict[str, dict[int, Matrix]] = {}
+
     def pieces() -> Iterator[dict[int, Matrix]]:
         for name in sources.modules:
-            updates, used = sources.updates_of(name), used_in(name)
-            if used:
-                matrices, _ = view([updates[i] for i in used])
-                yield {i: matrix for i, matrix in zip(used, matrices, strict=True) if updates[i].rank}
+            made = known.get(name)
+            if made is None:
+                updates, used = sources.updates_of(name), used_in(name)
+                matrices, _ = view([updates[i] for i in used]) if used else ((), None)
+                made = {i: matrix for i, matrix in zip(used, matrices, strict=True) if updates[i].rank}
+                if all(isinstance(matrix, Tensor) and matrix.numel() <= _FEW for matrix in made.values()):
+                    known[name] = made  # cores of some dozens of directions, which take long to find
+            yield made
 
     return trimming.cuts_of(pieces, density, max(dtype, sources.dtype, key=lambda dtype: dtype.itemsize))
+
+
+_FEW = 1 << 14
+"""Entries of a matrix that is kept for as long as the largest entries are looked for."""
 
 
 @contextmanager
