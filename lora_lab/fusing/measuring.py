@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora_lab.fusing.adding import as_rows, blocks, rows_of
+from lora_lab.fusing.adding import as_rows, blocks, rows_of, squared
 from lora_lab.fusing.changes import Change
 
 RIGHT = ("exact", "rounding")
@@ -52,10 +52,10 @@ class Weight:
         right = untouched = True
         for base, merged, delta in self._blocks():
             difference = merged - base
-            norm2 += _sum(delta * delta)
+            norm2 += squared(delta)
             product += _sum(difference * delta)
-            change2 += _sum(difference * difference)
-            residual2 += _sum((difference - delta) ** 2)
+            change2 += squared(difference)
+            residual2 += squared(difference - delta)
             right &= bool(torch.equal(self._rounded(base + delta), merged))
             untouched &= bool(torch.equal(self._rounded(base), merged))
         norm = math.sqrt(norm2)
@@ -96,7 +96,7 @@ class Weight:
             for base, merged, delta in self._blocks():
                 step = self._rounded(base + factor * delta) - base
                 along += _sum((merged - base) * step)
-                length += _sum(step * step)
+                length += squared(step)
             if not length:
                 break
             factor *= along / length
@@ -108,11 +108,11 @@ class Weight:
         eps = torch.finfo(self._dtype).eps
         for base, merged, delta in self._blocks(turned=turned):
             added = factor * delta
-            distance += _sum((merged - self._rounded(base + added)) ** 2)
+            distance += squared(merged - self._rounded(base + added))
             # of the sum, of ΔW itself, and of the base where that was cast first: half a step each
             step = merged.abs() + 2 * added.abs() + (base.abs() if self._narrowed else 0)
-            allowed += _sum((eps / 2 * step) ** 2)
-            size += _sum(added * added)
+            allowed += squared(eps / 2 * step)
+            size += squared(added)
         update = self._change.update
         bound = abs(factor) * update.bound() if update is not None else math.sqrt(size)
         return math.sqrt(distance), math.sqrt(allowed) + eps * bound  # the factors themselves may have been cast
@@ -122,7 +122,7 @@ class Weight:
         product = norm2 = 0.0
         for base, merged, delta in self._blocks(turned=True):
             product += _sum((merged - base) * delta)
-            norm2 += _sum(delta * delta)
+            norm2 += squared(delta)
         factor = self._near_one(product / norm2)
         distance, allowed = self._off(factor, turned=True)
         return factor if distance <= allowed and abs(factor) > _ONE else None
