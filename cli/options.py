@@ -256,7 +256,18 @@ class AdapterOutput(AdapterFile):
             return fitted(made, self.server)
         even, changes = uniform(made) if self.uniform_rank else (made, [])
         written = converted(even, self.format)
-        return Fitted(written.adapter, (*changes, *written.changes))
+        return Fitted(written.adapter, (*changes, *written.changes), self._hints(written.adapter))
+
+    def _hints(self, adapter: Adapter) -> list[str]:
+        """What is to be known of a lone file whose configuration other programs look for beside it."""
+        from ..adapters.formats.registry import FORMATS
+
+        if self.output is None or self.output.suffix != ".safetensors" or not FORMATS[adapter.layout.format].settings:
+            return []
+        return [
+            "its configuration is in its header, where lora-lab reads it; other programs load a folder, which a name "
+            "without an ending writes"
+        ]
 
 
 @dataclass(frozen=True)

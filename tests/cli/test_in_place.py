@@ -39,3 +39,10 @@ def test_what_lora_lab_did_not_write_is_not_replaced(tmp_path, lora_lab):
     assert code == 1
     assert "lora-lab did not write" in err
     assert {path.name: path.read_bytes() for path in (tmp_path / "peft").iterdir()} == before
+
+
+def test_of_a_lone_file_it_is_said_who_reads_it(own, lora_lab):
+    for name, told in (("b.safetensors", True), ("folder", False)):
+        code, out, err = lora_lab("prune", own, "--rank", "1", "-o", name)
+        assert code == 0, err
+        assert ("other programs load a folder" in " ".join(out.split())) == told
