@@ -91,7 +91,8 @@ def read(raw: Raw) -> Content:
 
 
 def _kept(key: str) -> bool:
-    return key not in (METADATA, "format") and not key.startswith("lora_lab.")
+    """Whether metadata stays true when the tensors change: not of hashes, nor of what is written anew."""
+    return key not in (METADATA, "format") and not key.startswith("lora_lab.") and "hash" not in key
 
 
 def _whole(key: str) -> str:
