@@ -41,8 +41,12 @@ def command(recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file
 
     Example:  lora-lab run recipe.yaml --dry-run
     """
+    from ..files.disk import refuse_existing
+
     steps = recipes.read(recipe)
-    state = _State(recipe.with_name(f"{recipe.stem}.state.json"))
+    if not how.dry_run:
+        refuse_existing(recipes.state_of(recipe), force=True)
+    state = _State(recipes.state_of(recipe))
     said = []
     with contextlib.chdir(recipe.parent):
         changed: set[str] = set()
@@ -68,9 +72,8 @@ def command(recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file
 def _run(step: recipes.Step, *, force: bool) -> dict[str, Any]:
     from . import application
 
-    words = [step.verb, *step.arguments, "-o", step.output, *(["--force"] if force else [])]
     accepted = {name for p in recipes.command_named(step.verb).params for name in p.opts}
-    words += ["--yes"] if "--yes" in accepted else []
+    words = step.words(*(["--force"] if force else []), *(["--yes"] if "--yes" in accepted else []))
     start = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for what `run` says
         application([step.verb])(words, standalone_mode=False)

@@ -24,7 +24,7 @@ def stamp(step: Step) -> list[Any]:
     from importlib.metadata import version
 
     read = {str(path): content_of(path) for path in places(step)}
-    return [step.verb, step.arguments, read, _data(step), version("lora-lab")]
+    return [step.verb, [*step.arguments, *step.positional], read, _data(step), version("lora-lab")]
 
 
 def places(step: Step) -> list[Path]:

@@ -32,7 +32,7 @@ _KINDS = (
 _WEIGHTS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors", "adapters.safetensors")
 """What adapters are called in their folders, by the formats that are written."""
 _ADAPTER_FILES = {"adapter_config.json", *_WEIGHTS, "README.md", "heads"}
-_JSON = re.compile(rb'\s*\{\s*"format":\s*"lora-lab (result|journal|fused) \d+"')
+_JSON = re.compile(rb'\s*\{\s*"format":\s*"lora-lab (result|journal|fused|run) \d+"')
 _CSV = re.compile(rb"\A[^\n]*," + MARK.encode() + rb"\n")
 _CARD = re.compile(rb"\A---\n(?:(?!---).*\n)*?tags:[^\n]*(?:\n- [^\n]*)*\blora-lab\b")
 _PLENTY = 100_000_000  # bytes of a safetensors header, as in safetensors itself
