@@ -68,6 +68,22 @@ def test_a_unet_and_text_encoders_get_canonical_names_and_are_written_under_thei
     assert load_file(tmp_path / "out.safetensors").keys() == tensors.keys()
 
 
+@pytest.mark.parametrize(
+    ("others", "written"),
+    [
+        ([], "output_blocks.2.1.conv"),
+        (["lora_te2_text_model_encoder_layers_0_mlp_fc1"], "output_blocks.2.2.conv"),
+        (["lora_unet_up_blocks_0_attentions_0_proj_in"], "output_blocks.2.2.conv"),
+    ],
+)
+def test_the_first_upsampler_has_the_name_that_its_model_gives_it(tmp_path, others, written):
+    tensors = pair("lora_unet_up_blocks_0_upsamplers_0_conv", kernel=(3, 3))
+    for name in others:
+        tensors |= pair(name)
+    load(tmp_path, tensors).save(tmp_path / "out.safetensors", format="comfy")
+    assert f"diffusion_model.{written}.lora_A.weight" in load_file(tmp_path / "out.safetensors")
+
+
 def test_t5_is_the_second_text_encoder_of_flux(tmp_path):
     t5 = "text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"
     adapter = load(tmp_path, {**dotted(FLUX), **dotted(t5)})

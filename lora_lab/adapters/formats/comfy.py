@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 
 from lora_lab.adapters.formats.components import COMPONENTS, component_of
 from lora_lab.adapters.formats.diffusers import METADATA
-from lora_lab.adapters.formats.diffusion_names import MODEL, UNET, from_sgm, to_sgm
+from lora_lab.adapters.formats.diffusion_names import MODEL, UNET, from_sgm, scheme_of, to_sgm
 from lora_lab.adapters.formats.layout import Content, Layout, Part, Raw, Writable
 from lora_lab.adapters.formats.pieces import Pieces, lora_content, split, taken_apart, written
 
@@ -83,7 +83,8 @@ def write(adapter: Writable) -> Mapping[str, Part]:
     """
     same = adapter.layout.format == _NAME and adapter.layout.names is not None
     words = (adapter.layout.names or "").split() if same else [_ALPHAS]
-    names = {name: name if _COMPONENTS in words else _own(name, wide=_NARROW not in words) for name in adapter.sites}
+    wide = _NARROW not in words if same else _is_wide(adapter.sites)
+    names = {name: name if _COMPONENTS in words else _own(name, wide=wide) for name in adapter.sites}
     if same:
         names = {name: own or name for name, own in names.items()}
     halves = ("lora_down", "lora_up") if _DOWN in words else ("lora_A", "lora_B")
@@ -93,6 +94,11 @@ def write(adapter: Writable) -> Mapping[str, Part]:
     if not same:
         return {"": Part(tensors)}
     return {"": Part({**tensors, **adapter.layout.apart}, adapter.layout.header)}
+
+
+def _is_wide(names: Collection[str]) -> bool:
+    """Whether the U-Net is SDXL's, whose first up block has attention, as far as its modules tell; else SD's."""
+    return scheme_of(names).sgm or any(name.startswith(f"{UNET}up_blocks.0.attentions.") for name in names)
 
 
 def _own(name: str, *, wide: bool) -> str | None:
