@@ -26,6 +26,7 @@ _VERBS = (
     "interpolate",
     "stability",
     "shapley",
+    "compare",
     "merge",
     "compare-merges",
     "prune",

@@ -32,12 +32,8 @@ def answer(
 
     `more` gives further arguments of `question.run` for the adapters and the task, and refuses what does not fit.
     """
-    from ..results import tables
-
     outputs = Outputs(output.output, question.kind)
-    beside = [outputs.folder / f"{question.kind}.{ending}" for ending in output.tables]
-    for path in beside:
-        tables.refuse(path, force=output.force)
+    beside = outputs.beside(output)
     adapters = loading.load(paths)
     question.check(adapters)
     chosen: Any = task.of(adapters)
@@ -47,9 +43,16 @@ def answer(
         with computing.execution(doing, outputs.cache) as on:
             result = question.run(adapters, chosen, on, **further)
         say_written(outputs.save(result))
+    save_tables(result, beside)
+    return result
+
+
+def save_tables(result: Result, beside: Sequence[Path]) -> None:
+    """Write the tables that are wanted, and name them."""
+    from ..results import tables
+
     for path in beside:
         say_written(tables.save(result, path))
-    return result
 
 
 class Outputs:
@@ -62,6 +65,16 @@ class Outputs:
         self.json, self.pdf, self.png = (folder / f"{verb}.{ending}" for ending in ("json", "pdf", "png"))
         self.cache = folder / ".outcomes"
         """Per-example scores, by adapter and data, that every later question below this folder finds again."""
+        self._verb = verb
+
+    def beside(self, output: Output) -> list[Path]:
+        """Where the tables go that are wanted; refused where other files are in the way."""
+        from ..results import tables
+
+        paths = [self.folder / f"{self._verb}.{ending}" for ending in output.tables]
+        for path in paths:
+            tables.refuse(path, force=output.force)
+        return paths
 
     def earlier(self, run: str, *, force: bool) -> Result | None:
         """The result of this very run, if it is there already, its figure drawn again where that is missing.

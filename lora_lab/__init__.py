@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lora_lab.adapters.adapter import Adapter as Adapter
     from lora_lab.adapters.lowrank import LowRank as LowRank
     from lora_lab.adapters.reading import inspect as inspect
+    from lora_lab.api import compare as compare
     from lora_lab.api import compare_merges as compare_merges
     from lora_lab.api import convert as convert
     from lora_lab.api import evaluate as evaluate
@@ -47,6 +48,7 @@ __getattr__, __dir__, __all__ = face(
         "adapters.lowrank": ("LowRank",),
         "adapters.reading": ("inspect",),
         "api": (
+            "compare",
             "compare_merges",
             "evaluate",
             "extract",

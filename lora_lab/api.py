@@ -333,6 +333,15 @@ def evaluate(
 
 
 @checked
+def compare(adapters: Adapters, *, progress: bool = True, **options: Any) -> Result:
+    """Norms, cosines, angles … of every two adapters, by weights alone; `options` are the fields of `Compare`."""
+    from lora_lab.geometry.comparing import Compare
+
+    with _shown(None, "comparing", progress) as where:
+        return from_options(Compare, options).run(adapters_of(adapters), where.progress)
+
+
+@checked
 def compare_merges(
     adapters: Adapters,
     task: TaskEach = None,

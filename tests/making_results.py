@@ -1,5 +1,7 @@
 """Results with made-up numbers, as the questions write them: small ones, and those of real sizes."""
 
+import itertools
+
 import numpy as np
 
 from lora_lab.results.result import Result, columns
@@ -163,6 +165,26 @@ def sweep_result(labels=("lora-s0", "coto-s0")):
     return Result("sweep", columns(rows), parameters, {}, {"examples": 500})
 
 
+def compared(names=("a", "b", "c"), layers=4):
+    """Pairs of adapters that differ the more the farther apart they are in the list; the last has ΔW = 0."""
+    rows, parts = [], []
+    for i, j in itertools.combinations(range(len(names)), 2):
+        cosine = 1 / (1 + j - i)
+        for k, group in enumerate(["", *(f"model.layers.{layer}" for layer in range(layers))]):
+            who = {"first": names[i], "second": names[j], "indices": [i, j], "level": "layer" if k else "total"}
+            angles = {f"{side}_mean": 1.57 - cosine * k / (layers + 1) for side in ("left", "right")}
+            rows.append({**who, "group": group, "cosine": None if j == len(names) - 1 > 1 else cosine, **angles})
+    for i, name in enumerate(names):
+        values = [(i + 1) / (1 + k) if i < len(names) - 1 else 0.0 for k in range(16)]
+        parts.append({"adapter": name, "level": "total", "group": "", "spectrum": values})
+    summary = {
+        "adapters": [{"adapter": name} for name in names],
+        "parts": parts,
+        "order": list(range(len(names)))[::-1],
+    }
+    return Result("compare", columns(rows), {"levels": ["layer"]}, summary, {})
+
+
 def long_names(count):
     """Names of 60 characters that differ in their middle only."""
     return [f"meta-llama_Llama-3.1-70B-Instruct-domain-{i:03d}-rank16-alpha32-x" for i in range(count)]
@@ -263,6 +285,7 @@ def _tried(view, names, layers):
 
 
 REAL_SIZES = {
+    "compare": lambda view, names, layers: [compared(names, layers)],
     "interpolate": _lines,
     "shapley": _games,
     "stability": _kept,

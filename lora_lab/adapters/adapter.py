@@ -148,12 +148,19 @@ class Adapter:
     @cached_property
     def identity(self) -> Sequence[Any]:
         """All that its scores hang on, every bit of it hashed (once); for run ids."""
-        from lora_lab.adapters.describe import described, tensor_digest
+        from lora_lab.adapters.describe import described
 
-        names = sorted(self.tensors)
         config = json.dumps(finite(self.config))  # unsorted: of its patterns, the first match counts
         sites = {name: repr(site) for name, site in self.sites.items()}
-        return described(self), config, sites, names, tensor_digest(self.tensors[name] for name in names)
+        return described(self), config, sites, *self.digest
+
+    @cached_property
+    def digest(self) -> tuple[list[str], str]:
+        """The keys of all tensors in order, and a hash of every bit of them."""
+        from lora_lab.adapters.describe import tensor_digest
+
+        names = sorted(self.tensors)
+        return names, tensor_digest(self.tensors[name] for name in names)
 
     def with_updates(self, updates: Mapping[str, LowRank], *, source: str) -> Adapter:
         """A plain LoRA adapter with exactly these updates, everything else (heads, record, base) kept.

@@ -32,14 +32,21 @@ def shared_start(adapters: Sequence[Adapter]) -> dict[str, Any]:
 
 def _pair(a: Adapter, b: Adapter) -> tuple[float, float] | None:
     """Mean cosine and mean z over the modules in which the A are of one shape."""
-    cosines, zs = [], []
-    for name in sorted(a.sites.keys() & b.sites.keys()):  # the order of a set is another in every process
-        keys = [adapter.sites[name].keys.get("lora_A") for adapter in (a, b)]
-        if None in keys:
-            continue
-        one, two = (adapter.tensors[str(key)].double().flatten() for adapter, key in zip((a, b), keys, strict=True))
-        if one.shape != two.shape or not (float(one.norm()) and float(two.norm())):
-            continue
-        cosines.append(float(torch.dot(one, two) / one.norm() / two.norm()))
-        zs.append(cosines[-1] * math.sqrt(len(one)))
-    return (sum(cosines) / len(cosines), sum(zs) / len(zs)) if cosines else None
+    found = [alike(a, b, name) for name in sorted(a.sites.keys() & b.sites.keys())]  # a set's order changes
+    values = [value for value in found if value is not None]
+    if not values:
+        return None
+    cosine, z = (sum(each) / len(values) for each in zip(*values, strict=True))
+    return cosine, z
+
+
+def alike(a: Adapter, b: Adapter, name: str) -> tuple[float, float] | None:
+    """Cosine and z of the A of one module as they lie in the files; None without two of one shape that are not 0."""
+    keys = [adapter.sites[name].keys.get("lora_A") for adapter in (a, b)]
+    if None in keys:
+        return None
+    one, two = (adapter.tensors[str(key)].double().flatten() for adapter, key in zip((a, b), keys, strict=True))
+    if one.shape != two.shape or not (float(one.norm()) and float(two.norm())):
+        return None
+    cosine = float(torch.dot(one, two) / one.norm() / two.norm())
+    return cosine, cosine * math.sqrt(len(one))

@@ -210,6 +210,17 @@ class Basis:
             product = torch.ormqr(self._X[:, : len(self._tau)], self._tau, padded)
         return product
 
+    def whole(self) -> Tensor:
+        """Q itself."""
+        return self.times(torch.eye(len(self.R), dtype=self.R.dtype, device=self.R.device))
+
+    def cross(self, other: Basis) -> Tensor:
+        """QᵀQ' of two matrices with as many rows, whose singular values are cosines of principal angles."""
+        if self._tau is None and other._tau is None:
+            product: Tensor = self._inverse.T @ (self._X.T @ other._X) @ other._inverse
+            return product
+        return self.whole().T @ other.whole()
+
 
 _CANCELS = 1e-6
 """‖ΔW‖² by the sum of the sizes of its terms, below which so many digits of them cancel that cores are needed."""

@@ -17,6 +17,7 @@ from lora_lab import files
 from lora_lab.errors import LoraLabError, OptionError, shorten, unknown
 from lora_lab.escape import drawn
 from lora_lab.files.ownership import MARK
+from lora_lab.plots import compare as plot_compare
 from lora_lab.plots import line as plot_line
 from lora_lab.plots import merges as plot_merges
 from lora_lab.plots import shapley as plot_shapley
@@ -208,6 +209,10 @@ PLOTS = Registry(
         "sweep:structured": View(plot_sweep.draw_structured, "sweep", "accuracy of patterns"),
         "sweep:unstructured": View(plot_sweep.draw_unstructured, "sweep", "accuracy over sparsity"),
         "sweep:rank": View(plot_sweep.draw_rank, "sweep", "accuracy over the rank kept"),
+        "compare": View(plot_compare.draw, "compare", "angles by layer of one pair, or cosines of all pairs", ()),
+        "compare:matrix": View(plot_compare.draw_matrix, "compare", "cosines of ΔW between all adapters", ()),
+        "compare:spectra": View(plot_compare.draw_spectra, "compare", "singular values of every adapter", ()),
+        "compare:layers": View(plot_compare.draw_layers, "compare", "angles between subspaces by layer", ()),
         "compare-merges": View(
             plot_merges.draw, "compare-merges", "all merges, and curves over the coefficient", _OF_MERGES
         ),

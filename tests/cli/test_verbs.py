@@ -47,6 +47,7 @@ def one_line(result, *words, code=1):
         "interpolate",
         "stability",
         "shapley",
+        "compare",
         "merge",
         "compare-merges",
         "prune",

@@ -23,6 +23,7 @@ ROOMS = [  # from the ground up; a room may import from itself and from those be
     "plots",
     "games",
     "adapters",
+    "geometry",
     "tasks",
     "tasks.kinds",  # whose face the one of tasks shows
     "scoring",

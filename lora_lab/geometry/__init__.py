@@ -1,0 +1,26 @@
+"""Where ΔW lies and points: singular triplets, subspaces and their angles, of one adapter and between several.
+
+Knows adapters alone: no model, no data, no training. All is computed from rank × rank cores, whatever the gauge.
+"""
+
+from typing import TYPE_CHECKING
+
+from lora_lab.lazy import face
+
+if TYPE_CHECKING:
+    from lora_lab.geometry.canonical import Canonical as Canonical
+    from lora_lab.geometry.canonical import delta_hash as delta_hash
+    from lora_lab.geometry.comparing import Compare as Compare
+    from lora_lab.geometry.pairs import ModulePair as ModulePair
+    from lora_lab.geometry.pairs import Side as Side
+    from lora_lab.geometry.pairs import module_pair as module_pair
+    from lora_lab.geometry.pairs import principal_angles as principal_angles
+
+__getattr__, __dir__, __all__ = face(
+    __name__,
+    {
+        "canonical": ("Canonical", "delta_hash"),
+        "comparing": ("Compare",),
+        "pairs": ("ModulePair", "Side", "module_pair", "principal_angles"),
+    },
+)

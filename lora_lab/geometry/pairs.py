@@ -1,0 +1,87 @@
+"""Two ΔW of one module beside each other: inner product, distance, and the angles between their subspaces."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lora_lab.adapters.lowrank import Basis
+from lora_lab.brief import Brief
+from lora_lab.geometry.canonical import Canonical
+
+Floats = npt.NDArray[np.float64]
+
+_NEAR = 0.995
+"""A cosine above which its angle comes from the sine: near 1 a cosine hardly changes, and half its digits go."""
+_CANCELS = 1e-6
+"""‖ΔW₁ − ΔW₂‖² / (‖ΔW₁‖² + ‖ΔW₂‖²) below which too many digits of inner products cancel."""
+
+
+@dataclass(frozen=True, repr=False)
+class Side(Brief):
+    """How two subspaces of dimensions k and l in d dimensions lie: those of the columns or of the rows of ΔW."""
+
+    angles: Floats
+    """The min(k, l) principal angles, smallest first, in radians."""
+    shared: float
+    """‖Q₁ᵀQ₂‖² = Σ cos², from 0 to min(k, l)."""
+    chance: float
+    """Its expectation for random subspaces, k l / d."""
+
+
+@dataclass(frozen=True, repr=False)
+class ModulePair(Brief):
+    """What is measured between two ΔW of one shape."""
+
+    inner: float
+    distance: float
+    left: Side
+    right: Side
+
+
+def module_pair(one: Canonical, other: Canonical) -> ModulePair:
+    """Inner product, distance and both sides of two ΔW of one module."""
+    left, right = one.left.cross(other.left), one.right.cross(other.right)
+    # ⟨Q_B K Q_Aᵀ, Q_B' K' Q_A'ᵀ⟩ = tr(Kᵀ (Q_BᵀQ_B') K' (Q_AᵀQ_A')ᵀ)
+    inner = float((one.core.T @ left @ other.core * right).sum())
+    total = one.norm**2 + other.norm**2
+    squared = total - 2 * inner
+    close = squared < _CANCELS * total
+    return ModulePair(
+        inner,
+        (one.update - other.update).norm() if close else math.sqrt(squared),
+        _side(one.left, one.U, other.left, other.U, left, one.update.B.shape[0]),
+        _side(one.right, one.V, other.right, other.V, right, one.update.A.shape[1]),
+    )
+
+
+def _side(one: Basis, X: Tensor, other: Basis, Y: Tensor, cross: Tensor, dimensions: int) -> Side:
+    angles = _angles(one, X, other, Y, X.T @ cross @ Y)
+    return Side(angles, float((np.cos(angles) ** 2).sum()), X.shape[1] * Y.shape[1] / dimensions)
+
+
+def principal_angles(one: Canonical, other: Canonical) -> tuple[Floats, Floats]:
+    """The angles between the column spaces and between the row spaces of two ΔW, smallest first, in radians."""
+    pair = module_pair(one, other)
+    return pair.left.angles, pair.right.angles
+
+
+def _angles(one: Basis, X: Tensor, other: Basis, Y: Tensor, cosines: Tensor) -> Floats:
+    """Of the subspaces Q X and Q' Y, whose (QX)ᵀQ'Y is `cosines`; small ones by the sine (Björck & Golub 1973)."""
+    if X.shape[1] < Y.shape[1]:
+        return _angles(other, Y, one, X, cosines.T)
+    if not Y.shape[1]:
+        return np.zeros(0)
+    cos = torch.linalg.svdvals(cosines).clamp(max=1)
+    angles = torch.arccos(cos)
+    if float(cos[0]) > _NEAR:
+        P, Q = one.times(X), other.times(Y)
+        sines = torch.linalg.svdvals(Q - P @ (P.T @ Q)).clamp(max=1).flip(0)
+        angles = torch.where(cos > _NEAR, torch.arcsin(sines), angles)
+    found: Floats = angles.numpy(force=True)
+    return found

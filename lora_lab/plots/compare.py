@@ -1,0 +1,121 @@
+"""Figures of adapters side by side: matrices of pairs, spectra, angles by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from lora_lab.errors import OptionError
+from lora_lab.plots import primitives
+from lora_lab.plots import style as plot_style
+from lora_lab.plots.names import MOST, inches, labels, name_axis, shortened, type_size
+from lora_lab.plots.panels import Panels
+from lora_lab.plots.primitives import Floats, Row
+from lora_lab.results.result import Result, grouped
+
+_RIGHT_ANGLE = np.pi / 2
+
+
+def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
+    """Angles by layer of one pair; of more, the matrix of cosines."""
+    several = any(len(result.summary["adapters"]) > 2 for result in results)
+    layered = all(result.rows(level="layer") for result in results)
+    return draw_matrix(results, panels) if several or not layered else draw_layers(results, panels)
+
+
+def draw_matrix(results: Sequence[Result], panels: Panels) -> list[Axes]:
+    """Cosines of ΔW between all adapters of each result, those that are alike beside each other.
+
+    Adapters whose names do not fit below the columns are numbered.
+    """
+    tables = [_cosines(result, panels) for result in results]
+    size = type_size("ytick.labelsize")
+    beside = max(inches(name, size) for rows, *_ in tables for name in rows) + 0.3
+    columns = 1 if panels.single else min(2, len(tables))
+    # square cells: the height of the figure is what the names leave of its width
+    side = min(4.0, panels.page / columns - beside - (0.0 if panels.single else 1.0 / columns))
+    lines = -(-len(tables) // columns)
+    axes = panels.grid(len(tables), columns, (side + 0.5) * lines + (0.7 if panels.single else 0.1))
+    for ax, (rows, below, table) in zip(axes, tables, strict=True):
+        image = primitives.heat(ax, table, rows, below, vmin=-1, vmax=1, cmap="PuOr")
+    panels.colour_bar(axes, image, "cosine of ΔW")
+    return axes
+
+
+def draw_spectra(results: Sequence[Result], panels: Panels) -> list[Axes]:
+    """Singular values of every adapter over their place, as root mean squares over the modules."""
+    rows = [row for result in results for row in result.summary["parts"] if row["level"] == "total"]
+    (ax,) = panels.grid(1, 1, 2.4)
+    for i, (name, row) in enumerate(zip(plot_style.in_legend([row["adapter"] for row in rows]), rows, strict=True)):
+        values = np.array([value or np.nan for value in row["spectrum"]], dtype=float)  # 0 has no place on the axis
+        primitives.curve(ax, np.arange(1, len(values) + 1), (values, values, values), label=name, **plot_style.look(i))
+    if any(value for row in rows for value in row["spectrum"]):
+        ax.set_yscale("log")
+    ax.set_xlabel("place among the singular values")
+    ax.set_ylabel("singular value (r.m.s.)")
+    panels.legend(ax)
+    return [ax]
+
+
+def draw_layers(results: Sequence[Result], panels: Panels) -> list[Axes]:
+    """Mean principal angle between column spaces and between row spaces, layer by layer, a line a pair."""
+    pairs = [pair for result in results for pair in grouped(result.rows(level="layer"), "first", "second")]
+    if not pairs:
+        raise OptionError("these adapters were not compared by layer, or have none")
+    layers = list(dict.fromkeys(row["group"] for _, rows in pairs for row in rows))
+    axes = panels.grid(2, 1 if panels.single else 2, 3.6 if panels.single else 2.4)
+    names = _pair_names([(head["first"], head["second"]) for head, _ in pairs])
+    looks = [plot_style.look(i) for i in range(len(pairs))] if names else [_one_of_many()] * len(pairs)
+    for ax, side, title in zip(axes, ("left", "right"), ("column spaces", "row spaces"), strict=True):
+        for i, (_, rows) in enumerate(pairs):
+            values = _by_layer(rows, layers, f"{side}_mean")
+            look = {**looks[i], "label": names[i]} if names else looks[i]
+            primitives.curve(ax, np.arange(len(layers)), (values, values, values), **look)
+        ax.axhline(_RIGHT_ANGLE, color="#555555", linestyle=":", linewidth=0.8, zorder=1)
+        ax.set_ylim(0, 1.05 * _RIGHT_ANGLE)
+        name_axis(ax.xaxis, labels(layers))
+        panels.title(ax, title)
+    for ax in axes if panels.single else axes[:1]:
+        ax.set_ylabel("mean angle (rad)")
+    if names:
+        panels.legend(axes[0], columns=1 if panels.single else 2)
+    panels.caption(axes[0], "dotted: a right angle" + ("" if names else f"; {len(pairs)} pairs, a line each"))
+    return axes
+
+
+def _one_of_many() -> dict[str, Any]:
+    """How lines look that are too many to be told apart."""
+    return {**plot_style.look(0), "marker": "", "linestyle": "-", "linewidth": 0.6, "alpha": 0.3}
+
+
+def _pair_names(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """What a legend calls the pairs; nothing of more than have a colour of their own."""
+    if len(pairs) > plot_style.FEW:
+        return []
+    short = iter(shortened([name for pair in pairs for name in pair], MOST // 2))
+    return [f"{next(short)} – {next(short)}" for _ in pairs]
+
+
+def _by_layer(rows: Sequence[Row], layers: Sequence[str], key: str) -> Floats:
+    values = {row["group"]: row[key] for row in rows}
+    return np.array([values.get(layer) for layer in layers], dtype=float)
+
+
+def _cosines(result: Result, panels: Panels) -> tuple[list[str], list[str], Floats]:
+    """Names beside the rows and below the columns, and the cosines, in the order of likeness."""
+    order = result.summary["order"]
+    known = [one["adapter"] for one in result.summary["adapters"]]
+    rows = shortened([known[i] for i in order], MOST // 2)
+    below = rows
+    if sum(inches(name, type_size("xtick.labelsize")) + 0.1 for name in rows) > 0.4 * panels.page:
+        below = [str(i + 1) for i in range(len(rows))]
+        rows = [f"{name}  {number}" for name, number in zip(rows, below, strict=True)]
+    place = {adapter: at for at, adapter in enumerate(order)}
+    table = np.eye(len(rows))
+    for row in result.rows(level="total"):
+        i, j = (place[index] for index in row["indices"])
+        table[i, j] = table[j, i] = np.nan if row["cosine"] is None else row["cosine"]
+    return rows, below, table
