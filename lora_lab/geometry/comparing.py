@@ -309,10 +309,12 @@ def _twins(
 
 def _order(totals: Mapping[Pair, Mapping[str, Any]], count: int) -> dict[str, Any]:
     """Average linkage of 1 − cosine (1 where there is none), its leaves ordered so that neighbours are alike."""
+    distances = [1.0 if row["cosine"] is None else max(0.0, 1 - row["cosine"]) for row in totals.values()]
+    if count == 2:  # scipy takes as long to load as the adapters
+        return {"order": [0, 1], "linkage": [[0.0, 1.0, distances[0], 2.0]]}
     from scipy.cluster.hierarchy import leaves_list, linkage
 
-    distances = [1.0 if row["cosine"] is None else max(0.0, 1 - row["cosine"]) for row in totals.values()]
-    merges = linkage(distances, "average", optimal_ordering=count > 2)
+    merges = linkage(distances, "average", optimal_ordering=True)
     return {"order": leaves_list(merges).tolist(), "linkage": merges.tolist()}
 
 

@@ -50,7 +50,7 @@ def draw_spectra(results: Sequence[Result], panels: Panels) -> list[Axes]:
     rows = [row for result in results for row in result.summary["parts"] if row["level"] == "total"]
     (ax,) = panels.grid(1, 1, 2.4)
     for i, (name, row) in enumerate(zip(plot_style.in_legend([row["adapter"] for row in rows]), rows, strict=True)):
-        values = np.array([value or np.nan for value in row["spectrum"]], dtype=float)  # 0 has no place on the axis
+        values = np.array([value for value in row["spectrum"] if value])  # they fall, and 0 has no place on the axis
         primitives.curve(ax, np.arange(1, len(values) + 1), (values, values, values), label=name, **plot_style.look(i))
     if any(value for row in rows for value in row["spectrum"]):
         ax.set_yscale("log")
@@ -80,6 +80,8 @@ def draw_layers(results: Sequence[Result], panels: Panels) -> list[Axes]:
         panels.title(ax, title)
     for ax in axes if panels.single else axes[:1]:
         ax.set_ylabel("mean angle (rad)")
+    for ax in axes[1:] if panels.single else axes:
+        ax.set_xlabel("layer")
     if names:
         panels.legend(axes[0], columns=1 if panels.single else 2)
     panels.caption(axes[0], "dotted: a right angle" + ("" if names else f"; {len(pairs)} pairs, a line each"))

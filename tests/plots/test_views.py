@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from making_results import line, merges, run, shapley_result, stability_result, sweep_result, tried_result
+from making_results import compared, line, merges, run, shapley_result, stability_result, sweep_result, tried_result
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -21,6 +21,7 @@ LONG = [f"meta-llama_Llama-3.1-70B-Instruct-lora-r16-alpha32-domain-{i}" for i i
 MADE = {
     "train": run,
     "tuning": lambda: tried_result("coto", [(1e-3, [0.5, 0.6], False), (2e-3, [0.7, 0.8], True)]),
+    "compare": compared,
     "compare-merges": merges,
     "interpolate": lambda: line(pairs=((0, 1), (0, 2)), ratios=("1:1",)),
     "shapley": lambda: shapley_result(interactions=True),
@@ -31,7 +32,7 @@ MADE = {
 
 def made(name):
     seeds = ("0:1", "1:1") if name == "compare-merges:ratios" else (None,)
-    return merges(ratios=seeds) if name.startswith("compare") else MADE[name.partition(":")[0]]()
+    return merges(ratios=seeds) if name.startswith("compare-merges") else MADE[name.partition(":")[0]]()
 
 
 def flat(axes):
@@ -179,3 +180,19 @@ def test_many_runs_go_on_in_further_lines():
     shown = [ax for ax in figure.axes if ax.axison]
     assert len(shown) == 27
     assert len({round(ax.get_position().x0, 2) for ax in shown[::3]}) == 5
+
+
+def test_adapters_side_by_side_are_drawn_as_layers_of_one_pair_and_else_as_cosines_in_the_order_of_likeness():
+    pair, three = compared(("a", "b"), layers=3), compared(("a", "b", "c"))
+    left, right = plots.draw(pair)
+    values = [row["left_mean"] for row in pair.rows(level="layer")]
+    np.testing.assert_allclose(left.lines[0].get_ydata(), values)
+    assert (left.get_title(), right.get_title()) == ("column spaces", "row spaces")
+    shown = plots.draw(three).images[0].get_array()
+    # c, b, a: of c, whose ΔW is 0, there is no cosine
+    np.testing.assert_allclose(np.ma.filled(shown, np.nan), [[1, np.nan, np.nan], [np.nan, 1, 0.5], [np.nan, 0.5, 1]])
+    spectrum = plots.draw(three, "compare:spectra").lines
+    np.testing.assert_allclose(spectrum[0].get_ydata(), 1 / np.arange(1, 17))
+    assert not len(spectrum[2].get_ydata())
+    with pytest.raises(OptionError, match="not compared by layer"):
+        plots.draw(compared(layers=0), "compare:layers")
