@@ -418,7 +418,7 @@ def test_m13_first_takes_the_head_of_whichever_is_first():
 )
 def test_k16_half_precision_is_merged_in_single_precision(method, options):
     case = "K16_half_precision_product"
-    merged = merge(sources_of(case, "adapter_bf16", [1.0]), method, options=options)
+    merged = merge(sources_of(case, "adapter_bf16", [1.0]), method, options=options, dtype="float32")
     assert_deltas(merged.adapter, case)
 
 
@@ -427,7 +427,7 @@ def test_k16_a_merge_whose_product_overflows_in_half_precision_is_finite(method,
     case = "K16_half_precision_product"
     options = {"density": 1.0} if method == "ties" else {}
     sources = sources_of(case, "adapter_fp16_overflow adapter_fp16_overflow", [0.5, 0.5])
-    save(merge(sources, method, options=options), tmp_path / "merged")
+    save(merge(sources, method, options=options, dtype="float32"), tmp_path / "merged")
     for update in Adapter.load(tmp_path / "merged").updates.values():
         torch.testing.assert_close(update.delta(), torch.full(update.shape, expected_of(case)["fp16_case_entry"]))
 

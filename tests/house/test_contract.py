@@ -301,7 +301,13 @@ def test_a_kind_of_task(pair, add, lora_lab, tmp_path):
 
 
 OTHER_WORDS = {
-    ("linear",): ("a kind of layer", "adapters/adapter.py", "adapters/formats/peft_format.py", "fusing/extract.py"),
+    ("linear",): (
+        "a kind of layer; mergekit's word for a method",
+        "adapters/adapter.py",
+        "adapters/formats/peft_format.py",
+        "cli/mergekit.py",
+        "fusing/extract.py",
+    ),
     ("exact",): ("a finding on a checkpoint", "fusing/verify.py"),
     ("lora",): ("a kind of LyCORIS' updates", "adapters/formats/lycoris.py"),
     ("all",): ("a value of PEFT's bias; every merge", "adapters/formats/peft_config.py", "analysis/merge_sets.py"),
