@@ -165,6 +165,8 @@ def _sharded(index: Path) -> LazyTensors:
         raise FileError(f"{index}: names no shard")
     for name in shards:
         shard = index.parent / name
+        if not name.isprintable():
+            raise FileError(f"{index}: names the shard {name!r}; no file is called so")
         if name != shard.name or "\\" in name or not is_inside(shard, str(index.parent)):
             raise TrustError(f"{index}: names the shard {name!r}, which leads out of its folder")
         if not shard.exists():

@@ -74,7 +74,8 @@ class Weight:
         off = {each: self._off(each) for each in (1.0, 0.0, factor)}
         # three standard deviations of a factor that is fitted through rounding errors
         slack = 3 * off[factor][0] / math.sqrt(self._base.numel()) / told["norm"]
-        if abs(factor - 1) <= max(_ONE, slack) or off[1.0][0] <= min(distance for distance, _ in off.values()):
+        near = abs(factor - 1) <= max(_ONE, slack) and off[1.0][0] <= off[1.0][1]
+        if near or off[1.0][0] <= min(distance for distance, _ in off.values()):
             factor = 1.0
         elif off[0.0][0] <= off[factor][0]:
             factor = 0.0

@@ -179,7 +179,7 @@ def _explained(finding: Finding, adapters: Sequence[Adapter], changes: Changes) 
         return finding
     factor = finding.factor
     known = next((words for value, words in _known(finding, adapters, changes) if _near(factor, value)), None)
-    meaning = f"× {factor:.3g}" + (f", as if {known}" if known else "")
+    meaning = f"× {factor:.{4 if round(factor, 2) == 1 else 3}g}" + (f", as if {known}" if known else "")
     return Finding(**{**vars(finding), "meaning": meaning if finding.kind == "scaled" or factor != 1 else ""})
 
 

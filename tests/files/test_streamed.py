@@ -279,6 +279,7 @@ def test_a_shard_that_is_a_link_leads_nowhere_else_but_in_the_cache_of_the_hub(t
         ({"weight_map": {"a": 1}}, "no index of shards"),
         ({}, "no index of shards"),
         ({"weight_map": {}}, "names no shard"),
+        ({"weight_map": {"a": "m\0"}}, r"names the shard 'm\\x00'; no file is called so"),
         ({"weight_map": {"a": "m2.safetensors"}}, r"names the shard m2\.safetensors, which is missing"),
         ({"weight_map": {"b": "m1.safetensors"}}, r"b should be in m1\.safetensors, and is not"),
     ],

@@ -153,6 +153,15 @@ def test_a_wrong_factor_is_measured_and_explained(made, tmp_path, factor, words)
     assert found.verdict.startswith(f"no: {len(deltas)} of {len(deltas)} have ΔW times a factor")
 
 
+def test_a_factor_near_one_is_told_where_the_dtype_shows_it(made, tmp_path):
+    base, adapter, weights, deltas = made
+    found = verified(base, [adapter], write(tmp_path / "m", base, fused(weights, deltas, 1.004)))
+    if weights["model.norm.weight"].dtype == torch.bfloat16:
+        assert found.right  # as far as it tells
+    else:
+        assert f"{len(deltas)} of {len(deltas)} have ΔW times a factor (× 1.004)" in found.verdict
+
+
 def test_a_merge_that_was_not_done_or_left_a_module_out_is_told(made, tmp_path):
     base, adapter, weights, deltas = made
     found = verified(base, [adapter], base)
