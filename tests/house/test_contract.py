@@ -308,6 +308,7 @@ OTHER_WORDS = {
         "cli/mergekit.py",
         "fusing/extract.py",
     ),
+    ("ties", "della", "breadcrumbs", "task_arithmetic"): ("mergekit's names of methods", "cli/mergekit.py"),
     ("exact",): ("a finding on a checkpoint", "fusing/verify.py"),
     ("lora",): ("a kind of LyCORIS' updates", "adapters/formats/lycoris.py"),
     ("all",): ("a value of PEFT's bias; every merge", "adapters/formats/peft_config.py", "analysis/merge_sets.py"),
