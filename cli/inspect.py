@@ -10,8 +10,8 @@ import typer
 from .options import AsJson, Reading
 from .terminal import console, messages, number, print_json, table, with_flags
 
-SCHEMA = 2
-"""Of the report: version 1 had problems and notes together as warnings, and neither `ok` nor a number."""
+SCHEMA = 3
+"""Of the report: version 2 had no hash, and version 1 problems and notes together as warnings, and no `ok`."""
 
 
 def command(
@@ -48,7 +48,7 @@ def command(
 
 def _unread(problem: str) -> dict[str, Any]:
     """The report on what is no adapter at all."""
-    nothing = dict.fromkeys(("format", "tuner", "base_model", "total_norm"))
+    nothing = dict.fromkeys(("format", "tuner", "base_model", "total_norm", "hash"))
     return {
         "ok": False,
         "problems": [problem],
@@ -83,8 +83,9 @@ def _show(path: str, content: dict[str, Any]) -> None:
     if content["other_tensors"]:
         console.print(f"other tensors: {', '.join(content['other_tensors'])}")
     ranks = sorted({m["rank"] for m in content["modules"] if m["rank"]})
-    total = number(content["total_norm"])
-    console.print(f"{len(rows)} modules, ranks {', '.join(map(str, ranks)) or '–'}, total ‖ΔW‖ {total}")
+    total, hashed = number(content["total_norm"]), number(content["hash"])
+    shown = ", ".join(map(str, ranks)) or "–"
+    console.print(f"{len(rows)} modules, ranks {shown}, total ‖ΔW‖ {total}, hash of ΔW {hashed}")
     if content["record"]:
         console.print(_record(content["record"]))
         for step in _listed(content["record"].get("pruned")):
@@ -100,6 +101,7 @@ def describe(listing: Any) -> dict[str, Any]:
     """The report as JSON types; what has no ΔW gets no norm, and the warnings say why."""
     from ..adapters.formats import keys, peft_format, products
     from ..errors import LoraLabError
+    from ..geometry.canonical import Canonical, hash_of
 
     adapter = listing.adapter
     notes = [*listing.warnings]
@@ -110,7 +112,7 @@ def describe(listing: Any) -> dict[str, Any]:
     if not reason and adapter.why_not_additive:  # LoHa and LoKr
         with contextlib.suppress(LoraLabError):
             scales = products.scales_of(adapter.sites, adapter.config)
-    modules, total = [], 0.0
+    modules, total, sketches = [], 0.0, {}
     for name, site in adapter.sites.items():
         tensors = [adapter.tensors[key] for key in site.keys.values()]
         entry: dict[str, Any] = {"name": name, "type": site.kind, "rank": site.rank, "scale": site.scale}
@@ -124,10 +126,13 @@ def describe(listing: Any) -> dict[str, Any]:
                 update = peft_format.update(site, adapter.tensors, adapter.config)
                 entry["shape"] = list(update.shape)
                 if not reason:
-                    entry |= {"norm": update.norm(), "effective_rank": update.effective_rank()}
+                    form = Canonical(update)
+                    entry |= {"norm": form.norm, "effective_rank": form.effective_rank()}
+                    sketches[name] = form.sketch(name)
         modules.append(entry)
         total += (entry["norm"] or 0.0) ** 2
     known = bool(modules) and all(entry["norm"] is not None for entry in modules)
+    hashed = known and not listing.problems and len(sketches) == len(modules)
     return {
         "ok": not listing.problems,
         "problems": list(listing.problems),
@@ -138,6 +143,7 @@ def describe(listing: Any) -> dict[str, Any]:
         "modules": modules,
         "other_tensors": [key.removeprefix(keys.PREFIX) for key in adapter.others],
         "total_norm": total**0.5 if known else None,
+        "hash": hash_of(sketches, {entry["name"]: entry["norm"] for entry in modules}) if hashed else None,
         "record": dict(adapter.record),
     }
 

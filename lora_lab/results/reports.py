@@ -143,6 +143,9 @@ class InspectReport:
     modules: list[ModuleOfAdapter] = column("what it adapts")
     other_tensors: list[Any] = column("tensors of no tuner layer: heads, biases, embeddings")
     total_norm: float = column("‖ΔW‖ over all modules")
+    hash: str | None = column(
+        "hash of ΔW that no change of gauge (BR, R⁻¹A) changes, to 4 digits; null of what is no LoRA, or not usable"
+    )
     record: dict[str, Any] = column("how it came to be, as its file says")
 
 

@@ -5,6 +5,9 @@ import json
 import pytest
 from making_adapters import lora, write
 
+from lora_lab.adapters.adapter import Adapter
+from lora_lab.geometry import delta_hash
+
 pytestmark = pytest.mark.usefixtures("quick_figures")
 
 
@@ -49,6 +52,21 @@ def test_a_pair_is_shown_by_layer_and_type(lora_lab, three):
     content = json.loads(out)
     assert content["kind"] == "compare"
     assert content["columns"]["group"] == ["", "layers.0.q_proj", "layers.1.q_proj"]
+
+
+def test_inspect_shows_the_hash_that_all_gauges_share(lora_lab, tmp_path):
+    tensors = lora("layers.0.q_proj", rows=40, columns=30)
+    A, B = tensors
+    write(tmp_path / "a", tensors)
+    write(tmp_path / "b", {A: tensors[A].flip(0) * 4, B: tensors[B].flip(1) / 4})
+    write(tmp_path / "c", {A: tensors[A], B: -tensors[B]})
+    a, b, c = (json.loads(lora_lab("inspect", name, "--json")[1]) for name in "abc")
+    assert a["hash"] == b["hash"] == delta_hash(Adapter.load(tmp_path / "a").updates)
+    assert a["hash"] != c["hash"]
+    assert f"hash of ΔW {a['hash']}" in lora_lab("inspect", "a")[1]
+    write(tmp_path / "d", tensors, use_dora=True)
+    out = lora_lab("inspect", "d", "--json")[1]
+    assert json.loads(out)["hash"] is None
 
 
 def test_bad_input_is_one_line_and_leaves_nothing(lora_lab, three, tmp_path):

@@ -245,8 +245,8 @@ def test_inspect_as_json_has_the_promised_shape(lora_lab, pair):
     found = json.loads(out)
     assert code == 0
     about = {"path", "schema", "ok", "problems", "notes", "format", "record"}
-    assert set(found) == {*about, "tuner", "base_model", "modules", "other_tensors", "total_norm"}
-    assert (found["ok"], found["problems"], found["schema"]) == (True, [], 2)
+    assert set(found) == {*about, "tuner", "base_model", "modules", "other_tensors", "total_norm", "hash"}
+    assert (found["ok"], found["problems"], found["schema"]) == (True, [], 3)
     assert set(found["modules"][0]) == {"name", "type", "rank", "scale", "dtype", "shape", "norm", "effective_rank"}
     assert len(found["modules"]) == 36
     assert found["total_norm"] == pytest.approx(sum(m["norm"] ** 2 for m in found["modules"]) ** 0.5)
