@@ -32,10 +32,21 @@ def command(
     A player's value is what it adds on joining, averaged over all orders of joining; together they add up to what the
     whole adapter is worth above the base. **exact** asks for all 2^n coalitions. **antithetic** walks random orders
     forth and back: unbiased, with honest standard errors. **regression** fits pairs of coalitions: usually the smallest
-    error for the same work, with a slight bias that vanishes. Every coalition is kept in the output folder, so another
+    error for the same work, with a slight bias that vanishes.
+
+    **gates** asks for no coalitions but the two ends: a gate from 0 to 1 multiplies each player's update, and gradients
+    at a few nodes along equal gates (nodes=3; each costs about three passes, whatever the number of players) give
+    Aumann–Shapley values, which differ a little from Shapley's; the efficiency gap tells part of that. **link** makes
+    Shapley values of them, usually closer; **antithetic+link** and **permutation+link** draw orders for what these
+    leave over: unbiased, with much smaller errors than orders alone. For accuracy the gates see
+    σ(margin / temperature), which may take more nodes; batch=8 saves memory.
+
+    Every coalition is kept in the output folder, so another
     question about the same adapter starts from there, and so does a run that was killed.
 
     Example:  lora-lab shapley a.safetensors --players type-layer --samples 50 --worth loss
+
+    Example:  lora-lab shapley a.safetensors --players rank --worth loss --estimator gates
     """
     from ..games.estimators import ESTIMATORS
 
@@ -82,6 +93,10 @@ def _show_summary(summary: dict[str, Any]) -> None:
     )
     if summary["bias"]:
         say(f"biased by {summary['bias']}")
+    if summary.get("gates") and summary["gates"]["largest"]:
+        gates = summary["gates"]
+        differs = f"differ by up to {gates['largest']:.3f} ({gates['player']})"
+        say(f"Aumann–Shapley values from gates alone {differs}; their efficiency gap is {gates['efficiency_gap']:.1e}")
     if "disagreement" in summary:
         other = summary["disagreement"]
         differs = f"differs by up to {other['largest']:.3f} ({other['player']})"

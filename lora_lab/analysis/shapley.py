@@ -17,12 +17,15 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import described, labels_of, method_of
 from lora_lab.adapters.groups import players
 from lora_lab.adapters.writing import SIGNATURE_KEY
-from lora_lab.analysis.game import Game
+from lora_lab.analysis import gates
+from lora_lab.analysis.gates import GatedGame
 from lora_lab.analysis.questions import Shapley as Shapley
 from lora_lab.errors import LoraLabError, OptionError, unknown
 from lora_lab.extras import needs
 from lora_lab.games import estimators, interactions
 from lora_lab.games.coalitions import EXACT_LIMIT, Bools, Draw, Estimate, all_coalitions
+from lora_lab.games.gates import OPTIONS
+from lora_lab.games.gates import check as check_gates
 from lora_lab.games.regression import fit_pairs
 from lora_lab.results.result import Result, columns, finite, grouped
 from lora_lab.results.stats import Floats, mean_and_error, mean_and_spread, student
@@ -42,7 +45,7 @@ def answer(question: Shapley, adapters: Sequence[Adapter], task: Task, on: Execu
         game = _game(question, adapter, task, on)
         estimator = choose(question, game)
         if on.confirm and not summaries:
-            on.confirm(game.cost(_planned(question, game, estimator)) * len(adapters))
+            on.confirm(_cost(question, game, estimator) * len(adapters))
         estimate = _estimate(question, game, estimator)
         second = _second_opinion(estimate)
         rows += _rows(adapter, label, game, estimate, second)
@@ -66,6 +69,10 @@ def check(question: Shapley, adapters: Sequence[Adapter]) -> None:
     elif estimator is not None and estimator not in estimators.ESTIMATORS:
         raise unknown("estimator", estimator, [*estimators.ESTIMATORS, "shapiq:NAME"])
     _check_options(question)
+    if _has_gates(estimator):
+        check_gates(**{name: value for name, value in question.options.items() if name in OPTIONS})
+        for adapter in adapters:
+            gates.check(adapter, question.worth)
     if question.order == 2 and question.budget is not None and not _whole(estimator):
         raise OptionError("a budget holds for values alone; leave out the budget, or the interactions (order 2)")
     for adapter in adapters:
@@ -88,7 +95,7 @@ def _check_options(question: Shapley) -> None:
             raise unknown(f"option of {of}", name, names) if names else OptionError(f"{of} has no options to set")
 
 
-def choose(question: Shapley, game: Game) -> str:
+def choose(question: Shapley, game: GatedGame) -> str:
     """The estimator: by default "exact" where that takes no more block evaluations than the antithetic orders do."""
     if question.estimator:
         return question.estimator
@@ -106,7 +113,7 @@ def values(question: Shapley, adapter: Adapter, task: Task, on: Execution) -> di
     game = _game(question, adapter, task, on)
     estimator = choose(question, game)
     if on.confirm:
-        on.confirm(game.cost(_planned(question, game, estimator)))
+        on.confirm(_cost(question, game, estimator))
     estimate = _estimate(question, game, estimator)
     return dict(zip(game.player_names, estimate.values.tolist(), strict=True))
 
@@ -114,7 +121,7 @@ def values(question: Shapley, adapter: Adapter, task: Task, on: Execution) -> di
 def cost(question: Shapley, adapter: Adapter, task: Task, on: Execution) -> Cost:
     """What the values of one adapter would cost."""
     game = _game(question, adapter, task, on)
-    return game.cost(_planned(question, game, choose(question, game)))
+    return _cost(question, game, choose(question, game))
 
 
 def newest_adapter(folder: Path) -> Path | None:
@@ -136,12 +143,12 @@ def newest_adapter(folder: Path) -> Path | None:
     return None
 
 
-def _game(question: Shapley, adapter: Adapter, task: Task, on: Execution) -> Game:
+def _game(question: Shapley, adapter: Adapter, task: Task, on: Execution) -> GatedGame:
     evaluator = Evaluator([adapter], task, on, split=question.split, examples=question.examples)
-    return Game(evaluator, players(adapter, question.players), worth=question.worth)
+    return GatedGame(evaluator, players(adapter, question.players), worth=question.worth)
 
 
-def _estimate(question: Shapley, game: Game, estimator: str) -> Estimate:
+def _estimate(question: Shapley, game: GatedGame, estimator: str) -> Estimate:
     n, samples, budget = game.n_players, question.samples, question.budget
     if estimator.startswith(SHAPIQ):
         return _by_shapiq(game, estimator, budget or samples * (n - 1) + 2, question.seed)
@@ -157,7 +164,15 @@ def _estimate(question: Shapley, game: Game, estimator: str) -> Estimate:
     )
 
 
-def _planned(question: Shapley, game: Game, estimator: str) -> Bools:
+def _cost(question: Shapley, game: GatedGame, estimator: str) -> Cost:
+    """Of all coalitions that the run will at most ask for, and of the gates."""
+    cost = game.cost(_planned(question, game, estimator))
+    if _has_gates(estimator) and game.n_players > 1:
+        cost += game.cost_along({**estimators.ESTIMATORS[estimator].options, **question.options}["nodes"])
+    return cost
+
+
+def _planned(question: Shapley, game: GatedGame, estimator: str) -> Bools:
     """All coalitions that the run will at most ask for."""
     n, samples, seed = game.n_players, question.samples, question.seed
     name = "antithetic" if estimator.startswith(SHAPIQ) else estimator
@@ -171,6 +186,11 @@ def _planned(question: Shapley, game: Game, estimator: str) -> Bools:
 def _whole(estimator: str | None) -> bool:
     entry = estimators.ESTIMATORS.get(estimator)
     return bool(entry and entry.whole)
+
+
+def _has_gates(estimator: str | None) -> bool:
+    entry = estimators.ESTIMATORS.get(estimator)
+    return bool(entry and entry.control)
 
 
 def _coalitions(draws: Sequence[Draw]) -> Bools:
@@ -188,7 +208,7 @@ def _second_opinion(estimate: Estimate) -> Estimate | None:
 
 
 def _rows(
-    adapter: Adapter, label: str, game: Game, estimate: Estimate, second: Estimate | None
+    adapter: Adapter, label: str, game: GatedGame, estimate: Estimate, second: Estimate | None
 ) -> list[dict[str, Any]]:
     # v_i = Σ_S w_iS · worth(S) for each example alone, so that its spread over examples is that of the value;
     # the half width joins both sources: √((t·se of the draws)² + (t·se of the examples)²)
@@ -196,6 +216,8 @@ def _rows(
     if estimate.weights.any():
         values_of_examples = estimate.weights @ game.per_example(estimate.coalitions)
         by_examples = mean_and_error(values_of_examples.T)[1]
+    elif game.by_example is not None:
+        by_examples = mean_and_error(game.by_example.T)[1]
     by_draws = student(estimate.draws) * estimate.se if estimate.draws > 1 else estimate.se
     half = np.hypot(by_draws, student(game.evaluator.examples) * by_examples)
     rows = []
@@ -218,12 +240,15 @@ def _rows(
                 "se_examples": by_examples[i],
                 "second": second.values[i] if second else None,
                 "second_se": second.se[i] if second else None,
+                "gates": game.values[i] if game.values is not None else None,
             }
         )
     return rows
 
 
-def _summary(adapter: Adapter, label: str, game: Game, estimate: Estimate, second: Estimate | None) -> dict[str, Any]:
+def _summary(
+    adapter: Adapter, label: str, game: GatedGame, estimate: Estimate, second: Estimate | None
+) -> dict[str, Any]:
     n = game.n_players
     empty, full = game(np.array([[False] * n, [True] * n]))
     evaluator = game.evaluator
@@ -249,6 +274,8 @@ def _summary(adapter: Adapter, label: str, game: Game, estimate: Estimate, secon
             "why_not_shared": evaluator.effort.why_not,
         },
     }
+    if game.values is not None:
+        summary["gates"] = gates.summed_up(game, estimate.values, full - empty)
     if second:
         difference = np.abs(second.values - estimate.values)
         summary["disagreement"] = {
@@ -285,14 +312,14 @@ def _by_method(summaries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _interactions(question: Shapley, game: Game, *, whole: bool) -> dict[str, Any]:
+def _interactions(question: Shapley, game: GatedGame, *, whole: bool) -> dict[str, Any]:
     """Pairwise interactions with their standard errors and half widths of their 95 % intervals, of sampling alone."""
     pairs = interactions.interactions(game, game.n_players, samples=question.samples, seed=question.seed, every=whole)
     parts = {name: getattr(pairs, name).tolist() for name in ("values", "se", "half")}
     return {"players": game.player_names, **parts, "exact": whole}
 
 
-def _by_shapiq(game: Game, estimator: str, budget: int, seed: int) -> Estimate:
+def _by_shapiq(game: GatedGame, estimator: str, budget: int, seed: int) -> Estimate:
     """Values by one of shapiq's approximators, which tell neither weights nor standard errors."""
     n = game.n_players
     budget = min(budget, 2**n) if n <= 62 else budget

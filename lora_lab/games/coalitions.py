@@ -56,7 +56,7 @@ class Estimate(Brief):
     coalitions: Bools
     """[m, n], every coalition once."""
     weights: Floats
-    """[n, m]: values = weights @ worths."""
+    """[n, m]: values = weights @ worths, and `known` besides where it is there."""
     worths: Floats
     """[m]"""
     draws: int
@@ -64,6 +64,8 @@ class Estimate(Brief):
     """How values and standard errors developed: rows of evaluations, values, se."""
     bias: str | None = None
     """What makes the estimator biased, if anything does."""
+    known: Floats | None = None
+    """[n]: values = known + weights @ worths, of an estimator that starts from what gates tell (see gates.py)."""
 
     @property
     def efficiency_gap(self) -> float:
@@ -78,6 +80,20 @@ class Estimate(Brief):
 def all_coalitions(n: int) -> Bools:
     """The 2^n coalitions; row i holds the binary digits of i, the first player as the lowest."""
     return (np.arange(2**n)[:, None] >> np.arange(n) & 1).astype(np.bool_)
+
+
+def every_coalition(n: int) -> Draw:
+    """All 2^n coalitions, φ_i = Σ_S |S|! (n − |S| − 1)! / n! (v(S ∪ i) − v(S)) over the S without i."""
+    if n > EXACT_LIMIT:
+        raise OptionError(
+            f"2^{n} coalitions are too many to enumerate (at most 2^{EXACT_LIMIT}); draws of them can be asked for"
+        )
+    coalitions = all_coalitions(n)
+    size = coalitions.sum(1)
+    share = np.array([1 / (n * math.comb(n - 1, k)) for k in range(n)])  # of the S of k players
+    joined = share[np.maximum(size - 1, 0)][:, None] * coalitions
+    stayed = share[np.minimum(size, n - 1)][:, None] * ~coalitions
+    return Draw(coalitions, (joined - stayed).T, 2 ** (n - 1))
 
 
 def permutation(n: int, generator: np.random.Generator) -> Iterator[Draw]:

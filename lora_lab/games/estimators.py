@@ -12,14 +12,15 @@ from typing import Any
 import numpy as np
 
 from lora_lab.errors import LoraLabWarning, OptionError
+from lora_lab.games import gates
 from lora_lab.games.coalitions import (
     EXACT_LIMIT,
     Bools,
     Draw,
     Estimate,
     Game,
-    all_coalitions,
     antithetic,
+    every_coalition,
     join,
     orders,
     owen,
@@ -45,6 +46,9 @@ class Estimator:
     """How values come of all that was drawn; None: the mean of those that each draw gives."""
     bias: Callable[[int, Mapping[str, Any]], str | None] = lambda n, options: None
     """(n, options) → what makes it biased, if anything does."""
+    control: Callable[[gates.Diagonal, Floats], gates.Control] | None = None
+    """(the game along its gates, worths of nobody and of all) → what is known of it without coalitions; the draws then
+    estimate what is left. None: the game needs no gates."""
 
     @property
     def whole(self) -> bool:
@@ -54,8 +58,18 @@ class Estimator:
     @property
     def options(self) -> dict[str, Any]:
         """Its options with their defaults."""
+        return {**self.of_draws, **(gates.OPTIONS if self.control else {})}
+
+    @property
+    def of_draws(self) -> dict[str, Any]:
+        """Those options that `draws` takes."""
         parameters = inspect.signature(self.draws).parameters.values() if self.draws else ()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+    @property
+    def settled(self) -> bool:
+        """Whether the game's gates say everything, so that no coalition is drawn."""
+        return self.draws is gates.nothing
 
 
 def estimate(
@@ -73,21 +87,39 @@ def estimate(
 
     `samples` marginal contributions a player (orders, for the permutation estimators; `regression` gets as many
     coalitions as so many orders have). It stops earlier once every standard error is at most `until_se`, or before
-    the different coalitions asked for would exceed `budget`. Draws with a worth that is NaN are left out.
+    the different coalitions asked for would exceed `budget`. Draws with a worth that is NaN are left out. Estimators
+    with a `control` need a game with gates (see `gates.Gated`) and first ask for it along them.
     """
     entry = ESTIMATORS[estimator]
     check(n, samples=samples, estimator=estimator, until_se=until_se, budget=budget)
     if entry.whole or n == 1:  # of one player, any order is all of them
         return exact(game, n)
-    if n <= EXACT_LIMIT and samples > 2**n:
+    if n <= EXACT_LIMIT and samples > 2**n and not entry.settled:
         warnings.warn(
             f"{samples} samples, but there are only {2**n} coalitions of {n} players: the estimator exact is cheaper",
             LoraLabWarning,
             stacklevel=2,
         )
+    planned = plan(n, estimator=estimator, samples=samples, seed=seed, budget=budget, **options)
+    control = _controlled(game, n, entry, options)
+    found = _from_draws(control.left(game) if control else game, estimator, planned, until_se, budget)
+    return replace(control.restored(found) if control else found, bias=entry.bias(n, options))
+
+
+def _controlled(game: Game, n: int, entry: Estimator, options: Mapping[str, Any]) -> gates.Control | None:
+    """What the game's gates tell before any coalition is drawn."""
+    if entry.control is None:
+        return None
+    along = gates.diagonal(game, **{name: value for name, value in options.items() if name in gates.OPTIONS})
+    return entry.control(along, game(np.array([[False] * n, [True] * n])))
+
+
+def _from_draws(
+    game: Game, estimator: str, planned: list[Draw], until_se: float | None, budget: int | None
+) -> Estimate:
+    entry = ESTIMATORS[estimator]
     drawn: list[Draw] = []
     worths: dict[bytes, float] = {}
-    planned = plan(n, estimator=estimator, samples=samples, seed=seed, budget=budget, **options)
     for chunk in _rounds(planned, whole=until_se is None):
         drawn += chunk
         _ask(game, chunk, worths)
@@ -101,16 +133,17 @@ def estimate(
     estimate = _fitted(entry.fit, drawn, worths) if entry.fit else _averaged(estimator, drawn, worths)
     if estimate is None:
         enough = "more samples are needed" if budget is None else "a larger budget is needed"
-        count = sum(draw.marginals > 0 for draw in drawn)
+        count, n = sum(draw.marginals > 0 for draw in drawn), drawn[0].coalitions.shape[1]
         raise OptionError(f"{count} draws of coalitions are too few for a fit to {n} players; {enough}")
-    return replace(estimate, trace=trace, bias=entry.bias(n, options))
+    return replace(estimate, trace=trace)
 
 
 def plan(
     n: int, *, estimator: str, samples: int, seed: int = 0, budget: int | None = None, **options: Any
 ) -> list[Draw]:
     """The draws that `estimate` would at most make; their coalitions tell the cost beforehand."""
-    source = ESTIMATORS[estimator].draws
+    entry = ESTIMATORS[estimator]
+    source = entry.draws
     if n == 1:
         return [orders([np.zeros(1, dtype=int)])]
     if source is None:
@@ -118,7 +151,8 @@ def plan(
     draws: list[Draw] = []
     asked = {np.zeros(n, np.bool_).tobytes(), np.ones(n, np.bool_).tobytes()}
     marginals: Any = 0
-    for draw in source(n, np.random.default_rng(seed), **options):
+    own = {name: value for name, value in options.items() if name not in entry.options or name in entry.of_draws}
+    for draw in source(n, np.random.default_rng(seed), **own):
         asked |= {row.tobytes() for row in draw.coalitions}
         if budget is not None and len(asked) > budget:
             break
@@ -129,20 +163,6 @@ def plan(
     if not marginals:
         raise OptionError(f"a budget of {budget} coalitions; one draw of {estimator} alone asks for {len(asked)}")
     return draws
-
-
-def every_coalition(n: int) -> Draw:
-    """All 2^n coalitions, φ_i = Σ_S |S|! (n − |S| − 1)! / n! (v(S ∪ i) − v(S)) over the S without i."""
-    if n > EXACT_LIMIT:
-        raise OptionError(
-            f"2^{n} coalitions are too many to enumerate (at most 2^{EXACT_LIMIT}); draws of them can be asked for"
-        )
-    coalitions = all_coalitions(n)
-    size = coalitions.sum(1)
-    share = np.array([1 / (n * math.comb(n - 1, k)) for k in range(n)])  # of the S of k players
-    joined = share[np.maximum(size - 1, 0)][:, None] * coalitions
-    stayed = share[np.minimum(size, n - 1)][:, None] * ~coalitions
-    return Draw(coalitions, (joined - stayed).T, 2 ** (n - 1))
 
 
 def exact(game: Game, n: int) -> Estimate:
@@ -172,9 +192,9 @@ def check(
         raise OptionError(f"{samples} samples; at least 1 is needed")
     if until_se is not None and not until_se > 0:
         raise OptionError(f"a standard error of {until_se} can not be reached; a number above 0 is needed")
-    if budget is not None and budget < n + 1:
-        raise OptionError(f"a budget of {budget} coalitions; one order of {n} players alone needs {n + 1}")
     entry = ESTIMATORS.get(estimator)
+    if budget is not None and budget < n + 1 and not (entry and entry.settled):
+        raise OptionError(f"a budget of {budget} coalitions; one order of {n} players alone needs {n + 1}")
     if entry and entry.whole and budget is not None and budget < 2**n:
         raise OptionError(f"a budget of {budget} coalitions; exact values of {n} players need {2**n}")
 
@@ -242,6 +262,14 @@ def _checkpoints(draws: int) -> list[int]:
     return sorted({round(x) for x in np.geomspace(1, draws, 24)} | {draws}) if draws else []
 
 
+def _gates_bias(n: int, options: Mapping[str, Any]) -> str:
+    return "what the worth does between gates of 0 and 1, where coalitions say nothing of it"
+
+
+def _link_bias(n: int, options: Mapping[str, Any]) -> str:
+    return "taking every coalition to be worth what its sum of Aumann–Shapley values is on the diagonal"
+
+
 def _regression_bias(n: int, options: Mapping[str, Any]) -> str:
     return "the penalty on the size-dependent terms, which vanishes with more pairs"
 
@@ -257,6 +285,10 @@ ESTIMATORS = Registry(
         "stratified": Estimator(stratified),
         "owen": Estimator(owen, bias=owen_bias),
         "regression": Estimator(regression, fit_pairs, _regression_bias),
+        "gates": Estimator(gates.nothing, bias=_gates_bias, control=gates.additive),
+        "link": Estimator(gates.nothing, bias=_link_bias, control=gates.link),
+        "permutation+link": Estimator(permutation, control=gates.link),
+        "antithetic+link": Estimator(antithetic, control=gates.link),
     },
 )
 """Estimators of Shapley values by name."""

@@ -100,7 +100,9 @@ def draw_convergence(results: Sequence[Result], panels: Panels) -> list[Axes]:
             if len(trace) > 1:
                 traces.append((summary["adapter"], summary["estimator"], trace))
     if not traces:
-        raise OptionError("these values were enumerated, so there is no convergence to draw: an estimator has one")
+        raise OptionError(
+            "these values were enumerated or come of gradients alone: only an estimator that draws coalitions converges"
+        )
     estimators = {estimator for _, estimator, _ in traces}
     which = f", {traces[0][1]}" if len(estimators) == 1 else ""
     (ax,) = panels.grid(1, 1, 2.4)

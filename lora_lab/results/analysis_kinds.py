@@ -174,6 +174,9 @@ class ShapleyRow(Adapted):
     se_examples: float = column("standard error that comes from the examples", "of the worth")
     second: float = column("value by a second estimator from the same coalitions; null without", "of the worth")
     second_se: float = column("its standard error", "of the worth")
+    gates: float = column(
+        "Aumann–Shapley value from gradients along equal gates; null without", "of the worth", optional=True
+    )
 
 
 @dataclass
@@ -205,6 +208,10 @@ class ShapleyAdapter(Adapted):
     engine: dict[str, Any] = column("block evaluations, those that nothing shared would take, bytes kept")
     disagreement: dict[str, Any] | None = column(
         "the second estimator, and the player on which it differs most", optional=True
+    )
+    gates: dict[str, Any] | None = column(
+        "of the values from gradients alone: efficiency gap, and the player on which they differ most from `value`",
+        optional=True,
     )
     interactions: dict[str, Any] | None = column(
         "pairwise interactions: matrices of values, standard errors and half intervals", optional=True

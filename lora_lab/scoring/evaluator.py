@@ -82,7 +82,7 @@ class Evaluator:
         self._effort = Effort()
         self._called: tuple[Progress | None, int, int] = None, 0, 0
         """Whom the running call tells, how many scores it has, and how many it waits for."""
-        self._data = self._examples(split).of_task(self.task)
+        self._data = self.drawn(split).of_task(self.task)
         self._counts = {split: len(self._data)} if isinstance(tasks, Task) else {}
         self._specs = {fingerprint(task.spec): TaskSpec.of(task) for task in self.tasks} if on.workers else {}
 
@@ -120,13 +120,13 @@ class Evaluator:
     @cached_property
     def layout(self) -> Layout:
         """The blocks of the model, and what layer masks share by them."""
-        layout: Layout = self._ask(attrgetter("models.layout"))
+        layout: Layout = self.gather([attrgetter("models.layout")])[0]
         return layout
 
     @cached_property
     def pace(self) -> float:
         """Seconds of a forward pass on one batch, timed once."""
-        seconds: float = self._ask(_pace)
+        seconds: float = self.gather([_pace])[0]
         return seconds
 
     @property
@@ -141,6 +141,16 @@ class Evaluator:
             effort: Effort = self.models.effort
             return effort
         return self._effort + Effort(why_not=self.layout.why_not)
+
+    def drawn(self, split: str) -> Examples:
+        """Which examples of a split changes are scored on."""
+        return Examples(split, self._count)
+
+    def gather(self, questions: Sequence[Callable[[Evaluator], Any]]) -> list[Any]:
+        """What this process's evaluator answers to each, or those of the workers, side by side."""
+        if self.on.workers:
+            return self.on.workers.map(self._setup, questions)
+        return [question(self) for question in questions]
 
     def keeping(self, modules: Collection[str], factor: float = 1.0) -> LayerMask:
         """Exactly these modules on, their updates scaled by `factor`."""
@@ -225,16 +235,13 @@ class Evaluator:
         tasks = {fingerprint(task.spec): task for task in self.tasks}
         adapters = [adapter.identity for adapter in self.adapters]
         places = [fingerprint(task.spec) for task in self.tasks]
-        examples = [[*examples_of(task, split), len(self._examples(split).of_task(task))] for task in tasks.values()]
+        examples = [[*examples_of(task, split), len(self.drawn(split).of_task(task))] for task in tasks.values()]
         code = digests.of_entries()
         return fingerprint([adapters, places, examples, self.device.type, self._context, code])
 
-    def _examples(self, split: str) -> Examples:
-        return Examples(split, self._count)
-
     def _here(self, changes: Sequence[Change], split: str, *, logits: bool) -> None:
         """Compute in this process, layer masks in the order in which they share most."""
-        examples = self._examples(split)
+        examples = self.drawn(split)
         masks = [change for change in changes if isinstance(change, LayerMask)]
         if masks:
             for i, scores in self.models.score_variants([mask.states for mask in masks], examples, logits=logits):
@@ -286,10 +293,6 @@ class Evaluator:
             run = self.run_of(split) if self.on.cache else ""
             self._journals[split] = Journal(self.on.cache / f"{run}.sqlite", run) if self.on.cache else None
         return self._journals[split]
-
-    def _ask(self, question: Callable[[Evaluator], Any]) -> Any:
-        """What this process's models tell of themselves, or those of a worker."""
-        return self.on.workers.map(self._setup, [question])[0] if self.on.workers else question(self)
 
     @cached_property
     def _setup(self) -> _Setup:
@@ -360,5 +363,5 @@ def _score(changes: Sequence[Change], split: str, logits: bool, evaluator: Evalu
 
 
 def _pace(evaluator: Evaluator) -> float:
-    seconds: float = evaluator.models.pace(evaluator._examples(evaluator.split))
+    seconds: float = evaluator.models.pace(evaluator.drawn(evaluator.split))
     return seconds

@@ -40,12 +40,10 @@ class Scores:
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor, *, keep_logits: bool = False) -> Scores:
         """Scores of a classifier's logits [examples, labels]."""
-        right = logits.gather(1, labels[:, None])[:, 0]
-        others = logits.scatter(1, labels[:, None], -torch.inf).amax(1)
         return cls(
             nn.functional.cross_entropy(logits, labels, reduction="none").double().cpu().numpy(),
             (logits.argmax(-1) == labels).cpu().numpy(),
-            (right - others).double().cpu().numpy(),
+            margins(logits, labels).double().cpu().numpy(),
             logits.cpu().numpy() if keep_logits else None,
         )
 
@@ -82,6 +80,26 @@ class Scores:
     def mean_loss(self) -> float:
         """Mean cross-entropy in nats."""
         return float(self.loss.mean())
+
+
+def margins(logits: Tensor, answers: Tensor) -> Tensor:
+    """Logit of the right answer minus the highest of the others, over the last axis."""
+    right = logits.gather(-1, answers[..., None])[..., 0]
+    return right - logits.scatter(-1, answers[..., None], -torch.inf).amax(-1)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the scores of each example are means of, as tensors [examples, targets] that gradients go through."""
+
+    loss: Tensor
+    margin: Tensor
+    counted: Tensor
+    """Which of them count; the others are padding."""
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over an example's targets, [examples]."""
+        return (values.double() * self.counted).sum(1) / self.counted.sum(1).clamp(min=1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -302,6 +320,13 @@ class Task(ABC):
     def judge_logits(self, logits: Tensor, batch: Mapping[str, Tensor], *, keep_logits: bool = False) -> Scores:
         """Scores of what was said of a batch."""
         return Scores.of(logits.float(), batch["labels"], keep_logits=keep_logits)
+
+    def targets_of(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Targets:
+        """What `judge_logits` takes means of, for gradients: here one target an example."""
+        labels = batch["labels"]
+        loss = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+        right = torch.ones_like(labels, dtype=torch.bool)
+        return Targets(loss[:, None], margins(logits.float(), labels)[:, None], right[:, None])
 
 
 def resolve_device(name: str | None = None) -> torch.device:

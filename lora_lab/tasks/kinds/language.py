@@ -19,7 +19,7 @@ from lora_lab.tasks.file import FileTask
 from lora_lab.tasks.kinds.chat import NO_TARGET, Chat, cut
 from lora_lab.tasks.settings import COMMON, Column, Settings
 from lora_lab.tasks.tables import text_of
-from lora_lab.tasks.task import Scores, Split, by_length
+from lora_lab.tasks.task import Scores, Split, Targets, by_length, margins
 
 CAUSAL_EXAMPLE = (
     """\
@@ -210,6 +210,12 @@ class CausalLM(_Language):
         """Mean loss over each example's target tokens, the share of them that is predicted right, the mean margin."""
         return _by_example(logits[:, :-1].float(), batch["labels"][:, 1:])
 
+    def targets_of(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Targets:
+        """Loss and margin of every token."""
+        logits, targets = logits[:, :-1].float(), batch["labels"][:, 1:]
+        margin = margins(logits, targets.clamp(min=0))
+        return Targets(_losses(logits, targets), margin, targets != NO_TARGET)
+
     def target_counts(self, split: str) -> npt.NDArray[np.int64]:
         """Tokens of every example that are predicted."""
         counts: npt.NDArray[np.int64] = (self.split(split).inputs["labels"][:, 1:] != NO_TARGET).sum(1).numpy()
@@ -225,9 +231,7 @@ def _row_of(given: Sequence[int], targets: Sequence[int]) -> Row:
 
 def _by_example(logits: Tensor, targets: Tensor) -> Scores:
     answers = targets.clamp(min=0)
-    right = logits.gather(-1, answers[..., None])[..., 0]
-    others = logits.scatter(-1, answers[..., None], -torch.inf).amax(-1)
-    means = (_losses(logits, targets), logits.argmax(-1) == targets, right - others)
+    means = (_losses(logits, targets), logits.argmax(-1) == targets, margins(logits, answers))
     # of float32 precision, as journals keep them
     return Scores(*(_mean(values, targets).float().double().cpu().numpy() for values in means))
 

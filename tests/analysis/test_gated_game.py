@@ -1,0 +1,213 @@
+"""Gates of real adapters: their gradients are those of scaled adapters, example by example."""
+
+import numpy as np
+import pytest
+import torch
+from peft import LoHaConfig, LoraConfig
+from test_game import TARGETS, evaluator_of, random_adapter
+
+from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.gates import Gates
+from lora_lab.adapters.groups import players
+from lora_lab.analysis.gates import GatedGame
+from lora_lab.analysis.questions import Shapley
+from lora_lab.errors import OptionError, TunerError
+from lora_lab.games.coalitions import all_coalitions
+from lora_lab.results.stats import mean_and_error, student
+from lora_lab.scoring.evaluator import Evaluator
+from lora_lab.scoring.execution import Execution
+from lora_lab.scoring.gates import GatedPass
+from lora_lab.scoring.workers import open_workers
+from lora_lab.tasks.kinds import digits
+from lora_lab.tasks.kinds.digits import Digits
+from lora_lab.tasks.kinds.language import NO_TARGET, CausalLM
+
+pytestmark = pytest.mark.usefixtures("few_digits")
+
+STEP = 0.02
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    return random_adapter(tmp_path_factory.mktemp("gates") / "a")
+
+
+class Halved(Digits):
+    """The digits on a base in bfloat16."""
+
+    def build_model(self):
+        return super().build_model().bfloat16()
+
+
+def gated_game(adapter, by="layer", worth="loss", task=None, **options):
+    evaluator = Evaluator([adapter], task or Digits("relabel"), split="validation", examples=50, **options)
+    return GatedGame(evaluator, players(adapter, by), worth=worth)
+
+
+def passed(game, gate, **options):
+    units = tuple(game.players.units.values())
+    return game.evaluator.gather([GatedPass(units, gate, game.worth, **options)])[0]
+
+
+def losses(adapter, units, gates):
+    """Loss of every example where B's columns of each player are multiplied by its gate."""
+    tensors = {key: tensor.clone() for key, tensor in adapter.tensors.items()}
+    for gate, members in zip(gates, units.values(), strict=True):
+        for name, rank in members:
+            tensors[adapter.sites[name].keys["lora_B"]][:, slice(None) if rank is None else rank] *= gate
+    scaled = evaluator_of(Adapter(tensors, adapter.config, adapter.sites), examples=50)
+    return scaled.scores([scaled.keeping(scaled.names)])[0].loss
+
+
+@pytest.mark.parametrize("by", ["layer", "type", "module", "rank"])
+def test_slopes_are_the_finite_differences_of_scaled_adapters_on_every_example(adapter, by):
+    game = gated_game(adapter, by)
+    worths, slopes, apart = passed(game, 0.6)
+    units, n = game.players.units, len(game.players)
+    assert apart
+    assert worths == pytest.approx(-losses(adapter, units, [0.6] * n), abs=2e-5)
+    for player in (0, n // 2, n - 1):
+        up, down = (0.6 + sign * STEP * (np.arange(n) == player) for sign in (1, -1))
+        expected = -(losses(adapter, units, up) - losses(adapter, units, down)) / (2 * STEP)
+        assert slopes[:, player] == pytest.approx(expected, rel=0.02, abs=3e-4)
+        assert np.abs(expected).max() > 3e-3
+
+
+@pytest.mark.filterwarnings("ignore:.*lora_B.bias")
+@pytest.mark.parametrize(
+    "options", [{}, {"use_dora": True}, {"lora_bias": True}, {"use_rslora": True}], ids=lambda o: next(iter(o), "plain")
+)
+def test_the_ends_are_the_coalitions_and_the_slopes_add_up(tmp_path, options):
+    made = random_adapter(tmp_path / "a", LoraConfig(r=2, lora_alpha=4, target_modules=TARGETS, **options))
+    game = gated_game(made)
+    ends = game.per_example(np.array([[False] * 4, [True] * 4]))
+    assert passed(game, 0.0)[0] == pytest.approx(ends[0], abs=1e-5)
+    assert passed(game, 1.0)[0] == pytest.approx(ends[1], abs=1e-5)
+    slope = (passed(game, 0.5 + STEP)[0] - passed(game, 0.5 - STEP)[0]) / (2 * STEP)
+    assert passed(game, 0.5)[1].sum(1) == pytest.approx(slope, rel=0.02, abs=1e-3)
+    assert game(all_coalitions(4)) == pytest.approx(gated_game(made)(all_coalitions(4)))  # nothing is left behind
+
+
+def test_a_base_in_bfloat16_has_nearly_the_slopes_of_float32(adapter):
+    half, single = passed(gated_game(adapter, task=Halved("relabel")), 0.5), passed(gated_game(adapter), 0.5)
+    assert half[1].dtype == np.float32
+    distance = np.linalg.norm(half[1].mean(0) - single[1].mean(0)) / np.linalg.norm(single[1].mean(0))
+    assert 0 < distance < 0.1
+
+
+def test_batches_of_another_size_change_nothing(adapter):
+    game = gated_game(adapter)
+    whole, cut = passed(game, 0.5), passed(game, 0.5, batch=7)
+    assert cut[0] == pytest.approx(whole[0], abs=1e-5)
+    assert cut[1] == pytest.approx(whole[1], abs=1e-4)
+
+
+def test_rows_that_are_no_examples_keep_the_sum_of_the_slopes():
+    gates = Gates(2)
+    values = torch.full((3, 2), 0.5, requires_grad=True)
+    gates.set(values)
+    output = torch.arange(10.0).reshape(5, 2)
+    (slope,) = torch.autograd.grad(gates.multiply(output, [1], -1).sum(), values)
+    assert slope.sum(0).tolist() == pytest.approx([0, 45])
+    assert not gates.apart
+
+
+def test_examples_of_several_rows_have_intervals_only_one_by_one(adapter, monkeypatch):
+    monkeypatch.setattr(Digits, "rows_are_examples", False)
+    game = gated_game(adapter)
+    assert not passed(game, 0.5)[2]
+    assert passed(game, 0.5, batch=1)[2]
+    rows = Shapley(worth="loss", estimator="gates", split="validation").run([adapter], Digits("relabel")).rows()
+    assert [row["se_examples"] for row in rows] == [None] * 4
+
+
+def test_accuracy_goes_by_the_smoothed_margin(adapter):
+    game = gated_game(adapter, worth="accuracy")
+    margin = gated_game(adapter, worth="margin").per_example(np.ones((1, 4), dtype=bool))[0]
+    worths, *_ = passed(game, 1.0, temperature=3.0)
+    assert worths == pytest.approx(1 / (1 + np.exp(-margin / 3)), abs=1e-5)
+    found = game.along(np.array([0.5]), np.array([1.0]), temperature=3.0)
+    assert found[2][1] == pytest.approx(worths.mean(), abs=1e-6)
+
+
+def test_the_answer_tells_the_gap_and_intervals_over_examples(adapter):
+    task = Digits("relabel")
+    result = Shapley(worth="loss", estimator="gates", split="validation").run([adapter], task)
+    (summary,), rows = result.summary["adapters"], result.rows()
+    game = GatedGame(Evaluator([adapter], task, split="validation"), players(adapter), worth="loss")
+    x, w = np.polynomial.legendre.leggauss(3)
+    slopes = sum(w[k] / 2 * passed(game, (x[k] + 1) / 2)[1].astype(float) for k in range(3))
+    assert [row["value"] for row in rows] == pytest.approx(slopes.mean(0), abs=1e-6)
+    assert [row["se"] for row in rows] == [0] * 4
+    assert [row["se_examples"] for row in rows] == pytest.approx(mean_and_error(slopes)[1], rel=1e-4)
+    assert rows[0]["high"] - rows[0]["low"] == pytest.approx(2 * student(80) * rows[0]["se_examples"])
+    empty, full = game(np.array([[False] * 4, [True] * 4]))
+    gap = abs(slopes.mean(0).sum() - (full - empty))
+    assert summary["efficiency_gap"] == pytest.approx(gap, abs=1e-6)
+    assert summary["gates"]["efficiency_gap"] == summary["efficiency_gap"]
+    assert summary["evaluations"] == 2
+    assert summary["bias"]
+
+
+def test_beside_coalitions_both_values_are_told(adapter):
+    question = Shapley(worth="loss", estimator="antithetic+link", split="validation", samples=8)
+    result = question.run([adapter], Digits("relabel"))
+    alone = Shapley(worth="loss", estimator="gates", split="validation").run([adapter], Digits("relabel"))
+    rows = result.rows()
+    assert [row["gates"] for row in rows] == [row["value"] for row in alone.rows()]
+    apart = max(abs(row["gates"] - row["value"]) for row in rows)
+    assert result.summary["adapters"][0]["gates"]["largest"] == pytest.approx(apart)
+    assert result.summary["adapters"][0]["bias"] is None
+    assert all(row["se"] > 0 and row["se_examples"] > 0 for row in rows)
+
+
+def test_passes_with_gradients_are_counted(adapter):
+    on = Execution()
+    costs = [
+        Shapley(worth=worth, estimator="gates", options={"nodes": 4}, split="validation").cost(
+            adapter, Digits("relabel"), on
+        )
+        for worth in ("loss", "accuracy")
+    ]
+    assert [cost.variants for cost in costs] == [2 + 12, 2 + 12 + 2]
+
+
+@pytest.mark.usefixtures("forked_workers")
+def test_workers_give_the_same_numbers(adapter, few_digits, monkeypatch):
+    monkeypatch.setattr(digits, "images", few_digits)  # which the workers have, too
+    question = Shapley(worth="accuracy", estimator="antithetic+link", split="validation", samples=2)
+    here = question.run([adapter], Digits("relabel"), Execution(device="cpu"))
+    with open_workers(2, device="cpu") as workers:
+        there = question.run([adapter], Digits("relabel"), Execution(workers=workers))
+    assert there.rows() == here.rows()
+
+
+@pytest.mark.parametrize(
+    ("config", "question", "error", "text"),
+    [
+        (LoHaConfig(r=2, target_modules=TARGETS), {}, TunerError, "LOHA has no scale .*, so a gate means nothing"),
+        (
+            LoraConfig(r=2, target_modules=TARGETS, use_dora=True),
+            {"players": "rank"},
+            TunerError,
+            "single ranks have no gates",
+        ),
+        (LoraConfig(r=2, target_modules=TARGETS), {"options": {"nodes": 0}}, OptionError, "0 nodes"),
+        (LoraConfig(r=2, target_modules=TARGETS), {"options": {"knots": 3}}, OptionError, "nodes"),
+    ],
+)
+def test_what_has_no_gates_is_refused_by_name(tmp_path, config, question, error, text):
+    made = random_adapter(tmp_path / "a", config)
+    with pytest.raises(error, match=text):
+        Shapley(worth="loss", estimator="gates", split="validation", **question).run([made], Digits("relabel"))
+
+
+def test_targets_of_texts_are_those_that_are_judged():
+    task = object.__new__(CausalLM)
+    logits = torch.randn(3, 6, 11, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(0, 11, (3, 6), generator=torch.Generator().manual_seed(1))
+    labels[1, 3:] = NO_TARGET
+    scores, targets = (method(logits, {"labels": labels}) for method in (task.judge_logits, task.targets_of))
+    assert targets.mean(targets.loss).numpy() == pytest.approx(scores.loss, abs=1e-6)
+    assert targets.mean(targets.margin).numpy() == pytest.approx(scores.margin, abs=1e-6)
+    assert targets.mean((targets.margin > 0).float()).numpy() == pytest.approx(scores.correct, abs=1e-6)
