@@ -33,7 +33,7 @@ class GatedGame(Game):
         """
         units = tuple(self.players.units.values())
         passes = [GatedPass(units, float(gate), self.worth, temperature, batch) for gate in gates]
-        smoothed = self.worth == "accuracy"
+        smoothed = SMOOTH[self.worth].stands_in
         if smoothed:
             passes += [GatedPass(units, gate, self.worth, temperature, batch, slopes=False) for gate in (0.0, 1.0)]
         answers = self.evaluator.gather(passes)
@@ -54,7 +54,7 @@ class GatedGame(Game):
 
     def cost_along(self, gates: int) -> Cost:
         """What asking along so many gates would compute, in passes without gradients."""
-        passes = PASSES * gates + (2 if self.worth == "accuracy" else 0)
+        passes = PASSES * gates + 2 * SMOOTH[self.worth].stands_in
         blocks = round(passes * self.evaluator.layout.blocks * self.evaluator.batches)
         return Cost(round(passes), blocks, blocks, self.evaluator.seconds(passes))
 

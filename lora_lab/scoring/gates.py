@@ -22,13 +22,24 @@ if TYPE_CHECKING:
 PASSES = 3.0
 """What a pass with gradients takes of a CPU, in passes without (2.5 to 2.7 on the digits, 2 by operations alone)."""
 
-SMOOTH: dict[str, Callable[[Targets, float], Tensor]] = {
-    "accuracy": lambda targets, temperature: torch.sigmoid(targets.margin / temperature),
-    "loss": lambda targets, temperature: -targets.loss,
-    "log-likelihood": lambda targets, temperature: -targets.loss,
-    "margin": lambda targets, temperature: targets.margin,
+
+@dataclass(frozen=True)
+class Smooth:
+    """What a worth is where a gradient is needed."""
+
+    of: Callable[[Targets, float], Tensor]
+    """(targets, temperature) → worths [examples, targets]."""
+    stands_in: bool = False
+    """Whether it stands for a worth that has no gradient, and so is not that worth itself."""
+
+
+SMOOTH: dict[str, Smooth] = {
+    "accuracy": Smooth(lambda targets, temperature: torch.sigmoid(targets.margin / temperature), stands_in=True),
+    "loss": Smooth(lambda targets, temperature: -targets.loss),
+    "log-likelihood": Smooth(lambda targets, temperature: -targets.loss),
+    "margin": Smooth(lambda targets, temperature: targets.margin),
 }
-"""Worth → what stands for it where a gradient is needed: function (targets, temperature) → [examples, targets].
+"""Worth → what gradients are taken of.
 
 Right or wrong has none, so the accuracy is σ(margin / temperature): with two labels and a temperature of 1 the
 probability of the right one.
@@ -71,7 +82,7 @@ class GatedPass:
         values = torch.full(shape, self.gate, device=labels.device, requires_grad=self.slopes)
         gates.set(values)
         targets = task.targets_of(task.logits(model, batch), batch)
-        worth = targets.mean(SMOOTH[self.worth](targets, self.temperature))
+        worth = targets.mean(SMOOTH[self.worth].of(targets, self.temperature))
         slope = torch.zeros(len(labels), 0)
         if self.slopes:
             # no example's worth hangs on another's gates, so the gradient of the sum holds every example's own

@@ -88,7 +88,7 @@ def margins(logits: Tensor, answers: Tensor) -> Tensor:
     return right - logits.scatter(-1, answers[..., None], -torch.inf).amax(-1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Targets:
     """What the scores of each example are means of, as tensors [examples, targets] that gradients go through."""
 
