@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from lora_lab.brief import Brief
 from lora_lab.errors import DivergedError, OptionError, TaskError, unknown
 from lora_lab.escape import visible
 from lora_lab.files.trust import ANYWHERE
@@ -89,7 +90,7 @@ def margins(logits: Tensor, answers: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, repr=False)
-class Targets:
+class Targets(Brief):
     """What the scores of each example are means of, as tensors [examples, targets] that gradients go through."""
 
     loss: Tensor
