@@ -65,6 +65,9 @@ def show(result: Any) -> None:
             console.print(
                 f"{row['first']} and {row['second']} share their initial A, as those trained with one seed do"
             )
+    for row in pairs[:_SHOWN] if result.parameters["signs"] else ():
+        shares = f"{number(row['sign_agreement'])} of their entries ({number(row['sign_expected'])} were they normal)"
+        console.print(f"{row['first']} and {row['second']} agree in the sign of {shares}")
     for twins in result.summary["twins"]:
         what = "the same ΔW up to rounding" if twins["equal"] else f"near-duplicates (cosine {twins['cosine']:.6f})"
         console.print(f"{twins['first']} and {twins['second']} are {what}")

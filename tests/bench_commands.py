@@ -137,6 +137,7 @@ COMMANDS: tuple[tuple[str, tuple[str, ...], int, str, float], ...] = (
     ("core-space", ("merge", "--method", "core-space"), 4, "× floor", 15),
     ("tsv", ("merge", "--method", "tsv"), 4, "× floor", 15),
     ("iso-c", ("merge", "--method", "iso-c"), 4, "× floor", 15),
+    ("compare", ("compare",), 4, "× floor", 2),
     ("ties", ("merge", "--method", "ties"), 4, "CPU s", 300),
     ("dare", ("merge", "--method", "dare"), 4, "CPU s", 300),
     ("della", ("merge", "--method", "della"), 4, "CPU s", 300),

@@ -13,14 +13,16 @@ if TYPE_CHECKING:
     from lora_lab.geometry.comparing import Compare as Compare
     from lora_lab.geometry.pairs import ModulePair as ModulePair
     from lora_lab.geometry.pairs import Side as Side
+    from lora_lab.geometry.pairs import gaussian_agreement as gaussian_agreement
     from lora_lab.geometry.pairs import module_pair as module_pair
     from lora_lab.geometry.pairs import principal_angles as principal_angles
+    from lora_lab.geometry.pairs import sign_agreement as sign_agreement
 
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
         "canonical": ("Canonical", "delta_hash"),
         "comparing": ("Compare",),
-        "pairs": ("ModulePair", "Side", "module_pair", "principal_angles"),
+        "pairs": ("ModulePair", "Side", "gaussian_agreement", "module_pair", "principal_angles", "sign_agreement"),
     },
 )

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lora_lab.adapters.lowrank import Basis
+from lora_lab.adapters.lowrank import Basis, LowRank
 from lora_lab.brief import Brief
 from lora_lab.geometry.canonical import Canonical
 
@@ -20,6 +20,9 @@ _NEAR = 0.995
 """A cosine above which its angle comes from the sine: near 1 a cosine hardly changes, and half its digits go."""
 _CANCELS = 1e-6
 """‖ΔW₁ − ΔW₂‖² / (‖ΔW₁‖² + ‖ΔW₂‖²) below which too many digits of inner products cancel."""
+
+_BLOCK = 2**22
+"""Entries of ΔW in memory at a time where they are made."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,10 +45,12 @@ class ModulePair(Brief):
     distance: float
     left: Side
     right: Side
+    signs: tuple[int, int] | None = None
+    """Entries of equal sign, and entries that have one in both, where they were counted."""
 
 
-def module_pair(one: Canonical, other: Canonical) -> ModulePair:
-    """Inner product, distance and both sides of two ΔW of one module."""
+def module_pair(one: Canonical, other: Canonical, *, signs: bool = False) -> ModulePair:
+    """Inner product, distance and both sides of two ΔW of one module; with `signs`, those of their entries, too."""
     left, right = one.left.cross(other.left), one.right.cross(other.right)
     # ⟨Q_B K Q_Aᵀ, Q_B' K' Q_A'ᵀ⟩ = tr(Kᵀ (Q_BᵀQ_B') K' (Q_AᵀQ_A')ᵀ)
     inner = float((one.core.T @ left @ other.core * right).sum())
@@ -57,7 +62,25 @@ def module_pair(one: Canonical, other: Canonical) -> ModulePair:
         (one.update - other.update).norm() if close else math.sqrt(squared),
         _side(one.left, one.U, other.left, other.U, left, one.update.B.shape[0]),
         _side(one.right, one.V, other.right, other.V, right, one.update.A.shape[1]),
+        sign_agreement(one.update, other.update) if signs else None,
     )
+
+
+def sign_agreement(one: LowRank, other: LowRank) -> tuple[int, int]:
+    """Entries at which two ΔW have the same sign, and entries at which both are not 0: **dense**, by blocks of rows."""
+    same = counted = 0
+    rows = max(1, _BLOCK // max(1, one.A.shape[1]))
+    for start in range(0, one.B.shape[0], rows):
+        signs = torch.sign(one.B[start : start + rows] @ one.A)
+        signs *= torch.sign(other.B[start : start + rows] @ other.A)
+        same += int((signs > 0).sum())
+        counted += int(torch.count_nonzero(signs))
+    return same, counted
+
+
+def gaussian_agreement(cosine: float) -> float:
+    """The share of equal signs of normal variables with this correlation: ½ + arcsin(ρ) / π (Sheppard 1899)."""
+    return 0.5 + math.asin(max(-1.0, min(1.0, cosine))) / math.pi
 
 
 def _side(one: Basis, X: Tensor, other: Basis, Y: Tensor, cross: Tensor, dimensions: int) -> Side:

@@ -50,6 +50,8 @@ class PairRow(Part, Compared):
     right_mean: float = column("mean principal angle between row spaces", "rad")
     right_largest: float = column("largest principal angle between row spaces", "rad")
     right_grassmann: float = column("Grassmann distance of the row spaces", "rad")
+    sign_agreement: float = column("share of ΔW's entries that agree in sign; null where not counted", "share")
+    sign_expected: float = column("the same of normal entries with these cosines: mean of ½ + arcsin(ρ)/π", "share")
     A_cosine: float = column("cosine of the A as they lie in the files, mean over modules; null without two of a shape")
     A_z: float = column("A_cosine in standard deviations of independent A, mean over modules", form=".1f")
     A_shared: bool | None = column("whether that is above 5: one initial A")
@@ -102,6 +104,7 @@ KINDS = (
             "levels": "parts that were compared besides the total",
             "energy": "share of ‖ΔW‖² in each module that its subspaces hold",
             "digits": "digits that the hash hangs on",
+            "signs": "whether signs of entries were counted",
             "similar": "cosine above which adapters are near-duplicates",
             **ADAPTERS,
         },

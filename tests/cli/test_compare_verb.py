@@ -48,6 +48,8 @@ def test_a_pair_is_shown_by_layer_and_type(lora_lab, three):
     assert code == 0, err
     assert "layers.1" in out.partition("By layer")[2].partition("By type")[0]
     assert "q_proj" in out.partition("By type")[2]
+    code, out, _ = lora_lab("compare", *three[:2], "--signs", "-o", "signs")
+    assert "a and b agree in the sign of 0." in out
     code, out, _ = lora_lab("compare", *three[:2], "--levels", "module", "-o", "other", "--json")
     content = json.loads(out)
     assert content["kind"] == "compare"

@@ -165,6 +165,20 @@ def test_an_update_of_zero_has_no_direction(tmp_path):
     assert both.summary["twins"][0]["equal"]
 
 
+def test_signs_are_counted_where_they_are_asked_for(tmp_path):
+    a, b = adapter(tmp_path, 0), adapter(tmp_path, 1, MODULES[:3])
+    assert compared(a, b).rows()[0]["sign_agreement"] is None
+    row = compared(a, b, levels=(), signs=True).rows()[0]
+    deltas = [dense(each, MODULES[:3]) for each in (a, b)]
+    same = [np.mean(deltas[0][name] * deltas[1][name] > 0) for name in MODULES[:3]]
+    cosines = [
+        (deltas[0][name] * deltas[1][name]).sum() / np.linalg.norm(deltas[0][name]) / np.linalg.norm(deltas[1][name])
+        for name in MODULES[:3]
+    ]
+    assert row["sign_agreement"] == pytest.approx(np.mean(same))
+    assert row["sign_expected"] == pytest.approx(np.mean(0.5 + np.arcsin(cosines) / np.pi))
+
+
 def test_an_energy_leaves_out_small_directions(tmp_path):
     a, b = (adapter(tmp_path, seed, rank=4) for seed in (0, 1))
     row = compared(a, b, levels=(), energy=1e-9).rows()[0]

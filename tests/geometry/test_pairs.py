@@ -9,7 +9,7 @@ import torch
 from making_updates import gauged, random_update
 
 from lora_lab.adapters.lowrank import LowRank
-from lora_lab.geometry import Canonical, module_pair, principal_angles
+from lora_lab.geometry import Canonical, gaussian_agreement, module_pair, principal_angles, sign_agreement
 
 
 def dense_angles(one, other, ranks):
@@ -85,6 +85,26 @@ def test_nothing_has_no_angles():
     assert (pair.inner, pair.distance) == (0, pytest.approx(update.norm))
     assert (len(pair.left.angles), pair.left.shared, pair.left.chance) == (0, 0, 0)
     assert module_pair(zero, zero).distance == 0
+
+
+@pytest.mark.parametrize("block", [1, 45, 2**22])
+def test_signs_are_counted_as_in_dense_matrices_whatever_the_blocks(block, monkeypatch):
+    monkeypatch.setattr("lora_lab.geometry.pairs._BLOCK", block)
+    one, other = random_update(0), random_update(1)
+    one = LowRank(one.A, one.B * (torch.arange(30) % 7 > 0)[:, None])  # rows of zeros have no sign
+    signs = (one.delta() * other.delta()).sign()
+    assert sign_agreement(one, other) == (int((signs > 0).sum()), 20 * 25)
+    assert module_pair(Canonical(one), Canonical(other)).signs is None
+
+
+def test_normal_entries_agree_in_sign_as_often_as_sheppard_says():
+    assert [gaussian_agreement(cosine) for cosine in (-1, 0, 0.5, 1 + 1e-12)] == pytest.approx([0, 1 / 2, 2 / 3, 1])
+    one, other = random_update(0, 400, 300, rank=200), random_update(1, 400, 300, rank=200)
+    mixed = one + other * 0.7
+    same, counted = sign_agreement(one, mixed)
+    cosine = one.inner(mixed) / one.norm() / mixed.norm()
+    assert counted == 400 * 300
+    assert same / counted == pytest.approx(gaussian_agreement(cosine), abs=0.01)
 
 
 def test_random_subspaces_overlap_as_chance_says():
