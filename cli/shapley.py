@@ -93,8 +93,10 @@ def _show_summary(summary: dict[str, Any]) -> None:
     )
     if summary["bias"]:
         say(f"biased by {summary['bias']}")
-    if summary.get("gates") and summary["gates"]["largest"]:
-        gates = summary["gates"]
+    gates = summary.get("gates")
+    if gates:
+        say(f"{gates['passes']} passes with gradients besides, over all examples")
+    if gates and gates["largest"]:
         differs = f"differ by up to {gates['largest']:.3f} ({gates['player']})"
         say(f"Aumann–Shapley values from gates alone {differs}; their efficiency gap is {gates['efficiency_gap']:.1e}")
     if "disagreement" in summary:

@@ -38,11 +38,13 @@ from lora_lab.adapters.attached import attach
 from lora_lab.adapters.groups import players
 from lora_lab.analysis.connectivity import LineModels, MixPoint, score_points
 from lora_lab.analysis.game import Game
+from lora_lab.analysis.gates import GatedGame
 from lora_lab.analysis.questions import Shapley
 from lora_lab.games import estimators
 from lora_lab.games.coalitions import all_coalitions
 from lora_lab.merging.paths import Paths
 from lora_lab.scoring.evaluator import Evaluator
+from lora_lab.scoring.gates import PASSES
 from lora_lab.scoring.models import TaskModels
 from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.tasks.task import Split, Task
@@ -359,10 +361,25 @@ def real_game(worth: str, evaluator: Evaluator) -> tuple[Any, Any]:
     """Twelve adapters of a trained LoRA (attention and MLP of six layers), all coalitions known."""
     halves = {"attention": "[qkvo]_proj", "mlp": "fc[12]"}
     by = {f"{name}{i}": rf"layers\.{i}\..*{pattern}" for i in range(6) for name, pattern in halves.items()}
-    worths = Game(evaluator, players(evaluator.adapters[0], by), worth=worth)(all_coalitions(12))
+    gated = GatedGame(evaluator, players(evaluator.adapters[0], by), worth=worth)
+    worths = gated(all_coalitions(12))
+    return WithGates(table_game(worths), gated), estimators.exact(table_game(worths), 12).values
 
-    game = table_game(worths)
-    return game, estimators.exact(game, 12).values
+
+class WithGates:
+    """A game whose coalitions are in a table and whose gates are a model's, each asked once."""
+
+    def __init__(self, table: Any, gated: GatedGame) -> None:
+        self.table, self._gated = table, gated
+        self._found: dict[int, Any] = {}
+
+    def along(self, gates: Any, shares: Any, **options: Any) -> Any:
+        if len(gates) not in self._found:
+            self._found[len(gates)] = self._gated.along(gates, shares, **options)
+        return self._found[len(gates)]
+
+    def __call__(self, coalitions: Any) -> Any:
+        return self.table(coalitions)
 
 
 SHAPIQ = (
@@ -391,6 +408,8 @@ def bench_estimators(seeds: int = 20) -> None:
         print(title, flush=True)
 
         def ours(name: str, budget: int, seed: int, n: int = n, game: Any = game) -> Any:
+            if estimators.ESTIMATORS[name].control:  # passes with gradients at what they cost
+                budget -= round(3 * PASSES)
             samples = budget / (n - 1) if name == "regression" else 10**6
             return estimators.estimate(
                 game, n, estimator=name, samples=math.ceil(samples), seed=seed, budget=budget
@@ -402,7 +421,10 @@ def bench_estimators(seeds: int = 20) -> None:
             )
             return np.array([found[(i,)] for i in range(n)])
 
-        rows = [("ours: " + name, ours, name) for name in ("permutation", "antithetic", "regression")]
+        names = ["permutation", "antithetic", "regression"]
+        if hasattr(game, "along"):
+            names += ["gates", "link", "permutation+link", "antithetic+link"]
+        rows = [("ours: " + name, ours, name) for name in names]
         rows += [("shapiq: " + name, theirs, name) for name in SHAPIQ]
         for label, run, name in rows:
             errors = []

@@ -17,6 +17,8 @@ from lora_lab.scoring.gates import PASSES, SMOOTH, GatedPass
 class GatedGame(Game):
     """A game whose players have gates, too (see `games.gates.Gated`)."""
 
+    nodes: int = 0
+    """Passes with gradients that were made, each over all examples."""
     values: Floats | None = None
     """Aumann–Shapley values of what was asked along the gates last, [n]."""
     by_example: Floats | None = None
@@ -45,6 +47,7 @@ class GatedGame(Game):
                 )
         inner = answers[: len(gates)]
         slopes = np.array([found.mean(0, dtype=np.float64) for _, found, _ in inner])
+        self.nodes += len(gates)
         self.values, self.by_example = shares @ slopes, None
         if all(apart for *_, apart in inner):
             self.by_example = sum(share * found.T for share, (_, found, _) in zip(shares, inner, strict=True))
@@ -73,6 +76,7 @@ def summed_up(game: GatedGame, values: Floats, total: float) -> dict[str, Any]:
     assert game.values is not None
     difference = np.abs(game.values - values)
     return {
+        "passes": game.nodes,
         "efficiency_gap": abs(float(game.values.sum()) - total),
         "largest": float(difference.max()),
         "player": game.player_names[int(difference.argmax())],

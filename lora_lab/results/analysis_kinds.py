@@ -210,7 +210,7 @@ class ShapleyAdapter(Adapted):
         "the second estimator, and the player on which it differs most", optional=True
     )
     gates: dict[str, Any] | None = column(
-        "of the values from gradients alone: efficiency gap, and the player on which they differ most from `value`",
+        "values from gradients alone: passes with gradients, efficiency gap, the player farthest from `value`",
         optional=True,
     )
     interactions: dict[str, Any] | None = column(

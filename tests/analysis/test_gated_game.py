@@ -146,6 +146,7 @@ def test_the_answer_tells_the_gap_and_intervals_over_examples(adapter):
     assert summary["efficiency_gap"] == pytest.approx(gap, abs=1e-6)
     assert summary["gates"]["efficiency_gap"] == summary["efficiency_gap"]
     assert summary["evaluations"] == 2
+    assert summary["gates"]["passes"] == 3
     assert summary["bias"]
 
 
