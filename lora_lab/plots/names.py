@@ -44,7 +44,18 @@ def _width(text: str, family: tuple[str, ...]) -> float:
 
 def type_size(name: str) -> float:
     """A type size of the style, in points."""
-    return float(FontProperties(size=rcParams[name]).get_size_in_points())
+    return points(rcParams[name])
+
+
+def tick_size(axis: Any) -> float:
+    """The type size of an axis' tick labels, in points; of its own, whatever the style is when it is drawn."""
+    size = axis.get_tick_params().get("labelsize")
+    return type_size(f"{axis.axis_name}tick.labelsize") if size is None else points(size)
+
+
+def points(size: Any) -> float:
+    """A type size, or its name, in points."""
+    return float(FontProperties(size=size).get_size_in_points())
 
 
 def shortened(names: Sequence[str], most: int = MOST) -> list[str]:
@@ -154,7 +165,7 @@ class Numbers(MaxNLocator):
 
     def __call__(self) -> Any:
         """The numbers at the present size of the axes."""
-        size = type_size(f"{self.axis.axis_name}tick.labelsize")
+        size = tick_size(self.axis)
         for bins in range(max(1, self.axis.get_tick_space()), 0, -1):
             self.set_params(nbins=min(9, bins))
             at = super().__call__()
@@ -190,7 +201,7 @@ def fit_names(axis: Any) -> None:
     if not isinstance(locator, _Names):
         return
     kind, names = axis.axis_name, locator.names
-    size, room = type_size(f"{kind}tick.labelsize"), extent(axis) / max(1, len(names))
+    size, room = tick_size(axis), extent(axis) / max(1, len(names))
     widest = max((inches(name, size) for name in names), default=0.0)
     numbers = all(re.fullmatch(r"[\d.:e+-]+", name) for name in names)
     slanted = kind == "x" and not numbers and widest + size / 72 > room

@@ -25,6 +25,7 @@ from lora_lab.plots import stability as plot_stability
 from lora_lab.plots import style as plot_style
 from lora_lab.plots import sweep as plot_sweep
 from lora_lab.plots import train as plot_train
+from lora_lab.plots.names import tick_size
 from lora_lab.plots.panels import Panels
 from lora_lab.plots.style import WIDTHS
 from lora_lab.registry import Registry
@@ -93,6 +94,10 @@ def figure(results: Result | Sequence[Result], *, kind: str | None = None, width
 def _lay_out(made: Figure) -> None:
     """Lay a figure out once and for all: a second layout would be a little different, and so would the files be."""
     if not isinstance(made.get_layout_engine(), PlaceHolderLayoutEngine):
+        for ax in made.axes:  # how many ticks there is room for goes by it, and would go by the style of who saves it
+            for axis in (ax.xaxis, ax.yaxis):
+                if axis.get_scale() == "linear":
+                    axis.set_tick_params(labelsize=tick_size(axis))
         made.draw_without_rendering()
         made.set_layout_engine("none")
 

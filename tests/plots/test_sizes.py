@@ -77,3 +77,10 @@ def test_texts_keep_apart_and_on_the_page(view, width):
     figure = plots.figure(of_real_size(view, *SIZES[width]), kind=view, width=width)
     assert figure.get_figwidth() == plots.WIDTHS[width]
     assert not faults(figure)
+
+
+def test_a_figure_stays_as_it_was_laid_out_whoever_saves_it(tmp_path):
+    view = "compare-merges:coefficients"
+    figure = plots.figure(of_real_size(view, 3, 8), kind=view, width="single")
+    figure.savefig(tmp_path / "a.png", dpi=figure.dpi)  # in matplotlib's own style, whose print is larger
+    assert not faults(figure)
