@@ -96,7 +96,7 @@ def _lay_out(made: Figure) -> None:
     if not isinstance(made.get_layout_engine(), PlaceHolderLayoutEngine):
         for ax in made.axes:  # how many ticks there is room for goes by it, and would go by the style of who saves it
             for axis in (ax.xaxis, ax.yaxis):
-                if axis.get_scale() == "linear":
+                if axis.get_scale() != "log":  # whose minor ticks carry labels of their own
                     axis.set_tick_params(labelsize=tick_size(axis))
         made.draw_without_rendering()
         made.set_layout_engine("none")
