@@ -106,23 +106,16 @@ def merge(
 ) -> Merged:
     """The adapter that a method of MERGES makes of the sources.
 
-    `options` are the method's, `settings` the fields of `MergeOptions`. Exact at the rank that the method needs, or cut
-    to the `rank` asked for with its error; a dense ΔW is cut to the ranks of the sources together unless `exact`.
-    `heads` says what becomes of heads and other whole tensors where the sources differ in them: keep-own (each its own,
-    beside the adapter), average, first. `trials` of a search (search.py) go into the record.
-    `jobs` modules are merged at a time (by default up to four, fewer on fewer cores), with the same numbers for any of
+    `options` are the method's, `settings` the fields of `MergeOptions`. Exact at the rank that the method needs, or
+    cut to the `rank` asked for with its error; a dense ΔW is cut to the ranks of the sources together unless
+    `exact`. `heads` says what becomes of heads and other whole tensors where the sources differ in them: keep-own
+    (each its own, beside the adapter), average, first. `trials` of a search (search.py) go into the record. `jobs`
+    modules are merged at a time (by default up to four, fewer on fewer cores), with the same numbers for any of
     them; a method that looks at data goes its own way.
     """
     given, how = check(method, options or {}), MergeOptions(**settings)
     require_shared_modules(sources.adapters)
-    formats = {adapter.layout.format: adapter.source for adapter in reversed(sources.adapters)}
-    if len(formats) > 1:
-        listed = ", ".join(f"{source} ({name})" for name, source in reversed(formats.items()))
-        warnings.warn(
-            f"adapters of several formats: {listed}; what comes out is in {sources.adapters[0].layout.format}'s",
-            LoraLabWarning,
-            stacklevel=2,
-        )
+    _tell_formats(sources.adapters)
     whole = merge_heads(sources.adapters, _file_names(sources.adapters), how.heads)
     every_option = {n: v for n, v in {**MERGES[method].defaults(given), **given}.items() if v is not None}
     dtype = how.dtype_of(sources.adapters)
@@ -144,27 +137,42 @@ def merge(
     at_a_time = 1 if MERGES[method].reads_data else jobs or usual_jobs()
     with contextlib.nullcontext() if MERGES[method].reads_data else one_core_each():
         adapter = from_updates(stored(), like=sources.like, source=f"{method} of {shorten(names)}", dtype=dtype)
-    errors = {name: each.error for name, each in told.items()}
     record = {
         "method": method,
         "options": every_option,
-        "coefficient": how.coefficient,
         "weights": sources.weights.record,
-        "rank": how.rank,
-        "heads": how.heads,
-        "exact": how.exact,
+        **{name: getattr(how, name) for name in ("coefficient", "rank", "heads", "exact")},
         "dtype": str(dtype).removeprefix("torch."),
         "error": _error(told, adapter),
         "ranks": _range([site.rank or 0 for site in adapter.sites.values()]),
         "trials": trials,
-        "inputs": [{"adapter": n, **_brief(a)} for n, a in zip(names, sources.adapters, strict=True)],
-        "absent": {name: len(absent) for name, absent in zip(names, sources.absent, strict=True) if absent},
+        **_inputs(sources, names),
     }
-    adapter = _with_whole(adapter, whole)
-    adapter = replace(adapter, record=_record(sources, record), origin=_origin(sources.adapters))
+    adapter = replace(_with_whole(adapter, whole), record=_record(sources, record), origin=_origin(sources.adapters))
+    errors = {name: each.error for name, each in told.items()}
     return Merged(
         adapter, method, every_option, record["weights"], record["error"], errors, whole.apart, sources.absent
     )
+
+
+def _inputs(sources: Sources, names: Sequence[str]) -> dict[str, Any]:
+    """What the record says of the adapters: which they are, and of how many modules each leaves alone."""
+    return {
+        "inputs": [{"adapter": n, **_brief(a)} for n, a in zip(names, sources.adapters, strict=True)],
+        "absent": {name: len(absent) for name, absent in zip(names, sources.absent, strict=True) if absent},
+    }
+
+
+def _tell_formats(adapters: Sequence[Adapter]) -> None:
+    """A warning where the adapters come from files of several formats: the merged one is in the first one's."""
+    formats = {adapter.layout.format: adapter.source for adapter in reversed(adapters)}
+    if len(formats) > 1:
+        listed = ", ".join(f"{source} ({name})" for name, source in reversed(formats.items()))
+        warnings.warn(
+            f"adapters of several formats: {listed}; what comes out is in {adapters[0].layout.format}'s",
+            LoraLabWarning,
+            stacklevel=3,
+        )
 
 
 def _with_whole(adapter: Adapter, whole: Whole) -> Adapter:
