@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from lora_lab.errors import OptionError
 from lora_lab.plots import primitives
 from lora_lab.plots import style as plot_style
-from lora_lab.plots.names import MOST, inches, labels, name_axis, shortened, type_size
+from lora_lab.plots.names import MOST, labels, name_axis, shortened
 from lora_lab.plots.panels import Panels
 from lora_lab.plots.primitives import Floats, Row
 from lora_lab.results.result import Result, grouped
@@ -32,13 +32,7 @@ def draw_matrix(results: Sequence[Result], panels: Panels) -> list[Axes]:
     Adapters whose names do not fit below the columns are numbered.
     """
     tables = [_cosines(result, panels) for result in results]
-    size = type_size("ytick.labelsize")
-    beside = max(inches(name, size) for rows, *_ in tables for name in rows) + 0.3
-    columns = 1 if panels.single else min(2, len(tables))
-    # square cells: the height of the figure is what the names leave of its width
-    side = min(4.0, panels.page / columns - beside - (0.0 if panels.single else 1.0 / columns))
-    lines = -(-len(tables) // columns)
-    axes = panels.grid(len(tables), columns, (side + 0.5) * lines + (0.7 if panels.single else 0.1))
+    axes, _ = panels.matrices([rows for rows, *_ in tables])
     for ax, (rows, below, table) in zip(axes, tables, strict=True):
         image = primitives.heat(ax, table, rows, below, vmin=-1, vmax=1, cmap="PuOr")
     panels.colour_bar(axes, image, "cosine of ΔW")
@@ -110,11 +104,7 @@ def _cosines(result: Result, panels: Panels) -> tuple[list[str], list[str], Floa
     """Names beside the rows and below the columns, and the cosines, in the order of likeness."""
     order = result.summary["order"]
     known = [one["adapter"] for one in result.summary["adapters"]]
-    rows = shortened([known[i] for i in order], MOST // 2)
-    below = rows
-    if sum(inches(name, type_size("xtick.labelsize")) + 0.1 for name in rows) > 0.4 * panels.page:
-        below = [str(i + 1) for i in range(len(rows))]
-        rows = [f"{name}  {number}" for name, number in zip(rows, below, strict=True)]
+    rows, below = panels.both_ways([known[i] for i in order])
     place = {adapter: at for at, adapter in enumerate(order)}
     table = np.eye(len(rows))
     for row in result.rows(level="total"):

@@ -86,13 +86,7 @@ def draw_matrix(results: Sequence[Result], panels: Panels) -> list[Axes]:
     space = _shared_space(results)
     tables = [_matrix(result, space, panels) for result in results]
     top = max(float(table.max()) for *_, table in tables) or 1.0
-    size = type_size("ytick.labelsize")
-    beside = max(inches(name, size) for rows, *_ in tables for name in rows) + 0.3
-    columns = 1 if panels.single else min(2, len(tables))
-    # square cells: the height of the figure is what the names leave of its width
-    side = min(4.0, panels.page / columns - beside - (0.0 if panels.single else 1.0 / columns))
-    lines = -(-len(tables) // columns)
-    axes = panels.grid(len(tables), columns, (side + 0.5) * lines + (0.7 if panels.single else 0.1))
+    axes, side = panels.matrices([rows for rows, *_ in tables])
     for ax, result, (rows, below, table) in zip(axes, results, tables, strict=True):
         image = primitives.heat(ax, table, rows, below, vmin=0, vmax=top, cmap="cividis_r")
         _values(ax, table, top, side)
@@ -228,11 +222,7 @@ def _shared_space(results: Sequence[Result]) -> str:
 
 def _matrix(result: Result, space: str, panels: Panels) -> tuple[list[str], list[str], Floats]:
     """Names beside the rows and below the columns, and the barriers."""
-    rows = shortened([adapter["label"] for adapter in result.parameters["adapters"]], MOST // 2)
-    below = rows
-    if sum(inches(name, type_size("xtick.labelsize")) + 0.1 for name in rows) > 0.4 * panels.page:
-        below = [str(i + 1) for i in range(len(rows))]
-        rows = [f"{name}  {number}" for name, number in zip(rows, below, strict=True)]
+    rows, below = panels.both_ways([adapter["label"] for adapter in result.parameters["adapters"]])
     table = np.zeros((len(rows), len(rows)))
     for row in result.summary["barriers"]:
         if (row["space"], row["metric"], row["barrier"]) == (space, "error", MAIN_BARRIER):

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 
 from lora_lab.errors import OptionError
 from lora_lab.plots import style as plot_style
-from lora_lab.plots.names import Numbers, extent, fit_names, folded, inches, shortened, type_size
+from lora_lab.plots.names import MOST, Numbers, extent, fit_names, folded, inches, shortened, type_size
 
 _CAPTION = 7
 _GREY = "#555555"
@@ -36,6 +36,24 @@ class Panels:
     def page(self) -> float:
         """How many inches wide the figure is."""
         return plot_style.WIDTHS[self.width]
+
+    def matrices(self, names: Sequence[Sequence[str]]) -> tuple[list[Axes], float]:
+        """Axes for a matrix of each list of names, with the inches that its square side has."""
+        size = type_size("ytick.labelsize")
+        beside = max(inches(name, size) for rows in names for name in rows) + 0.3
+        columns = 1 if self.single else min(2, len(names))
+        # square cells: the height of the figure is what the names leave of its width
+        side = min(4.0, self.page / columns - beside - (0.0 if self.single else 1.0 / columns))
+        lines = -(-len(names) // columns)
+        return self.grid(len(names), columns, (side + 0.5) * lines + (0.7 if self.single else 0.1)), side
+
+    def both_ways(self, names: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Names beside the rows and below the columns of a matrix, numbered where they do not fit below."""
+        rows = shortened(names, MOST // 2)
+        if sum(inches(name, type_size("xtick.labelsize")) + 0.1 for name in rows) <= 0.4 * self.page:
+            return rows, rows
+        below = [str(i + 1) for i in range(len(rows))]
+        return [f"{name}  {number}" for name, number in zip(rows, below, strict=True)], below
 
     def grid(self, count: int, columns: int, height: float, ratios: Any = None, *, sharey: bool = False) -> list[Axes]:
         """`count` panels in lines of so many, of heights as `ratios`; a figure of its own is `height` inches high."""
