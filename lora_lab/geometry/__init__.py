@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING
 from lora_lab.lazy import face
 
 if TYPE_CHECKING:
+    from lora_lab.geometry.aligning import ProcrustesMean as ProcrustesMean
+    from lora_lab.geometry.aligning import aligned as aligned
+    from lora_lab.geometry.aligning import factor_distance as factor_distance
+    from lora_lab.geometry.aligning import procrustes_mean as procrustes_mean
     from lora_lab.geometry.canonical import Canonical as Canonical
     from lora_lab.geometry.canonical import delta_hash as delta_hash
     from lora_lab.geometry.comparing import Compare as Compare
@@ -21,6 +25,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
+        "aligning": ("ProcrustesMean", "aligned", "factor_distance", "procrustes_mean"),
         "canonical": ("Canonical", "delta_hash"),
         "comparing": ("Compare",),
         "pairs": ("ModulePair", "Side", "gaussian_agreement", "module_pair", "principal_angles", "sign_agreement"),

@@ -18,6 +18,7 @@ from lora_lab.adapters.lowrank import LowRank, combine, combine_factors
 from lora_lab.adapters.renames import require_shared_modules
 from lora_lab.adapters.whole import with_rows_of_the_first
 from lora_lab.errors import MismatchError, shorten
+from lora_lab.geometry.aligning import aligned
 from lora_lab.registry import Registry
 
 Updates = Sequence[LowRank]
@@ -248,12 +249,6 @@ def matched(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     )
     target = sum(weight * math.sqrt(max(0.0, u.inner(u))) for u, weight in zip(updates, weights, strict=True))
     return mixed * (target / norm if norm > _CANCELLED * size else 0.0)
-
-
-def aligned(updates: Updates) -> list[LowRank]:
-    """Balanced factors, those after the first rotated onto its (orthogonal Procrustes): no gauge is left to choose."""
-    first, *others = [update.balanced() for update in updates]
-    return [first, *(other.rotated_to(first) for other in others)]
 
 
 def delta_norms(products: Products, weights: Tensor) -> Tensor:
