@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +43,7 @@ def command(
     """
     from ..files.disk import refuse_existing
     from ..results import tables
+    from .verbs import step
 
     json = output.output or Path("evaluate.json")
     beside = [json.with_suffix(f".{ending}") for ending in output.tables]
@@ -54,6 +55,7 @@ def command(
     tasks = task.of(loaded)
     with computing.execution("evaluating") as on:
         result = question.run(loaded, tasks, on)
+    result = replace(result, provenance={**result.provenance, "recipe": {"steps": [step()]}})
     written = [result.save(json)] if output.output else []
     for path in beside:
         written += tables.save(result, path)

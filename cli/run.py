@@ -53,7 +53,7 @@ def command(recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file
         for step in steps:
             why = "asked for" if how.force else state.why(step, changed)
             entry = {"step": step.number, "verb": step.verb, "output": step.output, "run": why, **state.last(step)}
-            entry["bytes"] = sum(map(stamps.size_of, stamps.places(step)))
+            entry["bytes"] = sum(map(stamps.bytes_below, stamps.places(step)))
             said.append(entry)
             if why and how.dry_run:
                 changed.add(os.path.normpath(step.output))
@@ -61,7 +61,8 @@ def command(recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file
                 continue
             messages.print(f"{step.name} → {step.output}: {why}")
             stamp = stamps.stamp(step)  # of what may change while the step is run, it is not known what was read
-            entry |= _run(step, force=how.force or state.wrote(step))
+            own = state.begin(step)
+            entry |= _run(step, force=how.force or own)
             state.note(step, stamp, entry["seconds"], entry["peak_memory"])
     if how.json:
         print_json({"recipe": str(recipe), "dry_run": how.dry_run, "steps": said})
@@ -115,6 +116,8 @@ class _State:
             return f"{made} is made anew"
         if known is None:
             return "not run yet"
+        if "begun" in known:
+            return "its last run did not end"
         verb, arguments, read, data, version = known["stamp"]
         now = stamps.stamp(step)
         if [verb, arguments] != now[:2]:
@@ -131,10 +134,20 @@ class _State:
             return f"{step.output} is not there"
         return None if content == known["wrote"] else f"{step.output} has changed"
 
-    def wrote(self, step: recipes.Step) -> bool:
-        """Whether what lies at the output is what this recipe has put there, so that it may be replaced."""
-        known = self._steps.get(step.output)
-        return known is not None and stamps.content_of(Path(step.output)) == known["wrote"]
+    def begin(self, step: recipes.Step) -> bool:
+        """Write down that the step is run from now on; whether this recipe has put there what lies at its output.
+
+        That is what it noted in the end, or what came there since a run began that did not come to its end, and holds
+        the very step that was run.
+        """
+        known, there = self._steps.get(step.output, {}), stamps.content_of(Path(step.output))
+        own, begun = there is not None and there == known.get("wrote"), known.get("begun")
+        if begun and not own and there is not None and there != begun["there"]:
+            own = stamps.holds(Path(step.output), begun["step"])
+        begun = {"there": there if own or not begun else begun["there"], "step": stamps.as_called(step)}
+        self._steps[step.output] = {**known, "begun": begun, "wrote": there if own else known.get("wrote")}
+        self._save()
+        return own
 
     def last(self, step: recipes.Step) -> dict[str, Any]:
         """How long the step took when it was last run, and how much memory there was in use at most."""
@@ -143,8 +156,6 @@ class _State:
 
     def note(self, step: recipes.Step, stamp: list[Any], seconds: float, peak: int | None) -> None:
         """Write down that the step was run, and with what, as it was before; a later run goes on from it."""
-        from .. import files
-
         wrote = stamps.content_of(Path(step.output))
         self._steps[step.output] = {
             "stamp": stamp,
@@ -152,6 +163,11 @@ class _State:
             "seconds": seconds,
             "peak_memory": peak,
         }
+        self._save()
+
+    def _save(self) -> None:
+        from .. import files
+
         files.write_json(self._path, {"format": _FORMAT, "steps": self._steps, "seal": self._sealed(self._steps)})
 
 

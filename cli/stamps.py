@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,7 +48,37 @@ def content_of(path: Path) -> str | None:
     return "by-time-" + hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
-def size_of(path: Path) -> int:
+def as_called(step: Step) -> dict[str, Any]:
+    """The step as its output's record will tell of it."""
+    from . import check, verbs
+
+    check(step.words())
+    return verbs.step()
+
+
+def holds(output: Path, step: Mapping[str, Any]) -> bool:
+    """Whether what lies at an output says in its record that this step made it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            recipe = _record(next(iter(step)), output).get("recipe")
+    except LoraLabError:  # something else
+        return False
+    return json.dumps(recipe, sort_keys=True) == json.dumps({"steps": [step]}, sort_keys=True)
+
+
+def _record(verb: str, output: Path) -> Mapping[str, Any]:
+    """What an output tells of how it was made."""
+    from ..adapters.adapter import Adapter
+    from ..files import read_json
+    from ..results.result import Result
+
+    if verb == "fuse":
+        return read_json(output / "fuse.json")
+    return Result.load(output).provenance if verb == "evaluate" else Adapter.load(output).record
+
+
+def bytes_below(path: Path) -> int:
     """Bytes of a file, or of the files in a folder."""
     parts = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
     return sum(part.stat().st_size for part in parts)

@@ -9,11 +9,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from journals import entries
 from making_adapters import random_adapter
+from making_checkpoints import QV, train, write_base
 from making_processes import finished, started
 from peft import LoraConfig
+from safetensors import safe_open
 
+import lora_lab as ll
 from lora_lab.results.result import Result, fingerprint
 from lora_lab.tasks.kinds.digits import Digits
 
@@ -28,11 +32,22 @@ RUNS = {
     "merge": ["a.safetensors", "b.safetensors", "--method", "ties", "-o", "out/merged"],
     "prune": ["a.safetensors", "--rank", 1, "-o", "out/pruned"],
     "convert": ["a.safetensors", "--to", "mlx", "-o", "out/converted"],
+    "in place": ["out/own.safetensors", "--rank", 1, "--in-place"],
+    "fuse": ["base", "l", "-o", "out/fused", "--max-shard-size", "0.000003"],
+    "extract": ["base", "tuned", "--rank", 2, "-o", "out/extracted"],
+    "compare": ["a.safetensors", "b.safetensors", "--csv"],
+    "run": ["recipe.yaml"],
     "train": ["--steps", 6, "--batch-size", 8, "-o", "out/trained.safetensors"],
     "figure": ["line.json", "-o", "out/line.pdf", "-o", "out/line.svg"],
 }
-REPLACED = ("evaluate", "merge", "prune", "convert", "figure")
+REPLACED = ("evaluate", "merge", "prune", "convert", "fuse", "extract", "figure")
 """Verbs that are told to replace what is there; the others find their result again."""
+RECIPE = """
+steps:
+  - merge: {adapters: [a.safetensors, b.safetensors], method: ties, output: out/merged}
+  - prune: {adapter: out/merged, rank: 1, output: out/small.safetensors}
+  - fuse: {base: base, adapters: l, output: out/fused}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +60,12 @@ def inputs(tmp_path_factory):
         type(made)(made.tensors, made.config, made.sites, record, "a").save(folder / f"{name}.safetensors")
         shutil.rmtree(folder / f"from-{name}")
     shutil.copy(Path(__file__).parents[2] / "figures" / "results" / "interpolation_lora.json", folder / "line.json")
+    base = write_base("llama", folder / "base", torch.bfloat16)
+    train("llama", base, folder / "l", LoraConfig(r=2, target_modules=QV))
+    ll.fuse(base, folder / "l", folder / "tuned", progress=False)
+    (folder / "out").mkdir()
+    shutil.copy(folder / "a.safetensors", folder / "out" / "own.safetensors")
+    (folder / "recipe.yaml").write_text(RECIPE)
     return folder
 
 
@@ -54,15 +75,25 @@ def place(inputs, folder):
 
 
 def begun(verb, folder, *more, fatal=None):
-    return started(folder, verb, *RUNS[verb], *more, fatal=fatal)
+    return started(folder, verb.replace("in place", "prune"), *RUNS[verb], *more, fatal=fatal)
+
+
+def bits(path):
+    with safe_open(path, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    return {key: (str(t.dtype), t.flatten().view(torch.uint8).tolist()) for key, t in tensors.items()}
 
 
 def numbers(folder):
-    """File → what it says, without when and how long; hidden files and figures by their size alone."""
+    """File → what it says, without when and how long; weights by their bits, hidden files and figures by size alone."""
     found = {}
     for path in sorted((folder / "out").rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.suffix == ".json" and "adapter_config" not in name:
+        if path.suffix == ".safetensors":
+            found[name] = bits(path)
+        elif path.suffix == ".json" and "lora-lab result" not in path.read_text():
+            found[name] = path.read_text()
+        elif path.suffix == ".json":
             result = Result.load(path)
             summary = {key: value for key, value in result.summary.items() if not key.endswith("_s")}
             for of_adapter in summary.get("adapters", []):
@@ -142,6 +173,101 @@ def test_a_run_killed_at_any_moment_comes_to_the_same_end(inputs, tmp_path, verb
     expected, whole = undisturbed(inputs, tmp_path / "whole", verb)
     killed_and_run_again(inputs, tmp_path / "killed", verb, share, whole)
     assert numbers(tmp_path / "killed") == expected
+
+
+# What is written takes its place in one step, or not at all.
+
+REPLACE = ("files.workplace", "_exchange"), ("files.workplace", "_put")
+
+
+@pytest.mark.parametrize(
+    ("verb", "fatal"),
+    [
+        ("in place", REPLACE[1]),
+        ("extract", REPLACE[1]),
+        ("extract", ("fusing.extract", "_adapter")),
+        ("convert", REPLACE[1]),
+        ("compare", ("plots.registry", "save")),
+        ("fuse", REPLACE[1]),
+        ("fuse", ("fusing.fuse", "copied")),
+        ("run", REPLACE[1]),
+    ],
+)
+def test_a_run_killed_as_it_writes_leaves_what_was_there_and_goes_on(inputs, tmp_path, verb, fatal):
+    expected, _ = undisturbed(inputs, tmp_path / "whole", verb)
+    folder = place(inputs, tmp_path / "killed")
+    before = numbers(folder)
+    finished(begun(verb, folder, fatal=fatal), folder, -signal.SIGKILL)
+    assert {name: what for name, what in numbers(folder).items() if not hidden(name)}.items() >= before.items()
+    finished(begun(verb, folder), folder)
+    assert numbers(folder) == expected
+
+
+STEPS = {
+    "merge": "{adapters: [a.safetensors, b.safetensors], method: ties, output: out/merged}",
+    "fuse": "{base: base, adapters: l, output: out/fused}",
+    "evaluate": "{adapters: a.safetensors, csv: true, output: out/e.json}",
+    "convert": "{adapter: l, to: mlx, output: out/c}",
+}
+
+
+@pytest.mark.parametrize("verb", STEPS)
+def test_a_step_killed_before_its_state_is_written_knows_its_output_again(inputs, tmp_path, verb):
+    folder = place(inputs, tmp_path)
+    (folder / "recipe.yaml").write_text(f"steps: [{{{verb}: {STEPS[verb]}}}]")
+    finished(begun("run", folder, fatal=("cli.run", "_peak")), folder, -signal.SIGKILL)
+    made = numbers(folder)
+    if verb == "merge":  # the step may even be another one by then
+        (folder / "recipe.yaml").write_text(f"steps: [{{{verb}: {STEPS[verb].replace('ties', 'average')}}}]")
+        finished(begun("run", folder, fatal=("merging.export", "save")), folder, -signal.SIGKILL)
+        assert numbers(folder) == made
+        (folder / "recipe.yaml").write_text(f"steps: [{{{verb}: {STEPS[verb]}}}]")
+    finished(begun("run", folder, "--dry-run"), folder)
+    assert "its last run did not end" in (folder / "out.txt").read_text()
+    finished(begun("run", folder), folder)
+    assert numbers(folder) == made
+    finished(begun("run", folder), folder)
+    assert "up to date" in (folder / "out.txt").read_text()
+
+
+def test_what_came_to_an_outputs_place_from_elsewhere_stays_though_the_step_was_cut_off(inputs, tmp_path):
+    folder = place(inputs, tmp_path)
+    (folder / "recipe.yaml").write_text(f"steps: [{{merge: {STEPS['merge']}}}]")
+    finished(begun("run", folder, fatal=("merging.export", "save")), folder, -signal.SIGKILL)
+    finished(started(folder, "merge", "a.safetensors", "b.safetensors", "-o", "out/merged"), folder)
+    there = numbers(folder)
+    for _ in range(2):
+        assert "out/merged: exists already" in finished(begun("run", folder), folder, 1)
+        assert numbers(folder) == there
+
+
+def hidden(name):
+    return any(part.startswith(".") for part in Path(name).parts)
+
+
+@pytest.mark.parametrize(("verb", "output"), [("convert", "converted"), ("fuse", "fused"), ("extract", "extracted")])
+def test_a_folder_that_is_replaced_is_one_or_the_other(inputs, tmp_path, verb, output):
+    folder = place(inputs, tmp_path)
+    finished(begun(verb, folder), folder)
+    (folder / "out" / output).rename(folder / "first")
+    shutil.copytree(folder / "first", folder / "out" / output)
+    made = numbers(folder)
+    other = {"convert": ["--dtype", "bf16"], "fuse": ["--coefficients", "2"], "extract": ["--energy", "0.5"]}[verb]
+    finished(begun(verb, folder, *other, "--force", fatal=REPLACE[0]), folder, -signal.SIGKILL)
+    assert {name: what for name, what in numbers(folder).items() if not hidden(name)} == made
+    finished(begun(verb, folder, *other, "--force"), folder)
+    there = numbers(folder)
+    assert there.keys() == made.keys()
+    assert there != made
+
+
+def test_verify_and_inspect_write_nothing(inputs, tmp_path):
+    folder = place(inputs, tmp_path)
+    there = sorted(path.relative_to(folder) for path in folder.rglob("*"))
+    finished(started(folder, "verify", "base", "l", "tuned"), folder)
+    finished(started(folder, "inspect", "l", "a.safetensors"), folder)
+    left = {path.relative_to(folder) for path in folder.rglob("*")}
+    assert sorted(left - {Path("out.txt"), Path("err.txt")}) == there
 
 
 @pytest.mark.slow
