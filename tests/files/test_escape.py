@@ -5,15 +5,21 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from making_adapters import random_adapter
+from making_adapters import lora, random_adapter, write
 from peft import LoraConfig
+from safetensors.torch import save_file
 
 from lora_lab import escape, plots, tasks
+from lora_lab.adapters.adapter import Adapter
+from lora_lab.files.trust import Origin
 from lora_lab.results.result import Result
 
 NASTY = "_p$\\frac$q\x1b[31m[red]:bomb:\u202e\x9b#%&{}^~|`<b>\nerror: x"
@@ -27,8 +33,6 @@ def made(tmp_path_factory):
     task = tasks.from_name("digits/mod3")
     config = LoraConfig(r=2, target_modules=["q_proj"])
     for i in range(2):
-        from dataclasses import replace
-
         adapter = random_adapter(task, folder / f"peft{i}", config, seed=i, scale=0.1)
         record = {"task": task.record, "method": NASTY, "seed": i}
         replace(adapter, record=record).save(folder / f"{i}{NASTY}.safetensors")
@@ -46,8 +50,10 @@ VERBS = {
     "compare-merges": ["--methods", "average,ties", "--coefficients", "0.5,1", "--ratios", "1:1", "--latex", "--yes"],
     "merge": ["-o", "m"],
     "prune": ["--keep", "every-other", "-o", "p"],
+    "convert": ["--dtype", "bf16", "-o", f"c{NASTY}"],
+    "compare": ["--signs", "--csv"],
 }
-ONE = ("inspect", "prune")
+ONE = ("inspect", "prune", "convert")
 UNNAMED = ("compare-merges", "merge", "prune", "sweep")
 """Verbs whose tables name no adapter, or in a heading that is wrapped among others."""
 
@@ -80,6 +86,89 @@ def test_a_nasty_name_is_shown_and_does_nothing(lora_lab, made, tmp_path, verb):
         clean(table)
         assert r"{\_p\$\textbackslash{}frac\$q\textbackslash{}x1b[31m" in table
         assert r"\#\%\&\{\}\textasciicircum{}\textasciitilde{}|`<b>" in table
+
+
+MODULE = "m$[red]:bomb:#%&{}^~|`<b>"  # control characters in names of an adapter's tensors are refused
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """A base and one tuned of it, and an adapter: files, tensors, modules, records and configuration have the name."""
+    generator = torch.Generator().manual_seed(0)
+    names = [f"{MODULE}.{i}.weight" for i in range(2)]
+    base = {name: torch.randn(4, 6, generator=generator) for name in (*names, f"n{NASTY}.weight", f"n{NASTY}.bias")}
+    tuned = {name: tensor + torch.randn(tensor.shape[0], 1, generator=generator) for name, tensor in base.items()}
+    for folder, tensors in (("base", base), ("tuned", tuned)):
+        (tmp_path / f"{folder}{NASTY}").mkdir()
+        save_file(tensors, tmp_path / f"{folder}{NASTY}" / "model.safetensors")
+    adapter = write(tmp_path / f"a{NASTY}", lora(f"{MODULE}.0", rows=4, columns=6), base_model_name_or_path=NASTY)
+    record = {"method": NASTY, NASTY: {NASTY: NASTY}}
+    replace(Adapter.load(adapter), record=record, origin=Origin(own=True)).save(tmp_path / f"{NASTY}.safetensors")
+    return f"base{NASTY}", f"tuned{NASTY}", f"{NASTY}.safetensors"
+
+
+def shown_somewhere(text):
+    return r"\x1b[31m[red]:bomb:\u202e\x9b#%&{}^~|`<b>\nerror:x" in re.sub(r"\s", "", text)
+
+
+def quietly(result, code=0):
+    clean(result[1])
+    clean(result[2])
+    assert result[0] == code, result
+    return result
+
+
+def test_nasty_tensors_and_modules_of_checkpoints_do_nothing(lora_lab, checkpoints):
+    base, tuned, adapter = checkpoints
+    for more in ([], ["--json", "--force"]):
+        _, out, _ = quietly(lora_lab("fuse", base, adapter, "-o", f"f{NASTY}", *more))
+        assert shown_somewhere(out) or more
+        assert not more or json.loads(out)["files"]
+        _, out, _ = quietly(lora_lab("extract", base, tuned, "--rank", "1", "-o", f"x{NASTY}", "--keep-whole", *more))
+        assert shown_somewhere(out) or more
+    for more in ([], ["--json"]):
+        quietly(lora_lab("verify", base, adapter, f"f{NASTY}", *more))
+        _, out, _ = quietly(lora_lab("verify", base, adapter, tuned, *more), 1)
+        assert shown_somewhere(out) or more
+    _, out, _ = quietly(lora_lab("prune", adapter, "--rank", "1", "--in-place"))
+    assert shown_somewhere(out)
+    for fault in (
+        ("fuse", adapter, adapter, "-o", "y"),
+        ("fuse", base, adapter, "-o", f"f{NASTY}"),
+        ("extract", base, adapter, "--rank", "1", "-o", "y"),
+        ("verify", base, adapter, f"nowhere{NASTY}"),
+        ("run", f"nowhere{NASTY}"),
+        ("convert", adapter, "--to", NASTY, "-o", "y"),
+        ("compare", f"a{NASTY}", base),
+    ):
+        code, out, err = lora_lab(*fault)
+        clean(err)
+        assert (code, out) == (1, ""), fault
+        assert len([line for line in err.splitlines() if line.startswith("error: ")]) == 1, err
+
+
+def test_a_nasty_recipe_does_nothing(lora_lab, checkpoints):
+    base, tuned, adapter = checkpoints
+    steps = [
+        {"convert": {"adapter": adapter, "dtype": "bf16", "output": f"c{NASTY}"}},
+        {"extract": {"base": base, "tuned": tuned, "rank": 1, "output": f"x{NASTY}"}},
+        {"fuse": {"base": base, "adapters": f"c{NASTY}", "output": f"f{NASTY}"}},
+    ]
+    name = f"r{NASTY}.yaml"
+    Path(name).write_text(json.dumps({"steps": steps}))
+    for more in (["--dry-run"], [], ["--json"]):
+        _, out, _ = quietly(lora_lab("run", name, *more))
+        assert "[red]:bomb:" in out
+    for content in ({NASTY: 1}, {"steps": [{NASTY: {}}]}, {"steps": [{"prune": {NASTY: 1, "output": NASTY}}]}):
+        Path(name).write_text(json.dumps(content))
+        code, out, err = lora_lab("run", name)
+        clean(err)
+        assert (code, out) == (1, "")
+        assert err.count("\n") == 1
+    Path(name).write_text(f"steps: [{NASTY}")
+    code, out, err = lora_lab("run", name)
+    clean(err)
+    assert (code, err.count("\n")) == (1, 1)
 
 
 def test_errors_and_notes_show_a_nasty_name_on_one_line(lora_lab, made):
@@ -123,8 +212,6 @@ def test_latex_escapes_all_ten():
 
 
 def test_a_model_card_of_nasty_names_is_sound(lora_lab, made, tmp_path):
-    from lora_lab.adapters.adapter import Adapter
-
     names = [f"{NASTY}{i}.safetensors" for i in range(2)]
     base = "x: [y]\n---\n# own heading"
     for name in names:
