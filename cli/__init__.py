@@ -37,6 +37,7 @@ _VERBS = (
     "sweep",
     "evaluate",
     "inspect",
+    "record",
     "tasks",
     "figure",
     "schema",

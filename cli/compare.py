@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..geometry.comparing import Compare
-from .options import Loading, Output
+from .options import Output, Several
 from .outputs import Outputs, save_tables
 from .terminal import console, number, progress, say_written, table
 
@@ -18,7 +18,7 @@ _SHOWN = 60  # pairs; all are in the JSON
 def command(
     adapters: Annotated[list[str], typer.Argument(help="Two adapters or more.")],
     question: Compare,
-    loading: Loading,
+    loading: Several,
     output: Output,
 ) -> None:
     """How alike adapters are, by their weights alone: no model, no data, and nothing hangs on how ΔW is factored.

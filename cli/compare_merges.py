@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..analysis.questions import CompareMerges
-from .options import Computing, Loading, Output, TaskEach
+from .options import Computing, Output, Several, TaskEach
 from .outputs import answer
 from .terminal import console, estimate, number, table
 
@@ -16,7 +16,7 @@ def command(
     adapters: Annotated[list[str], typer.Argument(help="Adapters of several tasks, or seeds of one.")],
     question: CompareMerges,
     task: TaskEach,
-    loading: Loading,
+    loading: Several,
     computing: Computing,
     output: Output,
 ) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from ..analysis.questions import Evaluate
 from ..options import option
-from .options import Computing, Loading, Output, TaskEach
+from .options import Computing, Output, Several, TaskEach
 from .terminal import estimate, say_written, table
 
 
@@ -28,7 +28,7 @@ def command(
     adapters: Annotated[list[str], typer.Argument(help="Adapters.")],
     question: Evaluate,
     task: TaskEach,
-    loading: Loading,
+    loading: Several,
     computing: Computing,
     output: File,
 ) -> None:

@@ -10,7 +10,7 @@ import typer
 from ..analysis.questions import Interpolate
 from ..options import check_options, option
 from ..registry import Later
-from .options import Computing, Loading, OneTask, Output
+from .options import Computing, OneTask, Output, Several
 from .outputs import answer
 from .terminal import console, estimate, table
 
@@ -42,7 +42,7 @@ def command(
     where: Where,
     question: Interpolate,
     task: OneTask,
-    loading: Loading,
+    loading: Several,
     computing: Computing,
     output: Output,
 ) -> None:

@@ -13,7 +13,7 @@ from ..errors import OptionError
 from ..options import option
 from ..progress import duration
 from . import parsing
-from .options import AdapterOutput, Computing, Device, Loading, TaskEach
+from .options import AdapterOutput, Computing, Device, Several, TaskEach
 from .terminal import console, messages, print_json, progress, size, table
 
 
@@ -96,7 +96,7 @@ def command(
     adapters: Annotated[list[str], typer.Argument(help="The adapters, of one base model.")],
     how: Merging,
     task: TaskEach,
-    loading: Loading,
+    loading: Several,
     computing: Searching,
     output: Written,
     methods: Annotated[

@@ -61,6 +61,27 @@ class Loading(Reading):
         return rename_all(super().load(paths), parsing.renames(self.rename or []))
 
 
+@dataclass(frozen=True)
+class Several(Loading):
+    """The same, of several adapters: what they are called, and which belong together."""
+
+    label: list[str] | None = option(
+        None,
+        "A name for tables and figures, once for each adapter; by default its file's, with what tells it apart.",
+    )
+    group: list[str] | None = option(
+        None,
+        "METHOD=PATTERN: adapters whose path, file or label matches (with * and ?) were trained by that method; for "
+        "files that do not record it, which are no group otherwise (repeatable).",
+    )
+
+    def load(self, paths: Sequence[str]) -> list[Adapter]:
+        """The adapters, renamed, each with a name of its own."""
+        from ..adapters.naming import named
+
+        return named(super().load(paths), self.label or [], parsing.methods(self.group or []))
+
+
 def _trust() -> Any:
     return option(
         False,

@@ -76,6 +76,14 @@ def seeds(text: str) -> list[int]:
     return values
 
 
+def methods(given: Sequence[str]) -> list[tuple[str, str]]:
+    """['lora=runs/plain*'] → [('lora', 'runs/plain*')]."""
+    for text in given:
+        if not all(text.partition("=")):
+            raise OptionError(f"--group {text!r}: a method and a pattern are needed, such as lora='runs/plain*'")
+    return [(text.partition("=")[0], text.partition("=")[2]) for text in given]
+
+
 def renames(given: Sequence[str]) -> list[tuple[str, str]]:
     """['model=model.language_model'] → [('model', 'model.language_model')]."""
     changes = []

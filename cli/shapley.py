@@ -10,7 +10,7 @@ import typer
 
 from ..analysis.questions import Shapley
 from . import parsing
-from .options import Computing, Loading, OneTask, Output
+from .options import Computing, OneTask, Output, Several
 from .outputs import answer
 from .terminal import console, estimate, messages, progress, table
 
@@ -23,7 +23,7 @@ def command(
     ] = None,
     question: Shapley,
     task: OneTask,
-    loading: Loading,
+    loading: Several,
     computing: Computing,
     output: Output,
 ) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from ..analysis.questions import Sweep
 from ..options import option
-from .options import Computing, Loading, OneTask, Output
+from .options import Computing, OneTask, Output, Several
 from .outputs import answer
 from .terminal import console, estimate, table
 
@@ -28,7 +28,7 @@ def command(
     kinds: Kinds,
     question: Sweep,
     task: OneTask,
-    loading: Loading,
+    loading: Several,
     computing: Computing,
     output: Output,
 ) -> None:

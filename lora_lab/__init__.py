@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lora_lab.api import load as load
     from lora_lab.api import merge as merge
     from lora_lab.api import prune as prune
+    from lora_lab.api import record as record
     from lora_lab.api import shapley as shapley
     from lora_lab.api import stability as stability
     from lora_lab.api import sweep as sweep
@@ -59,6 +60,7 @@ __getattr__, __dir__, __all__ = face(
             "convert",
             "merge",
             "prune",
+            "record",
             "shapley",
             "stability",
             "sweep",

@@ -60,6 +60,20 @@ def load(
 
 
 @checked
+def record(path: Path_, task: TaskLike = None, method: str | None = None, seed: int | None = None) -> dict[str, Any]:
+    """Put task, training method and seed into the file of an adapter that another program trained; its whole record.
+
+    Nothing else in the file is changed; without any of the three nothing is. See `lora_lab.adapters.put_record`.
+    """
+    from lora_lab.adapters.recording import put_record
+
+    about = None if task is None else task_of_given(task).record
+    given = {"task": about, "method": method, "seed": seed}
+    entries = {name: value for name, value in given.items() if value is not None}
+    return dict(put_record([path], entries)[0].record if entries else Adapter.load(path).record)
+
+
+@checked
 def task(name: Path_) -> Task:
     """The built-in task of this name (digits/relabel …), or the one that a TOML file describes."""
     return tasks.from_name(os.fspath(name))

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from lora_lab.adapters.lowrank import LowRank as LowRank
     from lora_lab.adapters.lowrank import combine as combine
     from lora_lab.adapters.lowrank import combine_factors as combine_factors
+    from lora_lab.adapters.naming import named as named
     from lora_lab.adapters.reading import inspect as inspect
+    from lora_lab.adapters.recording import put_record as put_record
 
 __getattr__, __dir__, __all__ = face(
     __name__,
@@ -42,6 +44,8 @@ __getattr__, __dir__, __all__ = face(
             "combine",
             "combine_factors",
         ),
+        "naming": ("named",),
         "reading": ("inspect",),
+        "recording": ("put_record",),
     },
 )

@@ -44,6 +44,8 @@ class Adapter:
     """Where its record comes from, which decides what that may do."""
     layout: Layout = field(default_factory=Layout)
     """How the file was laid out that it was read from; `save` writes in the same format."""
+    name: str = ""
+    """What the user calls it (see naming.py), in place of its file's name."""
 
     @classmethod
     def load(
@@ -92,7 +94,9 @@ class Adapter:
 
     @property
     def label(self) -> str:
-        """A short name for tables and legends: the file's, without folders and ending."""
+        """A short name for tables and legends: the one given, or the file's, without folders and ending."""
+        if self.name:
+            return self.name
         name = Path(self.source).name
         return name.removesuffix(".safetensors").removesuffix(".bin") or self.source or "adapter"
 

@@ -21,12 +21,29 @@ _LONGEST = 60
 
 
 def labels_of(adapters: Sequence[Adapter]) -> list[str]:
-    """A different name for each adapter: its label, with the folder before it where labels are the same."""
-    labels = [adapter.label for adapter in adapters]
-    for i, adapter in enumerate(adapters):
-        if [a.label for a in adapters].count(adapter.label) > 1:
-            labels[i] = "/".join(Path(adapter.source).parts[-2:]).removesuffix(".safetensors")
+    """A different name for each adapter: its label, after the folders that tell it apart where labels are the same."""
+    plain = [adapter.label for adapter in adapters]
+    folders = [list(Path(adapter.source).parts[-2::-1]) for adapter in adapters]  # the nearest first
+    labels = list(plain)
+    for i, label in enumerate(plain):
+        twins = [j for j, other in enumerate(plain) if other == label and j != i]
+        if twins:
+            labels[i] = "/".join([*_distinct(folders[i], [folders[j] for j in twins]), label])
     return [f"{label} ({i})" if labels.count(label) > 1 else label for i, label in enumerate(labels)]
+
+
+def _distinct(folders: Sequence[str], others: Sequence[Sequence[str]]) -> list[str]:
+    """The nearest folder for each of the others that tells the two apart; what lies between them is an ellipsis."""
+    depths = set()
+    for other in others:
+        apart = [k for k, folder in enumerate(folders) if k >= len(other) or other[k] != folder]
+        depths.update(apart[:1])
+    shown: list[str] = []
+    for depth in sorted(depths, reverse=True):
+        shown.append(folders[depth])
+        if depth > 0 and depth - 1 not in depths:
+            shown.append("…")
+    return shown
 
 
 def method_of(adapter: Adapter, label: str) -> str:

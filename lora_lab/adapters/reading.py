@@ -65,11 +65,11 @@ def _read(
         tensors, header = files.read_safetensors(location.weights)
     else:
         tensors = files.read_bin(location.weights)
-    settings = _find_config(location, config, header)
+    settings = find_config(location, config, header)
     raw = Raw(tensors, header, settings, alpha, adapter_name)
     name = recognised(raw)
     content = FORMATS[name].read(raw)
-    record = _record(header)
+    record = record_in(header)
     own = bool(record) and trust.is_own(header.get(SIGNATURE_KEY), record, tensors, signed(settings, header))
     where = str(location.weights)
     form = location.format if name == PEFT else name
@@ -125,9 +125,10 @@ def _together(parts: Mapping[str, Listing], source: str) -> Listing:
     )
 
 
-def _find_config(
+def find_config(
     location: Location, given: str | os.PathLike[str] | None, metadata: Mapping[str, str]
 ) -> dict[str, Any] | None:
+    """The configuration: given, beside the weights, or in their header; None where there is none."""
     if given is not None:
         path = Path(given).expanduser()
         return files.read_json(path / "adapter_config.json" if path.is_dir() else path, largest=_LARGEST_CONFIG)
@@ -148,7 +149,8 @@ def _header_json(path: Path, key: str, metadata: Mapping[str, str]) -> dict[str,
     return content
 
 
-def _record(metadata: Mapping[str, str]) -> dict[str, Any]:
+def record_in(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The record in a header; nothing for one that is no JSON object."""
     try:
         content = files.parse_json(metadata.get(RECORD_KEY, "{}"))
     except ValueError:

@@ -23,6 +23,9 @@ FUSED = "lora-lab fused"
 METADATA = "lora_lab."
 """How the keys begin that its safetensors files have among their metadata."""
 
+RECORDED = f"{METADATA}recorded"
+"""Among the metadata of a file that was trained elsewhere, and only given a record: it is not this program's."""
+
 _KINDS = (
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISCHR, "a device"),
@@ -158,4 +161,6 @@ def _of_safetensors(path: Path, start: bytes) -> bool:
         except (ValueError, RecursionError):
             return False
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
-    return isinstance(metadata, dict) and any(str(key).startswith(METADATA) for key in metadata)
+    if not isinstance(metadata, dict) or RECORDED in metadata:
+        return False
+    return any(str(key).startswith(METADATA) for key in metadata)

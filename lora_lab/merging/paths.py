@@ -186,7 +186,7 @@ class Paths:
         if any(scale != scales[0] for scale in scales):
             raise MismatchError("these adapters have different scales, and their tuner allows no folding of them")
         tensors = {key: self._mix_key(key, weights) for key in self.adapters[0].tensors}
-        return replace(self.adapters[0], tensors=tensors, source=f"factors {self._label(weights)}")
+        return replace(self.adapters[0], tensors=tensors, source=f"factors {self._label(weights)}", name="")
 
     def _mix_others(self, weights: Sequence[float]) -> dict[str, Tensor]:
         return {key: self._mix_key(key, weights) for key in self.adapters[0].others}

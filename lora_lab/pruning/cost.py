@@ -82,4 +82,4 @@ def recorded(before: Adapter, after: Adapter, options: Mapping[str, Any]) -> Ada
     earlier = before.record.get("pruned") or []
     entries = list(earlier) if isinstance(earlier, list | tuple) else [earlier]
     record = {**before.record, "pruned": [*entries, {**options, "from": before.label}]}
-    return replace(after, record=record, source=f"pruned {before.label}")
+    return replace(after, record=record, source=f"pruned {before.label}", name="")

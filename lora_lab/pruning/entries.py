@@ -95,7 +95,7 @@ def _in_tensors(adapter: Adapter, masks: Masks, sparsity: float) -> Pruned:
         zeros += int((tensors[key] == 0).sum())
         total += mask.numel()
     _check_left(adapter, zeros < total or not sparsity, sparsity)
-    changed = replace(adapter, tensors=tensors, source=f"pruned {adapter.label}")
+    changed = replace(adapter, tensors=tensors, source=f"pruned {adapter.label}", name="")
     if sparsity and adapter.why_not_additive is None:
         alive = {name: _alive(changed, site) for name, site in adapter.sites.items()}
         _check_left(adapter, any(alive.values()), sparsity)

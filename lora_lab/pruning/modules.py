@@ -39,7 +39,7 @@ def keep_modules(adapter: Adapter, names: Collection[str], *, source: str | None
     source = f"pruned {adapter.label}" if source is None else source
     sites = {name: site for name, site in adapter.sites.items() if name in set(names)}
     if len(sites) == len(adapter.sites):
-        return replace(adapter, source=source)
+        return replace(adapter, source=source, name="")
     _check_removable(adapter, sites)
     owned = {key: adapter.tensors[key] for site in sites.values() for key in site.keys.values()}
     tensors = {**owned, **other_tensors(adapter, sites)}

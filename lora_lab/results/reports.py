@@ -49,6 +49,15 @@ class PruneReport:
 
 
 @dataclass
+class RecordReport:
+    """What an adapter's file records now."""
+
+    path: str = column("the adapter")
+    record: dict[str, Any] = column("how it came to be: task, method, seed …")
+    dropped: list[Any] = column("keys of a stranger's record that were not taken over")
+
+
+@dataclass
 class FuseReport:
     """What was fused, and what rounding took."""
 
@@ -152,6 +161,7 @@ class InspectReport:
 REPORTS = {
     "convert": ConvertReport,
     "extract": ExtractReport,
+    "record": RecordReport,
     "fuse": FuseReport,
     "inspect": InspectReport,
     "merge": MergeReport,

@@ -47,6 +47,7 @@ def test_reports_of_verbs_on_adapters_have_the_columns_they_say(lora_lab, tmp_pa
         ("merge", "a.safetensors", "b.safetensors", "-o", "m.safetensors"),
         ("prune", "a.safetensors", "--rank", 1, "-o", "p.safetensors"),
         ("convert", "a.safetensors", "--to", "mlx", "-o", "c"),
+        ("record", "a.safetensors", "--method", "lora"),
     ):
         code, out, err = lora_lab(verb, *arguments, "--json")
         assert code == 0, err

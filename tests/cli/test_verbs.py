@@ -58,6 +58,7 @@ def one_line(result, *words, code=1):
         "sweep",
         "evaluate",
         "inspect",
+        "record",
         "tasks",
         "figure",
     ],

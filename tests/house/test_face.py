@@ -23,7 +23,7 @@ from lora_lab.training.fit import train
 
 NAMES = ["Adapter", "CoToCallback", "Execution", "LoraLabError", "LowRank", "Recipe", "Result", "Schedule"]
 NAMES += ["compare", "compare_merges", "convert", "evaluate", "extract", "figure", "fuse", "inspect", "interpolate"]
-NAMES += ["load", "merge", "prune", "shapley", "stability", "sweep", "task", "train", "verify"]
+NAMES += ["load", "merge", "prune", "record", "shapley", "stability", "sweep", "task", "train", "verify"]
 QUIET = {"progress": False}
 SHORT = {"seed": 1, "steps": 6, "batch_size": 8, "target_modules": ["q_proj", "fc1"]}
 
