@@ -114,7 +114,7 @@ def recordable(record: Any) -> Any:
 
 
 _TYPES: dict[str, Any] = {
-    **dict.fromkeys(("task", "merge", "metrics", "recipe", "base_config"), Mapping),
+    **dict.fromkeys(("task", "merge", "metrics", "recipe", "base_config", "coto"), Mapping),
     "method": str,
     "seed": int,
 }

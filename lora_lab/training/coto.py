@@ -10,17 +10,22 @@ In a Trainer, one line: ``Trainer(…, callbacks=[CoToCallback()])``. In a loop 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import TrainerCallback
 
 from lora_lab.adapters.attached import layers
 from lora_lab.adapters.groups import group
-from lora_lab.errors import OptionError, TunerError
+from lora_lab.errors import LoraLabWarning, OptionError, TunerError, shorten
+from lora_lab.training.recipe import METHODS
 from lora_lab.training.schedule import Mask, Schedule
+from lora_lab.training.signing import sign_saves
 
 
 class Switches:
@@ -32,6 +37,10 @@ class Switches:
 
     `groups`: "block" (one switch a transformer block), "module" (one a layer), or {name: regular expression},
     searched in the module's name, of which exactly one must match each layer.
+
+    Under DistributedDataParallel, whose processes must all draw the same masks, every parameter has to get a gradient:
+    those of a layer that is off get zeros, which are taken away again before the optimiser steps. So
+    find_unused_parameters is not needed.
     """
 
     def __init__(self, model: nn.Module, groups: str | Mapping[str, str] = "block") -> None:
@@ -41,6 +50,7 @@ class Switches:
         self.groups = group(list(found), groups)
         self._bypasses = [[_Bypass(found[name]) for name in names] for names in self.groups.values()]
         self._mask = [True] * len(self.groups)
+        self._hook: Any = None
 
     def __enter__(self) -> Switches:
         return self
@@ -59,6 +69,18 @@ class Switches:
                 self._mask[i] = bool(on)
                 for bypass in self._bypasses[i]:
                     bypass.switch(on=bool(on))
+        some_off = not all(self._mask)
+        if some_off and self._hook is None and _distributed():
+            self._hook = register_optimizer_step_pre_hook(self._forget)
+        elif not some_off and self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _forget(self, *_: Any) -> None:
+        """Before an optimiser's step: no gradient for the layers that are off, as there is none in one process."""
+        for i, on in enumerate(self._mask):
+            for parameter in (p for bypass in self._bypasses[i] if not on for p in bypass.parameters):
+                parameter.grad = None
 
     def draw(self, schedule: Schedule, step: int, steps: int, *, seed: int) -> Mask:
         """Set and return the schedule's mask of this optimiser step; draw once a step, not once a batch."""
@@ -83,6 +105,12 @@ class _Bypass:
         self._forward: Any = None
         self._own: Any = None
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of the adapter that are trained."""
+        named = self._layer.named_parameters()
+        return [p for name, p in named if p.requires_grad and not name.startswith("base_layer.")]
+
     def switch(self, *, on: bool) -> None:
         """Take the place of the layer's forward, or give it back."""
         if not on:
@@ -98,9 +126,44 @@ class _Bypass:
             return self._forward(*args, **kwargs)
         self._layer._disable_adapters = True
         try:
-            return self._forward(*args, **kwargs)
+            output = self._forward(*args, **kwargs)
         finally:
             self._layer._disable_adapters = False
+        if _distributed():  # a gradient of zeros for each: 0 · its first entry
+            for parameter in self.parameters:
+                output = _plus(output, parameter[(0,) * parameter.ndim] * 0)
+        return output
+
+
+def _distributed() -> bool:
+    """Whether gradients are shared with other processes."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return there and torch.distributed.get_world_size() > 1
+
+
+def _plus(output: Any, term: Tensor) -> Any:
+    """The output, or of several tensors the first, with a number added."""
+    if isinstance(output, tuple):
+        return _plus(output[0], term), *output[1:]
+    return output + term.to(output.dtype)
+
+
+_FIRST_STEPS = 10
+"""After so many it is looked at whether anything moves."""
+
+
+def _fingerprint(model: nn.Module, names: Sequence[str]) -> float:
+    """A number that changes with the weights B of the layers; of tuners without a lora_B, with all of the adapter's."""
+    found = layers(model)
+    named = [(name, p) for each in names for name, p in found[each].named_parameters() if "base_layer" not in name]
+    chosen = [p for name, p in named if "lora_B" in name] or [p for _, p in named]
+    return float(sum((p.detach().double() * _weights(p)).sum() for p in chosen))
+
+
+def _weights(parameter: Tensor) -> Tensor:
+    """Different for each entry, so that changes do not cancel."""
+    count = torch.arange(1, parameter.numel() + 1, dtype=torch.float64, device=parameter.device)
+    return count.sqrt().view(parameter.shape)
 
 
 class CoToCallback(TrainerCallback):  # type: ignore[misc]
@@ -108,7 +171,8 @@ class CoToCallback(TrainerCallback):  # type: ignore[misc]
 
     Step and length come from the Trainer's own state, and the mask is a function of (seed, step): so gradient
     accumulation, gradient checkpointing and resuming give what one uninterrupted run gives, and all ranks agree.
-    `log` holds (step, p, mask) of every step so far.
+    `log` holds (step, p, mask) of every step so far. What the Trainer, or `model.save_pretrained`, saves from then on
+    has method, seed, schedule and masks in its record. A LoraLabWarning tells of groups that do not move.
     """
 
     def __init__(
@@ -119,6 +183,25 @@ class CoToCallback(TrainerCallback):  # type: ignore[misc]
         self.log: list[tuple[int, float, Mask]] = []
         self._grouping = groups
         self._switches: Switches | None = None
+        self._still: dict[str, float] = {}
+        self._began = self._steps = self._training_seed = 0
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the files of the adapter say of its training: masks as texts of 0 and 1, a letter a group."""
+        method = next((name for name, each in METHODS.items() if each.law == self.schedule.law), self.schedule.law)
+        masks = ["".join("01"[int(on)] for on in mask) for _, _, mask in self.log]
+        return {
+            "method": method,
+            "seed": self._training_seed,
+            "coto": {
+                "schedule": vars(self.schedule),
+                "groups": list(self.groups),
+                "seed": self.seed,
+                "steps": self._steps,
+                "masks": masks,
+            },
+        }
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -133,7 +216,10 @@ class CoToCallback(TrainerCallback):  # type: ignore[misc]
         if self._switches:
             self._switches.all_on()
         self._switches = Switches(model, self._grouping)
+        self._began, self._steps, self._training_seed = state.global_step, state.max_steps, args.seed
         self.log = [self._entry(step, state.max_steps) for step in range(state.global_step)]
+        self._still = {name: _fingerprint(model, names) for name, names in self.groups.items()}
+        sign_saves(model, self)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draw the mask of this optimiser step."""
@@ -142,15 +228,33 @@ class CoToCallback(TrainerCallback):  # type: ignore[misc]
             self._switches.set(entry[2])
             self.log.append(entry)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Everything on until the next step."""
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        """Everything on until the next step; once, a look at what has moved."""
         if self._switches:
             self._switches.all_on()
+        if len(self.log) == self._began + _FIRST_STEPS and model is not None:
+            self._tell_unmoved(model)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the model as it was."""
         if self._switches:
             self._switches.all_on()
+
+    def _tell_unmoved(self, model: nn.Module) -> None:
+        """A warning where the first steps have left groups as they were that were on in one of them.
+
+        The very first does not count: its learning rate may be 0.
+        """
+        masks = [mask for _, _, mask in self.log[self._began + 1 :]]
+        on = [name for k, name in enumerate(self.groups) if any(mask[k] for mask in masks)]
+        unmoved = [name for name in on if _fingerprint(model, self.groups[name]) == self._still[name]]
+        if unmoved:
+            warnings.warn(
+                f"after {_FIRST_STEPS} steps the adapters of {shorten(unmoved)} are as they were at first: are they "
+                "trainable, and among the optimiser's parameters?",
+                LoraLabWarning,
+                stacklevel=2,
+            )
 
     def _entry(self, step: int, steps: int) -> tuple[int, float, Mask]:
         mask = self.schedule.mask(step, steps, len(self.groups), self.seed)
