@@ -36,9 +36,9 @@ from transformers import (
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.attached import attach
 from lora_lab.adapters.groups import players
-from lora_lab.analysis.connectivity import LineModels, MixPoint, score_points
 from lora_lab.analysis.game import Game
 from lora_lab.analysis.gates import GatedGame
+from lora_lab.analysis.points import LineModels, MixPoint, score_points
 from lora_lab.analysis.questions import Shapley
 from lora_lab.games import estimators
 from lora_lab.games.coalitions import all_coalitions

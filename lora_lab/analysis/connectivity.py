@@ -19,13 +19,13 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import described, labels_of, method_of
+from lora_lab.analysis.points import METRICS, LineModels, MixPoint, ScoredPoints, score_points
 from lora_lab.analysis.questions import Interpolate as Interpolate
 from lora_lab.analysis.questions import in_words
 from lora_lab.errors import OptionError
@@ -33,14 +33,10 @@ from lora_lab.merging.paths import SPACES, Paths
 from lora_lab.registry import Registry
 from lora_lab.results.analysis_kinds import MAIN_BARRIER
 from lora_lab.results.result import Result, columns, finite, grouped
-from lora_lab.results.stats import Floats, Sampled, mean_and_spread, proportion
-from lora_lab.scoring.changes import Change
+from lora_lab.results.stats import Floats, Sampled, mean_and_spread
 from lora_lab.scoring.evaluator import Evaluator
-from lora_lab.scoring.examples import Examples
 from lora_lab.scoring.execution import Execution
-from lora_lab.scoring.models import TaskModels
-from lora_lab.tasks import digests
-from lora_lab.tasks.task import Scores, Task
+from lora_lab.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -77,29 +73,6 @@ max(L(0), L(1)). midpoint: the value L(½) itself. The supremum is over the grid
 are never negative; with noise it is above 0 even where there is no barrier, and the interval tells.
 """
 
-METRICS = ("loss", "error")
-
-
-@dataclass(frozen=True)
-class MixPoint(Change):
-    """One place to be evaluated: weights over all adapters, and the space in which they act."""
-
-    weights: tuple[float, ...]
-    space: str
-
-    @property
-    def key(self) -> str:
-        """Equal for points that are one model: an adapter alone is itself in every space."""
-        used = [(i, w) for i, w in enumerate(self.weights) if w]
-        if len(used) == 1 and used[0][1] == 1:
-            return f"own:{used[0][0]}"
-        return self.space + ":" + ",".join(f"{i}={w:.12g}" for i, w in used) + f" {digests.of_transforms()}"
-
-    def apply(self, models: LineModels, examples: Examples) -> Scores:
-        """Scores of the mix; DivergedError where they are not finite."""
-        with models.wearing(models.paths.mix(self.weights, self.space)) as model:
-            return models.tasks[0].score(model, examples.split)
-
 
 def answer(question: Interpolate, adapters: Sequence[Adapter], task: Task, on: Execution) -> Result:
     """Curves, mixtures and barriers."""
@@ -115,18 +88,16 @@ def answer(question: Interpolate, adapters: Sequence[Adapter], task: Task, on: E
     }
     mixtures = _ratio_points(question.ratios, len(adapters), _mixture_spaces(question))
     points = [*itertools.chain(*lines.values()), *(point for _, point in mixtures)]
-    scores = score_points(evaluator, points)
-    sampled = {metric: _Sampled(scores, metric, question.seed) for metric in METRICS}
+    scored = ScoredPoints(score_points(evaluator, points), question.seed)
     rows = [
-        {**_who(adapters, pair), "t": float(t), "ratio": None, **_cells(point, scores, sampled["loss"], paths)}
+        {**_who(adapters, pair), "t": float(t), "ratio": None, **_cells(point, scored, paths)}
         for (pair, _), line in lines.items()
         for t, point in zip(grid, line, strict=True)
     ]
     for (members, ratio), point in mixtures:
-        cells = _cells(point, scores, sampled["loss"], paths)
-        rows.append({**_who(adapters, members), "t": None, "ratio": ratio, **cells})
+        rows.append({**_who(adapters, members), "t": None, "ratio": ratio, **_cells(point, scored, paths)})
     curves = {
-        (pair, space, metric): sampled[metric].line(line) for (pair, space), line in lines.items() for metric in METRICS
+        (pair, space, metric): scored.line(line, metric) for (pair, space), line in lines.items() for metric in METRICS
     }
     return Result(
         question.kind,
@@ -139,7 +110,7 @@ def answer(question: Interpolate, adapters: Sequence[Adapter], task: Task, on: E
             "adapters": [described(a) for a in adapters],
         },
         finite(_summary(adapters, pairs, spaces, curves, grid)),
-        evaluator.provenance(adapters, began=began, run=question.run_id(adapters, task), evaluations=len(scores)),
+        evaluator.provenance(adapters, began=began, run=question.run_id(adapters, task), evaluations=len(scored)),
     )
 
 
@@ -165,22 +136,6 @@ def check(question: Interpolate, adapters: Sequence[Adapter]) -> None:
 
 def _mixture_spaces(question: Interpolate) -> list[str]:
     return [space for space in question.spaces if SPACES[space].mixtures]
-
-
-class LineModels(TaskModels):
-    """A model that wears any mix of its adapters."""
-
-    @cached_property
-    def paths(self) -> Paths:
-        """What mixes them."""
-        return Paths(self.adapters)
-
-
-def score_points(evaluator: Evaluator, points: Sequence[MixPoint]) -> dict[str, Scores]:
-    """Scores by `MixPoint.key`, every different point once; the evaluator is to build `LineModels`."""
-    different = {point.key: point for point in points}
-    evaluator.total = len(different)
-    return dict(zip(different, evaluator.scores(list(different.values())), strict=True))
 
 
 def _with_matched(paths: Paths, spaces: Sequence[str]) -> list[str]:
@@ -222,29 +177,10 @@ def _who(adapters: Sequence[Adapter], members: Sequence[int]) -> dict[str, Any]:
     }
 
 
-class _Sampled:
-    """One metric of every evaluated point, under one bootstrap resampling of the examples."""
-
-    def __init__(self, scores: Mapping[str, Scores], metric: str, seed: int) -> None:
-        self._index = {key: i for i, key in enumerate(scores)}
-        values = [s.loss if metric == "loss" else s.wrong for s in scores.values()]
-        self._all = Sampled.of(np.stack(values), seed=seed)
-
-    def line(self, points: Sequence[MixPoint]) -> Sampled:
-        return self._all[[self._index[point.key] for point in points]]
-
-
-def _cells(point: MixPoint, scores: Mapping[str, Scores], losses: _Sampled, paths: Paths) -> dict[str, Any]:
+def _cells(point: MixPoint, scored: ScoredPoints, paths: Paths) -> dict[str, Any]:
     """What a row says of its point."""
-    loss = losses.line([point]).estimate(lambda L: L[0])
-    accuracy = proportion(scores[point.key].correct)
-    return {
-        "space": point.space,
-        "weights": list(point.weights),
-        **dict(zip(("loss", "loss_low", "loss_high"), loss, strict=True)),
-        **dict(zip(("accuracy", "accuracy_low", "accuracy_high"), accuracy, strict=True)),
-        "norm": paths.norm(point.weights, point.space),
-    }
+    norm = paths.norm(point.weights, point.space)
+    return {"space": point.space, "weights": list(point.weights), **scored.cells(point), "norm": norm}
 
 
 Curves = Mapping[tuple[tuple[int, int], str, str], Sampled]
