@@ -24,6 +24,7 @@ _VERBS = (
     "quickstart",
     "train",
     "interpolate",
+    "plane",
     "stability",
     "shapley",
     "compare",

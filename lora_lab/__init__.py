@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lora_lab.api import task as task
     from lora_lab.api import train as train
     from lora_lab.api import verify as verify
+    from lora_lab.around import plane as plane
     from lora_lab.errors import LoraLabError as LoraLabError
     from lora_lab.results.result import Result as Result
     from lora_lab.scoring.execution import Execution as Execution
@@ -68,6 +69,7 @@ __getattr__, __dir__, __all__ = face(
             "train",
             "verify",
         ),
+        "around": ("plane",),
         "errors": ("LoraLabError",),
         "results.result": ("Result",),
         "scoring.execution": ("Execution",),

@@ -7,11 +7,10 @@ for more than it may without `trust_record`). `on` says where it is computed; `p
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +36,9 @@ from lora_lab.given import (
     paths_of,
     task_of_given,
 )
+from lora_lab.given import answered as _answered
+from lora_lab.given import shown as _shown
 from lora_lab.options import checked
-from lora_lab.progress import bar
 from lora_lab.results.result import Result
 from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.task import Task
@@ -46,7 +46,6 @@ from lora_lab.tasks.task import Task
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lora_lab.analysis.question import Question
     from lora_lab.fusing.fuse import Fused
     from lora_lab.fusing.verify import Verified
 
@@ -385,29 +384,3 @@ def figure(results: Results, kind: str | None = None, *, width: str = "double") 
     several = [results] if isinstance(results, Result | str | os.PathLike) else results
     loaded = [result if isinstance(result, Result) else Result.load(Path(result)) for result in several]
     return plots.figure(loaded, kind=kind, width=width)
-
-
-def _answered(
-    question: Question,
-    adapters: Adapters,
-    task: Any,
-    trust_record: bool,
-    shown: contextlib.AbstractContextManager[Execution],
-    of: Callable[[Sequence[Adapter], Any, bool], Any] | None = None,
-) -> Result:
-    """The answer to a question about these adapters, on the task that they share, or on what `of` makes of theirs."""
-    loaded = adapters_of(adapters)
-    question.check(loaded)
-    with shown as where:
-        return question.run(loaded, (of or one_task_of)(loaded, task, trust_record), where)
-
-
-@contextlib.contextmanager
-def _shown(on: Execution | None, what: str, progress: bool) -> Iterator[Execution]:
-    """The execution, with a bar unless it tells somebody already or none is wanted."""
-    on = on or Execution()
-    if not progress or on.progress:
-        yield on
-        return
-    with bar(what) as report:
-        yield dataclasses.replace(on, progress=report)

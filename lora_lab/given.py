@@ -5,18 +5,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from lora_lab import tasks
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.errors import OptionError, unknown
+from lora_lab.progress import bar
 from lora_lab.results.result import Result
 from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.choosing import task_of, tasks_of
 from lora_lab.tasks.task import Task
+
+if TYPE_CHECKING:
+    from lora_lab.analysis.question import Question
 
 Path_ = str | os.PathLike[str]
 Adapters = Annotated[Adapter | Path_ | Sequence[Adapter | Path_], "an adapter, what `load` reads, or a list of them"]
@@ -64,6 +68,33 @@ def each_task_of(adapters: Sequence[Adapter], given: TaskEach, trust_record: boo
     if len(several) not in (1, len(adapters)):
         raise OptionError(f"{len(adapters)} adapters and {len(several)} tasks; one for all, or one an adapter")
     return several * len(adapters) if len(several) == 1 else several
+
+
+def answered(
+    question: Question,
+    adapters: Adapters,
+    task: Any,
+    trust_record: bool,
+    telling: contextlib.AbstractContextManager[Execution],
+    of: Callable[[Sequence[Adapter], Any, bool], Any] | None = None,
+    **more: Any,
+) -> Result:
+    """The answer to a question about these adapters, on the task that they share, or on what `of` makes of theirs."""
+    loaded = adapters_of(adapters)
+    question.check(loaded)
+    with telling as where:
+        return question.run(loaded, (of or one_task_of)(loaded, task, trust_record), where, **more)
+
+
+@contextlib.contextmanager
+def shown(on: Execution | None, what: str, progress: bool) -> Iterator[Execution]:
+    """The execution, with a bar unless it tells somebody already or none is wanted."""
+    on = on or Execution()
+    if not progress or on.progress:
+        yield on
+        return
+    with bar(what) as report:
+        yield dataclasses.replace(on, progress=report)
 
 
 def kept_by(

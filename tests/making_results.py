@@ -43,6 +43,26 @@ def cells(accuracy, t):
     }
 
 
+def plane(names=("a", "b", "base"), side=9):
+    """A valley around (1, 1), with corners at (0, 0), (3, 0), (1, 2)."""
+    grid = np.linspace(-1, 4, side)
+    rows = []
+    for y in grid:
+        for x in grid:
+            far = float(np.hypot(x - 1, y - 1))
+            norms = {"norm": 1 + far, "matched_norm": 2.5 if x < 3 else None}
+            rows.append(
+                {"x": float(x), "y": float(y), "weights": [0.2, 0.3, 0.5], **norms, **cells(0.95 - 0.1 * far, 0)}
+            )
+    corners = [
+        {"adapter": name, "x": x, "y": y, "weights": [0, 0, 1], "norm": 2.0, "matched_norm": 2.0, **cells(0.9, 0)}
+        for name, (x, y) in zip(names, ((0, 0), (3, 0), (1, 2)), strict=True)
+    ]
+    said = {"points": side, "task": {"name": "digits/relabel"}, "split": "test", "adapters": []}
+    gains = [{"metric": "loss", "value": 0.01, "low": -0.01, "high": 0.03, "x": 1.0, "y": 1.0}]
+    return Result("plane", columns(rows), said, {"corners": corners, "gains": gains}, {"examples": 500})
+
+
 def merges(methods=("lora", "coto"), names=("average", "ties"), seeds=2, ratios=(None,)):
     rows, sets, curves = [], [], []
     for method in methods:
@@ -287,6 +307,7 @@ def _tried(view, names, layers):
 REAL_SIZES = {
     "compare": lambda view, names, layers: [compared(names, layers)],
     "interpolate": _lines,
+    "plane": lambda view, names, layers: [plane(names[3 * i : 3 * i + 3]) for i in range(min(3, len(names) // 3))],
     "shapley": _games,
     "stability": _kept,
     "sweep": _pruned,

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from lora_lab.errors import DivergedError
 from lora_lab.merging.paths import Paths
-from lora_lab.results.stats import Sampled, proportion
+from lora_lab.results.stats import Floats, Sampled, proportion
 from lora_lab.scoring.changes import Change
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import Examples
@@ -76,8 +77,12 @@ class ScoredPoints:
     def __init__(self, scores: Mapping[str, Scores], seed: int) -> None:
         self._scores = scores
         self._index = {key: i for i, key in enumerate(scores)}
-        values = {"loss": [each.loss for each in scores.values()], "error": [each.wrong for each in scores.values()]}
-        self._sampled = {metric: Sampled.of(np.stack(values[metric]), seed=seed) for metric in METRICS}
+        values: dict[str, Any] = {
+            "loss": [each.loss for each in scores.values()],
+            "error": [each.wrong for each in scores.values()],
+        }
+        self._values = {metric: np.stack(values[metric]) for metric in METRICS}
+        self._sampled = {metric: Sampled.of(self._values[metric], seed=seed) for metric in METRICS}
 
     def __len__(self) -> int:
         return len(self._scores)
@@ -85,6 +90,10 @@ class ScoredPoints:
     def line(self, points: Sequence[MixPoint], metric: str) -> Sampled:
         """One metric of these points, in order; lines of one metric are paired."""
         return self._sampled[metric][[self._index[point.key] for point in points]]
+
+    def values(self, points: Sequence[MixPoint], metric: str) -> Floats:
+        """One metric of these points on each example, [points, examples]."""
+        return self._values[metric][[self._index[point.key] for point in points]].astype(np.float64)
 
     def cells(self, point: MixPoint) -> dict[str, float]:
         """Loss and accuracy of a point with their intervals, as rows of results have them."""

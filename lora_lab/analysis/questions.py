@@ -29,11 +29,13 @@ def _players() -> Any:
     )
 
 
-def _split() -> Any:
+def split_option() -> Any:
+    """The split that is scored."""
     return option("test", "NAMES.", choices=Later("lora_lab.tasks.task", "SPLITS"))
 
 
-def _examples() -> Any:
+def example_option() -> Any:
+    """How many of its examples."""
     return option(None, "Score on so many examples of the split, drawn with seed 0.", least=1)
 
 
@@ -66,7 +68,7 @@ class Interpolate(Question):
     ratios: tuple[tuple[float, ...], ...] = option(
         (), "Also score weighted mixtures of the adapters, e.g. 0:1,1:2,1:1,1:1:1."
     )
-    split: str = _split()
+    split: str = split_option()
     seed: int = option(0, "Seed of the bootstrap.", least=0)
 
     @property
@@ -113,7 +115,7 @@ class CompareMerges(Question):
         ((0.0, 1.0), (1.0, 2.0), (1.0, 1.0), (1.0, 1.0, 1.0)), "For seeds of one task: weights of the mixtures."
     )
     base_name: str | None = option(None, "Folder or hub id of the base model, for DoRA, HiRA and others.", flag="base")
-    split: str = _split()
+    split: str = split_option()
     seed: int = option(0, "Seed of the bootstrap.", least=0)
 
     @property
@@ -200,8 +202,8 @@ class Shapley(Question):
     budget: int | None = option(None, "Ask for at most so many different coalitions.")
     order: int = option(1, "2 adds pairwise interactions.", least=1, most=2)
     options: Mapping[str, Any] = option({}, "Option of the estimator, e.g. nodes=5.", flag="set")
-    split: str = _split()
-    examples: int | None = _examples()
+    split: str = split_option()
+    examples: int | None = example_option()
     seed: int = option(0, "Draws the coalitions.", least=0)
 
     def check(self, adapters: Sequence[Adapter]) -> None:
@@ -255,8 +257,8 @@ class Stability(Question):
     )
     rescale: bool = option(True, "Everything a second time with the updates multiplied by G/k, k of G players on.")
     every: bool | None = option(None, "All 2^G keep-sets or only samples; by default all where that costs little more.")
-    split: str = _split()
-    examples: int | None = _examples()
+    split: str = split_option()
+    examples: int | None = example_option()
     seed: int = option(0, "Draws the keep-sets and the bootstrap.", least=0)
 
     def check(self, adapters: Sequence[Adapter]) -> None:
@@ -310,8 +312,8 @@ class Sweep(Question):
         False, "That share of every matrix, or of all entries together.", flag="per-matrix/global"
     )
     draws: int = option(5, "Draws of every random control.", least=1)
-    split: str = _split()
-    examples: int | None = _examples()
+    split: str = split_option()
+    examples: int | None = example_option()
     seed: int = option(0, "Of random controls and the bootstrap.", least=0)
 
     @property
@@ -340,7 +342,7 @@ class Evaluate(Question):
 
     kind = "evaluate"
 
-    split: str = _split()
+    split: str = split_option()
     base: bool = option(True, "Score the base model without an adapter, too.")
     seed: int = option(0, "Seed of the bootstrap.", least=0)
 

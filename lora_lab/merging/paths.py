@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -133,6 +135,11 @@ class Paths:
         else:
             squares = entry.norms(self._products(used, entry.prepare), w)
         return math.sqrt(max(0.0, float(squares.sum())))
+
+    def gram(self) -> npt.NDArray[np.float64]:
+        """⟨ΔW_i, ΔW_j⟩ over all modules, [adapters, adapters], from rank × rank cores."""
+        gram: npt.NDArray[np.float64] = self._products(tuple(range(len(self.adapters))), None).deltas.sum(0).numpy()
+        return gram
 
     def _mixed(self, weights: Sequence[float], entry: Space) -> dict[str, LowRank]:
         used = tuple(i for i, weight in enumerate(weights) if weight)

@@ -20,6 +20,7 @@ from lora_lab.files.ownership import MARK
 from lora_lab.plots import compare as plot_compare
 from lora_lab.plots import line as plot_line
 from lora_lab.plots import merges as plot_merges
+from lora_lab.plots import plane as plot_plane
 from lora_lab.plots import shapley as plot_shapley
 from lora_lab.plots import stability as plot_stability
 from lora_lab.plots import style as plot_style
@@ -198,6 +199,7 @@ PLOTS = Registry(
         "interpolate:loss": View(plot_line.draw_loss, "interpolate", "loss along lines, and ‖ΔW‖", _ON_LINES),
         "interpolate:matrix": View(plot_line.draw_matrix, "interpolate", "barriers between all adapters", _ON_LINES),
         "interpolate:ratios": View(plot_line.draw_ratios, "interpolate", "accuracy of mixtures", _ON_LINES),
+        "plane": View(plot_plane.draw, "plane", "accuracy and loss on the plane through three points"),
         "shapley": View(plot_shapley.draw, "shapley", "a heat map of types and layers, or bars", _IN_GAMES),
         "shapley:bars": View(plot_shapley.draw_bars, "shapley", "values with their intervals", _IN_GAMES),
         "shapley:heatmap": View(plot_shapley.draw_heatmap, "shapley", "values by type and layer", _IN_GAMES),

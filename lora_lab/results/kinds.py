@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from lora_lab.results import analysis_kinds, geometry_kinds, merging_kinds, training_kinds
+from lora_lab.results import analysis_kinds, geometry_kinds, landscape_kinds, merging_kinds, training_kinds
 from lora_lab.results.schema import Kind
 
 KINDS: dict[str, Kind] = {
     kind.name: kind
-    for kind in (*training_kinds.KINDS, *analysis_kinds.KINDS, *merging_kinds.KINDS, *geometry_kinds.KINDS)
+    for room in (training_kinds, analysis_kinds, landscape_kinds, merging_kinds, geometry_kinds)
+    for kind in room.KINDS
 }
 """Name of the verb → what its results hold. What an answer hangs on lies in their `parameters`, its origin in their
 `provenance`."""

@@ -24,6 +24,7 @@ from lora_lab.tasks.kinds.digits import Digits
 ENDED = "error: interrupted; nothing half-written was left"
 RUNS = {
     "interpolate": ["a.safetensors", "b.safetensors", "--points", 3, "--ratios", "0:1"],
+    "plane": ["a.safetensors", "b.safetensors", "--base", "--points", 3],
     "stability": ["a.safetensors", "--samples", 2, "--examples", 40, "--p", "0.5"],
     "shapley": ["a.safetensors", "--examples", 40, "--estimator", "exact"],
     "sweep": ["a.safetensors", "--examples", 40, "--sparsities", "0.5", "--draws", 1],

@@ -45,6 +45,7 @@ def one_line(result, *words, code=1):
         "quickstart",
         "train",
         "interpolate",
+        "plane",
         "stability",
         "shapley",
         "compare",

@@ -44,6 +44,7 @@ VERBS = {
     "inspect": ["--json"],
     "evaluate": ["--no-base"],
     "interpolate": ["--points", "2", "--ratios", "1:1"],
+    "plane": ["--base", "--points", "2"],
     "stability": ["--samples", "2", "--examples", "20", "--yes"],
     "shapley": ["--samples", "1", "--examples", "20", "--yes"],
     "sweep": ["--structured", "--draws", "1", "--examples", "20", "--yes"],

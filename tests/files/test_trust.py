@@ -96,6 +96,7 @@ def stamp(path, *, record=None, signature=None):
 VERBS = {
     "evaluate": ("evaluate", "a.safetensors"),
     "interpolate": ("interpolate", "a.safetensors", "b.safetensors"),
+    "plane": ("plane", "a.safetensors", "b.safetensors", "--base"),
     "stability": ("stability", "a.safetensors"),
     "shapley": ("shapley", "a.safetensors"),
     "sweep": ("sweep", "a.safetensors"),

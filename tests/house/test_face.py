@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import lora_lab as ll
-from lora_lab import api, tasks
+from lora_lab import given, tasks
 from lora_lab.adapters.reading import inspect
 from lora_lab.analysis.connectivity import Interpolate
+from lora_lab.analysis.landscape import Plane
 from lora_lab.analysis.questions import Evaluate, Shapley, Stability, Sweep
 from lora_lab.errors import LoraLabError, MismatchError, OptionError, TrustError
 from lora_lab.merging.sources import Sources
@@ -23,7 +24,7 @@ from lora_lab.training.fit import train
 
 NAMES = ["Adapter", "CoToCallback", "Execution", "LoraLabError", "LowRank", "Recipe", "Result", "Schedule"]
 NAMES += ["compare", "compare_merges", "convert", "evaluate", "extract", "figure", "fuse", "inspect", "interpolate"]
-NAMES += ["load", "merge", "prune", "record", "shapley", "stability", "sweep", "task", "train", "verify"]
+NAMES += ["load", "merge", "plane", "prune", "record", "shapley", "stability", "sweep", "task", "train", "verify"]
 QUIET = {"progress": False}
 SHORT = {"seed": 1, "steps": 6, "batch_size": 8, "target_modules": ["q_proj", "fc1"]}
 
@@ -73,6 +74,7 @@ def test_training_gives_the_adapter_of_the_recipe(pair):
         (ll.interpolate, Interpolate, {"points": 2, "spaces": ["delta"], "split": "validation"}),
         (ll.stability, Stability, {"samples": 2, "every": False, "examples": 20, "players": "type", "rescale": False}),
         (ll.shapley, Shapley, {"samples": 2, "players": "type", "examples": 20, "estimator": "permutation"}),
+        (ll.plane, Plane, {"base": True, "points": 2, "examples": 20}),
         (ll.sweep, Sweep, {"kinds": "rank", "draws": 1, "examples": 20}),
         (ll.evaluate, Evaluate, {"split": "validation", "base": False}),
     ],
@@ -144,7 +146,7 @@ def test_a_result_is_drawn_from_itself_or_its_file(pair, tmp_path):
 
 def test_a_bar_is_shown_unless_it_is_switched_off_or_somebody_else_is_told(pair, monkeypatch, capsys):
     shown, told = [], []
-    monkeypatch.setattr(api, "bar", lambda what: shown.append(what) or pytest.MonkeyPatch.context())
+    monkeypatch.setattr(given, "bar", lambda what: shown.append(what) or pytest.MonkeyPatch.context())
     options = {"split": "validation", "base": False}
     on = ll.Execution(progress=lambda done, total: told.append((done, total)))
     ll.evaluate(pair[0], on=on, **options)

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from making_results import compared, line, merges, run, shapley_result, stability_result, sweep_result, tried_result
+from making_results import (
+    compared,
+    line,
+    merges,
+    plane,
+    run,
+    shapley_result,
+    stability_result,
+    sweep_result,
+    tried_result,
+)
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -24,6 +34,7 @@ MADE = {
     "compare": compared,
     "compare-merges": merges,
     "interpolate": lambda: line(pairs=((0, 1), (0, 2)), ratios=("1:1",)),
+    "plane": plane,
     "shapley": lambda: shapley_result(interactions=True),
     "stability": stability_result,
     "sweep": sweep_result,

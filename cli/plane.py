@@ -1,0 +1,58 @@
+"""`lora-lab plane`: the plane through three adapters."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from ..analysis.landscape import Plane
+from .options import Computing, Loading, OneTask, Output
+from .outputs import answer
+from .terminal import console, estimate, table
+
+
+def command(
+    adapters: Annotated[list[str], typer.Argument(help="Three adapters, or two with --base.")],
+    question: Plane,
+    task: OneTask,
+    loading: Loading,
+    computing: Computing,
+    output: Output,
+) -> None:
+    """Loss and accuracy on the plane through three adapters: one basin, or valleys with a ridge between them.
+
+    Every point is an exact mix of the three ΔW with weights that sum to 1; distances are those of ΔW. The dashed curve
+    of the figure goes through all points whose ‖ΔW‖ is the weighted mean of the adapters' own: inside of it ΔW has
+    shrunk, so that a rise there need not be a barrier. With **--base** the third point is the base model itself.
+
+    Every point costs one pass over the split: 15 × 15 of them by default. They are kept, so that a run that was cut
+    off goes on.
+
+    Example:  lora-lab plane a.safetensors b.safetensors c.safetensors --points 11
+    """
+    output.print(answer(question, adapters, loading, task, computing, output, doing="scoring a plane"), show)
+
+
+def show(result: Any) -> None:
+    """The corners, and how much better the plane becomes elsewhere."""
+    n, split = result.provenance["examples"], result.parameters["split"]
+    rows = [
+        (
+            corner["adapter"],
+            corner["x"],
+            corner["y"],
+            corner["norm"],
+            estimate(corner["accuracy"], corner["accuracy_low"], corner["accuracy_high"]),
+            estimate(corner["loss"], corner["loss_low"], corner["loss_high"]),
+        )
+        for corner in result.summary["corners"]
+    ]
+    table(f"The three points ({split} split, {n} examples)", ("point", "x", "y", "‖ΔW‖", "accuracy", "loss"), rows)
+    console.print()
+    for gain in result.summary["gains"]:
+        value = estimate(gain["value"], gain["low"], gain["high"])
+        console.print(
+            f"The best point by {gain['metric']}, at ({gain['x']:.2f}, {gain['y']:.2f}), is better than the best of "
+            f"the three by {value} (chosen on half of the examples, compared on the others)."
+        )

@@ -1,0 +1,27 @@
+"""What `import lora_lab as ll` gives about the loss around and between adapters; given as in api.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lora_lab.given import Adapters, TaskLike, answered, from_options, shown
+from lora_lab.options import checked
+from lora_lab.results.result import Result
+from lora_lab.scoring.execution import Execution
+
+
+@checked
+def plane(
+    adapters: Adapters,
+    task: TaskLike = None,
+    *,
+    on: Execution | None = None,
+    progress: bool = True,
+    trust_record: bool = False,
+    **options: Any,
+) -> Result:
+    """Loss and accuracy on the plane through three adapters; `options` are the fields of `Plane`."""
+    from lora_lab.analysis.landscape import Plane
+
+    telling = shown(on, "scoring a plane", progress)
+    return answered(from_options(Plane, options), adapters, task, trust_record, telling)
