@@ -17,6 +17,7 @@ from lora_lab.plots.panels import Panels
 from lora_lab.plots.primitives import Floats
 from lora_lab.results.result import Result
 
+_METRICS = (("accuracy", "accuracy"), ("loss", "loss (nats)"))
 _LEVELS = 13
 _TICKS = 4  # levels from one tick of a colour bar to the next, the first and the last of 13 among them
 _CURVE = {"colors": "white", "linestyles": "dashed", "linewidths": 1.2}
@@ -30,16 +31,16 @@ def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
     columns = 1 if panels.single else 2
     count = 2 * len(results)
     axes = panels.grid(count, columns, (3.4 if panels.single else 2.9) * count / columns)
-    tables = {metric: [_table(result, metric) for result in results] for metric in ("accuracy", "loss")}
+    tables = {metric: [_table(result, metric) for result in results] for metric, _ in _METRICS}
     scales = {
         "accuracy": _scale(tables["accuracy"], np.linspace, Normalize, "cividis"),
         "loss": _scale(tables["loss"], np.geomspace, LogNorm, "cividis_r"),
     }
     for k, ax in enumerate(axes):
-        metric, i = ("accuracy", "loss")[k % 2], k // 2
+        (metric, label), i = _METRICS[k % 2], k // 2
         _draw_one(ax, results[i], tables[metric][i], scales[metric])
         levels = scales[metric]["levels"][::_TICKS]
-        bar = panels.colour_bar([ax], ax.collections[0], metric + " (nats)" * (metric == "loss"))
+        bar = panels.colour_bar([ax], ax.collections[0], label)
         bar.set_ticks(levels, labels=[f"{level:.3g}" for level in levels])
         bar.minorticks_off()
         if k + columns >= count:
