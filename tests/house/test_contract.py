@@ -315,7 +315,6 @@ OTHER_WORDS = {
     ("average",): ("how heads are merged", "adapters/whole.py"),
     ("accuracy", "loss"): (
         "metrics, as columns of results and keys of logs have them",
-        "analysis/connectivity.py",
         "analysis/keep_sets.py",
         "analysis/sweep.py",
         "merging/search.py",
