@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..options import option
+from ..registry import Later
 from ..training.recipe import Recipe
 from . import parsing
 from .options import AdapterFile, Workers
@@ -34,7 +36,26 @@ class SideBySide(Workers):
     jobs: int | None = option(None, "Runs side by side, a process each; by default one a core.", title="jobs")
 
 
-def command(recipe: Grid[Recipe], runs: Runs, workers: SideBySide, output: AdapterFile) -> None:
+@dataclass(frozen=True)
+class Trained(AdapterFile):
+    """The trained adapter, in a format."""
+
+    format: str | None = option(
+        None,
+        "NAMES: the format that is written; by default PEFT's.",
+        names=Later("lora_lab.adapters.formats.registry", "WRITTEN"),
+    )
+
+    def check(self, paths: Sequence[Path]) -> None:
+        """Refuse paths that are none for the format, before anything is trained."""
+        if self.format is not None:
+            from ..adapters.writing import check_place
+
+            for path in paths:
+                check_place(path, self.format)
+
+
+def command(recipe: Grid[Recipe], runs: Runs, workers: SideBySide, output: Trained) -> None:
     """Train an adapter, with CoTo unless told otherwise; beside it lies the run's log (.train.json) and its figure.
 
     CoTo switches the adapters of each block on with a probability p(t) that grows from 0.1 to 1 over the first
@@ -53,9 +74,10 @@ def command(recipe: Grid[Recipe], runs: Runs, workers: SideBySide, output: Adapt
     task = tasks.from_name(runs.task)
     recipes = _recipes(recipe.first, runs)
     paths = [_path(output.output, each, folder=runs.seeds is not None) for each in recipes]
+    output.check(paths)
     if is_first():
         _check_test_split(task)
-    results, tried = _trained(task.spec, recipes, recipe.values, paths, runs, workers, output.force)
+    results, tried = _trained(task.spec, recipes, recipe.values, paths, runs, workers, output)
     if not is_first():
         return
     written = _save_tuning(tried, paths, recipes[0].method) if tried else []
@@ -86,7 +108,7 @@ def _trained(
     paths: list[Path],
     runs: Runs,
     where: SideBySide,
-    force: bool,
+    output: Trained,
 ) -> tuple[list[Any], Any | None]:
     """The log of each run, and where options had several values, what every setting of them gave."""
     from ..scoring.workers import open_workers
@@ -97,8 +119,9 @@ def _trained(
     for setting in settings:  # refused before anything is trained
         replace(recipes[0], **setting)
     with open_workers(None, where.ray, where.device) as workers, progress("training") as report:
-        how: dict[str, Any] = {"processes": where.jobs, "force": force, "progress": report, "workers": workers}
-        jobs = [Job(task, r, path, where.device, runs.report_to) for r, path in zip(recipes, paths, strict=True)]
+        how: dict[str, Any] = {"processes": where.jobs, "force": output.force, "progress": report, "workers": workers}
+        each = zip(recipes, paths, strict=True)
+        jobs = [Job(task, r, path, where.device, runs.report_to, output.format) for r, path in each]
         return tuning.train_best(jobs, settings, **how) if len(settings) > 1 else (train_all(jobs, **how), None)
 
 

@@ -71,6 +71,13 @@ def converted(adapter: Adapter, format_name: str | None = None, dtype: str | Non
     return Converted(made, changes, error)
 
 
+def require_writable(adapter: Adapter, format_name: str) -> None:
+    """Raise what writing the adapter in a format would raise (TunerError, AdapterError); nothing is written."""
+    made, form = converted(adapter, format_name).adapter, FORMATS[format_name]
+    if form.write is not None:
+        form.write(made)
+
+
 def _cast(adapter: Adapter, layout: Layout, dtype: str) -> tuple[Adapter, float]:
     """The adapter with its factors in this type, and ‖ΔW rounded away‖ / ‖ΔW‖ over all modules."""
     if dtype not in DTYPES:

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.attached import base_config, layers
+from lora_lab.adapters.converting import require_writable
 from lora_lab.adapters.formats import peft_format
 from lora_lab.adapters.groups import group
 from lora_lab.adapters.lowrank import LowRank, combine
@@ -46,13 +47,15 @@ def train(
     checkpoints: Path | None = None,
     report_to: str = "none",
     progress: Progress | None = None,
+    written_as: str | None = None,
 ) -> tuple[Adapter, Result]:
     """Train one adapter; it comes with its record, and with the log of the run (p, mask, loss, rate of each step).
 
     `checkpoints` is a folder for Trainer checkpoints (with `recipe.save_every`); a killed run of the same recipe
     goes on from the last one there, with the masks and results of an uninterrupted run. `report_to` names what the
     Trainer logs to (tensorboard, wandb …). Started by torchrun, all processes train one adapter together: a batch of
-    the recipe is shared out among them, and all draw the same masks. Global random state is left as it was.
+    the recipe is shared out among them, and all draw the same masks. Global random state is left as it was. An adapter
+    that the format `written_as` could not carry is refused before it is trained.
     """
     recipe = recipe.for_task(task)
     began, data = time.perf_counter(), data_of(task)
@@ -66,6 +69,8 @@ def train(
         as_trained = record | ({"method": survival.UNSCALED} if scaled else {})
         if scaled and (initial or _read(model).why_not_additive):
             raise TunerError(f"{recipe.method}: {recipe.tuner} has no ΔW = scale · B A that survival rates could scale")
+        if written_as is not None:
+            require_writable(_extract(model, record, base, initial), written_as)
         callbacks = _callbacks(recipe, as_trained, base)
         keep = checkpoints if recipe.save_every else None
         with warnings.catch_warnings():

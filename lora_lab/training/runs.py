@@ -35,6 +35,8 @@ class Job:
     path: Path
     device: str | None = None
     report_to: str = "none"
+    format: str | None = None
+    """In which the adapter is written; None for PEFT's."""
     may_diverge: bool = False
     """Whether a training whose loss is no number is a result (with `summary["diverged"]`), and no error."""
 
@@ -153,22 +155,29 @@ def finished(job: Job, seen: Seen) -> Result | None:
     They are if the adapter is signed as this user's own, its record is the log's, and both are of the job's task, data,
     method, seed and recipe.
     """
-    if not job.path.exists():
-        return None
-    log = _log_of(job, seen)
-    if log is None:
-        return None
-    from lora_lab.adapters.adapter import Adapter
-
-    try:
-        adapter = Adapter.load(job.path)
-    except LoraLabError:
+    log = _log_of(job, seen) if job.path.exists() else None
+    adapter = there(job) if log is not None else None
+    if log is None or adapter is None:
         return None
     record = {key: value for key, value in adapter.record.items() if key != "metrics"}
     wanted, found = recordable(log.parameters.get("record")), adapter.record.get("metrics")
     metrics = {name: log.summary.get(name) for name in found} if isinstance(found, dict) else None
     whole = fingerprint([finite(recordable(record)), finite(found)]) == fingerprint([wanted, metrics])
     return log if adapter.origin.own and whole else None
+
+
+def there(job: Job) -> Adapter | None:
+    """The adapter that lies at the job's path, if it can be read and is in the job's format."""
+    from lora_lab.adapters.adapter import Adapter
+    from lora_lab.adapters.formats.registry import PEFT
+
+    if not job.path.exists():
+        return None
+    try:
+        adapter = Adapter.load(job.path)
+    except LoraLabError:
+        return None
+    return adapter if adapter.layout.format == (job.format or PEFT) else None
 
 
 def _begun(job: Job) -> bool:
@@ -251,6 +260,7 @@ def _trained(job: Job, progress: Progress | None) -> tuple[Adapter | None, Resul
             checkpoints=job.checkpoints,
             report_to=job.report_to,
             progress=progress,
+            written_as=job.format,
         )
     except DivergedError as error:
         if not job.may_diverge:
@@ -262,10 +272,14 @@ def _trained(job: Job, progress: Progress | None) -> tuple[Adapter | None, Resul
 
 def _save(job: Job, adapter: Adapter | None, log: Result, force: bool) -> None:
     from lora_lab import plots
+    from lora_lab.adapters.converting import converted
 
     if adapter is None:
         return
     json, *figures = job.beside
     log.save(json)
-    adapter.save(job.path, force=force)  # after its log: where there is an adapter, the training is finished
+    made = converted(adapter, job.format)
+    for change in made.changes:
+        warnings.warn(f"{job.path}: {change}", LoraLabWarning, stacklevel=2)
+    made.adapter.save(job.path, force=force)  # after its log: where there is an adapter, the training is finished
     plots.save(plots.figure([log]), *figures, force=True)

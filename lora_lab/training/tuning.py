@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from lora_lab.errors import LoraLabError, TaskError
+from lora_lab.errors import TaskError
 from lora_lab.files.disk import refuse_existing
 from lora_lab.files.trust import recordable
 from lora_lab.results.result import Result, columns, fingerprint, finite, provenance
 from lora_lab.scoring.workers import Workers
-from lora_lab.training.runs import Job, Seen, finished, is_first, train_all
+from lora_lab.training.runs import Job, Seen, finished, is_first, there, train_all
 
 Setting = Mapping[str, Any]
 """Field of the recipe → value."""
@@ -54,7 +54,7 @@ def train_best(
     known = {i: log for i, trial in enumerate(trials) if (log := finished(trial, seen)) is not None}
     for i, path in enumerate(paths) if is_first() else ():
         logs_there = [known[k] for k in range(i, len(trials), len(jobs)) if k in known]
-        refuse_existing(path, force=force or _chosen_before(path, logs_there))
+        refuse_existing(path, force=force or _chosen_before(jobs[i], logs_there))
     left = [i for i in range(len(trials)) if i not in known]
     if left:
         done = train_all([trials[i] for i in left], processes=processes, force=True, progress=progress, workers=workers)
@@ -87,17 +87,10 @@ def _trial(job: Job, setting: Setting) -> Job:
     return dataclasses.replace(job, recipe=dataclasses.replace(job.recipe, **setting), path=path, may_diverge=True)
 
 
-def _chosen_before(path: Path, logs: Sequence[Result]) -> bool:
-    """Whether an adapter is what an earlier call has chosen among the trainings of these logs."""
-    from lora_lab.adapters.adapter import Adapter
-
-    if not path.exists():
-        return False
-    try:
-        adapter = Adapter.load(path)
-    except LoraLabError:
-        return False
-    if not adapter.origin.own or "tuning" not in adapter.record:
+def _chosen_before(job: Job, logs: Sequence[Result]) -> bool:
+    """Whether the job's adapter is what an earlier call has chosen among the trainings of these logs."""
+    adapter = there(job)
+    if adapter is None or not adapter.origin.own or "tuning" not in adapter.record:
         return False
     names = ("task", "method", "seed", "recipe", "metrics")
     found = fingerprint([finite(adapter.record.get(name)) for name in names])

@@ -240,6 +240,12 @@ def test_training_one_adapter_writes_it_with_its_log_and_figure(lora_lab, tmp_pa
     assert (tmp_path / "folder" / "adapter_config.json").exists()
     groups = json.loads((tmp_path / "folder.train.json").read_text())["parameters"]["groups"]
     assert list(groups) == ["all"]
+    code, _, err = lora_lab("train", "-o", "for-mlx", "--format", "mlx", "--method", "lora", *SHORT)
+    assert code == 0, err
+    assert json.loads((tmp_path / "for-mlx" / "adapter_config.json").read_text())["fine_tune_type"] == "lora"
+    one_line(lora_lab("train", "-o", "x", "--format", "comfy", *SHORT), "x: comfy is a format of lone files")
+    one_line(lora_lab("train", "-o", "x", "--format", "mxl", *SHORT), "unknown format 'mxl' (did you mean 'mlx'?)")
+    assert not (tmp_path / "x").exists()
 
 
 def test_inspect_as_json_has_the_promised_shape(lora_lab, pair):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from lora_lab import plots
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.analysis import questions
-from lora_lab.errors import FileError, LoraLabNote
+from lora_lab.errors import AdapterError, FileError, LoraLabNote
 from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.training import runs as parallel
 from lora_lab.training.recipe import Recipe
@@ -149,12 +150,40 @@ def test_another_recipe_is_not_taken_for_this_one(folder, trained, changes):
     assert trained == []
 
 
+def test_an_adapter_is_written_in_the_format_that_is_asked_for(folder, trained):
+    plain = Adapter.load(folder / "0.safetensors")
+    with pytest.raises(FileError, match=r"0.safetensors: exists already"):
+        train_all([dataclasses.replace(job(folder), format="mlx")])
+    asked = Job(task.record, job(folder).recipe, folder / "c.safetensors", format="mlx")
+    train_all([asked])
+    made = Adapter.load(asked.path)
+    assert made.layout.format == "mlx"
+    assert made.updates.keys() == plain.updates.keys()
+    for name, update in plain.updates.items():
+        assert float((made.updates[name] - update).norm()) <= 1e-6 * update.bound()
+    with pytest.warns(LoraLabNote, match=r"c.safetensors: this very training is there already, and kept"):
+        train_all([asked])
+    assert trained == [0]
+
+
+def test_a_format_that_cannot_carry_the_adapter_is_refused_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_lab.training.fit._optimise", None)
+    for format_name, tuner, told in (("mlx", "oft", "OFT updates are no"), ("kohya", "lora", "no name that is known")):
+        asked = Job(
+            task.record, dataclasses.replace(RECIPE, peft=tuner), tmp_path / "a.safetensors", format=format_name
+        )
+        with pytest.raises(AdapterError, match=told):
+            train_all([asked])
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_force_trains_again(folder, trained):
     train_all([job(folder)], force=True)
     assert trained == [0]
 
 
 def test_quickstart_called_again_trains_only_what_is_missing_and_draws(lora_lab, monkeypatch, tmp_path):
+    importlib.import_module("lora_lab.cli.interpolate")  # or it would keep the stand-in
     monkeypatch.setattr(Digits, "steps", 4)
     monkeypatch.setattr(
         questions, "Interpolate", functools.partial(questions.Interpolate, points=3, spaces=("factors",))
