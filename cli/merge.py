@@ -11,10 +11,9 @@ import typer
 
 from ..errors import OptionError
 from ..options import option
-from ..progress import duration
 from . import parsing
 from .options import AdapterOutput, Computing, Device, Several, TaskEach
-from .terminal import console, messages, print_json, progress, size, table
+from .terminal import console, foretell, print_json, progress, table
 
 
 @dataclass(frozen=True)
@@ -164,13 +163,10 @@ def _foretell(sources: Any, how: Merging, jobs: int | None) -> None:
     """Tell what a merge will take, in one line, where that is much."""
     from ..merging.forecast import forecast
 
-    expected = forecast(sources, how.method, jobs=jobs, rank=how.rank, exact=how.exact, dtype=how.dtype)
-    if expected.is_long:
-        time = "" if expected.seconds is None else f", about {duration(expected.seconds)} of a core"
-        messages.print(
-            f"to be merged: {expected.modules} modules, rank {expected.rank}, {size(expected.bytes)}{time}, "
-            f"up to {size(expected.memory)} of memory"
-        )
+    foretell(
+        "to be merged",
+        forecast(sources, how.method, jobs=jobs, rank=how.rank, exact=how.exact, dtype=how.dtype),
+    )
 
 
 def _merged(sources: Any, how: Merging, options: Any, spaces: Any, computing: Searching) -> Any:

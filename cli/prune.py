@@ -14,7 +14,7 @@ from ..errors import OptionError
 from ..options import option
 from ..registry import Later
 from .options import Computing, InPlace, OneTask, Reading
-from .terminal import print_json, table
+from .terminal import foretell, print_json, table
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,18 @@ class Choosing:
 
 
 @dataclass(frozen=True)
+class Pruners(Computing):
+    """Where modules are pruned and layers are chosen, and by whom."""
+
+    jobs: int | None = option(
+        None,
+        "With --rank, --energy, --cumulative, --ratio or --sparsity, prune so many modules at a time, by default up to "
+        "four; the result is the same to the bit. For top-shapley, compute in so many processes.",
+        least=1,
+    )
+
+
+@dataclass(frozen=True)
 class ChoosingTask(OneTask):
     """The task that they are chosen on."""
 
@@ -101,7 +113,7 @@ def command(
     choosing: Choosing,
     task: ChoosingTask,
     reading: Reading,
-    computing: Computing,
+    computing: Pruners,
     output: InPlace,
 ) -> None:
     """Write a smaller adapter that PEFT loads: fewer modules (--keep), fewer entries (--sparsity), or a lower rank.
@@ -114,6 +126,7 @@ def command(
     """
     from ..files.disk import refuse_existing
     from ..pruning.entries import prune_weights
+    from ..pruning.forecast import forecast
     from ..pruning.ranks import prune_rank
 
     output = output.at(adapter)
@@ -124,10 +137,12 @@ def command(
     if how.keep is not None:
         pruned = _structured(loaded, how.keep, choosing, task, computing)
     elif how.sparsity is not None:
-        by, seed = how.method or "magnitude", choosing.seed
-        pruned = prune_weights(loaded, sparsity=how.sparsity, by=by, per_matrix=how.per_matrix, seed=seed)
+        by, shared = how.method or "magnitude", {"seed": choosing.seed, "jobs": computing.jobs}
+        foretell("to be pruned", forecast(loaded, criterion=by, jobs=computing.jobs))
+        pruned = prune_weights(loaded, sparsity=how.sparsity, by=by, per_matrix=how.per_matrix, **shared)
     else:
-        pruned = prune_rank(loaded, **how.cut, by=how.rank_by, seed=choosing.seed)
+        foretell("to be pruned", forecast(loaded, rank=how.rank, jobs=computing.jobs))
+        pruned = prune_rank(loaded, **how.cut, by=how.rank_by, seed=choosing.seed, jobs=computing.jobs)
     fitted = output.fit(pruned.adapter)
     fitted.adapter.save(path, force=output.force)
     report = {**_report(path, pruned), "changes": list(fitted.changes), "advice": list(fitted.advice)}

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ..escape import visible, visible_json, visible_stream
-from ..progress import bar
+from ..forecast import Forecast
+from ..progress import bar, duration
 
 
 class Visible:
@@ -120,6 +121,16 @@ def size(count: int) -> str:
     units = ("bytes", "kB", "MB", "GB", "TB")
     power = min(len(units) - 1, max(0, (len(str(count)) - 1) // 3))
     return f"{count / 1000**power:.3g} {units[power]}" if power else f"{count} bytes"
+
+
+def foretell(what: str, expected: Forecast) -> None:
+    """Tell what something will take, in one line, where that is much."""
+    if expected.is_long:
+        time = "" if expected.seconds is None else f", about {duration(expected.seconds)} of a core"
+        messages.print(
+            f"{what}: {expected.modules} modules, rank {expected.rank}, {size(expected.bytes)}{time}, "
+            f"up to {size(expected.memory)} of memory"
+        )
 
 
 def progress(what: str) -> contextlib.AbstractContextManager[Callable[[int, int], None]]:

@@ -26,9 +26,9 @@ from lora_lab.brief import Brief
 from lora_lab.errors import LoraLabWarning, MismatchError, OptionError, shorten
 from lora_lab.files.trust import Origin
 from lora_lab.merging.methods import MERGES, Delta, check
-from lora_lab.merging.side_by_side import in_order, one_core_each, usual_jobs
 from lora_lab.merging.sources import Sources
 from lora_lab.options import check_options, checked, option
+from lora_lab.side_by_side import in_order, one_core_each, usual_jobs
 
 WHOLE: dict[str, Any] = {"exact": True, "dtype": "float32"}
 """Settings of a merge that is scored: nothing is cut or rounded."""

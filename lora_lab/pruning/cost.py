@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.brief import Brief
+from lora_lab.forecast import bytes_of
+from lora_lab.side_by_side import in_order
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,11 +39,18 @@ def measured(
     options: Mapping[str, Any] | None = None,
     *,
     lost: tuple[Mapping[str, float], Mapping[str, float]] | None = None,
+    jobs: int = 1,
 ) -> Pruned:
-    """`after` with its record (for given options) and its cost; `lost` are ‖lost‖² and ‖ΔW‖² by module, if known."""
+    """`after` with its record (for given options) and its cost; `lost` are ‖lost‖² and ‖ΔW‖² by module, if known.
+
+    Else so many modules are measured at a time.
+    """
     if lost is None and before.why_no_delta is None:
-        whole = {name: update.norm() ** 2 for name, update in before.updates.items()}
-        lost = {name: _lost(name, before, after) for name in whole}, whole
+        names = list(before.updates)
+        after.updates  # noqa: B018  (made once, before the threads ask for it)
+        calls = (partial(_measured, name, before, after) for name in names)
+        pairs = dict(zip(names, in_order(calls, jobs), strict=True))
+        lost = {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
     gone, all_of_it = lost or ({}, {})
     error = None if lost is None else _ratio(math.fsum(gone.values()), math.fsum(all_of_it.values()))
     ranks = [[site.rank for site in adapter.sites.values()] for adapter in (after, before)]
@@ -52,8 +62,13 @@ def measured(
         sparsity=None,
         modules=(len(after.sites), len(before.sites)),
         ranks=(sum(r or 0 for r in ranks[0]), sum(r or 0 for r in ranks[1])) if has_ranks else None,
-        bytes=(_bytes(before), _bytes(after)),
+        bytes=(bytes_of(before.tensors), bytes_of(after.tensors)),
     )
+
+
+def _measured(name: str, before: Adapter, after: Adapter) -> tuple[float, float]:
+    """‖lost‖² and ‖ΔW‖² of one module."""
+    return _lost(name, before, after), before.updates[name].norm() ** 2
 
 
 def _lost(name: str, before: Adapter, after: Adapter) -> float:
@@ -71,10 +86,6 @@ def _lost(name: str, before: Adapter, after: Adapter) -> float:
 
 def _ratio(lost: float, whole: float) -> float:
     return math.sqrt(lost / whole) if whole else 0.0
-
-
-def _bytes(adapter: Adapter) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in adapter.tensors.values())
 
 
 def recorded(before: Adapter, after: Adapter, options: Mapping[str, Any]) -> Adapter:

@@ -13,11 +13,13 @@ from torch import Tensor
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank
+from lora_lab.brief import Brief
 from lora_lab.errors import AdapterError, OptionError
 from lora_lab.options import checked
 from lora_lab.pruning.cost import Pruned, measured, recorded
 from lora_lab.pruning.ranks import keep_ranks
 from lora_lab.registry import Registry
+from lora_lab.side_by_side import in_order, one_core_each, usual_jobs
 
 
 @checked
@@ -29,6 +31,7 @@ def prune_weights(
     per_matrix: bool = False,
     seed: int = 0,
     rank: int | None = None,
+    jobs: int | None = None,
 ) -> Pruned:
     """The adapter with the share `sparsity` of its entries set to zero: those of the lowest score (see CRITERIA).
 
@@ -36,7 +39,8 @@ def prune_weights(
     first ones. magnitude and random choose among the tuner's own tensors (of LoRA's, A and B), whose dtype stays;
     plain LoRA then loses the units and modules that came out as zero, any other tuner keeps its shapes.
     delta-magnitude chooses among the entries of ΔW (plain LoRA only) and factors what is left at its full numerical
-    rank, or at `rank`. Raises AdapterError where nothing would be left.
+    rank, or at `rank`; `jobs` modules are factored at a time (by default up to four, fewer on fewer cores), with the
+    same numbers for any of them. Raises AdapterError where nothing would be left.
     """
     criterion = CRITERIA[by]
     if not 0 <= sparsity <= 1:
@@ -48,8 +52,11 @@ def prune_weights(
         raise OptionError(f"a rank of {rank} was asked for; it is at least 1")
     options = {"sparsity": sparsity, "by": by, "per_matrix": per_matrix, "seed": seed}
     masks = partial(_masks, score=criterion.score, sparsity=sparsity, per_matrix=per_matrix, seed=seed)
-    of_delta = criterion.of_delta
-    pruned = _in_deltas(adapter, masks, sparsity, rank) if of_delta else _in_tensors(adapter, masks, sparsity)
+    with one_core_each():
+        if criterion.of_delta:
+            pruned = _in_deltas(adapter, masks, sparsity, rank, jobs or usual_jobs())
+        else:
+            pruned = _in_tensors(adapter, masks, sparsity)
     return replace(pruned, adapter=recorded(adapter, pruned.adapter, options | ({"rank": rank} if rank else {})))
 
 
@@ -116,28 +123,45 @@ def _alive(adapter: Adapter, site: Site) -> list[int]:
     return [int(unit) for unit in there.nonzero().flatten()]
 
 
-def _in_deltas(adapter: Adapter, masks: Masks, sparsity: float, rank: int | None) -> Pruned:
+def _in_deltas(adapter: Adapter, masks: Masks, sparsity: float, rank: int | None, jobs: int) -> Pruned:
     wide = max((update.A.dtype for update in adapter.updates.values()), key=lambda dtype: dtype.itemsize)
 
     def parts() -> Iterator[Tensor]:
         return (update.delta().to(wide) for update in adapter.updates.values())
 
-    updates, lost, whole = {}, {}, {}
-    zeros, total = 0, 0
-    for (name, update), mask in zip(adapter.updates.items(), masks(parts), strict=True):
-        dense = update.delta()
-        left = dense.masked_fill(mask, 0)
-        zeros, total = zeros + int((left == 0).sum()), total + left.numel()
-        whole[name] = float(dense.double().square().sum())
-        kept = update if torch.equal(left, dense) and (left.any() or not sparsity) else _factored(left)
-        if rank is not None and kept is not None and kept.rank > rank:
-            kept = kept.truncate(rank)[0]
-        lost[name] = float((dense - (0 if kept is None else kept.delta())).double().square().sum())
-        if kept is not None:
-            updates[name] = kept
+    masked = zip(adapter.updates.values(), masks(parts), strict=True)
+    calls = (partial(_thinned, update, mask, sparsity, rank) for update, mask in masked)
+    thinned = dict(zip(adapter.updates, in_order(calls, jobs), strict=True))
+    zeros, total = (sum(getattr(each, part) for each in thinned.values()) for part in ("zeros", "entries"))
     _check_left(adapter, zeros < total or not sparsity, sparsity)
-    pruned = measured(adapter, adapter.with_updates(updates, source=f"pruned {adapter.label}"), lost=(lost, whole))
+    updates = {name: each.update for name, each in thinned.items() if each.update is not None}
+    lost = {name: each.lost for name, each in thinned.items()}, {name: each.whole for name, each in thinned.items()}
+    pruned = measured(adapter, adapter.with_updates(updates, source=f"pruned {adapter.label}"), lost=lost)
     return replace(pruned, sparsity=zeros / total)
+
+
+@dataclass(frozen=True, repr=False)
+class _Thinned(Brief):
+    """ΔW of a module without some of its entries."""
+
+    update: LowRank | None
+    """As factors; None for 0."""
+    zeros: int
+    entries: int
+    lost: float
+    """‖ΔW lost‖²."""
+    whole: float
+    """‖ΔW‖²."""
+
+
+def _thinned(update: LowRank, mask: Tensor, sparsity: float, rank: int | None) -> _Thinned:
+    dense = update.delta()
+    left = dense.masked_fill(mask, 0)
+    kept = update if torch.equal(left, dense) and (left.any() or not sparsity) else _factored(left)
+    if rank is not None and kept is not None and kept.rank > rank:
+        kept = kept.truncate(rank)[0]
+    lost = float((dense - (0 if kept is None else kept.delta())).double().square().sum())
+    return _Thinned(kept, int((left == 0).sum()), left.numel(), lost, float(dense.double().square().sum()))
 
 
 def _factored(dense: Tensor) -> LowRank | None:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,13 @@ from lora_lab.adapters.formats.keys import anchored
 from lora_lab.adapters.formats.peft_config import pattern_values
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank
+from lora_lab.brief import Brief
 from lora_lab.errors import AdapterError, OptionError, TunerError, shorten
 from lora_lab.options import checked
 from lora_lab.pruning.cost import Pruned, measured
 from lora_lab.pruning.modules import keep_modules
 from lora_lab.registry import Registry
+from lora_lab.side_by_side import in_order, one_core_each, usual_jobs
 
 
 def keep_ranks(adapter: Adapter, kept: Mapping[str, Sequence[int]]) -> Adapter:
@@ -164,6 +167,7 @@ def prune_rank(
     ratio: float | None = None,
     by: str = "svd",
     seed: int = 0,
+    jobs: int | None = None,
 ) -> Pruned:
     """The adapter at a lower rank: the first units of each module in the order that `by` (see RANK_ORDERS) gives.
 
@@ -172,9 +176,9 @@ def prune_rank(
     largest divided by `ratio`. Of the SVD's units the norms are the singular values σ: kohya's sv_fro F is the energy
     F², its sv_cumulative and sv_ratio are these. A module whose own rank is no larger stays bit for bit; with a share,
     modules whose ΔW is 0 are removed. Scales stay. New factors (svd) are rounded to the dtype of the old. LoHa and LoKr
-    become a LoRA; TunerError where ΔW is not known without the base model.
+    become a LoRA; TunerError where ΔW is not known without the base model. `jobs` modules are cut at a time (by default
+    up to four, fewer on fewer cores), with the same numbers for any of them.
     """
-    order = RANK_ORDERS[by].order
     given = {"energy": energy, "cumulative": cumulative, "ratio": ratio}
     shares = {name: value for name, value in given.items() if value is not None}
     _check_cut(rank, shares)
@@ -186,24 +190,47 @@ def prune_rank(
     require_ranks(adapter)
     tensors, kept = dict(adapter.tensors), {}
     generator = np.random.default_rng(seed)
-    for name, update in sorted(adapter.updates.items()):
-        if not shares and rank is not None and rank >= update.rank:
-            continue
-        ordered, numbers = order(update, generator)
-        counts = [_SHARES[share].count(ordered, value) for share, value in shares.items()]
-        count = min([ordered.rank, *counts, *([rank] if rank else [])])
-        if count >= update.rank:
-            continue
-        kept[name] = list(range(count) if numbers is None else numbers[:count])
-        if numbers is None:
-            tensors |= _written(ordered, adapter, adapter.sites[name])
+    at_a_time = 1 if RANK_ORDERS[by].random else jobs or usual_jobs()  # draws come one after the other
+    with one_core_each():
+        calls = (
+            partial(_cut, adapter, name, rank, shares, by, generator)
+            for name, update in sorted(adapter.updates.items())
+            if shares or rank is None or rank < update.rank
+        )
+        for cut in in_order(calls, at_a_time):
+            if cut is not None:
+                kept[cut.module] = cut.units
+                tensors |= cut.tensors
     if kept and all(name in kept and not kept[name] for name in adapter.sites):
         raise AdapterError(f"{adapter.label}: nothing would be left: ΔW is 0 in all {len(adapter.sites)} modules")
     pruned = keep_ranks(replace(adapter, tensors=tensors), kept)
-    options = {"rank": rank} if rank is not None else {}
-    return measured(
-        before, pruned, {**options, **shares, "by": by} | ({"seed": seed} if RANK_ORDERS[by].random else {})
-    )
+    options: dict[str, Any] = {"rank": rank} if rank is not None else {}
+    options |= {**shares, "by": by} | ({"seed": seed} if RANK_ORDERS[by].random else {})
+    with one_core_each():
+        return measured(before, pruned, options, jobs=jobs or usual_jobs())
+
+
+@dataclass(frozen=True, repr=False)
+class _Cut(Brief):
+    """The units that a module keeps, and its new tensors where they are new ones."""
+
+    module: str
+    units: Sequence[int]
+    tensors: Mapping[str, Tensor]
+
+
+def _cut(
+    adapter: Adapter, name: str, rank: int | None, shares: Mapping[str, float], by: str, generator: np.random.Generator
+) -> _Cut | None:
+    """What a module keeps; None where that is all of it."""
+    update = adapter.updates[name]
+    ordered, numbers = RANK_ORDERS[by].order(update, generator)
+    counts = [_SHARES[share].count(ordered, value) for share, value in shares.items()]
+    count = min([ordered.rank, *counts, *([rank] if rank else [])])
+    if count >= update.rank:
+        return None
+    tensors = _written(ordered, adapter, adapter.sites[name]) if numbers is None else {}
+    return _Cut(name, list(range(count) if numbers is None else numbers[:count]), tensors)
 
 
 def _check_cut(rank: int | None, shares: Mapping[str, float]) -> None:

@@ -5,7 +5,8 @@ import torch
 from making_adapters import lora, write
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.merging.forecast import Forecast, forecast
+from lora_lab.forecast import Forecast
+from lora_lab.merging.forecast import forecast
 from lora_lab.merging.merged import merge
 from lora_lab.merging.sources import Sources
 

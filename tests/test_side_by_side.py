@@ -11,8 +11,8 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.errors import MismatchError
 from lora_lab.merging.merged import merge
 from lora_lab.merging.methods import MERGES
-from lora_lab.merging.side_by_side import in_order, one_core_each
 from lora_lab.merging.sources import Sources
+from lora_lab.side_by_side import in_order, one_core_each
 
 MODULES = [f"layers.{i}.q" for i in range(7)]
 

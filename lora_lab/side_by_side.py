@@ -1,4 +1,4 @@
-"""Modules merged side by side in threads, each on one core, so that the numbers are the same however many there are."""
+"""Modules worked on side by side in threads, each on one core, so that the numbers are the same for any of them."""
 
 from __future__ import annotations
 
