@@ -56,16 +56,19 @@ def save_tables(result: Result, beside: Sequence[Path]) -> None:
 
 
 class Outputs:
-    """The files that a verb leaves in a folder: <verb>.json, .pdf and .png, and beside them what was scored."""
+    """The files that a verb leaves in a folder: <verb>.json, .pdf and .png, and beside them what was scored.
 
-    def __init__(self, folder: Path, verb: str) -> None:
+    Without `drawn`, no figure.
+    """
+
+    def __init__(self, folder: Path, verb: str, *, drawn: bool = True) -> None:
         if folder.exists() and not folder.is_dir():
             raise FileError(f"{folder}: not a folder; -o names the folder for {verb}.json and its figure")
         self.folder = folder
         self.json, self.pdf, self.png = (folder / f"{verb}.{ending}" for ending in ("json", "pdf", "png"))
         self.cache = folder / ".outcomes"
         """Per-example scores, by adapter and data, that every later question below this folder finds again."""
-        self._verb = verb
+        self._verb, self._drawn = verb, drawn
 
     def beside(self, output: Output) -> list[Path]:
         """Where the tables go that are wanted; refused where other files are in the way."""
@@ -104,7 +107,12 @@ class Outputs:
         return earlier
 
     def save(self, result: Result) -> list[Path]:
-        """Write the result and its figure."""
+        """Write the result, and its figure if it is to have one."""
+        if not self._drawn:
+            for path in (self.pdf, self.png):  # of the result that is replaced, they would show other numbers
+                path.unlink(missing_ok=True)
+            result.save(self.json)
+            return [self.json]
         from .. import plots
 
         drawn = plots.figure([result])  # first: a result that cannot be drawn is not left behind alone
@@ -113,6 +121,8 @@ class Outputs:
         return [self.json, self.pdf, self.png]
 
     def _draw_missing(self, result: Result) -> None:
+        if not self._drawn:
+            return
         from .. import plots
 
         missing = [path for path in (self.pdf, self.png) if not plots.shows(path, [result])]

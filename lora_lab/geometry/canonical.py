@@ -37,7 +37,7 @@ class Canonical:
         U, S, Vh = torch.linalg.svd(self.core, full_matrices=False)
         self.singular_values = S
         """All min(rank, rows, columns) of them, largest first."""
-        self.norm = float(S.norm())
+        self.norm = math.hypot(*S.tolist())
         self.rank = _kept(S, energy)
         self.U, self.S, self.V = U[:, : self.rank], S[: self.rank], Vh[: self.rank].T
 
@@ -66,7 +66,7 @@ class Canonical:
 
     def stable_rank(self) -> float:
         """‖ΔW‖² / σ₁²; 0 for ΔW = 0."""
-        return self.norm**2 / float(self.S[0]) ** 2 if self.rank else 0.0
+        return (self.norm / float(self.S[0])) ** 2 if self.rank else 0.0
 
     def sketch(self, name: str) -> Tensor:
         """The eight numbers uᵀ ΔW v for fixed vectors of signs u and v, with signs that hang on the module's name."""
@@ -80,7 +80,8 @@ def _kept(S: Tensor, energy: float) -> int:
     if not len(S) or not float(S[0]):
         return 0
     rank = int((_ROUNDING * S[0] < S).sum())
-    held = S[:rank].square().cumsum(0) / S[:rank].square().sum()
+    squares = (S[:rank] / S[0]).square()  # those of the values themselves may leave float64
+    held = squares.cumsum(0) / squares.sum()
     return min(rank, 1 + int((held < energy * (1 - 1e-12)).sum()))
 
 
