@@ -178,6 +178,11 @@ class Computing(Workers):
         typer.confirm("go ahead?", abort=True, err=True)
 
 
+def told(cost: Cost) -> None:
+    """Say how many weights of a base are decomposed, and how long it takes."""
+    messages.print(f"{cost.variants} weights of the base are decomposed: about {duration(cost.seconds)}")
+
+
 _LONG = 600.0  # seconds from which a run is asked about first
 
 

@@ -13,8 +13,9 @@ from ..analysis.questions import Shapley
 from ..errors import OptionError
 from ..options import option
 from ..registry import Later
-from .options import Computing, InPlace, OneTask, Reading
-from .terminal import foretell, print_json, table
+from ..scoring.execution import Execution
+from .options import Computing, InPlace, OneTask, Reading, told
+from .terminal import foretell, print_json, progress, table
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,19 @@ class Pruning:
         names=Later("lora_lab.pruning.ranks", "RANK_ORDERS"),
     )
 
+    intruders: float | None = option(
+        None,
+        "Multiply the intruders by this: the leading directions of W + ΔW that are like none of W's in --base.",
+        least=0,
+    )
+
     def __post_init__(self) -> None:
         by_entries = self.sparsity is not None or self.method is not None
         by_rank = any(value is not None for value in self.cut.values())
-        if (self.keep is not None) + by_entries + by_rank != 1:
+        if (self.keep is not None) + by_entries + by_rank + (self.intruders is not None) != 1:
             raise OptionError(
-                "say how to prune, in one way: --keep, --method with --sparsity, or --rank (--energy, --cumulative, "
-                "--ratio)"
+                "say how to prune, in one way: --keep, --method with --sparsity, --rank (--energy, --cumulative, "
+                "--ratio), or --intruders"
             )
         if by_entries and self.sparsity is None:
             raise OptionError(f"--method {self.method} needs --sparsity, a share from 0 to 1")
@@ -69,6 +76,20 @@ class Pruning:
     def cut(self) -> dict[str, Any]:
         """How far the ranks are cut, as `prune_rank` has it."""
         return {name: getattr(self, name) for name in ("rank", "energy", "cumulative", "ratio")}
+
+
+@dataclass(frozen=True)
+class Intruders:
+    """Which directions count as intruders, and what becomes of ranks."""
+
+    base: Path | None = option(None, "For --intruders: the checkpoint, which is read one weight at a time.")
+    top: int = option(10, "For --intruders: leading directions of W + ΔW that may be intruders.", least=1)
+    threshold: float = option(
+        0.5, "For --intruders: the cosine with each of W's below which a direction is one.", least=0, most=1
+    )
+    exact: bool = option(
+        False, "For --intruders: as many more ranks as a module has intruders; else it is cut back to its own."
+    )
 
 
 @dataclass(frozen=True)
@@ -111,12 +132,15 @@ def command(
     adapter: Annotated[str, typer.Argument(help="The adapter.")],
     how: Pruning,
     choosing: Choosing,
+    intruders: Intruders,
     task: ChoosingTask,
     reading: Reading,
     computing: Pruners,
     output: InPlace,
 ) -> None:
     """Write a smaller adapter that PEFT loads: fewer modules (--keep), fewer entries (--sparsity), or a lower rank.
+
+    Or one with smaller intruders (--intruders 0.75 --base model), which restores some of what the base knew.
 
     A label names what is kept. Layers are counted within their encoder; the modules that go do not come back on
     loading, and the scale of what stays is kept. Entries that became 0 are still stored, so a sparse adapter is a
@@ -140,6 +164,8 @@ def command(
         by, shared = how.method or "magnitude", {"seed": choosing.seed, "jobs": computing.jobs}
         foretell("to be pruned", forecast(loaded, criterion=by, jobs=computing.jobs))
         pruned = prune_weights(loaded, sparsity=how.sparsity, by=by, per_matrix=how.per_matrix, **shared)
+    elif how.intruders is not None:
+        pruned = _lowered(loaded, how.intruders, intruders, computing)
     else:
         foretell("to be pruned", forecast(loaded, rank=how.rank, jobs=computing.jobs))
         pruned = prune_rank(loaded, **how.cut, by=how.rank_by, seed=choosing.seed, jobs=computing.jobs)
@@ -165,6 +191,19 @@ def _structured(loaded: Any, keep: str, choosing: Choosing, task: OneTask, compu
     return structured(loaded, patterns.keep(choice, keep), pattern=keep)
 
 
+def _lowered(loaded: Any, factor: float, of: Intruders, computing: Computing) -> Any:
+    """The adapter with smaller intruders."""
+    from ..pruning.intruders import lower_intruders
+
+    if of.base is None:
+        raise OptionError("--intruders needs --base, the checkpoint in whose weights they are looked for")
+    with progress("decomposing the base's weights") as report:
+        on = Execution(device=computing.resolved(), progress=report, confirm=told)
+        return lower_intruders(
+            loaded, base=of.base, factor=factor, top=of.top, threshold=of.threshold, exact=of.exact, on=on
+        )
+
+
 def _report(output: Path, pruned: Any) -> dict[str, Any]:
     return {
         "path": str(output),
@@ -173,6 +212,8 @@ def _report(output: Path, pruned: Any) -> dict[str, Any]:
         "sparsity": pruned.sparsity,
         "error": pruned.error,
         "errors": dict(pruned.errors),
+        "intruders": dict(pruned.intruders) if hasattr(pruned, "intruders") else None,
+        "cut": getattr(pruned, "cut", None),
         "bytes": list(pruned.bytes),
     }
 
@@ -187,6 +228,9 @@ def show(report: dict[str, Any]) -> None:
         rows.append(("entries that are 0", f"{report['sparsity']:.1%}"))
     if report["error"] is not None:
         rows.append(("relative error of ΔW", f"{report['error']:.4f}"))
+    if report["intruders"] is not None:
+        rows.append(("intruders", f"{sum(report['intruders'].values())} in {len(report['intruders'])} modules"))
+        rows.append(("error of the cut to these ranks", f"{report['cut']:.4f}"))
     saved = f"{1 - after / before:.0%} saved" if after < before else "none saved: zeros are stored like other numbers"
     rows.append(("bytes of tensors", f"{after:,} of {before:,} ({saved})"))
     worst = sorted(((error, name) for name, error in report["errors"].items() if error), reverse=True)[:5]

@@ -34,6 +34,7 @@ from lora_lab.given import (
     keywords_of,
     one_task_of,
     paths_of,
+    results_of,
     task_of_given,
 )
 from lora_lab.given import answered as _answered
@@ -158,15 +159,18 @@ def prune(
     keep: a pattern such as every-other or top-shapley:2, with the fields of `Shapley` as options (players and seed
     for all patterns, the rest for those by Shapley values, which are computed on the validation split of `task`).
     sparsity: a share, with by (the criterion), per_matrix, seed. rank, energy, the share of ‖ΔW‖² that is kept,
-    cumulative or ratio: with by (the order of the ranks), as in `lora_lab.pruning.prune_rank`. What it cost is told by
-    the functions of `lora_lab.pruning`. `on` and `progress` are of the Shapley values; all else is computed here.
+    cumulative or ratio: with by (the order of the ranks), as in `lora_lab.pruning.prune_rank`. intruders: their factor,
+    with base, top, threshold, exact, as in `lora_lab.pruning.lower_intruders`. What it cost is told by these functions.
+    `on` is of the Shapley values and the base's weights, `progress` of the former.
     """
     from lora_lab import pruning
 
     (loaded,) = adapters_of(adapter)
-    by_rank = not options.keys().isdisjoint(("rank", "energy", "cumulative", "ratio"))
-    if sum([keep is not None, sparsity is not None, by_rank]) != 1:
-        raise OptionError("say how to prune, in one way: keep, sparsity, or rank (or energy, cumulative, ratio)")
+    by_rank, factor = not options.keys().isdisjoint(("rank", "energy", "cumulative", "ratio")), options.get("intruders")
+    if sum([keep is not None, sparsity is not None, by_rank, factor is not None]) != 1:
+        raise OptionError(
+            "say how to prune, in one way: keep, sparsity, rank (or energy, cumulative, ratio), or intruders"
+        )
     if keep is not None:
         shown = _shown(on, "asking for coalitions", progress)
         names = kept_by(loaded, keep, partial(one_task_of, [loaded], task, trust_record), shown, options)
@@ -174,6 +178,10 @@ def prune(
     if sparsity is not None:
         check_names("pruning by sparsity", options, keywords_of(pruning.prune_weights))
         return pruning.prune_weights(loaded, sparsity=sparsity, **options).adapter
+    if factor is not None:
+        given = {"factor": factor, "on": on or Execution(), **{k: v for k, v in options.items() if k != "intruders"}}
+        check_names("pruning by intruders", given, keywords_of(pruning.lower_intruders))
+        return pruning.lower_intruders(loaded, **given).adapter
     check_names("pruning by rank", options, keywords_of(pruning.prune_rank))
     return pruning.prune_rank(loaded, **options).adapter
 
@@ -346,12 +354,24 @@ def evaluate(
 
 
 @checked
-def compare(adapters: Adapters, *, progress: bool = True, **options: Any) -> Result:
-    """Norms, cosines, angles … of every two adapters, by weights alone; `options` are the fields of `Compare`."""
-    from lora_lab.geometry.comparing import Compare
+def compare(
+    adapters: Adapters,
+    *,
+    base: Path_ | None = None,
+    results: Results = (),
+    on: Execution | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Result:
+    """Norms, cosines, angles … of every two adapters, by weights alone; `options` are the fields of `Compare`.
 
-    with _shown(None, "comparing", progress) as where:
-        return from_options(Compare, options).run(adapters_of(adapters), where.progress)
+    base: the checkpoint in whose weights they are looked for. results: of comparing their merges, as a calibration.
+    """
+    from lora_lab.analysis.comparing import Compare
+
+    question, loaded, merges = from_options(Compare, options), adapters_of(adapters), results_of(results)
+    with _shown(on, "comparing", progress) as where:
+        return question.run(loaded, where, base=None if base is None else Path(base), merges=merges)
 
 
 @checked
@@ -381,6 +401,4 @@ def figure(results: Results, kind: str | None = None, *, width: str = "double") 
     """The matplotlib figure of one or more results (or their files) of one kind; `kind` chooses another view."""
     from lora_lab import plots
 
-    several = [results] if isinstance(results, Result | str | os.PathLike) else results
-    loaded = [result if isinstance(result, Result) else Result.load(Path(result)) for result in several]
-    return plots.figure(loaded, kind=kind, width=width)
+    return plots.figure(results_of(results), kind=kind, width=width)

@@ -46,6 +46,12 @@ def paths_of(given: Adapters) -> list[Path]:
     return [Path(each) for each in several if not isinstance(each, Adapter)]
 
 
+def results_of(given: Results) -> list[Result]:
+    """The results, those read that are files."""
+    several = [given] if isinstance(given, Result | str | os.PathLike) else given
+    return [result if isinstance(result, Result) else Result.load(Path(result)) for result in several]
+
+
 def task_of_given(given: OneTask) -> Task:
     """The task itself, or the one of this name or file."""
     return given if isinstance(given, Task) else tasks.from_name(os.fspath(given))

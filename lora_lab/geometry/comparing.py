@@ -4,137 +4,34 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
-
-from lora_lab.errors import MismatchError, OptionError
-from lora_lab.options import check_options, option
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora_lab.adapters.adapter import Adapter
     from lora_lab.geometry.canonical import Canonical
     from lora_lab.geometry.pairs import ModulePair
-    from lora_lab.results.result import Result
 
 LEVELS = ("layer", "type", "module")
 """Parts of adapters that can be compared besides the total."""
 
 _EQUAL = 1e-6
-"""‖ΔW₁ − ΔW₂‖ / ‖ΔW‖ up to which two are the same but for rounding."""
+"""‖ΔW₁ − ΔW₂‖ / ‖ΔW‖ up to which two are the same but for rounding to float32."""
+
+SIMILAR = 0.999
+"""Cosine above which two are near-duplicates.
+
+Rounding both factors with a relative error of δ leaves a cosine of 1 − δ² (δ ≈ 2⁻ᵇ / 2.4 of b significant bits):
+.999997 in bfloat16 (8), .9993 in eight bits (e4m3, 4), and cutting to the share e of ‖ΔW‖² leaves √e: .999 at .998.
+Independent adapters have cosines of about 1 / √(degrees of freedom), of a hundredth and less.
+"""
 
 Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Compare:
-    """Which parts are compared, and how; `run` answers."""
-
-    kind: ClassVar[str] = "compare"
-
-    levels: tuple[str, ...] = option(
-        ("layer", "type"), "Parts besides the total, with commas: NAMES.", choices=lambda: LEVELS
-    )
-    energy: float = option(
-        1.0,
-        "Share of ‖ΔW‖² in each module that its subspaces hold: below 1, directions of small singular values do not "
-        "count for angles and overlap.",
-        above=0,
-        most=1,
-    )
-    digits: int = option(
-        4, "Digits to which ΔW is rounded for its hash; more tell more adapters apart.", least=1, most=12
-    )
-    similar: float = option(0.999, "Cosine above which two adapters are called near-duplicates.", least=0, most=1)
-
-    signs: bool = option(
-        False,
-        "Also count the entries of ΔW that agree in sign, for which ΔW itself is made, block by block: half a minute "
-        "for each pair at 8 billion parameters.",
-    )
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """The fields in JSON types."""
-        return {**vars(self), "levels": list(self.levels)}
-
-    def check(self, adapters: Sequence[Adapter]) -> None:
-        """Raise what `run` would raise for these adapters, before anything is computed."""
-        from lora_lab.adapters.adapter import same_base
-        from lora_lab.adapters.renames import require_shared_modules
-
-        if len(adapters) < 2:
-            raise OptionError(
-                f"{len(adapters)} adapter{'s' * (not adapters)} given; to compare, two or more are needed"
-            )
-        require_shared_modules(adapters)
-        same_base(adapters)
-        shapes: dict[str, tuple[tuple[int, ...], str]] = {}
-        for adapter in adapters:
-            for name, update in adapter.updates.items():
-                shape, source = shapes.setdefault(name, (update.shape, adapter.source))
-                if shape != update.shape:
-                    raise MismatchError(
-                        f"{source} and {adapter.source}: {name} is {_size(shape)} and {_size(update.shape)}; adapters "
-                        "of one base model are needed"
-                    )
-
-    def run_id(self, adapters: Sequence[Adapter]) -> str:
-        """What the answer hangs on, hashed."""
-        from lora_lab.results.result import fingerprint
-
-        about = [
-            [adapter.label, adapter.record.get("method"), adapter.record.get("seed"), adapter.config, adapter.digest]
-            for adapter in adapters
-        ]
-        return fingerprint([self.kind, about, self.record])
-
-    def run(self, adapters: Sequence[Adapter], progress: Callable[[int, int], None] | None = None) -> Result:
-        """The answer; MismatchError where adapters share no module, or one of another shape."""
-        from lora_lab.adapters.describe import labels_of
-        from lora_lab.results.result import Result, columns, provenance
-
-        began = time.perf_counter()
-        self.check(adapters)
-        labels = labels_of(adapters)
-        found = _measure(adapters, self, progress or (lambda *_: None))
-        groups = _groups(found.modules, self.levels)
-        pairs = list(itertools.combinations(range(len(adapters)), 2))
-        rows = [row for level, name, held in groups for pair in pairs if (row := _row(found, pair, level, name, held))]
-        named = [{**_named(labels, (row["indices"][0], row["indices"][1])), **row} for row in rows]
-        about = _about(adapters, labels, found, self.digits)
-        parts = [
-            {"adapter": label, **part}
-            for level, name, held in groups
-            for i, label in enumerate(labels)
-            if (part := _part(found.alone[i], level, name, held))
-        ]
-        totals = {(row["indices"][0], row["indices"][1]): row for row in rows if row["level"] == "total"}
-        return Result(
-            self.kind,
-            columns(named),
-            {**self.record, "adapters": [_described(*each) for each in zip(adapters, found.alone, strict=True)]},
-            {
-                "adapters": about,
-                "parts": parts,
-                "twins": _twins(totals, labels, [str(one["hash"]) for one in about], self.similar),
-                **_order(totals, len(adapters)),
-            },
-            provenance(
-                inputs=[Path(adapter.source) for adapter in adapters],
-                elapsed_s=time.perf_counter() - began,
-                run=self.run_id(adapters),
-            ),
-        )
-
-
-@dataclass(frozen=True)
-class _Alone:
+class Alone:
     """What is kept of one ΔW."""
 
     norm: float
@@ -144,40 +41,49 @@ class _Alone:
 
 
 @dataclass
-class _Measured:
+class Measured:
     """What is kept of every module: of each adapter, and of each pair."""
 
     modules: list[str]
-    alone: list[dict[str, _Alone]]
+    alone: list[dict[str, Alone]]
     sketches: list[dict[str, Any]]
     pairs: dict[Pair, dict[str, tuple[ModulePair, tuple[float, float] | None]]] = field(default_factory=dict)
 
 
-def _measure(adapters: Sequence[Adapter], asked: Compare, progress: Callable[[int, int], None]) -> _Measured:
-    """Module by module, so that only one of them is in memory in float64."""
+def measure(
+    adapters: Sequence[Adapter],
+    *,
+    energy: float = 1.0,
+    signs: bool = False,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> Measured:
+    """All that tables are made of, module by module, so that only one of them is in memory in float64.
+
+    Subspaces hold the share `energy` of ‖ΔW‖²; with `signs`, those of the entries are counted.
+    """
     from lora_lab.adapters.formats.keys import natural_key
     from lora_lab.adapters.initial import alike
     from lora_lab.geometry.canonical import Canonical
     from lora_lab.geometry.pairs import module_pair
 
     names = sorted({name for adapter in adapters for name in adapter.updates}, key=natural_key)
-    found = _Measured(names, [{} for _ in adapters], [{} for _ in adapters])
+    found = Measured(names, [{} for _ in adapters], [{} for _ in adapters])
     for done, name in enumerate(names):
         forms: dict[int, Canonical] = {}
         for i, adapter in enumerate(adapters):
             if name in adapter.updates:
-                form = forms[i] = Canonical(adapter.updates[name], asked.energy)
+                form = forms[i] = Canonical(adapter.updates[name], energy)
                 values = tuple(form.singular_values.tolist())
-                found.alone[i][name] = _Alone(form.norm, values, form.effective_rank(), form.stable_rank())
+                found.alone[i][name] = Alone(form.norm, values, form.effective_rank(), form.stable_rank())
                 found.sketches[i][name] = form.sketch(name)
         for i, j in itertools.combinations(forms, 2):
             start = alike(adapters[i], adapters[j], name)
-            found.pairs.setdefault((i, j), {})[name] = module_pair(forms[i], forms[j], signs=asked.signs), start
+            found.pairs.setdefault((i, j), {})[name] = module_pair(forms[i], forms[j], signs=signs), start
         progress(done + 1, len(names))
     return found
 
 
-def _about(adapters: Sequence[Adapter], labels: Sequence[str], found: _Measured, digits: int) -> list[dict[str, Any]]:
+def about(adapters: Sequence[Adapter], labels: Sequence[str], found: Measured, digits: int) -> list[dict[str, Any]]:
     """Each adapter as a whole."""
     from lora_lab.adapters.describe import method_of
     from lora_lab.geometry.canonical import hash_of
@@ -194,7 +100,7 @@ def _about(adapters: Sequence[Adapter], labels: Sequence[str], found: _Measured,
     ]
 
 
-def _described(adapter: Adapter, alone: Mapping[str, _Alone]) -> dict[str, Any]:
+def described_by(adapter: Adapter, alone: Mapping[str, Alone]) -> dict[str, Any]:
     """As `adapters.describe.described` has it, with the norm that is known already."""
     norm = math.hypot(*(one.norm for one in alone.values()))
     return {
@@ -205,7 +111,7 @@ def _described(adapter: Adapter, alone: Mapping[str, _Alone]) -> dict[str, Any]:
     }
 
 
-def _groups(names: Sequence[str], levels: Sequence[str]) -> list[tuple[str, str, list[str]]]:
+def parts_of(names: Sequence[str], levels: Sequence[str]) -> list[tuple[str, str, list[str]]]:
     """(level, name of the part, its modules), the total first."""
     from lora_lab.adapters.groups import blocks, locate
 
@@ -224,7 +130,7 @@ def _groups(names: Sequence[str], levels: Sequence[str]) -> list[tuple[str, str,
     return [(level, part, held) for (level, part), held in groups.items()]
 
 
-def _row(found: _Measured, pair: Pair, level: str, group: str, names: Sequence[str]) -> dict[str, Any] | None:
+def pair_row(found: Measured, pair: Pair, level: str, group: str, names: Sequence[str]) -> dict[str, Any] | None:
     """One pair in one part: ΔW of several modules is the block-diagonal matrix of theirs, so that all sums are plain.
 
     None where neither adapter has a module there.
@@ -232,13 +138,14 @@ def _row(found: _Measured, pair: Pair, level: str, group: str, names: Sequence[s
     sides = [[found.alone[i][name] for name in names if name in found.alone[i]] for i in pair]
     if not any(sides):
         return None
-    both = {name: each for name, each in found.pairs.get(pair, {}).items() if name in set(names)}
+    known = found.pairs.get(pair, {})
+    both = {name: known[name] for name in names if name in known}
     measured, starts = [each for each, _ in both.values()], [start for _, start in both.values() if start]
     norms = [math.hypot(*(one.norm for one in side)) for side in sides]
     largest = [max((one.singular_values[0] for one in side if one.singular_values), default=0.0) for side in sides]
     inner = sum(each.inner for each in measured)
     alone = [found.alone[i][name].norm for i in pair for name in names if name in found.alone[i] and name not in both]
-    z = sum(z for _, z in starts) / len(starts) if starts else None
+    z = _mean([z for _, z in starts])
     return {
         "indices": list(pair),
         "level": level,
@@ -246,15 +153,16 @@ def _row(found: _Measured, pair: Pair, level: str, group: str, names: Sequence[s
         "modules": len(both),
         "norm_first": norms[0],
         "norm_second": norms[1],
-        "norm_ratio": _ratio(norms[0], norms[1]),
-        "sigma_ratio": _ratio(largest[0], largest[1]),
+        "norm_ratio": ratio(norms[0], norms[1]),
+        "sigma_ratio": ratio(largest[0], largest[1]),
         "inner": inner,
-        "cosine": _ratio(inner, norms[0] * norms[1]),
+        "cosine": ratio(inner, norms[0] * norms[1]),
         "distance": math.hypot(*(each.distance for each in measured), *alone),
         **_subspaces("left", measured),
         **_subspaces("right", measured),
         **_signs(both, *(found.alone[i] for i in pair)),
-        "A_cosine": sum(cosine for cosine, _ in starts) / len(starts) if starts else None,
+        "pico_share": _mean([each.top_share for each in measured if each.top_share is not None]),
+        "A_cosine": _mean([cosine for cosine, _ in starts]),
         "A_z": z,
         "A_shared": None if z is None else z > _flagged(),
     }
@@ -282,7 +190,7 @@ def _subspaces(side: str, measured: Sequence[ModulePair]) -> dict[str, float | N
 
 
 def _signs(
-    both: Mapping[str, tuple[ModulePair, Any]], first: Mapping[str, _Alone], second: Mapping[str, _Alone]
+    both: Mapping[str, tuple[ModulePair, Any]], first: Mapping[str, Alone], second: Mapping[str, Alone]
 ) -> dict[str, float | None]:
     """The share of entries that agree in sign, and what it would be of normal entries with these cosines."""
     from lora_lab.geometry.pairs import gaussian_agreement
@@ -292,45 +200,55 @@ def _signs(
         if pair.signs and pair.signs[1]:
             same, counted = same + pair.signs[0], counted + pair.signs[1]
             expected += pair.signs[1] * gaussian_agreement(pair.inner / (first[name].norm * second[name].norm))
-    return {"sign_agreement": _ratio(same, counted), "sign_expected": _ratio(expected, counted)}
+    return {"sign_agreement": ratio(same, counted), "sign_expected": ratio(expected, counted)}
 
 
-def _part(alone: Mapping[str, _Alone], level: str, group: str, names: Sequence[str]) -> dict[str, Any] | None:
-    """One adapter in one part; None where it has no module there."""
-    held = [alone[name] for name in names if name in alone]
-    moved = [one for one in held if one.norm]
-    if not held:
-        return None
-    powers = [[value**2 for value in one.singular_values] for one in held]
-    return {
-        "level": level,
-        "group": group,
-        "modules": len(held),
-        "norm": math.hypot(*(one.norm for one in held)),
-        "sigma": max((one.singular_values[0] for one in moved), default=0.0),
-        "effective_rank": sum(one.effective_rank for one in moved) / len(moved) if moved else 0.0,
-        "stable_rank": sum(one.stable_rank for one in moved) / len(moved) if moved else 0.0,
-        "spectrum": [math.sqrt(sum(k) / len(held)) for k in itertools.zip_longest(*powers, fillvalue=0.0)],
-    }
-
-
-def _twins(
-    totals: Mapping[Pair, Mapping[str, Any]], labels: Sequence[str], hashes: Sequence[str], similar: float
+def part_rows(
+    found: Measured, labels: Sequence[str], level: str, group: str, names: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """The pairs that are equal or nearly; the distance decides too, since rounding may part two hashes by chance."""
-    twins = []
-    for (i, j), row in totals.items():
-        difference = _ratio(row["distance"], max(row["norm_first"], row["norm_second"]))
-        equal = hashes[i] == hashes[j] or (difference is not None and difference <= _EQUAL)
+    """Every adapter that has a module in one part."""
+    rows = []
+    for label, alone in zip(labels, found.alone, strict=True):
+        held = [alone[name] for name in names if name in alone]
+        moved = [one for one in held if one.norm]
+        if not held:
+            continue
+        powers = [[value**2 for value in one.singular_values] for one in held]
+        rows.append(
+            {
+                "adapter": label,
+                "level": level,
+                "group": group,
+                "modules": len(held),
+                "norm": math.hypot(*(one.norm for one in held)),
+                "sigma": max((one.singular_values[0] for one in moved), default=0.0),
+                "effective_rank": _mean([one.effective_rank for one in moved]) or 0.0,
+                "stable_rank": _mean([one.stable_rank for one in moved]) or 0.0,
+                "spectrum": [math.sqrt(sum(k) / len(held)) for k in itertools.zip_longest(*powers, fillvalue=0.0)],
+            }
+        )
+    return rows
+
+
+def twins(
+    totals: Mapping[Pair, Mapping[str, Any]], labels: Sequence[str], similar: float = SIMILAR
+) -> list[dict[str, Any]]:
+    """The pairs that are equal but for rounding, or whose cosine is above `similar`."""
+    found = []
+    for pair, row in totals.items():
+        difference = ratio(row["distance"], max(row["norm_first"], row["norm_second"]))
+        equal = not difference or difference <= _EQUAL  # None of two that are 0
         if equal or (row["cosine"] is not None and row["cosine"] > similar):
-            more = {"equal": equal, "cosine": row["cosine"], "difference": difference}
-            twins.append({**_named(labels, (i, j)), **more})
-    return twins
+            more = {"norm_ratio": row["norm_ratio"], "cosine": row["cosine"], "difference": difference}
+            found.append({**named(labels, pair), "equal": equal, **more})
+    return found
 
 
-def _order(totals: Mapping[Pair, Mapping[str, Any]], count: int) -> dict[str, Any]:
+def order_of(totals: Mapping[Pair, Mapping[str, Any]], count: int) -> dict[str, Any]:
     """Average linkage of 1 − cosine (1 where there is none), its leaves ordered so that neighbours are alike."""
     distances = [1.0 if row["cosine"] is None else max(0.0, 1 - row["cosine"]) for row in totals.values()]
+    if count == 1:
+        return {"order": [0], "linkage": []}
     if count == 2:  # scipy takes as long to load as the adapters
         return {"order": [0, 1], "linkage": [[0.0, 1.0, distances[0], 2.0]]}
     from scipy.cluster.hierarchy import leaves_list, linkage
@@ -339,11 +257,36 @@ def _order(totals: Mapping[Pair, Mapping[str, Any]], count: int) -> dict[str, An
     return {"order": leaves_list(merges).tolist(), "linkage": merges.tolist()}
 
 
-def _named(labels: Sequence[str], pair: Pair) -> dict[str, Any]:
+def placed(
+    totals: Mapping[Pair, Mapping[str, Any]], found: Measured, labels: Sequence[str], *, tsne: bool = False
+) -> dict[str, Any]:
+    """The map of the adapters and of the base, where all of them began: by classical scaling, and by t-SNE if asked."""
+    import numpy as np
+
+    from lora_lab.geometry.placing import classical, groups_of, neighbours
+
+    gram = np.diag([sum(one.norm**2 for one in alone.values()) for alone in found.alone])
+    for (i, j), row in totals.items():
+        gram[i, j] = gram[j, i] = row["inner"]
+    plane = classical(gram)
+    near = neighbours(gram, plane).tolist() if tsne else [(None, None)] * len(plane.points)
+    starts = [*groups_of(len(labels), [pair for pair, row in totals.items() if row["A_shared"]]), None]
+    return {
+        "map": [
+            {"adapter": label, "x": x, "y": y, "tsne_x": u, "tsne_y": v, "start": start}
+            for label, (x, y), (u, v), start in zip([*labels, None], plane.points.tolist(), near, starts, strict=True)
+        ],
+        "map_held": plane.held,
+    }
+
+
+def named(labels: Sequence[str], pair: Pair) -> dict[str, Any]:
+    """Which two adapters a row is about."""
     return {"first": labels[pair[0]], "second": labels[pair[1]], "indices": list(pair)}
 
 
-def _ratio(value: float, by: float) -> float | None:
+def ratio(value: float, by: float) -> float | None:
+    """The one by the other; None by 0."""
     return value / by if by else None
 
 
@@ -353,5 +296,5 @@ def _flagged() -> float:
     return FLAGGED
 
 
-def _size(shape: Sequence[int]) -> str:
-    return " × ".join(map(str, shape))
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -175,3 +177,42 @@ class _Moved(Brief):
         far = self.mixed[:count] / self.values[:count, None] if count else self.mixed[:0]
         shared = float(np.square(self.near[:count]).sum()), float(np.square(far * size).sum())
         return (shared[0] / total, chance[0]), (shared[1] / total, chance[1])
+
+
+def rows_of(
+    inside: Sequence[Mapping[str, Inside]],
+    norms: Sequence[Mapping[str, float]],
+    labels: Sequence[str],
+    parts: Sequence[tuple[str, str, Sequence[str]]],
+    threshold: float,
+) -> list[dict[str, Any]]:
+    """Every adapter in every part (level, name, modules): intruders in all, and the shares of its ‖ΔW‖² together.
+
+    `inside` and `norms` (‖ΔW‖) are by module, for each adapter.
+    """
+    rows = []
+    for level, group, modules in parts:
+        for label, places, sizes in zip(labels, inside, norms, strict=True):
+            held = [(places[name], sizes[name]) for name in modules if name in places]
+            if not held:
+                continue
+            found = [each.similarities for each, _ in held]
+            row = {"adapter": label, "level": level, "group": group, "modules": len(held)}
+            row |= {"intruders": sum(each.intruders(threshold) for each, _ in held), "looked_at": sum(map(len, found))}
+            row["least_similar"] = min((float(each.min()) for each in found if len(each)), default=None)
+            row |= _shares("left", held) | _shares("right", held)
+            own, base = (math.hypot(*part) for part in zip(*((size, each.norm) for each, size in held), strict=True))
+            row["norm_ratio"] = own / base if base else None
+            row["similarities"] = found[0].tolist() if level == "module" else None
+            rows.append(row)
+    return rows
+
+
+def _shares(side: str, held: Sequence[tuple[Inside, float]]) -> dict[str, float | None]:
+    """Of several modules, ΔW is one block-diagonal matrix: the shares by ‖ΔW‖², beside what chance would give."""
+    sizes = [(getattr(each, side), norm**2) for each, norm in held if norm]
+    total = sum(size for _, size in sizes)
+    if not total:
+        return {f"{side}_share": None, f"{side}_over_chance": None}
+    share, chance = (sum(values[k] * size for values, size in sizes) / total for k in (0, 1))
+    return {f"{side}_share": share, f"{side}_over_chance": share / chance if chance else None}

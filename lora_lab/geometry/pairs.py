@@ -47,6 +47,8 @@ class ModulePair(Brief):
     right: Side
     signs: tuple[int, int] | None = None
     """Entries of equal sign, and entries that have one in both, where they were counted."""
+    top_share: float | None = None
+    """Largest share of one direction in [B₁, B₂]: σ₁² / Σσ² of the balanced B = U√S; None where both are 0."""
 
 
 def module_pair(one: Canonical, other: Canonical, *, signs: bool = False) -> ModulePair:
@@ -63,19 +65,42 @@ def module_pair(one: Canonical, other: Canonical, *, signs: bool = False) -> Mod
         _side(one.left, one.U, other.left, other.U, left, one.update.B.shape[0]),
         _side(one.right, one.V, other.right, other.V, right, one.update.A.shape[1]),
         sign_agreement(one.update, other.update) if signs else None,
+        _top_share(one, other, left),
     )
+
+
+def _top_share(one: Canonical, other: Canonical, left: Tensor) -> float | None:
+    """σ₁² / Σσ² of [U₁√S₁, U₂√S₂], by the eigenvalues of its Gram matrix: how much one direction has of both.
+
+    Pico's share (arXiv:2604.16826), in the balanced gauge.
+    """
+    total = float(one.S.sum() + other.S.sum())
+    if not total:
+        return None
+    roots = [(form.S / total).sqrt() for form in (one, other)]
+    cross = roots[0][:, None] * (one.U.T @ left @ other.U) * roots[1]
+    gram = torch.cat(
+        [torch.cat([roots[0].square().diag(), cross], 1), torch.cat([cross.T, roots[1].square().diag()], 1)]
+    )
+    return float(torch.linalg.eigvalsh(gram)[-1])
 
 
 def sign_agreement(one: LowRank, other: LowRank) -> tuple[int, int]:
     """Entries at which two ΔW have the same sign, and entries at which both are not 0: **dense**, by blocks of rows."""
     same = counted = 0
     rows = max(1, _BLOCK // max(1, one.A.shape[1]))
-    for start in range(0, one.B.shape[0], rows):
-        signs = torch.sign(one.B[start : start + rows] @ one.A)
-        signs *= torch.sign(other.B[start : start + rows] @ other.A)
+    (B, A), (other_B, other_A) = ([_near_one(factor) for factor in (each.B, each.A)] for each in (one, other))
+    for start in range(0, len(B), rows):
+        signs = torch.sign(B[start : start + rows] @ A)
+        signs *= torch.sign(other_B[start : start + rows] @ other_A)
         same += int((signs > 0).sum())
         counted += int(torch.count_nonzero(signs))
     return same, counted
+
+
+def _near_one(factor: Tensor) -> Tensor:
+    """The factor by a power of 2, which changes no sign: in float32, products of 1e-25 are 0 and of 1e20 infinite."""
+    return torch.ldexp(factor, -torch.frexp(factor.abs().max()).exponent) if factor.numel() else factor
 
 
 def gaussian_agreement(cosine: float) -> float:

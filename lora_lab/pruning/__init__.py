@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from lora_lab.pruning.cost import Pruned as Pruned
     from lora_lab.pruning.entries import CRITERIA as CRITERIA
     from lora_lab.pruning.entries import prune_weights as prune_weights
+    from lora_lab.pruning.intruders import Lowered as Lowered
+    from lora_lab.pruning.intruders import lower_intruders as lower_intruders
     from lora_lab.pruning.modules import structured as structured
     from lora_lab.pruning.patterns import KEEPS as KEEPS
     from lora_lab.pruning.patterns import Choice as Choice
@@ -25,6 +27,10 @@ __getattr__, __dir__, __all__ = face(
         "entries": (
             "CRITERIA",
             "prune_weights",
+        ),
+        "intruders": (
+            "Lowered",
+            "lower_intruders",
         ),
         "modules": ("structured",),
         "patterns": (

@@ -43,18 +43,18 @@ def keep_ranks(adapter: Adapter, kept: Mapping[str, Sequence[int]]) -> Adapter:
     tensors, sites, alphas = dict(left.tensors), dict(left.sites), {}
     for name, site in left.sites.items():
         units = sorted(kept.get(name, range(site.rank or 0)))
-        alphas[name] = _alpha(site, len(units), left.config)
+        alphas[name] = alpha_of(site, len(units), left.config)
         if len(units) == site.rank:
             continue
         index = torch.tensor(units)
         A, B = (site.keys[part] for part in site.pair)
         tensors[A] = left.tensors[A].index_select(0, index)
         tensors[B] = left.tensors[B].index_select(1, index)
-        scale = alphas[name] / _divisor(len(units), left.config)
+        scale = alphas[name] / divisor(len(units), left.config)
         sites[name] = replace(site, rank=len(units), scale=scale)
     if all(sites[name] is site for name, site in left.sites.items()):
         return left
-    return replace(left, tensors=tensors, sites=sites, config=_ranked(left.config, sites, alphas))
+    return replace(left, tensors=tensors, sites=sites, config=ranked(left.config, sites, alphas))
 
 
 def require_ranks(adapter: Adapter) -> None:
@@ -73,11 +73,12 @@ def _check_units(name: str, units: Sequence[int], site: Site) -> None:
         raise OptionError(f"units of {name} are named twice: {shorten(u for u, n in Counter(units).items() if n > 1)}")
 
 
-def _divisor(rank: int, config: Mapping[str, Any]) -> float:
+def divisor(rank: int, config: Mapping[str, Any]) -> float:
+    """By what lora_alpha is divided to give the scale: r, or √r for rsLoRA."""
     return math.sqrt(rank) if config.get("use_rslora") else rank
 
 
-def _alpha(site: Site, rank: int, config: Mapping[str, Any]) -> float:
+def alpha_of(site: Site, rank: int, config: Mapping[str, Any]) -> float:
     """The lora_alpha that gives this site at this rank the scale that it has now, to the last bit if any number does.
 
     That is the float nearest to scale · divisor: those that round back to the scale lie evenly around the product.
@@ -87,11 +88,11 @@ def _alpha(site: Site, rank: int, config: Mapping[str, Any]) -> float:
             site.name
         ]
         return alpha
-    alpha = float((site.scale or 0.0) * _divisor(rank, config))
+    alpha = float((site.scale or 0.0) * divisor(rank, config))
     return int(alpha) if alpha.is_integer() else alpha
 
 
-def _ranked(config: Mapping[str, Any], sites: Mapping[str, Site], alphas: Mapping[str, float]) -> dict[str, Any]:
+def ranked(config: Mapping[str, Any], sites: Mapping[str, Site], alphas: Mapping[str, float]) -> dict[str, Any]:
     """The configuration with these ranks and alphas: the commonest of each, and a pattern for the others."""
     ranks = {name: site.rank for name, site in sites.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -229,7 +230,7 @@ def _cut(
     count = min([ordered.rank, *counts, *([rank] if rank else [])])
     if count >= update.rank:
         return None
-    tensors = _written(ordered, adapter, adapter.sites[name]) if numbers is None else {}
+    tensors = written(ordered, adapter, adapter.sites[name]) if numbers is None else {}
     return _Cut(name, list(range(count) if numbers is None else numbers[:count]), tensors)
 
 
@@ -287,7 +288,7 @@ _SHARES = {
 }
 
 
-def _written(update: LowRank, adapter: Adapter, site: Site) -> dict[str, Tensor]:
+def written(update: LowRank, adapter: Adapter, site: Site) -> dict[str, Tensor]:
     """The site's tensors with the factors of `update`, at the site's scale and in its dtypes and layout."""
     factors = stored(update * (1 / (site.scale or 1.0)), site.kind, bool(adapter.config.get("fan_in_fan_out")))
     keys = [site.keys[part] for part in site.pair]

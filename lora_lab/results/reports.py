@@ -43,6 +43,8 @@ class PruneReport:
     sparsity: float = column("share of the entries of ΔW that are 0; null where none was asked for", "share")
     error: float = column("‖ΔW taken away‖ / ‖ΔW‖ over all modules", "share")
     errors: dict[str, Any] = column("module → ‖ΔW taken away‖ / ‖ΔW‖", "share")
+    intruders: dict[str, Any] | None = column("module → its intruders, of those that have any; null without intruders")
+    cut: float = column("‖exact − written‖ / ‖exact‖ of ΔW with smaller intruders; null without intruders", "share")
     bytes: list[Any] = column("size of the tensors before and after", "bytes")
     changes: list[Any] = column("what was changed for the server that it is written for")
     advice: list[Any] = column("how that server is to be started")

@@ -2,9 +2,12 @@
 
 import json
 
+import peft
 import pytest
 from making_adapters import lora, write
+from making_checkpoints import QV, train, write_base
 
+import lora_lab as library
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.geometry import delta_hash
 
@@ -25,7 +28,7 @@ def three(tmp_path):
 def test_adapters_are_compared_from_the_shell(lora_lab, three, tmp_path):
     code, out, err = lora_lab("compare", *three, "--csv", "--latex")
     assert code == 0, err
-    assert "a and c are near-duplicates (cosine 1.000000)" in out
+    assert "a and c are near-duplicates (cosine 1.000000, 2.0e-01 of ΔW apart, ‖ΔW‖ as 0.8 : 1)" in out
     assert "a and c share their initial A" in out
     assert out.splitlines()[-1] in (
         "by likeness: b, a, c",
@@ -33,11 +36,14 @@ def test_adapters_are_compared_from_the_shell(lora_lab, three, tmp_path):
         "by likeness: a, c, b",
         "by likeness: c, a, b",
     )
-    names = {f"compare.{end}" for end in ("json", "pdf", "png", "csv", "tex")}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == names
-    again, out2, err = lora_lab("compare", *three)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"compare.{end}" for end in ("json", "csv", "tex")}
+    again, out2, err = lora_lab("compare", *three, "--figure")
     assert (again, out2) == (0, out)
     assert "this very result is there already" in err
+    assert (tmp_path / "out" / "compare.pdf").exists()
+    assert lora_lab("compare", *three[:2], "--force")[0] == 0  # whose figure that was not
+    assert not (tmp_path / "out" / "compare.pdf").exists()
+    assert lora_lab("compare", *three, "--force")[0] == 0
     code, out, err = lora_lab("compare", *three[:2])
     assert (code, out) == (1, "")
     assert "compare.json: exists already; --force replaces it" in err
@@ -85,4 +91,58 @@ def test_bad_input_is_one_line_and_leaves_nothing(lora_lab, three, tmp_path):
         assert [line for line in err.splitlines() if line.startswith("error:")] == err.splitlines()
         assert len(err.splitlines()) == 1
         assert text in err
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def on_base(tmp_path):
+    """A tiny base, and an adapter of it whose ΔW is larger than W."""
+    base = write_base("llama", tmp_path / "base")
+    train("llama", base, tmp_path / "a", peft.LoraConfig(r=2, lora_alpha=32, target_modules=QV))
+    return base
+
+
+def test_intruders_are_counted_in_a_base_and_lowered(lora_lab, on_base, tmp_path):
+    code, out, err = lora_lab("compare", "a", "--base", "base", "--levels", "layer", "--figure")
+    assert code == 0, err
+    assert "4 weights of the base are decomposed: about" in err
+    assert "In base, by layer" in out
+    assert "Pairs" not in out
+    assert (tmp_path / "out" / "compare.pdf").exists()
+    found = json.loads(lora_lab("compare", "a", "--base", "base", "--levels", "layer", "--json")[1])["summary"][
+        "inside"
+    ]
+    count = found[0]["intruders"]
+    assert [row["group"] for row in found] == ["", "model.layers.0", "model.layers.1"]
+    assert 0 < count == found[1]["intruders"] + found[2]["intruders"] <= found[0]["looked_at"]
+    told = {}
+    for more in ([], ["--exact"]):
+        name = f"b{len(more)}"
+        code, out, err = lora_lab("prune", "a", "--intruders", "0.5", "--base", "base", *more, "-o", name, "--json")
+        assert code == 0, err
+        told[bool(more)] = json.loads(out)
+        assert sum(told[bool(more)]["intruders"].values()) == count
+    assert told[True]["cut"] < 1e-6 < told[False]["cut"]
+    assert told[True]["ranks"][0] == told[False]["ranks"][0] + count
+    assert f"{count} in" in lora_lab("prune", "a", "--intruders", "0.5", "--base", "base", "-o", "c")[1]
+    own = Adapter.load(tmp_path / "b0").tensors
+    again = library.prune(tmp_path / "a", intruders=0.5, base=tmp_path / "base").tensors
+    assert all((own[key] == again[key]).all() for key in own)
+
+
+def test_bad_bases_are_one_line_and_leave_nothing(lora_lab, on_base, three, tmp_path):
+    for arguments, text in [
+        (["compare", "a", "--base", "nowhere"], "nowhere"),
+        (["compare", *map(str, three[:2]), "--base", "base"], "the base has no module layers.0.q_proj"),
+        (["compare", "a"], "1 adapter given; to compare, two or more are needed"),
+        (["compare", *map(str, three), "--tsne"], "3 adapters; t-SNE needs at least 4"),
+        (["prune", "a", "--intruders", "0.5", "-o", "out"], "--intruders needs --base"),
+        (["prune", "a", "--intruders", "-1", "--base", "base", "-o", "out"], "--intruders"),
+        (["prune", "a", "--intruders", "0.5", "--rank", "1", "-o", "out"], "in one way: --keep"),
+    ]:
+        code, out, err = lora_lab(*arguments)
+        assert (code, out) == (1, ""), err
+        lines = [line for line in err.splitlines() if "are decomposed" not in line]
+        assert len(lines) == 1, err
+        assert text in lines[0]
         assert not (tmp_path / "out").exists()

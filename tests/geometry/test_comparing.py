@@ -13,8 +13,9 @@ from making_updates import gauged
 
 import lora_lab as ll
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.analysis.comparing import Compare
 from lora_lab.errors import MismatchError, OptionError, TunerError
-from lora_lab.geometry import Compare, delta_hash
+from lora_lab.geometry import delta_hash
 from lora_lab.results import schema
 
 MODULES = ("layers.0.q_proj", "layers.0.v_proj", "layers.1.q_proj", "head")

@@ -1,4 +1,4 @@
-"""Intruders, and the share of ΔW among the leading directions of W: as dense singular value decompositions have them."""
+"""Intruders, and the share of ΔW among the leading directions of W: as dense decompositions have them."""
 
 import math
 
