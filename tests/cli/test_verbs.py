@@ -332,7 +332,7 @@ def test_inspect_of_several_paths_goes_on_after_one_that_is_none(lora_lab, pair)
         (["inspect", CASES / "R07_truncated_safetensors/adapter_cut_data"], ["truncated", "3064"]),
         (["figure", "none.json", "-o", "x.pdf"], ["none.json: no such file"]),
         (["shapley", "none.safetensors"], ["none.safetensors: no such file"]),
-        (["prune", "x", "-o", "y"], ["in one way: --keep, --method with --sparsity, or --rank"]),
+        (["prune", "x", "-o", "y"], ["in one way: --keep, --method with --sparsity, --rank"]),
         (["prune", "x", "--keep", "even", "--rank", "2", "-o", "y"], ["in one way"]),
         (["prune", "x", "--method", "random", "-o", "y"], ["--method random needs --sparsity"]),
         (["prune", "x", "--keep", "even"], ["-o names the adapter"]),
