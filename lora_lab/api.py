@@ -160,17 +160,15 @@ def prune(
     for all patterns, the rest for those by Shapley values, which are computed on the validation split of `task`).
     sparsity: a share, with by (the criterion), per_matrix, seed. rank, energy, the share of ‖ΔW‖² that is kept,
     cumulative or ratio: with by (the order of the ranks), as in `lora_lab.pruning.prune_rank`. intruders: their factor,
-    with base, top, threshold, exact, as in `lora_lab.pruning.lower_intruders`. What it cost is told by these functions.
-    `on` is of the Shapley values and the base's weights, `progress` of the former.
+    with base, top, threshold, exact, as in `lora_lab.pruning.lower_intruders`. These functions tell what it cost. `on`
+    is of Shapley values and of the base's weights.
     """
     from lora_lab import pruning
 
     (loaded,) = adapters_of(adapter)
     by_rank, factor = not options.keys().isdisjoint(("rank", "energy", "cumulative", "ratio")), options.get("intruders")
     if sum([keep is not None, sparsity is not None, by_rank, factor is not None]) != 1:
-        raise OptionError(
-            "say how to prune, in one way: keep, sparsity, rank (or energy, cumulative, ratio), or intruders"
-        )
+        raise OptionError("say how to prune, in one way: keep, sparsity, rank (energy, cumulative, ratio), intruders")
     if keep is not None:
         shown = _shown(on, "asking for coalitions", progress)
         names = kept_by(loaded, keep, partial(one_task_of, [loaded], task, trust_record), shown, options)
@@ -363,10 +361,7 @@ def compare(
     progress: bool = True,
     **options: Any,
 ) -> Result:
-    """Norms, cosines, angles … of every two adapters, by weights alone; `options` are the fields of `Compare`.
-
-    base: the checkpoint in whose weights they are looked for. results: of comparing their merges, as a calibration.
-    """
+    """Norms, cosines, angles … of every two adapters, in a base, beside results of their merges; see `Compare`."""
     from lora_lab.analysis.comparing import Compare
 
     question, loaded, merges = from_options(Compare, options), adapters_of(adapters), results_of(results)
