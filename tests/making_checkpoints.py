@@ -47,8 +47,9 @@ def load_base(name, folder):
 
 def train(name, base, folder, config, seed=1):
     """An adapter of random weights in a folder, as PEFT writes it."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
+        torch.manual_seed(seed)  # PEFT draws where the parameters begin
         config = config() if callable(config) else copy.deepcopy(config)
         randomised(peft.get_peft_model(load_base(name, base), config), seed).save_pretrained(folder)
     return folder

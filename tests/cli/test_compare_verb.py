@@ -98,35 +98,40 @@ def test_bad_input_is_one_line_and_leaves_nothing(lora_lab, three, tmp_path):
 def on_base(tmp_path):
     """A tiny base, and an adapter of it whose ΔW is larger than W."""
     base = write_base("llama", tmp_path / "base")
-    train("llama", base, tmp_path / "a", peft.LoraConfig(r=2, lora_alpha=32, target_modules=QV))
+    train("llama", base, tmp_path / "a", peft.LoraConfig(r=2, lora_alpha=200, target_modules=QV))
     return base
 
 
 def test_intruders_are_counted_in_a_base_and_lowered(lora_lab, on_base, tmp_path):
-    code, out, err = lora_lab("compare", "a", "--base", "base", "--levels", "layer", "--figure")
+    code, out, err = lora_lab("compare", "a", "--base", "base", "--threshold", "0.8", "--levels", "layer", "--figure")
     assert code == 0, err
     assert "4 weights of the base are decomposed: about" in err
     assert "In base, by layer" in out
     assert "Pairs" not in out
     assert (tmp_path / "out" / "compare.pdf").exists()
-    found = json.loads(lora_lab("compare", "a", "--base", "base", "--levels", "layer", "--json")[1])["summary"][
-        "inside"
-    ]
+    found = json.loads(
+        lora_lab("compare", "a", "--base", "base", "--threshold", "0.8", "--levels", "layer", "--json")[1]
+    )["summary"]["inside"]
     count = found[0]["intruders"]
     assert [row["group"] for row in found] == ["", "model.layers.0", "model.layers.1"]
     assert 0 < count == found[1]["intruders"] + found[2]["intruders"] <= found[0]["looked_at"]
     told = {}
     for more in ([], ["--exact"]):
         name = f"b{len(more)}"
-        code, out, err = lora_lab("prune", "a", "--intruders", "0.5", "--base", "base", *more, "-o", name, "--json")
+        code, out, err = lora_lab(
+            "prune", "a", "--intruders", "0.5", "--threshold", "0.8", "--base", "base", *more, "-o", name, "--json"
+        )
         assert code == 0, err
         told[bool(more)] = json.loads(out)
         assert sum(told[bool(more)]["intruders"].values()) == count
     assert told[True]["cut"] < 1e-6 < told[False]["cut"]
     assert told[True]["ranks"][0] == told[False]["ranks"][0] + count
-    assert f"{count} in" in lora_lab("prune", "a", "--intruders", "0.5", "--base", "base", "-o", "c")[1]
+    assert (
+        f"{count} in"
+        in lora_lab("prune", "a", "--intruders", "0.5", "--threshold", "0.8", "--base", "base", "-o", "c")[1]
+    )
     own = Adapter.load(tmp_path / "b0").tensors
-    again = library.prune(tmp_path / "a", intruders=0.5, base=tmp_path / "base").tensors
+    again = library.prune(tmp_path / "a", intruders=0.5, threshold=0.8, base=tmp_path / "base").tensors
     assert all((own[key] == again[key]).all() for key in own)
 
 
