@@ -35,7 +35,7 @@ def information(models: MergeModels, index: int, examples: int, seed: int) -> di
     data = task.split("train").subset(examples, seed)
     sums = {name: torch.zeros(shape[0], shape[1:].numel()) for name, shape in sources.shapes.items()}
     generator = torch.Generator().manual_seed(seed)
-    with _watched(model, sources.modules, gradients=True) as seen:
+    with watched(model, sources.modules, gradients=True) as seen:
         size = min(32, task.batch_size) if task.rows_are_examples else 1
         for batch in data.batches(size):
             inputs = {name: tensor.to(sources.device) for name, tensor in batch.items()}
@@ -45,7 +45,7 @@ def information(models: MergeModels, index: int, examples: int, seed: int) -> di
             for k, (answer, chance) in enumerate(answers):
                 _backward(answer, seen, keep=k + 1 < len(answers))
                 for name, (layer, x, g, _) in seen.items():
-                    rows, gradients = _tokens(layer, x, g)
+                    rows, gradients = tokens(layer, x.detach(), g)
                     if not task.rows_are_examples:  # of one example
                         rows, gradients = (t.reshape(1, -1, t.shape[-1]) for t in (rows, gradients))
                     gradient = torch.einsum("nti,nto->noi", rows, gradients).float().square()
@@ -82,21 +82,21 @@ def grams(models: MergeModels, index: int, examples: int, seed: int, *, mean: bo
     sums: dict[str, tuple[Tensor, bool]] = {}
     counts: dict[str, int] = {}
     model.eval()
-    with _watched(model, sources.modules, gradients=False) as seen, torch.inference_mode():
+    with watched(model, sources.modules, gradients=False) as seen, torch.inference_mode():
         for batch in data.batches(task.batch_size):
             seen.clear()
             inputs = {name: tensor.to(sources.device) for name, tensor in batch.items() if name != "labels"}
             task.logits(model, inputs)
-            masks = _masks(model, inputs)
+            masks = masks_of(model, inputs)
             for name, (layer, x, _, _) in seen.items():
-                rows = _unpadded(_tokens(layer, x, None)[0], masks).double().cpu()
+                rows = unpadded(tokens(layer, x, None)[0], masks).double().cpu()
                 before = sums[name][0] if name in sums else 0.0
                 sums[name] = before + rows.T @ rows, _transposed(layer)
                 counts[name] = counts.get(name, 0) + len(rows)
     return {name: (G / (max(1, counts[name]) if mean else 1), turned) for name, (G, turned) in sums.items()}
 
 
-def _masks(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
+def masks_of(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
     """Masks [texts, places] of what is no padding: of the batch, and of texts that the model brings itself."""
     masks = [buffer.bool() for name, buffer in model.named_buffers() if name.endswith("attention_mask")]
     if "attention_mask" in batch:
@@ -107,7 +107,7 @@ def _masks(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
     return masks
 
 
-def _unpadded(rows: Tensor, masks: Sequence[Tensor]) -> Tensor:
+def unpadded(rows: Tensor, masks: Sequence[Tensor]) -> Tensor:
     """Inputs [examples, places, in], or [examples · places, 1, in], as [inputs, in] without padding."""
     flat = rows.flatten(0, 1)
     for mask in masks:
@@ -117,7 +117,7 @@ def _unpadded(rows: Tensor, masks: Sequence[Tensor]) -> Tensor:
 
 
 @contextmanager
-def _watched(model: nn.Module, names: Sequence[str], *, gradients: bool) -> Iterator[dict[str, list[Any]]]:
+def watched(model: nn.Module, names: Sequence[str], *, gradients: bool) -> Iterator[dict[str, list[Any]]]:
     """While it lasts, module → [base layer, last input, None, last output], filled by every forward pass."""
     seen: dict[str, list[Any]] = {}
     handles = []
@@ -125,12 +125,10 @@ def _watched(model: nn.Module, names: Sequence[str], *, gradients: bool) -> Iter
     def watch(name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if name in seen:
-                raise TunerError(
-                    f"{name} is used several times in one pass, which fisher and regmean cannot tell apart"
-                )
+                raise TunerError(f"{name} is used several times in one pass; its inputs cannot be told apart")
             if gradients and not output.requires_grad:
                 output = output.detach().requires_grad_()
-            seen[name] = [_base_layer(module), args[0].detach(), None, output]
+            seen[name] = [_base_layer(module), args[0], None, output]
             return output
 
         return hook
@@ -139,7 +137,9 @@ def _watched(model: nn.Module, names: Sequence[str], *, gradients: bool) -> Iter
         layer = model.get_submodule(name)
         base = _base_layer(layer)
         if isinstance(base, nn.Embedding):
-            raise TunerError(f"{name} is an embedding; fisher and regmean look at the inputs of linear layers only")
+            raise TunerError(
+                f"{name} is an embedding; only the inputs of linear layers and convolutions can be looked at"
+            )
         handles.append(layer.register_forward_hook(watch(name)))
     try:
         yield seen
@@ -153,11 +153,11 @@ def _base_layer(layer: Any) -> nn.Module:
     return base
 
 
-def _tokens(layer: nn.Module, x: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor]:
+def tokens(layer: nn.Module, x: Tensor, g: Tensor | None) -> tuple[Tensor, Tensor]:
     """Inputs [examples, places, in] and gradients of the outputs [examples, places, out] of a layer."""
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
         if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-            raise TunerError("fisher and regmean know plain convolutions only (one group, zeros around)")
+            raise TunerError("the inputs of plain convolutions only are known (one group, zeros around)")
         flat = isinstance(layer, nn.Conv1d)  # as a convolution of one row
         kernel, dilation, stride = (
             (1, *size) if flat else size for size in (layer.kernel_size, layer.dilation, layer.stride)

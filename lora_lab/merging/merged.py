@@ -25,7 +25,8 @@ from lora_lab.adapters.whole import HEADS, Whole, merge_heads, token_settings
 from lora_lab.brief import Brief
 from lora_lab.errors import LoraLabWarning, MismatchError, OptionError, shorten
 from lora_lab.files.trust import Origin
-from lora_lab.merging.methods import MERGES, Delta, check
+from lora_lab.merging.kinds import Delta
+from lora_lab.merging.methods import MERGES, check
 from lora_lab.merging.sources import Sources
 from lora_lab.options import check_options, checked, option
 from lora_lab.side_by_side import in_order, one_core_each, usual_jobs

@@ -8,150 +8,33 @@ single entries.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from lora_lab.adapters.lowrank import LowRank, combine, combine_factors
-from lora_lab.errors import MismatchError, OptionError, shorten, unknown
-from lora_lab.merging import data_driven, elementwise, subspaces, sums, trimming
-from lora_lab.merging.rows import Matrices, Matrix, dense
+from lora_lab.errors import OptionError, unknown
+from lora_lab.merging import calibrating, data_driven, elementwise, factors, interference, learned, subspaces, sums
+from lora_lab.merging.kinds import (
+    CALIBRATION,
+    ENTRIES,
+    SIDED_UPDATES,
+    SOURCES,
+    SUBSPACE,
+    SUM,
+    UPDATES,
+    Delta,
+    Kind,
+    Rule,
+    keywords,
+)
 from lora_lab.merging.sources import Sources
 from lora_lab.options import check_type
 from lora_lab.registry import Registry
 from lora_lab.tasks.task import Task
 
-Delta = LowRank | Tensor
-"""A merged ΔW, dense where the method works on entries."""
-
-Method = Callable[..., Iterable[tuple[str, Delta | Callable[[], Delta]]]]
-"""Function (sources, options) → (module, merged ΔW), or the call still to make where no other module matters."""
-
-Rule = Callable[..., Tensor]
-"""Function (matrices, weights, options) → merged matrix."""
-
-
-def by_updates(function: Callable[..., LowRank]) -> Method:
-    """A method of one module's (updates, weights) as a method of all modules."""
-
-    def method(sources: Sources, **options: Any) -> Iterator[tuple[str, Callable[[], Delta]]]:
-        def merged(name: str) -> LowRank:
-            updates, weights = sources.updates_of(name), sources.weights_of(name)
-            used = [i for i, weight in enumerate(weights) if weight]
-            if not used:
-                return 0.0 * updates[0]
-            with _naming(name):
-                return function([updates[i] for i in used], [weights[i] for i in used], **_seeded(name, options))
-
-        return _each(sources, merged)
-
-    return method
-
-
-def by_sums(coefficients: Callable[..., list[float]]) -> Method:
-    """A weighted sum as a method: exact by concatenation, its coefficients from r × r cores."""
-
-    def method(sources: Sources, **options: Any) -> Iterator[tuple[str, Callable[[], Delta]]]:
-        def merged(name: str) -> LowRank:
-            updates = sources.updates_of(name)
-
-            def gram() -> Tensor:
-                return torch.tensor([[a.inner(b) for b in updates] for a in updates], dtype=torch.float64)
-
-            return combine(updates, coefficients(gram, sources.weights_of(name), **options))
-
-        return _each(sources, merged)
-
-    return method
-
-
-def _each(sources: Sources, merged: Callable[[str], Delta]) -> Iterator[tuple[str, Callable[[], Delta]]]:
-    """Every module with the call that merges it."""
-    return ((name, functools.partial(merged, name)) for name in sources.modules)
-
-
-def by_matrices(rule: Rule) -> Method:
-    """A checked rule for matrices as a method on ΔW itself, one dense module at a time."""
-
-    def method(sources: Sources, **options: Any) -> Iterator[tuple[str, Delta | Callable[[], Delta]]]:
-        def view(updates: Sequence[LowRank]) -> tuple[Matrices, Callable[[Tensor], Tensor]]:
-            return updates, lambda merged: merged
-
-        return _by_rule(sources, rule, view, options, everyone=True)
-
-    return method
-
-
-def by_subspace(subspace: Callable[..., subspaces.Subspace]) -> Method:
-    """A merge by an inner rule in shared bases as a method of all modules."""
-
-    def method(sources: Sources, *, inner: str, **options: Any) -> Iterator[tuple[str, Delta | Callable[[], Delta]]]:
-        bases = {name: options.pop(name, default) for name, default in keywords(subspace).items()}
-
-        def view(updates: Sequence[LowRank]) -> tuple[Matrices, Callable[[Tensor], LowRank]]:
-            shared = subspace(updates, **bases)
-            return shared.cores, shared.back
-
-        return _by_rule(sources, rule_of(inner), view, options, everyone=False)
-
-    return method
-
-
-def summed(coefficients: Callable[..., list[float]]) -> Rule:
-    """Coefficients of a sum as a rule for matrices."""
-
-    @functools.wraps(coefficients)
-    def rule(stack: Matrices, weights: Sequence[float], **options: Any) -> Tensor:
-        matrices = [dense(matrix) for matrix in stack]
-
-        def gram() -> Tensor:
-            flat = torch.stack([matrix.flatten() for matrix in matrices]).double()
-            return flat @ flat.T
-
-        factors = coefficients(gram, weights, **options)
-        return torch.stack([matrix * f for matrix, f in zip(matrices, factors, strict=True)]).sum(0)
-
-    return elementwise.checked(rule)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What the function of an entry is given and gives back."""
-
-    method: Callable[[Callable[..., Any]], Method]
-    """The function → a method of all modules."""
-    rule: Callable[[Callable[..., Any]], Rule] | None = None
-    """The function → a rule for matrices, where it can be one inside of a subspace."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Options with their defaults that are added to the function's own."""
-    dense: bool = False
-    """Whether it works on ΔW whole, and gives it whole."""
-    pace: float = 30.0
-    """About how many nanoseconds a core of 2024 takes: an entry of each ΔW where it is dense, else of the factors."""
-
-
-SOURCES = Kind(lambda function: function)
-"""(sources, options) → (module, merged ΔW) pairs."""
-UPDATES = Kind(by_updates)
-"""(low-rank updates of one module, their weights, options) → low-rank update."""
-MATRICES = Kind(lambda function: by_matrices(elementwise.checked(function)), elementwise.checked, dense=True, pace=10)
-"""(matrices of one shape, their weights, options) → matrix."""
-ENTRIES = Kind(
-    lambda function: by_matrices(elementwise.checked_rows(function)), elementwise.checked_rows, dense=True, pace=5
-)
-"""The same for what hangs on single entries and their rows alone, so that it takes matrices or their factors."""
-SUM = Kind(by_sums, summed, pace=5)
-"""(what gives the inner products, weights, options) → coefficients of a sum."""
-SUBSPACE = Kind(by_subspace, options={"inner": "ties"}, pace=150)
-"""(low-rank updates of one module, options) → `Subspace`, where the option `inner` names the rule."""
+DATA = ("none", "inputs", "labels")
+"""What of the tasks' examples a method looks at: nothing, the inputs alone, or their labels, too."""
 
 
 @dataclass(frozen=True)
@@ -163,12 +46,20 @@ class Merge:
     kind: Kind = SOURCES
     variant: str = ""
     """Which published variant it is."""
-    reads_data: bool = False
-    """Whether it looks at the tasks of the sources."""
+    source: str = ""
+    """Where it was published."""
+    data: str = "none"
+    """What of the tasks' examples it looks at, one of DATA."""
+    gauge_free: bool = True
+    """Whether any factors (BR, R⁻¹A) of one ΔW give the same merge, with the options at their defaults."""
     cost: Callable[[Mapping[str, Any], Sequence[Task]], float] | None = None
     """(options with their defaults, tasks) → about how many forward passes of one example it takes."""
     divisor: Callable[[Sequence[float]], float] | None = None
     """Of weights wᵢ: the d with which it is Σ wᵢΔWᵢ / d without options; None where it is no point of that line."""
+
+    def __post_init__(self) -> None:
+        if self.data not in DATA:
+            raise unknown("kind of data", self.data, DATA)
 
     def __call__(self, sources: Sources, **options: Any) -> Iterator[tuple[str, Delta]]:
         """(module, merged ΔW) pairs; options that are not given have their defaults."""
@@ -177,7 +68,22 @@ class Merge:
 
     def calls(self, sources: Sources, **options: Any) -> Iterable[tuple[str, Delta | Callable[[], Delta]]]:
         """The same, where a module that hangs on no other is a call that is still to be made, in any thread."""
-        return self.kind.method(self.function)(sources, **{**self.kind.options, **options})
+        given = {**self.kind.options, **options}
+        if "inner" in self.kind.options:
+            given["inner"] = self.within(given["inner"])
+        return self.kind.method(self.function)(sources, **given)
+
+    def within(self, name: object) -> Merge:
+        """The method of this name that merges within this one; OptionError for one that cannot."""
+        entry: Merge | None = MERGES.get(name)
+        if entry is None or not self.kind.takes(entry):
+            raise unknown("inner rule", str(name), [n for n, other in MERGES.items() if self.kind.takes(other)])
+        return entry
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether it looks at the tasks of the sources."""
+        return self.data != "none"
 
     @property
     def about(self) -> str:
@@ -194,7 +100,9 @@ class Merge:
         names = {**self.kind.options, **keywords(self.function)}
         if "inner" in self.kind.options:
             inner = {**names, **(options or {})}["inner"]
-            names |= {name: value for name, value in keywords(rule_of(inner)).items() if name not in names}
+            hidden = {*names, *self.kind.without}
+            of_inner = keywords(self.within(inner).function)
+            names |= {name: value for name, value in of_inner.items() if name not in hidden}
         return names
 
     def examples_read(self, options: Mapping[str, Any], tasks: Sequence[Task]) -> float:
@@ -230,169 +138,188 @@ def rule_of(name: object) -> Rule:
     return rule
 
 
-def keywords(function: Callable[..., Any]) -> dict[str, Any]:
-    """The keyword-only arguments of a function with their defaults."""
-    parameters = inspect.signature(function).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
-View = Callable[[Sequence[LowRank]], tuple[Matrices, Callable[[Tensor], LowRank | Tensor]]]
-"""Function (updates of a module) → a matrix of each, and the way back from the merged one."""
-
-
-def _by_rule(
-    sources: Sources, rule: Rule, view: View, options: Mapping[str, Any], *, everyone: bool
-) -> Iterator[tuple[str, Delta | Callable[[], Delta]]]:
-    """A rule on what `view` makes of every module, of all adapters or of those with a weight there."""
-
-    def used_in(name: str) -> list[int]:
-        return [i for i, weight in enumerate(sources.weights_of(name)) if weight or everyone]
-
-    options = {**keywords(rule), **options}
-    cuts = None
-    if options.get("scope") == "global" and "cuts" in inspect.signature(rule).parameters:
-        cuts = _cuts(sources, view, used_in, options["density"], torch.float32 if everyone else torch.float64)
-
-    def merged(name: str) -> Delta:
-        updates, weights, used = sources.updates_of(name), sources.weights_of(name), used_in(name)
-        if not used:
-            return 0.0 * updates[0]
-        with _naming(name):
-            matrices, back = view([updates[i] for i in used])
-            of_used = [] if cuts is None else [[cuts.get(i, trimming.NO_ENTRY) for i in used]]
-            return back(rule(matrices, [weights[i] for i in used], *of_used, **_seeded(name, options)))
-
-    # of entries of one size that are not all kept, the first modules have the first
-    in_order = any(cut.first for cut in (cuts or {}).values())
-    for name, call in _each(sources, merged):
-        yield name, call() if in_order else call
-
-
-def _cuts(
-    sources: Sources, view: View, used_in: Callable[[str], Sequence[int]], density: float, dtype: torch.dtype
-) -> dict[int, trimming.Cut]:
-    """Adapter → where its largest entries end, over all modules that it changes; in `dtype` or what is wider."""
-
-    known: dict[str, dict[int, Matrix]] = {}
-
-    def pieces() -> Iterator[dict[int, Matrix]]:
-        for name in sources.modules:
-            made = known.get(name)
-            if made is None:
-                updates, used = sources.updates_of(name), used_in(name)
-                matrices, _ = view([updates[i] for i in used]) if used else ((), None)
-                made = {i: matrix for i, matrix in zip(used, matrices, strict=True) if updates[i].rank}
-                if all(isinstance(matrix, Tensor) and matrix.numel() <= _FEW for matrix in made.values()):
-                    known[name] = made  # cores of some dozens of directions, which take long to find
-            yield made
-
-    return trimming.cuts_of(pieces, density, max(dtype, sources.dtype, key=lambda dtype: dtype.itemsize))
-
-
-_FEW = 1 << 14
-"""Entries of a matrix that is kept for as long as the largest entries are looked for."""
-
-
-@contextmanager
-def _naming(module: str) -> Iterator[None]:
-    """What does not fit together is said with the module's name."""
-    try:
-        yield
-    except MismatchError as error:
-        raise MismatchError(f"{module}: {error}") from error
-
-
-def _seeded(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options with a seed of this module's own, so that modules of one shape are not thinned alike."""
-    if "seed" not in options:
-        return dict(options)
-    return {**options, "seed": (int(options["seed"]) * 0x9E3779B1 + zlib.crc32(name.encode())) % 2**32}
-
-
-def cat(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-    """Σ wᵢ ΔWᵢ by concatenation: what PEFT calls cat."""
-    return combine(updates, weights)
-
-
-def factor_average(updates: Sequence[LowRank], weights: Sequence[float], *, scale: float = 1.0) -> LowRank:
-    """λ (Σ wᵢBᵢ)(Σ wᵢAᵢ) / (Σ wᵢ)²: averaged factors, which have cross terms BᵢAⱼ.
-
-    Not an average of ΔW: it hangs on the gauge, and independent adapters lose most of their norm. The literature's
-    "fusion". Adapters that leave a module alone count as 0.
-    """
-    present = [update for update in updates if update.rank]
-    if not present:
-        return updates[0]
-    rank = present[0].rank
-    if any(update.rank != rank for update in present):
-        raise MismatchError(f"factors of ranks {shorten(u.rank for u in present)} cannot be averaged; ΔW can (average)")
-    filled = [
-        update if update.rank else LowRank(present[0].A * 0.0, present[0].B * 0.0, update.shape) for update in updates
-    ]
-    return scale * combine_factors(filled, sums.normalised(weights))
-
-
 MERGES = Registry(
     "method",
     "lora_lab.merges",
     Merge,
     {
-        "task-arithmetic": Merge(sums.task_arithmetic, SUM, "the paper's.", divisor=lambda weights: 1.0),
+        "task-arithmetic": Merge(
+            sums.task_arithmetic,
+            SUM,
+            "the paper's.",
+            source="Ilharco et al. 2023, arXiv:2212.04089",
+            divisor=lambda weights: 1.0,
+        ),
         "average": Merge(
-            sums.average, SUM, "the plain mean, a point on the line of task arithmetic.", divisor=math.fsum
+            sums.average,
+            SUM,
+            "the plain mean, a point on the line of task arithmetic.",
+            source="Wortsman et al. 2022, arXiv:2203.05482",
+            divisor=math.fsum,
         ),
         "cat": Merge(
-            cat, UPDATES, "PEFT's cat, which is task arithmetic by another name.", divisor=lambda weights: 1.0
+            factors.cat,
+            UPDATES,
+            "PEFT's cat, which is task arithmetic by another name.",
+            source="PEFT, add_weighted_adapter",
+            divisor=lambda weights: 1.0,
         ),
-        "factor-average": Merge(factor_average, UPDATES, "the CoTo paper's fusion of factors."),
+        "factor-average": Merge(
+            factors.factor_average,
+            UPDATES,
+            "the CoTo paper's fusion of factors.",
+            source="Zhuang et al. 2025, arXiv:2506.05713",
+            gauge_free=False,
+        ),
+        "procrustes-mean": Merge(
+            factors.procrustes_mean,
+            UPDATES,
+            "ours; near to GeoMerge (arXiv:2604.27155), whose metric is another.",
+            source="Gower 1975, doi:10.1007/BF02291478",
+        ),
+        "robustmerge": Merge(
+            factors.robustmerge,
+            SIDED_UPDATES,
+            "the authors' code's; factors=aligned, which hangs on no gauge, is ours.",
+            source="Zeng et al. 2025, arXiv:2502.17159",
+            gauge_free=False,
+        ),
         "slerp": Merge(
-            sums.slerp, SUM, "common practice, module by module; of more than two, the Karcher mean is ours."
+            sums.slerp,
+            SUM,
+            "common practice, module by module; of more than two, the Karcher mean is ours.",
+            source="Shoemake 1985, doi:10.1145/325165.325242",
         ),
-        "magnitude": Merge(elementwise.magnitude, ENTRIES, "no paper's: the trimming of TIES without its election."),
+        "magnitude": Merge(
+            elementwise.magnitude,
+            ENTRIES,
+            "no paper's: the trimming of TIES without its election.",
+            source="Yadav et al. 2023, arXiv:2306.01708",
+        ),
         "ties": Merge(
             elementwise.ties,
             ENTRIES,
             "the paper's, trimmed over the whole task vector; on ΔW, where the paper has all trained parameters.",
+            source="Yadav et al. 2023, arXiv:2306.01708",
         ),
-        "dare": Merge(elementwise.dare, ENTRIES, "the paper's; on ΔW, where the paper has all trained parameters."),
-        "dare-ties": Merge(elementwise.dare_ties, ENTRIES, "the paper's DARE before TIES; nothing is trimmed."),
-        "della": Merge(elementwise.della, ENTRIES, "the paper's (MagPrune by rows, then election and fusion)."),
-        "breadcrumbs": Merge(elementwise.breadcrumbs, ENTRIES, "the paper's, layer by layer."),
+        "dare": Merge(
+            elementwise.dare,
+            ENTRIES,
+            "the paper's; on ΔW, where the paper has all trained parameters.",
+            source="Yu et al. 2023, arXiv:2311.03099",
+        ),
+        "dare-ties": Merge(
+            elementwise.dare_ties,
+            ENTRIES,
+            "the paper's DARE before TIES; nothing is trimmed.",
+            source="Yu et al. 2023, arXiv:2311.03099",
+        ),
+        "della": Merge(
+            elementwise.della,
+            ENTRIES,
+            "the paper's (MagPrune by rows, then election and fusion).",
+            source="Deep et al. 2024, arXiv:2406.11617",
+        ),
+        "breadcrumbs": Merge(
+            elementwise.breadcrumbs,
+            ENTRIES,
+            "the paper's, layer by layer.",
+            source="Davari & Belilovsky 2023, arXiv:2312.06795",
+        ),
         "knots": Merge(
-            subspaces.knots, SUBSPACE, "the paper's KnOTS-TIES, trimmed over the whole vector of all S Vᵢᵀ."
+            subspaces.knots,
+            SUBSPACE,
+            "the paper's KnOTS-TIES, trimmed over the whole vector of all S Vᵢᵀ.",
+            source="Stoica et al. 2024, arXiv:2410.19735",
         ),
         "core-space": Merge(
             subspaces.core_space,
             SUBSPACE,
             "with bases=factors the paper's; by default bases that do not hang on the gauge, which are ours.",
+            source="Panariello et al. 2025, arXiv:2509.17786",
         ),
-        "lego": Merge(subspaces.lego, UPDATES, "the paper's."),
-        "tsv": Merge(subspaces.tsv, UPDATES, "the paper's TSV-M."),
-        "iso-c": Merge(subspaces.iso_c, UPDATES, "the paper's, within the span of the factors."),
-        "iso-cts": Merge(subspaces.iso_cts, UPDATES, "the paper's, within the span of the factors."),
+        "ctm": Merge(
+            subspaces.ctm,
+            SUBSPACE,
+            "the authors' code's.",
+            source="He et al. 2026, arXiv:2606.03723",
+        ),
+        "pico": Merge(
+            calibrating.pico,
+            CALIBRATION,
+            "with calibration=raw the paper's; by default of balanced factors, which hang on no gauge: ours.",
+            source="Tang & Yang 2026, arXiv:2604.16826",
+        ),
+        "lego": Merge(
+            subspaces.lego, UPDATES, "the paper's.", source="Zhao et al. 2024, arXiv:2409.16167", gauge_free=False
+        ),
+        "tsv": Merge(subspaces.tsv, UPDATES, "the paper's TSV-M.", source="Gargiulo et al. 2024, arXiv:2412.00081"),
+        "iso-c": Merge(
+            subspaces.iso_c,
+            UPDATES,
+            "the paper's, within the span of the factors.",
+            source="Marczak et al. 2025, arXiv:2502.04959",
+        ),
+        "iso-cts": Merge(
+            subspaces.iso_cts,
+            UPDATES,
+            "the paper's, within the span of the factors.",
+            source="Marczak et al. 2025, arXiv:2502.04959",
+        ),
+        "wudi": Merge(
+            interference.wudi,
+            UPDATES,
+            "the paper's objective, at its minimum, or after plain gradient steps where it has Adam's.",
+            source="Cheng et al. 2025, arXiv:2503.08099",
+        ),
         "fisher": Merge(
             data_driven.fisher,
             variant="the paper's, on ΔW; its authors' code can normalise, which is normalize=true.",
-            reads_data=True,
+            source="Matena & Raffel 2021, arXiv:2111.09832",
+            data="inputs",
             cost=data_driven.fisher_cost,
         ),
         "regmean": Merge(
             data_driven.regmean,
             variant="the authors' code's, with means over rows; gram=sum is the paper's formula.",
-            reads_data=True,
+            source="Jin et al. 2022, arXiv:2212.09849",
+            data="inputs",
             cost=data_driven.regmean_cost,
         ),
         "lorahub": Merge(
             data_driven.lorahub,
             variant="ΔW where the paper mixes factors, and COBYLA where it has Shiwa.",
-            reads_data=True,
+            source="Huang et al. 2023, arXiv:2307.13269",
+            data="labels",
             cost=data_driven.lorahub_cost,
         ),
         "adamerging": Merge(
-            data_driven.adamerging,
+            learned.adamerging,
             variant="the paper's, layer-wise, on validation inputs where it takes test inputs.",
-            reads_data=True,
-            cost=data_driven.adamerging_cost,
+            source="Yang et al. 2023, arXiv:2310.02575",
+            data="inputs",
+            cost=learned.learning_cost,
+        ),
+        "nsc": Merge(
+            learned.nsc,
+            variant="the authors' code's, on all adapted layers where it has some late ones.",
+            source="Lee et al. 2026, arXiv:2603.26317",
+            data="inputs",
+            cost=learned.learning_cost,
+        ),
+        "ziplora": Merge(
+            learned.ziplora,
+            variant="the paper's, of logits where it has denoised images, and of any number of adapters.",
+            source="Shah et al. 2023, arXiv:2311.13600",
+            data="inputs",
+            cost=learned.ziplora_cost,
+        ),
+        "cat-learned": Merge(
+            learned.cat_learned,
+            variant="the paper's, from equal shares; free=true, without its sum of 1, is ours.",
+            source="Prabhakar et al. 2024, arXiv:2410.13025",
+            data="labels",
+            cost=learned.learning_cost,
         ),
     },
 )

@@ -24,8 +24,9 @@ from lora_lab.analysis.game import WORTHS
 from lora_lab.analysis.questions import Shapley, Sweep
 from lora_lab.errors import OptionError
 from lora_lab.games.estimators import ESTIMATORS, Estimator, antithetic
+from lora_lab.merging.kinds import MATRICES, UPDATES
 from lora_lab.merging.merged import merge
-from lora_lab.merging.methods import MATRICES, MERGES, UPDATES, Merge
+from lora_lab.merging.methods import MERGES, Merge
 from lora_lab.merging.paths import SPACES, Space
 from lora_lab.merging.sources import Sources
 from lora_lab.plots.registry import PLOTS, View
@@ -190,7 +191,7 @@ def test_a_rule_is_a_merge_and_an_inner_rule(pair, add, command, tmp_path, inner
 
 
 def test_a_merge_in_a_comparison(pair, add):
-    add(MERGES, Merge(first, UPDATES, reads_data=True, cost=lambda options, tasks: 100.0))
+    add(MERGES, Merge(first, UPDATES, data="labels", cost=lambda options, tasks: 100.0))
     costs = []
     question = CompareMerges(methods=("throwaway",), coefficients=(1.0,), ratios=((1.0, 1.0),))
     result = question.run(pair, [Digits("relabel")] * 2, Execution(confirm=costs.append))

@@ -155,7 +155,15 @@ def deltas_of(sources):
     return [update.delta() for update in sources.updates_of(LAYER)]
 
 
-QUICK = {"fisher": {}, "regmean": {}, "lorahub": {"evaluations": 15}, "adamerging": {"steps": 15}}
+QUICK = {
+    "fisher": {},
+    "regmean": {},
+    "lorahub": {"evaluations": 15},
+    "adamerging": {"steps": 15},
+    "nsc": {"steps": 15},
+    "cat-learned": {"steps": 15},
+    "ziplora": {"steps": 15},
+}
 
 
 def quick(sources, method, **options):
@@ -459,10 +467,10 @@ def test_options_that_are_filled_up_and_texts_of_the_model_itself_are_known_by_t
     targets[0, 2], mask[:, :, 3] = -100, 0
     model = nn.Module()
     model.register_buffer("prompt_attention_mask", torch.tensor([[1, 1, 0]]))
-    masks = layer_inputs._masks(model, {"attention_mask": mask, "targets": targets})
+    masks = layer_inputs.masks_of(model, {"attention_mask": mask, "targets": targets})
     assert [int(m.sum()) for m in masks] == [15, 2]
     for shape, count in (((6, 4, 5), 15), ((24, 1, 5), 15), ((1, 3, 5), 2), ((6, 3, 5), 18)):
-        assert layer_inputs._unpadded(torch.zeros(shape), masks).shape == (count, 5)
+        assert layer_inputs.unpadded(torch.zeros(shape), masks).shape == (count, 5)
 
 
 def test_an_unknown_gram_is_refused(sources):
@@ -684,10 +692,13 @@ def test_an_adapter_may_leave_a_module_alone(tmp_path, method):
     updates = merge(made, method, options=QUICK[method], exact=True).adapter.updates
     assert list(updates) == ["one", "two"]
     only, found = made.updates_of("one")[0].delta(), updates["one"].delta()
-    if method in ("lorahub", "adamerging"):  # a multiple of the only one
+    if method in ("lorahub", "adamerging", "nsc", "cat-learned"):  # a multiple of the only one
         close(found, only * float((only * found).sum() / only.square().sum()))
     elif method == "regmean":  # both see the same kind of input, and the other one's ΔW is 0
         assert 0.2 < float((only * found).sum() / only.square().sum()) < 0.8
+    elif method == "ziplora":  # a multiple of every column
+        shares = found / only
+        close(shares, shares[:1].expand_as(shares))
     else:  # entry by entry a share
         assert bool(((found / only) > 0).all() & ((found / only) < 1).all())
 
@@ -715,7 +726,7 @@ def test_convolutions_that_unfold_differently_are_refused(tmp_path, method, laye
         f"{PREFIX}{LAYER}.lora_B.weight": torch.randn(2, 2, 1, 1),
     }
     adapter = Adapter.load(write(tmp_path / "odd", tensors, target_modules=["lin"]))
-    with pytest.raises(TunerError, match="know plain convolutions only"):
+    with pytest.raises(TunerError, match="inputs of plain convolutions only"):
         merged(Sources([adapter], tasks=[Tiny("odd", x=torch.randn(8, 2, 4, 5))]), method)
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import MismatchError, OptionError
 from lora_lab.merging import rows
-from lora_lab.merging.methods import ENTRIES, MERGES, rules
+from lora_lab.merging.kinds import ENTRIES
+from lora_lab.merging.methods import MERGES, rules
 from lora_lab.merging.trimming import cuts_of
 
 RULES = rules()

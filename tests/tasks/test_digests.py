@@ -13,7 +13,8 @@ import torch
 from tiny_models import Tiny, adapter, updates
 
 from lora_lab.errors import FileError, MismatchError
-from lora_lab.merging.methods import MATRICES, MERGES, Merge
+from lora_lab.merging.kinds import MATRICES
+from lora_lab.merging.methods import MERGES, Merge
 from lora_lab.scoring.changes import LayerMask
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.execution import Execution
