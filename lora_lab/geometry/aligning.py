@@ -31,9 +31,12 @@ class ProcrustesMean(Brief):
     """The mean of the balanced factors of several ΔW, and these factors turned onto it; in float64."""
 
     mean: LowRank
-    """Z̄_top Z̄_botᵀ, of the largest rank among them; its factors are the means of those in `turned`."""
+    """Z̄_top Z̄_botᵀ, of the largest rank among them; its factors are the means of those in `turned`.
+
+    The columns of Z̄ are orthogonal, largest first, the largest entry of each positive.
+    """
     turned: list[LowRank]
-    """The same ΔW as before, in the factors that lie nearest to the mean's."""
+    """The same ΔW as before, in the factors that lie nearest to the mean's; the gauge changes nothing of them."""
     spread: float
     """Σ wᵢ‖ZᵢRᵢ − Z̄‖², with weights of sum 1: 0 where all ΔW are the same."""
 
@@ -76,6 +79,7 @@ def procrustes_mean(updates: Sequence[LowRank], weights: Sequence[float] | None 
     ends = [_iterated(cores, shares, _polar(cores[:, start])) for start in used]
     R = max(ends, key=lambda R: _squared(cores, shares, R))
     turned = torch.einsum("tdr,trs->tds", Z, R)
+    turned = turned @ _frame(torch.einsum("t,tds->ds", shares, turned))
     mean = torch.einsum("t,tds->ds", shares, turned)
     rows, shape = factors[0].B.shape[0], factors[0].shape
     return ProcrustesMean(
@@ -91,6 +95,18 @@ def _iterated(cores: Tensor, shares: Tensor, R: Tensor) -> Tensor:
         if float((R - before).abs().max()) < STILL:
             break
     return R
+
+
+def _frame(mean: Tensor) -> Tensor:
+    """The orthogonal matrix that makes the columns of Z̄ orthogonal, largest first, the largest entry of each positive.
+
+    One for all: without it they would be turned onto each other, but in whatever frame the iteration began.
+    """
+    turn = torch.linalg.eigh(mean.T @ mean).eigenvectors.flip(1)
+    columns = mean @ turn
+    first = (columns.abs() > 0.999 * columns.abs().amax(0)).byte().argmax(0, keepdim=True)
+    signed: Tensor = turn * torch.where(columns.gather(0, first) < 0, -1.0, 1.0)
+    return signed
 
 
 def _squared(cores: Tensor, shares: Tensor, R: Tensor) -> float:

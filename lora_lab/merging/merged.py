@@ -115,6 +115,8 @@ def merge(
     them; a method that looks at data goes its own way.
     """
     given, how = check(method, options or {}), MergeOptions(**settings)
+    if how.rank is not None and "rank" in MERGES[method].defaults(given):
+        given.setdefault("rank", how.rank)  # a method that merges within a rank, so that nothing is to be cut
     require_shared_modules(sources.adapters)
     _tell_formats(sources.adapters)
     whole = merge_heads(sources.adapters, _file_names(sources.adapters), how.heads)

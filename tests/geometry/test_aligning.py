@@ -89,7 +89,10 @@ def test_the_mean_is_stationary_and_below_every_other_turn(seed):
 def test_the_mean_knows_neither_gauge_nor_order_and_grows_with_its_updates(seed):
     updates, weights = several(seed), [1.0, 2.0, 0.5]
     mean = procrustes_mean(updates, weights).mean
-    close(procrustes_mean([gauged(u, i) for i, u in enumerate(updates)], weights).mean, mean, 1e-6)
+    found, turned = (procrustes_mean(us, weights) for us in (updates, [gauged(u, i) for i, u in enumerate(updates)]))
+    close(turned.mean, mean, 1e-6)
+    for one, other in zip(found.turned, turned.turned, strict=True):
+        torch.testing.assert_close(one.A, other.A, rtol=0, atol=1e-5 * float(one.A.norm()))
     close(procrustes_mean(updates[::-1], weights[::-1]).mean, mean, 1e-6)
     close(procrustes_mean([3 * u for u in updates], weights).mean, 3 * mean, 1e-7)
     assert mean.norm() <= max(u.norm() for u in updates)
@@ -100,6 +103,10 @@ def test_one_delta_in_several_gauges_is_its_own_mean():
     found = procrustes_mean([update, gauged(update, 1), gauged(update, 2)])
     close(found.mean, update)
     assert found.spread == pytest.approx(0, abs=1e-10)
+    gram = stacked(found.mean).T @ stacked(found.mean)
+    torch.testing.assert_close(
+        gram, gram.diagonal().sort(descending=True).values.diag(), rtol=0, atol=1e-7 * update.norm()
+    )
     for turned in found.turned:
         torch.testing.assert_close(turned.A, found.mean.A, rtol=0, atol=1e-6)
 

@@ -322,7 +322,7 @@ OTHER_WORDS = {
         "plots/train.py",
         "training/trainer.py",
     ),
-    ("rank",): ("a kind of pruning", "analysis/sweep.py"),
+    ("rank",): ("a kind of pruning; an option of methods", "analysis/sweep.py", "merging/merged.py"),
     ("clip",): ("a model type of transformers", "tasks/kinds/clip.py"),
     ("train",): ("a split", "tasks/kinds/clip.py", "tasks/tables.py"),
     ("tuning",): ("a key of a record", "training/tuning.py"),

@@ -160,7 +160,7 @@ def test_every_kind_of_layer_means_the_same_in_peft(tmp_path, method):
 
 @pytest.mark.parametrize("method", [name for name in MERGES if MERGES[name].reads_data])
 def test_merges_that_look_at_data_mean_the_same_in_peft(tmp_path, method):
-    steps = dict.fromkeys(("adamerging", "nsc", "ziplora", "cat-learned"), {"steps": 2})
+    steps = {key: {"steps": 2} for key in ("adamerging", "nsc", "ziplora", "cat-learned")}
     options = {"lorahub": {"evaluations": 5}, **steps}.get(method)
     tasks = [Tiny(0), Tiny(1)]
     merged = merge(Sources([adapter(updates(i), f"a{i}") for i in range(2)], tasks=tasks), method, options=options)
