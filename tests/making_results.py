@@ -1,9 +1,11 @@
 """Results with made-up numbers, as the questions write them: small ones, and those of real sizes."""
 
 import itertools
+import math
 
 import numpy as np
 
+from lora_lab.analysis.predictors import PREDICTORS
 from lora_lab.results.result import Result, columns
 from lora_lab.training.schedule import Schedule
 
@@ -185,21 +187,47 @@ def sweep_result(labels=("lora-s0", "coto-s0")):
     return Result("sweep", columns(rows), parameters, {}, {"examples": 500})
 
 
-def compared(names=("a", "b", "c"), layers=4):
+def compared(names=("a", "b", "c"), layers=4, merges=("average", "ties")):
     """Pairs of adapters that differ the more the farther apart they are in the list; the last has ΔW = 0."""
-    rows, parts = [], []
+    rows, parts, inside = [], [], []
+    groups = ["", *(f"model.layers.{layer}" for layer in range(layers))]
     for i, j in itertools.combinations(range(len(names)), 2):
         cosine = 1 / (1 + j - i)
-        for k, group in enumerate(["", *(f"model.layers.{layer}" for layer in range(layers))]):
+        for k, group in enumerate(groups):
             who = {"first": names[i], "second": names[j], "indices": [i, j], "level": "layer" if k else "total"}
             angles = {f"{side}_mean": 1.57 - cosine * k / (layers + 1) for side in ("left", "right")}
-            rows.append({**who, "group": group, "cosine": None if j == len(names) - 1 > 1 else cosine, **angles})
+            overlaps = {"left_overlap": cosine / 2, "right_overlap": cosine / 4}
+            none = j == len(names) - 1 > 1
+            rows.append({**who, "group": group, "cosine": None if none else cosine, **angles, **overlaps})
     for i, name in enumerate(names):
         values = [(i + 1) / (1 + k) if i < len(names) - 1 else 0.0 for k in range(16)]
         parts.append({"adapter": name, "level": "total", "group": "", "spectrum": values})
+        for k, group in enumerate(groups):
+            counts = {
+                "intruders": (i + k) % 7,
+                "looked_at": 10,
+                "left_over_chance": 1 + i / (1 + k),
+            }
+            inside.append({"adapter": name, "level": "layer" if k else "total", "group": group, **counts})
+    places = [(math.cos(i), math.sin(i) * i, i % 3 + 1 if i % 2 else None) for i in range(len(names))]
+    points = [
+        {"adapter": name, "x": x, "y": y, "tsne_x": 20 * y, "tsne_y": 30 * x, "start": start}
+        for name, (x, y, start) in zip([*names, None], [*places, (0.0, 0.0, None)], strict=True)
+    ]
+    told = [
+        {"merge": merge, "outcome": outcome, "predictor": predictor}
+        | {"correlation": 0.5 - 0.1 * i, "correlation_low": 0.1 - 0.1 * i, "correlation_high": 0.7 - 0.1 * i}
+        for merge in merges
+        for outcome in ("accuracy", "loss")
+        for i, predictor in enumerate(PREDICTORS)
+    ]
     summary = {
         "adapters": [{"adapter": name} for name in names],
         "parts": parts,
+        "inside": inside,
+        "map": points,
+        "map_held": 0.75,
+        "forecast": told,
         "order": list(range(len(names)))[::-1],
     }
     return Result("compare", columns(rows), {"levels": ["layer"]}, summary, {})
@@ -305,7 +333,9 @@ def _tried(view, names, layers):
 
 
 REAL_SIZES = {
-    "compare": lambda view, names, layers: [compared(names, layers)],
+    "compare": lambda view, names, layers: [
+        compared(names, layers, ("average", "task-arithmetic", "ties", *names[:9]))
+    ],
     "interpolate": _lines,
     "plane": lambda view, names, layers: [plane(names[3 * i : 3 * i + 3]) for i in range(min(3, len(names) // 3))],
     "shapley": _games,

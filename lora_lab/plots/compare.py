@@ -17,6 +17,7 @@ from lora_lab.plots.primitives import Floats, Row
 from lora_lab.results.result import Result, grouped
 
 _RIGHT_ANGLE = np.pi / 2
+_SIDES = "below the diagonal: column spaces; above: row spaces"
 
 
 def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
@@ -31,11 +32,31 @@ def draw_matrix(results: Sequence[Result], panels: Panels) -> list[Axes]:
 
     Adapters whose names do not fit below the columns are numbered.
     """
-    tables = [_cosines(result, panels) for result in results]
+    tables = [_of_pairs(result, panels, "cosine", "cosine", 1.0) for result in results]
+    return _heat(tables, panels, "cosine of ΔW", "", vmin=-1, vmax=1, cmap="PuOr")
+
+
+def draw_overlaps(results: Sequence[Result], panels: Panels) -> list[Axes]:
+    """Overlap of the column spaces below the diagonal, and of the row spaces above it."""
+    tables = [_of_pairs(result, panels, "left_overlap", "right_overlap", 1.0) for result in results]
+    return _heat(tables, panels, "overlap", _SIDES, vmin=0, vmax=1, cmap="viridis")
+
+
+def draw_angles(results: Sequence[Result], panels: Panels) -> list[Axes]:
+    """Mean angle between the column spaces below the diagonal, and between the row spaces above it."""
+    tables = [_of_pairs(result, panels, "left_mean", "right_mean", 0.0) for result in results]
+    return _heat(tables, panels, "mean angle (rad)", _SIDES, vmin=0, vmax=_RIGHT_ANGLE, cmap="viridis_r")
+
+
+def _heat(
+    tables: Sequence[tuple[list[str], list[str], Floats]], panels: Panels, label: str, caption: str, **look: Any
+) -> list[Axes]:
     axes, _ = panels.matrices([rows for rows, *_ in tables])
     for ax, (rows, below, table) in zip(axes, tables, strict=True):
-        image = primitives.heat(ax, table, rows, below, vmin=-1, vmax=1, cmap="PuOr")
-    panels.colour_bar(axes, image, "cosine of ΔW")
+        image = primitives.heat(ax, table, rows, below, **look)
+    panels.colour_bar(axes, image, label)
+    if caption:
+        panels.caption(axes[0], caption)
     return axes
 
 
@@ -62,7 +83,7 @@ def draw_layers(results: Sequence[Result], panels: Panels) -> list[Axes]:
     layers = list(dict.fromkeys(row["group"] for _, rows in pairs for row in rows))
     axes = panels.grid(2, 1 if panels.single else 2, 3.6 if panels.single else 2.4)
     names = _pair_names([(head["first"], head["second"]) for head, _ in pairs])
-    looks = [plot_style.look(i) for i in range(len(pairs))] if names else [_one_of_many()] * len(pairs)
+    looks = [plot_style.look(i) for i in range(len(pairs))] if names else [plot_style.one_of_many()] * len(pairs)
     for ax, side, title in zip(axes, ("left", "right"), ("column spaces", "row spaces"), strict=True):
         for i, (_, rows) in enumerate(pairs):
             values = _by_layer(rows, layers, f"{side}_mean")
@@ -82,11 +103,6 @@ def draw_layers(results: Sequence[Result], panels: Panels) -> list[Axes]:
     return axes
 
 
-def _one_of_many() -> dict[str, Any]:
-    """How lines look that are too many to be told apart."""
-    return {**plot_style.look(0), "marker": "", "linestyle": "-", "linewidth": 0.6, "alpha": 0.3}
-
-
 def _pair_names(pairs: Sequence[tuple[str, str]]) -> list[str]:
     """What a legend calls the pairs; nothing of more than have a colour of their own."""
     if len(pairs) > plot_style.FEW:
@@ -100,14 +116,19 @@ def _by_layer(rows: Sequence[Row], layers: Sequence[str], key: str) -> Floats:
     return np.array([values.get(layer) for layer in layers], dtype=float)
 
 
-def _cosines(result: Result, panels: Panels) -> tuple[list[str], list[str], Floats]:
-    """Names beside the rows and below the columns, and the cosines, in the order of likeness."""
+def _of_pairs(
+    result: Result, panels: Panels, below: str, above: str, own: float
+) -> tuple[list[str], list[str], Floats]:
+    """Names beside the rows and below the columns, and one number of every pair below the diagonal and one above it.
+
+    Adapters stand in the order of likeness; `own` is on the diagonal.
+    """
     order = result.summary["order"]
     known = [one["adapter"] for one in result.summary["adapters"]]
-    rows, below = panels.both_ways([known[i] for i in order])
+    rows, columns = panels.both_ways([known[i] for i in order])
     place = {adapter: at for at, adapter in enumerate(order)}
-    table = np.eye(len(rows))
+    table = np.eye(len(rows)) * own
     for row in result.rows(level="total"):
-        i, j = (place[index] for index in row["indices"])
-        table[i, j] = table[j, i] = np.nan if row["cosine"] is None else row["cosine"]
-    return rows, below, table
+        i, j = sorted(place[index] for index in row["indices"])
+        table[j, i], table[i, j] = (np.nan if row[key] is None else row[key] for key in (below, above))
+    return rows, columns, table

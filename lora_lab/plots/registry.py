@@ -20,6 +20,7 @@ from lora_lab.files.ownership import MARK
 from lora_lab.plots import compare as plot_compare
 from lora_lab.plots import line as plot_line
 from lora_lab.plots import merges as plot_merges
+from lora_lab.plots import places as plot_places
 from lora_lab.plots import plane as plot_plane
 from lora_lab.plots import shapley as plot_shapley
 from lora_lab.plots import stability as plot_stability
@@ -218,6 +219,11 @@ PLOTS = Registry(
         "sweep:rank": View(plot_sweep.draw_rank, "sweep", "accuracy over the rank kept"),
         "compare": View(plot_compare.draw, "compare", "angles by layer of one pair, or cosines of all pairs", ()),
         "compare:matrix": View(plot_compare.draw_matrix, "compare", "cosines of ΔW between all adapters", ()),
+        "compare:overlap": View(plot_compare.draw_overlaps, "compare", "overlap of subspaces of all adapters", ()),
+        "compare:angles": View(plot_compare.draw_angles, "compare", "angles between subspaces of all adapters", ()),
+        "compare:map": View(plot_places.draw_map, "compare", "adapters as points, and the base where they began", ()),
+        "compare:base": View(plot_places.draw_inside, "compare", "intruders, and ΔW in the base, by layer", ()),
+        "compare:forecast": View(plot_places.draw_forecast, "compare", "how well pairs tell what merges lose", ()),
         "compare:spectra": View(plot_compare.draw_spectra, "compare", "singular values of every adapter", ()),
         "compare:layers": View(plot_compare.draw_layers, "compare", "angles between subspaces by layer", ()),
         "compare-merges": View(

@@ -92,6 +92,11 @@ def look(place: int) -> dict[str, Any]:
     return {"color": colors[color], "marker": marker, "linestyle": dashes}
 
 
+def one_of_many() -> dict[str, Any]:
+    """How lines look that are too many to be told apart."""
+    return {**look(0), "marker": "", "linestyle": "-", "linewidth": 0.6, "alpha": 0.3}
+
+
 def bar_look(place: int) -> dict[str, Any]:
     """The same for bars: colour, and a hatch that tells them apart in grey."""
     there = look(place)

@@ -207,3 +207,42 @@ def test_adapters_side_by_side_are_drawn_as_layers_of_one_pair_and_else_as_cosin
     assert not len(spectrum[2].get_ydata())
     with pytest.raises(OptionError, match="not compared by layer"):
         plots.draw(compared(layers=0), "compare:layers")
+
+
+def test_matrices_of_both_sides_have_columns_below_and_rows_above_the_diagonal():
+    three = compared(("a", "b", "c"))
+    shown = plots.draw(three, "compare:overlap").images[0].get_array()
+    half, third = 1 / 4, 1 / 6  # of neighbours, and of a and c
+    np.testing.assert_allclose(shown, [[1, half / 2, third / 2], [half, 1, half / 2], [third, half, 1]])
+    angles = plots.draw(three, "compare:angles").images[0].get_array()
+    assert (np.diag(angles) == 0).all()
+    assert angles[1, 0] == angles[0, 1] == 1.57
+
+
+def test_adapters_are_joined_to_the_base_that_they_began_from():
+    few, many = compared(("a", "b", "c")), compared([f"s{i}" for i in range(12)])
+    left, right = plots.draw(few, "compare:map")
+    assert [ax.get_title() for ax in (left, right)] == ["principal components", "t-SNE"]
+    points = [line.get_xydata()[0] for line in left.lines if line.get_marker() not in ("None", "+", "")]
+    np.testing.assert_allclose(points, [(1, 0), (np.cos(1), np.sin(1)), (np.cos(2), 2 * np.sin(2))])
+    lines = [line.get_xydata() for line in left.lines if line.get_marker() in ("None", "")]
+    assert all((line[0] == 0).all() for line in lines)
+    assert len(lines) == 3
+    texts = [text.get_text() for text in plots.figure([many], kind="compare:map").legends[0].get_texts()]
+    assert texts == ["an initial A of its own", "initial A 2", "initial A 1", "initial A 3"]
+    few.summary["map"] = [{**row, "tsne_x": None} for row in few.summary["map"]]
+    assert plots.draw(few, "compare:map").get_title() == "principal components"
+
+
+def test_what_lies_in_a_base_is_drawn_by_layer_and_what_merges_lose_with_intervals():
+    pair = compared(("a", "b"), layers=3)
+    counts, shares = plots.draw(pair, "compare:base")
+    np.testing.assert_allclose(counts.lines[1].get_ydata(), [0.2, 0.3, 0.4])
+    np.testing.assert_allclose(shares.lines[1].get_ydata(), [1.5, 4 / 3, 5 / 4])
+    ax = plots.draw(pair, "compare:forecast")
+    assert [bar.get_width() for bar in ax.patches[:3]] == pytest.approx([0.5, 0.4, 0.3])
+    assert [text.get_text() for text in ax.get_figure().legends[0].get_texts()] == ["average", "ties"]
+    without = compared(("a", "b"), layers=0, merges=())
+    for view, text in (("base", "in a base by layer"), ("forecast", "beside results of their merges")):
+        with pytest.raises(OptionError, match=text):
+            plots.draw(without, f"compare:{view}")
