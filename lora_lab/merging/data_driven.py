@@ -45,7 +45,10 @@ def fisher(
     check_numbers(examples=(examples, 1), floor=(floor, 0), scale=(scale, None), seed=(seed, 0))
     _check_weights(sources, "fisher")
     models = MergeModels(sources)
-    fishers = [information(models, i, examples, seed) for i in range(len(sources.adapters))]
+    fishers = []
+    for i in range(len(sources.adapters)):
+        fishers.append(information(models, i, examples, seed))
+        sources.tell(i + 1, len(sources.adapters))
     if normalize:
         fishers = [_normalized(fisher) for fisher in fishers]
     for name in sources.modules:
@@ -91,7 +94,10 @@ def regmean(
     check_numbers(examples=(examples, 1), ridge=(ridge, 0), scale=(scale, None), seed=(seed, 0))
     _check_weights(sources, "regmean")
     models = MergeModels(sources)
-    inputs = [grams(models, i, examples, seed, mean=gram == "mean") for i in range(len(sources.adapters))]
+    inputs = []
+    for i in range(len(sources.adapters)):
+        inputs.append(grams(models, i, examples, seed, mean=gram == "mean"))
+        sources.tell(i + 1, len(sources.adapters))
     for name in sources.modules:
         stored_transposed = inputs[0][name][1]
         weighted = []  # wᵢ Gᵢ, off the diagonal times `off_diagonal`, plus the ridge
@@ -143,15 +149,18 @@ def lorahub(
             for name, ours in updates.items()
         }
 
+    done = 0
     best: tuple[float, list[float]] = (float("inf"), [1 / count] * count)
 
     def cost(coefficients: Any) -> float:
-        nonlocal best
+        nonlocal best, done
         clipped = np.clip(coefficients, -bound, bound)
         made = mixed(clipped)
         loss = mean_loss([models.scores(index, made, "validation") for index in models.indices])
         loss += penalty * float(np.abs(clipped).mean())
         best = min(best, (loss, clipped.tolist()))
+        done += 1
+        sources.tell(done, max(done, evaluations))
         return loss
 
     if evaluations < count + 2:  # which COBYLA needs to begin with

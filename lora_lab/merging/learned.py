@@ -176,10 +176,10 @@ def ziplora(
 ) -> Merged:
     """Σ wᵢΔWᵢ diag(mᵢ): a number for each column, learned so that each task's outputs stay.
 
-    ZipLoRA (Shah et al. 2023, arXiv:2311.13600): from mᵢ = 1, Adam minimises the mean squared difference of the logits
-    from those of the task's own adapter on its unlabelled validation examples (its own denoised images in the paper),
-    summed over the tasks, plus `penalty` times Σ |mᵢ∘mⱼ|, i < j, as a mean over columns and modules, which keeps
-    columns apart. A column is what one input contributes.
+    ZipLoRA (Shah et al. 2023, arXiv:2311.13600): from mᵢ = 1, Adam minimises, summed over the tasks, the mean squared
+    difference of the logits from those of the task's own adapter on its unlabelled validation examples (denoised images
+    in the paper), plus `penalty` times the mean of Σ |mᵢ∘mⱼ|, i < j, over columns and modules, which keeps columns
+    apart. A column is what one input contributes.
     """
     how = Steps(steps, learning_rate, batch_size, seed)
     check_numbers(penalty=(penalty, 0), scale=(scale, None))
@@ -251,7 +251,7 @@ def _learned(
     generator = torch.Generator().manual_seed(how.seed)
     indices = model.models.indices
     batches = {index: _batches(model.models, index, split, how.batch_size, generator) for index in indices}
-    for _ in range(how.steps):
+    for step in range(how.steps):
         optimizer.zero_grad()
         for index in indices:
             coefficients = {}
@@ -261,11 +261,12 @@ def _learned(
             loss = objective(model.passed(index, next(batches[index]), coefficients, watch=watch))
             if not math.isfinite(float(loss.detach())):
                 raise DivergedError(
-                    f"what is learned diverged: the objective on {model.models.tasks[index].name} is not finite"
+                    f"the objective on {model.models.tasks[index].name} is not finite; a smaller rate may do"
                 )
             if loss.requires_grad:
                 torch.autograd.backward(loss)
         optimizer.step()
+        sources.tell(step + 1, how.steps)
     return {name: used(name, value).detach() for name, value in values.items()}
 
 

@@ -129,7 +129,8 @@ def merge(
         return name, *_finished(made, how, dtype, sources.rank_of(name), f"{method}: ΔW of {name}")
 
     def stored() -> Iterator[tuple[str, LowRank]]:
-        calls = (partial(finished, *pair) for pair in MERGES[method].calls(sources, **every_option))
+        made = MERGES[method].calls(sources.telling(progress), **every_option)
+        calls = (partial(finished, *pair) for pair in made)
         for name, update, each in in_order(calls, at_a_time):
             told[name] = each
             yield name, update

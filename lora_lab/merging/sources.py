@@ -93,6 +93,7 @@ class Sources:
         self.adapters, self.base = list(adapters), base
         self.tasks = list(tasks) if tasks is not None else None
         self.device = device or torch.device("cpu")
+        self._progress: Callable[[int, int], None] | None = None
         self._weigh(weights)
         same_base(self.adapters)
         self._exact = _exact(self.adapters, base)
@@ -107,6 +108,17 @@ class Sources:
         part._weigh(weights)
         part._measure()
         return part
+
+    def telling(self, progress: Callable[[int, int], None] | None) -> Sources:
+        """The same, with whom a method that looks at data tells how far it is: (pieces done, pieces in all)."""
+        same = copy(self)
+        same._progress = progress
+        return same
+
+    def tell(self, done: int, total: int) -> None:
+        """Tell how far it is, where somebody wants to know."""
+        if self._progress:
+            self._progress(done, total)
 
     def _weigh(self, weights: Weights | Sequence[float] | None) -> None:
         count = len(self.adapters)
