@@ -25,6 +25,7 @@ _VERBS = (
     "train",
     "interpolate",
     "plane",
+    "curve",
     "stability",
     "shapley",
     "compare",

@@ -51,7 +51,8 @@ def command(
     **factors** averages A and B, as papers on merging LoRA seeds do. Halfway between two independent adapters
     that also halves ‖ΔW‖, so a dip may be a barrier or mere shrinkage. **matched** therefore walks the same line with
     every module's ‖ΔW‖ kept at the average of its ends: a dip that stays is a barrier, a dip that goes was shrinkage
-    (the last lines). **delta** averages ΔW = BA itself, exactly. **aligned** first rotates b's factors onto a's.
+    (the last lines). **delta** averages ΔW = BA itself, exactly (**matched-delta**: at kept norms). **aligned** first
+    rotates b's factors onto a's.
 
     Example:  lora-lab interpolate a.safetensors b.safetensors --ratios 1:2,1:1
     """

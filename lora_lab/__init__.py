@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lora_lab.api import task as task
     from lora_lab.api import train as train
     from lora_lab.api import verify as verify
+    from lora_lab.around import curve as curve
     from lora_lab.around import plane as plane
     from lora_lab.errors import LoraLabError as LoraLabError
     from lora_lab.results.result import Result as Result
@@ -69,7 +70,7 @@ __getattr__, __dir__, __all__ = face(
             "train",
             "verify",
         ),
-        "around": ("plane",),
+        "around": ("curve", "plane"),
         "errors": ("LoraLabError",),
         "results.result": ("Result",),
         "scoring.execution": ("Execution",),

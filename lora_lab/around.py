@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from lora_lab.given import Adapters, TaskLike, answered, from_options, shown
+from lora_lab.given import Adapters, Path_, TaskLike, answered, from_options, shown
 from lora_lab.options import checked
 from lora_lab.results.result import Result
 from lora_lab.scoring.execution import Execution
@@ -25,3 +26,25 @@ def plane(
 
     telling = shown(on, "scoring a plane", progress)
     return answered(from_options(Plane, options), adapters, task, trust_record, telling)
+
+
+@checked
+def curve(
+    adapters: Adapters,
+    task: TaskLike = None,
+    *,
+    folder: Path_ | None = None,
+    on: Execution | None = None,
+    progress: bool = True,
+    trust_record: bool = False,
+    **options: Any,
+) -> Result:
+    """Curves with a trained control point between two adapters, beside lines; `options` are the fields of `Curve`.
+
+    The control points are saved as adapters in `folder`.
+    """
+    from lora_lab.analysis.landscape import Curve
+
+    telling = shown(on, "training and scoring curves", progress)
+    place = None if folder is None else Path(folder)
+    return answered(from_options(Curve, options), adapters, task, trust_record, telling, folder=place)

@@ -65,6 +65,21 @@ def plane(names=("a", "b", "base"), side=9):
     return Result("plane", columns(rows), said, {"corners": corners, "gains": gains}, {"examples": 500})
 
 
+def curve(spaces=("delta", "factors"), shapes=("bezier", "polychain")):
+    """A line that dips where factors are mixed, and curves that do not."""
+    rows = []
+    for space in spaces:
+        for path in ("line", "matched line", *shapes):
+            dip = 0.3 if (space, path) == ("factors", "line") else 0.01
+            for t in np.linspace(0, 1, 5):
+                place = {"space": space, "path": path, "t": float(t), "arc": float(t) ** 1.2}
+                rows.append({**place, **cells(0.9 - dip * 4 * t * (1 - t), t)})
+    looks = {"bezier": {"label": "quadratic Bézier", "place": 1}, "polychain": {"label": "one bend", "place": 2}}
+    said = {"points": 5, "spaces": list(spaces), "shapes": list(shapes), "looks": looks}
+    said |= {"task": {"name": "digits/relabel"}, "split": "test", "adapters": []}
+    return Result("curve", columns(rows), said, {}, {"examples": 500})
+
+
 def merges(methods=("lora", "coto"), names=("average", "ties"), seeds=2, ratios=(None,)):
     rows, sets, curves = [], [], []
     for method in methods:
@@ -337,6 +352,7 @@ REAL_SIZES = {
         compared(names, layers, ("average", "task-arithmetic", "ties", *names[:9]))
     ],
     "interpolate": _lines,
+    "curve": lambda view, names, layers: [curve(("delta", "aligned", "factors"), ("bezier", "polychain", *names[:5]))],
     "plane": lambda view, names, layers: [plane(names[3 * i : 3 * i + 3]) for i in range(min(3, len(names) // 3))],
     "shapley": _games,
     "stability": _kept,

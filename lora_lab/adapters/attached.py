@@ -68,6 +68,10 @@ class Attached:
                 self._replaced.setdefault(key, self._tensors[key].data)
             self._tensors[key].data = self._placed(tensor, self._tensors[key], own=key in owned)
 
+    def live(self, keys: Sequence[str]) -> list[Tensor]:
+        """The model's own tensors by an adapter's keys, for gradients; `set` puts other data into them."""
+        return [self._tensors[key] for key in keys]
+
     def _check(self, adapter: Adapter) -> None:
         """MismatchError for a tensor without a place in the model, or of another shape; only ranks may differ."""
         owned = {key for site in adapter.sites.values() for key in site.keys.values()}

@@ -142,8 +142,10 @@ def _with_matched(paths: Paths, spaces: Sequence[str]) -> list[str]:
     """The spaces asked for, each with its rescaled twin, wherever there is a ΔW to rescale."""
     if not paths.additive and tuple(spaces) == Interpolate.spaces:  # the default, as far as this tuner allows it
         return [space for space in spaces if not SPACES[space].needs_delta]
-    twins = [twin for space in spaces for twin in (space, SPACES[space].rescaled if paths.additive else None) if twin]
-    return list(dict.fromkeys(twins))
+    brought = [
+        (space, SPACES[space].rescaled if SPACES[space].shrinks and paths.additive else None) for space in spaces
+    ]
+    return list(dict.fromkeys(space for pair in brought for space in pair if space))
 
 
 def _on_line(pair: tuple[int, int], t: float, count: int, space: str) -> MixPoint:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_lab.analysis.question import Question
 from lora_lab.analysis.questions import example_option, split_option
 from lora_lab.options import option
+from lora_lab.registry import Later
 from lora_lab.scoring.execution import Execution
 
 if TYPE_CHECKING:
@@ -50,3 +52,62 @@ class Plane(Question):
 
         self.check(adapters)
         return plane.answer(self, adapters, task, on)
+
+
+@dataclass(frozen=True)
+class Curve(Question):
+    """Loss and accuracy on curves with a trained control point between two adapters, beside the straight line and the
+    line at kept norm; see curve.py.
+
+    Control points are trained on the task's training split, from the midpoint on, and chosen on its validation split;
+    every number is of `split`, with a 95 % interval over the examples by a paired bootstrap with `seed`.
+    """
+
+    kind = "curve"
+    of_transforms = True
+
+    shapes: tuple[str, ...] = option(
+        ("bezier", "polychain"),
+        "NAMES, with commas.",
+        choices=Later("lora_lab.analysis.control_points", "CURVES"),
+        title="curve",
+    )
+    spaces: tuple[str, ...] = option(
+        ("delta", "aligned", "factors"),
+        "What is mixed on the curve: NAMES, with commas.",
+        choices=Later("lora_lab.analysis.curve", "CURVE_SPACES"),
+        title="space",
+    )
+    points: int = option(21, "Points on each curve, both ends among them.", least=3)
+    steps: int | None = option(None, "Optimiser steps of each control point; by default the task's.", least=1)
+    learning_rate: float | None = option(None, "Peak learning rate; by default the task's.", flag="lr", above=0)
+    batch_size: int | None = option(None, "Examples per batch; by default the task's.", least=1)
+    rank: int | None = option(
+        None,
+        "Of the control point where ΔW is mixed; by default the sum of both adapters', as the midpoint has.",
+        least=1,
+    )
+    checks: int = option(6, "How often the control point is scored on the validation split, and kept.", least=1)
+    split: str = split_option()
+    seed: int = option(0, "Of the training and the bootstrap.", least=0)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that the answer hangs on."""
+        return tuple(dict.fromkeys((self.split, "train", "validation")))
+
+    def check(self, adapters: Sequence[Adapter]) -> None:
+        """Raise what `run` would raise for these adapters, before anything is computed."""
+        from lora_lab.analysis import curve
+
+        super().check(adapters)
+        curve.check(self, adapters)
+
+    def run(
+        self, adapters: Sequence[Adapter], task: Task, on: Execution = Execution(), *, folder: Path | None = None
+    ) -> Result:
+        """A row for every point of every curve; control points are saved as adapters in the folder."""
+        from lora_lab.analysis import curve
+
+        self.check(adapters)
+        return curve.answer(self, adapters, task, on, folder)

@@ -72,6 +72,8 @@ class Space:
     """Whether all adapters must have factors of one shape."""
     rescaled: str | None = None
     """The path that is the same but for the norms, which it keeps: their barriers tell shrinkage apart."""
+    shrinks: bool = False
+    """Whether lines bring that path along, as averaging alone makes ΔW shorter, whatever the adapters are."""
     mixtures: bool = True
     """Whether weighted mixtures are scored on it, besides the lines."""
     label: str = ""
@@ -258,6 +260,14 @@ def matched(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     return mixed * (target / norm if norm > _CANCELLED * size else 0.0)
 
 
+def matched_delta(updates: Updates, weights: Sequence[float]) -> LowRank:
+    """Σ wᵢ ΔWᵢ, rescaled to the weighted mean of the norms; 0 where the updates cancel."""
+    mixed, norms = combine(updates, weights), [update.norm() for update in updates]
+    norm, size = mixed.norm(), sum(abs(weight) * each for each, weight in zip(norms, weights, strict=True))
+    target = sum(weight * each for each, weight in zip(norms, weights, strict=True))
+    return mixed * (target / norm if norm > _CANCELLED * size else 0.0)
+
+
 def delta_norms(products: Products, weights: Tensor) -> Tensor:
     """‖Σ wᵢΔWᵢ‖² = Σᵢⱼ wᵢwⱼ ⟨ΔWᵢ, ΔWⱼ⟩ by module."""
     return torch.einsum("i,j,mij->m", weights, weights, products.deltas)
@@ -277,6 +287,13 @@ def matched_norms(products: Products, weights: Tensor) -> Tensor:
     return torch.where(factor_norms(products, weights) > (_CANCELLED * A * B).square(), targets, 0.0)
 
 
+def matched_delta_norms(products: Products, weights: Tensor) -> Tensor:
+    """(Σ wᵢ‖ΔWᵢ‖)² by module, 0 where the updates cancel."""
+    norms = products.deltas.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+    cancelled = delta_norms(products, weights) <= (_CANCELLED * (norms @ weights.abs())).square()
+    return torch.where(cancelled, 0.0, (norms @ weights).square())
+
+
 _CANCELLED = 1e-6
 """Norm of a mixed ΔW, relative to that of its factors before they were added, at which it is rounding."""
 
@@ -291,11 +308,22 @@ SPACES = Registry(
             factor_norms,
             needs_delta=False,
             rescaled="matched",
+            shrinks=True,
             label="factors A, B averaged",
             place=1,
         ),
         "matched": Space(matched, matched_norms, mixtures=False, label="factors, ‖ΔW‖ matched", place=4),
-        "delta": Space(combine, delta_norms, needs_factors=False, label="ΔW averaged", place=0),
+        "delta": Space(
+            combine, delta_norms, needs_factors=False, rescaled="matched-delta", label="ΔW averaged", place=0
+        ),
+        "matched-delta": Space(
+            matched_delta,
+            matched_delta_norms,
+            needs_factors=False,
+            mixtures=False,
+            label="ΔW averaged, ‖ΔW‖ matched",
+            place=3,
+        ),
         "aligned": Space(
             combine_factors, factor_norms, aligned, mixtures=False, label="factors aligned first", place=2
         ),

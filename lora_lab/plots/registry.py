@@ -18,6 +18,7 @@ from lora_lab.errors import LoraLabError, OptionError, shorten, unknown
 from lora_lab.escape import drawn
 from lora_lab.files.ownership import MARK
 from lora_lab.plots import compare as plot_compare
+from lora_lab.plots import curve as plot_curve
 from lora_lab.plots import line as plot_line
 from lora_lab.plots import merges as plot_merges
 from lora_lab.plots import places as plot_places
@@ -201,6 +202,9 @@ PLOTS = Registry(
         "interpolate:matrix": View(plot_line.draw_matrix, "interpolate", "barriers between all adapters", _ON_LINES),
         "interpolate:ratios": View(plot_line.draw_ratios, "interpolate", "accuracy of mixtures", _ON_LINES),
         "plane": View(plot_plane.draw, "plane", "accuracy and loss on the plane through three points"),
+        "curve": View(plot_curve.draw, "curve", "loss along curves and lines, and ‖ΔW‖", _ON_LINES),
+        "curve:accuracy": View(plot_curve.draw_accuracy, "curve", "accuracy along curves and lines", _ON_LINES),
+        "curve:arc": View(plot_curve.draw_arc, "curve", "loss along the length of curves and lines", _ON_LINES),
         "shapley": View(plot_shapley.draw, "shapley", "a heat map of types and layers, or bars", _IN_GAMES),
         "shapley:bars": View(plot_shapley.draw_bars, "shapley", "values with their intervals", _IN_GAMES),
         "shapley:heatmap": View(plot_shapley.draw_heatmap, "shapley", "values by type and layer", _IN_GAMES),

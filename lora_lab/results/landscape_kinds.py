@@ -41,6 +41,77 @@ class PlaneGain:
     y: float = column("where the best point lies", "‖ΔW‖", form=".2f")
 
 
+@dataclass
+class OnPath:
+    """Which way between two adapters a row is about."""
+
+    space: str = column("what is mixed: delta, aligned (factors, b's turned onto a's) or factors")
+    path: str = column("line, matched line (at kept norm), or the curve")
+
+
+@dataclass
+class CurvePoint(Loss, Accuracy, OnPath):
+    """One point of a line or curve between two adapters."""
+
+    t: float = column("place on the curve, 0 the first adapter and 1 the second", form=".2f")
+    arc: float = column("share of the curve's length in ‖ΔW‖ that lies behind it", "share", form=".2f")
+    norm: float = column("Frobenius norm of ΔW over all modules", form=".2f")
+
+
+@dataclass
+class CurveBarrier(OnPath):
+    """How far a line or curve rises above its ends."""
+
+    metric: str = column("loss or error")
+    by: str = column("what the chord is straight in: t or arc")
+    barrier: str = column("definition: entezari, frankle or others by name")
+    value: float = column("the largest rise", "of the metric")
+    low: float = column("low end of its interval", "of the metric")
+    high: float = column("high end of its interval", "of the metric")
+
+
+@dataclass
+class CurveMean(OnPath):
+    """The mean of a metric over a line or curve."""
+
+    metric: str = column("loss or error")
+    by: str = column("over what it is a mean: t or arc")
+    value: float = column("the mean", "of the metric")
+    low: float = column("low end of its interval", "of the metric")
+    high: float = column("high end of its interval", "of the metric")
+
+
+@dataclass
+class CurveGain(OnPath):
+    """How much lower a curve's barrier is than a line's."""
+
+    over: str = column("the line: line or matched line")
+    metric: str = column("loss or error")
+    value: float = column("barrier of the line − barrier of the curve", "of the metric")
+    low: float = column("low end of its interval, paired over the examples", "of the metric")
+    high: float = column("high end of its interval", "of the metric")
+
+
+@dataclass
+class Check:
+    """A control point scored on the way."""
+
+    step: int = column("optimiser steps so far")
+    training_loss: float = column("mean training loss since the check before; null of the midpoint", "nats")
+    validation_loss: float = column("mean validation loss over five places of the curve", "nats")
+
+
+@dataclass
+class CurveControl(OnPath):
+    """A trained control point."""
+
+    length: float = column("length of the curve in ‖ΔW‖", form=".2f")
+    line_length: float = column("length of the straight line in the same space", form=".2f")
+    rank: int = column("largest rank of the control point")
+    step: int = column("after which step it was the best on validation; 0: the midpoint it started at")
+    trace: list[Check] = column("the control point at every check")
+
+
 KINDS = (
     Kind(
         "plane",
@@ -52,6 +123,30 @@ KINDS = (
             "base": "whether the base is the third point",
             "points": "points on each side of the grid",
             "margin": "room beyond the three points, as a share of their extent",
+            **ADAPTERS,
+        },
+    ),
+    Kind(
+        "curve",
+        "accuracy and loss on curves with a trained control point between two adapters, and on straight lines",
+        {
+            "rows": CurvePoint,
+            "barriers": CurveBarrier,
+            "means": CurveMean,
+            "gains": CurveGain,
+            "controls": CurveControl,
+        },
+        Paper(("space", "path", "over", "metric", "value"), "gains"),
+        parameters={
+            "shapes": "the curves",
+            "spaces": "what was mixed",
+            "points": "points on each of them",
+            "looks": "curve → what figures call it, and its place among their colours (null: any)",
+            "steps": "optimiser steps of each control point; null for the task's",
+            "learning_rate": "peak learning rate; null for the task's",
+            "batch_size": "examples per batch; null for the task's",
+            "rank": "of the control point where ΔW is mixed; null for that of the midpoint",
+            "checks": "how often the control point was scored on the validation split",
             **ADAPTERS,
         },
     ),

@@ -46,6 +46,7 @@ def one_line(result, *words, code=1):
         "train",
         "interpolate",
         "plane",
+        "curve",
         "stability",
         "shapley",
         "compare",

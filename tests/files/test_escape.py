@@ -45,6 +45,7 @@ VERBS = {
     "evaluate": ["--no-base"],
     "interpolate": ["--points", "2", "--ratios", "1:1"],
     "plane": ["--base", "--points", "2"],
+    "curve": ["--shapes", "bezier", "--spaces", "delta", "--points", "3", "--steps", "1", "--checks", "1"],
     "stability": ["--samples", "2", "--examples", "20", "--yes"],
     "shapley": ["--samples", "1", "--examples", "20", "--yes"],
     "sweep": ["--structured", "--draws", "1", "--examples", "20", "--yes"],
@@ -55,7 +56,7 @@ VERBS = {
     "compare": ["--signs", "--csv"],
 }
 ONE = ("inspect", "prune", "convert")
-UNNAMED = ("compare-merges", "merge", "prune", "sweep")
+UNNAMED = ("curve", "compare-merges", "merge", "prune", "sweep")
 """Verbs whose tables name no adapter, or in a heading that is wrapped among others."""
 
 

@@ -97,6 +97,7 @@ VERBS = {
     "evaluate": ("evaluate", "a.safetensors"),
     "interpolate": ("interpolate", "a.safetensors", "b.safetensors"),
     "plane": ("plane", "a.safetensors", "b.safetensors", "--base"),
+    "curve": ("curve", "a.safetensors", "b.safetensors"),
     "stability": ("stability", "a.safetensors"),
     "shapley": ("shapley", "a.safetensors"),
     "sweep": ("sweep", "a.safetensors"),

@@ -20,7 +20,9 @@ from lora_lab.adapters.groups import PLAYERS, by_label
 from lora_lab.adapters.lowrank import combine
 from lora_lab.analysis.compare import CompareMerges
 from lora_lab.analysis.connectivity import BARRIERS, Barrier, Interpolate
+from lora_lab.analysis.control_points import CURVES, CurveShape
 from lora_lab.analysis.game import WORTHS
+from lora_lab.analysis.landscape import Curve
 from lora_lab.analysis.questions import Shapley, Sweep
 from lora_lab.errors import OptionError
 from lora_lab.games.estimators import ESTIMATORS, Estimator, antithetic
@@ -107,6 +109,16 @@ def test_a_barrier(pair, add, command):
         assert row["value"] == pytest.approx(max(each - curve[0] for each in curve))
     told = command("interpolate", *ON_TASK, "--space", "delta", "--points", 3)["summary"]["barriers"]
     assert [row for row in told if row["barrier"] == "throwaway"] == found != []
+
+
+def test_a_curve(pair, add, command):
+    add(CURVES, CurveShape(lambda t: (1 - t, 0.0, t)))  # a straight line, whatever the control point is
+    question = Curve(points=3, shapes=("throwaway",), spaces=("delta",), steps=1, checks=1, split="validation")
+    result = asked(question, pair, "curve", "curve:accuracy", "curve:arc")
+    line, curve = (result.rows(path=path)[1] for path in ("line", "throwaway"))
+    assert curve["loss"] == pytest.approx(line["loss"], rel=1e-5)
+    few = ("--shapes", "throwaway", "--spaces", "delta", "--points", 3, "--steps", 1, "--checks", 1)
+    assert command("curve", *ON_TASK, *few)["columns"] == result.columns
 
 
 def test_a_worth_and_a_set_of_players_and_an_estimator(pair, add, command):

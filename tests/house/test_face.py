@@ -14,7 +14,7 @@ import lora_lab as ll
 from lora_lab import given, tasks
 from lora_lab.adapters.reading import inspect
 from lora_lab.analysis.connectivity import Interpolate
-from lora_lab.analysis.landscape import Plane
+from lora_lab.analysis.landscape import Curve, Plane
 from lora_lab.analysis.questions import Evaluate, Shapley, Stability, Sweep
 from lora_lab.errors import LoraLabError, MismatchError, OptionError, TrustError
 from lora_lab.merging.sources import Sources
@@ -23,7 +23,18 @@ from lora_lab.pruning.ranks import prune_rank
 from lora_lab.training.fit import train
 
 NAMES = ["Adapter", "CoToCallback", "Execution", "LoraLabError", "LowRank", "Recipe", "Result", "Schedule"]
-NAMES += ["compare", "compare_merges", "convert", "evaluate", "extract", "figure", "fuse", "inspect", "interpolate"]
+NAMES += [
+    "compare",
+    "compare_merges",
+    "convert",
+    "curve",
+    "evaluate",
+    "extract",
+    "figure",
+    "fuse",
+    "inspect",
+    "interpolate",
+]
 NAMES += ["load", "merge", "plane", "prune", "record", "shapley", "stability", "sweep", "task", "train", "verify"]
 QUIET = {"progress": False}
 SHORT = {"seed": 1, "steps": 6, "batch_size": 8, "target_modules": ["q_proj", "fc1"]}
@@ -75,6 +86,7 @@ def test_training_gives_the_adapter_of_the_recipe(pair):
         (ll.stability, Stability, {"samples": 2, "every": False, "examples": 20, "players": "type", "rescale": False}),
         (ll.shapley, Shapley, {"samples": 2, "players": "type", "examples": 20, "estimator": "permutation"}),
         (ll.plane, Plane, {"base": True, "points": 2, "examples": 20}),
+        (ll.curve, Curve, {"points": 3, "steps": 1, "checks": 1, "spaces": ["delta"], "shapes": ["bezier"]}),
         (ll.sweep, Sweep, {"kinds": "rank", "draws": 1, "examples": 20}),
         (ll.evaluate, Evaluate, {"split": "validation", "base": False}),
     ],

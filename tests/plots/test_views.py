@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from making_results import (
     compared,
+    curve,
     line,
     merges,
     plane,
@@ -35,6 +36,7 @@ MADE = {
     "compare-merges": merges,
     "interpolate": lambda: line(pairs=((0, 1), (0, 2)), ratios=("1:1",)),
     "plane": plane,
+    "curve": curve,
     "shapley": lambda: shapley_result(interactions=True),
     "stability": stability_result,
     "sweep": sweep_result,

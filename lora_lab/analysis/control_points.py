@@ -1,0 +1,343 @@
+"""Curves of one control point between two adapters, and how that point is trained; ends stay fixed.
+
+Garipov et al. 2018 (arXiv:1802.10026): a curve φ(t) with φ(0) = a and φ(1) = b, whose control point c minimises the
+mean over t of the loss on it, ∫ L(φ(t)) dt, by one t ~ U[0, 1] a batch. The gradient comes through the mixture: ΔW(t)
+or the factors at t are put into the model, and what the backward pass gives for them goes on to those of c.
+
+Everything that is drawn for a step (its batch, its t, dropout) hangs on the seed and the step alone, so that a run that
+was killed goes on from its last checkpoint with the same numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_lab import files
+from lora_lab.adapters.adapter import Adapter, stored
+from lora_lab.adapters.attached import Attached
+from lora_lab.adapters.lowrank import LowRank
+from lora_lab.brief import Brief
+from lora_lab.errors import DivergedError, FileError, LoraLabWarning
+from lora_lab.files.trust import Origin
+from lora_lab.merging.paths import SPACES, Paths
+from lora_lab.registry import Registry
+from lora_lab.results.result import fingerprint
+from lora_lab.scoring.examples import Examples, examples_of
+from lora_lab.scoring.models import TaskModels
+from lora_lab.tasks.task import Task
+from lora_lab.training.trainer import Batches, training_mode
+
+CHECKED = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Places on the curve whose mean validation loss chooses the control point: middles of five equal parts."""
+
+_WARMUP, _DECAY, _CLIP = 0.06, 0.25, 1.0
+"""Shares of the steps in which the rate rises and falls, and the norm that gradients are clipped to: as a Recipe's."""
+
+
+@dataclass(frozen=True)
+class CurveShape:
+    """A curve of one control point: what it gives at t, and how figures show it."""
+
+    weights: Callable[[float], tuple[float, float, float]]
+    """t → weights of a, of the control point c, and of b, which sum to 1."""
+    label: str = ""
+    place: int | None = None
+    """Its place among the colours of all figures; None: one that is free, in each."""
+
+
+CURVES = Registry(
+    "curve",
+    "lora_lab.curves",
+    CurveShape,
+    {
+        "bezier": CurveShape(
+            lambda t: ((1 - t) ** 2, 2 * t * (1 - t), t**2), "quadratic Bézier, control point trained", 1
+        ),
+        "polychain": CurveShape(
+            lambda t: (max(0.0, 1 - 2 * t), 1 - abs(2 * t - 1), max(0.0, 2 * t - 1)), "one bend, trained", 2
+        ),
+    },
+)
+"""Curves by name."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a control point is trained."""
+
+    shape: str
+    space: str
+    """What is mixed on the curve, a name in SPACES."""
+    steps: int
+    learning_rate: float
+    batch_size: int
+    rank: int | None
+    """Of the control point's ΔW; None: that of the midpoint it starts at."""
+    checks: int
+    seed: int
+
+
+@dataclass(frozen=True, repr=False)
+class Control(Brief):
+    """A trained control point."""
+
+    adapter: Adapter
+    step: int
+    """After which step it was the best on validation; 0: the midpoint that it started as."""
+    trace: Sequence[Mapping[str, Any]]
+    """Step, mean training loss since the check before, and mean validation loss over the curve, at every check."""
+
+
+class ControlTraining:
+    """Trains the control point of a curve between two adapters (with factors as they are mixed) on their task."""
+
+    def __init__(self, ends: Sequence[Adapter], how: Training, task: Task, device: torch.device) -> None:
+        self.ends, self.how, self.task = ends, how, task
+        self._start = _midpoint(ends, how)
+        self._models = TaskModels([ends[0], self._start, ends[1]], [task] * 3, device)
+        self._shape, self._space = CURVES[how.shape], SPACES[how.space]
+        self._points = _Points(ends, self._start, device)
+
+    @cached_property
+    def run(self) -> str:
+        """What the control point hangs on, hashed."""
+        data = [examples_of(self.task, split) for split in ("train", "validation")]
+        return fingerprint(["control", [end.identity for end in self.ends], dataclasses.asdict(self.how), data])
+
+    def train(self, folder: Path | None = None, progress: Callable[[int, int], None] | None = None) -> Control:
+        """The control point that was best on the validation split; checkpoints lie in the folder.
+
+        DivergedError where a loss is no finite number.
+        """
+        how, path = self.how, folder / f"control-{self.run}.safetensors" if folder else None
+        state = _State([tensor.detach().clone() for tensor in self._points.leaves])
+        if path is not None and path.exists():
+            state = _State.load(path, self.run, state)
+        every = max(1, -(-how.steps // how.checks))
+        model = self._models.attached.model
+        live = self._points.live(self._models.attached, self._start)
+        optimizer = torch.optim.Adam(self._points.leaves, lr=how.learning_rate)
+        state.put_into(self._points.leaves, optimizer)
+        devices = [live[0].device] if live[0].is_cuda else []
+        with torch.random.fork_rng(devices=devices):
+            while state.step < how.steps or not state.trace:
+                if not state.trace:
+                    self._check(state, live, [])
+                losses = []
+                with training_mode(model):
+                    for _ in range(min(every, how.steps - state.step)):
+                        losses.append(self._step(model, live, optimizer, state.step))
+                        state.step += 1
+                        if progress:
+                            progress(state.step, how.steps)
+                state.take_from(self._points.leaves, optimizer)
+                self._check(state, live, losses)
+                if path is not None:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    state.save(path, self.run)
+        best = min(state.trace, key=lambda row: row["validation_loss"])
+        return Control(self._made(state.best, best), int(best["step"]), state.trace)
+
+    def _step(self, model: Any, live: Sequence[Tensor], optimizer: torch.optim.Adam, step: int) -> float:
+        """One step on one batch at one t; the loss there."""
+        how = self.how
+        generator = np.random.default_rng([how.seed, step])
+        torch.manual_seed(int(generator.integers(2**63)))  # of the base's own dropout
+        weights = self._shape.weights(float(generator.random()))
+        optimizer.param_groups[0]["lr"] = how.learning_rate * _rate(step, how.steps)
+        mixed = self._points.mixed(self._space.mix, weights)
+        for tensor, place in zip(mixed, live, strict=True):
+            place.data, place.grad = tensor.detach(), None
+            place.requires_grad_(True)
+        loss = model(**self._batch(step)).loss
+        if not torch.isfinite(loss):
+            raise DivergedError(
+                f"the control point diverged: loss {loss.item()} at step {step}; lower the learning rate"
+            )
+        loss.backward()
+        reached = [(tensor, place.grad) for tensor, place in zip(mixed, live, strict=True) if place.grad is not None]
+        optimizer.zero_grad()
+        torch.autograd.backward([tensor for tensor, _ in reached], [gradient for _, gradient in reached])
+        torch.nn.utils.clip_grad_norm_(self._points.leaves, _CLIP)
+        optimizer.step()
+        return loss.item()
+
+    def _batch(self, step: int) -> dict[str, Tensor]:
+        """The step's examples: consecutive ones of a permutation for each turn through the split."""
+        split = self.task.training_split()
+        size, count = min(self.how.batch_size, len(split)), len(split)
+        turn, at = divmod(step * size, count)
+        orders = [np.random.default_rng([self.how.seed, turn + i, 1]).permutation(count) for i in (0, 1)]
+        chosen = np.concatenate(orders)[at : at + size].tolist()
+        device = self._points.leaves[0].device
+        return {name: tensor.to(device) for name, tensor in Batches(split).__getitems__(chosen).items()}
+
+    def _check(self, state: _State, live: Sequence[Tensor], losses: Sequence[float]) -> None:
+        """Score the curve on the validation split, and keep the control point where it is the best so far."""
+        found = []
+        with torch.no_grad():
+            for t in CHECKED:
+                mixed = self._points.mixed(self._space.mix, self._shape.weights(t))
+                for tensor, place in zip(mixed, live, strict=True):
+                    place.data = tensor
+                    place.requires_grad_(False)
+                found.append(self._models.score(self._models.attached.model, Examples("validation")).mean_loss)
+        loss = float(np.mean(found))
+        if not np.isfinite(loss):
+            raise DivergedError(f"the validation loss on the curve is {loss} at step {state.step}")
+        if all(loss < row["validation_loss"] for row in state.trace):
+            state.best = [leaf.detach().clone() for leaf in self._points.leaves]
+        training = float(np.mean(losses)) if losses else None
+        state.trace.append({"step": state.step, "training_loss": training, "validation_loss": loss})
+
+    def _made(self, leaves: Sequence[Tensor], best: Mapping[str, Any]) -> Adapter:
+        """The control point as an adapter, with its record."""
+        how, ends = self.how, [end.label for end in self.ends]
+        adapter = self._points.adapter(leaves)
+        record = {
+            **{key: self.ends[0].record[key] for key in ("base_config",) if key in self.ends[0].record},
+            "task": self.task.record,
+            "method": how.shape,
+            "seed": how.seed,
+            "curve": {"ends": ends, "hashes": [end.digest[1] for end in self.ends], **dataclasses.asdict(how), **best},
+        }
+        source = f"{how.shape}-{how.space}"
+        return dataclasses.replace(adapter, record=record, source=source, origin=Origin(own=True))
+
+
+class _Points:
+    """The factors of both ends and of the control point on a device; gradients are taken of the latter."""
+
+    def __init__(self, ends: Sequence[Adapter], start: Adapter, device: torch.device) -> None:
+        self._start = start
+        self._modules = list(start.sites)
+        self._others = [key for key in start.others if start.tensors[key].is_floating_point()]
+        self._fan = bool(start.config.get("fan_in_fan_out"))
+        a, c, b = (
+            {name: _on(each.updates[name], device) for name in self._modules} for each in (ends[0], start, ends[1])
+        )
+        self._factors = [(a[name], c[name], b[name]) for name in self._modules]
+        self._whole = [
+            tuple(each.tensors[key].to(device).clone() for each in (ends[0], start, ends[1])) for key in self._others
+        ]
+        self.leaves = [factor for _, each, _ in self._factors for factor in (each.A, each.B)]
+        self.leaves += [each for _, each, _ in self._whole]
+        for leaf in self.leaves:
+            leaf.requires_grad_(True)
+
+    def mixed(self, mix: Callable[..., LowRank], weights: Sequence[float]) -> list[Tensor]:
+        """What the model is given at these weights, in the order of `live`; gradients go to the leaves."""
+        found: list[Tensor] = []
+        for name, updates in zip(self._modules, self._factors, strict=True):
+            found += stored(mix(updates, weights), self._start.sites[name].kind, self._fan)
+        for tensors in self._whole:
+            found.append(torch.stack([w * tensor for w, tensor in zip(weights, tensors, strict=True)]).sum(0))
+        return found
+
+    def live(self, attached: Attached, start: Adapter) -> list[Tensor]:
+        """The model's own tensors that `mixed` is for, with the control point as it starts in their place."""
+        attached.set(start)
+        keys = [key for name in self._modules for key in start.sites[name].keys.values()]
+        return attached.live([*keys, *self._others])
+
+    def adapter(self, leaves: Sequence[Tensor]) -> Adapter:
+        """The adapter with these values of the leaves."""
+        values = [leaf.detach().cpu() for leaf in leaves]
+        updates = {
+            name: LowRank(values[2 * i], values[2 * i + 1], self._factors[i][1].shape)
+            for i, name in enumerate(self._modules)
+        }
+        made = self._start.with_updates(updates, source=self._start.source)
+        whole = dict(zip(self._others, values[2 * len(self._modules) :], strict=True))
+        return dataclasses.replace(made, tensors={**made.tensors, **whole})
+
+
+def _on(update: LowRank, device: torch.device) -> LowRank:
+    return LowRank(update.A.to(device).clone(), update.B.to(device).clone(), update.shape)
+
+
+@dataclass(repr=False)
+class _State(Brief):
+    """Where a training is: all that it goes on from."""
+
+    values: list[Tensor]
+    """Of the leaves."""
+    first: list[Tensor] = field(default_factory=list)
+    second: list[Tensor] = field(default_factory=list)
+    """Adam's moments; none before the first step."""
+    best: list[Tensor] = field(default_factory=list)
+    step: int = 0
+    trace: list[dict[str, Any]] = field(default_factory=list)
+
+    def put_into(self, leaves: Sequence[Tensor], optimizer: torch.optim.Adam) -> None:
+        """Make the leaves and the optimiser go on from here."""
+        with torch.no_grad():
+            for i, leaf in enumerate(leaves):
+                leaf.copy_(self.values[i])
+                if self.first:
+                    moments = {"exp_avg": self.first[i].to(leaf), "exp_avg_sq": self.second[i].to(leaf)}
+                    optimizer.state[leaf] = {"step": torch.tensor(float(self.step)), **moments}
+
+    def take_from(self, leaves: Sequence[Tensor], optimizer: torch.optim.Adam) -> None:
+        """Remember where the leaves and the optimiser are."""
+        self.values = [leaf.detach().clone() for leaf in leaves]
+        zeros = [torch.zeros_like(leaf) for leaf in self.values]  # of a leaf that no gradient has reached
+        states = [optimizer.state.get(leaf, {}) for leaf in leaves]
+        self.first = [state.get("exp_avg", zero) for state, zero in zip(states, zeros, strict=True)]
+        self.second = [state.get("exp_avg_sq", zero) for state, zero in zip(states, zeros, strict=True)]
+
+    def save(self, path: Path, run: str) -> None:
+        """Write a checkpoint, whole or not at all."""
+        parts = {"values": self.values, "first": self.first, "second": self.second, "best": self.best}
+        tensors = {f"{name}.{i}": t.cpu().contiguous() for name, part in parts.items() for i, t in enumerate(part)}
+        files.write_safetensors(path, tensors, {"run": run, "state": json.dumps([self.step, self.trace])})
+
+    @classmethod
+    def load(cls, path: Path, run: str, fresh: _State) -> _State:
+        """The state of a checkpoint; a fresh one, with a warning, where it is damaged or of another run."""
+        try:
+            tensors, said = files.read_safetensors(path)
+            parts = [
+                [tensors[f"{name}.{i}"] for i in range(len(fresh.values))]
+                for name in ("values", "first", "second", "best")
+            ]
+            step, trace = json.loads(said["state"])
+            fits = all(
+                found.shape == value.shape for part in parts for found, value in zip(part, fresh.values, strict=True)
+            )
+            if said["run"] == run and fits:
+                values, first, second, best = parts
+                return cls(values, first, second, best, int(step), list(trace))
+            reason = "it is of another training"
+        except (FileError, KeyError, ValueError, TypeError) as error:
+            reason = str(error)
+        warnings.warn(f"{path}: not used ({reason}); the training starts again", LoraLabWarning, stacklevel=4)
+        return fresh
+
+
+def _midpoint(ends: Sequence[Adapter], how: Training) -> Adapter:
+    """Where the control point starts: halfway, in balanced factors (of a lower rank, if told) where ΔW is mixed."""
+    made = Paths(ends).mix([0.5, 0.5], how.space)
+    if SPACES[how.space].needs_factors:
+        return made
+    updates = {
+        name: each.balanced() if how.rank is None else each.truncate(min(how.rank, each.rank))[0]
+        for name, each in made.updates.items()
+    }
+    return made.with_updates(updates, source=made.source)
+
+
+def _rate(step: int, steps: int) -> float:
+    """The learning rate's share at a step: rising over the first steps, falling over the last quarter."""
+    return min(1.0, (step + 1) / max(1.0, _WARMUP * steps), (steps - step) / max(1.0, _DECAY * steps))
