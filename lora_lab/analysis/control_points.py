@@ -171,7 +171,7 @@ class ControlTraining:
         torch.autograd.backward([tensor for tensor, _ in reached], [gradient for _, gradient in reached])
         torch.nn.utils.clip_grad_norm_(self._points.leaves, _CLIP)
         optimizer.step()
-        return loss.item()
+        return float(loss.detach())
 
     def _batch(self, step: int) -> dict[str, Tensor]:
         """The step's examples: consecutive ones of a permutation for each turn through the split."""
