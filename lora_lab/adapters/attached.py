@@ -18,6 +18,7 @@ from lora_lab.adapters.formats.keys import PREFIX
 from lora_lab.adapters.formats.matching import first_match
 from lora_lab.adapters.formats.peft_config import missing_saved, parameter_sites, tuner_of
 from lora_lab.errors import AdapterError, LoraLabWarning, MismatchError, TunerError, shorten
+from lora_lab.files import in_memory
 from lora_lab.results.result import fingerprint
 
 NAME = "default"
@@ -66,7 +67,7 @@ class Attached:
         for key, tensor in adapter.tensors.items():
             if key not in owned:  # a head or another whole tensor, which the next adapter may lack
                 self._replaced.setdefault(key, self._tensors[key].data)
-            self._tensors[key].data = self._placed(tensor, self._tensors[key], own=key in owned)
+            self._tensors[key].data = self._placed(in_memory(tensor), self._tensors[key], own=key in owned)
 
     def live(self, keys: Sequence[str]) -> list[Tensor]:
         """The model's own tensors by an adapter's keys, for gradients; `set` puts other data into them."""
@@ -312,7 +313,7 @@ def wrapped(model: nn.Module, adapter: Adapter) -> Any:
 
     with torch.random.fork_rng():
         made: PeftModel = get_peft_model(model, peft_config(adapter))
-    result = set_peft_model_state_dict(made, dict(adapter.tensors))
+    result = set_peft_model_state_dict(made, {key: in_memory(tensor) for key, tensor in adapter.tensors.items()})
     if result.unexpected_keys:
         raise MismatchError(f"{adapter.source}: PEFT has no place for {shorten(result.unexpected_keys)}")
     return made.eval()

@@ -23,6 +23,9 @@ from lora_lab.files import trust
 from lora_lab.options import checked
 
 _LARGEST_CONFIG = 2**23
+_AT_ONCE = 2**25
+"""Bytes of a file that is read whole, since games and plots ask for its tensors over and over; of a larger one, a
+tensor is read whenever an operation needs it."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ def _read(
 ) -> Listing:
     header: dict[str, str] = {}
     if location.safetensors:
-        tensors, header = files.read_safetensors(location.weights)
+        stored = files.LazyTensors(location.weights)
+        tensors, header = dict(stored) if stored.bytes <= _AT_ONCE else stored.unread(), stored.metadata
     else:
         tensors = files.read_bin(location.weights)
     settings = find_config(location, config, header)

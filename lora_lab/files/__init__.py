@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from lora_lab.files.streamed import spooled_writer as spooled_writer
     from lora_lab.files.streamed import streamed_writer as streamed_writer
     from lora_lab.files.streamed import write_safetensors as write_safetensors
+    from lora_lab.files.unread import Unread as Unread
+    from lora_lab.files.unread import in_memory as in_memory
+    from lora_lab.files.unread import later as later
 
 __getattr__, __dir__, __all__ = face(
     __name__,
@@ -54,5 +57,6 @@ __getattr__, __dir__, __all__ = face(
             "streamed_writer",
             "write_safetensors",
         ),
+        "unread": ("Unread", "in_memory", "later"),
     },
 )

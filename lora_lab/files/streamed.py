@@ -7,12 +7,15 @@ that another process cuts short is an error, and no crash.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import struct
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,8 +23,9 @@ import torch
 from torch import Tensor
 
 from lora_lab.errors import FileError, MismatchError, TrustError, shorten
-from lora_lab.files.disk import checked_header, read_json
+from lora_lab.files.disk import checked_header, read_json, size_of
 from lora_lab.files.trust import is_inside
+from lora_lab.files.unread import Unread
 from lora_lab.files.workplace import replacing
 
 Spec = Mapping[str, tuple[torch.dtype, Sequence[int]]]
@@ -75,9 +79,10 @@ class LazyTensors(Mapping[str, Tensor]):
         self._places: dict[str, _Place] = {}
         self._states: dict[Path, tuple[int, ...]] = {}
         for path in paths:
-            entries, start, metadata = checked_header(path)
-            with path.open("rb") as file:
+            size_of(path)  # which tells what is no file
+            with path.open("rb") as file:  # before the header is read, so that every later change is found out
                 self._states[path] = _state(file)
+            entries, start, metadata = checked_header(path)
             self.metadata |= metadata
             for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
                 self._add(path, name, entry, start)
@@ -92,18 +97,39 @@ class LazyTensors(Mapping[str, Tensor]):
         """Of all tensors together."""
         return sum(byte_size(place.dtype, place.shape) for place in self._places.values())
 
+    def unread(self) -> dict[str, Tensor]:
+        """Every tensor with its shape and dtype; its numbers are read whenever an operation needs them.
+
+        The files stay open for as long as a tensor of theirs is in use, whatever takes their places on the disk.
+        """
+        held = {path: _Held(path) for path in self.paths}
+
+        def read(name: str) -> Tensor:
+            of = held[self._places[name].path]
+            with of.lock:
+                return self._read(name, of.file)
+
+        return {
+            name: Unread(place.dtype, place.shape, functools.partial(read, name))
+            for name, place in self._places.items()
+        }
+
     def path_of(self, name: str) -> Path:
         """The file that a tensor lies in."""
         return self._places[name].path
 
     def __getitem__(self, name: str) -> Tensor:
+        path = self._places[name].path
+        with _opened(path, name) as file:
+            return self._read(name, file)
+
+    def _read(self, name: str, file: BufferedReader) -> Tensor:
         place = self._places[name]
         tensor = torch.empty(place.shape, dtype=place.dtype)
         view = _bytes(tensor)  # of the same memory, which is filled
         try:
-            with place.path.open("rb") as file:
-                file.seek(place.start)
-                whole = _state(file) == self._states[place.path] and (not view or file.readinto(view) == len(view))
+            file.seek(place.start)
+            whole = _state(file) == self._states[place.path] and (not view or file.readinto(view) == len(view))
         except OSError as error:
             raise FileError(f"{place.path}: {name}: cannot be read ({error.strerror})") from error
         if not whole:
@@ -128,6 +154,24 @@ class LazyTensors(Mapping[str, Tensor]):
         if len(shape) > 64:
             raise FileError(f"{path}: {name}: {len(shape)} dimensions; at most 64 are read")
         self._places[name] = _Place(path, _DTYPES[entry["dtype"]], shape, start + entry["data_offsets"][0])
+
+
+class _Held:
+    """A file that is open for as long as somebody holds this, read by one thread at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.file, self.lock = _opened(path), threading.Lock()
+
+    def __del__(self) -> None:
+        if hasattr(self, "file"):
+            self.file.close()
+
+
+def _opened(path: Path, name: str = "") -> BufferedReader:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise FileError(f"{path}: {name + ': ' if name else ''}cannot be read ({error.strerror})") from error
 
 
 def open_checkpoint(path: Path) -> LazyTensors:

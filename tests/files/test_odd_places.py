@@ -193,7 +193,6 @@ def test_what_the_system_refuses_is_one_line(lora_lab, place, monkeypatch):
     for name, verb in (
         ("read_json", ["figure", "r.json", "-o", "x.pdf"]),
         ("read_header", ["inspect", "a.safetensors"]),
-        ("read_safetensors", ["inspect", "a.safetensors"]),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(disk, name, refuse)

@@ -29,6 +29,7 @@ from lora_lab.adapters.formats.peft_config import (
 from lora_lab.adapters.formats.sites import PLAIN, Parsed, Site
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import AdapterError, shorten
+from lora_lab.files import in_memory
 
 VARIANTS = ("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config")
 
@@ -132,7 +133,7 @@ class _Settings:
 
 def update(site: Site, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> LowRank:
     """ΔW of one LoRA site, the scale folded into B, in the layout of the stored weight."""
-    A, B = (tensors[site.keys[part]] for part in site.pair)
+    A, B = (in_memory(tensors[site.keys[part]]) for part in site.pair)
     dtype = torch.float64 if torch.float64 in (A.dtype, B.dtype) else torch.float32
     A, B = A.to(dtype), B.to(dtype) * (1.0 if site.scale is None else site.scale)
     if site.kind == "embedding" or (site.kind == "linear" and config.get("fan_in_fan_out")):

@@ -21,6 +21,7 @@ from lora_lab.adapters.formats.peft_format import update, why_not_additive
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import AdapterError, shorten
+from lora_lab.files import in_memory
 
 Pair = tuple[Tensor, Tensor]
 
@@ -83,7 +84,7 @@ def measures(
 
 
 def _tensors_of(site: Site, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {part: tensors[key] for part, key in site.keys.items()}
+    return {part: in_memory(tensors[key]) for part, key in site.keys.items()}
 
 
 def loha(parts: Mapping[str, Tensor], scale: float, name: str, kernel: tuple[int, ...] = ()) -> LowRank:
@@ -177,7 +178,7 @@ def _kron(one: Tensor, other: Tensor) -> Tensor:
 
 def wide(tensor: Tensor) -> Tensor:
     """In float32, or float64 where it is that."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+    return in_memory(tensor) if tensor.dtype == torch.float64 else in_memory(tensor).float()
 
 
 def _of(parts: Mapping[str, Tensor], key: str) -> Tensor | None:
