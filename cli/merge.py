@@ -112,7 +112,9 @@ def command(
     """
     from ..files.disk import refuse_existing
     from ..merging.export import recorded, save
+    from ..merging.merged import merge
     from ..merging.methods import MERGES
+    from ..merging.spool import spooled
 
     path = output.path()
     options = parsing.typed(how.options, MERGES[how.method].defaults(how.options), how.method)
@@ -129,12 +131,17 @@ def command(
     read_data = MERGES[how.method].reads_data or bool(spaces or task.task)
     sources = _sources(loaded, weights, how, task if read_data else None, computing, task.trust_record)
     _foretell(sources, how, computing.jobs)
-    merged = _merged(sources, how, options, spaces, computing)
-    fitted = output.fit(merged.adapter)
-    with progress("hashing, writing and checking") as report_step:
-        report_step(0, 3)
-        merged = recorded(replace(merged, adapter=fitted.adapter), inputs)
-        save(merged, path, inputs=inputs, force=output.force, progress=report_step)
+    options, settings = _settings(sources, how, options, spaces, computing)
+    with spooled(path, sources, how.method, options, settings) as spool:
+        with progress(f"merging by {how.method}") as report_step:
+            merged = merge(
+                sources, how.method, options=options, progress=report_step, jobs=computing.jobs, spool=spool, **settings
+            )
+        fitted = output.fit(merged.adapter)
+        with progress("hashing, writing and checking") as report_step:
+            report_step(0, 3)
+            merged = recorded(replace(merged, adapter=fitted.adapter), inputs)
+            save(merged, path, inputs=inputs, force=output.force, progress=report_step)
     report = {
         "path": str(path),
         **merged.adapter.record["merge"],
@@ -169,29 +176,19 @@ def _foretell(sources: Any, how: Merging, jobs: int | None) -> None:
     )
 
 
-def _merged(sources: Any, how: Merging, options: Any, spaces: Any, computing: Searching) -> Any:
-    """The merge, at the options and the coefficient that a search finds best where there is one."""
-    from ..merging import merged, search
+def _settings(
+    sources: Any, how: Merging, options: dict[str, Any], spaces: Any, computing: Searching
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The method's options and those of any merge, as given, or as a search finds them best where there is one."""
+    from ..merging.search import search
 
-    coefficient, trials, doing = how.coefficient, None, f"merging by {how.method}"
+    coefficient, trials = how.coefficient, None
     if spaces:
-        with computing.execution(doing) as on:
-            best = search.search(sources, how.method, spaces, options=options, coefficient=coefficient, on=on)
+        with computing.execution(f"merging by {how.method}") as on:
+            best = search(sources, how.method, spaces, options=options, coefficient=coefficient, on=on)
             options, coefficient, trials = dict(best.options), best.coefficient, best.trials
-    with progress(doing) as report:
-        return merged.merge(
-            sources,
-            how.method,
-            options=options,
-            coefficient=coefficient,
-            rank=how.rank,
-            exact=how.exact,
-            heads=how.heads,
-            dtype=how.dtype,
-            trials=trials,
-            progress=report,
-            jobs=computing.jobs,
-        )
+    told = {name: getattr(how, name) for name in ("rank", "exact", "heads", "dtype")}
+    return options, {"coefficient": coefficient, **told, "trials": trials}
 
 
 def show(report: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +31,10 @@ class Adapter:
     """One adapter, read-only: transforms return new ones."""
 
     tensors: Mapping[str, Tensor]
-    """PEFT's canonical key → tensor, in the file's dtype; the tuner's own tensors and every other (heads …)."""
+    """PEFT's canonical key → tensor, in the file's dtype; the tuner's own tensors and every other (heads …).
+
+    Those of a large file are read whenever an operation needs them (`files.Unread`); `.clone()` is in memory.
+    """
     config: Mapping[str, Any]
     """PEFT's adapter_config.json."""
     sites: Mapping[str, Site]
@@ -107,14 +110,14 @@ class Adapter:
         return [key for key in self.tensors if key not in owned]
 
     @cached_property
-    def updates(self) -> dict[str, LowRank]:
+    def updates(self) -> Mapping[str, LowRank]:
         """Module name → ΔW as a LowRank; of LoHa and LoKr, of the rank that their products have.
 
         Raises TunerError, naming the tuner, where ΔW is not known without the base model (DoRA, PiSSA, OFT …).
         """
         if self.why_no_delta:
             raise TunerError(f"{self.source or 'adapter'}: no ΔW from the factors alone: {self.why_no_delta}")
-        return products.updates(self.sites, self.tensors, self.config)
+        return products.Updates(self.sites, self.tensors, self.config)
 
     @cached_property
     def why_no_delta(self) -> str | None:
@@ -188,30 +191,31 @@ class Adapter:
         return path
 
 
-def from_updates(
-    updates: Mapping[str, LowRank] | Iterable[tuple[str, LowRank]],
-    *,
-    like: Adapter,
-    source: str,
-    dtype: torch.dtype | None = None,
-) -> Adapter:
-    """See `Adapter.with_updates`; layouts (embedding, convolution, fan_in_fan_out) follow `like`'s sites.
+def from_updates(updates: Mapping[str, LowRank], *, like: Adapter, source: str) -> Adapter:
+    """See `Adapter.with_updates`; layouts (embedding, convolution, fan_in_fan_out) follow `like`'s sites."""
+    sites, tensors = {}, {}
+    for name, update in updates.items():
+        sites[name], own = plain_site(name, update, like)
+        tensors |= own
+    return of_sites(sites, tensors, like=like, source=source)
 
-    Pairs of (module, update) may come one by one, so that only their tensors, in `dtype`, are kept.
-    """
-    sites, tensors_of = {}, {}
-    for name, update in updates.items() if isinstance(updates, Mapping) else updates:
-        kind = _kind(update, like.sites.get(name))
-        site = Site(name, kind, {}, update.rank, 1.0)
-        ends = ("", "") if kind == "embedding" else (".weight", ".weight")
-        keys = {part: f"{PREFIX}{name}.{part}{end}" for part, end in zip(site.pair, ends, strict=True)}
-        factors = stored(update, kind, bool(like.config.get("fan_in_fan_out")))
-        tensors_of[name] = {k: f if dtype is None else f.to(dtype) for k, f in zip(keys.values(), factors, strict=True)}
-        sites[name] = replace(site, keys=keys)
-    if not sites:
+
+def plain_site(name: str, update: LowRank, like: Adapter) -> tuple[Site, dict[str, Tensor]]:
+    """A module of scale 1 with this ΔW, in the layout that it has in `like`, and its tensors by their keys."""
+    kind = _kind(update, like.sites.get(name))
+    site = Site(name, kind, {}, update.rank, 1.0)
+    end = "" if kind == "embedding" else ".weight"
+    keys = {part: f"{PREFIX}{name}.{part}{end}" for part in site.pair}
+    factors = stored(update, kind, bool(like.config.get("fan_in_fan_out")))
+    return replace(site, keys=keys), dict(zip(keys.values(), factors, strict=True))
+
+
+def of_sites(made: Mapping[str, Site], factors: Mapping[str, Tensor], *, like: Adapter, source: str) -> Adapter:
+    """A plain LoRA adapter of such modules with these tensors, everything else kept from `like`."""
+    if not made:
         raise AdapterError("an adapter needs at least one module")
-    names = sorted(sites)
-    sites = {name: sites[name] for name in names}
+    names = sorted(made)
+    sites = {name: made[name] for name in names}
     ranks = {name: site.rank or 0 for name, site in sites.items()}
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     uneven = {anchored(name): rank for name, rank in ranks.items() if rank != common}
@@ -227,7 +231,7 @@ def from_updates(
         "init_lora_weights": True,
         "target_modules": peft_config.exact_targets(names, like.sites),
     }
-    tensors = {key: tensor for name in names for key, tensor in tensors_of[name].items()}
+    tensors = {key: factors[key] for site in sites.values() for key in site.keys.values()}
     beside = {key: tensor for key, tensor in other_tensors(like, sites).items() if key.startswith(PREFIX)}
     tensors |= beside
     if config.get("modules_to_save"):  # PEFT cannot load a file that lacks what these name

@@ -86,7 +86,7 @@ def _cast(adapter: Adapter, layout: Layout, dtype: str) -> tuple[Adapter, float]
     for site in adapter.sites.values():
         for key in site.keys.values():
             if tensors[key].is_floating_point():
-                tensors[key] = tensors[key].to(DTYPES[dtype])
+                tensors[key] = files.later(lambda tensor: tensor.to(DTYPES[dtype]), tensors[key])
             if not torch.isfinite(tensors[key]).all():
                 raise OptionError(f"{site.name} has entries that {dtype} cannot hold; float32 can")
     made = replace(adapter, tensors=tensors, layout=layout)

@@ -97,15 +97,17 @@ class LazyTensors(Mapping[str, Tensor]):
         """Of all tensors together."""
         return sum(byte_size(place.dtype, place.shape) for place in self._places.values())
 
-    def unread(self) -> dict[str, Tensor]:
+    def unread(self, *, held: bool = True) -> dict[str, Tensor]:
         """Every tensor with its shape and dtype; its numbers are read whenever an operation needs them.
 
-        The files stay open for as long as a tensor of theirs is in use, whatever takes their places on the disk.
+        Files that are `held` stay open for as long as a tensor of theirs is in use, whatever takes their places.
         """
-        held = {path: _Held(path) for path in self.paths}
+        opened = {path: _Held(path) for path in self.paths} if held else {}
 
         def read(name: str) -> Tensor:
-            of = held[self._places[name].path]
+            of = opened.get(self._places[name].path)
+            if of is None:
+                return self[name]
             with of.lock:
                 return self._read(name, of.file)
 

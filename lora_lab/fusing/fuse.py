@@ -19,11 +19,11 @@ from lora_lab.adapters.describe import labels_of
 from lora_lab.brief import Brief
 from lora_lab.errors import FileError, MismatchError, OptionError, shorten
 from lora_lab.files.ownership import FUSED, METADATA
+from lora_lab.files.resuming import Shards, resumed
 from lora_lab.fusing.adding import Rounding, add, same_bits
 from lora_lab.fusing.changes import Changes
 from lora_lab.fusing.companions import adapted, copied, require_space
 from lora_lab.fusing.layout import Group, Layout
-from lora_lab.fusing.resuming import Shards, resumed
 from lora_lab.fusing.skeleton import skeleton
 from lora_lab.options import check_options, option
 from lora_lab.results.result import fingerprint, finite, versions

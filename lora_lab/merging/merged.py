@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from lora_lab import escape
-from lora_lab.adapters.adapter import Adapter, from_updates
+from lora_lab.adapters.adapter import Adapter, of_sites, plain_site
 from lora_lab.adapters.converting import DTYPES
 from lora_lab.adapters.cutting import factored, norm_of
 from lora_lab.adapters.describe import labels_of
 from lora_lab.adapters.formats import peft_format
+from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank, is_finite
 from lora_lab.adapters.renames import require_shared_modules
 from lora_lab.adapters.whole import HEADS, Whole, merge_heads, token_settings
@@ -28,6 +29,7 @@ from lora_lab.files.trust import Origin
 from lora_lab.merging.kinds import Delta
 from lora_lab.merging.methods import MERGES, check
 from lora_lab.merging.sources import Sources
+from lora_lab.merging.spool import Spool
 from lora_lab.options import check_options, checked, option
 from lora_lab.side_by_side import in_order, one_core_each, usual_jobs
 
@@ -103,6 +105,7 @@ def merge(
     trials: Sequence[Mapping[str, Any]] | None = None,
     progress: Callable[[int, int], None] | None = None,
     jobs: int | None = None,
+    spool: Spool | None = None,
     **settings: Any,
 ) -> Merged:
     """The adapter that a method of MERGES makes of the sources.
@@ -112,7 +115,8 @@ def merge(
     `exact`. `heads` says what becomes of heads and other whole tensors where the sources differ in them: keep-own
     (each its own, beside the adapter), average, first. `trials` of a search (search.py) go into the record. `jobs`
     modules are merged at a time (by default up to four, fewer on fewer cores), with the same numbers for any of
-    them; a method that looks at data goes its own way.
+    them; a method that looks at data goes its own way. Merged modules are put into the `spool`, and those that it has
+    from a run that was killed are not merged again.
     """
     given, how = check(method, options or {}), MergeOptions(**settings)
     if how.rank is not None and "rank" in MERGES[method].defaults(given):
@@ -122,25 +126,24 @@ def merge(
     whole = merge_heads(sources.adapters, _file_names(sources.adapters), how.heads)
     every_option = {n: v for n, v in {**MERGES[method].defaults(given), **given}.items() if v is not None}
     dtype = how.dtype_of(sources.adapters)
-    told: dict[str, _Stored] = {}
+    spool, like = Spool() if spool is None else spool, sources.like
 
-    def finished(name: str, result: Delta | Callable[[], Delta]) -> tuple[str, LowRank, _Stored]:
+    def finished(name: str, result: Delta | Callable[[], Delta]) -> tuple[str, Site, dict[str, Tensor], _Stored]:
         made = result() if callable(result) else result
-        return name, *_finished(made, how, dtype, sources.rank_of(name), f"{method}: ΔW of {name}")
+        update, each = _finished(made, how, dtype, sources.rank_of(name), f"{method}: ΔW of {name}")
+        site, factors = plain_site(name, update, like)
+        return name, site, {key: factor.to(dtype) for key, factor in factors.items()}, each
 
-    def stored() -> Iterator[tuple[str, LowRank]]:
-        made = MERGES[method].calls(sources.telling(progress), **every_option)
-        calls = (partial(finished, *pair) for pair in made)
-        for name, update, each in in_order(calls, at_a_time):
-            told[name] = each
-            yield name, update
-            if progress:
-                progress(len(told), len(sources.modules))
-
-    names = labels_of(sources.adapters)
     at_a_time = 1 if MERGES[method].reads_data else jobs or usual_jobs()
     with contextlib.nullcontext() if MERGES[method].reads_data else one_core_each():
-        adapter = from_updates(stored(), like=sources.like, source=f"{method} of {shorten(names)}", dtype=dtype)
+        pairs = MERGES[method].calls(sources.telling(progress), **every_option)
+        calls = (partial(finished, *pair) for pair in pairs if pair[0] not in spool)
+        for name, site, factors, each in in_order(calls, at_a_time):
+            spool.add(name, [each.error, each.norm, site.kind, site.rank, dict(site.keys)], factors)
+            if progress:
+                progress(len(spool), len(sources.modules))
+    names = labels_of(sources.adapters)
+    adapter, told = _spooled(spool, sources, f"{method} of {shorten(names)}")
     record = {
         "method": method,
         "options": every_option,
@@ -157,6 +160,19 @@ def merge(
     return Merged(
         adapter, method, every_option, record["weights"], record["error"], errors, whole.apart, sources.absent
     )
+
+
+def _spooled(spool: Spool, sources: Sources, source: str) -> tuple[Adapter, dict[str, _Stored]]:
+    """The adapter of the merged modules, and what is told of each, in their order."""
+    sites: dict[str, Site] = {}
+    tensors: dict[str, Tensor] = {}
+    told: dict[str, _Stored] = {}
+    for name in sources.modules:
+        if name in spool:
+            error, norm, kind, rank, keys = spool.told[name]
+            told[name], sites[name] = _Stored(error, norm), Site(name, kind, keys, rank, 1.0)
+            tensors |= spool.tensors(name)
+    return of_sites(sites, tensors, like=sources.like, source=source), told
 
 
 def _inputs(sources: Sources, names: Sequence[str]) -> dict[str, Any]:

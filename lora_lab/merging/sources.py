@@ -156,6 +156,13 @@ class Sources:
             like = replace(like, config={**like.config, "fan_in_fan_out": True})
         return like
 
+    @property
+    def needs_base(self) -> bool:
+        """Whether ΔW of an adapter is that against a base model."""
+        return any(adapter.why_no_delta is not None for adapter in self.adapters) or (
+            self.base is not None and bool(self._exact)
+        )
+
     def weights_of(self, name: str) -> list[float]:
         """The adapters' weights in a module."""
         return self.weights.of(name, self._layers[name])

@@ -195,8 +195,8 @@ def prune_rank(
     with one_core_each():
         calls = (
             partial(_cut, adapter, name, rank, shares, by, generator)
-            for name, update in sorted(adapter.updates.items())
-            if shares or rank is None or rank < update.rank
+            for name in sorted(adapter.sites)
+            if shares or rank is None or rank < (adapter.sites[name].rank or 0)
         )
         for cut in in_order(calls, at_a_time):
             if cut is not None:
@@ -230,7 +230,10 @@ def _cut(
     count = min([ordered.rank, *counts, *([rank] if rank else [])])
     if count >= update.rank:
         return None
-    tensors = written(ordered, adapter, adapter.sites[name]) if numbers is None else {}
+    tensors = {}
+    if numbers is None:
+        left = LowRank(ordered.A[:count], ordered.B[:, :count], ordered.shape)
+        tensors = written(left, adapter, adapter.sites[name])
     return _Cut(name, list(range(count) if numbers is None else numbers[:count]), tensors)
 
 

@@ -26,8 +26,8 @@ from lora_lab.adapters.lowrank import LowRank
 from lora_lab.adapters.renames import renamed
 from lora_lab.errors import FileError, LoraLabWarning, MismatchError, OptionError, TunerError
 from lora_lab.files import LazyTensors
+from lora_lab.files.resuming import place_of
 from lora_lab.fusing.fuse import FuseOptions, Fusion
-from lora_lab.fusing.resuming import place_of
 
 
 def fusion(base, adapters, **options):

@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
+from lora_lab.files import later
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -137,8 +139,12 @@ def masked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         mask = tensors.get(f"{stem}_mask")
         if mask is not None and mask.shape == tensor.shape and stem not in tensors and tensor.is_floating_point():
             del done[key], done[f"{stem}_mask"]
-            done[stem] = tensor * mask.to(tensor.dtype)
+            done[stem] = later(_masked, tensor, mask)
     return done
+
+
+def _masked(tensor: Tensor, mask: Tensor) -> Tensor:
+    return tensor * mask.to(tensor.dtype)
 
 
 def without_name(key: str, names: Collection[str]) -> tuple[str, str]:

@@ -15,6 +15,7 @@ from lora_lab.adapters.formats.keys import PREFIX
 from lora_lab.adapters.formats.layout import Content, Layout, Part, Raw, Writable
 from lora_lab.adapters.formats.peft_config import brief, count, exact_targets, number
 from lora_lab.errors import TunerError, shorten
+from lora_lab.files import later
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +53,7 @@ def read(raw: Raw) -> Content:
         modules[module] = None
         end = part.replace("lora_", "lora_embedding_") if _is_embedding(module) else f"{part}.weight"
         if tensor.ndim == 2:
-            tensors[f"{PREFIX}{module}.{end}"] = tensor.T.contiguous()
+            tensors[f"{PREFIX}{module}.{end}"] = later(_transposed, tensor)
         else:
             tensors[f"{PREFIX}{module}.{part}"] = tensor
     parameters = said["lora_parameters"]
@@ -139,8 +140,8 @@ def write(adapter: Writable) -> Mapping[str, Part]:
         A, B = (adapter.tensors[site.keys[part]] for part in site.pair)
         if len(scales) > 1:
             B = _scaled(B, site.scale or 0.0)
-        tensors[f"{site.name}.lora_a"] = _padded(A, rank - A.shape[0], 0).T.contiguous()
-        tensors[f"{site.name}.lora_b"] = _padded(B, rank - B.shape[1], 1).T.contiguous()
+        tensors[f"{site.name}.lora_a"] = later(lambda A: _transposed(_padded(A, rank - A.shape[0], 0)), A)
+        tensors[f"{site.name}.lora_b"] = later(lambda B: _transposed(_padded(B, rank - B.shape[1], 1)), B)
         if "lora_magnitude_vector" in site.keys:
             tensors[f"{site.name}.m"] = adapter.tensors[site.keys["lora_magnitude_vector"]]
     notes = []
@@ -176,6 +177,10 @@ def _scaled(B: Tensor, scale: float) -> Tensor:
     wide = B.to(torch.float64 if B.dtype == torch.float64 else torch.float32) * scale
     same = wide.to(B.dtype)
     return same if torch.equal(same.to(wide.dtype), wide) else wide
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    return tensor.T.contiguous()
 
 
 def _padded(tensor: Tensor, more: int, dim: int) -> Tensor:

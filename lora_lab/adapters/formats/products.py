@@ -8,7 +8,7 @@ LoHa's is their Hadamard product (Hyeon-Woo et al. 2022, arXiv:2108.06098), LoKr
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,16 +42,35 @@ def why_no_delta(config: Mapping[str, Any], sites: Collection[Site]) -> str | No
     return f"{shorten(strange)} is no part of a plain {tuner_of(config)}" if strange else None
 
 
-def updates(sites: Mapping[str, Site], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, LowRank]:
-    """Module → ΔW of a LoRA, a LoHa or a LoKr, where `why_no_delta` gives no reason against it."""
-    tuner = tuner_of(config)
-    if tuner not in _PARTS:
-        return {name: update(site, tensors, config) for name, site in sites.items()}
-    scales = scales_of(sites, config)
-    return {
-        name: PRODUCTS[tuner](_tensors_of(site, tensors), scales[name], name, kernel_of(name))
-        for name, site in sites.items()
-    }
+class Updates(Mapping[str, LowRank]):
+    """Module → ΔW of a LoRA, a LoHa or a LoKr, where `why_no_delta` gives no reason against it.
+
+    Each is made when it is asked for. A LoRA's, which is its factors in float32, is kept nowhere; products are.
+    """
+
+    def __init__(self, sites: Mapping[str, Site], tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+        self._sites, self._tensors, self._config = sites, tensors, config
+        self._tuner = tuner_of(config)
+        self._scales = scales_of(sites, config) if self._tuner in _PARTS else {}
+        self._made: dict[str, LowRank] = {}
+
+    def __getitem__(self, name: str) -> LowRank:
+        site = self._sites[name]
+        if self._tuner not in _PARTS:
+            return update(site, self._tensors, self._config)
+        if name not in self._made:
+            parts = _tensors_of(site, self._tensors)
+            self._made[name] = PRODUCTS[self._tuner](parts, self._scales[name], name, kernel_of(name))
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._sites
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
 
 
 def scales_of(names: Collection[str], config: Mapping[str, Any]) -> dict[str, float]:
