@@ -65,7 +65,8 @@ class Spool:
 
     def _put(self, shards: Shards) -> None:
         shards.begin()
-        file = f"{len(shards.done):06}.safetensors"
+        number = 1 + max((int(Path(name).stem) for name in shards.done), default=0)  # some may have been damaged
+        file = f"{number:06}.safetensors"
         tensors = {key: tensor for name in self._waiting for key, tensor in self._tensors[name].items()}
         files.write_safetensors(shards.folder / file, tensors, {})
         keys = {name: [self.told[name], list(self._tensors[name])] for name in self._waiting}
