@@ -193,7 +193,8 @@ class Adapter:
 
 def from_updates(updates: Mapping[str, LowRank], *, like: Adapter, source: str) -> Adapter:
     """See `Adapter.with_updates`; layouts (embedding, convolution, fan_in_fan_out) follow `like`'s sites."""
-    sites, tensors = {}, {}
+    sites: dict[str, Site] = {}
+    tensors: dict[str, Tensor] = {}
     for name, update in updates.items():
         sites[name], own = plain_site(name, update, like)
         tensors |= own

@@ -22,12 +22,12 @@ class Unread(Tensor):
     """
 
     _read: Callable[[], Tensor]
-    __torch_function__ = torch._C._disabled_torch_function_impl  # what comes out is a plain tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # plain tensors come out
 
     @staticmethod
     def __new__(cls, dtype: torch.dtype, shape: Sequence[int], read: Callable[[], Tensor]) -> Unread:
         """`read` gives the numbers: a plain tensor of this dtype and shape."""
-        made: Unread = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)  # type: ignore[attr-defined]
+        made: Unread = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
         made._read = read
         return made
 
@@ -35,7 +35,7 @@ class Unread(Tensor):
         pass
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """The operation on the numbers themselves."""
@@ -49,11 +49,11 @@ class Unread(Tensor):
             return torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device="meta")
         return func(*tree_map(in_memory, args), **tree_map(in_memory, kwargs))
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"Unread({list(self.shape)}, {self.dtype})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # to another process go the numbers
-        return self._read().__reduce_ex__(protocol)
+        return self._read().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __setitem__(self, *_: Any) -> None:
         raise TypeError("a tensor that is not in memory cannot be changed")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from making_adapters import lora, write
+from making_adapters import PREFIX, lora, write
 from making_processes import server
 
 from lora_lab.adapters import reading
@@ -200,8 +200,10 @@ def test_large_adapters_are_merged_and_pruned_in_the_memory_of_one(tmp_path):
     shapes = {"q": (8192, 8192), "gate": (28672, 8192), "up": (28672, 8192), "down": (8192, 28672)}
     tensors = {}
     for name, (rows, columns) in shapes.items():
-        pair = lora(name, rank=64, rows=rows, columns=columns, dtype=torch.bfloat16)
-        tensors |= {key.replace(name, f"layers.{i}.{name}"): tensor for key, tensor in pair.items() for i in range(3)}
+        A, B = lora(rank=64, rows=rows, columns=columns, dtype=torch.bfloat16).values()
+        for i in range(3):
+            place = f"{PREFIX}layers.{i}.{name}"
+            tensors |= {f"{place}.lora_A.weight": A.clone(), f"{place}.lora_B.weight": B.clone()}
     for seed in range(4):
         write(tmp_path / str(seed), tensors, r=64, lora_alpha=64)
     write(tmp_path / "small", lora())

@@ -197,7 +197,8 @@ def _kron(one: Tensor, other: Tensor) -> Tensor:
 
 def wide(tensor: Tensor) -> Tensor:
     """In float32, or float64 where it is that."""
-    return in_memory(tensor) if tensor.dtype == torch.float64 else in_memory(tensor).float()
+    plain: Tensor = in_memory(tensor)
+    return plain if plain.dtype == torch.float64 else plain.float()
 
 
 def _of(parts: Mapping[str, Tensor], key: str) -> Tensor | None:
