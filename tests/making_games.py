@@ -4,6 +4,9 @@ import math
 
 import numpy as np
 
+from lora_lab.games.coalitions import all_coalitions
+from lora_lab.games.gates import Diagonal
+
 
 def table_game(table):
     """Worths of all coalitions, the first player as the lowest bit."""
@@ -22,3 +25,23 @@ def saturating(n, seed=0, total=3.0):
         others = 1 - p * (1 - np.exp(-a))
         values += share * (1 - np.exp(-a)) * others.prod() / others
     return (lambda coalitions: 1 - np.exp(-(coalitions @ a))), values
+
+
+class Multilinear:
+    """A game in a table whose gates are Owen's multilinear extension of that game, or of another one."""
+
+    def __init__(self, table, gates=None):
+        self.table = np.asarray(table if gates is None else gates, dtype=float)
+        self.game = table_game(table)
+        self.every = all_coalitions(int(math.log2(len(self.table))))
+
+    def __call__(self, coalitions):
+        return self.game(coalitions)
+
+    def along(self, places, shares, **options):
+        n, size = self.every.shape[1], self.every.sum(1)
+        chances = np.array([place**size * (1 - place) ** (n - size) for place in places])
+        # ∂f/∂g_i = Σ_S P(S) v(S) (1_S(i)/t − (1 − 1_S(i))/(1 − t))
+        scores = [self.every / place - ~self.every / (1 - place) for place in places]
+        slopes = np.array([(chance * self.table) @ score for chance, score in zip(chances, scores, strict=True)])
+        return Diagonal(places, shares, chances @ self.table, slopes, self.table[[0, -1]])

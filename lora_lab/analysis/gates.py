@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ import numpy as np
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.analysis.game import Game
 from lora_lab.errors import DivergedError, OptionError, TunerError
+from lora_lab.games.gates import Diagonal, Rows
 from lora_lab.results.stats import Floats
 from lora_lab.scoring.execution import Cost
-from lora_lab.scoring.gates import PASSES, SMOOTH, GatedPass
+from lora_lab.scoring.gates import PASSES, SMOOTH, GatedPass, Passed, PlacesOfGates
 
 
 class GatedGame(Game):
@@ -24,40 +26,60 @@ class GatedGame(Game):
     by_example: Floats | None = None
     """The same on each example, [n, examples]; None where a layer's rows are not the examples."""
 
-    def along(
-        self, gates: Floats, shares: Floats, *, temperature: float = 2.0, batch: int = 0
-    ) -> tuple[Floats, Floats, Floats]:
-        """Worths [m] and slopes [m, n] with all gates at each of these values, and the worths at 0 and 1.
+    @property
+    def why_no_gates(self) -> str | None:
+        """Why its players have no gates, or None."""
+        try:
+            check(self.evaluator.adapter, self.worth)
+        except (OptionError, TunerError) as error:
+            return str(error)
+        found: str | None = self.evaluator.gather([PlacesOfGates(tuple(self.players.units.values()))])[0]
+        return found
+
+    def along(self, gates: Floats, shares: Floats, *, temperature: float = 2.0, batch: int = 0) -> Diagonal:
+        """What is found with all gates at each of these values, by example where a layer's rows are the examples.
 
         A forward and a backward pass a gate, whatever the number of players; the accuracy is smoothed (see
-        `scoring.gates.SMOOTH`), so that its ends take two passes without gradients. DivergedError where a worth is not
-        finite.
+        `scoring.gates.SMOOTH`). DivergedError where a worth is not finite.
         """
+        options = {"temperature": temperature, "batch": batch}
+        inner = self.passes([float(gate) for gate in gates], **options)
+        outer = self.passes([0.0, 1.0], **options, slopes=False) if inner[0].smoothed else self._corners(inner[0].apart)
+        smooth, ends = ([found.smooth(self.worth, temperature) for found in made] for made in (inner, outer))
+        slopes = np.array([found.slopes.mean(0, dtype=np.float64) for found in smooth])
+        self.values, self.by_example, rows = shares @ slopes, None, None
+        if all(found.apart for found in inner):
+            self.by_example = sum(share * found.slopes.T for share, found in zip(shares, smooth, strict=True))
+            finish = None if inner[0].smoothed else SMOOTH[self.worth].finish
+            rows = Rows(_stack(inner, "numbers"), _stack(inner, "slopes"), _stack(outer, "numbers"), finish)
+        return Diagonal(gates, shares, _stack(smooth, "numbers").mean(1), slopes, _stack(ends, "numbers").mean(1), rows)
+
+    def _corners(self, apart: bool) -> list[Passed]:
+        """What two passes with gates of 0 and 1 would give, which are coalitions."""
+        number = Game(self.evaluator, self.players, worth=SMOOTH[self.worth].known_as or self.worth)
+        ends = number.per_example(np.array([[False] * self.n_players, [True] * self.n_players]))
+        if not np.isfinite(ends).all():
+            label = self.evaluator.adapter.label
+            raise DivergedError(f"{label}: the loss is not finite with no player or with all, between which gates lead")
+        return [Passed(end, np.zeros((len(end), 0), np.float32), apart, False) for end in ends]
+
+    def passes(self, gates: Sequence[float | tuple[float, ...]], **options: Any) -> list[Passed]:
+        """What every example gives with gates at these values, one for all or one a player; kept in the journal."""
         units = tuple(self.players.units.values())
-        passes = [GatedPass(units, float(gate), self.worth, temperature, batch) for gate in gates]
-        smoothed = SMOOTH[self.worth].stands_in
-        if smoothed:
-            passes += [GatedPass(units, gate, self.worth, temperature, batch, slopes=False) for gate in (0.0, 1.0)]
-        answers = self.evaluator.gather(passes)
-        for asked, (worths, slopes, _) in zip(passes, answers, strict=True):
-            if not (np.isfinite(worths).all() and np.isfinite(slopes).all()):
+        asked = [GatedPass(units, each, self.worth, **options) for each in gates]
+        answers = self.evaluator.answers(asked)
+        for each, found in zip(asked, answers, strict=True):
+            if not (np.isfinite(found.numbers).all() and np.isfinite(found.slopes).all()):
                 label = self.evaluator.adapter.label
                 raise DivergedError(
-                    f"{label}: the {self.worth} or its gradient is not finite with gates of {asked.gate:g}"
+                    f"{label}: the {self.worth} or its gradient is not finite with gates of {each.gates}"
                 )
-        inner = answers[: len(gates)]
-        slopes = np.array([found.mean(0, dtype=np.float64) for _, found, _ in inner])
-        self.nodes += len(gates)
-        self.values, self.by_example = shares @ slopes, None
-        if all(apart for *_, apart in inner):
-            self.by_example = sum(share * found.T for share, (_, found, _) in zip(shares, inner, strict=True))
-        worths = np.array([found.mean() for found, *_ in inner])
-        ends = np.array([found.mean() for found, *_ in answers[len(gates) :]])
-        return worths, slopes, ends if smoothed else self(np.array([[False] * len(units), [True] * len(units)]))
+        self.nodes += len(gates) if options.get("slopes", True) else 0
+        return answers
 
     def cost_along(self, gates: int) -> Cost:
         """What asking along so many gates would compute, in passes without gradients."""
-        passes = PASSES * gates + 2 * SMOOTH[self.worth].stands_in
+        passes = PASSES * gates + 2 * (SMOOTH[self.worth].smooth is not None and not self.evaluator.task.classifies)
         blocks = round(passes * self.evaluator.layout.blocks * self.evaluator.batches)
         return Cost(round(passes), blocks, blocks, self.evaluator.seconds(passes))
 
@@ -81,3 +103,7 @@ def summed_up(game: GatedGame, values: Floats, total: float) -> dict[str, Any]:
         "largest": float(difference.max()),
         "player": game.player_names[int(difference.argmax())],
     }
+
+
+def _stack(passes: Sequence[Passed], name: str) -> Floats:
+    return np.stack([getattr(found, name) for found in passes])

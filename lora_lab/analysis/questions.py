@@ -173,9 +173,11 @@ class CompareMerges(Question):
 class Shapley(Question):
     """Shapley values of every adapter's players (see `players`), each from its own game.
 
-    Without an `estimator`, all coalitions are enumerated where that takes fewer block evaluations than `samples`
-    antithetic orders, which are taken otherwise. Every value has the standard error of its choice of coalitions (`se`:
-    0 for exact values; `stats.mean_and_error`), that of the examples (`se_examples`), and a 95 % interval from both.
+    Without an `estimator`, all coalitions are enumerated where that takes fewer block evaluations than as many pairs as
+    `samples` orders have coalitions. Else those pairs are joined with what gradients tell (`joint`); `samples`
+    antithetic orders are drawn where the worth has no gradient or the tuner no place for a gate. Every value has the
+    standard error of its choice of coalitions (`se`: 0 for exact values; `stats.mean_and_error`), that of the examples
+    (`se_examples`), and a 95 % interval from both.
     `order` 2 adds pairwise interactions with intervals of the choice of coalitions alone.
     """
 
@@ -189,7 +191,7 @@ class Shapley(Question):
     )
     estimator: str | None = option(
         None,
-        "NAMES, or shapiq:NAME; by default exact where that is cheaper, else antithetic.",
+        "NAMES, or shapiq:NAME; by default exact where that is cheaper, else joint (antithetic without gates).",
         names=Later("lora_lab.games.estimators", "ESTIMATORS"),
     )
     samples: int = option(200, "Marginal contributions a player; for permutations, orders.", least=1)

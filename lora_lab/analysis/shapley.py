@@ -96,16 +96,20 @@ def _check_options(question: Shapley) -> None:
 
 
 def choose(question: Shapley, game: GatedGame) -> str:
-    """The estimator: by default "exact" where that takes no more block evaluations than the antithetic orders do."""
+    """The estimator: by default "exact" where that takes no more block evaluations than as many samples do.
+
+    Else it is "joint" where the players have gates, and "antithetic" where they have none.
+    """
     if question.estimator:
         return question.estimator
     n, budget = game.n_players, question.budget
+    otherwise = "antithetic" if game.why_no_gates else "joint"
     if n > EXACT_LIMIT or 2**n > 8 * (question.samples * n + 2) or (budget is not None and 2**n > budget):
-        return "antithetic"
+        return otherwise
     sampled = _coalitions(
-        estimators.plan(n, estimator="antithetic", samples=question.samples, seed=question.seed, budget=budget)
+        estimators.plan(n, estimator=otherwise, samples=question.samples, seed=question.seed, budget=budget)
     )
-    return "exact" if game.blocks(all_coalitions(n)) <= game.blocks(sampled) else "antithetic"
+    return "exact" if game.blocks(all_coalitions(n)) <= game.blocks(sampled) else otherwise
 
 
 def values(question: Shapley, adapter: Adapter, task: Task, on: Execution) -> dict[str, float]:
@@ -215,6 +219,8 @@ def _rows(
     by_examples = np.full(game.n_players, np.nan)
     if estimate.weights.any():
         values_of_examples = estimate.weights @ game.per_example(estimate.coalitions)
+        if estimate.known_of is not None:
+            values_of_examples += estimate.known_of
         by_examples = mean_and_error(values_of_examples.T)[1]
     elif game.by_example is not None:
         by_examples = mean_and_error(game.by_example.T)[1]

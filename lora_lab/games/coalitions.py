@@ -66,6 +66,8 @@ class Estimate(Brief):
     """What makes the estimator biased, if anything does."""
     known: Floats | None = None
     """[n]: values = known + weights @ worths, of an estimator that starts from what gates tell (see gates.py)."""
+    known_of: Floats | None = None
+    """[n, examples]: the same of every example; None where it is not known."""
 
     @property
     def efficiency_gap(self) -> float:

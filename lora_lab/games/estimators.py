@@ -28,7 +28,8 @@ from lora_lab.games.coalitions import (
     permutation,
     stratified,
 )
-from lora_lab.games.regression import fit_pairs, regression
+from lora_lab.games.joint import joint
+from lora_lab.games.regression import balanced, fit_pairs, regression
 from lora_lab.registry import Registry
 from lora_lab.results.stats import Floats, Z, mean_and_error, student
 
@@ -66,6 +67,10 @@ class Estimator:
         parameters = inspect.signature(self.draws).parameters.values() if self.draws else ()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
+    def least(self, n: int) -> int:
+        """Coalitions that it has to ask for at least."""
+        return 2 if self.draws in (gates.nothing, balanced) else n + 1
+
     @property
     def settled(self) -> bool:
         """Whether the game's gates say everything, so that no coalition is drawn."""
@@ -102,7 +107,8 @@ def estimate(
         )
     planned = plan(n, estimator=estimator, samples=samples, seed=seed, budget=budget, **options)
     control = _controlled(game, n, entry, options)
-    found = _from_draws(control.left(game) if control else game, estimator, planned, until_se, budget)
+    fit = control.fit if control and control.fit else entry.fit
+    found = _from_draws(control.left(game) if control else game, estimator, fit, planned, until_se, budget)
     return replace(control.restored(found) if control else found, bias=entry.bias(n, options))
 
 
@@ -115,27 +121,26 @@ def _controlled(game: Game, n: int, entry: Estimator, options: Mapping[str, Any]
 
 
 def _from_draws(
-    game: Game, estimator: str, planned: list[Draw], until_se: float | None, budget: int | None
+    game: Game, estimator: str, fit: Fit | None, planned: list[Draw], until_se: float | None, budget: int | None
 ) -> Estimate:
-    entry = ESTIMATORS[estimator]
     drawn: list[Draw] = []
     worths: dict[bytes, float] = {}
     for chunk in _rounds(planned, whole=until_se is None):
         drawn += chunk
         _ask(game, chunk, worths)
-        if until_se is not None and _reached(entry.fit, drawn, worths, until_se):
+        if until_se is not None and _reached(fit, drawn, worths, until_se):
             break
     trace = []
     for upto in _checkpoints(len(drawn)):
-        values, se = _values(entry.fit, drawn[:upto], worths)
+        values, se = _values(fit, drawn[:upto], worths)
         asked = len({row.tobytes() for draw in drawn[:upto] for row in draw.coalitions})
         trace.append({"draws": upto, "evaluations": asked, "values": values.tolist(), "se": se.tolist()})
-    estimate = _fitted(entry.fit, drawn, worths) if entry.fit else _averaged(estimator, drawn, worths)
+    estimate = _fitted(fit, drawn, worths) if fit else _averaged(estimator, drawn, worths)
     if estimate is None:
         enough = "more samples are needed" if budget is None else "a larger budget is needed"
         count, n = sum(draw.marginals > 0 for draw in drawn), drawn[0].coalitions.shape[1]
         raise OptionError(f"{count} draws of coalitions are too few for a fit to {n} players; {enough}")
-    return replace(estimate, trace=trace)
+    return replace(estimate, estimator=estimator, trace=trace)
 
 
 def plan(
@@ -160,7 +165,7 @@ def plan(
         marginals += draw.marginals
         if marginals >= samples:
             break
-    if not marginals:
+    if not draws or not (marginals or entry.control):
         raise OptionError(f"a budget of {budget} coalitions; one draw of {estimator} alone asks for {len(asked)}")
     return draws
 
@@ -193,8 +198,10 @@ def check(
     if until_se is not None and not until_se > 0:
         raise OptionError(f"a standard error of {until_se} can not be reached; a number above 0 is needed")
     entry = ESTIMATORS.get(estimator)
-    if budget is not None and budget < n + 1 and not (entry and entry.settled):
-        raise OptionError(f"a budget of {budget} coalitions; one order of {n} players alone needs {n + 1}")
+    least = entry.least(n) if entry else n + 1
+    if budget is not None and budget < least:
+        needed = f"one order of {n} players alone needs {least}" if least > 2 else "nobody and all are 2"
+        raise OptionError(f"a budget of {budget} coalitions; {needed}")
     if entry and entry.whole and budget is not None and budget < 2**n:
         raise OptionError(f"a budget of {budget} coalitions; exact values of {n} players need {2**n}")
 
@@ -270,6 +277,10 @@ def _link_bias(n: int, options: Mapping[str, Any]) -> str:
     return "taking every coalition to be worth what its sum of Aumann–Shapley values is on the diagonal"
 
 
+def _joint_bias(n: int, options: Mapping[str, Any]) -> str:
+    return "a prior that the gates tell nearly what coalitions are worth, which fades with more pairs"
+
+
 def _regression_bias(n: int, options: Mapping[str, Any]) -> str:
     return "the penalty on the size-dependent terms, which vanishes with more pairs"
 
@@ -289,6 +300,7 @@ ESTIMATORS = Registry(
         "link": Estimator(gates.nothing, bias=_link_bias, control=gates.link),
         "permutation+link": Estimator(permutation, control=gates.link),
         "antithetic+link": Estimator(antithetic, control=gates.link),
+        "joint": Estimator(balanced, bias=_joint_bias, control=joint),
     },
 )
 """Estimators of Shapley values by name."""

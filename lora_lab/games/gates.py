@@ -34,12 +34,25 @@ class Gated(Protocol):
     def __call__(self, coalitions: Bools) -> Floats:
         """Worths of coalitions [m, n]."""
 
-    def along(self, gates: Floats, shares: Floats, **options: Any) -> tuple[Floats, Floats, Floats]:
-        """With all gates at each of these values: worths [m], slopes ∂f/∂g_i [m, n]; and worths at 0 and 1, [2].
+    def along(self, gates: Floats, shares: Floats, **options: Any) -> Diagonal:
+        """What is found with all gates at each of these values, and at 0 and 1.
 
-        `shares` are those of an integral over the gates, for whoever wants it by example. A smooth worth may stand
-        for another one.
+        `shares` are those of an integral over the gates. A smooth worth may stand for another one.
         """
+
+
+@dataclass(frozen=True, repr=False)
+class Rows(Brief):
+    """What the worths of a diagonal are means over: numbers of every example, of which its worth is made."""
+
+    worths: Floats
+    """[m, examples]"""
+    slopes: Floats
+    """[m, examples, n]"""
+    ends: Floats
+    """[2, examples]"""
+    finish: Callable[[Floats], Floats] | None = None
+    """Number by number, what makes worths of them, such as right (1) of a margin above 0; None: they are worths."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,6 +69,8 @@ class Diagonal(Brief):
     """[m, n]: ∂f/∂g_i."""
     ends: Floats
     """[2]: worths at 0 and at 1, as smooth as `worths` are."""
+    rows: Rows | None = None
+    """What all this is the mean of; None where it is not known by example."""
 
     @property
     def values(self) -> Floats:
@@ -73,6 +88,10 @@ class Control(Brief):
     """[n]: its Shapley values."""
     se: Floats
     """[n]: their standard errors, 0 where every coalition was listed."""
+    fit: Callable[[Bools, Floats], Estimate | None] | None = None
+    """How the values of what is left come of all that was drawn; None: as those of any game."""
+    by_example: Callable[[Bools, Floats], Floats] | None = None
+    """(coalitions [m, n], weights [n, m]) → φ(h) − W h of every example, [n, examples]; None where it is not known."""
 
     def left(self, game: Callable[[Bools], Floats]) -> Callable[[Bools], Floats]:
         """The game that is left: v − h."""
@@ -81,6 +100,7 @@ class Control(Brief):
     def restored(self, left: Estimate) -> Estimate:
         """Values of the game from those of what is left of it: φ(h) + W(v − h), so that `known` is φ(h) − W h."""
         known = self.values - left.weights @ self.game(left.coalitions)
+        by_example = self.by_example(left.coalitions, left.weights) if self.by_example else None
         drawn = left.weights.any()  # where no coalition is weighed, none was drawn
 
         def joined(se: Any) -> Floats:
@@ -93,7 +113,9 @@ class Control(Brief):
             {**row, "values": (self.values + row["values"]).tolist(), "se": joined(row["se"]).tolist()}
             for row in left.trace
         ]
-        return replace(left, values=values, se=joined(left.se), worths=worths, trace=trace, known=known)
+        return replace(
+            left, values=values, se=joined(left.se), worths=worths, trace=trace, known=known, known_of=by_example
+        )
 
 
 def diagonal(game: Any, *, nodes: int = 3, temperature: float = 2.0, batch: int = 0) -> Diagonal:
@@ -101,9 +123,8 @@ def diagonal(game: Any, *, nodes: int = 3, temperature: float = 2.0, batch: int 
     check(nodes=nodes, temperature=temperature, batch=batch)
     if not hasattr(game, "along"):
         raise OptionError("this game has no gates, only coalitions; estimators without gates can be asked for")
-    gates, shares = GRIDS["gauss"](nodes)
-    worths, slopes, ends = game.along(gates, shares, temperature=temperature, batch=batch)
-    return Diagonal(gates, shares, worths, slopes, ends)
+    along: Diagonal = game.along(*GRIDS["gauss"](nodes), temperature=temperature, batch=batch)
+    return along
 
 
 def check(*, nodes: int = 3, temperature: float = 2.0, batch: int = 0) -> None:
@@ -140,7 +161,7 @@ def link(along: Diagonal, ends: Floats) -> Control:
     n, total = len(values), float(values.sum())
     cancels = abs(total) < _CANCELS * float(np.abs(values).sum()) or total == 0
     share = np.full(n, 1 / n) if cancels else values / total
-    curve = _curve(along, ends)
+    curve = _stretched(along, ends)
 
     def game(coalitions: Bools) -> Floats:
         return curve((coalitions @ share).clip(0, 1))
@@ -151,17 +172,29 @@ def link(along: Diagonal, ends: Floats) -> Control:
     return Control(game, *_by_orders(curve, share))
 
 
-def _curve(along: Diagonal, ends: Floats) -> Callable[[Floats], Floats]:
-    """ψ on [0, 1], by Legendre polynomials P_j(2x − 1)."""
-    degree = 2 * len(along.gates) + 1
-    where = np.concatenate([[0.0, 1.0], along.gates])
-    derivative = np.stack([legendre.legval(2 * along.gates - 1, legendre.legder(row)) for row in np.eye(degree + 1)], 1)
-    conditions = np.vstack([legendre.legvander(2 * where - 1, degree), 2 * derivative])
-    known = np.concatenate([along.ends, along.worths, along.slopes.sum(1)])
-    coefficients = np.linalg.solve(conditions, known)
+def _stretched(along: Diagonal, ends: Floats) -> Callable[[Floats], Floats]:
+    """ψ on [0, 1] between the worths of nobody and of all."""
+    curve = curve_through(along.gates, along.worths[:, None], along.slopes.sum(1)[:, None], along.ends[:, None])
     low, high = along.ends
     stretch = (ends[1] - ends[0]) / (high - low) if high != low else 1.0
-    return lambda x: ends[0] + stretch * (legendre.legval(2 * x - 1, coefficients) - low)
+    return lambda x: ends[0] + stretch * (curve(x.ravel())[:, 0].reshape(x.shape) - low)
+
+
+def curve_through(gates: Floats, worths: Floats, slopes: Floats, ends: Floats) -> Callable[[Floats], Floats]:
+    """t [k] → [k, c]: the polynomials of degree 2m + 1 through the ends [2, c], worths and slopes [m, c] of c curves.
+
+    In Legendre polynomials P_j(2t − 1), so that the conditions stay far from singular.
+    """
+    degree = 2 * len(gates) + 1
+    where = np.concatenate([[0.0, 1.0], gates])
+    derivative = np.stack([legendre.legval(2 * gates - 1, legendre.legder(row)) for row in np.eye(degree + 1)], 1)
+    conditions = np.vstack([legendre.legvander(2 * where - 1, degree), 2 * derivative])
+    coefficients: Floats = np.linalg.solve(conditions, np.vstack([ends, worths, slopes]))
+
+    def curve(t: Floats) -> Floats:
+        return np.asarray(legendre.legvander(2 * t - 1, degree) @ coefficients, dtype=np.float64)
+
+    return curve
 
 
 def _by_orders(curve: Callable[[Floats], Floats], share: Floats) -> tuple[Floats, Floats]:

@@ -25,6 +25,7 @@ from lora_lab.results.result import fingerprint, provenance
 from lora_lab.scoring.changes import Change, LayerMask
 from lora_lab.scoring.examples import Examples, TaskSpec, detached, examples_of, pack, remembered
 from lora_lab.scoring.execution import Cost, Execution, Progress
+from lora_lab.scoring.gates import GatedPass, Passed, remembered_pass
 from lora_lab.scoring.journal import Journal
 from lora_lab.scoring.models import Effort, TaskModels
 from lora_lab.scoring.prefixes import Layout
@@ -151,6 +152,25 @@ class Evaluator:
         if self.on.workers:
             return self.on.workers.map(self._setup, questions)
         return [question(self) for question in questions]
+
+    def answers(self, questions: Sequence[GatedPass]) -> list[Passed]:
+        """What passes with gates give, each kept in the journal as soon as it is there, and read from it if it is."""
+        journal = self._journal(self.split)
+        found = {asked.key: remembered_pass(journal, asked.key, self.examples) for asked in questions}
+        new = [asked for asked in questions if found[asked.key] is None]
+
+        def keep(asked: GatedPass, answer: Passed) -> None:
+            found[asked.key] = answer
+            if journal is not None:
+                journal.add(asked.key, answer.packed())
+            if self.total is None:
+                self.on.report(sum(each is not None for each in found.values()), len(found))
+
+        if self.on.workers:
+            self.on.workers.map(self._setup, new, keep)
+        for asked in [] if self.on.workers else new:
+            keep(asked, asked(self))
+        return [answer for asked in questions if (answer := found[asked.key])]
 
     def keeping(self, modules: Collection[str], factor: float = 1.0) -> LayerMask:
         """Exactly these modules on, their updates scaled by `factor`."""

@@ -5,10 +5,12 @@ import time
 
 import numpy as np
 import pytest
-from test_game import random_adapter
+from peft import LoHaConfig, LoraConfig
+from test_game import TARGETS, random_adapter
 
 from lora_lab.adapters.groups import players
 from lora_lab.analysis.game import Game
+from lora_lab.analysis.gates import GatedGame
 from lora_lab.analysis.questions import Shapley
 from lora_lab.analysis.shapley import balance, choose, newest_adapter
 from lora_lab.errors import LoraLabWarning, OptionError
@@ -79,11 +81,27 @@ def test_two_estimates_from_the_same_coalitions_are_compared(adapters):
 
 
 def test_the_default_enumerates_where_that_is_cheaper(adapters):
-    game = Game(Evaluator([adapters[0]], Digits("relabel")), players(adapters[0]))
+    evaluator = Evaluator([adapters[0]], Digits("relabel"))
+    game = GatedGame(evaluator, players(adapters[0]))
     assert choose(Shapley(), game) == "exact"
-    by_module = Game(Evaluator([adapters[0]], Digits("relabel")), players(adapters[0], "module"))
-    assert choose(Shapley(samples=2), by_module) == "antithetic"
-    assert choose(Shapley(budget=8), game) == "antithetic"
+    by_module = GatedGame(evaluator, players(adapters[0], "module"))
+    assert choose(Shapley(samples=2), by_module) == "joint"
+    assert choose(Shapley(budget=8), game) == "joint"
+
+
+@pytest.mark.parametrize(
+    ("config", "by", "expected"),
+    [
+        (LoraConfig(r=2, target_modules=TARGETS), "rank", "joint"),
+        (LoraConfig(r=2, target_modules=TARGETS, use_dora=True), "module", "joint"),
+        (LoraConfig(r=2, target_modules=TARGETS, use_dora=True), "rank", "antithetic"),
+        (LoHaConfig(r=2, target_modules=TARGETS), "module", "antithetic"),
+    ],
+)
+def test_where_nothing_has_a_gate_orders_are_drawn(tmp_path, config, by, expected):
+    made = random_adapter(tmp_path / "a", config)
+    game = GatedGame(Evaluator([made], Digits("relabel")), players(made, by))
+    assert choose(Shapley(samples=2, budget=100), game) == expected
 
 
 def test_the_cost_is_told_before_anything_is_computed(adapters):

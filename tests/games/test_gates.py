@@ -25,7 +25,8 @@ class Smooth:
     def along(self, places, shares, **options):
         lines = [np.full(self.n, place) for place in places]
         ends = self(np.array([[False] * self.n, [True] * self.n]))
-        return np.array(list(map(self.worth, lines))), np.array(list(map(self.gradient, lines))), ends
+        worths, slopes = (np.array(list(map(of, lines))) for of in (self.worth, self.gradient))
+        return gates.Diagonal(places, shares, worths, slopes, ends)
 
 
 def pairs_and_saturation(n, seed=0, strength=0.15):
@@ -88,7 +89,7 @@ def test_over_all_orders_the_link_leaves_no_bias(monkeypatch, seed):
 def odd_along(self, places, shares, **options):
     """Gates that have next to nothing to do with the coalitions, and cancel in part."""
     slopes = np.array([[1.0, -0.4, 0.3, 0.2 + place] for place in places])
-    return slopes.sum(1) * places, slopes, np.array([0.0, 1.2])
+    return gates.Diagonal(places, shares, slopes.sum(1) * places, slopes, np.array([0.0, 1.2]))
 
 
 @pytest.mark.parametrize("name", DRAWN)
