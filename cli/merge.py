@@ -59,7 +59,7 @@ class Searching(Computing):
         None,
         "Merge so many modules at a time, by default up to four; the result is the same to the bit. With --search, try "
         "what it names in so many processes: combinations side by side, or the coefficients of a list; an interval in "
-        "one. fisher, regmean, lorahub and adamerging are never divided.",
+        "one. Methods that look at data are never divided.",
         least=1,
     )
     ray: str | None = option(
@@ -76,40 +76,63 @@ class Written(AdapterOutput):
     force: bool = option(False, "Replace what is there.", flag="force overwrite")
 
 
-def _list(wanted: bool) -> None:
-    if not wanted:
-        return
-    from ..merging import methods
+def _list(as_json: bool) -> None:
+    from ..merging.methods import MERGES
 
+    methods = [
+        {
+            "name": name,
+            "about": merge.about,
+            "options": merge.defaults(),
+            "data": merge.data,
+            "gauge_free": merge.gauge_free,
+            "source": merge.source,
+            "variant": merge.variant,
+        }
+        for name, merge in MERGES.items()
+    ]
+    if as_json:
+        print_json(methods)
+        return
     rows = []
-    for name, merge in methods.MERGES.items():
-        options = ", ".join(key if value is None else f"{key}={value}" for key, value in merge.defaults().items())
-        rows.append((name + (" *" if merge.reads_data else ""), merge.about, options, merge.variant))
-    headings = ("method", "what comes out", "options (--set)", "published variant")
-    table("Methods (* looks at data)", headings, rows, texts=4)
-    raise typer.Exit
+    for method in methods:
+        options = ", ".join(key if value is None else f"{key}={value}" for key, value in method["options"].items())
+        gauge = "free" if method["gauge_free"] else "hangs"
+        published = ": ".join(part for part in (method["source"], method["variant"]) if part)
+        rows.append((method["name"], method["data"], gauge, method["about"], options, published))
+    headings = ("method", "data", "gauge", "what comes out", "options (--set)", "source: published variant")
+    table("Methods", headings, rows, texts=6)
+    console.print(
+        "data: what of the tasks' examples is looked at, nothing (none), inputs alone, or labels as well; gauge: hangs "
+        "where other factors (BR, R⁻¹A) of the same ΔW, such as a re-exported adapter has, give another merge"
+    )
 
 
 def command(
     *,
-    adapters: Annotated[list[str], typer.Argument(help="The adapters, of one base model.")],
+    adapters: Annotated[list[str] | None, typer.Argument(help="The adapters, of one base model.")] = None,
     how: Merging,
     task: TaskEach,
     loading: Several,
     computing: Searching,
     output: Written,
     methods: Annotated[
-        bool, typer.Option("--methods", help="List the methods with their options.", is_eager=True, callback=_list)
+        bool, typer.Option("--methods", help="List the methods, what they look at, and where they are published.")
     ] = False,
 ) -> None:
     """Merge adapters into one that PEFT loads, with the ΔW that the method says: no base model is needed for it.
 
     Ranks, alphas and modules may differ between the adapters; where one leaves a module alone, its ΔW there is 0.
-    A sum is exact unless --rank cuts it; what is lost by a cut or by rounding is told. fisher, regmean, lorahub and
-    adamerging look at data: the training or validation splits of the tasks that the adapters record (or --task).
+    A sum is exact unless --rank cuts it; what is lost by a cut or by rounding is told. Some methods look at data
+    (`--methods` says which): the training or validation splits of the tasks that the adapters record (or --task).
 
     Example:  lora-lab merge a.safetensors b.safetensors c.safetensors --method ties --set density=0.2 -o merged
     """
+    if methods:
+        _list(output.json)
+        return
+    if not adapters:
+        raise OptionError("no adapter was given")
     from ..files.disk import refuse_existing
     from ..merging.export import recorded, save
     from ..merging.merged import merge
@@ -130,7 +153,7 @@ def command(
     output.check(loaded[0].layout.format)
     read_data = MERGES[how.method].reads_data or bool(spaces or task.task)
     sources = _sources(loaded, weights, how, task if read_data else None, computing, task.trust_record)
-    _foretell(sources, how, computing.jobs)
+    _foretell(sources, how, options, computing.jobs)
     options, settings = _settings(sources, how, options, spaces, computing)
     with spooled(path, sources, how.method, options, settings) as spool:
         with progress(f"merging by {how.method}") as report_step:
@@ -166,13 +189,13 @@ def _sources(loaded: Any, weights: Any, how: Merging, task: TaskEach | None, dev
     return Sources(loaded, weights, base=base, tasks=tasks, device=device.resolved())
 
 
-def _foretell(sources: Any, how: Merging, jobs: int | None) -> None:
+def _foretell(sources: Any, how: Merging, options: Any, jobs: int | None) -> None:
     """Tell what a merge will take, in one line, where that is much."""
     from ..merging.forecast import forecast
 
     foretell(
         "to be merged",
-        forecast(sources, how.method, jobs=jobs, rank=how.rank, exact=how.exact, dtype=how.dtype),
+        forecast(sources, how.method, options=options, jobs=jobs, rank=how.rank, exact=how.exact, dtype=how.dtype),
     )
 
 

@@ -127,6 +127,8 @@ def foretell(what: str, expected: Forecast) -> None:
     """Tell what something will take, in one line, where that is much."""
     if expected.is_long:
         time = "" if expected.seconds is None else f", about {duration(expected.seconds)} of a core"
+        if expected.passes:
+            time += f", as much as {expected.passes:,.0f} forward passes of one example"
         messages.print(
             f"{what}: {expected.modules} modules, rank {expected.rank}, {size(expected.bytes)}{time}, "
             f"up to {size(expected.memory)} of memory"

@@ -29,11 +29,13 @@ class Forecast:
     """Of a core, within a factor of two or so; None for a method that looks at data, where the model decides."""
     memory: int
     """Bytes at a time, at the most."""
+    passes: float = 0.0
+    """Forward passes of one example, of a method that looks at data; a backward pass is counted as two."""
 
     @property
     def is_long(self) -> bool:
-        """Whether somebody should know of it beforehand: more than ten seconds, or half a gigabyte."""
-        return (self.seconds or 0.0) > 10 or self.bytes > 5e8
+        """Whether somebody should know of it: more than ten seconds, half a gigabyte, or a thousand passes."""
+        return (self.seconds or 0.0) > 10 or self.bytes > 5e8 or self.passes > 1000
 
 
 def slowness() -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from lora_lab.forecast import IO_SECONDS, Forecast, bytes_of, slowness
@@ -11,9 +12,17 @@ from lora_lab.merging.sources import Sources
 from lora_lab.side_by_side import usual_jobs
 
 
-def forecast(sources: Sources, method: str, *, jobs: int | None = None, **settings: Any) -> Forecast:
+def forecast(
+    sources: Sources,
+    method: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    jobs: int | None = None,
+    **settings: Any,
+) -> Forecast:
     """What the merge of these sources will take with so many jobs; `settings` are the fields of `MergeOptions`."""
-    how, kind = MergeOptions(**settings), MERGES[method].kind
+    how, entry = MergeOptions(**settings), MERGES[method]
+    kind = entry.kind_with(options or {})
     width = how.dtype_of(sources.adapters).itemsize
     rank, size, work, largest = 0, 0, 0.0, 0
     for name, shape in sources.shapes.items():
@@ -29,8 +38,10 @@ def forecast(sources: Sources, method: str, *, jobs: int | None = None, **settin
             work += sources.rank_of(name) * (rows + columns) * kind.pace
     jobs = jobs or usual_jobs()
     given = sum(bytes_of(adapter.tensors) for adapter in sources.adapters)
-    seconds = None if MERGES[method].reads_data else IO_SECONDS * (given + size) + work * slowness() * 1e-9
-    return Forecast(len(sources.shapes), rank, size, seconds, given + size + jobs * _DENSE_COPIES * 4 * largest)
+    seconds = None if entry.reads_data else IO_SECONDS * (given + size) + work * slowness() * 1e-9
+    passes = entry.examples_read(options or {}, sources.tasks) if sources.tasks else 0.0
+    memory = given + size + jobs * _DENSE_COPIES * 4 * largest
+    return Forecast(len(sources.shapes), rank, size, seconds, memory, passes)
 
 
 _CUT = 18.0

@@ -200,6 +200,8 @@ class Kind:
     """Whether the entry of another method can be the one within it."""
     without: Collection[str] = ()
     """Options of the method within it that would change nothing."""
+    passes_on: bool = False
+    """Whether it is the method within it that makes the ΔW, whole or in factors."""
     dense: bool = False
     """Whether it works on ΔW whole, and gives it whole."""
     pace: float = 30.0
@@ -227,6 +229,7 @@ CALIBRATION = Kind(
     options={"inner": "task-arithmetic"},
     takes=lambda entry: not entry.reads_data and "inner" not in entry.kind.options,
     without=("scale",),
+    passes_on=True,
 )
 """(low-rank updates of one module as in `SIDED_UPDATES`, options) → others, to be merged by the method `inner`."""
 

@@ -105,6 +105,12 @@ class Merge:
             names |= {name: value for name, value in of_inner.items() if name not in hidden}
         return names
 
+    def kind_with(self, options: Mapping[str, Any]) -> Kind:
+        """The kind that these options make of it: what changes updates alone works as the method within it does."""
+        if not self.kind.passes_on:
+            return self.kind
+        return self.within({**self.defaults(options), **options}["inner"]).kind
+
     def examples_read(self, options: Mapping[str, Any], tasks: Sequence[Task]) -> float:
         """About how many forward passes of one example it takes on these tasks, a backward pass counted as two."""
         return self.cost({**self.defaults(options), **options}, tasks) if self.cost else 0.0

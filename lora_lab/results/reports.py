@@ -34,6 +34,21 @@ class MergeReport:
 
 
 @dataclass
+class MergeMethodReport:
+    """A method of merging; `merge --methods` prints a list of these."""
+
+    name: str = column("name of the method")
+    about: str = column("what comes out, in a line")
+    options: dict[str, Any] = column("its options, each with its default; null is none")
+    data: str = column("what of the tasks' examples it looks at: none, inputs, or labels")
+    gauge_free: bool = column(
+        "whether all factors (BR, R⁻¹A) of one ΔW give the same merge, with the options at their defaults"
+    )
+    source: str = column("where it was published")
+    variant: str = column("which published variant it is, and what is ours")
+
+
+@dataclass
 class PruneReport:
     """What was pruned, and what it cost."""
 
@@ -167,7 +182,8 @@ REPORTS = {
     "fuse": FuseReport,
     "inspect": InspectReport,
     "merge": MergeReport,
+    "merge-methods": MergeMethodReport,
     "prune": PruneReport,
     "verify": VerifyReport,
 }
-"""Name of the verb → the class of its report."""
+"""Name of the verb, or of what a verb lists → the class of its report."""

@@ -13,6 +13,8 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.merging.merged import merge
 from lora_lab.merging.methods import MERGES
 from lora_lab.merging.sources import Sources
+from lora_lab.results import schema
+from lora_lab.results.reports import REPORTS
 from lora_lab.scoring.evaluate import score
 from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.tasks.task import Split
@@ -113,14 +115,30 @@ def test_the_report_is_json_where_it_is_asked_for(lora_lab, abc):
     same(Adapter.load("m"), merge(Sources(loaded(*abc)), "average", coefficient=2.0).adapter)
 
 
-def test_the_methods_are_listed_with_their_options_and_no_adapter(lora_lab, tmp_path):
+def test_the_methods_are_listed_with_what_they_are_and_no_adapter(lora_lab, tmp_path):
     code, out, err = lora_lab("merge", "--methods")
     assert code == 0, err
-    for name in MERGES:
+    for name, entry in MERGES.items():
         row = next(line for line in out.splitlines() if line.split()[:1] == [name])
-        assert (row.split()[1] == "*") == MERGES[name].reads_data
+        assert row.split()[1:3] == [entry.data, "free" if entry.gauge_free else "hangs"]
     assert "density=0.2" in next(line for line in out.splitlines() if line.startswith("ties"))
+    code, out, err = lora_lab("merge", "--methods", "--json")
+    assert code == 0, err
+    rows = json.loads(out)
+    assert [row["name"] for row in rows] == list(MERGES)
+    jsonschema = pytest.importorskip("jsonschema")
+    said = schema.columns_of(REPORTS["merge-methods"])
+    for row in rows:
+        assert set(row) == set(said)
+        jsonschema.validate(row, schema.json_schema("merge-methods"))
+        assert row["options"] == MERGES[row["name"]].defaults()
+    told = {row["name"]: row for row in rows}
+    assert told["ties"]["source"] == "Yadav et al. 2023, arXiv:2306.01708"
+    assert (told["lorahub"]["data"], told["regmean"]["data"], told["ties"]["data"]) == ("labels", "inputs", "none")
     assert not list(tmp_path.iterdir())
+    code, out, err = lora_lab("merge")
+    assert (code, out) == (1, "")
+    assert "no adapter was given" in err
 
 
 def test_a_rank_tells_its_error(lora_lab, abc):
@@ -294,7 +312,10 @@ ERRORS = [
     (["--search", "coefficient", "-o", "m"], ["NAME=VALUE,VALUE"]),
     (["--search", "scale=0..1", "-o", "m"], ["can be searched for coefficient only"]),
     (["--ray", "auto", "-o", "m"], ["--ray shares out what --search tries", "divided by --jobs alone"]),
-    (["--method", "fisher", "--task", "digits/relabel", "-o", "m"], ["another base model", "layers.0.q_proj"]),
+    (
+        ["--method", "fisher", "--task", "digits/relabel", "--set", "examples=8", "-o", "m"],
+        ["another base model", "layers.0.q_proj"],
+    ),
     (["--method", "fisher", "--task", "digits/relable", "-o", "m"], ["did you mean 'digits/relabel'"]),
     (["--method", "fisher", "--set", "normalize=yes", "-o", "m"], ["normalize=yes", "true or false"]),
     (["missing", "-o", "m"], ["missing: no such file or folder"]),
@@ -403,6 +424,9 @@ def test_an_interval_is_searched_from_the_shell(lora_lab, digits):
         ("regmean", ["examples=20"]),
         ("lorahub", ["evaluations=5"]),
         ("adamerging", ["steps=3"]),
+        ("nsc", ["steps=3"]),
+        ("ziplora", ["steps=3"]),
+        ("cat-learned", ["steps=3", "free=true"]),
     ],
 )
 def test_methods_that_look_at_data_take_the_tasks_that_the_adapters_record(lora_lab, digits, method, few):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from making_adapters import lora, write
+from planted_tasks import Tiny
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.forecast import Forecast
@@ -39,6 +40,18 @@ def test_what_works_on_entries_is_foretold_to_take_longer_and_more_memory(tmp_pa
     assert dense.seconds > plain.seconds
     assert dense.memory > plain.memory
     assert forecast(given, "fisher").seconds is None
+    inner, outer = (forecast(given, *method) for method in (("ties",), ("pico",)))
+    assert outer.memory < inner.memory == forecast(given, "pico", options={"inner": "ties"}).memory
+
+
+def test_a_method_that_looks_at_data_is_foretold_by_its_passes(tmp_path):
+    given = sources(tmp_path)
+    assert forecast(given, "nsc").passes == 0  # without tasks nobody knows
+    given.tasks = [Tiny(), Tiny()]
+    expected = forecast(given, "nsc", options={"steps": 7, "batch_size": 50})
+    assert (expected.passes, expected.is_long) == (3 * 7 * 50 * 2, True)
+    assert not forecast(given, "nsc", options={"steps": 1}).is_long
+    assert forecast(given, "ties").passes == 0
 
 
 @pytest.mark.parametrize(
