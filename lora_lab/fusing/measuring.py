@@ -32,6 +32,8 @@ class Measured:
     """‖W' − (W + ΔW)‖ / ‖ΔW‖."""
     norm: float = 0.0
     """‖ΔW‖."""
+    rounding: str = ""
+    """In whose rounding it is, where it is right up to rounding: a dtype by name, and that it is stored in another."""
 
 
 class Weight:
@@ -42,28 +44,31 @@ class Weight:
         self._square = base.ndim == 2 and base.shape[0] == base.shape[1]
         self._wide = torch.float64 if torch.float64 in (base.dtype, merged.dtype) else torch.float32
         self._same_dtype = base.dtype == merged.dtype
-        self._dtype = effective_dtype(merged)
+        self._dtype, self._stored = effective_dtype(merged), merged.dtype
         """In whose rounding the merged weight is, though it may be stored in a wider one."""
         self._narrowed = torch.finfo(base.dtype).eps < torch.finfo(self._dtype).eps
 
     def measure(self) -> Measured:
         """What it is; see `Measured`."""
         norm2 = product = change2 = residual2 = 0.0
-        right = untouched = True
+        exact = right = untouched = True
         for base, merged, delta in self._blocks():
             difference = merged - base
             norm2 += squared(delta)
             product += _sum(difference * delta)
             change2 += squared(difference)
             residual2 += squared(difference - delta)
+            exact &= bool(torch.equal((base + delta).to(self._stored).to(self._wide), merged))
             right &= bool(torch.equal(self._rounded(base + delta), merged))
             untouched &= bool(torch.equal(self._rounded(base), merged))
         norm = math.sqrt(norm2)
         if not norm2:
             return Measured("exact" if not change2 else "rounding" if untouched else "other")
         told = {"factor": product / norm2, "residual": math.sqrt(residual2) / norm, "norm": norm}
-        if right:
-            return Measured("exact" if self._same_dtype and not self._narrowed else "rounding", **told)
+        if exact and self._same_dtype:
+            return Measured("exact", **told)
+        if exact or right:
+            return Measured("rounding", **told, rounding=self._words())
         if untouched:
             return Measured("missing", **told)
         return self._judged(told)
@@ -82,7 +87,8 @@ class Weight:
         distance, allowed = off[factor]
         if distance <= allowed:
             kind = "rounding" if factor == 1 else "missing" if factor == 0 else "scaled"
-            return Measured(kind, **{**told, "factor": factor or told["factor"]})
+            words = self._words() if kind == "rounding" else ""
+            return Measured(kind, **{**told, "factor": factor or told["factor"]}, rounding=words)
         if self._square and (turned := self._turned()) is not None:
             return Measured("transposed", **{**told, "factor": turned})
         return Measured("other", **told)
@@ -141,13 +147,17 @@ class Weight:
             yield base, merged, delta.to(self._wide)
 
     def _rounded(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._dtype).to(self._wide)
+        return tensor.to(self._dtype).to(self._stored).to(self._wide)
+
+    def _words(self) -> str:
+        name, stored = (str(dtype).removeprefix("torch.") for dtype in (self._dtype, self._stored))
+        return name if name == stored else f"{name}, stored as {stored}"
 
 
 def effective_dtype(tensor: Tensor) -> torch.dtype:
-    """The narrowest dtype that holds all of a tensor: that in whose rounding it is, if it was widened since."""
-    for dtype in _HALVES if tensor.itemsize > 2 else ():
-        if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+    """The dtype of fewest digits that holds all of a tensor: in whose rounding it is, though it was stored otherwise."""
+    for dtype in _HALVES:
+        if torch.finfo(dtype).eps > torch.finfo(tensor.dtype).eps and torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
             return dtype
     return tensor.dtype
 

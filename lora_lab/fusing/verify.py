@@ -38,7 +38,7 @@ class Finding:
     residual: float | None = None
     norm: float | None = None
     meaning: str = ""
-    """What is likely to have happened."""
+    """What is likely to have happened; of a rounding, that of which dtype."""
 
     @property
     def right(self) -> bool:
@@ -67,7 +67,8 @@ class Verified(Brief):
         named = [finding for finding in self.findings if finding.kind not in ("unnamed", "absent", "added")]
         if self.right:
             exact = all(finding.kind == "exact" for finding in named)
-            how = "exactly" if exact else "up to rounding"
+            of = {finding.meaning for finding in named if finding.meaning}
+            how = "exactly" if exact else f"up to rounding {of.pop()}" if len(of) == 1 else "up to rounding"
             return f"yes: base + adapter, {how}, in all {len(named)} parameters that are adapted"
         wrong = Counter((f.kind, f.meaning) for f in self.findings if not f.right)
         parts = []
@@ -142,7 +143,8 @@ def _adapted(name: str, before: Layout, after: Layout, change: Change, device: t
         kind = _compared(start, merged)
         return Finding(name, {"same": "exact", "cast": "rounding"}.get(kind, "head"))
     found: Measured = Weight(start.contiguous(), merged.contiguous(), change, device).measure()
-    return Finding(name, found.kind, found.factor, found.residual, found.norm)
+    meaning = f"of {found.rounding}" if found.rounding else ""
+    return Finding(name, found.kind, found.factor, found.residual, found.norm, meaning)
 
 
 def _untouched(name: str, before: Layout, after: Layout) -> tuple[str, Finding | None]:

@@ -93,8 +93,21 @@ def test_a_merge_in_another_dtype_is_right_up_to_rounding(made, tmp_path, cast_f
     found = verified(base, [adapter], write(tmp_path / "m", base, made_in))
     assert found.right, found.verdict
     assert all(kind in ("exact", "rounding") for kind in kinds(found).values())
-    back = {name: t.float() for name, t in made_in.items()}  # stored wide again
-    assert verified(base, [adapter], write(tmp_path / "wide", base, back)).right
+    for dtype in (torch.float32, torch.float16):  # stored in another dtype since
+        back = {name: t.to(dtype) for name, t in made_in.items()}
+        found = verified(base, [adapter], write(tmp_path / str(dtype), base, back))
+        assert found.right, found.verdict
+        assert set(kinds(found).values()) == {"rounding"}
+        words = f"up to rounding of bfloat16, stored as {str(dtype).removeprefix('torch.')}, in all 6 parameters"
+        assert words in found.verdict
+    wrong = {name: t.half() for name, t in fused(weights, deltas, 0.5, torch.bfloat16).items()}
+    assert set(kinds(verified(base, [adapter], write(tmp_path / "half", base, wrong))).values()) == {"scaled"}
+
+
+def test_weights_that_fit_fewer_digits_by_chance_are_exact(tmp_path):
+    base, update = torch.ones(4, 6).half(), LowRank(torch.ones(1, 6), 0.5 * torch.ones(4, 1))
+    weight = Weight(base, base + 0.5, Change(update=update), torch.device("cpu"))
+    assert (weight.measure().kind, weight.measure().rounding) == ("exact", "")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -31,6 +31,8 @@ def by_ending(patterns: Collection[str], names: Collection[str]) -> dict[str, li
 
     A pattern that is no regular expression matches nothing. Raises AdapterError for one that takes too long.
     """
+    if not patterns:  # as of nearly every file, which may have a hundred thousand names
+        return {}
     ends: dict[str, list[str]] = defaultdict(list)
     for name in names:
         for start in (0, *(i + 1 for i, letter in enumerate(name) if letter == ".")):
@@ -47,6 +49,8 @@ def by_whole(patterns: Collection[str], names: Collection[str]) -> dict[str, lis
 
 def by_path(patterns: Collection[str], names: Collection[str]) -> dict[str, list[str]]:
     """Pattern → the names with a run of components that it matches, as modules_to_save does; see `by_ending`."""
+    if not patterns:  # as of nearly every file, which may have a hundred thousand names
+        return {}
     runs: dict[str, list[str]] = defaultdict(list)
     first: dict[str, list[str]] = defaultdict(list)
     for name in names:
