@@ -13,7 +13,7 @@ from typing import Any
 import typer
 
 from ..errors import LoraLabError, LoraLabNote, LoraLabWarning, OptionError
-from ..escape import visible
+from ..escape import shortened, visible
 from . import streams
 from .terminal import escaping, with_flags
 from .verbs import checking, command_of
@@ -126,7 +126,7 @@ def check(arguments: list[str]) -> None:
 
 
 def _say(text: str, code: int = 1) -> int:
-    print("error:", visible(text.strip()), file=sys.stderr)
+    print("error:", visible(shortened(text.strip())), file=sys.stderr)
     return code
 
 
@@ -177,4 +177,4 @@ def _usage(error: Any) -> tuple[str, bool]:
 
 def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
     kind = "note:" if isinstance(message, LoraLabNote) else "warning:"
-    print(kind, visible(with_flags(str(message).strip())), file=sys.stderr)
+    print(kind, visible(shortened(with_flags(str(message).strip()))), file=sys.stderr)

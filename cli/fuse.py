@@ -24,7 +24,7 @@ class Fusing:
     heads: str | None = option(
         None,
         "Heads and other whole tensors in which the adapters differ: NAMES.",
-        names=Later("lora_lab.fusing.fuse", "HEADS"),
+        names=Later("lora_lab.fusing.changes", "HEADS"),
     )
     max_shard_size: float = option(5.0, "Gigabytes (10⁹ bytes) that a file has at most.", above=0)
 

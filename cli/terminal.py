@@ -104,11 +104,17 @@ def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]],
     console.print(shown)
 
 
+_LONG = 1e12
+"""From which on a number is shown by its power of ten."""
+
+
 def number(value: object, digits: int = 3) -> str:
     """A number for a table; – for none."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "–"
-    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.{digits}f}" if abs(value) < _LONG else f"{value:.4g}"
 
 
 def estimate(value: float | None, low: float | None, high: float | None) -> str:

@@ -26,7 +26,7 @@ class Expecting:
     heads: str | None = option(
         None,
         "Heads and other whole tensors in which the adapters differ: NAMES.",
-        names=Later("lora_lab.fusing.fuse", "HEADS"),
+        names=Later("lora_lab.fusing.changes", "HEADS"),
     )
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterable
 
-from lora_lab.escape import visible
+from lora_lab.escape import shortened, visible
 
 
 class LoraLabError(Exception):
@@ -29,7 +29,7 @@ class LoraLabError(Exception):
     """
 
     def __str__(self) -> str:  # OSError would print its first argument as an errno
-        return visible(" ".join(str(part) for part in self.args).strip())
+        return visible(shortened(" ".join(str(part) for part in self.args).strip()))
 
 
 class FileError(LoraLabError, OSError):

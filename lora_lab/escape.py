@@ -28,6 +28,11 @@ def visible(text: str) -> str:
     return _UNSEEN.sub(lambda found: _SHORT.get(found[0]) or _code(found[0]), text)
 
 
+def shortened(text: str, most: int = 400) -> str:
+    """The text with every word of more characters cut in the middle: names of files may have thousands of them."""
+    return re.sub(rf"\S{{{most + 1},}}", lambda word: f"{word[0][: most // 2]}…{word[0][-most // 4 :]}", text)
+
+
 def visible_json(text: str) -> str:
     """JSON with the same characters within its texts as JSON's own escapes; line breaks between values stay."""
     return _UNSEEN.sub(lambda found: "\n" if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text)

@@ -265,10 +265,11 @@ def same_modules(adapters: Sequence[Adapter]) -> None:
     same_base(adapters)
 
 
-def same_base(adapters: Sequence[Adapter]) -> None:
+def same_base(adapters: Sequence[Adapter], *, given: bool = False) -> None:
     """MismatchError unless ΔW of all adapters can be added: at the same tokens, to the same layers, in one layout.
 
-    Base models of different names are told as a warning, since one base has many: a hub id, a folder, a quantised copy.
+    Base models of different names are told as a warning, since one base has many (a hub id, a folder, a quantised
+    copy); not where the base is `given`, against which modules and shapes are held.
     """
     named = next((adapter for adapter in adapters if adapter.base_model), adapters[0])
     plain = next((adapter for adapter in adapters if adapter.why_not_additive is None), adapters[0])
@@ -285,7 +286,7 @@ def same_base(adapters: Sequence[Adapter]) -> None:
                 f"{plain.source} and {other.source} store their weights in different layouts: fan_in_fan_out is not "
                 "the same"
             )
-        if other.base_model and str(other.base_model).rstrip("/") != str(named.base_model).rstrip("/"):
+        if not given and other.base_model and str(other.base_model).rstrip("/") != str(named.base_model).rstrip("/"):
             warnings.warn(
                 f"{named.source} and {other.source} name different base models, {named.base_model!r} and "
                 f"{other.base_model!r}: taken for two names of one",

@@ -16,6 +16,8 @@ from lora_lab.errors import AdapterError, MismatchError, shorten
 
 HEADS = ("keep-own", "average", "first")
 """What can become of whole tensors in which the adapters differ."""
+_MEANS = ("average",)
+"""Those of them that need tensors of one shape, of which there is a mean."""
 
 
 TOKENS = ".token_adapter.trainable_tokens_delta"
@@ -79,8 +81,12 @@ def with_rows_of_the_first(adapters: Sequence[Adapter], key: str) -> list[Tensor
 _NO_MEAN = "and running statistics of a base at work are no weights to average"
 
 
-def merge_heads(adapters: Sequence[Adapter], labels: Sequence[str], how: str | None) -> Whole:
+def merge_heads(
+    adapters: Sequence[Adapter], labels: Sequence[str], how: str | None, ways: Sequence[str] = HEADS
+) -> Whole:
     """Whole tensors of the merged adapter, and those of each source that are kept apart.
+
+    `ways` are those of HEADS that can be chosen; an error names them.
 
     Trained tokens go by their ids: those of all adapters are united, and what `how` says is done with a token whose
     rows differ.
@@ -89,10 +95,17 @@ def merge_heads(adapters: Sequence[Adapter], labels: Sequence[str], how: str | N
         {key: a.tensors[key] for key in a.others if key.startswith(PREFIX) and not key.endswith(TOKENS)}
         for a in adapters
     ]
-    made = _merge_others(adapters, everything, labels, how)
+    made = _merge_others(adapters, everything, labels, how, ways)
     for key in sorted({key for adapter in adapters for key in adapter.others if key.endswith(TOKENS)}):
-        _merge_tokens(made, adapters, key, labels, how)
+        _merge_tokens(made, adapters, key, labels, how, ways)
     return made
+
+
+def _offered(ways: Sequence[str], *, mean: bool = True) -> str:
+    """The ways in words; without `mean`, those that need none, in short."""
+    told = {"keep-own": "keep-own (each its own, beside the merged adapter)"} if mean else {}
+    *others, last = [told.get(way, way) for way in ways if mean or way not in _MEANS]
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def token_settings(config: Mapping[str, Any], tokens: Mapping[str, list[int]]) -> dict[str, Any]:
@@ -104,7 +117,9 @@ def token_settings(config: Mapping[str, Any], tokens: Mapping[str, list[int]]) -
     return {**config, "trainable_token_indices": next(iter(modules.values())) if listed else modules}
 
 
-def _merge_tokens(made: Whole, adapters: Sequence[Adapter], key: str, labels: Sequence[str], how: str | None) -> None:
+def _merge_tokens(
+    made: Whole, adapters: Sequence[Adapter], key: str, labels: Sequence[str], how: str | None, ways: Sequence[str]
+) -> None:
     rows: dict[int, list[Tensor]] = {}
     for adapter in adapters:
         if key in adapter.others:
@@ -114,7 +129,7 @@ def _merge_tokens(made: Whole, adapters: Sequence[Adapter], key: str, labels: Se
     if torn and how is None:
         raise MismatchError(
             f"{key.removeprefix(PREFIX)}: rows of the tokens {shorten(torn)} differ between the adapters; `heads` "
-            "keep-own (each its own, beside the merged adapter), average or first says what becomes of them"
+            f"{_offered(ways)} says what becomes of them"
         )
     if torn and how == "keep-own":
         for label, adapter in zip(labels, adapters, strict=True):
@@ -132,7 +147,11 @@ def _merge_tokens(made: Whole, adapters: Sequence[Adapter], key: str, labels: Se
 
 
 def _merge_others(
-    adapters: Sequence[Adapter], everything: Sequence[Mapping[str, Tensor]], labels: Sequence[str], how: str | None
+    adapters: Sequence[Adapter],
+    everything: Sequence[Mapping[str, Tensor]],
+    labels: Sequence[str],
+    how: str | None,
+    ways: Sequence[str],
 ) -> Whole:
     keys = sorted({key for tensors in everything for key in tensors}, key=lambda key: (-_entries(everything, key), key))
     whole: dict[str, Tensor] = {}
@@ -146,10 +165,10 @@ def _merge_others(
         if how == "average" and key.endswith(_STATISTICS):
             name = key.removeprefix(PREFIX)
             raise MismatchError(
-                f"{name} differs between the adapters, {_NO_MEAN}; `heads` keep-own or first can be had"
+                f"{name} differs between the adapters, {_NO_MEAN}; `heads` {_offered(ways, mean=False)} can be had"
             )
         if how is None or (how == "average" and _unlike(copies)):
-            _refuse_heads(adapters, copies, key, how)
+            _refuse_heads(adapters, copies, key, how, ways)
         if how == "first" and copies[0] is not None:
             whole[key] = copies[0]
         elif how == "first":
@@ -172,18 +191,21 @@ def _unlike(copies: Sequence[Tensor | None]) -> bool:
     return len({tensor.shape if tensor is not None else None for tensor in copies}) > 1
 
 
-def _refuse_heads(adapters: Sequence[Adapter], copies: Sequence[Tensor | None], key: str, how: str | None) -> None:
+def _refuse_heads(
+    adapters: Sequence[Adapter], copies: Sequence[Tensor | None], key: str, how: str | None, ways: Sequence[str]
+) -> None:
     name = key.removeprefix(PREFIX)
     shapes = " and ".join(
         f"{tuple(tensor.shape)} in {adapter.source}" if tensor is not None else f"absent from {adapter.source}"
         for adapter, tensor in zip(adapters, copies, strict=True)
     )
+    short = _offered(ways, mean=False)
     if how == "average":
-        raise MismatchError(f"{name} cannot be averaged: it is {shapes}; `heads` keep-own or first can be had")
-    ways = "keep-own (each its own, beside the merged adapter), average or first"
+        raise MismatchError(f"{name} cannot be averaged: it is {shapes}; `heads` {short} can be had")
     if _unlike(copies):
-        raise MismatchError(f"{name} differs: it is {shapes}; say what becomes of it with `heads` keep-own or first")
+        raise MismatchError(f"{name} differs: it is {shapes}; say what becomes of it with `heads` {short}")
+    assert copies[0] is not None
+    shape = tuple(copies[0].shape)
     raise MismatchError(
-        f"{name} {tuple(copies[0].shape)} differs between the adapters; `heads` {ways} says what "  # type: ignore[union-attr]
-        "becomes of it"
+        f"{name} {shape} differs between the adapters; `heads` {_offered(ways)} says what becomes of it"
     )

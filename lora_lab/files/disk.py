@@ -77,6 +77,7 @@ def parse_json(text: str) -> Any:
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and header metadata of a safetensors file; FileError says how it is broken."""
     _, _, metadata = _checked_size(path)
+    require_memory(path, size_of(path))
     with _opened(path) as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     _check_tensors(path, tensors)
@@ -101,6 +102,8 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
+        if "allocate memory" in str(error):
+            raise FileError(f"{path}: {size_of(path) / 1e9:.4g} GB, for which there is no memory") from error
         raise FileError(f"{path}: not a sound safetensors file ({_brief(error)})") from error
 
 
@@ -137,6 +140,7 @@ def read_bin(path: Path) -> dict[str, Tensor]:
     size = size_of(path)
     if size == 0:
         raise FileError(f"{path}: empty (0 bytes); the download or the save was incomplete")
+    require_memory(path, size)
     with path.open("rb") as file:
         _refuse_placeholder(path, file.read(200))
     _check_torch_file(path, size)
@@ -229,6 +233,17 @@ def file_hash(path: Path) -> str:
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror})") from error
     return digest.hexdigest()[:16]
+
+
+def require_memory(path: Path, size: int, what: str = "") -> None:
+    """FileError for more bytes than this machine has memory, so that they cannot be read at all."""
+    import psutil
+
+    there = psutil.virtual_memory().total + psutil.swap_memory().total
+    if size > there:
+        raise FileError(
+            f"{path}: {what}{size / 1e9:.4g} GB, and this machine has {there / 1e9:.4g} GB of memory: it cannot be read"
+        )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

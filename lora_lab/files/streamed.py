@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lora_lab.errors import FileError, MismatchError, TrustError, shorten
-from lora_lab.files.disk import checked_header, read_json, size_of
+from lora_lab.files.disk import checked_header, read_json, require_memory, size_of
 from lora_lab.files.trust import is_inside
 from lora_lab.files.unread import Unread
 from lora_lab.files.workplace import replacing
@@ -127,6 +127,7 @@ class LazyTensors(Mapping[str, Tensor]):
 
     def _read(self, name: str, file: BufferedReader) -> Tensor:
         place = self._places[name]
+        require_memory(place.path, byte_size(place.dtype, place.shape), f"{name} takes ")
         tensor = torch.empty(place.shape, dtype=place.dtype)
         view = _bytes(tensor)  # of the same memory, which is filled
         try:

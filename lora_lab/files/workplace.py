@@ -32,7 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
             if not (beside.is_dir() and path.is_dir() and _exchange(beside, path)):
                 _put(beside, path, workplace / _replaced(path.name))
         except LoraLabError as error:  # of a file inside the folder: name the place that was asked for
-            raise type(error)(str(error).replace(str(beside), str(asked))) from error
+            raise type(error)(*(str(part).replace(str(beside), str(asked)) for part in error.args)) from error
         except OSError as error:
             raise FileError(f"{asked}: cannot be written ({error.strerror or error})") from error
 

@@ -28,6 +28,8 @@ from lora_lab.fusing.fitting import require_modules, require_places, require_row
 from lora_lab.fusing.layout import Layout
 from lora_lab.fusing.skeleton import quiet
 
+HEADS = ("average", "first")
+"""What can become of heads in which adapters differ: a checkpoint has one."""
 _SHARING = {"VERA", "PVERA", "RANDLORA", "VBLORA", "TINYLORA"}
 """Tuners whose modules have tensors, or what is drawn from a seed, in common: all are made together."""
 _OF_THE_WHOLE = (
@@ -286,7 +288,7 @@ def _wholes(
         ]
         if not holders:
             continue
-        made = merge_heads([adapter for adapter, _ in holders], [label for _, label in holders], heads)
+        made = merge_heads([adapter for adapter, _ in holders], [label for _, label in holders], heads, HEADS)
         if key.endswith(TOKENS):
             rows[name.removesuffix(TOKENS) + ".weight"] = (made.tokens[key], made.tensors[key])
         else:

@@ -21,15 +21,13 @@ from lora_lab.errors import FileError, MismatchError, OptionError, shorten
 from lora_lab.files.ownership import FUSED, METADATA
 from lora_lab.files.resuming import Shards, resumed
 from lora_lab.fusing.adding import Rounding, add, same_bits
-from lora_lab.fusing.changes import Changes
+from lora_lab.fusing.changes import HEADS, Changes
 from lora_lab.fusing.companions import adapted, copied, require_space
 from lora_lab.fusing.layout import Group, Layout
 from lora_lab.fusing.skeleton import skeleton
 from lora_lab.options import check_options, option
 from lora_lab.results.result import fingerprint, finite, versions
 
-HEADS = ("average", "first")
-"""What can become of heads in which adapters differ: a checkpoint has one."""
 RECORD = "fuse.json"
 """The file that tells how a checkpoint was made, and which files belong to it."""
 _BYTES_A_SECOND = 150e6
@@ -91,7 +89,7 @@ class Fusion:
         if given and len(given) != len(adapters):
             raise OptionError(f"{len(adapters)} adapters and {len(given)} coefficients; one an adapter is needed")
         self.base, self.adapters = base, list(adapters)
-        same_base(self.adapters)
+        same_base(self.adapters, given=True)
         self.layout = layout_of(base, self.adapters)
         self.changes = Changes(self.layout, self.adapters, given or None, self.options.heads)
         self.notes: list[str] = []

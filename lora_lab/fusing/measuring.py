@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ class Weight:
         norm = math.sqrt(norm2)
         if not norm2:
             return Measured("exact" if not change2 else "rounding" if untouched else "other")
-        told = {"factor": product / norm2, "residual": math.sqrt(residual2) / norm, "norm": norm}
+        told: dict[str, Any] = {"factor": product / norm2, "residual": math.sqrt(residual2) / norm, "norm": norm}
         if exact and self._same_dtype:
             return Measured("exact", **told)
         if exact or right:
@@ -73,7 +74,7 @@ class Weight:
             return Measured("missing", **told)
         return self._judged(told)
 
-    def _judged(self, told: dict[str, float]) -> Measured:
+    def _judged(self, told: dict[str, Any]) -> Measured:
         """The factor that explains the weight best, if what is left is rounding."""
         factor = self._refined(told["factor"])
         off = {each: self._off(each) for each in (1.0, 0.0, factor)}
@@ -155,9 +156,11 @@ class Weight:
 
 
 def effective_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype of fewest digits that holds all of a tensor: in whose rounding it is, though it was stored otherwise."""
+    """The dtype of fewest digits that holds all of a tensor: that in whose rounding it is, however it is stored."""
     for dtype in _HALVES:
-        if torch.finfo(dtype).eps > torch.finfo(tensor.dtype).eps and torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+        if torch.finfo(dtype).eps > torch.finfo(tensor.dtype).eps and torch.equal(
+            tensor.to(dtype).to(tensor.dtype), tensor
+        ):
             return dtype
     return tensor.dtype
 

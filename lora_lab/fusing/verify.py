@@ -67,8 +67,8 @@ class Verified(Brief):
         named = [finding for finding in self.findings if finding.kind not in ("unnamed", "absent", "added")]
         if self.right:
             exact = all(finding.kind == "exact" for finding in named)
-            of = {finding.meaning for finding in named if finding.meaning}
-            how = "exactly" if exact else f"up to rounding {of.pop()}" if len(of) == 1 else "up to rounding"
+            rounding = {finding.meaning for finding in named if finding.meaning}
+            how = "exactly" if exact else f"up to rounding {rounding.pop()}" if len(rounding) == 1 else "up to rounding"
             return f"yes: base + adapter, {how}, in all {len(named)} parameters that are adapted"
         wrong = Counter((f.kind, f.meaning) for f in self.findings if not f.right)
         parts = []
@@ -109,7 +109,7 @@ def verify(
         raise OptionError("no adapter was given")
     if coefficients and len(coefficients) != len(adapters):
         raise OptionError(f"{len(adapters)} adapters and {len(coefficients)} coefficients; one an adapter is needed")
-    same_base(adapters)
+    same_base(adapters, given=True)
     before, after = layout_of(base, adapters), layout_of(merged, adapters)
     changes = Changes(before, adapters, coefficients or None, heads)
     named = set(changes.parameters)

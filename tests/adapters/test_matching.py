@@ -131,3 +131,12 @@ def test_a_pattern_beyond_reason_is_refused(pattern, word):
 def test_a_long_list_of_names_is_no_long_pattern():
     pattern = f"^({'|'.join(map(re.escape, LAYERS * 5))})$"
     assert set(by_whole([pattern], LAYERS)[pattern]) == set(LAYERS)
+
+
+@pytest.mark.parametrize("look_up", [by_ending, by_path])
+def test_without_patterns_no_name_is_looked_at(look_up):
+    class Names(list):
+        def __iter__(self):
+            raise AssertionError("a hundred thousand names are gone through")
+
+    assert look_up([], Names("ab")) == {}

@@ -28,6 +28,7 @@ from lora_lab.errors import FileError, LoraLabWarning, MismatchError, OptionErro
 from lora_lab.files import LazyTensors
 from lora_lab.files.resuming import place_of
 from lora_lab.fusing.fuse import FuseOptions, Fusion
+from lora_lab.fusing.verify import verify
 
 
 def fusion(base, adapters, **options):
@@ -208,13 +209,36 @@ def test_coefficients_are_of_the_sum_of_updates(bases, tmp_path):
 
 def test_heads_in_which_adapters_differ_need_a_word(bases, tmp_path):
     paths = [train("bert", bases("bert"), tmp_path / str(i), LORA["bert"], i) for i in (1, 2)]
-    with pytest.raises(MismatchError, match="differs between the adapters; `heads`"):
+    with pytest.raises(MismatchError, match="between the adapters; `heads` average or first says what becomes of it"):
         fused(bases("bert"), paths, tmp_path / "out")
     fused(bases("bert"), paths, tmp_path / "out", heads="first")
     got = load_file(tmp_path / "out" / "model.safetensors")["classifier.weight"]
     assert torch.equal(got, merged("bert", bases("bert"), paths[0])["classifier.weight"])
     with pytest.raises(OptionError, match="keep-own"):
         FuseOptions(heads="keep-own")
+
+
+@pytest.mark.parametrize("config", [{"trainable_token_indices": [1, 3]}, {"modules_to_save": ["lm_head"]}])
+def test_what_cannot_be_chosen_here_is_not_offered(bases, tmp_path, config):
+    paths = [
+        train("llama", bases("llama"), tmp_path / str(i), peft.LoraConfig(r=2, target_modules=QV, **config), i)
+        for i in (1, 2)
+    ]
+    with pytest.raises(MismatchError, match="`heads` average or first says what becomes of"):
+        fusion(bases("llama"), paths)
+
+
+def test_the_names_that_adapters_have_for_a_base_that_is_given_say_nothing(bases, tmp_path):
+    loaded = []
+    for i, name in enumerate(("here", "there")):
+        train("llama", bases("llama"), tmp_path / name, peft.LoraConfig(r=2, target_modules=QV), i)
+        config = tmp_path / name / "adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": name}))
+        loaded.append(Adapter.load(tmp_path / name))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Fusion(bases("llama"), loaded).write(tmp_path / "out")
+        assert verify(bases("llama"), loaded, tmp_path / "out").right
 
 
 # tied embeddings: what the adapted model computes

@@ -47,6 +47,10 @@ def pattern_values(patterns: Mapping[str, Any], names: Collection[str], default:
     return {name: values.get(name, default) for name in names}
 
 
+_FLOAT32 = (2 - 2**-23) * 2.0**127
+"""Its largest number."""
+
+
 def number(value: Any) -> float | None:
     """A finite number of a configuration as a float; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -55,6 +59,11 @@ def number(value: Any) -> float | None:
         return float(value) if math.isfinite(value) else None
     except OverflowError:
         return None
+
+
+def too_large(scale: float) -> str | None:
+    """What is wrong with a scale that float32 cannot hold; None for any other."""
+    return f"a scale of {scale:.4g}, and float32 ends at 3.4e38" if abs(scale) > _FLOAT32 else None
 
 
 def count(value: Any) -> int | None:

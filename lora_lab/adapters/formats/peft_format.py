@@ -24,6 +24,7 @@ from lora_lab.adapters.formats.peft_config import (
     parameter_sites,
     pattern_values,
     patterns_of,
+    too_large,
     tuner_of,
 )
 from lora_lab.adapters.formats.sites import PLAIN, Parsed, Site
@@ -239,6 +240,8 @@ def _add_site(
         )
     else:
         scale = alpha / (math.sqrt(rank_for_scale) if config.get("use_rslora") is True else rank_for_scale)
+        if excess := too_large(scale):
+            parsed.problems.append(f"{where}: {module}: {excess}: lora_alpha is {alpha:.4g}, the rank {rank}")
     parsed.sites[module] = Site(module, kind, keys, rank, scale)
 
 

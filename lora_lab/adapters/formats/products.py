@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_lab.adapters.cutting import factored
 from lora_lab.adapters.formats.diffusion_names import kernel_of
-from lora_lab.adapters.formats.peft_config import count, number, pattern_values, patterns_of, tuner_of
+from lora_lab.adapters.formats.peft_config import count, number, pattern_values, patterns_of, too_large, tuner_of
 from lora_lab.adapters.formats.peft_format import update, why_not_additive
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank
@@ -83,6 +83,8 @@ def scales_of(names: Collection[str], config: Mapping[str, Any]) -> dict[str, fl
         if rank is None or alpha is None:
             raise AdapterError(f"{name}: r is {ranks[name]!r} and alpha {alphas[name]!r}; numbers are needed")
         scales[name] = alpha / rank
+        if excess := too_large(scales[name]):
+            raise AdapterError(f"{name}: {excess}: alpha is {alpha:.4g}, the rank {rank}")
     return scales
 
 
