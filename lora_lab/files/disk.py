@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -237,13 +238,19 @@ def file_hash(path: Path) -> str:
 
 def require_memory(path: Path, size: int, what: str = "") -> None:
     """FileError for more bytes than this machine has memory, so that they cannot be read at all."""
-    import psutil
-
-    there = psutil.virtual_memory().total + psutil.swap_memory().total
+    there = _memory()
     if size > there:
         raise FileError(
             f"{path}: {what}{size / 1e9:.4g} GB, and this machine has {there / 1e9:.4g} GB of memory: it cannot be read"
         )
+
+
+@functools.cache
+def _memory() -> int:
+    """Bytes of memory of this machine, with what it may move to a disk."""
+    import psutil
+
+    return int(psutil.virtual_memory().total + psutil.swap_memory().total)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 import json
 import struct
-from types import SimpleNamespace
 
-import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,8 +25,7 @@ def sparse(path, count):
 @pytest.fixture
 def small_machine(monkeypatch):
     """One with three megabytes of memory."""
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=2_000_000))
-    monkeypatch.setattr(psutil, "swap_memory", lambda: SimpleNamespace(total=1_000_000))
+    monkeypatch.setattr("lora_lab.files.disk._memory", lambda: 3_000_000)
 
 
 @pytest.mark.parametrize("name", ["huge.safetensors", "huge.bin"])
