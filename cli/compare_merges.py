@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ..analysis.questions import CompareMerges
+from ..analysis.merges import CompareMerges
 from .options import Computing, Output, Several, TaskEach
 from .outputs import answer
-from .terminal import console, estimate, number, table
+from .terminal import console, estimate, number, size, table
 
 
 def command(
@@ -25,10 +25,17 @@ def command(
     Adapters of several tasks are merged in sets: those of one training method and seed, one a task. Adapters of one
     task are seeds, merged in ratios. The coefficient of each merge is chosen on the validation splits, the same for all
     tasks; the table shows the test split at that coefficient, and at 1. **normalised** is the share of the adapter's
-    own accuracy. The ensemble averages the adapters' logits: no merge at all, at the cost of all of them.
-    `lora-lab merge --methods` lists the merges.
+    own accuracy. Merges come back at equal rank, by default that of the adapters; **size** is that of the factors in
+    the file, **cut error** what the cut lost of ΔW. `--rank largest,exact` adds rows without a cut.
 
-    Example:  lora-lab compare-merges a.safetensors b.safetensors c.safetensors --methods ties,tsv,average
+    For comparison: the base alone, each task's own adapter (**alone**: what routing without errors gives), and the
+    ensemble, which averages the adapters' logits: no merge at all, at the cost of all of them. The last column compares
+    every merge with the first one, by paired differences and Holm's correction; what may be chance cannot be told.
+    `--nulls spectrum` merges with adapters of the same norms and random directions in the place of the others (does
+    what the others learnt help?) and of all (does what was learnt matter?): a p-value from 20 draws on, each of which
+    costs as much as the merge. `lora-lab merge --methods` lists the merges.
+
+    Example:  lora-lab compare-merges a.safetensors b.safetensors c.safetensors --methods average,ties --nulls spectrum
     """
 
     def fitting(loaded: Any, tasks: Any) -> dict[str, Any]:
@@ -42,40 +49,92 @@ def command(
 
 
 def show(result: Any) -> None:
-    """The result as a table, a line for each merge and columns for each training method."""
+    """The result as tables, a line for each merge and columns for each training method; below, what else was found."""
     from ..results.result import grouped
 
     means = result.summary["by_method"]
     methods = list(dict.fromkeys(row["method"] for row in means))
     several = max(row["sets"] for row in means) > 1
-    headings = ["merge"]
+    first = result.parameters.get("reference")
+    headings = ["merge", "rank", "size", "cut error"]
     for method in methods:
         name = method or "adapters"
-        headings += [f"{name}\naccuracy", "\nnormalised", "\nat coef.", "\naccuracy at 1"]
+        headings += [f"{name}\naccuracy", "\nnormalised", "\nat coef.", "\naccuracy at 1", f"\nless {first}"]
     rows = []
     for head, members in grouped(means, "merge", "ratio"):
-        cells = [head["merge"] + (f" {head['ratio']}" if head["ratio"] else "")]
+        error = members[0].get("cut_error")
+        cells = [_named(head), members[0].get("rank"), _size(members[0]), error if error is None else f"{error:.2g}"]
         for method in methods:
             row = next((r for r in members if r["method"] == method), None)
-            cells += _cells(result, row) if row else ["–"] * 4
+            cells += [*_cells(result, row), _verdict(row)] if row else ["–"] * 5
         rows.append(cells)
     n = result.provenance["examples"]
     spread = "mean ± s.d. over sets, or [95 % interval] of one" if several else "95 % intervals"
     where = ", ".join(result.parameters["task_names"])
     table(f"Merges on {where} ({result.parameters['split']} split, {n} examples; {spread})", headings, rows)
-    edges = [row for row in means if row["at_edge"]]
-    if edges:
+    _show_nulls(result, methods)
+    _show_notes(result, means)
+
+
+def _show_nulls(result: Any, methods: list[Any]) -> None:
+    """What merges of nulls keep, beside those of the adapters."""
+    from ..results.result import grouped
+
+    nulls = result.summary.get("nulls", [])
+    if not nulls:
+        return
+    headings = ["merge", "null", "in the place of"]
+    for method in methods:
+        headings += [f"{method or 'adapters'}\nadapters", "\nnull [95 % of draws]", "\np", "\nand"]
+    rows = []
+    for head, members in grouped(nulls, "merge", "ratio", "null", "replaced"):
+        cells = [_named(head), head["null"], head["replaced"]]
+        for method in methods:
+            row = next((r for r in members if r["method"] == method), None)
+            if row is None:
+                cells += ["–"] * 4
+                continue
+            kept = estimate(row["normalised"], row["normalised_low"], row["normalised_high"])
+            p = "–" if row["p"] is None else f"{row['p']:.2g}"
+            cells += [number(row["of_adapters"]), kept, p, row["verdict"] or "–"]
+        rows.append(cells)
+    console.print()
+    table("Normalised accuracy with nulls in the place of adapters", headings, rows, texts=3)
+    for why in dict.fromkeys(row["why"] for row in nulls if row["why"]):
+        console.print(f"no p-value: {why}")
+
+
+def _show_notes(result: Any, means: list[dict[str, Any]]) -> None:
+    """What is to be known of the table."""
+    if any(row["at_edge"] for row in means):
         console.print("* in some sets the best coefficient lies at the edge of those that were tried")
     for name, others in result.parameters.get("stands_for", {}).items():
         console.print(f"{name} stands for {' and '.join(others)}, too: the same sum at another coefficient")
-    shared = {row["shared"] for row in result.summary.get("shared_initial_A", [])}
-    if True in shared:
-        console.print(
-            f"adapters of {'every set' if shared == {True} else 'some sets'} share their initial A, "
-            "as those trained with one --init-seed do"
-        )
+    starts = [row for row in result.summary.get("shared_initial_A", []) if row["cosine"] is not None]
+    words = {True: "shared", False: "separate", None: "shared by some"}
+    for told in dict.fromkeys(words[row["shared"]] for row in starts):
+        those = [row for row in starts if words[row["shared"]] == told]
+        where = "every set" if len(those) == len(starts) else f"{len(those)} of {len(starts)} sets"
+        cosine, z = (sum(row[key] for row in those) / len(those) for key in ("cosine", "z"))
+        console.print(f"initial A of the adapters of {where}: {told} (mean cosine {cosine:.2f}, z = {z:.1f})")
     for why in dict.fromkeys((row["merge"], row["why"]) for row in result.summary["skipped"]):
         console.print(f"left out: {why[0]}: {why[1]}")
+
+
+def _named(head: dict[str, Any]) -> str:
+    return head["merge"] + (f" {head['ratio']}" if head["ratio"] else "")
+
+
+def _size(row: dict[str, Any]) -> str:
+    return "–" if row.get("bytes") is None else size(row["bytes"])
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    """A difference with its interval, and what can be told of it."""
+    if row.get("verdict") is None:
+        return "–"
+    ends = (f"{row[key]:+.3f}" for key in ("difference", "difference_low", "difference_high"))
+    return "{} [{}, {}] {}".format(*ends, row["verdict"])
 
 
 def _cells(result: Any, row: dict[str, Any]) -> list[str]:

@@ -33,10 +33,11 @@ class Merging:
         "Choose on the validation splits: coefficient=0.3,0.5,1 or any option of the method (a grid), or "
         "coefficient=0.1..2 (scipy). Repeatable.",
     )
-    rank: int | None = option(
+    rank: int | str | None = option(
         None,
-        "Cut to this rank, the error is told. By default exact, but a merge by single entries (ties, dare, della …), "
-        "which has no low rank, is cut to the ranks of the adapters together.",
+        "Cut to this rank, the error is told: a number, largest (of the adapters, in each module) or sum (of theirs). "
+        "By default exact, but a merge by single entries (ties, dare, della …), which has no low rank, is cut to the "
+        "sum. --search scores it at this rank.",
         least=1,
     )
     exact: bool = option(
@@ -203,12 +204,14 @@ def _settings(
     sources: Any, how: Merging, options: dict[str, Any], spaces: Any, computing: Searching
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The method's options and those of any merge, as given, or as a search finds them best where there is one."""
+    from ..merging.budgets import EXACT
     from ..merging.search import search
 
     coefficient, trials = how.coefficient, None
     if spaces:
+        rank = EXACT if how.exact else how.rank
         with computing.execution(f"merging by {how.method}") as on:
-            best = search(sources, how.method, spaces, options=options, coefficient=coefficient, on=on)
+            best = search(sources, how.method, spaces, options=options, coefficient=coefficient, rank=rank, on=on)
             options, coefficient, trials = dict(best.options), best.coefficient, best.trials
     told = {name: getattr(how, name) for name in ("rank", "exact", "heads", "dtype")}
     return options, {"coefficient": coefficient, **told, "trials": trials}

@@ -29,6 +29,21 @@ def numbers(text: str, flag: str) -> tuple[float, ...]:
     return values
 
 
+def rank(text: str, flag: str) -> int | str:
+    """'8' → 8; a word for a rank, as it is."""
+    if re.fullmatch(r"[a-z]+", text):
+        return text
+    try:
+        return int(text)
+    except ValueError as error:
+        raise OptionError(f"{flag} {text!r}: a whole number is needed, or a word such as largest") from error
+
+
+def ranks(text: str, flag: str) -> tuple[int | str, ...]:
+    """'largest,8' → ('largest', 8)."""
+    return tuple(rank(part.strip(), flag) for part in text.split(","))
+
+
 def ratios(text: str, _: str) -> tuple[tuple[float, ...], ...]:
     """'0:1,1:1:1' → ((0, 1), (1, 1, 1))."""
     parsed = []

@@ -57,6 +57,8 @@ def _groups(given: list[str] | None, _: str) -> str | dict[str, str] | None:
 
 FORMS: dict[Any, Form] = {
     tuple[float, ...]: Form(str, parsing.numbers, lambda values: ",".join(f"{value:g}" for value in values)),
+    tuple[int | str, ...]: Form(str, parsing.ranks, lambda ranks: ",".join(map(str, ranks))),
+    int | str | None: Form(str, parsing.rank, str),
     tuple[str, ...]: Form(str, _names, ",".join),
     tuple[tuple[float, ...], ...]: Form(str, parsing.ratios, lambda ratios: ",".join(map(in_words, ratios))),
     Mapping[str, Any]: Form(list[str], _pairs, lambda _: None),

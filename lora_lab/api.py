@@ -380,7 +380,7 @@ def compare_merges(
     **options: Any,
 ) -> Result:
     """Accuracy of every merge on the tasks of its adapters; `options` are the fields of `CompareMerges`."""
-    from lora_lab.analysis.questions import CompareMerges
+    from lora_lab.analysis.merges import CompareMerges
     from lora_lab.merging.sources import base_of
 
     question, loaded = from_options(CompareMerges, options), adapters_of(adapters)

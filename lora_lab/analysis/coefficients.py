@@ -12,7 +12,7 @@ import numpy as np
 
 from lora_lab.analysis.merge_sets import MergeSet, MergeSpec
 from lora_lab.errors import MismatchError, OptionError, TaskError, TunerError
-from lora_lab.merging.search import MergedUpdates
+from lora_lab.merging.search import MergedUpdates, Replaced
 from lora_lab.merging.task_models import MergeModels
 from lora_lab.results.stats import Floats
 from lora_lab.scoring.changes import Change
@@ -57,6 +57,37 @@ class Ensemble(Change):
 
 
 @dataclass(frozen=True)
+class BaseAlone(Change):
+    """The base model without any adapter on the task of one, with its head."""
+
+    index: int
+
+    def apply(self, models: MergeModels, examples: Examples) -> Scores:
+        """Its scores."""
+        return models.scores(self.index, models.nothing, examples.split)
+
+
+OTHERS, ALL = "others", "all"
+REPLACED = (OTHERS, ALL)
+"""Which adapters give their place to nulls: all but the one whose task is scored, or all."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A null in the place of adapters, and which draw of it."""
+
+    null: str
+    replaced: str
+    """One of REPLACED."""
+    number: int
+    seed: int
+
+    def of(self, kept: int) -> Replaced:
+        """What is replaced for the score on the task of one member."""
+        return Replaced(self.null, (kept,) if self.replaced == OTHERS else (), self.number, self.seed)
+
+
+@dataclass(frozen=True)
 class Trial:
     """What a merge of a set came to."""
 
@@ -72,32 +103,55 @@ class Trial:
 class CoefficientSearch:
     """A merge of a set at every coefficient on the validation splits, then the best one and 1 on the other split.
 
-    Asks for scores, so that a worker can do it beforehand; raises one of CANNOT where the method cannot merge the set.
+    With a draw of nulls it is the same in all but the score at 1. Asks for scores, so that a worker can do it
+    beforehand; raises one of CANNOT where the method cannot merge the set.
     """
 
     merge_set: MergeSet
     spec: MergeSpec
     coefficients: tuple[float, ...]
+    draw: Draw | None = None
+
+    def evaluations(self, evaluator: Evaluator) -> int:
+        """How many scores it asks for at most: all coefficients on validation splits, one or two on the other."""
+        count = sum(map(len, self._groups(evaluator)))
+        return (len(self.coefficients) + (2 if self.draw is None else 1)) * count
 
     def changes(self, evaluator: Evaluator) -> Iterator[tuple[str, Change]]:
         """All that it may ask for."""
         yield from (("validation", Alone(i)) for i in self.merge_set.members)
-        for coefficient, split in itertools.product(self.coefficients, ("validation", evaluator.split)):
-            yield from ((split, change) for change in self._changes(evaluator, coefficient))
+        for split in ("validation", evaluator.split):
+            yield from ((split, change) for change in self._all(evaluator))
 
     def __call__(self, evaluator: Evaluator) -> Trial:
         """Choose the coefficient, and score it."""
+        evaluator.scores(self._all(evaluator), "validation")
         tried = {c: self._scores(evaluator, c, "validation") for c in self.coefficients}
         curve = _curve(tried, alone(evaluator, self.merge_set, "validation"))
         best = _best(curve)
-        return Trial(curve, best, {c: self._scores(evaluator, c, evaluator.split) for c in dict.fromkeys((best, 1.0))})
+        tested = dict.fromkeys((best, 1.0) if self.draw is None else (best,))
+        return Trial(curve, best, {c: self._scores(evaluator, c, evaluator.split) for c in tested})
 
-    def _changes(self, evaluator: Evaluator, coefficient: float) -> list[MergedUpdates]:
+    def _groups(self, evaluator: Evaluator) -> list[list[int]]:
+        """For each place, the members on whose tasks a merge of their own is scored."""
+        where = places(evaluator, self.merge_set)
+        if self.draw is None or self.draw.replaced != OTHERS or len(where) == len(self.merge_set.members):
+            return [[index] for index in where]
+        return [list(self.merge_set.members)]
+
+    def _all(self, evaluator: Evaluator) -> list[MergedUpdates]:
+        """At every coefficient, in the order in which one merge after the other serves all of its own."""
+        indices = itertools.chain(*self._groups(evaluator))
+        return [self._change(index, c) for index in indices for c in self.coefficients]
+
+    def _change(self, index: int, coefficient: float) -> MergedUpdates:
         merge = self.spec.method, self.spec.options, self.merge_set.members, self.merge_set.weights
-        return [MergedUpdates(*merge, coefficient, index) for index in places(evaluator, self.merge_set)]
+        replaced = self.draw.of(index) if self.draw else None
+        return MergedUpdates(*merge, coefficient, index, self.spec.rank, replaced)
 
     def _scores(self, evaluator: Evaluator, coefficient: float, split: str) -> SetScores:
-        return [[scores] for scores in evaluator.scores(self._changes(evaluator, coefficient), split)]
+        groups = self._groups(evaluator)
+        return [evaluator.scores([self._change(index, coefficient) for index in group], split) for group in groups]
 
 
 def places(evaluator: Evaluator, merge_set: MergeSet) -> tuple[int, ...]:
@@ -117,6 +171,18 @@ def ensembles(evaluator: Evaluator, merge_set: MergeSet) -> list[Ensemble]:
     """The ensembles of all members on each one's task."""
     where = places(evaluator, merge_set)
     return [Ensemble(merge_set.members, merge_set.weights, index) for index in where]
+
+
+def bases(evaluator: Evaluator, merge_set: MergeSet) -> list[BaseAlone]:
+    """The base model on each one's task."""
+    return [BaseAlone(index) for index in places(evaluator, merge_set)]
+
+
+def kept_share(scores: SetScores, own: SetScores) -> float:
+    """The mean over the tasks of accuracy as a share of the adapters' own; of accuracy, where that is 0."""
+    accuracy = np.array([correct(group).mean() for group in scores])
+    shares = share(accuracy, np.array([correct(group).mean() for group in own]))
+    return float((shares if np.isfinite(shares).all() else accuracy).mean())
 
 
 def _curve(tried: Mapping[float, SetScores], alone: SetScores) -> dict[str, Any]:

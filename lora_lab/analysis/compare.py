@@ -11,7 +11,6 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,28 +24,36 @@ from lora_lab.analysis.coefficients import (
     CANNOT,
     Alone,
     CoefficientSearch,
+    Draw,
     SetScores,
+    Trial,
     alone,
+    bases,
     correct,
     ensembles,
+    kept_share,
     loss,
-    places,
     share,
 )
 from lora_lab.analysis.merge_sets import MergeSet, MergeSpec, joined, merge_sets_of, specs_of, tried
-from lora_lab.analysis.questions import CompareMerges as CompareMerges
+from lora_lab.analysis.merge_verdicts import NO_DIFFERENCE, Group, NullScores, Outcomes, null_rows
+from lora_lab.analysis.merges import CompareMerges as CompareMerges
 from lora_lab.errors import LoraLabError, OptionError
+from lora_lab.geometry.nulls import NULLS
+from lora_lab.merging.budgets import EXACT, check_rank
 from lora_lab.merging.methods import MERGES
 from lora_lab.merging.task_models import MergeModels
 from lora_lab.results.result import Result, columns, fingerprint, finite, grouped
 from lora_lab.results.stats import ADDED, INTERVALS, Floats, Sampled, around, interval, mean_and_spread, proportion
+from lora_lab.scoring.changes import Change
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import examples_of
 from lora_lab.scoring.execution import Cost, Execution
 from lora_lab.tasks import digests
 from lora_lab.tasks.task import Scores, Task
 
-ALONE, ENSEMBLE = "alone", "ensemble of logits"
+BASE, ALONE, ENSEMBLE = "base", "alone", "ensemble of logits"
+"""What merges are compared with: no adapter, each task's own, and all of them at once."""
 
 Row = dict[str, Any]
 
@@ -60,7 +67,7 @@ def answer(
 ) -> Result:
     """Every merge of every set; `tasks`, one an adapter, and `base`, for adapters whose ΔW hangs on its weights."""
     began = time.perf_counter()
-    specs, stands_for = joined(specs_of(question.methods, question.options))
+    specs, stands_for = joined(specs_of(question.methods, question.options, question.ranks))
     merge_sets = merge_sets_of(adapters, tasks, question.ratios)
     specs = tried(specs, merge_sets, stands_for)
     evaluator = Evaluator(
@@ -72,11 +79,13 @@ def answer(
         build=functools.partial(MergeModels.of, base),
         context=_data(question, tasks),
     )
+    for rank in question.ranks:
+        check_rank(evaluator.models.sources, None if rank == EXACT else rank)
     searches = _searches(question, evaluator, merge_sets, specs)
-    table = _Table(evaluator, question.seed)
+    table = _Table(evaluator, question.seed, specs[0].name)
     for merge_set, of_set in zip(merge_sets, searches, strict=True):
         table.add(merge_set, of_set)
-    if len(table.skipped) == sum(map(len, searches)):
+    if not table.merged:
         raise OptionError(f"no method can merge these: {table.skipped[0]['why']}")
     parameters = {
         "tasks": [task.record for task in {fingerprint(task.record): task for task in tasks}.values()],
@@ -84,6 +93,7 @@ def answer(
         "one_task": merge_sets[0].ratio is not None,
         "merges": [spec.name for spec in specs],
         "stands_for": stands_for,
+        "reference": specs[0].name,
         **{name: value for name, value in question.record.items() if name != "methods"},
         "adapters": [{**described(a), "name": name} for a, name in zip(adapters, table.names, strict=True)],
     }
@@ -95,7 +105,7 @@ def answer(
 
 def run_id(question: CompareMerges, adapters: Sequence[Adapter], tasks: Sequence[Task]) -> str:
     """What the answer hangs on, hashed: the adapters, the examples of every task, and the question."""
-    methods = [spec.name for spec in specs_of(question.methods, question.options)]
+    methods = [spec.name for spec in specs_of(question.methods, question.options, question.ranks)]
     records = [task.record for task in tasks]
     asked = {**question.fields, "methods": methods}
     return fingerprint(
@@ -116,22 +126,37 @@ def _searches(
 ) -> list[list[tuple[CoefficientSearch, LoraLabError | None]]]:
     """The merges of every set, and why a worker could not make them; what they are compared with is scored here."""
     several = [merge_set for merge_set in merge_sets if len(merge_set.members) > 1]
-    grid = [*question.coefficients, 1.0]
-    searches = [CoefficientSearch(merge_set, spec, spec.coefficients(grid)) for merge_set in several for spec in specs]
+    grid, draws = [*question.coefficients, 1.0], [None, *_draws(question)]
+    searches = [
+        CoefficientSearch(merge_set, spec, spec.coefficients(grid), draw)
+        for merge_set in several
+        for spec in specs
+        for draw in draws
+    ]
     members = [Alone(i) for i in sorted({i for merge_set in merge_sets for i in merge_set.members})]
-    together = [ensemble for merge_set in several for ensemble in ensembles(evaluator, merge_set)]
-    evaluator.total = 2 * len(members) + len(together)
-    for search in searches:  # on the validation splits, and twice on the other
-        evaluator.total += (len(search.coefficients) + 2) * len(places(evaluator, search.merge_set))
+    references: list[Change] = [change for each in merge_sets if _by_itself(each) for change in bases(evaluator, each)]
+    references += [change for each in several for change in ensembles(evaluator, each)]
+    evaluator.total = 2 * len(members) + len({change.key for change in references})
+    evaluator.total += sum(search.evaluations(evaluator) for search in searches)
     if evaluator.on.confirm:
         evaluator.on.confirm(_cost(evaluator, searches))
     evaluator.scores(members, "validation")
-    evaluator.scores([*members, *together])
+    evaluator.scores([*members, *references])
     errors: Sequence[LoraLabError | None] = [None] * len(searches)
     if evaluator.on.workers:
         errors = evaluator.prepare([(search, search.changes(evaluator)) for search in searches], CANNOT)
-    told = iter(zip(searches, errors, strict=True))
-    return [list(itertools.islice(told, len(specs) * (merge_set in several))) for merge_set in merge_sets]
+    told, count = iter(zip(searches, errors, strict=True)), len(specs) * len(draws)
+    return [list(itertools.islice(told, count * (merge_set in several))) for merge_set in merge_sets]
+
+
+def _draws(question: CompareMerges) -> list[Draw]:
+    """All draws of all nulls; one of a null that is not drawn."""
+    return [
+        Draw(null, replaced, number, question.seed)
+        for null in dict.fromkeys(question.nulls)
+        for replaced in dict.fromkeys(question.replaced)
+        for number in range(question.draws if NULLS[null].random else 1)
+    ]
 
 
 def _data(question: CompareMerges, tasks: Sequence[Task]) -> list[Any]:
@@ -144,51 +169,88 @@ def _data(question: CompareMerges, tasks: Sequence[Task]) -> list[Any]:
 class _Table:
     """The rows of a comparison, and its summary, filled set by set."""
 
-    def __init__(self, evaluator: Evaluator, seed: int) -> None:
+    def __init__(self, evaluator: Evaluator, seed: int, reference: str) -> None:
         self.names = labels_of(evaluator.adapters)
         self.rows: list[Row] = []
         self.skipped: list[Row] = []
-        self._evaluator, self._seed = evaluator, seed
+        self.merged = 0
+        """How many merges there are."""
+        self._evaluator, self._seed, self._reference = evaluator, seed, reference
         self._sets: list[Row] = []
         self._curves: list[Row] = []
         self._starts: list[Row] = []
+        self._outcomes: dict[Group, Outcomes] = {}
+        self._nulls: list[NullScores] = []
 
     @property
     def summary(self) -> dict[str, Any]:
-        """What each set came to, each merge over the sets, the validation curves, and what was left out."""
+        """What each set came to, each merge over the sets, its nulls, the validation curves, and what was left out."""
+        nulls = null_rows(self._nulls, {each.null: NULLS[each.null].random for each in self._nulls})
+        compared = {group: outcomes.compared(self._reference) for group, outcomes in self._outcomes.items()}
         return {
             "sets": self._sets,
-            "by_method": _by_method(self._sets),
+            "by_method": _by_method(self._sets, compared, nulls),
+            "nulls": nulls,
             "curves": self._curves,
             "skipped": self.skipped,
             "shared_initial_A": self._starts,
         }
 
     def add(self, merge_set: MergeSet, searches: Sequence[tuple[CoefficientSearch, LoraLabError | None]]) -> None:
-        """The adapters alone (of seeds: once, not in every ratio), and of several, their ensemble and their merges."""
-        own = alone(self._evaluator, merge_set, self._evaluator.split)
-        if merge_set.ratio is None or len(merge_set.members) == 1:
-            self._add(merge_set, ALONE, own, own)
+        """The base, the adapters alone, and of several their ensemble, their merges and those of their nulls."""
+        evaluator, adapters = self._evaluator, [self._evaluator.adapters[i] for i in merge_set.members]
+        own, size = alone(evaluator, merge_set, evaluator.split), sum(map(factor_bytes, adapters))
+        if _by_itself(merge_set):
+            self._add(merge_set, BASE, self._each(bases(evaluator, merge_set)), own, _reference(0))
+            self._add(merge_set, ALONE, own, own, _reference(size))
         if len(merge_set.members) == 1:
             return
-        adapters = [self._evaluator.adapters[i] for i in merge_set.members]
         self._starts.append({"set": merge_set.label, "method": merge_set.method, **shared_start(adapters)})
-        together = self._evaluator.scores(ensembles(self._evaluator, merge_set))
-        self._add(merge_set, ENSEMBLE, [[scores] for scores in together], own)
-        for search, error in searches:
+        self._outcomes.setdefault((merge_set.method, merge_set.ratio), Outcomes()).members.append(merge_set.members)
+        self._add(merge_set, ENSEMBLE, self._each(ensembles(evaluator, merge_set)), own, _reference(size))
+        for spec, of_spec in itertools.groupby(searches, lambda pair: pair[0].spec):
             try:
-                if error is not None:
-                    raise error
-                trial = search(self._evaluator)
+                self._add_merge(merge_set, spec, list(of_spec), own)
             except CANNOT as why:
-                self.skipped.append({"set": merge_set.label, "merge": search.spec.name, "why": str(why)})
+                self.skipped.append({"set": merge_set.label, "merge": spec.name, "why": str(why)})
+
+    def _each(self, changes: Sequence[Change]) -> SetScores:
+        return [[scores] for scores in self._evaluator.scores(changes)]
+
+    def _add_merge(
+        self,
+        merge_set: MergeSet,
+        spec: MergeSpec,
+        searches: Sequence[tuple[CoefficientSearch, LoraLabError | None]],
+        own: SetScores,
+    ) -> None:
+        """A merge of the adapters at its best coefficient and at 1, and of their nulls."""
+        (trial,) = (_trial(*pair, self._evaluator) for pair in searches if pair[0].draw is None)
+        group = merge_set.method, merge_set.ratio
+        self.merged += 1
+        self._curves.append({**_head(merge_set, spec.name), **trial.curve})
+        tried = trial.curve["coefficient"]
+        at_edge = len(tried) > 1 and trial.best in (min(tried), max(tried))
+        for coefficient, scores in trial.tested.items():
+            told = scores[0][0].told or {}
+            where: Row = {"coefficient": coefficient, "chosen": coefficient == trial.best}
+            where |= {"category": "exact" if spec.rank == EXACT else "equal rank", "rank": int(told["rank"])}
+            where |= {"bytes": int(told["bytes"]), "cut_error": told["error"]}
+            self._add(merge_set, spec.name, scores, own, where, at_edge=at_edge)
+        best = trial.tested[trial.best]
+        self._outcomes[group].add(spec.name, [np.asarray(_outcomes(scores), dtype=np.float64) for scores in best])
+        drawn: dict[tuple[str, str], list[tuple[CoefficientSearch, LoraLabError | None]]] = {}
+        for search, error in searches:
+            if search.draw is not None:
+                drawn.setdefault((search.draw.null, search.draw.replaced), []).append((search, error))
+        for (null, replaced), draws in drawn.items():
+            try:
+                trials = [_trial(*pair, self._evaluator) for pair in draws]
+            except CANNOT as why:
+                self.skipped.append({"set": merge_set.label, "merge": f"{spec.name}, {null}", "why": str(why)})
                 continue
-            self._curves.append({**_head(merge_set, search.spec.name), **trial.curve})
-            tried = trial.curve["coefficient"]
-            at_edge = len(tried) > 1 and trial.best in (min(tried), max(tried))
-            for coefficient, scores in trial.tested.items():
-                where = {"coefficient": coefficient, "chosen": coefficient == trial.best}
-                self._add(merge_set, search.spec.name, scores, own, where, at_edge=at_edge)
+            shares = tuple(kept_share(each.tested[each.best], own) for each in trials)
+            self._nulls.append(NullScores(group, spec.name, null, replaced, kept_share(best, own), shares))
 
     def _add(
         self,
@@ -196,7 +258,7 @@ class _Table:
         name: str,
         scores: SetScores,
         own: SetScores,
-        where: Mapping[str, Any] = MappingProxyType({"coefficient": None, "chosen": True}),
+        where: Mapping[str, Any],
         *,
         at_edge: bool | None = None,
     ) -> None:
@@ -204,6 +266,29 @@ class _Table:
         rows, whole = _measured(merge_set, name, scores, own, self.names, tasks, self._seed)
         self.rows += [{**row, **where} for row in rows]
         self._sets.append({**whole, **where, "at_edge": at_edge})
+
+
+def _by_itself(merge_set: MergeSet) -> bool:
+    """Whether it is shown what its adapters do alone: of seeds once, not in every ratio."""
+    return merge_set.ratio is None or len(merge_set.members) == 1
+
+
+def _trial(search: CoefficientSearch, error: LoraLabError | None, evaluator: Evaluator) -> Trial:
+    if error is not None:
+        raise error
+    return search(evaluator)
+
+
+def _reference(size: int) -> Row:
+    """The cells of what is no merge, and takes so many bytes."""
+    cells = {"category": "reference", "rank": None, "bytes": size, "cut_error": None}
+    return {"coefficient": None, "chosen": True, **cells}
+
+
+def factor_bytes(adapter: Adapter) -> int:
+    """Bytes of an adapter's own tensors, without heads and whatever else lies in the file."""
+    keys = {key for site in adapter.sites.values() for key in site.keys.values()}
+    return sum(adapter.tensors[key].numel() * adapter.tensors[key].itemsize for key in keys)
 
 
 def _cost(evaluator: Evaluator, searches: Sequence[CoefficientSearch]) -> Cost:
@@ -279,17 +364,25 @@ def _cells(key: str, mean: Floats, samples: Floats) -> Row:
     return {key: float(mean[0]), f"{key}_low": low, f"{key}_high": high}
 
 
-def _by_method(sets: Sequence[Row]) -> list[Row]:
-    """Mean and standard deviation over the sets of each training method: at the chosen coefficient, and at 1."""
+def _by_method(sets: Sequence[Row], compared: Mapping[Group, Mapping[str, Row]], nulls: Sequence[Row]) -> list[Row]:
+    """Mean and standard deviation over the sets of each training method, at the chosen coefficient and at 1.
+
+    With them the difference from the first merge, and the largest p-value against nulls.
+    """
     rows = []
     for head, members in grouped(sets, "method", "ratio", "merge"):
         at_best = [row for row in members if row["chosen"]]
         plain = [row for row in members if row["coefficient"] in (None, 1.0)]
         row = {**head, "sets": len(at_best), "at_edge": sum(bool(r["at_edge"]) for r in at_best)}
-        values = [r["coefficient"] for r in at_best]
-        row["coefficient"] = None if None in values else float(np.mean(values))
+        row |= {"category": members[0]["category"]}
+        for key, over in (("rank", max), ("bytes", max), ("cut_error", np.mean), ("coefficient", np.mean)):
+            values = [r[key] for r in at_best]
+            row[key] = None if None in values else over(values)
         for key in ("accuracy", "normalised", "loss"):
             row[key], row[f"{key}_spread"] = mean_and_spread(np.array([r[key] for r in at_best]))
             row[f"plain_{key}"], row[f"plain_{key}_spread"] = mean_and_spread(np.array([r[key] for r in plain]))
+        row |= compared.get((head["method"], head["ratio"]), {}).get(head["merge"], NO_DIFFERENCE)
+        p = [n["p"] for n in nulls if all(n[k] == head[k] for k in head) and NULLS[n["null"]].random]
+        row["p_nulls"] = max(p) if p and None not in p else None
         rows.append(row)
     return rows

@@ -13,6 +13,7 @@ from lora_lab.adapters.describe import labels_of
 from lora_lab.adapters.renames import require_shared_modules
 from lora_lab.analysis.questions import in_words
 from lora_lab.errors import MismatchError, OptionError, shorten
+from lora_lab.merging.budgets import EXACT, Rank
 from lora_lab.merging.methods import MERGES, check
 from lora_lab.results.result import fingerprint
 from lora_lab.tasks.task import Task
@@ -34,11 +35,12 @@ class MergeSet:
 
 @dataclass(frozen=True)
 class MergeSpec:
-    """A merge to be compared: its name in the table, the method, and its options."""
+    """A merge to be compared: its name in the table, the method, its options, and the rank at which it comes back."""
 
     name: str
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    rank: Rank = EXACT
     also: tuple[float, ...] = ()
     """Coefficients that are tried beside those of the grid."""
 
@@ -47,8 +49,10 @@ class MergeSpec:
         return tuple(dict.fromkeys((*grid, *self.also)))
 
 
-def specs_of(methods: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -> list[MergeSpec]:
-    """The merges that names stand for, their options checked."""
+def specs_of(
+    methods: Sequence[str], options: Mapping[str, Mapping[str, Any]], ranks: Sequence[Rank] = (EXACT,)
+) -> list[MergeSpec]:
+    """The merges that names stand for, their options checked; those at other ranks than the first say so."""
     names = list(dict.fromkeys(name for given in methods for name in (MERGES if given == "all" else [given])))
     for name in options:
         if name not in names:
@@ -59,7 +63,10 @@ def specs_of(methods: Sequence[str], options: Mapping[str, Mapping[str, Any]]) -
     for name in names:
         method, colon, inner = name.partition(":")
         settings = {**({"inner": inner} if colon else {}), **options.get(name, {})}
-        specs.append(MergeSpec(name, method, check(method, settings)))
+        specs.append(MergeSpec(name, method, check(method, settings), ranks[0]))
+    for rank in list(dict.fromkeys(ranks))[1:]:
+        shown = f"rank {rank}" if isinstance(rank, int) else rank
+        specs += [replace(spec, name=f"{spec.name} ({shown})", rank=rank) for spec in specs[: len(names)]]
     return specs
 
 
@@ -69,9 +76,13 @@ def joined(specs: Sequence[MergeSpec]) -> tuple[list[MergeSpec], dict[str, list[
     Methods with a divisor d are points of one line, c Σ wᵢΔWᵢ / d: average at c is task arithmetic at c / Σ wᵢ.
     The first of them that is compared stays. One with options of its own stays, too.
     """
-    same = [spec for spec in specs if MERGES[spec.method].divisor and not spec.options]
-    stands_for = {same[0].name: [spec.name for spec in same[1:]]} if same[1:] else {}
-    return [spec for spec in specs if spec not in same[1:]], stands_for
+    stands_for, left_out = dict[str, list[str]](), list[MergeSpec]()
+    for rank in dict.fromkeys(spec.rank for spec in specs):
+        same = [s for s in specs if s.rank == rank and MERGES[s.method].divisor and not s.options]
+        if same[1:]:
+            stands_for[same[0].name] = [spec.method for spec in same[1:]]
+            left_out += same[1:]
+    return [spec for spec in specs if spec not in left_out], stands_for
 
 
 def tried(

@@ -104,7 +104,7 @@ def collected(adapters: Sequence[Adapter], results: Sequence[Result]) -> dict[st
     OptionError for results of another kind, or where no merge has been made of five sets; MismatchError where one is
     about other adapters of the same names.
     """
-    from lora_lab.analysis.questions import CompareMerges
+    from lora_lab.analysis.merges import CompareMerges
 
     merges: dict[str, dict[tuple[int, ...], _Merge]] = {}
     for result in results:
@@ -123,7 +123,7 @@ def collected(adapters: Sequence[Adapter], results: Sequence[Result]) -> dict[st
 
 def _merges(result: Result, adapters: Sequence[Adapter]) -> Iterator[tuple[str, _Merge]]:
     """Name and outcome of every merge at its chosen coefficient, of sets of several of these adapters."""
-    from lora_lab.analysis.compare import ALONE
+    from lora_lab.analysis.compare import ALONE, BASE
 
     place = {label: i for i, label in enumerate(labels_of(adapters))}
     _require_same(result, adapters)
@@ -131,7 +131,7 @@ def _merges(result: Result, adapters: Sequence[Adapter]) -> Iterator[tuple[str, 
     own = {row["adapter"]: row["loss"] for row in rows if row["merge"] == ALONE}
     sets: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if row["merge"] != ALONE and len(set((row["ratio"] or "").split(":"))) == 1:
+        if row["merge"] not in (ALONE, BASE) and len(set((row["ratio"] or "").split(":"))) == 1:
             sets.setdefault((row["set"], row["merge"]), []).append(row)
     for (_, name), parts in sets.items():
         labels = [row["adapter"] for row in parts]

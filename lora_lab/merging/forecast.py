@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_lab.forecast import IO_SECONDS, Forecast, bytes_of, slowness
+from lora_lab.merging.budgets import rank_in
 from lora_lab.merging.merged import MergeOptions
 from lora_lab.merging.methods import MERGES
 from lora_lab.merging.sources import Sources
@@ -27,8 +28,9 @@ def forecast(
     rank, size, work, largest = 0, 0, 0.0, 0
     for name, shape in sources.shapes.items():
         rows, columns = shape[0], shape[1:].numel()
-        together = min(rows, columns) if kind.dense and how.exact else sources.rank_of(name)
-        kept = together if how.rank is None else min(how.rank, together)
+        together = min(rows, columns) if kind.dense and (how.exact or how.rank) else sources.rank_of(name)
+        asked = rank_in(sources, name, how.rank)
+        kept = together if asked is None else min(asked, together)
         rank, size = max(rank, kept), size + kept * (rows + columns) * width
         if kind.dense:
             cut = 0.0 if kept == min(rows, columns) else _CUT

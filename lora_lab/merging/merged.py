@@ -26,6 +26,7 @@ from lora_lab.adapters.whole import HEADS, Whole, merge_heads, token_settings
 from lora_lab.brief import Brief
 from lora_lab.errors import LoraLabWarning, MismatchError, OptionError, shorten
 from lora_lab.files.trust import Origin
+from lora_lab.merging.budgets import RANKS, check_rank, rank_in
 from lora_lab.merging.kinds import Delta
 from lora_lab.merging.methods import MERGES, check
 from lora_lab.merging.sources import Sources
@@ -33,8 +34,6 @@ from lora_lab.merging.spool import Spool
 from lora_lab.options import check_options, checked, option
 from lora_lab.side_by_side import in_order, one_core_each, usual_jobs
 
-WHOLE: dict[str, Any] = {"exact": True, "dtype": "float32"}
-"""Settings of a merge that is scored: nothing is cut or rounded."""
 _CANCELLED = 1e-12
 """Norm of ΔW, relative to the size of its factors, at which it is rounding and stands for 0."""
 
@@ -44,11 +43,12 @@ class MergeOptions:
     """What a merge is besides its method; OptionError for what cannot be."""
 
     coefficient: float = option(1.0, "The merged ΔW is multiplied by it.", title="the coefficient")
-    rank: int | None = option(
+    rank: int | str | None = option(
         None,
-        "Cut to this rank, the error is told. By default exact, but what works on single entries, whose ΔW has no low "
-        "rank, is cut to the ranks of the adapters together.",
+        "Cut to this rank, the error is told: a number, largest (of the adapters, in each module) or sum (of theirs). "
+        "By default exact, but what works on single entries, whose ΔW has no low rank, is cut to the sum.",
         least=1,
+        choices=lambda: RANKS,
     )
     exact: bool = option(False, "Cut nothing: what works on single entries is written whole, as large as the model.")
     heads: str | None = option(
@@ -111,17 +111,18 @@ def merge(
     """The adapter that a method of MERGES makes of the sources.
 
     `options` are the method's, `settings` the fields of `MergeOptions`. Exact at the rank that the method needs, or
-    cut to the `rank` asked for with its error; a dense ΔW is cut to the ranks of the sources together unless
-    `exact`. `heads` says what becomes of heads and other whole tensors where the sources differ in them: keep-own
-    (each its own, beside the adapter), average, first. `trials` of a search (search.py) go into the record. `jobs`
-    modules are merged at a time (by default up to four, fewer on fewer cores), with the same numbers for any of
+    cut to the `rank` asked for (see budgets.py) with its error; a dense ΔW is cut to the sum of the sources' ranks
+    unless `exact`. `heads` says what becomes of heads and other whole tensors where the sources differ in them:
+    keep-own (each its own, beside the adapter), average, first. `trials` of a search (search.py) go into the record.
+    `jobs` modules are merged at a time (by default up to four, fewer on fewer cores), with the same numbers for any of
     them; a method that looks at data goes its own way. Merged modules are put into the `spool`, and those that it has
     from a run that was killed are not merged again.
     """
     given, how = check(method, options or {}), MergeOptions(**settings)
-    if how.rank is not None and "rank" in MERGES[method].defaults(given):
+    if isinstance(how.rank, int) and "rank" in MERGES[method].defaults(given):
         given.setdefault("rank", how.rank)  # a method that merges within a rank, so that nothing is to be cut
     require_shared_modules(sources.adapters)
+    check_rank(sources, how.rank)
     _tell_formats(sources.adapters)
     whole = merge_heads(sources.adapters, _file_names(sources.adapters), how.heads)
     every_option = {n: v for n, v in {**MERGES[method].defaults(given), **given}.items() if v is not None}
@@ -130,7 +131,10 @@ def merge(
 
     def finished(name: str, result: Delta | Callable[[], Delta]) -> tuple[str, Site, dict[str, Tensor], _Stored]:
         made = result() if callable(result) else result
-        update, each = _finished(made, how, dtype, sources.rank_of(name), f"{method}: ΔW of {name}")
+        rank = rank_in(sources, name, how.rank)
+        if rank is None and isinstance(made, Tensor) and not how.exact:
+            rank = sources.rank_of(name)
+        update, each = _finished(made, rank, how.coefficient, dtype, f"{method}: ΔW of {name}")
         site, factors = plain_site(name, update, like)
         return name, site, {key: factor.to(dtype) for key, factor in factors.items()}, each
 
@@ -239,25 +243,25 @@ def _error(told: Mapping[str, _Stored], adapter: Adapter) -> float:
 
 
 def _finished(
-    merged: LowRank | Tensor, how: MergeOptions, dtype: torch.dtype, budget: int, what: str
+    merged: LowRank | Tensor, rank: int | None, coefficient: float, dtype: torch.dtype, what: str
 ) -> tuple[LowRank, _Stored]:
-    """The update with the numbers that will be stored, and what is told of it; a dense one is cut to the budget."""
+    """The update with the numbers that will be stored, cut to the rank, and what is told of it."""
     too_large = f"{what} is not finite: an adapter, a weight or an option is too large for it"
     if not is_finite(merged):
         raise MismatchError(too_large)
     error, norm = 0.0, None
     if isinstance(merged, Tensor):
         norm = norm_of(merged)
-        update, error = factored(merged, None if how.exact else how.rank or budget)
-    elif how.rank is not None and how.rank < merged.rank:
-        update, error, norm = merged.cut(how.rank)
+        update, error = factored(merged, rank)
+    elif rank is not None and rank < merged.rank:
+        update, error, norm = merged.cut(rank)
     else:
         update = merged
     if update.rank > min(update.B.shape[0], update.A.shape[1]):
         update = factored(update.delta())[0]
-    if how.coefficient != 1:
-        update = update * how.coefficient
-        norm = None if norm is None else norm * abs(how.coefficient)
+    if coefficient != 1:
+        update = update * coefficient
+        norm = None if norm is None else norm * abs(coefficient)
     if update is not merged and not is_finite(update):
         raise MismatchError(too_large)
     # or no factors at all, which PEFT has no rank for

@@ -11,7 +11,9 @@ from typing import Any
 
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import OptionError
-from lora_lab.merging.merged import WHOLE, merge
+from lora_lab.geometry.nulls import null_adapter
+from lora_lab.merging.budgets import EXACT, Rank
+from lora_lab.merging.merged import MergeOptions, merge
 from lora_lab.merging.methods import MERGES
 from lora_lab.merging.sources import Sources, Weights
 from lora_lab.merging.task_models import MergeModels, mean_loss
@@ -61,8 +63,29 @@ class Found:
 
 
 @dataclass(frozen=True)
+class Replaced:
+    """Which adapters of a merge give their place to a null, and which draw of it."""
+
+    null: str
+    """A name of NULLS."""
+    kept: tuple[int, ...]
+    """Of the adapters that stay."""
+    draw: int
+    seed: int
+
+    def apply(self, sources: Sources, members: Sequence[int]) -> Sources:
+        """The sources, which are these members, with nulls in their places."""
+        places = {place: i for place, i in enumerate(members) if i not in self.kept}
+        nulls = {p: null_adapter(sources.adapters[p], self.null, self.seed, self.draw, i) for p, i in places.items()}
+        return sources.replaced(nulls)
+
+
+@dataclass(frozen=True)
 class MergedUpdates(Change):
-    """A merge of several adapters, times a coefficient, on the task of one, with its head."""
+    """A merge of several adapters, times a coefficient, on the task of one, with its head.
+
+    Its scores tell the rank, the bytes and the error of the merge.
+    """
 
     method: str
     options: Mapping[str, Any]
@@ -70,6 +93,9 @@ class MergedUpdates(Change):
     weights: Weights | tuple[float, ...]
     coefficient: float
     index: int
+    rank: Rank | None = EXACT
+    """At which it comes back: of `MergeOptions`, or EXACT."""
+    replaced: Replaced | None = None
 
     @property
     def key(self) -> str:
@@ -78,13 +104,21 @@ class MergedUpdates(Change):
 
     def apply(self, models: MergeModels, examples: Examples) -> Scores:
         """Its scores; the merge is made once for all coefficients that come one after the other."""
-        merged = models.latest(replace(self, coefficient=1.0, index=0).key, lambda: self._merged(models))
-        scaled = {name: self.coefficient * update for name, update in merged.items()}
-        return models.scores(self.index, scaled, examples.split)
+        updates, told = models.latest(replace(self, coefficient=1.0, index=0).key, lambda: self._merged(models))
+        scaled = {name: self.coefficient * update for name, update in updates.items()}
+        return replace(models.scores(self.index, scaled, examples.split), told=told)
 
-    def _merged(self, models: MergeModels) -> Mapping[str, LowRank]:
+    def _merged(self, models: MergeModels) -> tuple[Mapping[str, LowRank], Mapping[str, float]]:
         sources = models.sources.part(self.members, self.weights)
-        return merge(sources, self.method, options=self.options, heads="keep-own", **WHOLE).adapter.updates
+        if self.replaced is not None:
+            sources = self.replaced.apply(sources, self.members)
+        # in float32: nothing is rounded before it is scored
+        how: dict[str, Any] = {"exact": True} if self.rank == EXACT else {"rank": self.rank}
+        made = merge(sources, self.method, options=self.options, heads="keep-own", dtype="float32", **how)
+        updates, width = made.adapter.updates, MergeOptions().dtype_of(sources.adapters).itemsize
+        size = width * sum(update.A.numel() + update.B.numel() for update in updates.values())
+        rank = max(update.rank for update in updates.values())
+        return updates, {"rank": rank, "bytes": size, "error": made.error}
 
 
 @dataclass(frozen=True)
@@ -137,12 +171,14 @@ def search(
     *,
     options: Mapping[str, Any] | None = None,
     coefficient: float = 1.0,
+    rank: Rank | None = EXACT,
     on: Execution = Execution(),
 ) -> Found:
     """The options and the coefficient with the best mean validation accuracy over the tasks (then the lowest loss).
 
     Grids are tried in all combinations. An interval of coefficients is searched by scipy's bounded scalar minimiser
-    for the lowest mean loss, at most 25 values for each combination.
+    for the lowest mean loss, at most 25 values for each combination. All are scored at the `rank` (of `MergeOptions`,
+    or EXACT) at which the merge will come back.
 
     Without workers, this process tries them on the device of the sources. Workers try combinations side by side, and
     where these are fewer than the workers, the coefficients of a grid; an interval is searched by one worker. Nothing
@@ -156,7 +192,7 @@ def search(
     combinations = []
     for values in itertools.product(*grids):
         settings = {**(options or {}), **dict(zip(names, values, strict=True))}
-        merged = MergedUpdates(method, settings, members, sources.weights, 1.0, 0)
+        merged = MergedUpdates(method, settings, members, sources.weights, 1.0, 0, rank)
         combinations.append(_Combination(merged, tried, indices))
     evaluator = _evaluator(models, on, reads_data=MERGES[method].reads_data)
     evaluator.total = len(combinations) * len(indices)

@@ -120,6 +120,14 @@ class Sources:
         if self._progress:
             self._progress(done, total)
 
+    def replaced(self, others: Mapping[int, Adapter]) -> Sources:
+        """With other adapters, plain LoRAs of the same modules, at some places."""
+        changed = copy(self)
+        changed.adapters = [others.get(i, adapter) for i, adapter in enumerate(self.adapters)]
+        changed._exact = {i: exact for i, exact in self._exact.items() if i not in others}
+        changed._measure()
+        return changed
+
     def _weigh(self, weights: Weights | Sequence[float] | None) -> None:
         count = len(self.adapters)
         if weights is None:
@@ -193,10 +201,20 @@ class Sources:
 
     def rank_of(self, name: str) -> int:
         """The ranks of all adapters in a module, added: the rank of a sum of theirs, up to the module's sides."""
+        whole, ranks = self._ranks_of(name)
+        return min(whole, sum(ranks))
+
+    def largest_rank_of(self, name: str) -> int:
+        """The largest rank that an adapter has in a module, up to the module's sides."""
+        whole, ranks = self._ranks_of(name)
+        return min(whole, max(ranks))
+
+    def _ranks_of(self, name: str) -> tuple[int, list[int]]:
+        """The full rank of a module, and the adapters' ranks there: full where ΔW is no product of thin factors."""
         shape = self.shapes[name]
         whole = min(shape[0], shape[1:].numel())
         own = [adapter.sites[name].rank if i not in self._exact else None for i, adapter in self._with(name)]
-        return min(whole, sum(whole if rank is None else rank for rank in own))
+        return whole, [whole if rank is None else rank for rank in own]
 
     def _with(self, name: str) -> list[tuple[int, Adapter]]:
         return [(i, adapter) for i, adapter in enumerate(self.adapters) if name in adapter.sites]

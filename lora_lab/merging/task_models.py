@@ -93,6 +93,12 @@ class MergeModels(TaskModels):
             self._updates[index] = {name: self.sources.updates_of(name)[index] for name in names}
         return self._updates[index]
 
+    @property
+    def nothing(self) -> dict[str, LowRank]:
+        """ΔW = 0 in all modules."""
+        shapes = self.sources.shapes.items()
+        return {n: LowRank(torch.zeros(1, s[1:].numel()), torch.zeros(s[0], 1), tuple(s)) for n, s in shapes}
+
     def pace(self, examples: Examples) -> float:
         """Seconds of a forward pass on one batch, where the weights are loaded once for all batches."""
         updates, batches = self.updates(0), self.batches(examples)
@@ -113,14 +119,8 @@ class MergeModels(TaskModels):
         key = fingerprint([self.tasks[index].record, sorted(self.adapters[index].others)])
         if key not in self._models:
             model = self.tasks[index].model_on(self.device)
-            self._models[key] = put_on(model, self._adapter(index, self._nothing))
+            self._models[key] = put_on(model, self._adapter(index, self.nothing))
         return self._models[key]
-
-    @property
-    def _nothing(self) -> dict[str, LowRank]:
-        """ΔW = 0 in all modules."""
-        shapes = self.sources.shapes.items()
-        return {n: LowRank(torch.zeros(1, s[1:].numel()), torch.zeros(s[0], 1), tuple(s)) for n, s in shapes}
 
     def _first_equal(self, index: int) -> int:
         adapter, task = self.adapters[index], self.tasks[index].record

@@ -17,7 +17,21 @@ class Merged:
     method: str | None = column("training method of the set")
     seed: int | str | None = column("seed of the set; null of seeds merged with each other")
     ratio: str | None = column("weights of the seeds of one task; null for several tasks")
-    merge: str = column("name of the merge, alone, or ensemble of logits")
+    merge: str = column(
+        "name of the merge; or base (no adapter), alone (each task's own adapter: oracle routing), ensemble of logits"
+    )
+
+
+@dataclass
+class Sized:
+    """What a merge takes, and what its cut to a rank lost."""
+
+    category: str = column("equal rank (rows to be compared with each other), exact (no cut), or reference (no merge)")
+    rank: int | None = column("largest rank of a module; null of what is no merge")
+    bytes: int = column("size of all factors in the file, in the adapters' dtype, without header and heads", "bytes")
+    cut_error: float = column(
+        "relative Frobenius error of ΔW by the cut; null of what is no merge", form=".2g", heading="cut error"
+    )
 
 
 @dataclass
@@ -38,7 +52,7 @@ class AtCoefficient:
 
 
 @dataclass
-class MergeRow(AtCoefficient, Normalised, Accuracy, Merged):
+class MergeRow(AtCoefficient, Normalised, Accuracy, Sized, Merged):
     """One merge at one coefficient, on one adapter's task."""
 
     task: str = column("name of the task")
@@ -47,7 +61,7 @@ class MergeRow(AtCoefficient, Normalised, Accuracy, Merged):
 
 
 @dataclass
-class MergeSetRow(AtCoefficient, Normalised, Accuracy, Merged):
+class MergeSetRow(AtCoefficient, Normalised, Accuracy, Sized, Merged):
     """One merge at one coefficient, a mean over the tasks of its set."""
 
     loss: float = column("mean loss over the tasks", "nats")
@@ -55,8 +69,8 @@ class MergeSetRow(AtCoefficient, Normalised, Accuracy, Merged):
 
 
 @dataclass
-class MergeMethod:
-    """One merge at its chosen coefficients, over the sets of one training method."""
+class MergeMethod(Sized):
+    """One merge at its chosen coefficients, over the sets of one training method; rank and bytes are the largest."""
 
     method: str | None = column("training method of the sets")
     ratio: str | None = column("weights of the seeds of one task; null for several tasks")
@@ -76,6 +90,35 @@ class MergeMethod:
     loss_spread: float = column("spread over the sets", "nats")
     plain_loss: float = column("mean loss at coefficient 1", "nats")
     plain_loss_spread: float = column("spread over the sets", "nats")
+    difference: float = column("mean accuracy less that of the first merge; null of that one and of what is no merge")
+    difference_low: float = column("low end of its interval, over examples and (of several) sets", "share")
+    difference_high: float = column("high end of its interval", "share")
+    p: float = column("p-value of a difference of 0, paired", form=".2g")
+    p_holm: float = column("the same, corrected by Holm for all merges of the training method", form=".2g")
+    verdict: str | None = column("ahead or behind (p_holm below 0.05), or cannot be told")
+    p_nulls: float = column("largest p-value against the nulls; null without 20 draws", form=".2g", heading="p (nulls)")
+
+
+@dataclass
+class MergedNull:
+    """A merge of nulls, over the sets of one training method, beside that of the adapters."""
+
+    method: str | None = column("training method of the sets")
+    ratio: str | None = column("weights of the seeds of one task; null for several tasks")
+    merge: str = column("name of the merge")
+    null: str = column("name of the null")
+    replaced: str = column("what nulls stand for: others (all but the adapter whose task is scored), or all")
+    sets: int = column("sets", counts=True)
+    draws: int = column("draws of the null")
+    normalised: float = column("mean accuracy / accuracy alone over draws and sets", "share", heading="norm.")
+    normalised_low: float = column("2.5 % of the draws are lower", "share")
+    normalised_high: float = column("2.5 % of the draws are higher", "share")
+    of_adapters: float = column("the same of the adapters themselves", "share")
+    p: float = column("(1 + draws that keep as much) / (1 + draws)", form=".2g")
+    p_holm: float = column("the same, corrected by Holm for all merges of the training method", form=".2g")
+    p_below: float = column("(1 + draws that keep as little) / (1 + draws)", form=".2g")
+    verdict: str | None = column("above the null (p at most 0.05), below it (p_below), or cannot be told")
+    why: str | None = column("why there is no p-value")
 
 
 @dataclass
@@ -116,17 +159,25 @@ KINDS = (
             "rows": MergeRow,
             "sets": MergeSetRow,
             "by_method": MergeMethod,
+            "nulls": MergedNull,
             "curves": MergeCurve,
             "skipped": Skipped,
             "shared_initial_A": SharedStart,
         },
-        Paper(("accuracy", "normalised", "coefficient"), "by_method", ("merge", "ratio"), "method"),
-        optional=("shared_initial_A",),
+        Paper(
+            ("accuracy", "normalised", "coefficient", "verdict", "p_nulls"),
+            "by_method",
+            ("merge", "ratio"),
+            "method",
+            ("bytes", "cut_error"),
+        ),
+        version=2,
         parameters={
             "task_names": "name of the task of each adapter, each once",
             "one_task": "whether the adapters are seeds of one task",
             "merges": "the merges compared",
             "stands_for": "merge → others that are the same sum at another coefficient",
+            "reference": "the merge that the others are compared with",
             **ADAPTERS,
         },
     ),

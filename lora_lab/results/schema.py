@@ -94,6 +94,8 @@ class Paper:
     """With `across`: the columns that name a line."""
     across: str | None = None
     """A column of which every value gets columns of its own, side by side."""
+    once: tuple[str, ...] = ()
+    """With `across`: columns that are alike in all of them, and stand once in a line."""
 
 
 @dataclass(frozen=True)

@@ -83,13 +83,52 @@ def half_width(draws: Floats, *, reach: float = 0.0, of: float = math.inf) -> fl
     return student(n) * float(mean_and_error(draws[:, None], reach)[1][0]) * math.sqrt(1 - n / of)
 
 
-def half_of_strata(strata: Sequence[tuple[float, int]]) -> float:
+def half_of_strata(strata: Sequence[tuple[float, float]]) -> float:
     """Half width of the 95 % interval of a sum over strata of (variance, draws) (Satterthwaite 1946)."""
+    variance, freedom = _of_strata(strata)
+    return student(1 + freedom) * math.sqrt(variance) if variance else 0.0
+
+
+def _of_strata(strata: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """The variance of a sum over strata of (variance, draws), and its degrees of freedom."""
     variance = sum(each for each, _ in strata)
+    return variance, variance**2 / sum(each**2 / (draws - 1) for each, draws in strata if each) if variance else 0.0
+
+
+def p_of_strata(value: float, strata: Sequence[tuple[float, float]]) -> float:
+    """The two-sided p-value of a value of which 0 is the null hypothesis, by the t that `half_of_strata` takes."""
+    from scipy.special import stdtr
+
+    variance, freedom = _of_strata(strata)
     if not variance:
-        return 0.0
-    freedom = variance**2 / sum(each**2 / (draws - 1) for each, draws in strata if each)
-    return student(1 + freedom) * math.sqrt(variance)
+        return 1.0 if not value else 0.0
+    return float(2 * stdtr(freedom, -abs(value) / math.sqrt(variance)))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values of several hypotheses, corrected so that one is rejected wrongly in 5 % of the cases (Holm 1979).
+
+    With p₁ ≤ … ≤ pₘ, p̃ᵢ = max over j ≤ i of min(1, (m − j + 1) pⱼ), in the order that was given.
+    """
+    order, corrected, most = np.argsort(p, kind="stable"), [1.0] * len(p), 0.0
+    for j, i in enumerate(order):
+        most = max(most, min(1.0, (len(p) - j) * p[i]))
+        corrected[i] = most
+    return corrected
+
+
+ENOUGH = 20
+"""Draws of a null with which p = 1 / (draws + 1) can fall below 0.05."""
+
+
+def p_of_draws(value: float, draws: Floats) -> float | None:
+    """(1 + draws that are as large) / (1 + draws): how rarely a null reaches the value; None with fewer than ENOUGH.
+
+    Exact where value and draws are exchangeable under the null hypothesis (Phipson & Smyth 2010).
+    """
+    if len(draws) < ENOUGH or not (math.isfinite(value) and np.isfinite(draws).all()):
+        return None
+    return float((1 + (draws >= value).sum()) / (1 + len(draws)))
 
 
 def proportion(values: npt.NDArray[np.float64] | npt.NDArray[np.bool_]) -> tuple[float, float, float]:
@@ -226,3 +265,62 @@ class Sampled(Brief):
 def mean_and_spread(values: Floats) -> tuple[float, float]:
     """Mean and sample standard deviation (0 for a single value), for numbers over seeds."""
     return float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else 0.0
+
+
+def paired_differences(first: Sets, others: Sequence[Sets], *, independent: float) -> list[Strata]:
+    """For each of the others, the mean of its outcomes less the first's, and the variances that `half_of_strata` takes.
+
+    Sets are draws (of training seeds, say), tasks are not; all sets have the same examples of a task. With
+    Y_se = μ + a_s + b_e + ε_se of a set and an example, the variance of the mean over S sets and n examples is
+    σ_a²/S + σ_b²/n + σ_ε²/Sn. The variance between sets has the first and the last of these in it, from so few sets
+    that half of it is taken from the pair, and half from all other pairs (the interaction of the analysis of variance),
+    never less than its part ε alone. Of one set, the examples alone are counted; two further ones, right or wrong at
+    random, stand for those that were not seen (Agresti & Min 2005). `independent` sets are in the data: fewer than S,
+    where sets share adapters.
+    """
+    table = np.array([[np.mean([task.mean() for task in one]) for one in sets] for sets in (first, *others)])
+    found = []
+    for m, sets in enumerate(others, start=1):
+        pair = [[task - base for task, base in zip(*each, strict=True)] for each in zip(sets, first, strict=True)]
+        common, residual = _of_examples(pair)
+        strata = [(common, float(min(len(task) for task in pair[0])))]
+        if len(pair) > 1 and independent > 1:
+            own = float((table[m] - table[0]).var(ddof=1))
+            between = [(own, independent)]
+            rest = np.delete(table, m, axis=0)
+            if len(rest) > 1:
+                freedom = (len(rest) - 1) * (independent - 1)
+                left = rest - rest.mean(0) - rest.mean(1, keepdims=True) + rest.mean()
+                pooled = 2 * float((left**2).sum()) / ((len(rest) - 1) * (len(pair) - 1))
+                between = [(own / 2, independent), (pooled / 2, 1 + freedom)]
+            if sum(variance for variance, _ in between) < residual:
+                between = [(residual, independent + strata[0][1])]
+            strata += [(variance / independent, draws) for variance, draws in between]
+        found.append((float((table[m] - table[0]).mean()), strata))
+    return found
+
+
+Sets = Sequence[Sequence[Floats]]
+"""For each set and each task, the outcomes of all examples."""
+Strata = tuple[float, list[tuple[float, float]]]
+
+
+def _of_examples(pair: Sets) -> tuple[float, float]:
+    """Of a mean over tasks: the variance that sets have in common (of one set, all), and that of one set's own ε."""
+    if len({tuple(map(len, each)) for each in pair}) > 1:  # other tasks: as if the worst set's were in all of them
+        return max(_of_examples([each])[0] for each in pair), 0.0
+    common = residual = 0.0
+    for values in (np.stack(task) for task in zip(*pair, strict=True)):
+        sets, n = values.shape
+        mean = values.mean(0)
+        if sets == 1:
+            added = 2 if np.isin(mean, (-1, 0, 1)).all() else 0  # examples, of which each is ±1 with probability 1/4
+            size = n + added
+            own = (float((mean**2).sum()) + added / 2 - float(mean.sum()) ** 2 / size) / size**2
+            common += own / len(pair[0]) ** 2
+            continue
+        left = values - mean - values.mean(1, keepdims=True) + values.mean()
+        of_set = float((left**2).sum()) / max(1, (sets - 1) * (n - 1)) / n
+        residual += of_set / len(pair[0]) ** 2
+        common += max(0.0, float(mean.var(ddof=1)) / n - of_set / sets) / len(pair[0]) ** 2
+    return common, residual

@@ -215,18 +215,21 @@ def _side_by_side(rows: Sequence[Row], paper: Paper, known: Mapping[str, Column]
 
     assert paper.across is not None
     groups = list(dict.fromkeys(row[paper.across] for row in rows))
-    wide = len(paper.columns)
+    shown = [name for name in paper.columns if any(row.get(name) is not None for row in rows)]
+    once = [name for name in paper.once if any(row.get(name) is not None for row in rows)]
+    wide = len(shown)
     top = [rf"\multicolumn{{{wide}}}{{c}}{{{escape.latex(str(group or 'adapters'))}}}" for group in groups]
-    below = [_heading(name, known) for name in paper.columns] * len(groups)
+    below = [*(_heading(name, known) for name in once), *[_heading(name, known) for name in shown] * len(groups)]
     body = []
     for head, members in grouped(rows, *paper.index):
         cells = [escape.latex(" ".join(str(part) for part in head.values() if part))]
+        cells += [_cell(members[0], name, known) for name in once]
         for group in groups:
             row = next((each for each in members if each[paper.across] == group), None)
-            cells += [_cell(row, name, known) for name in paper.columns] if row else ["--"] * wide
+            cells += [_cell(row, name, known) for name in shown] if row else ["--"] * wide
         body.append(" & ".join(cells))
-    heads = [" & ".join(["", *top]), " & ".join([_heading(paper.index[0], known), *below])]
-    return _tabular("l" + "r" * wide * len(groups), heads, body)
+    heads = [" & ".join([*[""] * (1 + len(once)), *top]), " & ".join([_heading(paper.index[0], known), *below])]
+    return _tabular("l" + "r" * (len(once) + wide * len(groups)), heads, body)
 
 
 def _tabular(sides: str, heads: Sequence[str], body: Sequence[str]) -> str:

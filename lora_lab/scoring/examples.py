@@ -93,11 +93,13 @@ def pack(scores: Scores) -> dict[str, Any]:
         text["shares"] = base64.b64encode(scores.correct.astype("<f8").tobytes()).decode()
     if scores.logits is not None:
         text["logits"] = _floats(scores.logits)
+    if scores.told is not None:
+        text["told"] = dict(scores.told)
     return text
 
 
 def unpack(text: Mapping[str, Any]) -> Scores:
-    """The inverse of `pack`; ValueError, KeyError or TypeError where it is not what `pack` gives."""
+    """The inverse of `pack`; ValueError, KeyError, TypeError or AttributeError where it is not what `pack` gives."""
     loss, margin = _from_text(text["loss"]), _from_text(text["margin"])
     n = len(loss)
     logits = None
@@ -112,7 +114,8 @@ def unpack(text: Mapping[str, Any]) -> Scores:
         logits = _from_text(text["logits"]).astype(np.float32).reshape(n, -1)
     if not text["examples"] == n == len(margin) == len(correct):
         raise ValueError(f"{n} losses, {len(margin)} margins, {len(correct)} answers of {text['examples']} examples")
-    return Scores(loss, correct, margin, logits)
+    told = {str(name): float(value) for name, value in text["told"].items()} if "told" in text else None
+    return Scores(loss, correct, margin, logits, told)
 
 
 def remembered(journal: Journal | None, key: str, examples: int | None = None) -> Scores | None:
@@ -123,7 +126,7 @@ def remembered(journal: Journal | None, key: str, examples: int | None = None) -
         scores = unpack(journal[key])
         if examples is not None and len(scores) != examples:
             raise ValueError(f"{len(scores)} examples, not {examples}")
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         text = f"{journal.path}: scores that do not fit ({error}) are computed again"
         warnings.warn(text, LoraLabWarning, stacklevel=3)
         return None

@@ -25,7 +25,13 @@ from lora_lab.registry import REGISTRIES
 
 _YOUNG = 2.0  # seconds: the coarsest times that file systems in use keep (FAT); younger files may change unnoticed
 _OWN = "lora_lab"
-_TRANSFORMS = "merging/**/*.py", "pruning/**/*.py", "adapters/lowrank.py", "adapters/cutting.py"
+_TRANSFORMS = (
+    "merging/**/*.py",
+    "pruning/**/*.py",
+    "adapters/lowrank.py",
+    "adapters/cutting.py",
+    "geometry/nulls.py",
+)
 """The files of this package that make adapters out of adapters, and the algebra of ΔW."""
 
 

@@ -37,6 +37,8 @@ class Scores:
     """Logit of the right answer minus the highest of the others."""
     logits: npt.NDArray[np.float32] | None = None
     """[examples, labels], where they were asked for."""
+    told: Mapping[str, float] | None = None
+    """What there is to be known of the model besides, such as the error of a merge."""
 
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor, *, keep_logits: bool = False) -> Scores:

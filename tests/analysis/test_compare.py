@@ -13,7 +13,7 @@ from tiny_models import update
 from lora_lab.adapters.initial import shared_start
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.analysis.coefficients import _best, share
-from lora_lab.analysis.compare import ALONE, ENSEMBLE, CompareMerges, _measured
+from lora_lab.analysis.compare import ALONE, BASE, ENSEMBLE, CompareMerges, _measured
 from lora_lab.analysis.merge_sets import MergeSet, joined, merge_sets_of, specs_of, tried
 from lora_lab.errors import MismatchError, OptionError
 from lora_lab.merging.merged import merge
@@ -125,13 +125,13 @@ def test_a_merge_is_scored_as_the_merged_adapter_itself_on_each_task(sets, resul
     (curve,) = [c for c in result.summary["curves"] if (c["set"], c["merge"]) == ("lora, seed 0", "ties")]
     assert curve["coefficient"] == [0.5, 1.0, 2.0]
     for i, coefficient in enumerate(curve["coefficient"]):
-        merged = merge(sources, "ties", coefficient=coefficient, exact=True).adapter
+        merged = merge(sources, "ties", coefficient=coefficient, rank="largest").adapter
         own = [score(Few(labelling), merged, "validation") for labelling in TASKS]
         assert curve["accuracy"][i] == pytest.approx(np.mean([s.accuracy for s in own]))
         assert curve["loss"][i] == pytest.approx(np.mean([s.mean_loss for s in own]), abs=1e-5)
     for labelling in TASKS:
         (row,) = result.rows(set="lora, seed 0", merge="ties", chosen=True, task=f"digits/{labelling}")
-        merged = merge(sources, "ties", coefficient=row["coefficient"], exact=True).adapter
+        merged = merge(sources, "ties", coefficient=row["coefficient"], rank="largest").adapter
         own = score(Few(labelling), merged)
         assert row["accuracy"] == pytest.approx(own.accuracy)
         assert row["loss"] == pytest.approx(own.mean_loss, abs=1e-5)
@@ -216,7 +216,9 @@ def test_a_finer_grid_computes_only_what_is_new(sets, tmp_path):
     first, second = (
         compared(sets[:2], tasks_of(sets[:2]), coefficients=grid, **options) for grid in ((1.0,), (1.0, 0.5))
     )
-    assert first.provenance["evaluations"] == 2 * 2 + 2 + 2 * 2  # adapters, ensembles, the merge: each on two tasks
+    assert (
+        first.provenance["evaluations"] == 2 * 2 + 2 * 2 + 2 * 2
+    )  # adapters; bases, ensembles; the merge: on two tasks
     chosen = {row["coefficient"] for row in second.rows(merge="average")}
     assert second.provenance["evaluations"] == 2 + 2 * (0.5 in chosen)
 
@@ -286,6 +288,7 @@ def test_seeds_of_one_task_are_merged_in_every_combination_of_every_ratio(tmp_pa
     result = compared(seeds, tasks, methods=["average"], coefficients=[1.0], ratios=[(0, 1), (1, 2), (1, 1, 1)])
     sums = {(row["ratio"], row["merge"]): row["sets"] for row in result.summary["by_method"]}
     assert sums == {
+        ("0:1", BASE): 3,
         ("0:1", ALONE): 3,
         ("1:2", ENSEMBLE): 3,
         ("1:2", "average"): 3,
@@ -422,10 +425,10 @@ def test_adapters_that_began_alike_are_told_by_their_rows(sets):
 
 def test_the_latex_table_has_a_line_for_each_merge_and_columns_for_each_method(result):
     lines = result.to_latex().splitlines()
-    assert lines[0] == r"\begin{tabular}{lrrrrrr}"
+    assert lines[0] == r"\begin{tabular}{lrrrrrrrrrr}"  # two columns once, and four for each of two methods
     body = lines[lines.index(r"\midrule") + 1 : lines.index(r"\bottomrule")]
-    assert [line.partition(" & ")[0] for line in body] == [ALONE, ENSEMBLE, *METHODS]
-    assert all(line.count("&") == 6 and line.endswith(r"\\") for line in body)
+    assert [line.partition(" & ")[0] for line in body] == [BASE, ALONE, ENSEMBLE, *METHODS]
+    assert all(line.count("&") == 10 and line.endswith(r"\\") for line in body)
     assert r"\pm" in body[0]
 
 

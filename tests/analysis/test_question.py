@@ -6,7 +6,8 @@ import pytest
 from making_adapters import random_adapter
 from peft import LoraConfig
 
-from lora_lab.analysis.questions import CompareMerges, Interpolate, Stability, Sweep
+from lora_lab.analysis.merges import CompareMerges
+from lora_lab.analysis.questions import Interpolate, Stability, Sweep
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.execution import Execution
 from lora_lab.tasks import digests

@@ -13,12 +13,15 @@ from lora_lab.cli import _VERBS as VERBS
 from lora_lab.cli import verbs
 from lora_lab.cli.verbs import Grid, build, flags, shown
 
-from lora_lab.analysis import questions
+from lora_lab.analysis import merges, questions
 from lora_lab.analysis.question import Question
 from lora_lab.options import help_of, options_of
 from lora_lab.training.recipe import Recipe
 
-QUESTIONS = [each for each in vars(questions).values() if inspect.isclass(each) and issubclass(each, Question)]
+MODULES = questions, merges
+QUESTIONS = [
+    each for module in MODULES for each in vars(module).values() if inspect.isclass(each) and issubclass(each, Question)
+]
 TOLD = {"train": Recipe} | {each.kind: each for each in QUESTIONS if each is not Question}
 
 
@@ -99,13 +102,14 @@ def test_a_verb_without_options_asks_with_the_defaults(verb):
 
 
 def test_values_are_read_as_the_types_of_the_fields():
-    names = {field.name: None for field, _ in shown(questions.CompareMerges)}
+    names = {field.name: None for field, _ in shown(merges.CompareMerges)}
     given = names | {"methods": "ties, dare", "options": ["ties.density=0.5"], "coefficients": "0.5,1", "split": "test"}
-    asked = build(questions.CompareMerges, given | {"ratios": "1:2,1:1:1", "seed": 3})
+    asked = build(merges.CompareMerges, given | {"ratios": "1:2,1:1:1", "seed": 3, "draws": 20, "ranks": "sum,8"})
     assert asked.methods == ("ties", "dare")
     assert asked.options == {"ties": {"density": 0.5}}
     assert asked.coefficients == (0.5, 1.0)
     assert asked.ratios == ((1.0, 2.0), (1.0, 1.0, 1.0))
+    assert asked.ranks == ("sum", 8)
     assert asked.base_name is None
     names = {field.name: each for field, _ in shown(Recipe) for each in [field.default]}
     names |= {"groups": ["a=x", "b=y"], "rank": "2,4", "warmup": "0.1", "dropout": "0", "stage": "0.5"}

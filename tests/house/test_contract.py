@@ -26,6 +26,7 @@ from lora_lab.analysis.landscape import Curve
 from lora_lab.analysis.questions import Shapley, Sweep
 from lora_lab.errors import OptionError
 from lora_lab.games.estimators import ESTIMATORS, Estimator, antithetic
+from lora_lab.geometry.nulls import NULLS, Null, in_every_module
 from lora_lab.merging.kinds import MATRICES, UPDATES
 from lora_lab.merging.merged import merge
 from lora_lab.merging.methods import MERGES, Merge
@@ -210,6 +211,17 @@ def test_a_merge_in_a_comparison(pair, add):
     assert "throwaway" in {row["merge"] for row in result.rows()}
     assert costs
     assert plots.figure([result]).axes
+
+
+def test_a_null(pair, add, command):
+    add(NULLS, Null(in_every_module(lambda update, generator: -update), "nothing to speak of", random=False))
+    asked = {"methods": ("cat",), "coefficients": (1.0,), "ratios": ((1.0, 1.0),), "nulls": ("throwaway",)}
+    result = CompareMerges(**asked).run(pair, [Digits("relabel")] * 2)
+    assert {row["null"] for row in result.summary["nulls"]} == {"throwaway"}
+    assert plots.figure([result]).axes
+    words = ("--methods", "cat", "--coefficients", "1", "--ratios", "1:1", "--nulls", "throwaway")
+    told = command("compare-merges", "--task", "digits/relabel", *words)
+    assert told["summary"]["nulls"] == json.loads(json.dumps(result.summary["nulls"]))
 
 
 def doubled(tensors, factor):

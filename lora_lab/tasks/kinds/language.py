@@ -231,9 +231,10 @@ def _row_of(given: Sequence[int], targets: Sequence[int]) -> Row:
 
 def _by_example(logits: Tensor, targets: Tensor) -> Scores:
     answers = targets.clamp(min=0)
-    means = (_losses(logits, targets), logits.argmax(-1) == targets, margins(logits, answers))
+    values = _losses(logits, targets), logits.argmax(-1) == targets, margins(logits, answers)
     # of float32 precision, as journals keep them
-    return Scores(*(_mean(values, targets).float().double().cpu().numpy() for values in means))
+    loss, correct, margin = (_mean(each, targets).float().double().cpu().numpy() for each in values)
+    return Scores(loss, correct, margin)
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
