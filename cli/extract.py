@@ -27,7 +27,7 @@ class Extracting:
     keep_whole: bool = option(
         False, "Save what is no layer's weight (norms, biases, heads of another size) whole.", flag="keep-whole"
     )
-    dtype: str = option("float32", "float32, bfloat16 or float16, of the file.")
+    dtype: str = option("float32", "float32, bfloat16 or float16 (fp32, bf16, fp16), of the file.")
 
 
 def command(

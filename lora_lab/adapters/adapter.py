@@ -23,6 +23,7 @@ from lora_lab.adapters.lowrank import LowRank
 from lora_lab.adapters.writing import write_adapter
 from lora_lab.errors import AdapterError, LoraLabWarning, MismatchError, TunerError, shorten
 from lora_lab.files import trust
+from lora_lab.options import checked
 from lora_lab.results.result import finite
 
 
@@ -169,6 +170,7 @@ class Adapter:
         names = sorted(self.tensors)
         return names, tensor_digest(self.tensors[name] for name in names)
 
+    @checked
     def with_updates(self, updates: Mapping[str, LowRank], *, source: str) -> Adapter:
         """A plain LoRA adapter with exactly these updates, everything else (heads, record, base) kept.
 
@@ -176,6 +178,7 @@ class Adapter:
         """
         return from_updates(updates, like=self, source=source)
 
+    @checked
     def save(self, path: str | os.PathLike[str], *, format: str | None = None, force: bool = False) -> Path:  # noqa: A002
         """Write a folder, or for a path that ends in .safetensors one file with everything inside.
 

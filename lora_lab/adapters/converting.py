@@ -11,19 +11,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_lab import files
+from lora_lab import files, hub
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.formats.components import TOGETHER, by_component, clip_name
 from lora_lab.adapters.formats.layout import Layout
 from lora_lab.adapters.formats.peft_format import update
 from lora_lab.adapters.formats.registry import FORMATS, PEFT
 from lora_lab.adapters.formats.sites import Site
-from lora_lab.adapters.lowrank import LowRank
+from lora_lab.adapters.lowrank import LowRank, all_finite
 from lora_lab.brief import Brief
 from lora_lab.errors import FileError, LoraLabWarning, OptionError, shorten, unknown
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DTYPES |= {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {**hub.DTYPES, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The types of an adapter's file by name, in full and in short."""
 CHECKED = 1e-6
 """Difference of ΔW, relative to the size of its factors, at which a written file is refused."""
 
@@ -87,7 +87,7 @@ def _cast(adapter: Adapter, layout: Layout, dtype: str) -> tuple[Adapter, float]
         for key in site.keys.values():
             if tensors[key].is_floating_point():
                 tensors[key] = files.later(lambda tensor: tensor.to(DTYPES[dtype]), tensors[key])
-            if not torch.isfinite(tensors[key]).all():
+            if not all_finite(tensors[key]):
                 raise OptionError(f"{site.name} has entries that {dtype} cannot hold; float32 can")
     made = replace(adapter, tensors=tensors, layout=layout)
     pairs = [site.name for site in adapter.sites.values() if site.scale]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_lab.errors import MismatchError, OptionError
+from lora_lab.options import check_options, check_type
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -26,13 +27,15 @@ class LowRank:
     shape: tuple[int, ...] = field(default=())
 
     def __post_init__(self) -> None:
+        if not all(map(isinstance, (self.A, self.B, self.shape), (Tensor, Tensor, tuple))):
+            check_options(self)
         if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
             raise MismatchError(
                 f"A {list(self.A.shape)} and B {list(self.B.shape)} are not [rank, columns] and [rows, rank]"
             )
         if self.A.dtype != self.B.dtype or not self.A.is_floating_point() or self.A.itemsize < 4:
             raise MismatchError(f"A ({self.A.dtype}) and B ({self.B.dtype}) must share float32 or wider")
-        shape = self.shape or (self.B.shape[0], self.A.shape[1])
+        shape = tuple(self.shape) or (self.B.shape[0], self.A.shape[1])
         if shape[0] != self.B.shape[0] or math.prod(shape[1:]) != self.A.shape[1]:
             raise MismatchError(f"shape {shape} does not fit A {list(self.A.shape)} and B {list(self.B.shape)}")
         object.__setattr__(self, "shape", shape)
@@ -52,6 +55,7 @@ class LowRank:
         return dense.reshape(self.shape)
 
     def __mul__(self, factor: float) -> LowRank:
+        check_type("the factor", factor, float | Tensor)
         return LowRank(self.A, self.B * factor, self.shape)
 
     __rmul__ = __mul__
@@ -124,6 +128,7 @@ class LowRank:
 
     def cut(self, rank: int) -> tuple[LowRank, float, float]:
         """As `truncate`, with ‖ΔW‖, which the same singular values give."""
+        check_type("`rank`", rank, int)
         if rank < 1:
             raise OptionError(f"a rank of {rank} was asked for; it is at least 1")
         U, S, Vh = self.svd(rank)
@@ -238,6 +243,11 @@ def combine(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     return LowRank(A, B, updates[0].shape)
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether every entry is a number, from the ends alone: NaN is one of them wherever it is."""
+    return not tensor.numel() or all(math.isfinite(float(end)) for end in tensor.aminmax())
+
+
 def is_finite(update: LowRank | Tensor) -> bool:
     """Whether every entry of ΔW is a number that float32 can hold, in whatever order a processor sums B A.
 
@@ -264,6 +274,8 @@ def combine_factors(updates: Sequence[LowRank], weights: Sequence[float]) -> Low
 def _same_shape(updates: Sequence[LowRank], weights: Sequence[float] | None = None) -> None:
     if not updates:
         raise MismatchError("no updates to combine")
+    for update in updates:
+        check_type("an update", update, LowRank)
     if weights is not None and len(weights) != len(updates):
         raise MismatchError(f"{len(updates)} updates and {len(weights)} weights")
     shapes = [update.shape for update in updates]

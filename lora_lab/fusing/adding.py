@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora_lab.adapters.lowrank import all_finite
 from lora_lab.errors import MismatchError
 from lora_lab.fusing.changes import Change
 
@@ -69,7 +70,7 @@ def add(tensor: Tensor, change: Change, name: str, device: torch.device | None =
         wide = matrix[rows].to(device, torch.promote_types(added.dtype, torch.float32))
         wide = wide.add_(added) if wide.data_ptr() != matrix[rows].data_ptr() else wide + added
         rounded = wide.to(tensor.dtype)
-        if not torch.isfinite(rounded).all():
+        if not all_finite(rounded):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise MismatchError(f"{name}: the sum has entries that {kind} cannot hold, or is not finite")
         norm += squared(added)

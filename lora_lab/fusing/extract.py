@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from lora_lab.adapters.adapter import Adapter, from_updates
+from lora_lab.adapters.converting import DTYPES
 from lora_lab.adapters.cutting import factored
 from lora_lab.adapters.formats.keys import PREFIX
 from lora_lab.adapters.formats.sites import Site
-from lora_lab.adapters.lowrank import LowRank
+from lora_lab.adapters.lowrank import LowRank, all_finite
 from lora_lab.brief import Brief
 from lora_lab.errors import MismatchError, OptionError, shorten
 from lora_lab.files.trust import Origin
@@ -27,7 +28,6 @@ from lora_lab.fusing.measuring import effective_dtype
 from lora_lab.options import check_options, option
 from lora_lab.results.result import versions
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BYTES_A_SECOND = 150e6
 """About as many of both checkpoints are read and cut, on one core."""
 _FIRST_RANK = 64
@@ -51,7 +51,9 @@ class ExtractOptions:
         None, "Keep singular values above the module's largest divided by this (kohya's sv_ratio).", least=1
     )
     keep_whole: bool = option(False, "Save what is no layer's weight (norms, biases, resized embeddings) whole.")
-    dtype: str = option("float32", "float32, bfloat16 or float16, of the file.", choices=lambda: DTYPES)
+    dtype: str = option(
+        "float32", "float32, bfloat16 or float16 (fp32, bf16, fp16), of the file.", choices=lambda: DTYPES
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -217,7 +219,7 @@ def _compare(
 
 def _cast(factor: Tensor, dtype: str, name: str) -> Tensor:
     cast = factor.to(DTYPES[dtype]).float()
-    if not torch.isfinite(cast).all():
+    if not all_finite(cast):
         raise OptionError(f"{name} has entries that {dtype} cannot hold; float32 can")
     return cast
 

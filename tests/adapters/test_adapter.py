@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.adapters.reading import inspect
 from lora_lab.adapters.writing import CONFIG_KEY, RECORD_KEY
-from lora_lab.errors import AdapterError, FileError, LoraLabWarning, MismatchError, TaskError
+from lora_lab.errors import AdapterError, FileError, LoraLabWarning, MismatchError, OptionError, TaskError
 from lora_lab.hub import base_model
 
 Q, K = "layers.0.q_proj", "layers.0.k_proj"
@@ -595,3 +596,21 @@ def test_adapters_that_do_not_fit_are_named_with_what_differs(tmp_path, tensors,
     with pytest.raises(MismatchError, match=text) as caught:
         same_modules([a, b])
     assert f"{a.source} and {b.source}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda adapter: adapter.save(3), "`path` is 3; a text or a path is needed"),
+        (lambda adapter: adapter.save("x", format=3), "`format` is 3; a text is needed"),
+        (lambda adapter: adapter.save("x", force="yes"), "`force` is 'yes'; True or False is needed"),
+        (lambda adapter: adapter.with_updates(3, source="x"), "`updates` is 3; a mapping of names is needed"),
+        (lambda adapter: adapter.with_updates({"a": 3}, source="x"), "`updates` is {'a': 3}; a mapping"),
+    ],
+)
+def test_arguments_of_another_type_are_told_in_one_line(tmp_path, monkeypatch, call, words):
+    monkeypatch.chdir(tmp_path)
+    adapter = Adapter.load(write(tmp_path / "a", lora(), target_modules=["q_proj"]))
+    with pytest.raises(OptionError, match=re.escape(words)):
+        call(adapter)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lora_lab.adapters.lowrank import LowRank, combine, combine_factors, is_finite
+from lora_lab.adapters.lowrank import LowRank, all_finite, combine, combine_factors, is_finite
 from lora_lab.errors import MismatchError, OptionError
 
 
@@ -364,3 +365,38 @@ def test_what_vanishes_is_told_by_its_share_of_the_bound_wherever_its_rows_are(g
     update = combine([one, one, rest], [1.0, -1.0, 1.0])
     assert update.vanishes(1e-12) == (gone < 1e-6)
     assert update.norm() == pytest.approx(rest.norm(), abs=1e-12 * update.bound())
+
+
+ONE = LowRank(torch.ones(2, 4), torch.ones(6, 2))
+WRONG = {
+    "A is 1; a Tensor is needed": lambda: LowRank(1, ONE.B),
+    "B is None; a Tensor is needed": lambda: LowRank(ONE.A, None),
+    "A is array(": lambda: LowRank(ONE.A.numpy(), ONE.B.numpy()),
+    "shape is 'x'; a list (a whole number each) is needed": lambda: LowRank(ONE.A, ONE.B, "x"),
+    "the factor is 'x'; a number or a Tensor is needed": lambda: ONE * "x",
+    "an update is 3; a LowRank is needed": lambda: ONE + 3,
+    "an update is None; a LowRank is needed": lambda: ONE.inner(None),
+    "`rank` is 1.5; a whole number is needed": lambda: ONE.truncate(1.5),
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_what_is_of_another_type_is_told_in_one_line(words):
+    with pytest.raises(OptionError, match=f"^{re.escape(words)}"):
+        WRONG[words]()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("odd", [math.inf, -math.inf, math.nan])
+def test_one_odd_entry_is_found_wherever_it_is(dtype, odd):
+    for place in (0, 3, 11):
+        tensor = torch.arange(12).reshape(3, 4).to(dtype)
+        assert all_finite(tensor)
+        tensor.view(-1)[place] = odd
+        assert not all_finite(tensor)
+    assert all_finite(torch.empty(0, 3, dtype=dtype))
+
+
+def test_a_shape_may_be_a_list():
+    assert LowRank(ONE.A, ONE.B, [6, 2, 2]).shape == (6, 2, 2)
+    assert LowRank(ONE.A, ONE.B, ONE.B[:, :1].expand(6, 4).shape).shape == (6, 4)

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from making_checkpoints import QV, in_peft, load_base, merged, train, write_base
 from safetensors.torch import load_file, save_file
 
+from lora_lab import hub
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.converting import DTYPES
 from lora_lab.errors import LoraLabWarning, MismatchError, OptionError
 from lora_lab.fusing.extract import ExtractOptions, cut, extract, noise_of
 from lora_lab.fusing.fuse import Fusion
@@ -275,3 +277,8 @@ def test_rounding_alone_is_below_the_noise_and_a_direction_above_it():
         assert largest < noise < 4 * largest
         if dtype != torch.float32:  # widened, it is as coarse as before
             assert noise_of(rounded.double()) == pytest.approx(noise)
+
+
+def test_types_have_the_names_that_they_have_everywhere():
+    assert ExtractOptions(rank=1, dtype="bf16").dtype == "bf16"
+    assert DTYPES.items() >= hub.DTYPES.items()
