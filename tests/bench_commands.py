@@ -52,6 +52,15 @@ for key in list(parts[0]):
 save_file(made, output)
 """
 
+READING = """
+import sys, torch
+from safetensors.torch import load_file
+torch.set_num_threads(1)
+for path in sys.argv[1:-1]:
+    for tensor in load_file(path).values():  # which are mapped: only what is looked at is read
+        tensor.view(torch.uint8).sum()
+"""
+
 
 @dataclass(frozen=True)
 class Spent:
@@ -111,12 +120,12 @@ def spent(command: Sequence[str], folder: Path) -> Spent:
     return Spent(usage.ru_utime + usage.ru_stime, time.perf_counter() - began, usage.ru_maxrss / 1024)
 
 
-def floor(inputs: Sequence[Path], folder: Path) -> Spent:
-    """What reading, concatenating and writing take."""
+def floor(inputs: Sequence[Path], folder: Path, script: str = FLOOR) -> Spent:
+    """What reading, concatenating and writing take, or reading alone."""
     output = folder / "floor.safetensors"
     files = [str(path / "adapter_model.safetensors") for path in inputs]
-    found = spent([sys.executable, "-c", FLOOR, *files, str(output)], folder)
-    output.unlink()
+    found = spent([sys.executable, "-c", script, *files, str(output)], folder)
+    output.unlink(missing_ok=True)
     return found
 
 
@@ -137,6 +146,7 @@ COMMANDS: tuple[tuple[str, tuple[str, ...], int, str, float], ...] = (
     ("core-space", ("merge", "--method", "core-space"), 4, "× floor", 15),
     ("tsv", ("merge", "--method", "tsv"), 4, "× floor", 15),
     ("iso-c", ("merge", "--method", "iso-c"), 4, "× floor", 15),
+    ("compare two", ("compare",), 2, "× reading", 2),
     ("compare", ("compare",), 4, "× floor", 2),
     ("ties", ("merge", "--method", "ties"), 4, "CPU s", 300),
     ("dare", ("merge", "--method", "dare"), 4, "CPU s", 300),
@@ -152,19 +162,19 @@ def bench_commands(folder: Path, *, repeats: int = 3, layers: int = LAYERS, only
     folder.mkdir()
     made = adapters(folder, layers=layers)
     floors = {}
-    for count in (1, ADAPTERS):
-        runs = [floor(made[:count], folder) for _ in range(repeats)]
+    for count, script in ((1, FLOOR), (2, READING), (ADAPTERS, FLOOR)):
+        runs = [floor(made[:count], folder, script) for _ in range(repeats)]
         floors[count] = Spent(
             *(statistics.median(getattr(run, name) for run in runs) for name in Spent.__annotations__)
         )
-        print(f"floor of {count}: {_told(floors[count])}", flush=True)
+        print(f"{'reading' if script is READING else 'floor'} of {count}: {_told(floors[count])}", flush=True)
     for title, (verb, *options), count, unit, goal in COMMANDS:
         if only and title not in only:
             continue
         found = lora_lab([verb, *map(str, made[:count]), *options], folder)
         by_floor = found.cpu_s / floors[count].cpu_s
         own = found.cpu_s - floors[count].cpu_s  # beyond what hardly hangs on the number of layers
-        value = by_floor if "floor" in unit else floors[count].cpu_s + own * LAYERS / layers
+        value = by_floor if "×" in unit else floors[count].cpu_s + own * LAYERS / layers
         memory = found.peak_mib / floors[count].peak_mib
         print(
             f"{title:<30} {_told(found)} {value:7.1f} {unit} (at most {goal:g}); memory {memory:.2f} × floor",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lora_lab.adapters.adapter import Adapter
 
@@ -42,11 +43,22 @@ def _pair(a: Adapter, b: Adapter) -> tuple[float, float] | None:
 
 def alike(a: Adapter, b: Adapter, name: str) -> tuple[float, float] | None:
     """Cosine and z of the A of one module as they lie in the files; None without two of one shape that are not 0."""
-    keys = [adapter.sites[name].keys.get("lora_A") for adapter in (a, b)]
-    if None in keys:
+    return cosine_of(start_of(a, name), start_of(b, name))
+
+
+def start_of(adapter: Adapter, name: str) -> tuple[Tensor, float] | None:
+    """The A of one module as it lies in the file, in float64, and its norm; None where there is none, or it is 0."""
+    key = adapter.sites[name].keys.get("lora_A")
+    if key is None:
         return None
-    one, two = (adapter.tensors[str(key)].double().flatten() for adapter, key in zip((a, b), keys, strict=True))
-    if one.shape != two.shape or not (float(one.norm()) and float(two.norm())):
+    A = adapter.tensors[key].double()
+    norm = float(A.norm())
+    return (A, norm) if norm else None
+
+
+def cosine_of(one: tuple[Tensor, float] | None, other: tuple[Tensor, float] | None) -> tuple[float, float] | None:
+    """Cosine and z of two A with their norms; None without two of one shape."""
+    if one is None or other is None or one[0].shape != other[0].shape:
         return None
-    cosine = float(torch.dot(one, two) / one.norm() / two.norm())
-    return cosine, cosine * math.sqrt(len(one))
+    cosine = float(torch.dot(one[0].flatten(), other[0].flatten())) / one[1] / other[1]
+    return cosine, cosine * math.sqrt(one[0].numel())

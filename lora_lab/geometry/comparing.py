@@ -62,7 +62,7 @@ def measure(
     Subspaces hold the share `energy` of ‖ΔW‖²; with `signs`, those of the entries are counted.
     """
     from lora_lab.adapters.formats.keys import natural_key
-    from lora_lab.adapters.initial import alike
+    from lora_lab.adapters.initial import cosine_of, start_of
     from lora_lab.geometry.canonical import Canonical
     from lora_lab.geometry.pairs import module_pair
 
@@ -70,15 +70,17 @@ def measure(
     found = Measured(names, [{} for _ in adapters], [{} for _ in adapters])
     for done, name in enumerate(names):
         forms: dict[int, Canonical] = {}
+        starts: dict[int, Any] = {}
         for i, adapter in enumerate(adapters):
             if name in adapter.updates:
+                starts[i] = start_of(adapter, name)
                 form = forms[i] = Canonical(adapter.updates[name], energy)
                 values = tuple(form.singular_values.tolist())
                 found.alone[i][name] = Alone(form.norm, values, form.effective_rank(), form.stable_rank())
                 found.sketches[i][name] = form.sketch(name)
         for i, j in itertools.combinations(forms, 2):
-            start = alike(adapters[i], adapters[j], name)
-            found.pairs.setdefault((i, j), {})[name] = module_pair(forms[i], forms[j], signs=signs), start
+            measured = module_pair(forms[i], forms[j], signs=signs), cosine_of(starts[i], starts[j])
+            found.pairs.setdefault((i, j), {})[name] = measured
         progress(done + 1, len(names))
     return found
 
