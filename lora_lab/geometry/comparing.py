@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lora_lab.errors import AdapterError
+
 if TYPE_CHECKING:
     from lora_lab.adapters.adapter import Adapter
     from lora_lab.geometry.canonical import Canonical
@@ -18,6 +20,9 @@ LEVELS = ("layer", "type", "module")
 
 _EQUAL = 1e-6
 """‖ΔW₁ − ΔW₂‖ / ‖ΔW‖ up to which two are the same but for rounding to float32."""
+
+_LARGEST = 1e100
+"""‖ΔW‖ beyond which squares and products of several would leave float64."""
 
 SIMILAR = 0.999
 """Cosine above which two are near-duplicates.
@@ -75,6 +80,10 @@ def measure(
             if name in adapter.updates:
                 starts[i] = start_of(adapter, name)
                 form = forms[i] = Canonical(adapter.updates[name], energy)
+                if not form.norm < _LARGEST:
+                    raise AdapterError(
+                        f"{adapter.source}: ‖ΔW‖ of {name} is {form.norm:.1e}; less than {_LARGEST:.0e} is needed"
+                    )
                 values = tuple(form.singular_values.tolist())
                 found.alone[i][name] = Alone(form.norm, values, form.effective_rank(), form.stable_rank())
                 found.sketches[i][name] = form.sketch(name)

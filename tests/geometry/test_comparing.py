@@ -14,7 +14,7 @@ from making_updates import gauged
 import lora_lab as ll
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.analysis.comparing import Compare
-from lora_lab.errors import MismatchError, OptionError, TunerError
+from lora_lab.errors import AdapterError, MismatchError, OptionError, TunerError
 from lora_lab.geometry import delta_hash
 from lora_lab.results import schema
 
@@ -217,6 +217,8 @@ def test_what_cannot_be_compared_is_told_in_one_line(tmp_path):
     a, b = adapter(tmp_path, 0), adapter(tmp_path, 1)
     other = Adapter.load(write(tmp_path / "wide", lora(MODULES[0], rows=24, columns=18)))
     elsewhere = adapter(tmp_path, 2, ("blocks.0.fc1",))
+    large = dataclasses.replace(b, tensors={k: t.double() * 1e60 for k, t in b.tensors.items()}, source="large")
+    hira = dataclasses.replace(b, config={**b.config, "peft_type": "HIRA"})
     dora = dataclasses.replace(b, config={**b.config, "use_dora": True})
     for given, options, error, text in [
         ([a], {}, OptionError, "^1 adapter given; to compare, two or more are needed"),
@@ -224,6 +226,8 @@ def test_what_cannot_be_compared_is_told_in_one_line(tmp_path):
         ([a, other], {}, MismatchError, r"s0 and .*wide: layers.0.q_proj is 24 × 16 and 24 × 18; adapters of one base"),
         ([a, elsewhere], {}, MismatchError, "update no module together"),
         ([a, dora], {}, TunerError, "no ΔW from the factors alone"),
+        ([a, hira], {}, TunerError, "no ΔW from the factors alone: .*HIRA"),
+        ([a, large], {}, AdapterError, r"^large: ‖ΔW‖ of head is .*e\+12.; less than 1e\+100 is needed$"),
         ([a, b], {"levels": ("layers",)}, OptionError, "layers"),
         ([a, b], {"energy": 0.0}, OptionError, "energy is 0.0; it must be above 0"),
         ([a, b], {"digits": 0}, OptionError, "digits is 0; it must be from 1 to 12"),
