@@ -44,6 +44,10 @@ def test_the_embedded_testbed_is_trained_and_analysed_without_extras(plain, tmp_
             "the merge by clusters of units needs sklearn, which is not installed: pip install 'lora-lab[data]'",
         ),
         (
+            ["compare", "a", "b", "a", "b", "--tsne"],
+            "t-SNE needs sklearn, which is not installed: pip install 'lora-lab[data]'",
+        ),
+        (
             ["train", "--task", "own.toml", "--steps", "1", "-o", "c"],
             "a task on data of one's own needs datasets, which is not installed: pip install 'lora-lab[data]'",
         ),
