@@ -63,6 +63,12 @@ class Searching(Computing):
         "one. Methods that look at data are never divided.",
         least=1,
     )
+    device: str | None = option(
+        None,
+        "cpu, cuda …: where modules are merged, each moved there when its turn comes, and where models are run for "
+        "methods that look at data. By default modules are merged on the CPU, with the same numbers on every machine, "
+        "and models run on a GPU where there is one.",
+    )
     ray: str | None = option(
         None,
         "The same on workers of a Ray cluster: auto (the one that runs), HOST:PORT, or local:N workers of its own.",
@@ -187,7 +193,7 @@ def _sources(loaded: Any, weights: Any, how: Merging, task: TaskEach | None, dev
     require_shared_modules(loaded)
     tasks = task.of(loaded) if task else None
     base = base_of(loaded, how.base, trust_record=trust)
-    return Sources(loaded, weights, base=base, tasks=tasks, device=device.resolved())
+    return Sources(loaded, weights, base=base, tasks=tasks, device=device.resolved(), place=device.place())
 
 
 def _foretell(sources: Any, how: Merging, options: Any, jobs: int | None) -> None:

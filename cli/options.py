@@ -133,6 +133,10 @@ class Device:
 
         return resolve_device(self.device)
 
+    def place(self) -> torch.device | None:
+        """Where matrices are computed: on a device that is asked for, else on the CPU."""
+        return None if self.device is None else self.resolved()
+
 
 @dataclass(frozen=True)
 class Workers(Device):

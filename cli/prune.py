@@ -113,6 +113,12 @@ class Choosing:
 class Pruners(Computing):
     """Where modules are pruned and layers are chosen, and by whom."""
 
+    device: str | None = option(
+        None,
+        "cpu, cuda …: where modules are cut, each moved there when its turn comes, and where models are run for "
+        "top-shapley. By default modules are cut on the CPU, with the same numbers on every machine, and models run on "
+        "a GPU where there is one.",
+    )
     jobs: int | None = option(
         None,
         "With --rank, --energy, --cumulative, --ratio or --sparsity, prune so many modules at a time, by default up to "
@@ -161,14 +167,16 @@ def command(
     if how.keep is not None:
         pruned = _structured(loaded, how.keep, choosing, task, computing)
     elif how.sparsity is not None:
-        by, shared = how.method or "magnitude", {"seed": choosing.seed, "jobs": computing.jobs}
+        by = how.method or "magnitude"
         foretell("to be pruned", forecast(loaded, criterion=by, jobs=computing.jobs))
-        pruned = prune_weights(loaded, sparsity=how.sparsity, by=by, per_matrix=how.per_matrix, **shared)
+        entries = {"sparsity": how.sparsity, "by": by, "per_matrix": how.per_matrix, "seed": choosing.seed}
+        pruned = prune_weights(loaded, **entries, jobs=computing.jobs, place=computing.place())
     elif how.intruders is not None:
         pruned = _lowered(loaded, how.intruders, intruders, computing)
     else:
         foretell("to be pruned", forecast(loaded, rank=how.rank, jobs=computing.jobs))
-        pruned = prune_rank(loaded, **how.cut, by=how.rank_by, seed=choosing.seed, jobs=computing.jobs)
+        ranks = {**how.cut, "by": how.rank_by, "seed": choosing.seed}
+        pruned = prune_rank(loaded, **ranks, jobs=computing.jobs, place=computing.place())
     fitted = output.fit(pruned.adapter)
     fitted.adapter.save(path, force=output.force)
     report = {**_report(path, pruned), "changes": list(fitted.changes), "advice": list(fitted.advice)}

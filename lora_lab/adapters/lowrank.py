@@ -54,6 +54,12 @@ class LowRank:
         dense: Tensor = self.B @ self.A
         return dense.reshape(self.shape)
 
+    def to(self, device: torch.device) -> LowRank:
+        """The same ΔW with its factors on a device."""
+        if self.A.device == self.B.device == device:
+            return self
+        return LowRank(self.A.to(device), self.B.to(device), self.shape)
+
     def __mul__(self, factor: float) -> LowRank:
         check_type("the factor", factor, float | Tensor)
         return LowRank(self.A, self.B * factor, self.shape)

@@ -73,6 +73,7 @@ def procrustes_mean(updates: Sequence[LowRank], weights: Sequence[float] | None 
         raise OptionError(f"a mean needs weights of 0 or more, not all of them 0; they are {shown}")
     shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     factors = _balanced([_wide(update) for update in updates])
+    shares = shares.to(factors[0].A.device)
     Z = torch.stack([torch.cat([factor.B, factor.A.T]) for factor in factors])  # [T, rows + columns, r]
     cores = torch.einsum("idr,jds->ijrs", Z, Z)  # ZᵢᵀZⱼ
     used = [t for t, weight in enumerate(weights) if weight]

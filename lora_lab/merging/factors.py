@@ -89,7 +89,7 @@ def robustmerge(
     else:
         _require_one_rank(given, "aligned ones can (factors=aligned)")
     A_sum, B_sum = (torch.zeros_like(factor, dtype=torch.float64) for factor in (given[0].A, given[0].B))
-    total = torch.zeros(given[0].rank, dtype=torch.float64)
+    total = given[0].A.new_zeros(given[0].rank, dtype=torch.float64)
     for update, (_, weight) in zip(given, used, strict=True):
         A, B = _largest(update.A.double(), density), _largest(update.B.double(), density)
         c = _lost(update.A.double(), A, quantile)

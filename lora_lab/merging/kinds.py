@@ -45,6 +45,15 @@ class Inner(Protocol):
         """(module, merged ΔW, or the call that makes it) pairs."""
 
 
+def by_sources(function: Method) -> Method:
+    """A method of the sources as a whole, with their ΔW on the CPU."""
+
+    def method(sources: Sources, **options: Any) -> Iterable[tuple[str, Delta | Callable[[], Delta]]]:
+        return function(sources.placed(torch.device("cpu")), **options)
+
+    return method
+
+
 def by_updates(function: Callable[..., LowRank], *, sided: bool = False) -> Method:
     """A method of one module's (updates, weights) as a method of all modules; `sided` as in `SIDED_UPDATES`."""
 
@@ -178,7 +187,7 @@ def summed(coefficients: Callable[..., list[float]]) -> Rule:
 
         def gram() -> Tensor:
             flat = torch.stack([matrix.flatten() for matrix in matrices]).double()
-            return flat @ flat.T
+            return (flat @ flat.T).cpu()
 
         factors = coefficients(gram, weights, **options)
         return torch.stack([matrix * f for matrix, f in zip(matrices, factors, strict=True)]).sum(0)
@@ -208,8 +217,8 @@ class Kind:
     """About how many nanoseconds a core of 2024 takes: an entry of each ΔW where it is dense, else of the factors."""
 
 
-SOURCES = Kind(lambda function: function)
-"""(sources, options) → (module, merged ΔW) pairs."""
+SOURCES = Kind(by_sources)
+"""(sources, options) → (module, merged ΔW) pairs; ΔW is on the CPU, whatever models are run on."""
 UPDATES = Kind(by_updates)
 """(low-rank updates of one module, their weights, options) → low-rank update."""
 SIDED_UPDATES = Kind(functools.partial(by_updates, sided=True))

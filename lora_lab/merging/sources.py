@@ -75,7 +75,8 @@ class Sources:
 
     A module that an adapter leaves alone has ΔW = 0 there; `absent` tells of them. Adapters whose ΔW is not known from
     themselves (DoRA, HiRA …) need the model in `base`, against which their ΔW is exact. `tasks`, one an adapter, are
-    for methods that look at data. Raises MismatchError where base models, modules or shapes do not fit.
+    for methods that look at data, whose models are run on `device`; modules are merged on `place`, each moved there
+    when its turn comes. Raises MismatchError where base models, modules or shapes do not fit.
     """
 
     @checked
@@ -87,12 +88,13 @@ class Sources:
         base: Callable[[], nn.Module] | None = None,
         tasks: Sequence[Task] | None = None,
         device: torch.device | None = None,
+        place: torch.device | None = None,
     ) -> None:
         if not adapters:
             raise OptionError("no adapter was given")
         self.adapters, self.base = list(adapters), base
         self.tasks = list(tasks) if tasks is not None else None
-        self.device = device or torch.device("cpu")
+        self.device, self.place = device or torch.device("cpu"), place or torch.device("cpu")
         self._progress: Callable[[int, int], None] | None = None
         self._weigh(weights)
         same_base(self.adapters)
@@ -108,6 +110,12 @@ class Sources:
         part._weigh(weights)
         part._measure()
         return part
+
+    def placed(self, place: torch.device) -> Sources:
+        """The same, merged on another device."""
+        same = copy(self)
+        same.place = place
+        return same
 
     def telling(self, progress: Callable[[int, int], None] | None) -> Sources:
         """The same, with whom a method that looks at data tells how far it is: (pieces done, pieces in all)."""
@@ -176,12 +184,13 @@ class Sources:
         return self.weights.of(name, self._layers[name])
 
     def updates_of(self, name: str) -> list[LowRank]:
-        """ΔW of every adapter in a module, of rank 0 where it leaves it alone; all in one dtype."""
+        """ΔW of every adapter in a module, of rank 0 where it leaves it alone; all in one dtype, on `place`."""
         updates = [self._update(i, name) for i in range(len(self.adapters))]
         dtype = max((u.A.dtype for u in updates if u), key=lambda dtype: dtype.itemsize)
         shape = self.shapes[name]
         empty = torch.zeros(0, shape[1:].numel(), dtype=dtype), torch.zeros(shape[0], 0, dtype=dtype)
-        return [LowRank(u.A.to(dtype), u.B.to(dtype), shape) if u else LowRank(*empty, shape) for u in updates]
+        given = [LowRank(u.A.to(dtype), u.B.to(dtype), shape) if u else LowRank(*empty, shape) for u in updates]
+        return [each.to(self.place) for each in given]
 
     def _update(self, index: int, name: str) -> LowRank | None:
         adapter = self.adapters[index]

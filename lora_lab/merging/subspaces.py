@@ -175,10 +175,10 @@ def lego(
     if not len(units):
         return updates[0] * 0.0
     count = min(wanted, len(torch.unique(units, dim=0)))
-    cluster_of = KMeans(count, n_init=10, random_state=seed).fit_predict(units.numpy())
+    cluster_of = KMeans(count, n_init=10, random_state=seed).fit_predict(units.cpu().numpy())
     merged = []
     for cluster in range(count):
-        members = units[torch.from_numpy(np.flatnonzero(cluster_of == cluster))]
+        members = units[torch.from_numpy(np.flatnonzero(cluster_of == cluster)).to(units.device)]
         if not len(members):
             continue
         centre = members.mean(0)
@@ -225,7 +225,7 @@ def _svd(update: LowRank, dtype: torch.dtype | None = None, size: float = 0.0) -
 
 def _real(S: Tensor, dtype: torch.dtype, size: float = 0.0) -> Tensor:
     if not len(S):
-        return torch.zeros(0, dtype=torch.bool)
+        return torch.zeros_like(S, dtype=torch.bool)
     threshold = max(float(S.max()), size) * 8 * torch.finfo(dtype).eps
     real: Tensor = (threshold < S) & (S > 0)
     return real

@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.lowrank import LowRank
 from lora_lab.brief import Brief
 from lora_lab.forecast import bytes_of
 from lora_lab.side_by_side import in_order
@@ -40,15 +43,16 @@ def measured(
     *,
     lost: tuple[Mapping[str, float], Mapping[str, float]] | None = None,
     jobs: int = 1,
+    place: torch.device | None = None,
 ) -> Pruned:
     """`after` with its record (for given options) and its cost; `lost` are ‖lost‖² and ‖ΔW‖² by module, if known.
 
-    Else so many modules are measured at a time.
+    Else so many modules are measured at a time, on the device `place`.
     """
     if lost is None and before.why_no_delta is None:
         names = list(before.updates)
         after.updates  # noqa: B018  (made once, before the threads ask for it)
-        calls = (partial(_measured, name, before, after) for name in names)
+        calls = (partial(_measured, name, before, after, place or torch.device("cpu")) for name in names)
         pairs = dict(zip(names, in_order(calls, jobs), strict=True))
         lost = {name: pair[0] for name, pair in pairs.items()}, {name: pair[1] for name, pair in pairs.items()}
     gone, all_of_it = lost or ({}, {})
@@ -66,22 +70,23 @@ def measured(
     )
 
 
-def _measured(name: str, before: Adapter, after: Adapter) -> tuple[float, float]:
+def _measured(name: str, before: Adapter, after: Adapter, place: torch.device) -> tuple[float, float]:
     """‖lost‖² and ‖ΔW‖² of one module."""
-    return _lost(name, before, after), before.updates[name].norm() ** 2
+    update = before.updates[name].to(place)
+    return _lost(name, update, before, after), update.norm() ** 2
 
 
-def _lost(name: str, before: Adapter, after: Adapter) -> float:
+def _lost(name: str, update: LowRank, before: Adapter, after: Adapter) -> float:
     """‖ΔW_before − ΔW_after‖² of one module."""
     if name not in after.sites:
-        return before.updates[name].norm() ** 2
+        return update.norm() ** 2
     sites = before.sites[name], after.sites[name]
     if sites[0].scale == sites[1].scale and all(
         part in sites[1].keys and before.tensors[key] is after.tensors[sites[1].keys[part]]
         for part, key in sites[0].keys.items()
     ):
         return 0.0
-    return (before.updates[name] - after.updates[name]).norm() ** 2
+    return (update - after.updates[name].to(update.A.device)).norm() ** 2
 
 
 def _ratio(lost: float, whole: float) -> float:

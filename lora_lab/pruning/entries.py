@@ -32,6 +32,7 @@ def prune_weights(
     seed: int = 0,
     rank: int | None = None,
     jobs: int | None = None,
+    place: torch.device | None = None,
 ) -> Pruned:
     """The adapter with the share `sparsity` of its entries set to zero: those of the lowest score (see CRITERIA).
 
@@ -40,7 +41,7 @@ def prune_weights(
     plain LoRA then loses the units and modules that came out as zero, any other tuner keeps its shapes.
     delta-magnitude chooses among the entries of ΔW (plain LoRA only) and factors what is left at its full numerical
     rank, or at `rank`; `jobs` modules are factored at a time (by default up to four, fewer on fewer cores), with the
-    same numbers for any of them. Raises AdapterError where nothing would be left.
+    same numbers for any of them, each on the device `place`. Raises AdapterError where nothing would be left.
     """
     criterion = CRITERIA[by]
     if not 0 <= sparsity <= 1:
@@ -54,7 +55,8 @@ def prune_weights(
     masks = partial(_masks, score=criterion.score, sparsity=sparsity, per_matrix=per_matrix, seed=seed)
     with one_core_each():
         if criterion.of_delta:
-            pruned = _in_deltas(adapter, masks, sparsity, rank, jobs or usual_jobs())
+            thinned = partial(_thinned, sparsity=sparsity, rank=rank, place=place or torch.device("cpu"))
+            pruned = _in_deltas(adapter, masks, sparsity, thinned, jobs or usual_jobs())
         else:
             pruned = _in_tensors(adapter, masks, sparsity)
     return replace(pruned, adapter=recorded(adapter, pruned.adapter, options | ({"rank": rank} if rank else {})))
@@ -123,14 +125,16 @@ def _alive(adapter: Adapter, site: Site) -> list[int]:
     return [int(unit) for unit in there.nonzero().flatten()]
 
 
-def _in_deltas(adapter: Adapter, masks: Masks, sparsity: float, rank: int | None, jobs: int) -> Pruned:
+def _in_deltas(
+    adapter: Adapter, masks: Masks, sparsity: float, thin: Callable[[LowRank, Tensor], _Thinned], jobs: int
+) -> Pruned:
     wide = max((update.A.dtype for update in adapter.updates.values()), key=lambda dtype: dtype.itemsize)
 
     def parts() -> Iterator[Tensor]:
         return (update.delta().to(wide) for update in adapter.updates.values())
 
     masked = zip(adapter.updates.values(), masks(parts), strict=True)
-    calls = (partial(_thinned, update, mask, sparsity, rank) for update, mask in masked)
+    calls = (partial(thin, update, mask) for update, mask in masked)
     thinned = dict(zip(adapter.updates, in_order(calls, jobs), strict=True))
     zeros, total = (sum(getattr(each, part) for each in thinned.values()) for part in ("zeros", "entries"))
     _check_left(adapter, zeros < total or not sparsity, sparsity)
@@ -154,14 +158,16 @@ class _Thinned(Brief):
     """‖ΔW‖²."""
 
 
-def _thinned(update: LowRank, mask: Tensor, sparsity: float, rank: int | None) -> _Thinned:
+def _thinned(update: LowRank, mask: Tensor, *, sparsity: float, rank: int | None, place: torch.device) -> _Thinned:
+    update = update.to(place)
     dense = update.delta()
-    left = dense.masked_fill(mask, 0)
+    left = dense.masked_fill(mask.to(place), 0)
     kept = update if torch.equal(left, dense) and (left.any() or not sparsity) else _factored(left)
     if rank is not None and kept is not None and kept.rank > rank:
         kept = kept.truncate(rank)[0]
     lost = float((dense - (0 if kept is None else kept.delta())).double().square().sum())
-    return _Thinned(kept, int((left == 0).sum()), left.numel(), lost, float(dense.double().square().sum()))
+    kept_here = None if kept is None else kept.to(torch.device("cpu"))
+    return _Thinned(kept_here, int((left == 0).sum()), left.numel(), lost, float(dense.double().square().sum()))
 
 
 def _factored(dense: Tensor) -> LowRank | None:

@@ -128,7 +128,8 @@ def units(update: LowRank, generator: np.random.Generator) -> Units:
 def random(update: LowRank, generator: np.random.Generator) -> Units:
     """The module's own units in an order drawn at random."""
     numbers = generator.permutation(update.rank).tolist()
-    return LowRank(update.A[numbers], update.B[:, numbers], update.shape), numbers
+    order = torch.tensor(numbers)
+    return LowRank(update.A[order], update.B[:, order], update.shape), numbers
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,7 @@ def prune_rank(
     by: str = "svd",
     seed: int = 0,
     jobs: int | None = None,
+    place: torch.device | None = None,
 ) -> Pruned:
     """The adapter at a lower rank: the first units of each module in the order that `by` (see RANK_ORDERS) gives.
 
@@ -178,7 +180,7 @@ def prune_rank(
     F², its sv_cumulative and sv_ratio are these. A module whose own rank is no larger stays bit for bit; with a share,
     modules whose ΔW is 0 are removed. Scales stay. New factors (svd) are rounded to the dtype of the old. LoHa and LoKr
     become a LoRA; TunerError where ΔW is not known without the base model. `jobs` modules are cut at a time (by default
-    up to four, fewer on fewer cores), with the same numbers for any of them.
+    up to four, fewer on fewer cores), with the same numbers for any of them; each is moved to `place` for it.
     """
     given = {"energy": energy, "cumulative": cumulative, "ratio": ratio}
     shares = {name: value for name, value in given.items() if value is not None}
@@ -194,7 +196,7 @@ def prune_rank(
     at_a_time = 1 if RANK_ORDERS[by].random else jobs or usual_jobs()  # draws come one after the other
     with one_core_each():
         calls = (
-            partial(_cut, adapter, name, rank, shares, by, generator)
+            partial(_cut, adapter, name, rank, shares, by, generator, place or torch.device("cpu"))
             for name in sorted(adapter.sites)
             if shares or rank is None or rank < (adapter.sites[name].rank or 0)
         )
@@ -208,7 +210,7 @@ def prune_rank(
     options: dict[str, Any] = {"rank": rank} if rank is not None else {}
     options |= {**shares, "by": by} | ({"seed": seed} if RANK_ORDERS[by].random else {})
     with one_core_each():
-        return measured(before, pruned, options, jobs=jobs or usual_jobs())
+        return measured(before, pruned, options, jobs=jobs or usual_jobs(), place=place)
 
 
 @dataclass(frozen=True, repr=False)
@@ -221,10 +223,16 @@ class _Cut(Brief):
 
 
 def _cut(
-    adapter: Adapter, name: str, rank: int | None, shares: Mapping[str, float], by: str, generator: np.random.Generator
+    adapter: Adapter,
+    name: str,
+    rank: int | None,
+    shares: Mapping[str, float],
+    by: str,
+    generator: np.random.Generator,
+    place: torch.device,
 ) -> _Cut | None:
     """What a module keeps; None where that is all of it."""
-    update = adapter.updates[name]
+    update = adapter.updates[name].to(place)
     ordered, numbers = RANK_ORDERS[by].order(update, generator)
     counts = [_SHARES[share].count(ordered, value) for share, value in shares.items()]
     count = min([ordered.rank, *counts, *([rank] if rank else [])])
@@ -232,7 +240,7 @@ def _cut(
         return None
     tensors = {}
     if numbers is None:
-        left = LowRank(ordered.A[:count], ordered.B[:, :count], ordered.shape)
+        left = LowRank(ordered.A[:count], ordered.B[:, :count], ordered.shape).to(torch.device("cpu"))
         tensors = written(left, adapter, adapter.sites[name])
     return _Cut(name, list(range(count) if numbers is None else numbers[:count]), tensors)
 
