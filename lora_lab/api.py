@@ -134,7 +134,7 @@ def merge(
         base=base_of(loaded, base, trust_record=trust_record),
         tasks=each_task_of(loaded, task, trust_record) if MERGES[method].reads_data else None,
         device=where.place(),
-        place=where.device,
+        place=None if where.device is None else where.place(),
     )
     with _shown(where, f"merging by {method}", progress) as told:
         made = merged.merge(sources, method, options=options, progress=told.progress, **common)
