@@ -18,6 +18,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.attached import layers, wrapped
 from lora_lab.adapters.describe import labels_of
 from lora_lab.adapters.formats.keys import PREFIX
+from lora_lab.adapters.formats.peft_config import not_placed
 from lora_lab.adapters.formats.peft_format import update
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank, combine
@@ -32,6 +33,10 @@ HEADS = ("average", "first")
 """What can become of heads in which adapters differ: a checkpoint has one."""
 _SHARING = {"VERA", "PVERA", "RANDLORA", "VBLORA", "TINYLORA"}
 """Tuners whose modules have tensors, or what is drawn from a seed, in common: all are made together."""
+_DECOMPOSED = {"FROD"}
+"""Tuners that decompose the weights of all their modules together, which are then all in memory."""
+_BY_TARGETS = {"UNILORA"}
+"""Tuners whose file may name no module: they are on all that target_modules names, in the order of the model."""
 _OF_THE_WHOLE = (
     "trainable_token_indices",
     "ensure_weight_tying",
@@ -100,7 +105,7 @@ class Changes:
         heads: str | None = None,
     ) -> None:
         self.layout = layout
-        self.adapters = list(adapters)
+        self.adapters = adapters = [_placed(layout, adapter) for adapter in adapters]
         self.coefficients = [1.0] * len(adapters) if coefficients is None else list(coefficients)
         self.sites: dict[str, list[tuple[int, Site]]] = {}
         """Module → index of each adapter that changes it, and its site there."""
@@ -196,17 +201,24 @@ class Changes:
         if self._last[0] != key:
             names = self.layout.parameters_of(module)
             with quiet(), torch.no_grad():
-                self._last = (key, self._merge(index, module, self._wide(names)))
+                self._last = (key, self._merge(index, module, self._weights(self.adapters[index], names)))
         return self._last[1]
 
-    def _wide(self, parameters: Sequence[str]) -> dict[str, Tensor]:
-        return {name: self.layout.read(name).to(_wide_dtype(self.layout.dtype(name))) for name in parameters}
+    def _weights(self, adapter: Adapter, parameters: Sequence[str]) -> dict[str, Tensor]:
+        """The base's, wide; those that a tuner decomposes in their own dtype, as PEFT decomposes them."""
+        read = {name: self.layout.read(name) for name in parameters}
+        if adapter.tuner in _DECOMPOSED:
+            return read
+        return {name: tensor.to(_wide_dtype(tensor.dtype)) for name, tensor in read.items()}
 
     def _merge(self, index: int, module: str, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
         adapter = self.adapters[index]
-        if adapter.tuner in _SHARING or any(not key.startswith(PREFIX) for key in adapter.others):
+        together = _SHARING | _DECOMPOSED
+        if adapter.tuner in together or any(not key.startswith(PREFIX) for key in adapter.others):
             if index not in self._skeletons:
-                self._skeletons[index] = self._tree(adapter, list(adapter.sites), None)
+                every = [name for site in adapter.sites for name in self.layout.parameters_of(_own(site))]
+                weights = self._weights(adapter, every) if adapter.tuner in _DECOMPOSED else None
+                self._skeletons[index] = self._tree(adapter, list(adapter.sites), weights)
             tree, tuned = self._skeletons[index]
             held = {name: _held(tree, module, name) for name in base}
             before = {name: parameter.data for name, parameter in held.items()}
@@ -225,7 +237,8 @@ class Changes:
         merged = {name: _held(tree, module, name).data for name in base}
         for name, data in before.items():
             held[name].data = data
-        return {name: merged[name] - base[name] for name in base if not torch.equal(merged[name], base[name])}
+        wide = {name: tensor.to(_wide_dtype(tensor.dtype)) for name, tensor in base.items()}
+        return {name: merged[name] - wide[name] for name in base if not torch.equal(merged[name], base[name])}
 
     def _tree(
         self, adapter: Adapter, names: Sequence[str], base: Mapping[str, Tensor] | None
@@ -307,10 +320,28 @@ def _refuse_other_models(adapter: Adapter) -> None:
         raise TunerError(f"{adapter.source}: layer_replication builds another model than the base's")
     if adapter.config.get("alora_invocation_tokens"):
         raise TunerError(f"{adapter.source}: acts after its invocation tokens alone, which no weight of a base can do")
-    if adapter.tuner == "FROD":
-        raise TunerError(f"{adapter.source}: FROD draws its bases from the weights of all layers together")
+    if adapter.tuner == "LILY":
+        raise TunerError(
+            f"{adapter.source}: LILY mixes its matrices by what the input is, which no weight of a base can do"
+        )
     if not adapter.sites and not any(key.startswith(PREFIX) for key in adapter.others):
         raise TunerError(f"{adapter.source}: {adapter.tuner} names no module of the base whose weight it changes")
+
+
+def _placed(layout: Layout, adapter: Adapter) -> Adapter:
+    """The adapter with the modules that it is on where its file does not name them, or not in the model's order."""
+    if adapter.tuner not in _BY_TARGETS:
+        return adapter
+    if layout.model is None:
+        raise TunerError(
+            f"{adapter.source}: {adapter.tuner} names its modules by their order in the model, which a base without a "
+            "config.json that transformers knows does not tell"
+        )
+    weighted = [name for name in layout.modules if f"{name}.weight" in layout.parameters_of(name)]
+    gone, _ = not_placed(adapter.config, dict.fromkeys(weighted, "linear"))
+    names = [name for name in weighted if name not in gone]
+    own = {name: adapter.sites.get(name) or Site(name, adapter.tuner.lower(), {}) for name in names}
+    return replace(adapter, sites={**own, **adapter.sites})
 
 
 def _own(name: str) -> str:

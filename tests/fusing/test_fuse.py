@@ -89,6 +89,12 @@ OTHERS = {
     "SHIRA": lambda: peft.ShiraConfig(r=2, target_modules=QV),
     "TOKENS": lambda: peft.LoraConfig(r=2, target_modules=QV, trainable_token_indices=[1, 5]),
     "TRAINABLE_TOKENS": lambda: peft.TrainableTokensConfig(token_indices=[1, 2], target_modules=["embed_tokens"]),
+    "FROD": lambda: peft.FrodConfig(target_modules=["q_proj", "v_proj"]),
+    "FROD with its projections": lambda: peft.FrodConfig(target_modules=["q_proj", "up_proj"], save_projection=True),
+    "UNILORA": lambda: peft.UniLoraConfig(r=2, theta_d_length=30, target_modules=["v_proj", "q_proj"]),
+    "UNILORA with its indices": lambda: peft.UniLoraConfig(
+        r=2, theta_d_length=30, target_modules=["q_proj", "down_proj"], save_indices=True
+    ),
     "VBLORA": lambda: peft.VBLoRAConfig(vector_length=4, num_vectors=8, target_modules=QV),
     "VERA": lambda: peft.VeraConfig(r=2, target_modules=["q_proj", "down_proj"]),
     "VERA without its matrices": lambda: peft.VeraConfig(
@@ -99,6 +105,13 @@ OTHERS = {
 ELSEWHERE = [
     ("gpt2", lambda: peft.LoraConfig(r=2, target_modules=["c_attn", "c_proj"], use_dora=True, fan_in_fan_out=True)),
     ("gpt2", lambda: peft.IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"])),
+    ("gpt2", lambda: peft.FrodConfig(target_modules=["c_attn", "mlp.c_proj"], fan_in_fan_out=True)),
+    (
+        "gpt2",
+        lambda: peft.UniLoraConfig(
+            r=2, theta_d_length=30, target_modules=["mlp.c_proj", "c_attn"], fan_in_fan_out=True
+        ),
+    ),
     ("bert", lambda: peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", lora_bias=True)),
     ("bert", lambda: peft.OFTConfig(r=0, oft_block_size=4, target_modules=["query"], task_type="SEQ_CLS")),
     ("vit", lambda: peft.LoraConfig(r=2, target_modules=["projection"], use_dora=True)),
@@ -157,6 +170,22 @@ def test_other_tuners_are_right_on_other_layers(bases, tmp_path, name, config):
     assert_fused(name, tmp_path / "out", merged(name, bases(name), adapter))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_decomposed_is_decomposed_in_the_bases_dtype(tmp_path):
+    base = write_base("llama", tmp_path / "base", torch.bfloat16)
+    adapter = train("llama", base, tmp_path / "a", OTHERS["FROD"])
+    fused(base, [adapter], tmp_path / "out")
+    wanted = merged("llama", base, adapter)
+    assert all(torch.equal(t, wanted[key]) for key, t in load_file(tmp_path / "out" / "model.safetensors").items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_modules_that_are_named_by_their_order_alone_need_a_model(bases, tmp_path):
+    adapter = train("llama", bases("llama"), tmp_path / "a", OTHERS["UNILORA"])
+    with pytest.raises(TunerError, match="UNILORA names its modules by their order in the model"):
+        fused(bases("llama") / "model.safetensors", [adapter], tmp_path / "out")
+
+
 @pytest.mark.parametrize("said", [True, False])
 def test_the_layer_says_how_its_weight_is_stored_not_the_file(bases, tmp_path, said):
     adapter = train("gpt2", bases("gpt2"), tmp_path / "a", LORA["gpt2"])  # attn.c_proj is square
@@ -174,9 +203,11 @@ def test_the_layer_says_how_its_weight_is_stored_not_the_file(bases, tmp_path, s
             lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
             "no PROMPT_TUNING|names no module",
         ),
-        (lambda: peft.UniLoraConfig(target_modules=QV), "UNILORA names no module of the base"),
-        (lambda: peft.FrodConfig(target_modules=QV), "FROD draws its bases from the weights of all layers together"),
-        (lambda: peft.LilyConfig(r=2, target_modules=QV), "LILY"),
+        (lambda: peft.LilyConfig(r=2, target_modules=QV), "LILY mixes its matrices by what the input is"),
+        (
+            lambda: peft.LoraConfig(r=2, target_modules=QV, alora_invocation_tokens=[1, 2], task_type="CAUSAL_LM"),
+            "acts after its invocation tokens alone",
+        ),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
