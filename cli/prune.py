@@ -99,9 +99,9 @@ class Choosing:
     players: str | Mapping[str, str] = option(
         "layer", "What K counts: NAMES, or NAME=REGEX.", names=Later("lora_lab.adapters.groups", "PLAYERS")
     )
-    worth: str = option("accuracy", "For top-shapley: NAMES.", names=Later("lora_lab.analysis.game", "WORTHS"))
+    worth: str = option("accuracy", "For patterns by values: NAMES.", names=Later("lora_lab.analysis.game", "WORTHS"))
     samples: int = option(200, "For top-shapley: marginal contributions a player.", least=1)
-    split: str = option("validation", "For top-shapley: the split to choose on.")
+    split: str = option("validation", "For patterns by values: the split to choose on.")
     seed: int = option(0, "Of random choices.", least=0)
 
     def shapley(self) -> Shapley:
@@ -122,7 +122,7 @@ class Pruners(Computing):
     jobs: int | None = option(
         None,
         "With --rank, --energy, --cumulative, --ratio or --sparsity, prune so many modules at a time, by default up to "
-        "four; the result is the same to the bit. For top-shapley, compute in so many processes.",
+        "four; the result is the same to the bit. For patterns by values, compute in so many processes.",
         least=1,
     )
 
@@ -131,7 +131,7 @@ class Pruners(Computing):
 class ChoosingTask(OneTask):
     """The task that they are chosen on."""
 
-    task: str | None = option(None, "For top-shapley: the task; by default the adapter's own.")
+    task: str | None = option(None, "For patterns by values: the task; by default the adapter's own.")
 
 
 def command(
@@ -187,15 +187,15 @@ def command(
 
 
 def _structured(loaded: Any, keep: str, choosing: Choosing, task: OneTask, computing: Computing) -> Any:
-    """The adapter with what a pattern keeps; Shapley values are computed when a pattern asks for them."""
+    """The adapter with what a pattern keeps; values of the task are computed when a pattern asks for them."""
     from ..pruning import patterns
     from ..pruning.modules import structured
 
-    def shapley() -> dict[str, float]:
+    def values(estimator: str | None) -> dict[str, float]:
         with computing.execution("asking for coalitions") as on:
-            return choosing.shapley().values(loaded, task.of([loaded]), on)
+            return replace(choosing.shapley(), estimator=estimator).values(loaded, task.of([loaded]), on)
 
-    choice = replace(patterns.choice_of(loaded, by=choosing.players, seed=choosing.seed), shapley=shapley)
+    choice = replace(patterns.choice_of(loaded, by=choosing.players, seed=choosing.seed), values=values)
     return structured(loaded, patterns.keep(choice, keep), pattern=keep)
 
 

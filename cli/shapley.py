@@ -31,15 +31,19 @@ def command(
 
     A player's value is what it adds on joining, averaged over all orders of joining; together they add up to what the
     whole adapter is worth above the base. **exact** asks for all 2^n coalitions. **antithetic** walks random orders
-    forth and back: unbiased, with honest standard errors. **regression** fits pairs of coalitions: usually the smallest
-    error for the same work, with a slight bias that vanishes.
+    forth and back: unbiased, with honest standard errors. **regression** fits pairs of coalitions: usually a much
+    smaller error for the same work, with a slight bias that vanishes. **joint** fits what gradients leave over of such
+    pairs: the smallest error from any number of them, and from none at all (--budget 2).
 
     **gates** asks for no coalitions but the two ends: a gate from 0 to 1 multiplies each player's update, and gradients
     at a few nodes along equal gates (nodes=3; each costs about three passes, whatever the number of players) give
     Aumann–Shapley values, which differ a little from Shapley's; the efficiency gap tells part of that. **link** makes
     Shapley values of them, usually closer; **antithetic+link** and **permutation+link** draw orders for what these
     leave over: unbiased, with much smaller errors than orders alone. For accuracy the gates see
-    σ(margin / temperature), which may take more nodes; batch=8 saves memory.
+    σ(margin / temperature), which may take more nodes (joint sees every example's margin); batch=8 saves memory.
+
+    Cheaper rankings, which add up to nothing: **taylor** (the slope with everything on), **sensitivity** (its mean size
+    over coalitions, passes=16) and **drop** (how large a share of the outputs is, LoRA-drop).
 
     Every coalition is kept in the output folder, so another
     question about the same adapter starts from there, and so does a run that was killed.
@@ -62,6 +66,8 @@ def command(
 
 def show(result: Any) -> None:
     """The result as tables."""
+    from ..games.estimators import ESTIMATORS
+
     n, worth = result.provenance["examples"], result.parameters["worth"]
     for summary in result.summary["adapters"]:
         rows = result.rows(adapter=summary["adapter"])
@@ -77,7 +83,9 @@ def show(result: Any) -> None:
             )
             for row in rows
         ]
-        title = f"Shapley values of {summary['adapter']}: {worth}, {result.parameters['split']} split, {n} examples"
+        entry = ESTIMATORS.get(summary["estimator"])
+        what = "Ranking" if entry and entry.ranking else "Shapley values"
+        title = f"{what} of {summary['adapter']}: {worth}, {result.parameters['split']} split, {n} examples"
         table(title, headings, cells)
         _show_summary(summary)
         console.print()

@@ -145,11 +145,13 @@ def _data(step: Step) -> list[str] | None:
 def _looks(verb: str, options: Mapping[str, Any]) -> bool:
     """Whether a step's options say that it looks at data."""
     from ..merging.methods import MERGES
+    from ..pruning.patterns import KEEPS
 
     if verb == "merge":
         method = MERGES.get(str(options.get("method")))
         return bool(options.get("task") or options.get("search") or (method and method.reads_data))
-    return verb == "evaluate" or str(options.get("keep")).startswith("top-shapley")
+    pattern = KEEPS.get(str(options.get("keep")).partition(":")[0])
+    return verb == "evaluate" or bool(pattern and pattern.valued)
 
 
 def _needs_base(verb: str, options: Mapping[str, Any], loading: Reading, paths: Sequence[str]) -> bool:

@@ -158,7 +158,7 @@ def prune(
     """The adapter with the modules that a pattern keeps, a share of its entries 0, or a lower rank: in one way.
 
     keep: a pattern such as every-other or top-shapley:2, with the fields of `Shapley` as options (players and seed
-    for all patterns, the rest for those by Shapley values, which are computed on the validation split of `task`).
+    for all patterns, the rest for those by values, which are computed on the validation split of `task`).
     sparsity: a share, with by (the criterion), per_matrix, seed. rank, energy, the share of ‖ΔW‖² that is kept,
     cumulative or ratio: with by (the order of the ranks), as in `lora_lab.pruning.prune_rank`. intruders: their factor,
     with base, top, threshold, exact, as in `lora_lab.pruning.lower_intruders`. These functions tell what it cost. `on`

@@ -110,18 +110,19 @@ def kept_by(
     shown: contextlib.AbstractContextManager[Execution],
     options: Mapping[str, Any],
 ) -> list[str]:
-    """The modules that a pattern keeps; Shapley values are computed for those alone that are by them."""
+    """The modules that a pattern keeps; values of a task are computed for those alone that are by them."""
     from lora_lab.analysis.questions import Shapley
     from lora_lab.pruning.patterns import choice_of, keep
 
     question = from_options(Shapley, {"split": "validation", **options})
     choice = choice_of(adapter, by=question.players, seed=question.seed)
 
-    def shapley() -> dict[str, float]:
+    def values(estimator: str | None) -> dict[str, float]:
         with shown as where:
-            return question.values(adapter, task(), where)
+            by = dataclasses.replace(question, estimator=estimator or question.estimator)
+            return by.values(adapter, task(), where)
 
-    return keep(dataclasses.replace(choice, shapley=shapley), pattern)
+    return keep(dataclasses.replace(choice, values=values), pattern)
 
 
 def from_options(cls: type[Made], options: Mapping[str, Any]) -> Made:

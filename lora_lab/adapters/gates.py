@@ -64,6 +64,46 @@ def gated(attached: Attached, players: Sequence[Sequence[Unit]]) -> Iterator[Gat
         yield gates
 
 
+@contextlib.contextmanager
+def measured(attached: Attached, players: Sequence[Sequence[Unit]]) -> Iterator[Tensor]:
+    """Σ_x ‖ΔW x‖² of every player, [players], counted over all passes while the context lasts.
+
+    Of plain LoRA it is what its branch adds to its layer; of others, what the layer gives beyond its base.
+    """
+    total = torch.zeros(len(players), dtype=torch.float64)
+    with contextlib.ExitStack() as stack:
+        for player, units in enumerate(players):
+            for name, rank in units:
+                handle = _meter(attached.layers[name], name, rank, total, player)
+                stack.callback(handle.remove)
+        yield total
+
+
+def _meter(layer: Any, name: str, rank: int | None, total: Tensor, player: int) -> Any:
+    if not _is_plain(layer):
+        if rank is not None:
+            raise TunerError(f"{name}: its single ranks cannot be measured (those of plain LoRA can)")
+
+        def beyond(layer: Any, args: Any, kwargs: Any, adapted: Any) -> None:
+            total[player] += float((adapted - _base_of(layer, args, kwargs)).double().square().sum())
+
+        return layer.register_forward_hook(beyond, with_kwargs=True)
+    A, B, scale = layer.lora_A[NAME], layer.lora_B[NAME], layer.scaling[NAME]
+    if rank is None:
+
+        def whole(_: Any, __: Any, out: Tensor) -> None:
+            total[player] += scale**2 * float(out.double().square().sum())
+
+        return B.register_forward_hook(whole)
+    axis = 1 if isinstance(A, nn.Conv1d | nn.Conv2d | nn.Conv3d) else -1
+
+    def one(_: Any, __: Any, out: Tensor) -> None:  # ‖s b_k (a_k·x)‖² = s² ‖b_k‖² (a_k·x)²
+        column = float(B.weight[:, rank].double().square().sum())
+        total[player] += scale**2 * column * float(out.select(axis, rank).double().square().sum())
+
+    return A.register_forward_hook(one)
+
+
 def _hook(gates: Gates, name: str, layer: Any, place: Mapping[int | None, int]) -> Any:
     if NAME not in getattr(layer, "scaling", {}):
         raise TunerError(f"{name}: its tuner has no scale, so a gate means nothing there")
@@ -94,14 +134,19 @@ def _between(gates: Gates, name: str, player: int) -> Callable[..., Tensor]:
     """A hook that gives base(x) + g · (adapted(x) − base(x))."""
 
     def hook(layer: Any, args: Any, kwargs: Any, adapted: Any) -> Tensor:
-        layer._disable_adapters = True
-        try:
-            base = layer.forward(*args, **kwargs)
-        finally:
-            layer._disable_adapters = False
+        base = _base_of(layer, args, kwargs)
         if not isinstance(adapted, Tensor):
             raise TunerError(f"{name}: gives a {type(adapted).__name__}, where a gate needs one tensor")
         between: Tensor = base + gates.multiply(adapted - base, [player], -1)
         return between
 
     return hook
+
+
+def _base_of(layer: Any, args: Any, kwargs: Any) -> Any:
+    """What a layer gives without its adapter."""
+    layer._disable_adapters = True
+    try:
+        return layer.forward(*args, **kwargs)
+    finally:
+        layer._disable_adapters = False

@@ -13,7 +13,7 @@ from lora_lab.errors import DivergedError, OptionError, TunerError
 from lora_lab.games.gates import Diagonal, Rows
 from lora_lab.results.stats import Floats
 from lora_lab.scoring.execution import Cost
-from lora_lab.scoring.gates import PASSES, SMOOTH, GatedPass, Passed, PlacesOfGates
+from lora_lab.scoring.gates import PASSES, SMOOTH, GatedPass, MeasuredPass, Passed, PlacesOfGates
 
 
 class GatedGame(Game):
@@ -53,6 +53,18 @@ class GatedGame(Game):
             finish = None if inner[0].smoothed else SMOOTH[self.worth].finish
             rows = Rows(_stack(inner, "numbers"), _stack(inner, "slopes"), _stack(outer, "numbers"), finish)
         return Diagonal(gates, shares, _stack(smooth, "numbers").mean(1), slopes, _stack(ends, "numbers").mean(1), rows)
+
+    def slopes(self, gates: Floats, **options: Any) -> Floats:
+        """∂worth/∂gate [m, n] with gates [m, n]; of one row, the values by example are its slopes."""
+        temperature = options.get("temperature", 2.0)
+        made = self.passes([tuple(row) for row in gates.tolist()], **options)
+        found = [each.smooth(self.worth, temperature) for each in made]
+        self.by_example = found[0].slopes.T.astype(np.float64) if len(found) == 1 and found[0].apart else None
+        return np.array([each.slopes.mean(0, dtype=np.float64) for each in found])
+
+    def outputs(self) -> Floats:
+        """Σ_x ‖ΔW x‖² of every player over all examples, [n]."""
+        return self.evaluator.answers([MeasuredPass(tuple(self.players.units.values()))])[0].numbers
 
     def _corners(self, apart: bool) -> list[Passed]:
         """What two passes with gates of 0 and 1 would give, which are coalitions."""

@@ -200,9 +200,10 @@ class Stability(Question):
 class Sweep(Question):
     """Accuracy and loss of every adapter pruned in every way; several adapters are summed up by method.
 
-    structured: patterns of modules kept (fixed ones; half of the layers by norm, and by Shapley values computed on the
-    validation split; as many random layers). unstructured: `criteria` at `sparsities`. rank: each lower rank by
-    SVD, by the largest units, and random units. Random rows are means over `draws`; every number has a 95 % interval.
+    structured: patterns of modules kept (fixed ones; half of the layers by norm, and by Shapley values and cheaper
+    rankings computed on the validation split; as many random layers). unstructured: `criteria` at `sparsities`. rank:
+    each lower rank by SVD, by the largest units, and random units. Random rows are means over `draws`; every number has
+    a 95 % interval.
     """
 
     kind = "sweep"

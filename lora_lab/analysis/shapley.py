@@ -112,9 +112,11 @@ def choose(question: Shapley, game: GatedGame) -> str:
     return "exact" if game.blocks(all_coalitions(n)) <= game.blocks(sampled) else otherwise
 
 
-def values(question: Shapley, adapter: Adapter, task: Task, on: Execution) -> dict[str, float]:
-    """Player → Shapley value."""
-    game = _game(question, adapter, task, on)
+def values(
+    question: Shapley, adapter: Adapter, task: Task, on: Execution, evaluator: Evaluator | None = None
+) -> dict[str, float]:
+    """Player → Shapley value, asked of an evaluator of the adapter where one is at hand."""
+    game = _game(question, adapter, task, on, evaluator)
     estimator = choose(question, game)
     if on.confirm:
         on.confirm(_cost(question, game, estimator))
@@ -122,10 +124,16 @@ def values(question: Shapley, adapter: Adapter, task: Task, on: Execution) -> di
     return dict(zip(game.player_names, estimate.values.tolist(), strict=True))
 
 
-def cost(question: Shapley, adapter: Adapter, task: Task, on: Execution) -> Cost:
+def cost(question: Shapley, adapter: Adapter, task: Task, on: Execution, evaluator: Evaluator | None = None) -> Cost:
     """What the values of one adapter would cost."""
-    game = _game(question, adapter, task, on)
+    game = _game(question, adapter, task, on, evaluator)
     return _cost(question, game, choose(question, game))
+
+
+def why_not(question: Shapley, evaluator: Evaluator) -> str | None:
+    """Why an estimator has nothing to ask the evaluator's adapter for, or None."""
+    game = _game(question, evaluator.adapter, evaluator.task, evaluator.on, evaluator)
+    return game.why_no_gates if _has_gates(question.estimator) else None
 
 
 def newest_adapter(folder: Path) -> Path | None:
@@ -147,8 +155,10 @@ def newest_adapter(folder: Path) -> Path | None:
     return None
 
 
-def _game(question: Shapley, adapter: Adapter, task: Task, on: Execution) -> GatedGame:
-    evaluator = Evaluator([adapter], task, on, split=question.split, examples=question.examples)
+def _game(
+    question: Shapley, adapter: Adapter, task: Task, on: Execution, evaluator: Evaluator | None = None
+) -> GatedGame:
+    evaluator = evaluator or Evaluator([adapter], task, on, split=question.split, examples=question.examples)
     return GatedGame(evaluator, players(adapter, question.players), worth=question.worth)
 
 
@@ -172,7 +182,7 @@ def _cost(question: Shapley, game: GatedGame, estimator: str) -> Cost:
     """Of all coalitions that the run will at most ask for, and of the gates."""
     cost = game.cost(_planned(question, game, estimator))
     if _has_gates(estimator) and game.n_players > 1:
-        cost += game.cost_along({**estimators.ESTIMATORS[estimator].options, **question.options}["nodes"])
+        cost += game.cost_along(estimators.ESTIMATORS[estimator].passes(question.options))
     return cost
 
 
@@ -194,7 +204,7 @@ def _whole(estimator: str | None) -> bool:
 
 def _has_gates(estimator: str | None) -> bool:
     entry = estimators.ESTIMATORS.get(estimator)
-    return bool(entry and entry.control)
+    return bool(entry and entry.passes({}))
 
 
 def _coalitions(draws: Sequence[Draw]) -> Bools:

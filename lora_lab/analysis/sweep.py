@@ -13,6 +13,7 @@ import numpy as np
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import described, labels_of, method_of
+from lora_lab.analysis import shapley
 from lora_lab.analysis.questions import Shapley
 from lora_lab.analysis.questions import Sweep as Sweep
 from lora_lab.errors import AdapterError, OptionError, TunerError
@@ -42,16 +43,21 @@ def answer(question: Sweep, adapters: Sequence[Adapter], task: Task, on: Executi
     for adapter, label in zip(adapters, labels_of(adapters), strict=True):
         quiet = replace(on, progress=None, confirm=None)
         evaluator = Evaluator([adapter], task, quiet, split=question.split, examples=question.examples)
-        shapley = functools.partial(
-            Shapley(split="validation", examples=question.examples).values, adapter, task, quiet
-        )
-        choice = replace(patterns.choice_of(adapter, seed=question.seed), shapley=shapley)
+        choosing = Evaluator([adapter], task, quiet, split=CHOOSING.split, examples=question.examples)
+        values = functools.partial(_values_of, choosing, quiet)
+        choice = replace(patterns.choice_of(adapter, seed=question.seed), values=values)
         pieces = [
             piece for kind in KINDS if kind in question.kinds for piece in KINDS[kind](question, evaluator, choice)
         ]
+        valued = {name: _asked_for(name) for name in {head["criterion"] for head, _ in pieces} & _valued()}
+        without = {name for name, asked in valued.items() if shapley.why_not(asked, choosing)}
+        pieces = [piece for piece in pieces if piece[0]["criterion"] not in without]
         draws = sum(len(made) for _, made in pieces)
         if on.confirm and not rows:
-            on.confirm(_cost(question, evaluator, draws * len(adapters), len(adapters), quiet))
+            cost = _cost(evaluator, draws * len(adapters))
+            for name in valued.keys() - without:
+                cost += shapley.cost(valued[name], adapter, task, quiet, choosing) * len(adapters)
+            on.confirm(cost)
         scored = _scored(pieces, evaluator, functools.partial(_report, on, done, draws * len(adapters)))
         done += draws
         who = {"adapter": label, "method": method_of(adapter, label), "seed": adapter.record.get("seed")}
@@ -82,14 +88,27 @@ def check(question: Sweep, adapters: Sequence[Adapter]) -> None:
             adapter.require_additive()
 
 
-def _cost(question: Sweep, evaluator: Evaluator, draws: int, adapters: int, on: Execution) -> Cost:
-    """What all draws take, and the Shapley values that the layers are chosen by."""
+CHOOSING = Shapley(split="validation")
+"""The question whose values choose layers; each pattern by values has its own estimator."""
+
+
+def _valued() -> set[str]:
+    return {name for name, pattern in patterns.KEEPS.items() if pattern.valued}
+
+
+def _asked_for(pattern: str) -> Shapley:
+    return replace(CHOOSING, estimator=patterns.KEEPS[pattern].estimator)
+
+
+def _values_of(evaluator: Evaluator, on: Execution, estimator: str | None) -> Mapping[str, float]:
+    question = replace(CHOOSING, estimator=estimator)
+    return shapley.values(question, evaluator.adapter, evaluator.task, on, evaluator)
+
+
+def _cost(evaluator: Evaluator, draws: int) -> Cost:
+    """What all draws take."""
     blocks = draws * evaluator.batches * evaluator.layout.blocks
-    plain = Cost(draws, blocks, blocks, evaluator.seconds(draws))
-    if "structured" not in question.kinds:
-        return plain
-    shapley = Shapley(split="validation", examples=question.examples)
-    return plain + shapley.cost(evaluator.adapter, evaluator.task, on) * adapters
+    return Cost(draws, blocks, blocks, evaluator.seconds(draws))
 
 
 def _report(on: Execution, before: int, total: int, done: int, _: int) -> None:
@@ -139,16 +158,20 @@ def _structured(question: Sweep, evaluator: Evaluator, choice: Choice) -> list[P
     for name, made in picks.items():
         share = float(np.mean([len(modules) for modules in made])) / total
         pieces.append((_head("structured", name.partition(":")[0], name, share), [scored(m) for m in made]))
-    if count > 1 and choice.shapley:
-        head = _head("structured", "top-shapley", f"top-shapley:{half}", math.nan)
-
-        def by_shapley() -> Scores:
-            kept = patterns.keep(choice, f"top-shapley:{half}")  # computed only now
-            head["kept"] = len(kept) / total
-            return evaluator.scores([evaluator.keeping(kept)])[0]
-
-        pieces.append((head, [by_shapley]))
+    for name in sorted(_valued()) if count > 1 else []:
+        pieces.append(_by_values(name, f"{name}:{half}", evaluator, choice))
     return pieces
+
+
+def _by_values(name: str, label: str, evaluator: Evaluator, choice: Choice) -> Piece:
+    head = _head("structured", name, label, math.nan)
+
+    def chosen() -> Scores:
+        kept = patterns.keep(choice, label)  # computed only now
+        head["kept"] = len(kept) / len(evaluator.names)
+        return evaluator.scores([evaluator.keeping(kept)])[0]
+
+    return head, [chosen]
 
 
 def _unstructured(question: Sweep, evaluator: Evaluator, choice: Choice) -> list[Piece]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lora_lab.errors import LoraLabWarning, OptionError
-from lora_lab.games import gates
+from lora_lab.games import gates, rankings
 from lora_lab.games.coalitions import (
     EXACT_LIMIT,
     Bools,
@@ -51,6 +51,9 @@ class Estimator:
     """(the game along its gates, worths of nobody and of all) → what is known of it without coalitions; the draws then
     estimate what is left. None: the game needs no gates."""
 
+    ranking: Callable[..., tuple[Floats, Floats]] | None = None
+    """(game, n, generator, *, options) → numbers that rank the players, but are no values, and their errors."""
+
     @property
     def whole(self) -> bool:
         """Whether it asks for every coalition there is, so that nothing is left to sample."""
@@ -59,13 +62,19 @@ class Estimator:
     @property
     def options(self) -> dict[str, Any]:
         """Its options with their defaults."""
-        return {**self.of_draws, **(gates.OPTIONS if self.control else {})}
+        return {**_keywords(self.ranking), **self.of_draws, **(gates.OPTIONS if self.control else {})}
 
     @property
     def of_draws(self) -> dict[str, Any]:
         """Those options that `draws` takes."""
-        parameters = inspect.signature(self.draws).parameters.values() if self.draws else ()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        return _keywords(self.draws)
+
+    def passes(self, options: Mapping[str, Any]) -> int:
+        """Passes with gradients that it makes with these options."""
+        given = {**self.options, **options}
+        if self.ranking:
+            return int(given.get("passes", "batch" in given))  # one, if it takes any gradient
+        return int(given["nodes"]) if self.control else 0
 
     def least(self, n: int) -> int:
         """Coalitions that it has to ask for at least."""
@@ -105,11 +114,29 @@ def estimate(
             LoraLabWarning,
             stacklevel=2,
         )
+    if entry.ranking:
+        return _ranked(game, n, estimator, seed, options)
     planned = plan(n, estimator=estimator, samples=samples, seed=seed, budget=budget, **options)
     control = _controlled(game, n, entry, options)
     fit = control.fit if control and control.fit else entry.fit
     found = _from_draws(control.left(game) if control else game, estimator, fit, planned, until_se, budget)
     return replace(control.restored(found) if control else found, bias=entry.bias(n, options))
+
+
+def _ranked(game: Any, n: int, estimator: str, seed: int, options: Mapping[str, Any]) -> Estimate:
+    entry = ESTIMATORS[estimator]
+    assert entry.ranking is not None
+    gates.check(**{name: value for name, value in options.items() if name in gates.OPTIONS})
+    if not hasattr(game, "slopes"):
+        raise OptionError(f"{estimator} needs a game with gates, and this one has only coalitions")
+    values, se = entry.ranking(game, n, np.random.default_rng(seed), **options)
+    ends = np.array([[False] * n, [True] * n])
+    return Estimate(estimator, values, se, ends, np.zeros((n, 2)), game(ends), 1, bias=rankings.NO_VALUES)
+
+
+def _keywords(function: Callable[..., Any] | None) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values() if function else ()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 def _controlled(game: Game, n: int, entry: Estimator, options: Mapping[str, Any]) -> gates.Control | None:
@@ -300,6 +327,9 @@ ESTIMATORS = Registry(
         "link": Estimator(gates.nothing, bias=_link_bias, control=gates.link),
         "permutation+link": Estimator(permutation, control=gates.link),
         "antithetic+link": Estimator(antithetic, control=gates.link),
+        "taylor": Estimator(gates.nothing, ranking=rankings.taylor),
+        "sensitivity": Estimator(gates.nothing, ranking=rankings.sensitivity),
+        "drop": Estimator(gates.nothing, ranking=rankings.drop),
         "joint": Estimator(balanced, bias=_joint_bias, control=joint),
     },
 )

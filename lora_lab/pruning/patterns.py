@@ -34,8 +34,8 @@ class Choice:
     players: Players
     """For patterns that count: top-norm:K and its kind keep K of these."""
     seed: int = 0
-    shapley: Callable[[], Mapping[str, float]] | None = None
-    """Gives every player's Shapley value, where it can be computed."""
+    values: Callable[[str | None], Mapping[str, float]] | None = None
+    """(estimator of Shapley values, None: the default) → every player's value, where it can be computed."""
 
     @property
     def places(self) -> dict[str, Place]:
@@ -51,6 +51,10 @@ class Keep:
     """(choice, what stands after the colon) → modules to keep."""
     argument: str = ""
     """What stands after the colon, where something does."""
+    valued: bool = False
+    """Whether it chooses by values that are computed on a task."""
+    estimator: str | None = None
+    """What computes them (see games.estimators); None: what does by default."""
 
 
 def keep(choice: Choice, spec: str) -> list[str]:
@@ -138,11 +142,17 @@ def _top_norm(choice: Choice, argument: str) -> list[str]:
     return _largest(choice, argument, norms)
 
 
-def _top_shapley(choice: Choice, argument: str) -> list[str]:
-    _count(choice, argument)
-    if choice.shapley is None:
-        raise OptionError("top-shapley needs a task to compute Shapley values on")
-    return _largest(choice, argument, choice.shapley())
+def _top_valued(pattern: str, estimator: str | None, *, by_size: bool = False) -> Keep:
+    """The largest values of a task; those of a slope by their size, whichever way it goes."""
+
+    def chosen(choice: Choice, argument: str) -> list[str]:
+        _count(choice, argument)
+        if choice.values is None:
+            raise OptionError(f"{pattern} needs a task to compute its values on")
+        values = choice.values(estimator)
+        return _largest(choice, argument, {name: abs(x) for name, x in values.items()} if by_size else values)
+
+    return Keep(chosen, "K", valued=True, estimator=estimator)
 
 
 def _random(choice: Choice, argument: str) -> list[str]:
@@ -187,7 +197,10 @@ KEEPS = Registry(
         "high": Keep(_by_layer(_third(2))),
         "type": Keep(_type, "NAME,…"),
         "top-norm": Keep(_top_norm, "K"),
-        "top-shapley": Keep(_top_shapley, "K"),
+        "top-shapley": _top_valued("top-shapley", None),
+        "top-gates": _top_valued("top-gates", "gates"),
+        "top-taylor": _top_valued("top-taylor", "taylor", by_size=True),
+        "top-drop": _top_valued("top-drop", "drop"),
         "random": Keep(_random, "K"),
     },
 )

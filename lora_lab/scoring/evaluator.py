@@ -25,7 +25,7 @@ from lora_lab.results.result import fingerprint, provenance
 from lora_lab.scoring.changes import Change, LayerMask
 from lora_lab.scoring.examples import Examples, TaskSpec, detached, examples_of, pack, remembered
 from lora_lab.scoring.execution import Cost, Execution, Progress
-from lora_lab.scoring.gates import GatedPass, Passed, remembered_pass
+from lora_lab.scoring.gates import Pass, Passed, remembered_pass
 from lora_lab.scoring.journal import Journal
 from lora_lab.scoring.models import Effort, TaskModels
 from lora_lab.scoring.prefixes import Layout
@@ -153,13 +153,13 @@ class Evaluator:
             return self.on.workers.map(self._setup, questions)
         return [question(self) for question in questions]
 
-    def answers(self, questions: Sequence[GatedPass]) -> list[Passed]:
-        """What passes with gates give, each kept in the journal as soon as it is there, and read from it if it is."""
+    def answers(self, questions: Sequence[Pass]) -> list[Passed]:
+        """What passes give, each kept in the journal as soon as it is there, and read from it if it is."""
         journal = self._journal(self.split)
-        found = {asked.key: remembered_pass(journal, asked.key, self.examples) for asked in questions}
+        found = {asked.key: remembered_pass(journal, asked, self.examples) for asked in questions}
         new = [asked for asked in questions if found[asked.key] is None]
 
-        def keep(asked: GatedPass, answer: Passed) -> None:
+        def keep(asked: Pass, answer: Passed) -> None:
             found[asked.key] = answer
             if journal is not None:
                 journal.add(asked.key, answer.packed())

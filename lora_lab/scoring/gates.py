@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lora_lab.adapters.gates import Gates, gated
+from lora_lab.adapters.gates import Gates, gated, measured
 from lora_lab.adapters.groups import Unit
 from lora_lab.brief import Brief
 from lora_lab.errors import LoraLabWarning, TaskError, TunerError
@@ -63,7 +63,7 @@ probability of the right one.
 
 @dataclass(frozen=True, repr=False)
 class Passed(Brief):
-    """What a pass with gates gives of every example."""
+    """What a pass gives of every example (or player, see `MeasuredPass`)."""
 
     numbers: Floats
     """[examples]"""
@@ -92,12 +92,12 @@ class Passed(Brief):
         return {"numbers": numbers, "slopes": slopes, "apart": self.apart, "smoothed": self.smoothed}
 
     @classmethod
-    def unpacked(cls, text: Mapping[str, Any], examples: int) -> Passed:
+    def unpacked(cls, text: Mapping[str, Any], count: int) -> Passed:
         """The inverse of `packed`; ValueError, KeyError or TypeError where it is not what that gives."""
         numbers, slopes = (np.frombuffer(base64.b64decode(text[name]), t) for name, t in _KEPT)
-        if len(numbers) != examples:
-            raise ValueError(f"{len(numbers)} examples, not {examples}")
-        return cls(numbers, slopes.reshape(examples, -1), bool(text["apart"]), bool(text["smoothed"]))
+        if len(numbers) != count:
+            raise ValueError(f"{len(numbers)} numbers, not {count}")
+        return cls(numbers, slopes.reshape(count, -1), bool(text["apart"]), bool(text["smoothed"]))
 
     @property
     def _arrays(self) -> list[tuple[npt.NDArray[Any], str]]:
@@ -124,6 +124,10 @@ class GatedPass:
     def key(self) -> str:
         """By which a journal knows it."""
         return f"gates {fingerprint(asdict(self))}"
+
+    def size(self, examples: int) -> int:
+        """How many numbers it gives."""
+        return examples
 
     def __call__(self, evaluator: Evaluator) -> Passed:
         """Every example's number and its slopes, in float32."""
@@ -168,6 +172,31 @@ class GatedPass:
 
 
 @dataclass(frozen=True)
+class MeasuredPass:
+    """A question to an evaluator: Σ_x ‖ΔW x‖² of each of these players, [players]."""
+
+    players: tuple[tuple[Unit, ...], ...]
+
+    @property
+    def key(self) -> str:
+        """By which a journal knows it."""
+        return f"outputs {fingerprint(asdict(self))}"
+
+    def size(self, examples: int) -> int:
+        """How many numbers it gives."""
+        return len(self.players)
+
+    def __call__(self, evaluator: Evaluator) -> Passed:
+        """From one pass over all examples."""
+        task, attached = evaluator.task, evaluator.models.attached
+        with torch.no_grad(), measured(attached, self.players) as total:
+            attached.model.eval()
+            for batch in evaluator.models.batches(evaluator.drawn(evaluator.split)):
+                task.logits(attached.model, batch)
+        return Passed(total.numpy(), np.zeros((len(total), 0), np.float32), False, False)
+
+
+@dataclass(frozen=True)
 class PlacesOfGates:
     """A question to an evaluator: why these players have no gates there, or None."""
 
@@ -183,14 +212,17 @@ class PlacesOfGates:
             return str(error)
 
 
-def remembered_pass(journal: Journal | None, key: str, examples: int) -> Passed | None:
+Pass = GatedPass | MeasuredPass
+
+
+def remembered_pass(journal: Journal | None, asked: Pass, examples: int) -> Passed | None:
     """A pass that a journal holds; None where it is not there, or is not one over so many examples."""
-    if journal is None or key not in journal:
+    if journal is None or asked.key not in journal:
         return None
     try:
-        return Passed.unpacked(journal[key], examples)
+        return Passed.unpacked(journal[asked.key], asked.size(examples))
     except (KeyError, TypeError, ValueError) as error:
-        text = f"{journal.path}: a pass with gates that does not fit ({error}) is computed again"
+        text = f"{journal.path}: a pass that does not fit ({error}) is computed again"
         warnings.warn(text, LoraLabWarning, stacklevel=3)
         return None
 

@@ -204,7 +204,7 @@ def test_passes_of_a_journal_that_do_not_fit_are_made_again(adapter, tmp_path, m
     kept = passed(gated_game(adapter, on=on), 0.5)
     monkeypatch.setattr(Passed, "packed", lambda self: {"numbers": "", "slopes": "", "apart": True, "smoothed": False})
     passed(gated_game(adapter, on=on), 0.25)
-    with pytest.warns(LoraLabWarning, match=r"a pass with gates that does not fit \(0 examples, not 50\)"):
+    with pytest.warns(LoraLabWarning, match=r"a pass that does not fit \(0 numbers, not 50\)"):
         passed(gated_game(adapter, on=on), 0.25)
     again = passed(gated_game(adapter, on=on), 0.5)
     assert (again[0] == kept[0]).all()
@@ -220,6 +220,57 @@ def test_gates_of_their_own_a_player(adapter):
     up, down = ((0.2, 1.0, 0.7 + sign * STEP, 0.0) for sign in (1, -1))
     expected = -(losses(adapter, units, up) - losses(adapter, units, down)) / (2 * STEP)
     assert slopes[:, 2] == pytest.approx(expected, rel=0.02, abs=3e-4)
+
+
+@pytest.mark.parametrize("by", ["layer", "rank"])
+def test_taylor_is_the_product_of_the_weights_and_their_gradient(adapter, by):
+    """∂f/∂g = ⟨B, ∂f/∂B⟩, by finite differences of B: f((1 ± ε) B_i)."""
+    question = Shapley(by, worth="loss", estimator="taylor", split="validation", examples=50)
+    result = question.run([adapter], Digits("relabel"))
+    units = gated_game(adapter, by).players.units
+    for player in (0, len(units) - 1):
+        up, down = (1 + sign * STEP * (np.arange(len(units)) == player) for sign in (1, -1))
+        expected = -(losses(adapter, units, up) - losses(adapter, units, down)).mean() / (2 * STEP)
+        assert result.rows()[player]["value"] == pytest.approx(expected, rel=0.02, abs=3e-4)
+    assert all(row["se_examples"] > 0 for row in result.rows())
+    assert "ranking alone" in result.summary["adapters"][0]["bias"]
+    assert question.cost(adapter, Digits("relabel")).variants == 2 + 3
+
+
+@pytest.mark.filterwarnings("ignore:.*lora_B.bias")
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_bias": True}], ids=lambda o: next(iter(o), "plain"))
+def test_drop_is_the_share_of_the_outputs(tmp_path, options):
+    made = random_adapter(tmp_path / "a", LoraConfig(r=2, lora_alpha=6, target_modules=TARGETS, **options))
+    game = gated_game(made)
+    model = game.evaluator.models.attached.model
+    norms, hooks = dict.fromkeys(game.players.names, 0.0), []
+    for player, units in game.players.units.items():
+        for name, _ in units:
+
+            def beyond(layer, args, out, player=player):
+                layer._disable_adapters = True
+                norms[player] += float((out - layer.forward(*args)).double().square().sum())
+                layer._disable_adapters = False
+
+            hooks.append(game.evaluator.models.attached.layers[name].register_forward_hook(beyond))
+    with torch.inference_mode():
+        for batch in game.evaluator.models.batches(game.evaluator.drawn("validation")):
+            game.evaluator.task.logits(model, batch)
+    for hook in hooks:
+        hook.remove()
+    shares = np.array(list(norms.values())) / sum(norms.values())
+    assert estimators.estimate(game, 4, estimator="drop").values == pytest.approx(shares, rel=1e-3)
+
+
+def test_what_single_ranks_put_out_is_that_of_adapters_with_one_alone(tmp_path):
+    made = random_adapter(tmp_path / "a", LoraConfig(r=2, lora_alpha=6, target_modules=r"vit\.layers\.0\..*fc1"))
+    outputs = gated_game(made, "rank").outputs()
+    for rank in (0, 1):
+        tensors = {key: tensor.clone() for key, tensor in made.tensors.items()}
+        (site,) = made.sites.values()
+        tensors[site.keys["lora_B"]][:, 1 - rank] = 0
+        alone = gated_game(Adapter(tensors, made.config, made.sites), "module")
+        assert outputs[rank] == pytest.approx(alone.outputs()[0], rel=1e-4)
 
 
 def test_joint_values_on_each_example_add_up_and_hold_its_margin(adapter):

@@ -6,7 +6,7 @@ import pytest
 from peft import LoHaConfig
 from test_game import TARGETS, random_adapter
 
-from lora_lab.analysis.questions import Sweep
+from lora_lab.analysis.questions import Shapley, Sweep
 from lora_lab.errors import OptionError, TunerError
 from lora_lab.pruning.entries import prune_weights
 from lora_lab.pruning.modules import keep_modules
@@ -51,13 +51,32 @@ def own(adapter):
 
 def test_patterns_are_the_adapter_without_the_others(adapters, result):
     scored = own(adapters[0])
-    (chosen,) = result.rows(adapter="s0", kind="structured", criterion="top-shapley")
-    assert chosen["kept"] == 0.5
+    for criterion in ("top-shapley", "top-gates", "top-taylor", "top-drop"):
+        (chosen,) = result.rows(adapter="s0", kind="structured", criterion=criterion)
+        assert chosen["kept"] == 0.5
     for label in ("even", "middle", "type:fc1", "top-norm:2"):
         (row,) = result.rows(adapter="s0", kind="structured", label=label)
         kept = keep_modules(adapters[0], keep(choice_of(adapters[0]), label), source=label)
         assert row["loss"] == pytest.approx(scored(kept).mean_loss, abs=1e-5)
         assert row["kept"] == pytest.approx(len(kept.sites) / 12)
+
+
+def test_layers_by_values_are_those_of_the_validation_split(adapters, result):
+    question = Shapley(split="validation", examples=80, estimator="drop")
+    values = question.values(adapters[0], Digits("relabel"))
+    layers = sorted(values, key=values.get)[-2:]
+    kept = [name for layer in layers for name, _ in choice_of(adapters[0]).players.units[layer]]
+    evaluator = Evaluator([adapters[0]], Digits("relabel"), split="validation", examples=80)
+    (row,) = result.rows(adapter="s0", criterion="top-drop")
+    assert row["loss"] == pytest.approx(evaluator.scores([evaluator.keeping(kept)])[0].mean_loss, abs=1e-6)
+
+
+def test_adapters_without_gates_have_no_rows_that_need_them(tmp_path):
+    made = random_adapter(tmp_path / "a", LoHaConfig(r=2, target_modules=TARGETS))
+    rows = Sweep(**OPTIONS, kinds=("structured",)).run([made], Digits("relabel")).rows()
+    found = {row["criterion"] for row in rows}
+    assert {"top-shapley", "top-drop"} <= found
+    assert not {"top-gates", "top-taylor"} & found
 
 
 def test_sparsities_and_ranks_are_the_pruned_adapters(adapters, result):

@@ -28,6 +28,9 @@ class Smooth:
         worths, slopes = (np.array(list(map(of, lines))) for of in (self.worth, self.gradient))
         return gates.Diagonal(places, shares, worths, slopes, ends)
 
+    def slopes(self, gates, **options):
+        return np.array(list(map(self.gradient, gates)))
+
 
 def pairs_and_saturation(n, seed=0, strength=0.15):
     """1 − exp(−Σ a g) and pairs of both signs; and its Shapley values in closed form."""

@@ -69,8 +69,27 @@ def test_the_largest_norms_are_kept(choice):
 
 def test_the_largest_shapley_values_are_kept(choice):
     values = {player: float(i) for i, player in enumerate(choice.players.names)}
-    found = keep(replace(choice, shapley=lambda: values), "top-shapley:3")
+    found = keep(replace(choice, values=lambda estimator: values), "top-shapley:3")
     assert found == sorted(name for player in choice.players.names[-3:] for name, _ in choice.players.units[player])
+
+
+def test_each_pattern_by_values_asks_its_own_estimator(choice):
+    asked = []
+
+    def values(estimator):
+        asked.append(estimator)
+        return {player: float(i - 6) for i, player in enumerate(choice.players.names)}  # −6 … 1
+
+    kept = {name: keep(replace(choice, values=values), f"{name}:1") for name in KEEPS if KEEPS[name].valued}
+    assert dict(zip(kept, asked, strict=True)) == {
+        "top-shapley": None,
+        "top-gates": "gates",
+        "top-taylor": "taylor",
+        "top-drop": "drop",
+    }
+    first, last = (sorted(name for name, _ in choice.players.units[choice.players.names[i]]) for i in (0, -1))
+    assert kept.pop("top-taylor") == first  # by size: a slope that is steep, whichever way
+    assert all(names == last for names in kept.values())
 
 
 def test_random_choices_hang_on_the_seed_alone(choice):
@@ -89,7 +108,9 @@ def test_random_choices_hang_on_the_seed_alone(choice):
         ("random:0", "1 to 8 can"),
         ("random:x", "x of 8 players"),
         ("type:v", "no module of type 'v' in a; there are: k_proj, q_proj, score"),
-        ("top-shapley:2", "needs a task"),
+        ("top-shapley:2", "top-shapley needs a task"),
+        ("top-drop:2", "top-drop needs a task"),
+        ("top-gates", "top-gates:K is needed"),
     ],
 )
 def test_patterns_that_cannot_be_are_refused(choice, spec, text):
