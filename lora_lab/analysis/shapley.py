@@ -24,7 +24,6 @@ from lora_lab.errors import LoraLabError, OptionError, unknown
 from lora_lab.extras import needs
 from lora_lab.games import estimators, interactions
 from lora_lab.games.coalitions import EXACT_LIMIT, Bools, Draw, Estimate, all_coalitions
-from lora_lab.games.gates import OPTIONS
 from lora_lab.games.gates import check as check_gates
 from lora_lab.games.regression import fit_pairs
 from lora_lab.results.result import Result, columns, finite, grouped
@@ -70,7 +69,7 @@ def check(question: Shapley, adapters: Sequence[Adapter]) -> None:
         raise unknown("estimator", estimator, [*estimators.ESTIMATORS, "shapiq:NAME"])
     _check_options(question)
     if _has_gates(estimator):
-        check_gates(**{name: value for name, value in question.options.items() if name in OPTIONS})
+        check_gates(**question.options)
         for adapter in adapters:
             gates.check(adapter, question.worth)
     if question.order == 2 and question.budget is not None and not _whole(estimator):

@@ -126,7 +126,7 @@ def estimate(
 def _ranked(game: Any, n: int, estimator: str, seed: int, options: Mapping[str, Any]) -> Estimate:
     entry = ESTIMATORS[estimator]
     assert entry.ranking is not None
-    gates.check(**{name: value for name, value in options.items() if name in gates.OPTIONS})
+    gates.check(**options)
     if not hasattr(game, "slopes"):
         raise OptionError(f"{estimator} needs a game with gates, and this one has only coalitions")
     values, se = entry.ranking(game, n, np.random.default_rng(seed), **options)

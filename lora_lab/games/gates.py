@@ -127,14 +127,16 @@ def diagonal(game: Any, *, nodes: int = 3, temperature: float = 2.0, batch: int 
     return along
 
 
-def check(*, nodes: int = 3, temperature: float = 2.0, batch: int = 0) -> None:
-    """OptionError for a number that `diagonal` cannot work with."""
+def check(*, nodes: int = 3, temperature: float = 2.0, batch: int = 0, passes: int = 2, **others: Any) -> None:
+    """OptionError for an option that no pass with gates can work with; others are not looked at."""
     if nodes < 1:
         raise OptionError(f"{nodes} nodes; at least 1 is needed")
     if not temperature > 0:
         raise OptionError(f"a temperature of {temperature}; a number above 0 is needed")
     if batch < 0:
         raise OptionError(f"a batch of {batch} examples; at least 1 is needed, or 0 for those of scoring")
+    if passes < 2:
+        raise OptionError(f"{passes} passes; a coalition and its complement are 2")
 
 
 def nothing(n: int, generator: np.random.Generator) -> Iterator[Draw]:

@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from lora_lab.errors import OptionError
 from lora_lab.results.stats import Floats, mean_and_error
 
 NO_VALUES = "being a ranking alone, which does not add up to the worth"
@@ -48,8 +47,6 @@ def sensitivity(
     A coalition of a random size and its complement, in one of which every player is, are two passes; the larger ones
     so hold a player the oftener. Standard errors are those of the coalitions.
     """
-    if passes < 2:
-        raise OptionError(f"{passes} passes; a coalition and its complement are 2")
     sizes = generator.integers(1, n + 1, size=passes // 2)
     inside = np.array([generator.permutation(n) < size for size in sizes])
     at = np.concatenate([inside, ~inside]).astype(np.float64)

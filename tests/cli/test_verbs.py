@@ -435,7 +435,10 @@ def test_adapters_that_do_not_fit_are_refused_before_anything_is_written(lora_la
         (["prune", "--keep", "top-norm:7", "-o", "y"], ["7 of 6 players", "1 to 6 can"]),
         (["prune", "--keep", "top-shapley:9", "-o", "y"], ["9 of 6 players"]),
         (["prune", "--keep", "top-gates:9", "-o", "y"], ["9 of 6 players"]),
-        (["shapley", "--estimator", "sensitivity", "--set", "passes=1"], ["1 passes; a coalition and its complement are 2"]),
+        (
+            ["shapley", "--estimator", "sensitivity", "--set", "passes=1"],
+            ["1 passes; a coalition and its complement are 2"],
+        ),
         (["shapley", "--estimator", "joint", "--budget", "1"], ["a budget of 1 coalitions; nobody and all are 2"]),
         (["prune", "--keep", "type:gate", "-o", "y"], ["no module of type 'gate'", "fc1"]),
         (["prune", "--sparsity", "1.5", "-o", "y"], ["sparsity is 1.5", "from 0 to 1"]),
