@@ -200,6 +200,68 @@ def test_only_the_adapters_files_are_asked_of_the_hub(tmp_path, monkeypatch):
     ]
 
 
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """A hub with one repository of these files, of which each download is noted."""
+    asked, files = [], {}
+
+    def download(repo, *, revision, allow_patterns):
+        asked.append(allow_patterns)
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        for name, content in files.items():
+            if name in allow_patterns:
+                (tmp_path / "cache" / name).write_bytes(content)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: list(files))
+    return asked, files
+
+
+def test_a_repositorys_one_file_by_another_name_is_read_and_told(repository, tmp_path):
+    asked, files = repository
+    content = (write(tmp_path / "a", lora()) / "adapter_model.safetensors").read_bytes()
+    config = (tmp_path / "a" / "adapter_config.json").read_bytes()
+    files |= {"README.md": b"", "style_v2.safetensors": content, "adapter_config.json": config}
+    listing = inspect("someone/style")
+    assert (listing.format, list(listing.adapter.sites)) == ("hub", [Q])
+    assert "the one safetensors file in it is read: style_v2.safetensors" in listing.warnings
+    assert len(asked) == 2
+    assert inspect("someone/style").adapter.sites.keys() == {Q}
+    assert len(asked) == 3  # what is in the cache is not listed again
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["a.safetensors", "b.safetensors"], "several safetensors files (a.safetensors, b.safetensors)"),
+        (["README.md", "weights/a.safetensors"], "and no safetensors file"),
+        (["model.safetensors"], "a whole model, not an adapter"),
+    ],
+)
+def test_a_repository_without_one_such_file_is_refused_and_nothing_large_fetched(repository, names, told):
+    asked, files = repository
+    files |= dict.fromkeys(names, b"")
+    text = refusal("someone/many")
+    assert text.startswith("someone/many: ")
+    assert told in text
+    assert len(asked) == 1
+
+
+def test_the_one_adapter_among_other_files_of_a_folder_is_read_and_told(tmp_path):
+    folder = write(tmp_path / "a", lora())
+    (folder / "adapter_model.safetensors").rename(folder / "style.safetensors")
+    for name in ("embedding.safetensors", "model.safetensors"):
+        save_file({"emb_params": torch.ones(2, 4), "layers.0.q_proj.weight": torch.ones(2)}, folder / name)
+    listing = inspect(folder)
+    assert listing.adapter.sites.keys() == {Q}
+    assert "the one adapter among its 3 safetensors files is read: style.safetensors" in listing.warnings
+    save_file(lora(K), folder / "other.safetensors")
+    assert "a whole model" in refusal(folder)
+    (folder / "model.safetensors").unlink()
+    assert "usual name: other.safetensors, style.safetensors; name one of them" in refusal(folder)
+
+
 def test_a_local_folder_comes_before_the_hub(tmp_path, monkeypatch):
     write(tmp_path / "someone" / "adapter", lora())
     monkeypatch.chdir(tmp_path)

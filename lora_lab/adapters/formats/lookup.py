@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lora_lab.adapters.formats.components import PARTS
+from lora_lab.adapters.formats.keys import PREFIX
 from lora_lab.errors import FileError, shorten
+from lora_lab.files.disk import read_header
 from lora_lab.files.kinds import SAFETENSORS, identified
 from lora_lab.hub import stay_offline_without_network
 
@@ -74,15 +76,19 @@ def _in_folder(folder: Path) -> Location:
         return location
     if inside:
         raise FileError(f"{folder}: no adapter itself, but holds some: {shorten(inside, 5)}; name one of them")
+    others = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
+    adapters = [path for path in others if _is_adapter(path)] if len(others) > 1 else []
+    if len(adapters) == 1:
+        note = f"the one adapter among its {len(others)} safetensors files is read: {adapters[0].name}"
+        return Location(adapters[0], folder, "lone file", [note])
     if any((folder / name).is_file() for name in _WHOLE):
         raise FileError(f"{folder}: a whole model, not an adapter ({' or '.join(_WEIGHTS[:2])} is needed)")
-    others = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if len(others) == 1:
         return Location(others[0], folder, "lone file", [f"the one safetensors file in it is read: {others[0].name}"])
     if others:
         raise FileError(
             f"{folder}: several safetensors files and none by an adapter's usual name: "
-            f"{shorten((path.name for path in others), 5)}; name one of them"
+            f"{shorten((path.name for path in adapters or others), 5)}; name one of them"
         )
     raise FileError(
         f"{folder}: no {', no '.join(_WEIGHTS[:-1])} and no {_WEIGHTS[-1]} in this folder; an adapter's folder or file "
@@ -90,19 +96,30 @@ def _in_folder(folder: Path) -> Location:
     )
 
 
+def _is_adapter(path: Path) -> bool:
+    """Whether a file's keys are those of an adapter of some format; its tensors stay unread."""
+    try:
+        header, _ = read_header(path)
+    except FileError:
+        return False
+    return any(_OF_ADAPTERS.search(key) for key in header)
+
+
+_OF_ADAPTERS = re.compile(rf"^{re.escape(PREFIX)}|lora_|\.lora\.|hada_w|lokr_w|\.oft_|\.(alpha|diff|diff_b|on_input)$")
+"""In the names of an adapter's tensors: PEFT's prefix, kohya's, diffusers' and LyCORIS' pieces."""
+
+
 def _of_peft(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _WEIGHTS[:2])
 
 
 def _on_hub(name: str) -> Location:
-    from huggingface_hub import snapshot_download
-
     repo, _, revision = name.partition("@")
-    names = ["adapter_config.json", *_WEIGHTS]
-    patterns = [*names, *(f"{component}/{name}" for component in PARTS for name in names[:3])]
     offline = stay_offline_without_network()
     try:
-        folder = snapshot_download(repo, revision=revision or None, allow_patterns=patterns)
+        folder = _downloaded(name, repo, revision or None)
+    except FileError:
+        raise
     except Exception as error:  # the hub client raises many kinds; each means that it is not to be had
         told = str(error).strip().partition("\n")[0] or type(error).__name__
         reason = "it cannot be connected to, and the cache has none" if offline else told
@@ -110,6 +127,30 @@ def _on_hub(name: str) -> Location:
             f"{name}: no such file or folder here, and the Hugging Face hub gave none ({reason}); "
             "download it where there is a network and give the folder"
         ) from error
-    location = _in_folder(Path(folder))
+    location = _in_folder(folder)
     location.format = "hub"
     return location
+
+
+def _downloaded(name: str, repo: str, revision: str | None) -> Path:
+    """The folder with a repository's adapter: the files by their usual names, or else its one safetensors file."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    names = ["adapter_config.json", *_WEIGHTS]
+    patterns = [*names, *(f"{component}/{name}" for component in PARTS for name in names[:3])]
+    folder = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    if any((folder / place).is_file() for place in patterns[1:] if not place.endswith(names[0])):
+        return folder
+    if any(folder.glob("*.safetensors")):  # of an earlier call
+        return folder
+    listed = HfApi().list_repo_files(repo, revision=revision)
+    lone = [file for file in listed if file.endswith(".safetensors") and "/" not in file]
+    if any(file in _WHOLE for file in listed):
+        raise FileError(f"{name}: a whole model, not an adapter ({' or '.join(_WEIGHTS[:2])} is needed)")
+    if len(lone) != 1:
+        told = f"several safetensors files ({shorten(lone, 5)})" if lone else "no safetensors file"
+        raise FileError(
+            f"{name}: none of {', '.join(_WEIGHTS)} in this repository, and {told}; `hf download` fetches one of its "
+            "files, which can then be named"
+        )
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=[names[0], lone[0]]))
