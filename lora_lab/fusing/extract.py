@@ -203,7 +203,9 @@ def _compare(
     size, norm = _norm(base), _norm(delta)
     share = norm / size if size else None
     if kind is None:
-        sums.left.append(Left(name, "no weight of a layer that LoRA knows", share))
+        stacked = delta.ndim == 3 and last != "weight"
+        why = f"a stack of {len(delta)} weights (experts)" if stacked else "no weight of a layer that LoRA knows"
+        sums.left.append(Left(name, why, share))
         return
     how: dict[str, Any] = {"rank": options.rank, "energy": options.energy, "ratio": options.ratio}
     update = cut(delta, noise_of(tuned, delta), **how)

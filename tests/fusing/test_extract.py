@@ -282,3 +282,17 @@ def test_rounding_alone_is_below_the_noise_and_a_direction_above_it():
 def test_types_have_the_names_that_they_have_everywhere():
     assert ExtractOptions(rank=1, dtype="bf16").dtype == "bf16"
     assert DTYPES.items() >= hub.DTYPES.items()
+
+
+def test_stacks_of_experts_are_named_as_left_alone(tmp_path):
+    base = write_base("experts", tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])
+    adapter = train("experts", base, tmp_path / "a", config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        in_peft("experts", base, adapter).merge_and_unload().save_pretrained(tmp_path / "tuned")
+    found = extract(base, tmp_path / "tuned", ExtractOptions(rank=2))
+    assert {left.parameter: left.why for left in found.left} == {
+        f"model.layers.{i}.mlp.experts.gate_up_proj": "a stack of 3 weights (experts)" for i in (0, 1)
+    }
+    assert all("q_proj" in name for name in found.ranks)
