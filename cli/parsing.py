@@ -153,7 +153,8 @@ def typed(given: Mapping[str, str], defaults: Mapping[str, object], what: str) -
         try:
             values[name] = kind(text)  # type: ignore[call-arg]
         except ValueError as error:
-            raise OptionError(f"--set {name}={text}: {name} is a {kind.__name__}") from error
+            needed = "a whole number" if kind is int else "a number"
+            raise OptionError(f"--set {name}={text}: {needed} is needed") from error
     return values
 
 

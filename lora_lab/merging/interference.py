@@ -17,7 +17,7 @@ def wudi(
     *,
     steps: int | None = None,
     rate: float = 1.0,
-    ridge: float = 1e-3,
+    ridge: float = 0.1,
     scale: float = 1.0,
 ) -> LowRank:
     """The W nearest to each ΔW on the inputs which that one reads, or some steps towards it.

@@ -420,7 +420,7 @@ def test_adapters_that_do_not_fit_are_refused_before_anything_is_written(lora_la
         (["shapley", "--estimator", "exct"], ["did you mean 'exact'"]),
         (["shapley", "--estimator", "shapiq:Nothing"], ["unknown estimator of shapiq 'Nothing'"]),
         (["shapley", "--estimator", "owen", "--set", "node=3"], ["did you mean 'nodes'"]),
-        (["shapley", "--estimator", "owen", "--set", "nodes=x"], ["nodes is a int"]),
+        (["shapley", "--estimator", "owen", "--set", "nodes=x"], ["--set nodes=x: a whole number is needed"]),
         (["shapley", "--set", "nodes=3"], ["the default estimator has no options to set"]),
         (["shapley", "--estimator", "exact", "--set", "budget=5"], ["exact has no options to set"]),
         (["shapley", "--estimator", "exact", "--budget", "10"], ["exact values of 6 players need 64"]),

@@ -4,12 +4,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from making_adapters import lora, write
 from making_updates import gauged, random_update
 
+from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import MismatchError, OptionError
 from lora_lab.geometry import procrustes_mean as mean_of
 from lora_lab.merging.factors import procrustes_mean, robustmerge
+from lora_lab.merging.merged import merge
+from lora_lab.merging.sources import Sources
 
 F64 = torch.float64
 FEW = settings(max_examples=15, deadline=None)
@@ -114,3 +118,16 @@ def test_the_procrustes_mean_of_one_delta_in_many_gauges_is_that_delta_and_of_un
     assert 0.35 < share < 0.6
     with pytest.raises(OptionError, match="a mean needs weights of 0 or more"):
         procrustes_mean(others, [1.0, -1.0, 1.0])
+
+
+def test_robustmerge_means_the_same_by_a_where_weights_are_stored_as_inputs_by_outputs(tmp_path):
+    found = []
+    for turned in (False, True):
+        adapters = []
+        for seed in (0, 1):
+            tensors = lora("net.q_proj", rank=3, rows=6, columns=5, seed=seed)
+            path = write(tmp_path / f"{seed}-{turned}", tensors, r=3, lora_alpha=6, fan_in_fan_out=turned)
+            adapters.append(Adapter.load(path))
+        merged = merge(Sources(adapters), "robustmerge", options={"density": 0.5}).adapter
+        found.append(merged.updates["net.q_proj"].delta())
+    torch.testing.assert_close(found[1], found[0].T)

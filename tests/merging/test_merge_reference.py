@@ -132,7 +132,13 @@ def test_peft_gives_the_logits_of_the_dense_merge_for_every_method(pair, base_mo
     assert_same(logits(loaded), wanted)
 
 
-@pytest.mark.parametrize("method", ["task-arithmetic", "slerp", "ties", "della", "knots", "tsv", "iso-c", "lego"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        *("task-arithmetic", "slerp", "ties", "della", "knots", "tsv", "iso-c", "lego"),
+        *("ctm", "pico", "procrustes-mean", "robustmerge", "wudi"),
+    ],
+)
 def test_every_kind_of_layer_means_the_same_in_peft(tmp_path, method):
     def make() -> nn.Module:
         torch.manual_seed(0)
@@ -146,7 +152,9 @@ def test_every_kind_of_layer_means_the_same_in_peft(tmp_path, method):
         model.save_pretrained(tmp_path / str(seed))
         adapters.append(Adapter.load(tmp_path / str(seed)))
         deltas.append(pefts_deltas(model))
-    merged = merge(Sources(adapters, WEIGHTS if method != "slerp" else None), method)
+    weights = None if method in ("slerp", "procrustes-mean") else WEIGHTS
+    options = {"factors": "aligned"} if method == "robustmerge" else {}
+    merged = merge(Sources(adapters, weights), method, options=options)
     assert {name: u.shape for name, u in merged.adapter.updates.items()} == {
         name: tuple(delta.shape) for name, delta in deltas[0].items()
     }
