@@ -34,8 +34,8 @@ def command(
 ) -> None:
     """Score adapters on their own task's test split, with 95 % intervals over the examples.
 
-    A language model's loss and accuracy are means over texts of the mean over a text's tokens; its perplexity is the
-    exponential of the mean loss over all tokens. Of multiple choice, accuracy takes the option of the highest mean
+    A language model's loss and token accuracy are means over texts of the mean over a text's tokens; its perplexity is
+    the exponential of the mean loss over all tokens. Of multiple choice, accuracy takes the option of the highest mean
     log-likelihood per token; acc, acc_norm and acc_bytes are lm-evaluation-harness's: of the highest sum over the
     option's tokens, and of that sum per character and per byte of the option.
 
@@ -66,20 +66,18 @@ def command(
 
 def show(result: Any) -> None:
     """The scores as a table."""
-    more = [name for name in ("perplexity", "acc", "acc_norm", "acc_bytes") if name in result.columns]
-    headings = ("adapter", "task", "n", "accuracy", "loss", *more)
-    table(f"Scores on the {result.parameters['split']} split, 95 % intervals", headings, _rows(result, more))
+    metrics = list(result.parameters["metrics"])
+    heading = f"Scores on the {result.parameters['split']} split, 95 % intervals"
+    table(heading, ("adapter", "task", "n", *(name.replace("_", " ") for name in metrics)), _rows(result, metrics))
 
 
-def _rows(result: Any, more: list[str]) -> list[tuple[object, ...]]:
+def _rows(result: Any, metrics: list[str]) -> list[tuple[object, ...]]:
     return [
         (
             row["adapter"],
             row["task"],
             row["examples"],
-            estimate(row["accuracy"], row["accuracy_low"], row["accuracy_high"]),
-            estimate(row["loss"], row["loss_low"], row["loss_high"]),
-            *(estimate(row[name], row[f"{name}_low"], row[f"{name}_high"]) for name in more),
+            *(estimate(row[name], row[f"{name}_low"], row[f"{name}_high"]) for name in metrics),
         )
         for row in result.rows()
     ]

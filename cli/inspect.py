@@ -157,9 +157,10 @@ def _record(record: dict[str, Any]) -> str:
         told = f" (relative error of ΔW {error:.3g})" if isinstance(error, float | int) else ""
         return f"merged by {made.get('method', '?')}{told} from: {', '.join(map(str, inputs))}"
     metrics = record.get("metrics", {}).get("validation", {})
-    accuracy = metrics.get("accuracy") if isinstance(metrics, dict) else None
+    metrics = metrics if isinstance(metrics, dict) else {}
+    main, value = next(((name, value) for name, value in metrics.items() if name != "examples"), ("", None))
     text = f"trained: {record.get('method')} on {record.get('task', {}).get('name', '?')}, seed {record.get('seed')}"
-    return text + (f", validation accuracy {accuracy:.3f}" if isinstance(accuracy, float | int) else "")
+    return text + (f", validation {main.replace('_', ' ')} {value:.3f}" if isinstance(value, float | int) else "")
 
 
 def _listed(value: object) -> list[Any]:

@@ -125,12 +125,24 @@ def _step(number: int, entry: Any, where: str) -> Step:
     return step
 
 
+def _refuse_code(task: Any, where: str) -> None:
+    """OptionError for a task whose code would run because a recipe names it, which may be somebody else's."""
+    from ..tasks.python_file import is_python
+
+    for name in task if isinstance(task, list) else [task]:
+        if isinstance(name, str) and is_python(name):
+            raise OptionError(
+                f"{where} names the task {name}; a task in Python runs only where you name it, on the command line"
+            )
+
+
 def _take_apart(step: Step, where: str) -> None:
     """The options as a command line, which typer has taken apart and found to be right."""
     command = command_named(step.verb)
     positional = [p for p in command.params if p.param_type_name == "argument"]
     options = {name.lstrip("-"): p for p in command.params for name in p.opts if p.param_type_name == "option"}
     given = {str(name).replace("_", "-"): value for name, value in step.options.items() if name != "output"}
+    _refuse_code(given.get("task"), f"{where}: {step.name}")
     known = [p.name for p in positional] + sorted(options)
     for name, value in given.items():
         if name in (p.name for p in positional):

@@ -63,7 +63,8 @@ def command(recipe: Grid[Recipe], runs: Runs, workers: SideBySide, output: Train
     training that is finished already is kept: called again, a call that was cut off goes on where it was.
 
     Options with ☰ take several values with commas (--lr 1e-3,2e-3,3e-3): each combination is trained, and the one with
-    the best validation accuracy (of a language model, loss), a mean over the seeds, is kept. NAME.tuning.json and its
+    best by the task's main metric on the validation split, a mean over the seeds, is kept (a classifier's accuracy, a
+    language model's loss). NAME.tuning.json and its
     figure tell of all of them, and the others lie in tried/.
 
     Example:  lora-lab train --method coto --seed 0 -o a.safetensors
@@ -149,9 +150,10 @@ def _save_tuning(tried: Any, paths: list[Path], method: str) -> list[Path]:
 
 def _show_tuning(tried: Any) -> None:
     settings, names = tried.summary["settings"], tried.parameters["options"]
-    rows = [[*(row[n] for n in names), row["accuracy"], row["loss"], "✓" if row["chosen"] else ""] for row in settings]
+    metrics = [name for name in settings[0] if name not in (*names, "chosen")]
+    rows = [[*(row[name] for name in [*names, *metrics]), "✓" if row["chosen"] else ""] for row in settings]
     flag = {field.name: flags(field, said)[-1] for field, said in shown(Recipe)}
-    headings = [*(flag[name] for name in names), "validation accuracy", "validation loss", ""]
+    headings = [*(flag[name] for name in names), *map(_heading, metrics), ""]
     table("Tried, means over the seeds", headings, rows)
     console.print()
 
@@ -159,13 +161,16 @@ def _show_tuning(tried: Any) -> None:
 def show(paths: list[Path], results: list[Any]) -> None:
     """What was trained, as a table."""
     rows = []
+    metrics = [name for name in results[0].summary["validation"] if name != "examples"]
     for path, result in zip(paths, results, strict=True):
         record, found = result.parameters["record"], result.summary["validation"]
-        rows.append(
-            (str(path), record["method"], record["seed"], found["accuracy"], found["loss"], result.summary["cpu_s"])
-        )
-    headings = ("adapter", "method", "seed", "validation accuracy", "validation loss", "training CPU s")
-    table("Trained adapters", headings, rows)
+        cells = [found[name] for name in metrics]
+        rows.append((str(path), record["method"], record["seed"], *cells, result.summary["cpu_s"]))
+    table("Trained adapters", ("adapter", "method", "seed", *map(_heading, metrics), "training CPU s"), rows)
+
+
+def _heading(metric: str) -> str:
+    return f"validation {metric.replace('_', ' ')}"
 
 
 def _path(output: Path | None, recipe: Any, *, folder: bool) -> Path:

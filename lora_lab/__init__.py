@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from lora_lab.errors import LoraLabError as LoraLabError
     from lora_lab.results.result import Result as Result
     from lora_lab.scoring.execution import Execution as Execution
+    from lora_lab.tasks.metrics import Metric as Metric
+    from lora_lab.tasks.own import Task as Task
     from lora_lab.training.coto import CoToCallback as CoToCallback
     from lora_lab.training.recipe import Recipe as Recipe
     from lora_lab.training.schedule import Schedule as Schedule
@@ -74,6 +76,8 @@ __getattr__, __dir__, __all__ = face(
         "errors": ("LoraLabError",),
         "results.result": ("Result",),
         "scoring.execution": ("Execution",),
+        "tasks.metrics": ("Metric",),
+        "tasks.own": ("Task",),
         "training.coto": ("CoToCallback",),
         "training.recipe": ("Recipe",),
         "training.schedule": ("Schedule",),

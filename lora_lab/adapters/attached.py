@@ -218,12 +218,14 @@ def _by_value(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _NAMES_LABELS = ("id2label", "label2id", "num_labels", "problem_type", "pad_token_id", "use_cache")
+_STORAGE = ("quantization_config",)
+"""How weights are kept: a base in 4 or 8 bits is the same base."""
 
 
 def base_config(model: nn.Module) -> dict[str, str] | None:
     """A short hash of the base's configuration, and the version of transformers that read it; None where it has none.
 
-    Names, versions and labels do not count; defaults do, and these can change from version to version.
+    Names, versions, labels and quantisation do not count; defaults do, and these can change from version to version.
     """
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
@@ -231,7 +233,7 @@ def base_config(model: nn.Module) -> dict[str, str] | None:
     if not isinstance(config, dict):
         return None
     kept = {k: v for k, v in config.items() if not k.startswith(("_", "transformers", "torch_dtype", "dtype"))}
-    digest = fingerprint({k: v for k, v in kept.items() if k not in _NAMES_LABELS})
+    digest = fingerprint({k: v for k, v in kept.items() if k not in (*_NAMES_LABELS, *_STORAGE)})
     return {"hash": digest, "transformers": version("transformers")}
 
 

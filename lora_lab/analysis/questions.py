@@ -265,6 +265,7 @@ class Evaluate(Question):
 
     split: str = split_option()
     base: bool = option(True, "Score the base model without an adapter, too.")
+    metric: tuple[str, ...] = option((), "Metrics with commas between them; by default all that the task has.")
     seed: int = option(0, "Seed of the bootstrap.", least=0)
 
     def run(

@@ -118,7 +118,7 @@ def _loss(ax: Axes, result: Result) -> None:
 
 
 def draw_tuning(results: Sequence[Result], panels: Panels) -> list[Axes]:
-    """Validation accuracy (of language models, loss) over the settings: mean and spread over seeds, choices ringed.
+    """The task's main metric on the validation split over the settings: mean and spread over seeds, choices ringed.
 
     The option with the most values is the axis; every combination of the others is a line.
     """
@@ -136,7 +136,7 @@ def draw_tuning(results: Sequence[Result], panels: Panels) -> list[Axes]:
     for label, (_, rows) in zip(labels, lines, strict=True):
         _tuning_line(ax, rows, axis, criterion, plot_style.look(places[label]), label)
     _tuning_axes(ax, results, axis)
-    ax.set_ylabel(f"validation {criterion}" + (" (nats)" if criterion == "loss" else ""))
+    ax.set_ylabel(f"validation {criterion.replace('_', ' ')}" + (" (nats)" if criterion == "loss" else ""))
     panels.legend(ax)
     return [ax]
 

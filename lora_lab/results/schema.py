@@ -96,6 +96,8 @@ class Paper:
     """A column of which every value gets columns of its own, side by side."""
     once: tuple[str, ...] = ()
     """With `across`: columns that are alike in all of them, and stand once in a line."""
+    further_last: bool = False
+    """Whether columns that the table may have besides stand behind these."""
 
 
 @dataclass(frozen=True)

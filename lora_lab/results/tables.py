@@ -102,7 +102,8 @@ def to_latex(result: Result, name: str | None = None, columns: Sequence[str] | N
     rows, known = table(result, paper.table), _columns(result, paper.table)
     if paper.across is not None:
         return _side_by_side(rows, paper, known)
-    return _booktabs(rows, [*_further(rows, known), *paper.columns], known)
+    named, further = list(paper.columns), _further(rows, known)
+    return _booktabs(rows, named + further if paper.further_last else further + named, known)
 
 
 def save(result: Result, *paths: Path, force: bool = False) -> list[Path]:
@@ -259,9 +260,9 @@ def _cell(row: Row, name: str, known: Mapping[str, Column]) -> str:
         return escape.latex(", ".join(map(str, value)))
     if not isinstance(value, float):
         return f"${value}$" if isinstance(value, int) else escape.latex(str(value))
-    form = known[name].form if name in known else ".4g"
-    text = _number(value, form)
     low, high = (row.get(end) for end in _ends(name))
+    form = known[name].form if name in known else ".4g" if low is None else ".3f"
+    text = _number(value, form)
     spread = row.get(_spread(name))
     if low is not None and high is not None:
         text += rf"\,[{_number(low, form)}, {_number(high, form)}]"

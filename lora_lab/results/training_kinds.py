@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora_lab.results.rows import Accuracy, Adapted, Loss
+from lora_lab.results.rows import Adapted
 from lora_lab.results.schema import Kind, Paper, column
 
 
@@ -25,8 +25,6 @@ class TuningRow:
 
     method: str = column("training method")
     seed: int = column("seed of the training")
-    accuracy: float = column("validation accuracy; null where the training diverged", "share")
-    loss: float = column("validation loss; null where the training diverged", "nats")
     chosen: bool = column("whether this setting was the best")
 
 
@@ -34,13 +32,11 @@ class TuningRow:
 class TuningSetting:
     """One setting, over the seeds."""
 
-    accuracy: float = column("mean validation accuracy; null where a training diverged", "share")
-    loss: float = column("mean validation loss; null where a training diverged", "nats")
     chosen: bool = column("whether this setting was the best")
 
 
 @dataclass
-class EvaluateRow(Accuracy, Loss, Adapted):
+class EvaluateRow(Adapted):
     """One adapter on one task."""
 
     task: str = column("name of the task")
@@ -54,7 +50,7 @@ KINDS = (
         {"rows": TrainRow},
         Paper(("step", "p", "loss", "learning_rate")),
         summary={
-            "validation": "accuracy, loss and number of examples of the validation split",
+            "validation": "the task's metrics on the validation split, the main one first, and number of examples",
             "cpu_s": "CPU seconds of the training",
             "steps": "optimiser steps",
         },
@@ -64,16 +60,27 @@ KINDS = (
         "tuning",
         "trainings at several settings, of which the best was kept",
         {"rows": TuningRow, "settings": TuningSetting},
-        Paper(("accuracy", "loss", "chosen"), "settings"),
-        open={"rows": "a column for each option tried", "settings": "a column for each option tried"},
-        parameters={"options": "names of the options tried", "criterion": "accuracy or loss: what chose"},
+        Paper(("chosen",), "settings"),
+        version=2,
+        open={
+            "rows": "each option tried, and each metric on the validation split, null where the training diverged",
+            "settings": "the same, metrics as means over the seeds",
+        },
+        parameters={
+            "options": "names of the options tried",
+            "criterion": "the metric that chose; where it could not, the next one did",
+        },
     ),
     Kind(
         "evaluate",
-        "accuracy and loss of adapters on tasks",
+        "metrics of adapters on tasks",
         {"rows": EvaluateRow},
-        Paper(("adapter", "task", "accuracy", "loss")),
-        open={"rows": "perplexity and the task's own measures, such as exact_match, each with its interval"},
-        parameters={"tasks": "the records of the tasks"},
+        Paper(("adapter", "task"), further_last=True),
+        version=2,
+        open={"rows": "each metric with its interval (accuracy, accuracy_low …); null where a task lacks it"},
+        parameters={
+            "tasks": "the records of the tasks",
+            "metrics": "metric → about, unit, and higher: whether more is better",
+        },
     ),
 )

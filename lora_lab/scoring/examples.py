@@ -20,7 +20,7 @@ from lora_lab.scoring.journal import Journal
 from lora_lab.tasks import digests
 from lora_lab.tasks.task import Scores, Split, Task
 
-_SCORING = 1
+_SCORING = 2
 """Of how the tasks of this package score, and of what `pack` gives: another number, and all is scored again."""
 
 
@@ -44,7 +44,7 @@ class TaskSpec:
     def of(cls, task: Task) -> TaskSpec:
         """OptionError for a task that its record does not give again, such as one of a class of the user's own."""
         try:
-            again = tasks.from_record(task.spec)
+            again = tasks.from_spec(task.spec)
         except LoraLabError:
             again = None
         if type(again) is not type(task):
@@ -54,7 +54,7 @@ class TaskSpec:
 
     def task(self) -> Task:
         """The task, built again."""
-        return tasks.from_record(self.record, reach=self.reach)
+        return tasks.from_spec(self.record, reach=self.reach)
 
 
 @dataclass(frozen=True)
@@ -85,37 +85,27 @@ def detached(adapter: Adapter) -> Adapter:
 
 
 def pack(scores: Scores) -> dict[str, Any]:
-    """Scores as text, with their number; losses and margins were computed in float32, so nothing is lost."""
-    text: dict[str, Any] = {"examples": len(scores), "loss": _floats(scores.loss), "margin": _floats(scores.margin)}
-    if scores.correct.dtype == np.bool_:
-        text["correct"] = base64.b64encode(np.packbits(scores.correct.astype(np.bool_)).tobytes()).decode()
-    else:  # shares of tokens
-        text["shares"] = base64.b64encode(scores.correct.astype("<f8").tobytes()).decode()
-    if scores.logits is not None:
-        text["logits"] = _floats(scores.logits)
-    if scores.told is not None:
-        text["told"] = dict(scores.told)
-    return text
+    """Scores as text, with their number: True and False as bits, numbers as float32 where that loses nothing."""
+    columns = {name: _as_text(values) for name, values in scores.columns.items()}
+    logits = {} if scores.logits is None else {"logits": _as_text(scores.logits.reshape(-1))}
+    told = {} if scores.told is None else {"told": dict(scores.told)}
+    return {"examples": len(scores), "columns": columns, **logits, **told}
 
 
 def unpack(text: Mapping[str, Any]) -> Scores:
     """The inverse of `pack`; ValueError, KeyError, TypeError or AttributeError where it is not what `pack` gives."""
-    loss, margin = _from_text(text["loss"]), _from_text(text["margin"])
-    n = len(loss)
+    n = text["examples"]
+    columns = {str(name): _from_text(given, n) for name, given in dict(text["columns"]).items()}
+    if not columns:
+        raise ValueError("no columns")
+    for name, values in columns.items():
+        if len(values) != n:
+            raise ValueError(f"{len(values)} values of {name} of {n} examples")
     logits = None
-    if "shares" in text:
-        correct: npt.NDArray[Any] = np.frombuffer(base64.b64decode(text["shares"]), "<f8").astype(np.float64)
-    else:
-        bits = np.frombuffer(base64.b64decode(text["correct"]), np.uint8)
-        if len(bits) != -(-n // 8):
-            raise ValueError(f"{len(bits)} bytes of right and wrong for {n} losses")
-        correct = np.unpackbits(bits, count=n).astype(np.bool_)
     if "logits" in text:
-        logits = _from_text(text["logits"]).astype(np.float32).reshape(n, -1)
-    if not text["examples"] == n == len(margin) == len(correct):
-        raise ValueError(f"{n} losses, {len(margin)} margins, {len(correct)} answers of {text['examples']} examples")
+        logits = _from_text(text["logits"], 0).astype(np.float32).reshape(n, -1)
     told = {str(name): float(value) for name, value in text["told"].items()} if "told" in text else None
-    return Scores(loss, correct, margin, logits, told)
+    return Scores(columns, logits, told)
 
 
 def remembered(journal: Journal | None, key: str, examples: int | None = None) -> Scores | None:
@@ -133,9 +123,26 @@ def remembered(journal: Journal | None, key: str, examples: int | None = None) -
     return scores
 
 
-def _floats(values: npt.NDArray[Any]) -> str:
-    return base64.b64encode(values.astype("<f4").tobytes()).decode()
+_TYPES: dict[str, Any] = {"float32": np.dtype("<f4"), "float64": np.dtype("<f8"), "int64": np.dtype("<i8")}
+_BITS = "bits"
 
 
-def _from_text(text: str) -> npt.NDArray[np.float64]:
-    return np.frombuffer(base64.b64decode(text), "<f4").astype(np.float64)
+def _as_text(values: npt.NDArray[Any]) -> list[str]:
+    """Type and bytes of a column."""
+    if values.dtype == np.bool_:
+        return [_BITS, base64.b64encode(np.packbits(values).tobytes()).decode()]
+    kind = "int64" if np.issubdtype(values.dtype, np.integer) else "float64"
+    if kind == "float64" and np.array_equal(values, values.astype(np.float32), equal_nan=True):
+        kind = "float32"
+    return [kind, base64.b64encode(values.astype(_TYPES[kind]).tobytes()).decode()]
+
+
+def _from_text(given: Any, n: int) -> npt.NDArray[Any]:
+    kind, text = given
+    data = base64.b64decode(text)
+    if kind == _BITS:
+        if len(data) != -(-n // 8):
+            raise ValueError(f"{len(data)} bytes of True and False for {n} examples")
+        return np.unpackbits(np.frombuffer(data, np.uint8), count=n).astype(np.bool_)
+    values: npt.NDArray[Any] = np.frombuffer(data, _TYPES[kind])
+    return values.astype(np.int64 if kind == "int64" else np.float64)

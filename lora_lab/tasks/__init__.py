@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lora_lab.tasks.kinds import from_file as from_file
     from lora_lab.tasks.kinds import from_name as from_name
     from lora_lab.tasks.kinds import from_record as from_record
+    from lora_lab.tasks.kinds import from_spec as from_spec
     from lora_lab.tasks.kinds import iterate as iterate
     from lora_lab.tasks.task import Scores as Scores
     from lora_lab.tasks.task import Split as Split
@@ -30,6 +31,7 @@ __getattr__, __dir__, __all__ = face(
             "from_file",
             "from_name",
             "from_record",
+            "from_spec",
             "iterate",
         ),
         "task": (

@@ -127,8 +127,8 @@ def cache() -> Path:
 def of_code(instance: object) -> str:
     """A hash of the code that an object of a class of the user's own runs, and of its plain attributes.
 
-    The functions of its classes and all that these call, as far as it is neither this package's nor an installed one's;
-    empty for an object that is all this package's own. Comments and line numbers do not count.
+    The functions of its classes and attributes and all that these call, as far as it is neither this package's nor an
+    installed one's; empty for an object that is all this package's own. Comments and line numbers do not count.
     """
     walk = _Walk()
     for cls in type(instance).__mro__:
@@ -138,11 +138,9 @@ def of_code(instance: object) -> str:
                 walk.add(f"{cls.__qualname__}.{name}", function)
         if not _installed(cls.__module__):
             walk.add_plain(cls.__qualname__, vars(cls))
-    if walk.empty:
-        return ""
     attributes = {key: value for key, value in vars(instance).items() if not _is_cache(type(instance), key)}
     walk.add_plain("instance", attributes)
-    return walk.digest.hexdigest()
+    return "" if walk.empty else walk.digest.hexdigest()
 
 
 def of_entries() -> str:

@@ -21,20 +21,22 @@ from lora_lab.errors import DivergedError, OptionError, TaskError, unknown
 from lora_lab.escape import visible
 from lora_lab.files.trust import ANYWHERE
 from lora_lab.tasks import digests
+from lora_lab.tasks.metrics import METRICS, Metric
 
 SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, repr=False)
 class Scores:
-    """How a model did on each example of a split, in the split's order."""
+    """How a model did on each example of a split, in the split's order: columns by name, one value an example.
 
-    loss: npt.NDArray[np.float64]
-    """Cross-entropy in nats; of a text, the mean over its tokens."""
-    correct: npt.NDArray[np.bool_] | npt.NDArray[np.float64]
-    """Whether it is; of a text, the share of its tokens that are predicted right."""
-    margin: npt.NDArray[np.float64]
-    """Logit of the right answer minus the highest of the others."""
+    What this package's own tasks give is `loss` (cross-entropy in nats; of a text, the mean over its tokens), `correct`
+    (whether it is; of a text, the share of its tokens that are predicted right) and `margin` (logit of the right answer
+    minus the highest of the others).
+    """
+
+    columns: Mapping[str, npt.NDArray[Any]]
+    """Each [examples]: numbers, or True and False."""
     logits: npt.NDArray[np.float32] | None = None
     """[examples, labels], where they were asked for."""
     told: Mapping[str, float] | None = None
@@ -43,7 +45,7 @@ class Scores:
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor, *, keep_logits: bool = False) -> Scores:
         """Scores of a classifier's logits [examples, labels]."""
-        return cls(
+        return cls.judged(
             nn.functional.cross_entropy(logits, labels, reduction="none").double().cpu().numpy(),
             (logits.argmax(-1) == labels).cpu().numpy(),
             margins(logits, labels).double().cpu().numpy(),
@@ -51,21 +53,52 @@ class Scores:
         )
 
     @classmethod
+    def judged(
+        cls,
+        loss: npt.NDArray[np.float64],
+        correct: npt.NDArray[np.bool_] | npt.NDArray[np.float64],
+        margin: npt.NDArray[np.float64],
+        logits: npt.NDArray[np.float32] | None = None,
+    ) -> Scores:
+        """Scores of a task on which there is a right answer."""
+        return cls({"loss": loss, "correct": correct, "margin": margin}, logits)
+
+    @classmethod
     def join(cls, parts: Sequence[Scores]) -> Scores:
         """Scores of consecutive batches as one."""
         with_logits = all(part.logits is not None for part in parts)
         return cls(
-            np.concatenate([part.loss for part in parts]),
-            np.concatenate([part.correct for part in parts]),
-            np.concatenate([part.margin for part in parts]),
+            {name: np.concatenate([part[name] for part in parts]) for name in parts[0].columns},
             np.concatenate([part.logits for part in parts if part.logits is not None]) if with_logits else None,
         )
 
     def __len__(self) -> int:
-        return len(self.loss)
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, name: str) -> npt.NDArray[Any]:
+        """A column; TaskError where the task does not give it."""
+        if name not in self.columns:
+            raise TaskError(f"the task gives no {name!r} of its examples, only {', '.join(self.columns)}")
+        return self.columns[name]
 
     def __repr__(self) -> str:
-        return f"Scores({len(self)} examples, accuracy {self.accuracy:.4g}, loss {self.mean_loss:.4g})"
+        means = ", ".join(f"{name} {values.mean():.4g}" for name, values in self.columns.items())
+        return f"Scores({len(self)} examples: mean {means})"
+
+    @property
+    def loss(self) -> npt.NDArray[np.float64]:
+        """See above."""
+        return self["loss"]
+
+    @property
+    def correct(self) -> npt.NDArray[np.bool_] | npt.NDArray[np.float64]:
+        """See above."""
+        return self["correct"]
+
+    @property
+    def margin(self) -> npt.NDArray[np.float64]:
+        """See above."""
+        return self["margin"]
 
     @property
     def wrong(self) -> npt.NDArray[np.bool_] | npt.NDArray[np.float64]:
@@ -107,12 +140,12 @@ class Targets(Brief):
 
 @dataclass(frozen=True, repr=False)
 class Split:
-    """Examples as tensors with the example as first dimension, `labels` among them."""
+    """Examples as tensors with the example as first dimension, of this package's own tasks `labels` among them."""
 
     inputs: Mapping[str, Tensor]
 
     def __len__(self) -> int:
-        return len(self.inputs["labels"])
+        return len(next(iter(self.inputs.values())))
 
     def __repr__(self) -> str:
         shapes = (f"{name} {list(tensor.shape)}" for name, tensor in self.inputs.items())
@@ -175,8 +208,12 @@ class Task(ABC):
     """Whether the head is trained along with the adapter."""
     rows_are_examples = True
     """Whether the rows that a layer sees are the examples of a batch; not where options or prompts are rows, too."""
-    measures: Sequence[str] = ()
-    """Names of further ways to count an example as right (see `measured`)."""
+    metrics: Sequence[str] = ("accuracy", "loss")
+    """Names of METRICS (metrics.py) that say how good a model is on the task, the main one first."""
+    needs_logits = False
+    """Whether some of them are made of what the model said, which scores keep only where it is asked for."""
+    file: str | None = None
+    """Of a task in a Python file: PATH.py:NAME, as the user wrote it."""
     threads: int | None = None
     """Threads that training uses best; None leaves torch's own choice."""
 
@@ -229,10 +266,6 @@ class Task(ABC):
             return []
         children = model.named_children()
         return [name for name, child in children if child is not base and any(True for _ in child.parameters())]
-
-    def target_counts(self, split: str) -> npt.NDArray[np.int64]:
-        """How many predictions the loss of every example of a split is a mean over."""
-        return np.ones(len(self.split(split)), dtype=np.int64)
 
     def targets(self, asked: str | Sequence[str] | None) -> str | Sequence[str]:
         """Where adapters go: the modules asked for, or the task's own."""
@@ -300,15 +333,18 @@ class Task(ABC):
         device = next(model.parameters()).device
         batches = self.batches(split, device)
         scores = Scores.join([self.judge(model, batch, keep_logits=keep_logits) for batch in batches])
-        if not np.isfinite(scores.loss).all():
-            raise DivergedError(
-                f"task {self.name}: the model's loss is not finite on {int((~np.isfinite(scores.loss)).sum())} examples"
-            )
+        lost = int((~np.isfinite(scores.columns.get("loss", np.zeros(0)))).sum())
+        if lost:
+            raise DivergedError(f"task {self.name}: the model's loss is not finite on {lost} examples")
         return scores
 
-    def measured(self, scores: Scores, split: str) -> dict[str, npt.NDArray[np.bool_]]:
-        """Measure → whether each example of a split is right by it; the scores must have kept their logits."""
-        return {}
+    def columns(self, scores: Scores, split: str) -> Mapping[str, npt.NDArray[Any]]:
+        """All columns that the metrics are made of; with `needs_logits`, the scores must have kept them."""
+        return scores.columns
+
+    def metric(self, name: str) -> Metric:
+        """One of `metrics`."""
+        return METRICS[name]
 
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """What the model says of a batch: [examples, labels], or of texts [examples, tokens, vocabulary]."""

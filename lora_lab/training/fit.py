@@ -83,8 +83,7 @@ def train(
         adapter = _extract(model, record, base, initial)
     if scaled:
         adapter = survival.scaled(dataclasses.replace(adapter, record=record | {"method": as_trained["method"]}))
-    scores = score(task, adapter, "validation", device=device)
-    metrics = {"validation": {"accuracy": scores.accuracy, "loss": scores.mean_loss, "examples": len(scores)}}
+    metrics = {"validation": _validated(task, adapter, device)}
     adapter = dataclasses.replace(adapter, record={**record, "metrics": metrics}, origin=Origin(own=True))
     summary = {**metrics, "cpu_s": round(cpu_s, 3), "steps": recipe.steps}
     return adapter, Result(
@@ -94,6 +93,13 @@ def train(
         finite(summary),
         provenance(elapsed_s=time.perf_counter() - began, seeds=[recipe.seed], device=str(args.device), data=data),
     )
+
+
+def _validated(task: Task, adapter: Adapter, device: torch.device | None) -> dict[str, Any]:
+    """The task's metrics on the validation split, the main one first, and how many examples it has."""
+    scores = score(task, adapter, "validation", device=device, keep_logits=task.needs_logits)
+    found = task.columns(scores, "validation")
+    return {**{name: task.metric(name).value(found) for name in task.metrics}, "examples": len(scores)}
 
 
 def _optimise(

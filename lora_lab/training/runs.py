@@ -198,7 +198,7 @@ def _log_of(job: Job, seen: Seen) -> Result | None:
         return None
     key = fingerprint(job.task)
     if key not in seen:
-        task = tasks.from_record(job.task)
+        task = tasks.from_spec(job.task)
         seen[key] = task, data_of(task)
     task, data = seen[key]
     recipe = job.recipe.for_task(task)
@@ -249,7 +249,7 @@ def _trained(job: Job, progress: Progress | None) -> tuple[Adapter | None, Resul
     from lora_lab.tasks.task import resolve_device
     from lora_lab.training.fit import train
 
-    chosen = tasks.from_record(job.task)
+    chosen = tasks.from_spec(job.task)
     threads = torch.get_num_threads()
     torch.set_num_threads(chosen.threads or threads)
     try:

@@ -16,6 +16,7 @@ from lora_lab.files.disk import refuse_existing
 from lora_lab.files.trust import recordable
 from lora_lab.results.result import Result, columns, fingerprint, finite, provenance
 from lora_lab.scoring.workers import Workers
+from lora_lab.tasks.metrics import Metric
 from lora_lab.training.runs import Job, Seen, finished, is_first, there, train_all
 
 Setting = Mapping[str, Any]
@@ -39,15 +40,15 @@ def train_best(
 ) -> tuple[list[Result], Result]:
     """Train every job (a seed each, of one task) at every setting and keep the best; its logs, and what all gave.
 
-    Best is the setting of the highest validation accuracy, a mean over the jobs (then of the lowest loss); of a
-    language model, of the lowest loss. Its adapters go to the jobs' paths, with all that was tried in their records;
-    the others stay in the folder `tried` beside them, from which a killed run goes on. A setting whose training
-    diverges is kept as a row and never chosen.
+    Best is the setting that is best by the task's main metric on the validation split, a mean over the jobs (then by
+    its others): the highest accuracy, or of a language model the lowest loss. Its adapters go to the jobs' paths, with
+    all that was tried in their records; the others stay in the folder `tried` beside them, from which a killed run goes
+    on. A setting whose training diverges is kept as a row and never chosen.
     """
     from lora_lab import tasks
 
     task, paths = jobs[0].task, [job.path for job in jobs]
-    by_loss = not tasks.from_record(task).classifies
+    built = tasks.from_spec(task)
     began = time.perf_counter()
     trials = [_trial(job, setting) for setting in settings for job in jobs]
     seen: Seen = {}
@@ -60,24 +61,26 @@ def train_best(
         done = train_all([trials[i] for i in left], processes=processes, force=True, progress=progress, workers=workers)
         known |= dict(zip(left, done, strict=True))
     logs = [[known[k * len(jobs) + i] for i in range(len(jobs))] for k in range(len(settings))]
-    rows = [{**setting, **_mean(each)} for setting, each in zip(settings, logs, strict=True)]
-    able = [k for k, row in enumerate(rows) if row["accuracy"] is not None]
+    there = dict.fromkeys(name for each in logs for log in each for name in _validated(log))
+    metrics = [name for name in dict.fromkeys((*built.metrics, *there)) if name in there]
+    rows = [{**setting, **_mean(each, metrics)} for setting, each in zip(settings, logs, strict=True)]
+    able = [k for k, row in enumerate(rows) if all(row[name] is not None for name in metrics)] if metrics else []
     if not able:
         raise TaskError(f"training diverged at every setting: {_words(settings)}; lower the learning rates")
-    best = min(able, key=lambda k: (0.0 if by_loss else -round(rows[k]["accuracy"], 12), rows[k]["loss"]))
+    best = min(able, key=lambda k: [_rank(rows[k][name], built.metric(name)) for name in metrics])
     for k, row in enumerate(rows):
         row["chosen"] = k == best
     chosen = trials[best * len(jobs) : (best + 1) * len(jobs)]
     for trial, log, path in zip(chosen, logs[best], paths, strict=True) if is_first() else ():
         _keep(trial, log, path, rows)
-    found = [
-        {"method": job.recipe.method, "seed": job.recipe.seed, **setting, **_validated(log), "chosen": k == best}
+    trained = [
+        {"method": job.recipe.method, "seed": job.recipe.seed, **setting, **_mean([log], metrics), "chosen": k == best}
         for k, setting in enumerate(settings)
         for job, log in zip(jobs, logs[k], strict=True)
     ]
-    said = {"task": recordable(task), "options": list(settings[0]), "criterion": "loss" if by_loss else "accuracy"}
+    said = {"task": recordable(task), "options": list(settings[0]), "criterion": metrics[0]}
     made = provenance(elapsed_s=time.perf_counter() - began, seeds=[job.recipe.seed for job in jobs])
-    return logs[best], Result("tuning", columns(found), said, {"settings": rows}, made)
+    return logs[best], Result("tuning", columns(trained), said, {"settings": rows}, made)
 
 
 def _trial(job: Job, setting: Setting) -> Job:
@@ -101,17 +104,21 @@ def _chosen_before(job: Job, logs: Sequence[Result]) -> bool:
 
 
 def _validated(log: Result) -> dict[str, Any]:
-    """A training's validation accuracy and loss, None where it diverged."""
-    found = log.summary.get("validation", {})
-    return {name: found.get(name) for name in ("accuracy", "loss")}
+    """Metric of a training's validation → its value; empty where it diverged."""
+    return {name: value for name, value in log.summary.get("validation", {}).items() if name != "examples"}
 
 
-def _mean(logs: Sequence[Result]) -> dict[str, Any]:
-    """The same as means over the seeds, None where one of them diverged."""
+def _mean(logs: Sequence[Result], metrics: Sequence[str]) -> dict[str, Any]:
+    """The same as means over the seeds, None where one of them has none."""
     found = [_validated(log) for log in logs]
-    if any(each["loss"] is None for each in found):
-        return {"accuracy": None, "loss": None}
-    return {name: float(np.mean([each[name] for each in found])) for name in ("accuracy", "loss")}
+    if any(each.get(name) is None for each in found for name in metrics):
+        return dict.fromkeys(metrics)
+    return {name: float(np.mean([each[name] for each in found])) for name in metrics}
+
+
+def _rank(value: float, metric: Metric) -> float:
+    """The smaller the better; of what differs by rounding alone, the next metric decides."""
+    return round(-value if metric.higher else value, 12)
 
 
 def _keep(job: Job, log: Result, path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

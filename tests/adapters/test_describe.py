@@ -87,8 +87,8 @@ def test_a_task_and_its_examples_show_no_numbers():
     assert repr(task) == r"Digits(digits/mod3: a\n\x1b[31m)"
     split = Split({"input_ids": torch.zeros(4, 9), "labels": torch.zeros(4)})
     assert repr(split) == "Split(4 examples: input_ids [4, 9], labels [4])"
-    scores = Scores(np.array([0.25, 0.75]), np.array([True, False]), np.array([1.0, -1.0]))
-    assert repr(scores) == "Scores(2 examples, accuracy 0.5, loss 0.5)"
+    scores = Scores.judged(np.array([0.25, 0.75]), np.array([True, False]), np.array([1.0, -1.0]))
+    assert repr(scores) == "Scores(2 examples: mean loss 0.5, correct 0.5, margin 0)"
 
 
 def test_adapters_whose_modules_have_changed_places_are_not_one(adapter):

@@ -452,15 +452,15 @@ def test_an_adapter_that_is_never_right_has_no_share_of_its_accuracy():
     assert share(np.array([[0.2, 0.1]]), np.array([0.4, 0.1])).tolist() == [[0.5, 1.0]]
     tried = {"coefficient": [0.5, 1.0], "accuracy": [0.1, 0.3], "normalised": [np.nan, np.nan], "loss": [1.0, 2.0]}
     assert _best(tried) == 1.0
-    wrong = Scores(np.ones(40), np.zeros(40, bool), np.zeros(40))
-    right = Scores(np.ones(40), np.arange(40) % 2 == 0, np.zeros(40))
+    wrong = Scores.judged(np.ones(40), np.zeros(40, bool), np.zeros(40))
+    right = Scores.judged(np.ones(40), np.arange(40) % 2 == 0, np.zeros(40))
     merge_set = MergeSet("x", "lora", 0, (0,), (1.0,))
     (row,), whole = _measured(merge_set, "ties", [[right]], [[wrong]], ["a"], [Few("mod3")], 0)
     for cells in (row, whole):
         assert cells["accuracy"] == 0.5
         assert cells["accuracy_low"] < 0.5 < cells["accuracy_high"]
         assert all(np.isnan(cells[f"normalised{end}"]) for end in ("", "_low", "_high"))
-    rarely = Scores(np.ones(40), np.arange(40) == 0, np.zeros(40))  # many resamples miss the one right answer
+    rarely = Scores.judged(np.ones(40), np.arange(40) == 0, np.zeros(40))  # many resamples miss the one right answer
     (row,), _ = _measured(merge_set, "ties", [[rarely]], [[rarely]], ["a"], [Few("mod3")], 0)
     assert (row["normalised_low"], row["normalised"], row["normalised_high"]) == (1.0, 1.0, 1.0)
 

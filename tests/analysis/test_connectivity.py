@@ -458,10 +458,17 @@ def test_points_that_are_one_model_are_evaluated_once(adapters):
 def test_packed_scores_come_back_bit_by_bit():
     generator = np.random.default_rng(0)
     loss, margin = generator.random((2, 13)).astype(np.float32).astype(np.float64)
-    scores = Scores(loss, generator.random(13) < 0.5, margin, generator.random((13, 3)).astype(np.float32))
+    scores = Scores.judged(loss, generator.random(13) < 0.5, margin, generator.random((13, 3)).astype(np.float32))
     again = unpack(pack(scores))
-    for name in ("loss", "correct", "margin", "logits"):
-        assert (getattr(again, name) == getattr(scores, name)).all()
+    assert list(again.columns) == ["loss", "correct", "margin"]
+    for name, column in scores.columns.items():
+        assert (again[name] == column).all()
+        assert again[name].dtype == column.dtype
+    assert (again.logits == scores.logits).all()
+    odd = {"count": np.arange(5) - 2**40, "share": generator.random(5), "none": np.full(5, np.nan)}
+    again = unpack(pack(Scores(odd)))
+    for name, column in odd.items():
+        assert np.array_equal(again[name], column, equal_nan=name == "none")
 
 
 def test_the_factor_line_works_for_tuners_without_a_delta(tmp_path):

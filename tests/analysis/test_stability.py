@@ -262,7 +262,8 @@ class Known:
 
     def scores(self, sets, *, logits):
         return [
-            Scores(loss + np.array([-0.1, 0.1]), np.array([True, False]), np.zeros(2)) for loss in self.losses(sets)
+            Scores.judged(loss + np.array([-0.1, 0.1]), np.array([True, False]), np.zeros(2))
+            for loss in self.losses(sets)
         ]
 
     def name_of(self, row):

@@ -18,7 +18,9 @@ def test_the_verb_lists_all_kinds_and_tells_every_column_of_one(lora_lab):
     assert code == 0
     for name in ("adapters.epsilon", "worst_set", "adapters.inequality", "largest rise above the whole adapter"):
         assert name in out
-    assert "rows may have further columns: perplexity" in " ".join(lora_lab("schema", "evaluate")[1].split())
+    assert "rows may have further columns: each metric with its interval" in " ".join(
+        lora_lab("schema", "evaluate")[1].split()
+    )
     code, _, err = lora_lab("schema", "shaply")
     assert code == 1
     assert "did you mean 'shapley'" in err

@@ -23,7 +23,7 @@ from lora_lab.analysis.connectivity import BARRIERS, Barrier, Interpolate
 from lora_lab.analysis.control_points import CURVES, CurveShape
 from lora_lab.analysis.game import WORTHS
 from lora_lab.analysis.landscape import Curve
-from lora_lab.analysis.questions import Shapley, Sweep
+from lora_lab.analysis.questions import Evaluate, Shapley, Sweep
 from lora_lab.errors import OptionError
 from lora_lab.games.estimators import ESTIMATORS, Estimator, antithetic
 from lora_lab.geometry.nulls import NULLS, Null, in_every_module
@@ -41,6 +41,7 @@ from lora_lab.registry import Registry
 from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.tasks.kinds.registry import KINDS, TaskKind, from_record
+from lora_lab.tasks.metrics import METRICS, mean_of
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import METHODS, Method, Recipe
 from lora_lab.training.schedule import MASK_LAWS, RAMPS, MaskLaw, uniform
@@ -120,6 +121,15 @@ def test_a_curve(pair, add, command):
     assert curve["loss"] == pytest.approx(line["loss"], rel=1e-5)
     few = ("--shapes", "throwaway", "--spaces", "delta", "--points", 3, "--steps", 1, "--checks", 1)
     assert command("curve", *ON_TASK, *few)["columns"] == result.columns
+
+
+def test_a_metric(pair, add, command, monkeypatch):
+    add(METRICS, mean_of("correct", "twice", unit="x"))
+    monkeypatch.setattr(Digits, "metrics", ("accuracy", "loss", "throwaway"))
+    result = Evaluate(split="validation").run(pair[:1], Digits("relabel"))
+    assert result.columns["throwaway"] == result.columns["accuracy"]
+    assert result.parameters["metrics"]["throwaway"] == {"about": "twice", "unit": "x", "higher": True}
+    assert command("evaluate", *ON_TASK, "--metric", "throwaway", of=1)["columns"]["throwaway"]
 
 
 def test_a_worth_and_a_set_of_players_and_an_estimator(pair, add, command):
@@ -332,6 +342,7 @@ OTHER_WORDS = {
         "adapters/formats/peft_format.py",
         "cli/mergekit.py",
         "fusing/extract.py",
+        "pruning/intruders.py",
     ),
     ("ties", "della", "breadcrumbs", "task_arithmetic"): ("mergekit's names of methods", "cli/mergekit.py"),
     ("exact",): ("a finding on a checkpoint", "fusing/verify.py"),
@@ -347,6 +358,7 @@ OTHER_WORDS = {
         "training/trainer.py",
     ),
     ("rank",): ("a kind of pruning; an option of methods", "analysis/sweep.py", "merging/merged.py"),
+    ("module",): ("a level of tables", "geometry/intruders.py"),
     ("clip",): ("a model type of transformers", "tasks/kinds/clip.py"),
     ("train",): ("a split", "tasks/kinds/clip.py", "tasks/tables.py"),
     ("tuning",): ("a key of a record", "training/tuning.py"),

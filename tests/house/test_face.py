@@ -22,8 +22,9 @@ from lora_lab.pruning.entries import prune_weights
 from lora_lab.pruning.ranks import prune_rank
 from lora_lab.training.fit import train
 
-NAMES = ["Adapter", "CoToCallback", "Execution", "LoraLabError", "LowRank", "Recipe", "Result", "Schedule"]
+NAMES = ["Adapter", "CoToCallback", "Execution", "LoraLabError", "LowRank", "Metric", "Recipe", "Result", "Schedule"]
 NAMES += [
+    "Task",
     "compare",
     "compare_merges",
     "convert",

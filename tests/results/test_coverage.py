@@ -24,7 +24,6 @@ from scipy.stats import binom
 
 from lora_lab.analysis.compare import _measured
 from lora_lab.analysis.connectivity import BARRIERS, _shrinkage
-from lora_lab.analysis.evaluate import _estimates, _perplexity, _shares
 from lora_lab.analysis.merge_sets import MergeSet
 from lora_lab.analysis.sweep import _cells, _reach
 from lora_lab.games.coalitions import all_coalitions
@@ -34,6 +33,7 @@ from lora_lab.games.progressive import LAWS, cross_entropy, inequality, stratum
 from lora_lab.games.regression import fit_pairs
 from lora_lab.results.stats import Sampled, half_of_strata, half_width, mean_and_error, proportion, student
 from lora_lab.tasks.kinds.digits import Digits
+from lora_lab.tasks.metrics import METRICS
 from lora_lab.tasks.task import Scores
 
 GRID = np.linspace(0, 1, 11)
@@ -64,7 +64,7 @@ def few_resamples(monkeypatch):
 
 
 def scores(wrong, loss=None):
-    return Scores(np.zeros(len(wrong)) if loss is None else loss, ~wrong, np.zeros(len(wrong)))
+    return Scores.judged(np.zeros(len(wrong)) if loss is None else loss, ~wrong, np.zeros(len(wrong)))
 
 
 @pytest.mark.parametrize("examples", [5, 10, 30, 100, 600])
@@ -82,11 +82,12 @@ def test_one_accuracy_over_all_true_values(examples):
     assert ends[:, 1] == pytest.approx(1 - ends[::-1, 2])
 
 
-def test_the_measures_of_choices_have_the_interval_of_an_accuracy():
-    cells = _shares(("acc", "acc_norm"), {"acc": np.ones(10, dtype=np.bool_)})
-    assert (cells["acc"], cells["acc_low"], cells["acc_high"]) == proportion(np.ones(10, dtype=np.bool_))
-    assert 0.6 < cells["acc_low"] < 0.8
-    assert cells["acc_norm"] is None
+@pytest.mark.parametrize("name", ["accuracy", "acc", "acc_norm", "exact_match"])
+def test_metrics_that_are_shares_have_the_interval_of_a_proportion(name):
+    metric = METRICS[name]
+    found = metric.estimate({metric.needs[0]: np.ones(10, dtype=np.bool_)}, seed=0)
+    assert found == proportion(np.ones(10, dtype=np.bool_))
+    assert 0.6 < found[1] < 0.8
 
 
 def test_wilson_by_hand():
@@ -272,9 +273,9 @@ def test_mean_losses_and_perplexity(examples):
     sums = Sampled.of(np.concatenate([texts * counts, counts]), seed=0)
     perplexity = [sums.estimate(lambda L, i=i: np.exp(L[i] / L[400 + i])) for i in range(400)]
     for i in (0, 399):  # what is printed is by one resampling, too
-        cells = _estimates(scores(hard[i], losses[i]), 0) | _perplexity(scores(hard[i], texts[i]), counts[i], 0)
-        assert [cells[f"loss{end}"] for end in ("", "_low", "_high")] == pytest.approx(loss[i], rel=1e-12)
-        assert [cells[f"perplexity{end}"] for end in ("", "_low", "_high")] == pytest.approx(perplexity[i], rel=1e-12)
+        assert METRICS["loss"].estimate({"loss": losses[i]}, seed=0) == pytest.approx(loss[i], rel=1e-12)
+        found = METRICS["perplexity"].estimate({"loss": texts[i], "tokens": counts[i]}, seed=0)
+        assert found == pytest.approx(perplexity[i], rel=1e-12)
     assert np.mean([holds(low, high, 0.2 * 2 + 0.8 * 0.1) for _, low, high in loss]) > 0.85
     assert np.mean([holds(low, high, math.exp(2)) for _, low, high in perplexity]) > 0.9
 

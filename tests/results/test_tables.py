@@ -78,7 +78,7 @@ def test_latex_has_intervals_beside_their_numbers_and_texts_escaped():
     (line,) = body(result.to_latex())
     assert line == (
         r"50 \% \& <b>\_x\_</b> \$1\textasciicircum{}2\$ \textbackslash{} \#\{\}\textasciitilde{}"
-        r"\textbackslash{}x1b[31m & t & $0.900$ & $0.500\,[0.250, 0.000]$ \\"
+        r"\textbackslash{}x1b[31m & t & $0.500\,[0.250, 0.000]$ & $0.900$ \\"
     )
     whole = evaluated("a").to_latex("rows", ["adapter", "seed", "method", "accuracy"])
     assert whole.splitlines()[0] == r"\begin{tabular}{lllr}"

@@ -111,7 +111,7 @@ ARCHITECTURES = {
 def judge(model, batch):
     logits = model(**batch).logits.float().numpy()
     n = len(logits)
-    return Scores(np.zeros(n), np.zeros(n, bool), np.zeros(n), logits)
+    return Scores.judged(np.zeros(n), np.zeros(n, bool), np.zeros(n), logits)
 
 
 def worn(tmp_path, make, targets, config=None, scale=0.3):

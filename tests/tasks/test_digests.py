@@ -142,7 +142,7 @@ class Own(Tiny):
     def judge_logits(self, logits, batch, *, keep_logits=False):
         """How it was."""
         found = Scores.of(logits.float(), batch["labels"], keep_logits=keep_logits)
-        return Scores(scaled(found.loss) + self.bias, found.correct, found.margin + SHIFTS["margin"])
+        return Scores.judged(scaled(found.loss) + self.bias, found.correct, found.margin + SHIFTS["margin"])
 '''
 EDITS = {
     "the method": ("found.correct,", "~found.correct,"),
@@ -212,20 +212,24 @@ def test_the_number_of_examples_is_checked(tmp_path):
     from lora_lab.tasks.task import Scores
 
     n = 11
-    scores = Scores(np.arange(n) / 4, np.arange(n) % 3 == 0, np.arange(n) / 2, np.ones((n, 3), np.float32))
+    scores = Scores.judged(np.arange(n) / 4, np.arange(n) % 3 == 0, np.arange(n) / 2, np.ones((n, 3), np.float32))
     packed = pack(scores)
     assert unpack(packed).correct.tolist() == scores.correct.tolist()
     journal = Journal(tmp_path / "j", "run")
     journal.add("whole", packed)
+    kind, text = packed["columns"]["margin"]
+    columns = [{**packed["columns"], "loss": [kind, text[:-8]]}, {**packed["columns"], "correct": ["bits", "AA=="]}, {}]
     for name, value in {
-        "examples": 12,
-        "loss": packed["margin"][:-8],
-        "margin": packed["margin"][8:],
-        "correct": "AA==",
-        "logits": packed["loss"][:16],
-        "other": None,
+        "examples": {**packed, "examples": 12},
+        "no examples": {**packed, "examples": 0},
+        "columns": {**packed, "columns": columns[0]},
+        "bits": {**packed, "columns": columns[1]},
+        "none": {**packed, "columns": columns[2]},
+        "logits": {**packed, "logits": [kind, text[:16]]},
+        "kind": {**packed, "logits": ["float16", text]},
+        "other": [None],
     }.items():
-        journal.add(name, {**packed, name: value} if name in packed else [value])
+        journal.add(name, value)
         with pytest.warns(LoraLabWarning, match=r"j: scores that do not fit \(.*\) are computed again"):
             assert remembered(journal, name, n) is None
     assert remembered(journal, "missing", n) is None

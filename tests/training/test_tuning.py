@@ -163,11 +163,11 @@ def test_of_a_language_model_the_lowest_loss_is_best(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tuning, "train_all", scores)
     monkeypatch.setattr(tuning, "_keep", lambda *_: None)
-    for classifies, best in ((True, 1e-3), (False, 1e-2)):
-        monkeypatch.setattr(Digits, "classifies", classifies)
+    for metrics, best in ((("accuracy", "loss"), 1e-3), (("loss", "accuracy"), 1e-2)):
+        monkeypatch.setattr(Digits, "metrics", metrics)
         _, tried = trained(recipes([0]), settings_of({"learning_rate": [1e-3, 1e-2]}), [tmp_path / "a.safetensors"])
         assert [row["learning_rate"] for row in tried.rows(chosen=True)] == [best]
-        assert tried.parameters["criterion"] == ("accuracy" if classifies else "loss")
+        assert tried.parameters["criterion"] == metrics[0]
 
 
 def test_the_command_writes_what_every_setting_gave(lora_lab, tmp_path):

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lora_lab.tasks.kinds.registry import from_file as from_file
     from lora_lab.tasks.kinds.registry import from_name as from_name
     from lora_lab.tasks.kinds.registry import from_record as from_record
+    from lora_lab.tasks.kinds.registry import from_spec as from_spec
     from lora_lab.tasks.kinds.registry import iterate as iterate
 
 __getattr__, __dir__, __all__ = face(
@@ -27,6 +28,7 @@ __getattr__, __dir__, __all__ = face(
             "from_file",
             "from_name",
             "from_record",
+            "from_spec",
             "iterate",
         ),
     },

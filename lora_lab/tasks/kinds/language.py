@@ -169,6 +169,7 @@ class CausalLM(_Language):
     Keys = CausalKeys
     labels = 0
     classifies = False
+    metrics = ("loss", "perplexity", "token_accuracy")
 
     @property
     def _ending(self) -> list[int]:
@@ -216,10 +217,10 @@ class CausalLM(_Language):
         margin = margins(logits, targets.clamp(min=0))
         return Targets(_losses(logits, targets), margin, targets != NO_TARGET)
 
-    def target_counts(self, split: str) -> npt.NDArray[np.int64]:
-        """Tokens of every example that are predicted."""
-        counts: npt.NDArray[np.int64] = (self.split(split).inputs["labels"][:, 1:] != NO_TARGET).sum(1).numpy()
-        return counts
+    def columns(self, scores: Scores, split: str) -> Mapping[str, npt.NDArray[Any]]:
+        """With the number of tokens of every example that are predicted."""
+        tokens = (self.split(split).inputs["labels"][:, 1:] != NO_TARGET).sum(1).numpy()
+        return {**scores.columns, "tokens": tokens}
 
 
 def _row_of(given: Sequence[int], targets: Sequence[int]) -> Row:
@@ -234,7 +235,7 @@ def _by_example(logits: Tensor, targets: Tensor) -> Scores:
     values = _losses(logits, targets), logits.argmax(-1) == targets, margins(logits, answers)
     # of float32 precision, as journals keep them
     loss, correct, margin = (_mean(each, targets).float().double().cpu().numpy() for each in values)
-    return Scores(loss, correct, margin)
+    return Scores.judged(loss, correct, margin)
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
@@ -251,12 +252,13 @@ def _mean(values: Tensor, targets: Tensor) -> Tensor:
 class MultipleChoice(_Language):
     """The option of the highest mean log-likelihood per token is the answer; trained on the right one.
 
-    `measures` are what lm-evaluation-harness calls so: acc takes the option of the highest log-likelihood (a sum over
-    its tokens), acc_norm that of the highest one per character of the option, acc_bytes per byte of it in UTF-8.
+    Further metrics are what lm-evaluation-harness calls so: acc takes the option of the highest log-likelihood (a sum
+    over its tokens), acc_norm that of the highest one per character of the option, acc_bytes per byte of it in UTF-8.
     """
 
     kind = "multiple-choice"
-    measures = ("acc", "acc_norm", "acc_bytes")
+    metrics = ("accuracy", "loss", "acc", "acc_norm", "acc_bytes")
+    needs_logits = True
     Keys = ChoiceKeys
     rows_are_examples = False
 
@@ -290,8 +292,8 @@ class MultipleChoice(_Language):
             )
         )
 
-    def measured(self, scores: Scores, split: str) -> dict[str, npt.NDArray[np.bool_]]:
-        """See `measures`; of options that are equally good the first is taken."""
+    def columns(self, scores: Scores, split: str) -> Mapping[str, npt.NDArray[Any]]:
+        """With acc, acc_norm and acc_bytes; of options that are equally good the first is taken."""
         assert scores.logits is not None
         inputs = self.split(split).inputs
         tokens = (inputs["targets"][..., 1:] != NO_TARGET).sum(-1).numpy()
@@ -299,7 +301,8 @@ class MultipleChoice(_Language):
         sums = np.where(there, np.where(there, scores.logits, 0.0).astype(np.float64) * tokens, -np.inf)
         right = inputs["labels"].numpy()
         sizes = (1, inputs["characters"][..., 0].numpy(), inputs["bytes"][..., 0].numpy())
-        return {name: (sums / size).argmax(-1) == right for name, size in zip(self.measures, sizes, strict=True)}
+        found = {name: (sums / size).argmax(-1) == right for name, size in zip(self.metrics[2:], sizes, strict=True)}
+        return {**scores.columns, **found}
 
     def training_split(self) -> Split:
         """Every prompt with its right option, which alone is the target."""

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_lab.errors import FileError, OptionError, unknown
+from lora_lab.errors import FileError, OptionError, TrustError, unknown
 from lora_lab.files.trust import ANYWHERE, Reach
 from lora_lab.registry import Registry
 from lora_lab.tasks.kinds import clip, text, vision
@@ -18,11 +18,18 @@ from lora_lab.tasks.kinds.digits import LABELLINGS, Digits
 from lora_lab.tasks.kinds.language import CAUSAL_EXAMPLE, CHOICE_EXAMPLE, CausalLM, MultipleChoice
 from lora_lab.tasks.kinds.text import TextClassification
 from lora_lab.tasks.kinds.vision import ImageClassification
+from lora_lab.tasks.own import PYTHON
+from lora_lab.tasks.python_file import from_python, is_python
 from lora_lab.tasks.task import Task
 
 
 def from_name(name: str) -> Task:
-    """A built-in task by its name, or the task that a TOML file describes."""
+    """A built-in task by its name, or the one that a TOML file describes, or a Python file has (PATH.py:NAME).
+
+    A Python file is run: only for names that the user has typed.
+    """
+    if is_python(name):
+        return from_python(name)
     if name.endswith(".toml"):
         return from_file(Path(name))
     if name not in TASKS:
@@ -57,6 +64,11 @@ def from_record(
             raise unknown(f"task in {where}:", str(record["name"]), TASKS)
         return TASKS[record["name"]]()
     kind = record.get("kind")
+    if kind == PYTHON:
+        raise TrustError(
+            f"{where}: trained on a task in Python ({record.get('file') or record.get('name')}), which runs only where "
+            "you name it: `task` FILE.py:NAME"
+        )
     if kind is None:
         raise OptionError(f"{where}: no kind of task; there are: {', '.join(KINDS)}")
     if kind not in list(KINDS):
@@ -64,6 +76,13 @@ def from_record(
     task = KINDS[kind].build(record, base or Path(), where)
     task.reach = reach
     return task
+
+
+def from_spec(spec: Mapping[str, Any], *, reach: Reach = ANYWHERE) -> Task:
+    """The task of a `Task.spec` that this program made and handed on, to another process: of Python files, too."""
+    if spec.get("kind") == PYTHON and spec.get("file"):
+        return from_python(spec["file"])
+    return from_record(spec, reach=reach)
 
 
 def example(kind: str) -> str:

@@ -1,0 +1,164 @@
+"""Metrics by name: numbers of a whole split, as functions of means over its examples, so that all have an interval.
+
+A metric is never averaged over batches. F1, a correlation or a perplexity is no mean of examples, but a function of
+means of columns that are (its sufficient statistics): so a bootstrap over examples resamples any of them in one way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lora_lab.errors import TaskError, shorten
+from lora_lab.registry import Registry
+from lora_lab.results.stats import Sampled, proportion
+
+Column = npt.NDArray[Any]
+"""One value an example: [n]."""
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of a split: g(mean of each sufficient column)."""
+
+    about: str
+    needs: tuple[str, ...]
+    """The columns of scores that it is made of."""
+    of: Callable[..., Floats]
+    """Means of the sufficient columns, each [k] → the metric, [k]."""
+    sufficient: Callable[..., Sequence[Column]] = lambda *columns: columns
+    """The columns that it needs, of a whole split → those whose means it is a function of."""
+    higher: bool = True
+    """Whether more is better."""
+    unit: str = "share"
+    share: bool = False
+    """Whether it is the mean of outcomes from 0 to 1; its interval is then Wilson's."""
+    least: int = 1
+    """Examples without which it has no value."""
+
+    def value(self, columns: Mapping[str, Column]) -> float:
+        """Its value alone; NaN where it has none. TaskError as of `estimate`."""
+        means = [np.atleast_1d(part.mean()) for part in self._parts(columns)]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return float(self.of(*means)[0])
+
+    def estimate(self, columns: Mapping[str, Column], *, seed: int) -> tuple[float, float, float]:
+        """Its value, and the ends of its 95 % interval over the examples (bootstrap); NaN where it has none.
+
+        TaskError where the scores lack a column, or there are too few examples.
+        """
+        parts = self._parts(columns)
+        if self.share:
+            return proportion(parts[0])
+        values = np.stack([part.astype(np.float64) for part in parts])
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return Sampled.of(values, seed=seed).estimate(lambda means: self.of(*means))
+
+    def _parts(self, columns: Mapping[str, Column]) -> list[Column]:
+        absent = [name for name in self.needs if name not in columns]
+        if absent:
+            raise TaskError(f"no {absent[0]!r} among the scores: {shorten(columns, 12)}; the metric needs it")
+        given = [columns[name] for name in self.needs]
+        if len(given[0]) < self.least:
+            raise TaskError(f"{len(given[0])} examples; {self.about} needs {self.least} or more")
+        return [np.asarray(part) for part in self.sufficient(*given)]
+
+
+def mean_of(column: str, about: str | None = None, **more: Any) -> Metric:
+    """The plain mean of a column."""
+    return Metric(about or f"mean of {column}", (column,), lambda mean: mean, **{"unit": "", **more})
+
+
+def _moments(x: Column, y: Column) -> list[Column]:
+    """What a correlation is a function of; both columns centred, which changes nothing and loses no digits."""
+    x, y = x - x.mean(), y - y.mean()
+    return [x, y, x * x, y * y, x * y]
+
+
+def _correlation(x: Floats, y: Floats, xx: Floats, yy: Floats, xy: Floats) -> Floats:
+    """cov(x, y) / √(var x · var y)."""
+    spread: Floats = np.sqrt(np.maximum(xx - x * x, 0) * np.maximum(yy - y * y, 0))
+    found: Floats = np.divide(xy - x * y, spread, out=np.full_like(spread, math.nan), where=spread > 0)
+    return found
+
+
+def _ranks(prediction: Column, target: Column) -> list[Column]:
+    """Moments of ranks; these are of the whole split, also in its resamples."""
+    from scipy.stats import rankdata
+
+    return _moments(rankdata(prediction), rankdata(target))
+
+
+def _hits(prediction: Column, target: Column) -> list[Column]:
+    """True positives, false positives, false negatives; positive is 1."""
+    said, is_so = prediction == 1, target == 1
+    return [said & is_so, said & ~is_so, ~said & is_so]
+
+
+def _f1(hits: Floats, false: Floats, missed: Floats) -> Floats:
+    """2·TP / (2·TP + FP + FN)."""
+    whole = 2 * hits + false + missed
+    found: Floats = np.divide(2 * hits, whole, out=np.zeros_like(whole), where=whole > 0)
+    return found
+
+
+def _labels(prediction: Column, target: Column) -> list[Column]:
+    """Whether they agree, then for each label whether it is predicted, and whether it is right."""
+    labels = np.union1d(prediction, target)
+    return [prediction == target, *(prediction == label for label in labels), *(target == label for label in labels)]
+
+
+def _matthews(agree: Floats, *shares: Floats) -> Floats:
+    """(c − Σ p_k t_k) / √((1 − Σ p_k²)(1 − Σ t_k²)), 0 where all labels are one (Gorodkin 2004)."""
+    said, is_so = np.stack(shares[: len(shares) // 2]), np.stack(shares[len(shares) // 2 :])
+    spread: Floats = np.sqrt(np.maximum(1 - (said**2).sum(0), 0) * np.maximum(1 - (is_so**2).sum(0), 0))
+    above = agree - (said * is_so).sum(0)
+    found: Floats = np.divide(above, spread, out=np.zeros_like(spread), where=spread > 1e-12)
+    return found
+
+
+_PAIR = ("prediction", "target")
+
+METRICS = Registry(
+    "metric",
+    "lora_lab.metrics",
+    Metric,
+    {
+        "loss": mean_of("loss", "mean loss of an example", higher=False, unit="nats"),
+        "accuracy": mean_of("correct", "share of examples that are right", unit="share", share=True),
+        "token_accuracy": mean_of(
+            "correct", "mean over texts of the share of tokens that are predicted right", unit="share", share=True
+        ),
+        "perplexity": Metric(
+            "exp of the mean loss over all tokens, so that a long text counts for more than a short one",
+            ("loss", "tokens"),
+            lambda loss, tokens: np.exp(loss / tokens),
+            lambda loss, tokens: (loss * tokens, tokens),
+            higher=False,
+            unit="",
+        ),
+        "acc": mean_of("acc", "the option of the highest log-likelihood is right", unit="share", share=True),
+        "acc_norm": mean_of("acc_norm", "the same per character of the option", unit="share", share=True),
+        "acc_bytes": mean_of("acc_bytes", "the same per byte of the option", unit="share", share=True),
+        "exact_match": mean_of("exact_match", "share of answers that are as they should be", unit="share", share=True),
+        "rmse": Metric(
+            "root of the mean squared error",
+            _PAIR,
+            lambda square: np.sqrt(square),
+            lambda prediction, target: [(prediction - target) ** 2],
+            higher=False,
+            unit="",
+        ),
+        "pearson": Metric("Pearson's correlation", _PAIR, _correlation, _moments, unit="", least=2),
+        "spearman": Metric("Spearman's correlation of ranks", _PAIR, _correlation, _ranks, unit="", least=2),
+        "f1": Metric("F1 of label 1", _PAIR, _f1, _hits),
+        "mcc": Metric("Matthews' correlation of labels", _PAIR, _matthews, _labels, unit=""),
+    },
+)
+"""Metrics by name; a task that gives the columns that one needs can name it."""
