@@ -50,7 +50,8 @@ def command(
 
     Of every pair: norms, cosine and distance of ΔW; the angles between its column spaces (left) and row spaces (right),
     and how many times more they overlap than random ones would (overlap / chance); and whether both began from one A.
-    In total, by layer and by type. Duplicates are named, and many adapters are ordered by likeness.
+    In total, by layer and by type. Duplicates are named, and many adapters are ordered by likeness. With --base, also
+    what ΔW adds to the directions of the base's weights; with --results, whether any of this tells what merges lose.
 
     Example:  lora-lab compare a.safetensors b.safetensors c.safetensors
     """

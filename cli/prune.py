@@ -239,7 +239,8 @@ def show(report: dict[str, Any]) -> None:
     if report["intruders"] is not None:
         rows.append(("intruders", f"{sum(report['intruders'].values())} in {len(report['intruders'])} modules"))
         rows.append(("error of the cut to these ranks", f"{report['cut']:.4f}"))
-    saved = f"{1 - after / before:.0%} saved" if after < before else "none saved: zeros are stored like other numbers"
+    none = "none saved" + ": zeros are stored like other numbers" * (report["sparsity"] is not None)
+    saved = f"{1 - after / before:.0%} saved" if after < before else none
     rows.append(("bytes of tensors", f"{after:,} of {before:,} ({saved})"))
     worst = sorted(((error, name) for name, error in report["errors"].items() if error), reverse=True)[:5]
     rows += [(f"relative error of {name}", f"{error:.4f}") for error, name in worst if len(report["errors"]) > 1]

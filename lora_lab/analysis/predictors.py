@@ -115,8 +115,8 @@ def collected(adapters: Sequence[Adapter], results: Sequence[Result]) -> dict[st
     most = max(map(len, merges.values()), default=0)
     if results and most < FEWEST:
         raise OptionError(
-            f"{most} set{'s' * (most != 1)} of these adapters in the results of merges; a rank correlation needs "
-            f"{FEWEST} or more: seeds of one task, in pairs, or several results"
+            f"{most} set{'s' * (most != 1)} of these adapters (by their labels) in the results of merges; a rank "
+            f"correlation needs {FEWEST} or more: seeds of one task, in pairs, or several results"
         )
     return merges
 

@@ -68,7 +68,7 @@ def test_what_cannot_be_correlated_is_told_in_one_line(seeds, tmp_path):
             seeds,
             [merged(seeds[:3], lambda i, j: i)],
             OptionError,
-            "^3 sets of these adapters in the results of merges; a",
+            "^3 sets of these adapters .by their labels. in the results",
         ),
         (seeds, [merged(seeds, lambda i, j: i, ratio="1:2")], OptionError, "^0 sets of these adapters"),
         (seeds[:3], [whole], OptionError, "^3 sets of these adapters"),
