@@ -17,6 +17,7 @@ from rich.table import Table
 from ..escape import visible, visible_json, visible_stream
 from ..forecast import Forecast
 from ..progress import bar, duration
+from ..progress import size as size
 
 
 class Visible:
@@ -120,13 +121,6 @@ def number(value: object, digits: int = 3) -> str:
 def estimate(value: float | None, low: float | None, high: float | None) -> str:
     """A number with its interval."""
     return number(value) if low is None else f"{number(value)} [{number(low)}, {number(high)}]"
-
-
-def size(count: int) -> str:
-    """So many bytes, in the unit that suits them."""
-    units = ("bytes", "kB", "MB", "GB", "TB")
-    power = min(len(units) - 1, max(0, (len(str(count)) - 1) // 3))
-    return f"{count / 1000**power:.3g} {units[power]}" if power else f"{count} bytes"
 
 
 def foretell(what: str, expected: Forecast) -> None:

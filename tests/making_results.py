@@ -329,9 +329,32 @@ def _pruned(view, names, layers):
 
 
 def _merged(view, names, layers):
+    """Forty merges where all are in one panel, half of them without a cut, beside nulls."""
     kinds = ("average", "task-arithmetic", "factor-average", "ties", "dare-ties", "tsv", "core-space", names[0])
     ratios = ("0:1", "1:4", "1:1", "4:1", "1:0") if view.endswith("ratios") else (None,)
+    if view in ("compare-merges", "compare-merges:bars"):
+        kinds = ("ensemble of logits", *kinds, *(f"knots:a-rule-of-our-own-with-a-name-{i:02d}" for i in range(12)))
+        kinds += tuple(f"{name} (exact)" for name in kinds[1:20])
+        return [with_nulls(merges(methods=names, names=kinds, seeds=1))]
     return [merges(methods=names, names=kinds, seeds=1, ratios=ratios)]
+
+
+def with_nulls(result):
+    """The result with classes and sizes of its merges, and with two nulls in the place of the others and of all."""
+    for row in result.summary["by_method"]:
+        exact, none = row["merge"].endswith("(exact)"), row["merge"] in ("alone", "ensemble of logits")
+        row["category"] = "reference" if none else "exact" if exact else "equal rank"
+        row |= {"rank": 768 if exact else 16, "bytes": 123_456_789 if none or exact else 86_016}
+    result.summary["nulls"] = [
+        {key: row[key] for key in ("method", "merge", "ratio")}
+        | {"null": null, "replaced": replaced, "draws": 20}
+        | {"normalised_low": low + 0.01 * k, "normalised_high": low + 0.02 + 0.02 * k}
+        for row in result.summary["by_method"]
+        if row["category"] != "reference"
+        for k, null in enumerate(("spectrum", "shuffled-layers"))
+        for replaced, low in (("others", 0.6), ("all", 0.1))
+    ]
+    return result
 
 
 def _runs(view, names, layers):

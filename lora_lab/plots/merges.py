@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from lora_lab.errors import OptionError
 from lora_lab.plots import primitives
 from lora_lab.plots import style as plot_style
-from lora_lab.plots.names import more_for, name_axis, shortened
+from lora_lab.plots.names import MOST, more_for, name_axis, shortened
 from lora_lab.plots.panels import Panels
 from lora_lab.plots.primitives import Row
+from lora_lab.progress import size
 from lora_lab.results.result import Result, grouped
 
 _ALONE = "alone"
@@ -45,8 +47,7 @@ def draw_bars(results: Sequence[Result], panels: Panels) -> list[Axes]:
     """Normalised accuracy of every merge at its chosen coefficient, grouped by training method."""
     if _one_task(results):
         raise OptionError("seeds of one task are drawn over their ratios: compare-merges:ratios")
-    merges = {row["merge"] for result in results for row in result.summary["by_method"]}
-    (ax,) = panels.grid(1, 1, _bars_height(list(merges), panels))
+    (ax,) = panels.grid(1, 1, _bars_height(_in_classes(results), panels))
     _bars(ax, results, horizontal=panels.single)
     panels.legend(ax)
     panels.caption(ax, _caption(results, _CHOSEN))
@@ -86,17 +87,80 @@ def _multiples(
 
 
 def _bars(ax: Axes, results: Sequence[Result], *, horizontal: bool) -> None:
-    """One bar a merge and training method: the mean of the sets that have it."""
-    table = [row for result in results for row in result.summary["by_method"]]
-    names = [name for name in dict.fromkeys(row["merge"] for row in table) if name != _ALONE]
+    """One bar a merge and training method: the mean of the sets that have it; over it, what its nulls keep."""
+    names = _in_classes(results)
     sets = [row for result in results for row in result.summary["sets"] if row["chosen"]]
+    labels = {method: label for method, (label, _) in _looks(results).items()}
     values = {}
-    for method, (label, _) in _looks(results).items():
+    for method, label in labels.items():
         places = [[row for row in sets if (row["method"], row["merge"]) == (method, name)] for name in names]
         values[label] = primitives.band(places, "normalised")
-    shown = shortened([name.replace("ensemble of logits", "ensemble (logits)") for name in names])
-    primitives.named_bars(ax, values, shown, "accuracy / accuracy alone", horizontal=horizontal)
-    (ax.axvline if horizontal else ax.axhline)(1, color="#333333", linewidth=0.7, linestyle=":")
+    primitives.named_bars(ax, values, _with_sizes(results, names), "accuracy / accuracy alone", horizontal=horizontal)
+    for replaced, (label, color) in _NULLS.items():
+        nulls = [row for result in results for row in result.summary.get("nulls", ()) if row["replaced"] == replaced]
+        ranges = {labels[method]: _range(nulls, method, names) for method in labels}
+        if nulls:
+            primitives.spans(ax, ranges, label, color, horizontal=horizontal)
+    line = ax.axvline if horizontal else ax.axhline
+    line(1, color="#333333", linewidth=0.7, linestyle=":")
+    across = ax.axhline if horizontal else ax.axvline
+    for edge in _edges(results, names):
+        across(edge - 0.5, color="#999999", linewidth=0.6)
+
+
+_NULLS = {"all": ("nulls in place of all", "#bbbbbb"), "others": ("nulls in place of the others", "#444444")}
+"""What nulls stand for → the name of their band, and its colour."""
+
+
+def _range(nulls: Sequence[Row], method: str | None, names: Sequence[str]) -> tuple[Any, Any]:
+    """Of every merge, between which values 95 % of the draws of its nulls lie, of all kinds of nulls together."""
+    ends = np.full((2, len(names)), np.nan)
+    for i, name in enumerate(names):
+        of_merge = [row for row in nulls if (row["method"], row["merge"]) == (method, name)]
+        if of_merge:
+            ends[:, i] = min(row["normalised_low"] for row in of_merge), max(row["normalised_high"] for row in of_merge)
+    return ends[0], ends[1]
+
+
+def _classes(results: Sequence[Result]) -> dict[str, Row]:
+    """Merge → the first row of it, in the order of their classes: no merges, those of equal rank, those without a cut.
+
+    Results from before there were classes have one.
+    """
+    found: dict[str, Row] = {}
+    for row in (row for result in results for row in result.summary["by_method"]):
+        if row["merge"] != _ALONE:
+            found.setdefault(row["merge"], row)
+    return dict(sorted(found.items(), key=lambda item: _ORDER.get(item[1].get("category"), 0)))
+
+
+_ORDER = {"reference": 0, "equal rank": 1, "exact": 2}
+
+
+def _in_classes(results: Sequence[Result]) -> list[str]:
+    return list(_classes(results))
+
+
+def _edges(results: Sequence[Result], names: Sequence[str]) -> list[int]:
+    """Places at which another class begins."""
+    classes = [row.get("category") for row in _classes(results).values()]
+    return [i for i in range(1, len(names)) if classes[i] != classes[i - 1]]
+
+
+def _with_sizes(results: Sequence[Result], names: Sequence[str]) -> list[str]:
+    """The names, shortened; with the size of the file where it is not the one that most merges have."""
+    rows, common = _classes(results), _common_size(results)
+    said = [name.replace("ensemble of logits", "ensemble (logits)") for name in names]
+    sizes = [rows[name].get("bytes") for name in names]
+    ends = [f", {size(value)}" if value and value != common else "" for value in sizes]
+    short = shortened(said, MOST - max(map(len, ends)))
+    return [name + end for name, end in zip(short, ends, strict=True)]
+
+
+def _common_size(results: Sequence[Result]) -> int | None:
+    """The size that most of the merges have, in bytes."""
+    sizes = [row["bytes"] for row in _classes(results).values() if row.get("category") == "equal rank"]
+    return max(sizes, key=sizes.count) if sizes else None
 
 
 def _bars_height(merges: Sequence[str], panels: Panels) -> float:
@@ -175,7 +239,24 @@ def _caption(results: Sequence[Result], how: str | None = None) -> str:
     names, n = first.parameters["task_names"], first.provenance.get("examples")
     where = names[0] if len(names) == 1 else f"{len(names)} tasks ({', '.join(names)})"
     split = f"{first.parameters['split']} split, n = {n}, {how}" if how else "validation split"
-    return "; ".join([where, split, band, *_beginnings(results)])
+    return "; ".join([where, split, band, *_ranks(results), *_nulls(results), *_beginnings(results)])
+
+
+def _ranks(results: Sequence[Result]) -> list[str]:
+    """At which rank, and of which size, merges came back."""
+    ranks = [row["rank"] for row in _classes(results).values() if row.get("category") == "equal rank"]
+    common = _common_size(results)
+    if not ranks or common is None:
+        return ["merges without a cut"] if any(row.get("category") for row in _classes(results).values()) else []
+    low, high = min(ranks), max(ranks)
+    return [f"merges of rank {low if low == high else f'{low} to {high}'}, {size(common)}"]
+
+
+def _nulls(results: Sequence[Result]) -> list[str]:
+    """Which nulls the bands are of."""
+    rows = [row for result in results for row in result.summary.get("nulls", ())]
+    names = list(dict.fromkeys(row["null"] for row in rows))
+    return [f"nulls: {', '.join(names)}, 95 % of {max(row['draws'] for row in rows)} draws"] if rows else []
 
 
 def _beginnings(results: Sequence[Result]) -> list[str]:

@@ -83,6 +83,24 @@ def bars(ax: Axes, groups: Mapping[str, Band], *, horizontal: bool = False, caps
             ax.errorbar(across[known], up[known], **ends)
 
 
+def spans(
+    ax: Axes, groups: Mapping[str, tuple[Floats, Floats]], label: str, color: str, *, horizontal: bool = False
+) -> None:
+    """Ranges (low, high) at the places of the bars of these groups, of one colour and one name in the legend."""
+    share = 0.8 / len(groups)
+    for i, (low, high) in enumerate(groups.values()):
+        known = np.isfinite(low)
+        if not known.any():
+            continue
+        at = (np.arange(len(low)) + (i - (len(groups) - 1) / 2) * share)[known]
+        width = np.maximum(high - low, 0.004)[known]  # of no width it would not be seen
+        drawn: dict[str, Any] = {"color": color, "alpha": 0.8, "linewidth": 0, "zorder": 1.5}  # below the intervals
+        if horizontal:
+            ax.barh(at, width, share, left=low[known], label=label, **drawn)
+        else:
+            ax.bar(at, width, share, bottom=low[known], label=label, **drawn)
+
+
 def named_bars(ax: Axes, groups: Mapping[str, Band], names: Sequence[str], label: str, *, horizontal: bool) -> None:
     """Bars that have their names beside them where they are horizontal, the first on top, and else below them."""
     bars(ax, groups, horizontal=horizontal)

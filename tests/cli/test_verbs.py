@@ -10,6 +10,8 @@ import pytest
 import torch
 from lora_lab.cli import main
 
+from lora_lab.adapters.adapter import Adapter
+
 pytestmark = pytest.mark.usefixtures("few_digits", "quick_figures")
 
 CASES = Path(__file__).parents[1] / "cases"
@@ -109,6 +111,47 @@ def test_merges_are_compared_from_the_shell(lora_lab, pair, tmp_path):
     one_line(lora_lab("compare-merges", *pair, "--methods", "tise"), "did you mean 'ties'")
     one_line(lora_lab("compare-merges", *pair, "--set", "dare.density=0.5", "--methods", "ties"), "not among")
     one_line(lora_lab("compare-merges", *pair, "--coefficients", "a"), "numbers with commas")
+
+
+def test_merges_at_equal_rank_stand_beside_nulls_on_the_shell(lora_lab, pair, tmp_path):
+    few = ["--methods", "average,ties", "--coefficients", "1", "--ratios", "1:1"]
+    code, out, err = lora_lab("compare-merges", *pair, *few, "--rank", "1,exact", "--nulls", "permuted", "--draws", 2)
+    assert code == 0, err
+    lines = {line.split("  ")[0]: line for line in out.partition("with nulls")[0].splitlines()}
+    for part in ("ties 1:1", "ties (exact) 1:1"):
+        assert any(word in lines[part] for word in ("cannot be told", "ahead", "behind"))
+    assert "kB" in lines["ties 1:1"]
+    assert "MB" in lines["ties (exact) 1:1"]
+    assert "permuted  others" in out
+    assert "2 draws cannot give a p-value below 0.33; at least 20 are needed" in out
+    assert "initial A of the adapters of every set: separate (mean cosine" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--rank", "0"], "--rank is 0; it must be at least 1"),
+        (["--rank", "65"], "a rank of 65 was asked for; the modules of these adapters have ranks up to 64"),
+        (["--rank", "four"], "unknown rank 'four'; there are: largest, sum, exact"),
+        (["--rank", "2.5"], "--rank '2.5': a whole number is needed, or a word such as largest"),
+        (["--nulls", "gausian"], "did you mean 'gaussian'"),
+        (["--nulls", "permuted", "--draws", "0"], "--draws"),
+        (["--replaced", "some"], "there are: others, all"),
+    ],
+)
+def test_impossible_ranks_and_nulls_are_one_line_and_nothing_is_written(lora_lab, pair, tmp_path, options, told):
+    one_line(lora_lab("compare-merges", *pair, "--methods", "ties", *options, "-o", "new"), told)
+    assert not (tmp_path / "new" / "compare-merges.json").exists()
+
+
+def test_a_merge_comes_back_at_a_rank_in_words(lora_lab, pair, tmp_path):
+    for word, rank in (("largest", 4), ("sum", 8)):
+        code, _, err = lora_lab("merge", *pair, "--method", "ties", "--rank", word, "--heads", "first", "-o", word)
+        assert code == 0, err
+        assert {site.rank for site in Adapter.load(tmp_path / word).sites.values()} == {rank}
+    one_line(lora_lab("merge", *pair, "--rank", "most", "-o", "x"), "unknown rank 'most'; there are: largest, sum")
+    one_line(lora_lab("merge", *pair, "--rank", "99", "-o", "x"), "a rank of 99 was asked for")
+    assert not (tmp_path / "x").exists()
 
 
 FEW = ["--examples", 12]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from making_results import line, merges, run, shapley_result, stability_result, sweep_result, tried_result
+from making_results import line, merges, run, shapley_result, stability_result, sweep_result, tried_result, with_nulls
 
 from lora_lab import escape, plots
 from lora_lab.errors import FileError, OptionError
@@ -423,6 +423,27 @@ def test_merges_are_bars_for_each_training_method_and_curves_over_the_coefficien
     assert y == pytest.approx([0.705] * 3)
     panels = plots.figure([merges()], width=width, kind="compare-merges:coefficients").axes
     assert [ax.get_title() for ax in panels if ax.get_title()] == ["average", "ties"]
+
+
+@pytest.mark.parametrize("width", ["single", "double"])
+def test_what_nulls_keep_is_a_band_over_each_bar_and_classes_stand_apart(width):
+    result = with_nulls(merges(names=("ties (exact)", "ties", "ensemble of logits")))
+    (ax,) = plots.figure([result], kind="compare-merges:bars", width=width).axes
+    names = [text.get_text() for text in (ax.get_yticklabels() if width == "single" else ax.get_xticklabels())]
+    assert names == ["ensemble (logits), 123 MB", "ties", "ties (exact), 123 MB"]
+    beside = [np.ptp(line.get_ydata() if width == "single" else line.get_xdata()) == 0 for line in ax.lines]
+    edges = [line for line, alike in zip(ax.lines, beside, strict=True) if alike][:2]
+    at = [line.get_ydata()[0] if width == "single" else line.get_xdata()[0] for line in edges]
+    assert at == [0.5, 1.5]
+    handles = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
+    for label, (low, high) in {"of the others": (0.6, 0.64), "of all": (0.1, 0.14)}.items():
+        patches = [p for name, handle in handles.items() if label in name for p in handle.patches]
+        assert len(patches) == 2  # of the last training method: two merges, and none of the ensemble
+        for patch in patches:
+            begin, length = (
+                (patch.get_x(), patch.get_width()) if width == "single" else (patch.get_y(), patch.get_height())
+            )
+            assert (begin, begin + length) == pytest.approx((low, high))
 
 
 def test_seeds_of_one_task_are_drawn_over_their_ratios():
