@@ -86,7 +86,9 @@ class Recipe:
     seed: int = option(0, "Orders the data and draws the masks.", least=0, most=2**32 - 1)
     init_seed: int | None = option(
         None,
-        "Draws the adapter's initial A; by default the seed. One value for all runs shares A.",
+        "Draws the adapter's initial A; by default the seed, so that a recipe stays one number: adapters of one seed "
+        "share A over all tasks, those of several seeds do not. Shared A changes which merges do well (compare-merges "
+        "tells): give each task an init seed of its own for adapters as unrelated as those of strangers.",
         least=0,
         most=2**32 - 1,
     )
