@@ -134,7 +134,7 @@ def _classes(results: Sequence[Result]) -> dict[str, Row]:
     return dict(sorted(found.items(), key=lambda item: _ORDER.get(item[1].get("category"), 0)))
 
 
-_ORDER = {"reference": 0, "equal rank": 1, "exact": 2}
+_ORDER: dict[str | None, int] = {"reference": 0, "equal rank": 1, "exact": 2}
 
 
 def _in_classes(results: Sequence[Result]) -> list[str]:
