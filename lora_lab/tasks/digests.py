@@ -30,6 +30,9 @@ _TRANSFORMS = (
     "pruning/**/*.py",
     "adapters/lowrank.py",
     "adapters/cutting.py",
+    "geometry/aligning.py",
+    "geometry/canonical.py",
+    "geometry/intruders.py",
     "geometry/nulls.py",
 )
 """The files of this package that make adapters out of adapters, and the algebra of ΔW."""

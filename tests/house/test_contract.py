@@ -360,7 +360,7 @@ OTHER_WORDS = {
         "training/trainer.py",
     ),
     ("rank",): ("a kind of pruning; an option of methods", "analysis/sweep.py", "merging/merged.py"),
-    ("module",): ("a level of tables", "geometry/intruders.py"),
+    ("module", "layer"): ("a level of tables", "geometry/intruders.py", "plots/places.py"),
     ("clip",): ("a model type of transformers", "tasks/kinds/clip.py"),
     ("train",): ("a split", "tasks/kinds/clip.py", "tasks/tables.py"),
     ("tuning",): ("a key of a record", "training/tuning.py"),

@@ -265,7 +265,7 @@ def test_a_bar_counts_on_the_console_that_it_is_given():
         (lambda a: ll.merge(a, "ties", density="0.2"), OptionError, "^density is '0.2'; a number is needed"),
         (lambda a: ll.merge(a, "dare", seed=0.5), OptionError, "^seed is 0.5; a whole number is needed"),
         (lambda a: ll.merge(a, "fisher", normalize="no"), OptionError, "^normalize is 'no'; True or False is needed"),
-        (lambda a: ll.merge(a, rank=[2]), OptionError, r"^rank is \[2\]; a whole number is needed"),
+        (lambda a: ll.merge(a, rank=[2]), OptionError, r"^rank is \[2\]; a whole number or a text is needed"),
         (lambda a: ll.merge(a, weights=["1", 2]), OptionError, r"^`weights` is \['1', 2\]; a Weights or a list"),
         (lambda a: ll.merge(a, base=3), OptionError, "^`base` is 3; a text is needed"),
         (lambda a: ll.merge(a, 3), OptionError, "^`method` is 3; a text is needed"),

@@ -283,13 +283,14 @@ def test_what_scores_hang_on_changes_with_the_code_of_a_registered_entry(monkeyp
         ("merging/deeper/new.py", True),
         ("pruning/ranks.py", True),
         ("adapters/lowrank.py", True),
+        ("geometry/aligning.py", True),
         ("adapters/reading.py", False),
         ("plots/line.py", False),
     ],
 )
 def test_the_code_of_merges_and_prunings_is_every_file_that_makes_them(tmp_path, changed, counts):
     package = Path(digests.__file__).parents[1]
-    for room in ("merging", "pruning", "adapters", "plots"):
+    for room in ("merging", "pruning", "adapters", "geometry", "plots"):
         shutil.copytree(package / room, tmp_path / room)
     assert digests.of_transforms(tmp_path) == digests.of_transforms()
     digests.of_transforms.cache_clear()
