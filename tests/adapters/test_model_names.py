@@ -140,9 +140,10 @@ def test_z_images_fused_attention_comes_apart(tmp_path):
 @pytest.mark.parametrize(
     "tensors",
     [
-        dotted("diffusion_model.joint_blocks.0.x_block.attn.qkv"),
+        dotted("diffusion_model.joint_blocks.0.x_block.attn.qkv"),  # of a shape that it cannot have
+        dotted("diffusion_model.joint_blocks.0.y_block.attn.proj"),
         dotted("diffusion_model.double_blocks.0.img_attn.qkv", rows=9, columns=8),
-        dotted("diffusion_model.single_blocks.0.linear1", rows=72, columns=8),  # Flux.2's, with a gated MLP
+        dotted("diffusion_model.single_blocks.0.linear1", rows=64, columns=8),
         {**dotted("diffusion_model.double_blocks.0.img_attn.proj"), **dotted("diffusion_model.double_blocks.0.x")},
     ],
 )

@@ -3,6 +3,7 @@
 What the authors fuse into one weight (query, key and value, in single blocks with the MLP) diffusers keeps apart, so
 that a LoRA of the one is several: the rows of B are shared out, and A is the same; back, B becomes a matrix of blocks.
 Both are exact. Only Flux.1 is known in both directions: nothing in a file tells other models' diffusers names apart.
+The names of some more models are in transformer_names.py.
 """
 
 from __future__ import annotations
@@ -20,6 +21,16 @@ from lora_lab.adapters.formats.diffusion_names import MODEL, TRANSFORMER
 from lora_lab.adapters.formats.keys import PREFIX
 from lora_lab.adapters.formats.peft_config import exact_targets, tuner_of
 from lora_lab.adapters.formats.sites import PLAIN, Site
+from lora_lab.adapters.formats.transformer_names import (
+    FLUX_2,
+    HUNYUAN_VIDEO,
+    ROWS_OF_FLUX_2,
+    ROWS_OF_HUNYUAN_VIDEO,
+    ROWS_OF_SD_3,
+    SD_3,
+    SWAPPED_IN_THE_LAST,
+    is_flux_2,
+)
 from lora_lab.brief import Brief
 from lora_lab.errors import AdapterError, TunerError, shorten
 
@@ -112,26 +123,49 @@ def to_diffusers(adapter: Any) -> Any:
     if not theirs or tuner_of(adapter.config) != "LORA":
         return adapter
     paths = [name.removeprefix(MODEL) for name in theirs]
-    table = FLUX if any(re.match(r"(double|single)_blocks\.", path) for path in paths) else WAN
-    if table is WAN and any(_SAME.match(path) for path in paths):
-        table = {**{path: (path,) for path in paths}, **Z_IMAGE}
+    factors = {path: _factors(adapter, name) for name, path in zip(theirs, paths, strict=True)}
+    table, rows = _table_of(factors, adapter.base_model)
     made: dict[str, Factors] = {}
     unknown = []
     for name, path in zip(theirs, paths, strict=True):
         pattern = re.sub(r"\.\d+\.", ".#.", path, count=1)
         ours = table.get(pattern) or table.get(path)
-        own = _factors(adapter, name)
-        if ours is None or (pattern in _ROWS and own.A.ndim == 2 and len(own.B) != _ROWS[pattern] * own.A.shape[1]):
+        own = factors[path]
+        if ours is None or (pattern in rows and own.A.ndim == 2 and len(own.B) != rows[pattern] * own.A.shape[1]):
             unknown.append(name)
             continue
         number = re.search(r"\.(\d+)\.", path)
         names = [TRANSFORMER + new.replace("#", number[1] if number else "") for new in ours]
-        made |= _shared_out(names, own) if len(names) > 1 else {names[0]: _swapped(own) if path == _SWAPPED else own}
+        halves = pattern == SWAPPED_IN_THE_LAST and len(own.B) == 2 * own.A.shape[1]
+        turned = _swapped(own) if path == _SWAPPED or halves else own
+        made |= _shared_out(names, own) if len(names) > 1 else {names[0]: turned}
     if unknown:
         raise AdapterError(
             f"diffusers' names are not known of {len(unknown)} of {len(theirs)} modules: {shorten(unknown, 8)}"
         )
     return _with(adapter, theirs, made)
+
+
+def _table_of(
+    factors: Mapping[str, Factors], base: str | None
+) -> tuple[Mapping[str, tuple[str, ...]], Mapping[str, int]]:
+    """The names of the model that has these modules, and how many times as many rows as columns some of them have."""
+    shapes = {re.sub(r"\.\d+\.", ".#.", path, count=1): (len(own.B), own.A.shape[1]) for path, own in factors.items()}
+    if any(path.startswith("joint_blocks.") for path in shapes):
+        return SD_3, ROWS_OF_SD_3
+    if any(map(_HUNYUAN.match, shapes)):
+        return HUNYUAN_VIDEO, ROWS_OF_HUNYUAN_VIDEO
+    if any(path.startswith(("double_", "single_")) for path in shapes):
+        return (FLUX_2, ROWS_OF_FLUX_2) if is_flux_2(shapes, base) else (FLUX, _ROWS)
+    if any(map(_SAME.match, factors)):
+        return {**{path: (path,) for path in factors}, **Z_IMAGE}, _ROWS
+    return WAN, _ROWS
+
+
+_HUNYUAN = re.compile(
+    r"double_blocks\.#\.(img|txt)_(attn_|mlp\.fc|mod\.linear)|single_blocks\.#\.modulation\.linear|txt_in\."
+)
+"""Modules that HunyuanVideo has by names of its own."""
 
 
 def flux_to_authors(adapter: Any) -> Any:
