@@ -24,6 +24,8 @@ from lora_lab.errors import MismatchError, OptionError
 STILL = 1e-10
 """Change of an entry of the orthogonal matrices at which the iteration to a mean ends."""
 _ROUNDS = 1000
+_FIRST = 10
+"""Rounds from each start, before the best goes on."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,10 +62,11 @@ def factor_distance(one: LowRank, other: LowRank) -> float:
 def procrustes_mean(updates: Sequence[LowRank], weights: Sequence[float] | None = None) -> ProcrustesMean:
     """The mean of ΔW of one shape with respect to d: it minimises Σ wᵢ d(ΔWᵢ, ·)², wᵢ ≥ 0 (equal by default).
 
-    Generalised Procrustes analysis (Gower 1975): R_t = polar(Z_tᵀ Z̄), Z̄ = Σ w_t Z_t R_t, until no entry of an R_t
-    moves by more than 1e-10. Every step raises ‖Z̄‖, and with it the value; of the ends reached from each of the Z_t as
-    a start, it is the best, so that the order of the updates does not count. OptionError where a weight is negative or
-    all are 0; MismatchError where shapes differ.
+    Generalised Procrustes analysis (Gower 1975; one at a time as in ten Berge 1977): R_t = polar(Z_tᵀ Σ_{j≠t} wⱼZⱼRⱼ)
+    in turn, the largest ΔW first, until no entry of an R_t moves by more than 1e-10. Every step raises ‖Z̄‖,
+    Z̄ = Σ w_t Z_t R_t, and so lowers the value; each of the Z_t is tried as a start, and the best goes on, so that the
+    order of the updates does not count. OptionError where a weight is negative or all are 0; MismatchError where shapes
+    differ.
     """
     weights = [1.0] * len(updates) if weights is None else list(weights)
     if len(weights) != len(updates):
@@ -76,9 +79,12 @@ def procrustes_mean(updates: Sequence[LowRank], weights: Sequence[float] | None 
     shares = shares.to(factors[0].A.device)
     Z = torch.stack([torch.cat([factor.B, factor.A.T]) for factor in factors])  # [T, rows + columns, r]
     cores = torch.einsum("idr,jds->ijrs", Z, Z)  # ZᵢᵀZⱼ
-    used = [t for t, weight in enumerate(weights) if weight]
-    ends = [_iterated(cores, shares, _polar(cores[:, start])) for start in used]
-    R = max(ends, key=lambda R: _squared(cores, shares, R))
+    sizes = [weight * float(cores[t, t].norm()) for t, weight in enumerate(shares.tolist())]
+    order = sorted((t for t, size in enumerate(sizes) if size), key=lambda t: -sizes[t])
+    starts = [_iterated(cores, shares, order, _polar(cores[:, t]), _FIRST) for t in order] or [_polar(cores[:, 0])]
+    R = _iterated(cores, shares, order, max(starts, key=lambda R: _squared(cores, shares, R)), _ROUNDS)
+    # those that the mean does not hang on are turned onto it, too
+    R = _polar(torch.einsum("tjrs,j,jsu->tru", cores, shares, R)) if len(order) < len(R) else R
     turned = torch.einsum("tdr,trs->tds", Z, R)
     turned = turned @ _frame(torch.einsum("t,tds->ds", shares, turned))
     mean = torch.einsum("t,tds->ds", shares, turned)
@@ -90,9 +96,14 @@ def procrustes_mean(updates: Sequence[LowRank], weights: Sequence[float] | None 
     )
 
 
-def _iterated(cores: Tensor, shares: Tensor, R: Tensor) -> Tensor:
-    for _ in range(_ROUNDS):
-        before, R = R, _polar(torch.einsum("tjrs,j,jsu->tru", cores, shares, R))  # Z_tᵀ Z̄ = Σⱼ wⱼ Z_tᵀZⱼ Rⱼ
+def _iterated(cores: Tensor, shares: Tensor, order: Sequence[int], R: Tensor, rounds: int) -> Tensor:
+    """R [T, r, r] after so many rounds in this order, or when it is still."""
+    R = R.clone()
+    for _ in range(rounds):
+        before = R.clone()
+        for t in order:
+            others = torch.einsum("jrs,j,jsu->jru", cores[t], shares, R)  # wⱼ Z_tᵀZⱼRⱼ
+            R[t] = _polar(others.sum(0) - others[t])
         if float((R - before).abs().max()) < STILL:
             break
     return R
@@ -116,7 +127,7 @@ def _squared(cores: Tensor, shares: Tensor, R: Tensor) -> float:
 
 
 def _polar(X: Tensor) -> Tensor:
-    """The orthogonal matrices that have the largest inner products with these [T, r, r]."""
+    """The orthogonal matrix that has the largest inner product with this one [r, r], or with each of several."""
     U, _, Vh = torch.linalg.svd(X)
     nearest: Tensor = U @ Vh
     return nearest

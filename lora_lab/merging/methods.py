@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_lab.errors import OptionError, unknown
@@ -179,7 +179,7 @@ MERGES = Registry(
         ),
         "procrustes-mean": Merge(
             factors.procrustes_mean,
-            UPDATES,
+            replace(UPDATES, pace=1000),  # likewise
             "ours; near to GeoMerge (arXiv:2604.27155), whose metric is another.",
             source="Gower 1975, doi:10.1007/BF02291478",
         ),
@@ -246,7 +246,7 @@ MERGES = Registry(
         ),
         "ctm": Merge(
             subspaces.ctm,
-            SUBSPACE,
+            replace(SUBSPACE, pace=700),  # by turns, with a dozen rounds or hundreds
             "the authors' code's.",
             source="He et al. 2026, arXiv:2606.03723",
         ),

@@ -83,11 +83,11 @@ def ctm(updates: Updates, *, rank: int | None = None, beta: float = 0.0) -> Subs
 
 def _tucker(X: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """P and Q with at most `rank` orthonormal columns for which Σ‖PᵀXₜQ‖² is largest, of X [T, rows, columns]."""
-    Q = _leading(X.mT @ X, rank)
+    Q = _leading(X.mT, rank)
     before = 0.0
     for _ in range(1000):
-        P = _leading(X @ Q @ Q.T @ X.mT, rank)
-        Q = _leading(X.mT @ P @ P.T @ X, rank)
+        P = _leading(X @ Q, rank)
+        Q = _leading(X.mT @ P, rank)
         held = float((P.T @ X @ Q).square().sum())
         if held <= before * (1 + 1e-6):
             break
@@ -95,9 +95,10 @@ def _tucker(X: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return P, Q
 
 
-def _leading(squares: Tensor, rank: int) -> Tensor:
-    """The leading eigenvectors of the sum of these [T, n, n], largest first, a sign each as in `_signed`."""
-    return _signed(torch.linalg.eigh(squares.sum(0)).eigenvectors.flip(1)[:, :rank])
+def _leading(X: Tensor, rank: int) -> Tensor:
+    """The leading eigenvectors of Σ XₜXₜᵀ of X [T, n, m], largest first, a sign each as in `_signed`."""
+    beside = X.transpose(0, 1).flatten(1)  # [X₁ … X_T]
+    return _signed(torch.linalg.eigh(beside @ beside.T).eigenvectors.flip(1)[:, :rank])
 
 
 def tsv(updates: Updates, weights: Sequence[float], *, share: float | None = None, scale: float = 1.0) -> LowRank:
