@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -156,6 +157,12 @@ def _sets_of_seeds(adapters: Sequence[Adapter], ratios: Sequence[Sequence[float]
     if not any(len(merge_set.members) > 1 for merge_set in merge_sets):
         raise OptionError("no two adapters of one training method and task are among these: nothing to merge")
     return merge_sets
+
+
+def seeds_in(label: str) -> tuple[int, ...]:
+    """The places of the adapters that the label of a set of seeds names at its end; none of other labels."""
+    places = re.search(r" of (\d+(?:, \d+)*)$", label)
+    return tuple(map(int, places[1].split(", "))) if places else ()
 
 
 def _common(values: Any) -> Any:

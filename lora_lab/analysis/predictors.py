@@ -25,6 +25,8 @@ Pair = tuple[int, int]
 FEWEST = 5
 """Sets of adapters below which a rank correlation tells nothing: of 4, one order in 12 is perfect by chance."""
 
+_REFERENCE = "reference"
+"""Category of rows that no merge made."""
 _SAME_NORM = 1e-3
 """How far ‖ΔW‖ may be from what a result says of the adapter, as a share; the rest is rounding."""
 
@@ -46,8 +48,6 @@ PREDICTORS: dict[str, Callable[[Row], float | None]] = {
             "cosine",
             "left_overlap",
             "right_overlap",
-            "left_over_chance",
-            "right_over_chance",
             "left_grassmann",
             "right_grassmann",
             "pico_share",
@@ -123,24 +123,33 @@ def collected(adapters: Sequence[Adapter], results: Sequence[Result]) -> dict[st
 
 def _merges(result: Result, adapters: Sequence[Adapter]) -> Iterator[tuple[str, _Merge]]:
     """Name and outcome of every merge at its chosen coefficient, of sets of several of these adapters."""
-    from lora_lab.analysis.compare import ALONE, BASE
+    from lora_lab.analysis.compare import ALONE
+    from lora_lab.analysis.merge_sets import seeds_in
 
     place = {label: i for i, label in enumerate(labels_of(adapters))}
     _require_same(result, adapters)
     rows = [row for row in result.rows() if row["chosen"]]
-    own = {row["adapter"]: row["loss"] for row in rows if row["merge"] == ALONE}
+    own = {row["adapter"]: row for row in rows if row["merge"] == ALONE}
+    there = [each.get("name") or each["label"] for each in result.parameters["adapters"]]
     sets: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        if row["merge"] not in (ALONE, BASE) and len(set((row["ratio"] or "").split(":"))) == 1:
+        if row["category"] != _REFERENCE and len(set((row["ratio"] or "").split(":"))) == 1:
             sets.setdefault((row["set"], row["merge"]), []).append(row)
-    for (_, name), parts in sets.items():
-        labels = [row["adapter"] for row in parts]
-        if len(set(labels)) < 2 or not place.keys() >= set(labels):
-            continue
-        shares = [row["normalised"] for row in parts]
-        more = [row["loss"] - own[row["adapter"]] if row["adapter"] in own else math.nan for row in parts]
-        lost = math.nan if None in shares else 1 - sum(shares) / len(shares)
-        yield name, _Merge(tuple(sorted({place[label] for label in labels})), lost, sum(more) / len(more))
+    for (label, name), parts in sets.items():
+        # of seeds of one task, one model is scored once, and belongs to all of them
+        owners = [[there[i] for i in seeds_in(label)] if row["ratio"] else [row["adapter"]] for row in parts]
+        members = {owner for each in owners for owner in each}
+        if len(members) > 1 and place.keys() >= members and own.keys() >= members:
+            lost, more = np.mean(
+                [_lost(row, [own[owner] for owner in each]) for row, each in zip(parts, owners, strict=True)], 0
+            )
+            yield name, _Merge(tuple(sorted(place[member] for member in members)), float(lost), float(more))
+
+
+def _lost(row: Row, own: Sequence[Row]) -> tuple[float, float]:
+    """1 − accuracy / that of the adapters alone, and nats above their loss: means where several are of this task."""
+    accuracy, loss = (float(np.mean([each[key] for each in own])) for key in ("accuracy", "loss"))
+    return (1 - row["accuracy"] / accuracy if accuracy else math.nan), row["loss"] - loss
 
 
 def _require_same(result: Result, adapters: Sequence[Adapter]) -> None:

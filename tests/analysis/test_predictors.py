@@ -22,26 +22,39 @@ def seeds(tmp_path):
     return [Adapter.load(write(tmp_path / f"s{i}", lora(rows=30, columns=20, seed=i))) for i in range(4)]
 
 
-def merged(adapters, loss, *, merge="average", ratio="1:1", kind="compare-merges"):
-    """A result in which the merge of every pair loses so many nats and half as much of its accuracy."""
+def merged(adapters, loss, *, merge="average", ratio="1:1", kind="compare-merges", seeds=True):
+    """A result in which the merge of every pair loses so many nats and half as much of its accuracy, .8 alone.
+
+    Seeds of one task are scored once, beside the mean of both; others once each.
+    """
     rows = []
-    for adapter in adapters:
-        rows.append({"set": f"alone {adapter.label}", "merge": ALONE, "adapter": adapter.label, "loss": 0.25})
-        rows[-1] |= {"normalised": 1.0, "chosen": True, "ratio": None}
+    for i, adapter in enumerate(adapters):
+        rows.append({"set": f"alone {adapter.label}", "merge": ALONE, "adapter": adapter.label, "loss": 0.25 + i})
+        rows[-1] |= {"accuracy": 0.8, "chosen": True, "ratio": None, "category": "reference"}
     for i, j in itertools.combinations(range(len(adapters)), 2):
-        for k, chosen in itertools.product((i, j), (True, False)):
+        for k, chosen in itertools.product((i,) if seeds else (i, j), (True, False)):
             lost = loss(i, j) if chosen else 9.0
-            cells = {"normalised": 1 - lost / 2, "loss": 0.25 + lost, "chosen": chosen, "ratio": ratio}
-            rows.append({"set": f"{i}, {j}", "merge": merge, "adapter": adapters[k].label, **cells})
+            own = 0.25 + ((i + j) / 2 if seeds else k)
+            cells = {"accuracy": 0.8 * (1 - lost / 2), "loss": own + lost, "chosen": chosen, "category": "equal rank"}
+            where = {
+                "set": f"lora {ratio} of {i}, {j}" if seeds else f"lora, seed {i}{j}",
+                "ratio": ratio if seeds else None,
+            }
+            rows.append({**where, "merge": merge, "adapter": adapters[k].label, **cells})
+            rows.append({**rows[-1], "merge": "ensemble", "category": "reference", "loss": 7.0})
     said = [{"label": adapter.label, "norm": adapter.total_norm} for adapter in adapters]
     return Result(kind, columns(rows), {"adapters": said}, {}, {})
 
 
-def test_a_merge_that_loses_what_pairs_lack_in_cosine_is_told_by_the_cosine(seeds):
+@pytest.mark.parametrize("one_task", [True, False])
+def test_a_merge_that_loses_what_pairs_lack_in_cosine_is_told_by_the_cosine(seeds, one_task):
     pairs = {tuple(row["indices"]): row for row in Compare().run(seeds).rows(level="total")}
-    result = Compare(levels=()).run(seeds, merges=[merged(seeds, lambda i, j: 1 - pairs[i, j]["cosine"])])
+    result = Compare(levels=()).run(
+        seeds, merges=[merged(seeds, lambda i, j: 1 - pairs[i, j]["cosine"], seeds=one_task)]
+    )
     assert schema.why_not(result.kind, result.schema, result.columns, result.summary) is None
     rows = {(row["outcome"], row["predictor"]): row for row in result.summary["forecast"]}
+    assert {row["merge"] for row in result.summary["forecast"]} == {"average"}
     for outcome, factor in (("loss", 1), ("accuracy", 0.5)):
         row = rows[outcome, "cosine"]
         assert row["correlation"] == pytest.approx(-1)
