@@ -26,6 +26,7 @@ _VERBS = (
     "interpolate",
     "plane",
     "curve",
+    "sharpness",
     "stability",
     "shapley",
     "compare",

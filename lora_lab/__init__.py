@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lora_lab.api import verify as verify
     from lora_lab.around import curve as curve
     from lora_lab.around import plane as plane
+    from lora_lab.around import sharpness as sharpness
     from lora_lab.errors import LoraLabError as LoraLabError
     from lora_lab.results.result import Result as Result
     from lora_lab.scoring.execution import Execution as Execution
@@ -72,7 +73,7 @@ __getattr__, __dir__, __all__ = face(
             "train",
             "verify",
         ),
-        "around": ("curve", "plane"),
+        "around": ("curve", "plane", "sharpness"),
         "errors": ("LoraLabError",),
         "results.result": ("Result",),
         "scoring.execution": ("Execution",),

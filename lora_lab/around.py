@@ -48,3 +48,20 @@ def curve(
     telling = shown(on, "training and scoring curves", progress)
     place = None if folder is None else Path(folder)
     return answered(from_options(Curve, options), adapters, task, trust_record, telling, folder=place)
+
+
+@checked
+def sharpness(
+    adapters: Adapters,
+    task: TaskLike = None,
+    *,
+    on: Execution | None = None,
+    progress: bool = True,
+    trust_record: bool = False,
+    **options: Any,
+) -> Result:
+    """Curvature of the loss around adapters, and the rates it allows; `options` are the fields of `Sharpness`."""
+    from lora_lab.analysis.landscape import Sharpness
+
+    telling = shown(on, "measuring curvature", progress)
+    return answered(from_options(Sharpness, options), adapters, task, trust_record, telling)

@@ -80,6 +80,28 @@ def curve(spaces=("delta", "factors"), shapes=("bezier", "polychain")):
     return Result("curve", columns(rows), said, {}, {"examples": 500})
 
 
+def sharpness(names=("lora-s0", "coto-s0")):
+    """Eigenvalues over three decades; the initial trace is negative, and one training diverged."""
+    rows, rates = [], []
+    for i, name in enumerate(names):
+        who = {"adapter": name, "method": "lora", "seed": i}
+        for k, at in enumerate(("trained", "balanced", "initial")):
+            value = 0.3 * (i + 1) * 10.0 ** (k - 1)
+            ends = {"sharpness": value, "sharpness_low": -0.1 * value, "sharpness_high": 2 * value}
+            trace = {"trace": value * (5 - 3 * k), "trace_low": 0.0, "trace_high": 9 * value}
+            largest = {
+                "rate_gd": 2 / value,
+                "rate_momentum": 3.8 / value,
+                "rate_adam": None if k == 2 else 0.02 / value,
+            }
+            rows.append({**who, "at": at, **ends, **trace, **largest})
+        for k in range(5):
+            loss = None if k == 4 else 0.5 - 0.1 * min(k, 2)
+            rates.append({**who, "rate": 1e-3 * 4**k, "loss": loss, "accuracy": None, "chosen": k == 2})
+    said = {"task": {"name": "digits/relabel"}, "split": "train", "adapters": []}
+    return Result("sharpness", columns(rows), said, {"rates": rates}, {"examples": 200})
+
+
 def merges(methods=("lora", "coto"), names=("average", "ties"), seeds=2, ratios=(None,)):
     rows, sets, curves = [], [], []
     for method in methods:
@@ -375,6 +397,7 @@ REAL_SIZES = {
         compared(names, layers, ("average", "task-arithmetic", "ties", *names[:9]))
     ],
     "interpolate": _lines,
+    "sharpness": lambda view, names, layers: [sharpness(names[:12] if view.endswith("rates") else names)],
     "curve": lambda view, names, layers: [curve(("delta", "aligned", "factors"), ("bezier", "polychain", *names[:5]))],
     "plane": lambda view, names, layers: [plane(names[3 * i : 3 * i + 3]) for i in range(min(3, len(names) // 3))],
     "shapley": _games,

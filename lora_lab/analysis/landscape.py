@@ -111,3 +111,26 @@ class Curve(Question):
 
         self.check(adapters)
         return curve.answer(self, adapters, task, on, folder)
+
+
+@dataclass(frozen=True)
+class Sharpness(Question):
+    """The largest eigenvalue and the trace of the loss' Hessian in every adapter's tensors, and the rates it allows.
+
+    On so many examples of `split`, the training split by default, in evaluation mode; see sharpness.py.
+    """
+
+    kind = "sharpness"
+
+    iterations: int = option(30, "Lanczos iterations at most; the residual tells whether they were enough.", least=2)
+    probes: int = option(16, "Random vectors for the trace.", least=2)
+    split: str = option("train", "NAMES.", choices=Later("lora_lab.tasks.task", "SPLITS"))
+    examples: int | None = option(200, "On so many examples of the split, drawn with seed 0.", least=1)
+    seed: int = option(0, "Draws the vectors.", least=0)
+
+    def run(self, adapters: Sequence[Adapter], task: Task, on: Execution = Execution()) -> Result:
+        """A row for every adapter and every set of tensors that it is measured in."""
+        from lora_lab.analysis import sharpness
+
+        self.check(adapters)
+        return sharpness.answer(self, adapters, task, on)

@@ -24,6 +24,7 @@ from lora_lab.plots import merges as plot_merges
 from lora_lab.plots import places as plot_places
 from lora_lab.plots import plane as plot_plane
 from lora_lab.plots import shapley as plot_shapley
+from lora_lab.plots import sharpness as plot_sharpness
 from lora_lab.plots import stability as plot_stability
 from lora_lab.plots import style as plot_style
 from lora_lab.plots import sweep as plot_sweep
@@ -212,6 +213,10 @@ PLOTS = Registry(
             plot_shapley.draw_convergence, "shapley", "standard errors over the coalitions", _IN_GAMES
         ),
         "shapley:interactions": View(plot_shapley.draw_interactions, "shapley", "pairwise interactions", _IN_GAMES),
+        "sharpness": View(plot_sharpness.draw, "sharpness", "largest eigenvalues and traces of the Hessian"),
+        "sharpness:rates": View(
+            plot_sharpness.draw_rates, "sharpness", "learning rates predicted as stable against those tried"
+        ),
         "stability": View(plot_stability.draw, "stability", "accuracy over the share of players kept"),
         "stability:p": View(plot_stability.draw_p, "stability", "accuracy over the probability of keeping players"),
         "stability:leave-one-out": View(

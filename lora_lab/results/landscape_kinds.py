@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lora_lab.results.rows import ADAPTERS, Accuracy, Loss
+from lora_lab.results.rows import ADAPTERS, Accuracy, Adapted, Loss
 from lora_lab.results.schema import Kind, Paper, column
 
 
@@ -112,6 +112,39 @@ class CurveControl(OnPath):
     trace: list[Check] = column("the control point at every check")
 
 
+@dataclass
+class SharpnessRow(Adapted):
+    """One adapter in one set of tensors."""
+
+    at: str = column("trained (its own tensors), balanced (B = U√S, A = √S V) or initial (where training began)")
+    parameters: int = column("numbers in these tensors")
+    loss: float = column("mean loss over the examples", "nats")
+    sharpness: float = column("largest eigenvalue of the Hessian")
+    sharpness_low: float = column("low end of its interval over the examples, the eigenvector held")
+    sharpness_high: float = column("high end of its interval")
+    residual: float = column("‖Hx − λx‖ of that eigenvalue and its unit vector", form=".1e")
+    iterations: int = column("Lanczos iterations")
+    smallest: float = column("smallest eigenvalue found")
+    trace: float = column("trace of the Hessian")
+    trace_low: float = column("low end of its interval over random vectors and examples")
+    trace_high: float = column("high end of its interval")
+    adam_sharpness: float = column("largest eigenvalue of D^-½ H D^-½, D the root of Adam's second moment")
+    adam_residual: float = column("residual of that eigenvalue", form=".1e")
+    rate_gd: float = column("largest stable rate of gradient descent, 2/λ", form=".2g")
+    rate_momentum: float = column("the same with momentum β = 0.9, 2(1 + β)/λ", form=".2g")
+    rate_adam: float = column("the same of Adam, 2(1 + β)/((1 − β)λ) of its scaled Hessian", form=".2g")
+
+
+@dataclass
+class TriedRate(Adapted):
+    """A learning rate that was tried for an adapter, by its record."""
+
+    rate: float = column("learning rate", form=".2g")
+    accuracy: float = column("validation accuracy; null where the training diverged, or unknown", "share")
+    loss: float = column("validation loss; null where the training diverged, or unknown", "nats")
+    chosen: bool = column("whether it is that of the adapter")
+
+
 KINDS = (
     Kind(
         "plane",
@@ -147,6 +180,18 @@ KINDS = (
             "batch_size": "examples per batch; null for the task's",
             "rank": "of the control point where ΔW is mixed; null for that of the midpoint",
             "checks": "how often the control point was scored on the validation split",
+            **ADAPTERS,
+        },
+    ),
+    Kind(
+        "sharpness",
+        "the curvature of the loss around adapters, and the learning rates that it allows",
+        {"rows": SharpnessRow, "rates": TriedRate},
+        Paper(("adapter", "at", "sharpness", "trace", "rate_gd", "rate_momentum", "rate_adam")),
+        parameters={
+            "iterations": "Lanczos iterations at most",
+            "probes": "random vectors for the trace",
+            "examples": "examples of the split; null for all",
             **ADAPTERS,
         },
     ),

@@ -102,6 +102,12 @@ def _validated(task: Task, adapter: Adapter, device: torch.device | None) -> dic
     return {**{name: task.metric(name).value(found) for name in task.metrics}, "examples": len(scores)}
 
 
+def initial(task: Task, recipe: Recipe) -> Adapter:
+    """The adapter that a training by this recipe begins with."""
+    with _isolated_randomness(), _quiet():
+        return _read(_with_adapter(task, recipe.for_task(task)))
+
+
 def _optimise(
     model: nn.Module, task: Task, recipe: Recipe, args: Any, callbacks: Sequence[TrainerCallback], resume: Path | None
 ) -> float:

@@ -26,6 +26,7 @@ RUNS = {
     "interpolate": ["a.safetensors", "b.safetensors", "--points", 3, "--ratios", "0:1"],
     "plane": ["a.safetensors", "b.safetensors", "--base", "--points", 3],
     "curve": ["a.safetensors", "b.safetensors", "--points", 3, "--steps", 4, "--checks", 2, "--spaces", "delta"],
+    "sharpness": ["a.safetensors", "--examples", 8, "--iterations", 2, "--probes", 2],
     "stability": ["a.safetensors", "--samples", 2, "--examples", 40, "--p", "0.5"],
     "shapley": ["a.safetensors", "--examples", 40, "--estimator", "exact"],
     "sweep": ["a.safetensors", "--examples", 40, "--sparsities", "0.5", "--draws", 1],

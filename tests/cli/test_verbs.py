@@ -49,6 +49,7 @@ def one_line(result, *words, code=1):
         "interpolate",
         "plane",
         "curve",
+        "sharpness",
         "stability",
         "shapley",
         "compare",

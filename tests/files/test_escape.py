@@ -46,6 +46,7 @@ VERBS = {
     "interpolate": ["--points", "2", "--ratios", "1:1"],
     "plane": ["--base", "--points", "2"],
     "curve": ["--shapes", "bezier", "--spaces", "delta", "--points", "3", "--steps", "1", "--checks", "1"],
+    "sharpness": ["--examples", "8", "--iterations", "2", "--probes", "2"],
     "stability": ["--samples", "2", "--examples", "20", "--yes"],
     "shapley": ["--samples", "1", "--examples", "20", "--yes"],
     "sweep": ["--structured", "--draws", "1", "--examples", "20", "--yes"],
@@ -56,7 +57,7 @@ VERBS = {
     "compare": ["--signs", "--csv"],
 }
 ONE = ("inspect", "prune", "convert")
-UNNAMED = ("curve", "compare-merges", "merge", "prune", "sweep")
+UNNAMED = ("curve", "sharpness", "compare-merges", "merge", "prune", "sweep")
 """Verbs whose tables name no adapter, or in a heading that is wrapped among others."""
 
 

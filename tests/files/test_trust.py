@@ -98,6 +98,7 @@ VERBS = {
     "interpolate": ("interpolate", "a.safetensors", "b.safetensors"),
     "plane": ("plane", "a.safetensors", "b.safetensors", "--base"),
     "curve": ("curve", "a.safetensors", "b.safetensors"),
+    "sharpness": ("sharpness", "a.safetensors"),
     "stability": ("stability", "a.safetensors"),
     "shapley": ("shapley", "a.safetensors"),
     "sweep": ("sweep", "a.safetensors"),

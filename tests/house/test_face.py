@@ -14,7 +14,7 @@ import lora_lab as ll
 from lora_lab import given, tasks
 from lora_lab.adapters.reading import inspect
 from lora_lab.analysis.connectivity import Interpolate
-from lora_lab.analysis.landscape import Curve, Plane
+from lora_lab.analysis.landscape import Curve, Plane, Sharpness
 from lora_lab.analysis.questions import Evaluate, Shapley, Stability, Sweep
 from lora_lab.errors import LoraLabError, MismatchError, OptionError, TrustError
 from lora_lab.merging.sources import Sources
@@ -36,7 +36,20 @@ NAMES += [
     "inspect",
     "interpolate",
 ]
-NAMES += ["load", "merge", "plane", "prune", "record", "shapley", "stability", "sweep", "task", "train", "verify"]
+NAMES += [
+    "load",
+    "merge",
+    "plane",
+    "prune",
+    "record",
+    "shapley",
+    "sharpness",
+    "stability",
+    "sweep",
+    "task",
+    "train",
+    "verify",
+]
 QUIET = {"progress": False}
 SHORT = {"seed": 1, "steps": 6, "batch_size": 8, "target_modules": ["q_proj", "fc1"]}
 
@@ -88,6 +101,7 @@ def test_training_gives_the_adapter_of_the_recipe(pair):
         (ll.shapley, Shapley, {"samples": 2, "players": "type", "examples": 20, "estimator": "permutation"}),
         (ll.plane, Plane, {"base": True, "points": 2, "examples": 20}),
         (ll.curve, Curve, {"points": 3, "steps": 1, "checks": 1, "spaces": ["delta"], "shapes": ["bezier"]}),
+        (ll.sharpness, Sharpness, {"examples": 8, "iterations": 2, "probes": 2}),
         (ll.sweep, Sweep, {"kinds": "rank", "draws": 1, "examples": 20}),
         (ll.evaluate, Evaluate, {"split": "validation", "base": False}),
     ],
