@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import typer
 
-from ..analysis.questions import Interpolate
+from ..analysis.landscape import Layerwise
+from ..analysis.questions import Interpolate, player_option
+from ..errors import OptionError
 from ..options import check_options, option
 from ..registry import Later
 from .options import Computing, OneTask, Output, Several
@@ -28,6 +31,11 @@ class Where:
         choices=lambda: (*_SETS, *_SPACES()),
         names=_SPACES,
     )
+
+    layerwise: bool = option(
+        False, "One layer at a time, all others from one adapter and then the other: writes layerwise.json instead."
+    )
+    players: str | Mapping[str, str] = player_option()
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -54,10 +62,36 @@ def command(
     (the last lines). **delta** averages ΔW = BA itself, exactly (**matched-delta**: at kept norms). **aligned** first
     rotates b's factors onto a's.
 
+    **--layerwise** mixes ΔW in one layer (or group, by --players) at a time instead, and tells the barrier of each.
+
     Example:  lora-lab interpolate a.safetensors b.safetensors --ratios 1:2,1:1
     """
+    if where.layerwise:
+        if question.ratios or where.space != Where.space:
+            raise OptionError("`layerwise` mixes ΔW between two adapters; leave `space` and `ratios` out")
+        each = Layerwise(points=question.points, players=where.players, split=question.split, seed=question.seed)
+        output.print(answer(each, adapters, loading, task, computing, output, doing="mixing layers"), show_layers)
+        return
+    if where.players != Where.players:
+        raise OptionError("`players` are mixed one at a time with `layerwise`")
     question = replace(question, spaces=where.spaces())
     output.print(answer(question, adapters, loading, task, computing, output, doing="interpolating"), show)
+
+
+def show_layers(result: Any) -> None:
+    """A barrier for every layer, from both sides."""
+    n, split = result.provenance["examples"], result.parameters["split"]
+    rows = [
+        (
+            f"{row['group']}, others of {row['others']}",
+            row["metric"],
+            estimate(row["value"], row["low"], row["high"]),
+            estimate(row["exchange"], row["exchange_low"], row["exchange_high"]),
+        )
+        for row in result.summary["barriers"]
+    ]
+    headings = ("mixed", "metric", "above the chord", "rise when exchanged")
+    table(f"One at a time ({split} split, {n} examples; error = 1 − accuracy)", headings, rows, texts=2)
 
 
 def show(result: Any) -> None:

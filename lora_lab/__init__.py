@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from lora_lab.api import train as train
     from lora_lab.api import verify as verify
     from lora_lab.around import curve as curve
+    from lora_lab.around import layerwise as layerwise
     from lora_lab.around import plane as plane
     from lora_lab.around import sharpness as sharpness
     from lora_lab.errors import LoraLabError as LoraLabError
@@ -73,7 +74,7 @@ __getattr__, __dir__, __all__ = face(
             "train",
             "verify",
         ),
-        "around": ("curve", "plane", "sharpness"),
+        "around": ("curve", "layerwise", "plane", "sharpness"),
         "errors": ("LoraLabError",),
         "results.result": ("Result",),
         "scoring.execution": ("Execution",),

@@ -65,3 +65,20 @@ def sharpness(
 
     telling = shown(on, "measuring curvature", progress)
     return answered(from_options(Sharpness, options), adapters, task, trust_record, telling)
+
+
+@checked
+def layerwise(
+    adapters: Adapters,
+    task: TaskLike = None,
+    *,
+    on: Execution | None = None,
+    progress: bool = True,
+    trust_record: bool = False,
+    **options: Any,
+) -> Result:
+    """Two adapters mixed in one layer at a time, a barrier each; `options` are the fields of `Layerwise`."""
+    from lora_lab.analysis.landscape import Layerwise
+
+    telling = shown(on, "mixing layers", progress)
+    return answered(from_options(Layerwise, options), adapters, task, trust_record, telling)

@@ -102,6 +102,18 @@ def sharpness(names=("lora-s0", "coto-s0")):
     return Result("sharpness", columns(rows), said, {"rates": rates}, {"examples": 200})
 
 
+def layerwise(layers=4):
+    """A barrier in the second layer, from one side more than from the other."""
+    barriers = []
+    for index, metric, k in itertools.product((0, 1), ("loss", "error"), range(layers)):
+        height = 0.2 / (1 + index) * (k == 1)
+        ends = {"value": height, "low": 0.0, "high": height + 0.01}
+        ends |= {"exchange": 0.1 * (1 - 2 * index), "exchange_low": -0.2, "exchange_high": 0.2}
+        barriers.append({"group": f"model.layers.{k}", "others": "ab"[index], "index": index, "metric": metric, **ends})
+    said = {"players": "layer", "task": {"name": "digits/relabel"}, "split": "test", "adapters": []}
+    return Result("layerwise", {}, said, {"barriers": barriers}, {"examples": 500})
+
+
 def merges(methods=("lora", "coto"), names=("average", "ties"), seeds=2, ratios=(None,)):
     rows, sets, curves = [], [], []
     for method in methods:
@@ -397,6 +409,7 @@ REAL_SIZES = {
         compared(names, layers, ("average", "task-arithmetic", "ties", *names[:9]))
     ],
     "interpolate": _lines,
+    "layerwise": lambda view, names, layers: [layerwise(layers)],
     "sharpness": lambda view, names, layers: [sharpness(names[:12] if view.endswith("rates") else names)],
     "curve": lambda view, names, layers: [curve(("delta", "aligned", "factors"), ("bezier", "polychain", *names[:5]))],
     "plane": lambda view, names, layers: [plane(names[3 * i : 3 * i + 3]) for i in range(min(3, len(names) // 3))],

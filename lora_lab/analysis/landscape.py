@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_lab.analysis.question import Question
-from lora_lab.analysis.questions import example_option, split_option
+from lora_lab.analysis.questions import example_option, player_option, split_option
 from lora_lab.options import option
 from lora_lab.registry import Later
 from lora_lab.scoring.execution import Execution
@@ -52,6 +52,38 @@ class Plane(Question):
 
         self.check(adapters)
         return plane.answer(self, adapters, task, on)
+
+
+@dataclass(frozen=True)
+class Layerwise(Question):
+    """Loss and accuracy with ΔW mixed in one layer (or group, see `players`) at a time, and a barrier each.
+
+    All other layers are those of one adapter, then of the other. Intervals are of 95 % over the examples, by a paired
+    bootstrap with `seed`.
+    """
+
+    kind = "layerwise"
+    of_transforms = True
+
+    points: int = option(11, "Points on each line, both ends among them.", least=2)
+    players: str | Mapping[str, str] = player_option()
+    split: str = split_option()
+    examples: int | None = example_option()
+    seed: int = option(0, "Seed of the bootstrap.", least=0)
+
+    def check(self, adapters: Sequence[Adapter]) -> None:
+        """Raise what `run` would raise for these adapters, before anything is computed."""
+        from lora_lab.analysis import layerwise
+
+        super().check(adapters)
+        layerwise.check(self, adapters)
+
+    def run(self, adapters: Sequence[Adapter], task: Task, on: Execution = Execution()) -> Result:
+        """A row for every point of every layer's line, from both sides."""
+        from lora_lab.analysis import layerwise
+
+        self.check(adapters)
+        return layerwise.answer(self, adapters, task, on)
 
 
 @dataclass(frozen=True)

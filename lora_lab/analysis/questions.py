@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from lora_lab.tasks.task import Task
 
 
-def _players() -> Any:
+def player_option() -> Any:
+    """What is switched or mixed together."""
     return option(
         "layer",
         "NAMES, or NAME=REGEX (repeatable).",
@@ -101,7 +102,7 @@ class Shapley(Question):
 
     kind = "shapley"
 
-    players: str | Mapping[str, str] = _players()
+    players: str | Mapping[str, str] = player_option()
     worth: str = option(
         "accuracy",
         "NAMES; what helps is positive.",
@@ -165,7 +166,7 @@ class Stability(Question):
 
     kind = "stability"
 
-    players: str | Mapping[str, str] = _players()
+    players: str | Mapping[str, str] = player_option()
     samples: int = option(50, "Keep-sets of each size, where there are more.", least=2)
     grid: tuple[float, ...] = option(
         (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),

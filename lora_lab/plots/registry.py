@@ -19,6 +19,7 @@ from lora_lab.escape import drawn
 from lora_lab.files.ownership import MARK
 from lora_lab.plots import compare as plot_compare
 from lora_lab.plots import curve as plot_curve
+from lora_lab.plots import layerwise as plot_layerwise
 from lora_lab.plots import line as plot_line
 from lora_lab.plots import merges as plot_merges
 from lora_lab.plots import places as plot_places
@@ -203,6 +204,7 @@ PLOTS = Registry(
         "interpolate:matrix": View(plot_line.draw_matrix, "interpolate", "barriers between all adapters", _ON_LINES),
         "interpolate:ratios": View(plot_line.draw_ratios, "interpolate", "accuracy of mixtures", _ON_LINES),
         "plane": View(plot_plane.draw, "plane", "accuracy and loss on the plane through three points"),
+        "layerwise": View(plot_layerwise.draw, "layerwise", "barriers of single layers", ("task", "split", "players")),
         "curve": View(plot_curve.draw, "curve", "loss along curves and lines, and ‖ΔW‖", _ON_LINES),
         "curve:accuracy": View(plot_curve.draw_accuracy, "curve", "accuracy along curves and lines", _ON_LINES),
         "curve:arc": View(plot_curve.draw_arc, "curve", "loss along the length of curves and lines", _ON_LINES),

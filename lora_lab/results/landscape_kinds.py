@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lora_lab.results.rows import ADAPTERS, Accuracy, Adapted, Loss
+from lora_lab.results.rows import ADAPTERS, PLAYERS, Accuracy, Adapted, Loss
 from lora_lab.results.schema import Kind, Paper, column
 
 
@@ -39,6 +39,35 @@ class PlaneGain:
     high: float = column("high end of its interval")
     x: float = column("where the best point lies", "‖ΔW‖", form=".2f")
     y: float = column("where the best point lies", "‖ΔW‖", form=".2f")
+
+
+@dataclass
+class OneGroup:
+    """Which layer or group is mixed, and where all others come from."""
+
+    group: str = column("the layer or group that is mixed")
+    others: str = column("label of the adapter that all other layers are of")
+    index: int = column("its place among the adapters given, from 0")
+
+
+@dataclass
+class LayerPoint(Loss, Accuracy, OneGroup):
+    """One layer mixed, all others of one adapter."""
+
+    t: float = column("share of the other adapter's ΔW in this layer", "share", form=".2f")
+
+
+@dataclass
+class LayerBarrier(OneGroup):
+    """How far the loss or error rises where one layer is mixed."""
+
+    metric: str = column("loss or error")
+    value: float = column("the largest rise above the chord", "of the metric")
+    low: float = column("low end of its interval", "of the metric")
+    high: float = column("high end of its interval", "of the metric")
+    exchange: float = column("rise from t = 0 to 1: the whole layer exchanged", "of the metric")
+    exchange_low: float = column("low end of its interval", "of the metric")
+    exchange_high: float = column("high end of its interval", "of the metric")
 
 
 @dataclass
@@ -158,6 +187,13 @@ KINDS = (
             "margin": "room beyond the three points, as a share of their extent",
             **ADAPTERS,
         },
+    ),
+    Kind(
+        "layerwise",
+        "accuracy and loss with one layer at a time mixed between two adapters",
+        {"rows": LayerPoint, "barriers": LayerBarrier},
+        Paper(("group", "others", "metric", "value", "exchange"), "barriers"),
+        parameters={**PLAYERS, "points": "points on each line", "examples": "of the split; null for all", **ADAPTERS},
     ),
     Kind(
         "curve",

@@ -95,6 +95,16 @@ def test_from_training_to_figure_as_the_readme_says(lora_lab, pair, tmp_path):
     one_line(lora_lab("figure", "out/interpolate.json", "-o", "x.pdf"), "x.pdf: exists already")
 
 
+def test_layers_are_mixed_one_at_a_time_from_the_shell(lora_lab, pair, tmp_path):
+    few = ("--layerwise", "--points", 2, "--split", "validation")
+    code, out, err = lora_lab("interpolate", *pair, *few, "--players", "type")
+    assert code == 0, err
+    assert "q_proj, others of coto-s1" in out
+    assert (tmp_path / "out" / "layerwise.png").exists()
+    one_line(lora_lab("interpolate", *pair, *few, "--ratios", "1:1"), "--layerwise mixes ΔW", "leave --space and")
+    one_line(lora_lab("interpolate", *pair, "--players", "type"), "--players are mixed one at a time with --layerwise")
+
+
 def test_merges_are_compared_from_the_shell(lora_lab, pair, tmp_path):
     few = ["--methods", "average,ties", "--coefficients", "0.5,1"]
     code, out, err = lora_lab("compare-merges", *pair, *few, "--set", "ties.density=0.5", "--latex")

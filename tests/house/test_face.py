@@ -14,7 +14,7 @@ import lora_lab as ll
 from lora_lab import given, tasks
 from lora_lab.adapters.reading import inspect
 from lora_lab.analysis.connectivity import Interpolate
-from lora_lab.analysis.landscape import Curve, Plane, Sharpness
+from lora_lab.analysis.landscape import Curve, Layerwise, Plane, Sharpness
 from lora_lab.analysis.questions import Evaluate, Shapley, Stability, Sweep
 from lora_lab.errors import LoraLabError, MismatchError, OptionError, TrustError
 from lora_lab.merging.sources import Sources
@@ -37,6 +37,7 @@ NAMES += [
     "interpolate",
 ]
 NAMES += [
+    "layerwise",
     "load",
     "merge",
     "plane",
@@ -102,6 +103,7 @@ def test_training_gives_the_adapter_of_the_recipe(pair):
         (ll.plane, Plane, {"base": True, "points": 2, "examples": 20}),
         (ll.curve, Curve, {"points": 3, "steps": 1, "checks": 1, "spaces": ["delta"], "shapes": ["bezier"]}),
         (ll.sharpness, Sharpness, {"examples": 8, "iterations": 2, "probes": 2}),
+        (ll.layerwise, Layerwise, {"points": 2, "examples": 20, "players": "type"}),
         (ll.sweep, Sweep, {"kinds": "rank", "draws": 1, "examples": 20}),
         (ll.evaluate, Evaluate, {"split": "validation", "base": False}),
     ],

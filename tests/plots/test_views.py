@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from making_results import (
     compared,
     curve,
+    layerwise,
     line,
     merges,
     plane,
@@ -37,6 +38,7 @@ MADE = {
     "compare-merges": merges,
     "interpolate": lambda: line(pairs=((0, 1), (0, 2)), ratios=("1:1",)),
     "plane": plane,
+    "layerwise": layerwise,
     "sharpness": sharpness,
     "curve": curve,
     "shapley": lambda: shapley_result(interactions=True),

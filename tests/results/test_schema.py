@@ -31,6 +31,7 @@ def test_all_kinds_of_the_paper_are_among_the_published():
         "compare",
         "curve",
         "evaluate",
+        "layerwise",
         "plane",
         "sharpness",
     }
