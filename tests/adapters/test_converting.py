@@ -351,3 +351,17 @@ def test_a_scale_of_zero_is_written_as_zeros_and_not_as_an_alpha_of_zero(tmp_pat
     read = Adapter.load(tmp_path / "b.safetensors")
     assert read.updates[LINEAR[0]].norm() == 0
     assert torch.equal(read.updates[CONV[0]].delta(), adapter.updates[CONV[0]].delta())
+
+
+@pytest.mark.parametrize("form", [name for name in WRITTEN if name != "peft"])
+def test_of_what_no_format_holds_it_is_said_what_can_be_done(tmp_path, form):
+    tensors = {f"{PREFIX}layers.0.q_proj.oft_R.weight": torch.zeros(2, 1)}
+    config = {"peft_type": "OFT", "oft_block_size": 2, "r": 2, "target_modules": ["q_proj"]}
+    (tmp_path / "a").mkdir()
+    save_file(tensors, tmp_path / "a" / "adapter_model.safetensors")
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        TunerError, match=r"OFT updates are .*; a LoRA that is extracted from its base and the base with"
+    ):
+        converted(Adapter.load(tmp_path / "a"), form).adapter.save(tmp_path / "x.safetensors")
+    assert not (tmp_path / "x.safetensors").exists()

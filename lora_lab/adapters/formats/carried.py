@@ -8,9 +8,12 @@ from typing import Any
 
 from lora_lab.adapters.formats.keys import PREFIX
 from lora_lab.adapters.formats.layout import Writable
+from lora_lab.adapters.formats.peft_config import changes_base, tuner_of
 from lora_lab.adapters.formats.peft_format import why_not_additive
 from lora_lab.errors import TunerError, shorten
 
+_WAY = "; a LoRA that is extracted from its base and the base with it fused in comes near to it"
+"""What can be done about a ΔW that is dense or hangs on the base."""
 _SWITCH = {"lora_magnitude_vector": "use_dora", "lora_B.bias": "lora_bias"}
 """Part → the field of the configuration that goes with it."""
 
@@ -32,7 +35,8 @@ def require(
     ]
     reason = why_not_additive(config, sites)
     if reason:
-        raise TunerError(f"{what} cannot hold this adapter: {reason}")
+        hangs_on_base = tuner_of(config) != "LORA" or config.get("use_dora") or changes_base(config)
+        raise TunerError(f"{what} cannot hold this adapter: {reason}{_WAY if hangs_on_base else ''}")
     odd = [f"{site.name} ({site.kind})" for site in sites if site.kind not in kinds]
     if odd:
         raise TunerError(f"{what} has no place for {shorten(odd)}; it holds {' and '.join(kinds)} modules")
