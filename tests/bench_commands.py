@@ -107,11 +107,15 @@ def adapters(
 
 
 def spent(command: Sequence[str], folder: Path) -> Spent:
-    """What a command took in a process of its own on one thread; RuntimeError with what it said where it fails."""
+    """What a command took in a process of its own on one thread; RuntimeError with what it said where it fails.
+
+    Byte code of the sources is kept, as it is of what is installed.
+    """
     began = time.perf_counter()
     with (folder / "said.txt").open("w+") as said:
         quiet = {"stdout": said, "stderr": said, "stdin": subprocess.DEVNULL}
-        child = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)  # type: ignore[call-overload]
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+        child = subprocess.Popen(command, env={**environment, "OMP_NUM_THREADS": "1"}, **quiet)  # type: ignore[call-overload]
         _, status, usage = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
         said.seek(0)

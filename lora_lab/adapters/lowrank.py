@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -82,24 +83,29 @@ class LowRank:
         A_core = other.A.double() @ self.A.T.double()
         return float((B_core * A_core).sum())
 
+    @cached_property
+    def products(self) -> Tensor:
+        """⟨bₖ, bₗ⟩ ⟨aₖ, aₗ⟩ [rank, rank] in float64, the inner products of the terms bₖ aₖ; their sum is ‖ΔW‖²."""
+        A, B = self.A.double(), self.B.double()
+        return (B.T @ B) * (A @ A.T)
+
     def norm(self) -> float:
         """‖ΔW‖_F, in float64; where the terms of B A cancel, from triangular cores, and so exact to rounding, too."""
-        A, B = self.A.double(), self.B.double()
-        products = (B.T @ B) * (A @ A.T)  # ‖B A‖² = Σₖₗ ⟨bₖ, bₗ⟩ ⟨aₖ, aₗ⟩
-        squared, size = float(products.sum()), float(products.abs().sum())
+        squared, size = float(self.products.sum()), float(self.products.abs().sum())
         if _CANCELS * size < squared < math.inf:
             return math.sqrt(squared)
         return float(torch.linalg.matrix_norm(self._reduced()[0]))
 
     def vanishes(self, share: float) -> bool:
         """Whether ‖ΔW‖ is at most this share of `bound`; some rows that are clearly not 0 spare the norm."""
-        largest, rows = self._largest(), self.B[:8]
+        largest, rows = self._largest, self.B[:8]
         some = float(torch.linalg.vector_norm(rows @ self.A)) if self.rank else 0.0
         rounding = self.rank * torch.finfo(self.A.dtype).eps
         if some > largest * max(2 * rounding * math.sqrt(len(rows) / len(self.B)), 2 * share):
             return False
         return self.norm() <= share * self.bound()
 
+    @cached_property
     def _largest(self) -> float:
         """What `bound` cannot exceed, from the largest entries alone: r √(rows · columns) max |A| max |B|."""
         entries = [max(abs(float(end)) for end in f.aminmax()) if f.numel() else 0.0 for f in (self.A, self.B)]
@@ -245,7 +251,8 @@ def combine(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     """Σ wᵢ ΔWᵢ, exact by concatenation: the ranks add."""
     _same_shape(updates, weights)
     A = torch.cat([update.A for update in updates])
-    B = torch.cat([update.B * weight for update, weight in zip(updates, weights, strict=True)], dim=1)
+    pairs = zip(updates, weights, strict=True)
+    B = torch.cat([update.B if weight == 1 else update.B * weight for update, weight in pairs], dim=1)
     return LowRank(A, B, updates[0].shape)
 
 
@@ -262,7 +269,7 @@ def is_finite(update: LowRank | Tensor) -> bool:
     limit = torch.finfo(torch.float32).max
     if isinstance(update, Tensor):
         return not update.numel() or all(abs(float(end)) <= limit for end in update.aminmax())
-    return update._largest() <= limit or update.bound() <= limit
+    return update._largest <= limit or update.bound() <= limit
 
 
 def combine_factors(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:

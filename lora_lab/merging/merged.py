@@ -277,9 +277,12 @@ def _rounded(
     """The update in float32, with entries that `dtype` has, and what is told of it."""
     A, B = update.A.float().cpu(), update.B.float().cpu()
     stored = LowRank(A.to(dtype).float(), B.to(dtype).float(), update.shape)
+    same = dtype == torch.float32 or (torch.equal(stored.A, A) and torch.equal(stored.B, B))
+    if same and update.A.dtype == torch.float32:  # which is known to be finite
+        return stored, _Stored(error, norm)
     if not all(all(map(math.isfinite, map(float, factor.aminmax()))) for factor in (stored.A, stored.B)):
         raise OptionError(f"{what} has entries that {str(dtype).removeprefix('torch.')} cannot hold; float32 can")
-    if dtype == torch.float32 or (torch.equal(stored.A, A) and torch.equal(stored.B, B)):
+    if same:
         return stored, _Stored(error, norm)
     # B'A' − BA = (B' − B) A' + B (A' − A), which loses no digits
     lost = LowRank(torch.cat([stored.A, stored.A - A]), torch.cat([stored.B - B, B], dim=1), update.shape)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from lora_lab.merging.sources import Sources
 
-_MOST = 2**28
+_MOST = 2**29
 """Bytes in memory, of merged modules, that are put on the disk."""
 _SECONDS = 5.0
 """After which what is in memory is put there, so that no more is lost by a kill."""

@@ -258,7 +258,7 @@ def _check_cut(rank: int | None, shares: Mapping[str, float]) -> None:
 
 def _enough(ordered: LowRank, energy: float) -> int:
     """How few of the leading units keep this share of ‖ΔW‖²; 0 for ΔW = 0."""
-    gram = (ordered.A.double() @ ordered.A.double().T) * (ordered.B.double().T @ ordered.B.double())
+    gram = ordered.products
     # ‖units k and later‖² is the sum over the lower right corner of their inner products
     lost = gram.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)
     total = ordered.norm() ** 2

@@ -136,7 +136,7 @@ def update(site: Site, tensors: Mapping[str, Tensor], config: Mapping[str, Any])
     """ΔW of one LoRA site, the scale folded into B, in the layout of the stored weight."""
     A, B = (in_memory(tensors[site.keys[part]]) for part in site.pair)
     dtype = torch.float64 if torch.float64 in (A.dtype, B.dtype) else torch.float32
-    A, B = A.to(dtype), B.to(dtype) * (1.0 if site.scale is None else site.scale)
+    A, B = A.to(dtype), B.to(dtype) if site.scale in (None, 1.0) else B.to(dtype) * site.scale
     if site.kind == "embedding" or (site.kind == "linear" and config.get("fan_in_fan_out")):
         return LowRank(B.T.contiguous(), A.T.contiguous())
     if site.kind == "linear":
