@@ -186,6 +186,33 @@ def bench_commands(folder: Path, *, repeats: int = 3, layers: int = LAYERS, only
         )
 
 
+LARGE: tuple[tuple[str, tuple[str, ...], int], ...] = (
+    ("70B rank 64: exact sum", ("merge",), 4),
+    ("70B rank 64: to rank 64", ("merge", "--rank", "64"), 4),
+    ("70B rank 64: prune --rank 32", ("prune", "--rank", "32"), 1),
+    ("70B rank 64: convert --to mlx", ("convert", "--to", "mlx"), 1),
+)
+"""Title, verb and options, how many adapters: what is measured is memory, beyond that of importing torch."""
+
+
+def bench_memory(folder: Path, *, layers: int = 80, only: Sequence[str] = ()) -> None:
+    """Print peaks of memory by the size of the largest input, which may be 2 at the most; fewer layers are smaller."""
+    wanted = [row for row in LARGE if not only or row[0] in only]
+    if not wanted:
+        return
+    folder = folder / "large"
+    folder.mkdir()
+    made = adapters(folder, shapes=LLAMA_70B, layers=layers, rank=64, count=max(count for _, _, count in wanted))
+    size = max((path / "adapter_model.safetensors").stat().st_size for path in made) / 2**20
+    torch_alone = spent([sys.executable, "-c", "import torch"], folder).peak_mib
+    for title, (verb, *options), count in wanted:
+        found = lora_lab([verb, *map(str, made[:count]), *options], folder)
+        own = found.peak_mib - torch_alone
+        print(
+            f"{title:<30} {_told(found)} {own:7.0f} MiB of its own, {own / size:.2f} × a file (at most 2)", flush=True
+        )
+
+
 def _told(found: Spent) -> str:
     return f"{found.cpu_s:8.2f} CPU s {found.wall_s:8.2f} s {found.peak_mib:7.0f} MiB"
 
@@ -196,7 +223,10 @@ def main() -> None:
 
     layers = int(sys.argv[1]) if len(sys.argv) > 1 else LAYERS
     with tempfile.TemporaryDirectory() as name:
-        bench_commands(Path(name), layers=layers, repeats=3, only=sys.argv[2:])
+        if not sys.argv[2:] or {row[0] for row in COMMANDS} & set(sys.argv[2:]):
+            bench_commands(Path(name), layers=layers, repeats=3, only=sys.argv[2:])
+        if set(sys.argv[2:]) & {row[0] for row in LARGE}:  # which takes 15 GB of the disk at 80 layers
+            bench_memory(Path(name), layers=layers, only=sys.argv[2:])
 
 
 if __name__ == "__main__":
