@@ -142,7 +142,8 @@ def test_comparisons_are_the_same_and_say_what_cannot_be_merged(local, pair, tmp
         replace(a, record={"task": task.record, "method": "lora", "seed": 0})
         for a, task in zip((pair[0], wide), tasks, strict=True)
     ]
-    question = CompareMerges(methods=("average", "dare", "factor-average"), coefficients=(0.5,))
+    few = {"nulls": ("permuted",), "draws": 1, "replaced": ("all",)}
+    question = CompareMerges(methods=("average", "dare", "factor-average"), coefficients=(0.5,), **few)
     on = Execution(workers=local, cache=tmp_path / "cache")
     with pytest.raises(KeyboardInterrupt):
         question.run(both, tasks, replace(on, progress=_interrupt_after(6)))
