@@ -315,3 +315,11 @@ def test_the_table_for_papers_has_sizes_and_verdicts(nulled):
     assert lines[3].startswith("merge & bytes & cut error & accuracy")
     assert any(word in lines[-3] for word in (UNTOLD, "ahead", "behind"))
     assert "p (nulls)" not in lines[3]  # nobody has one
+
+
+def test_what_looks_at_data_meets_nulls_too(adapters):
+    options = {"regmean": {"examples": 8}}
+    found = compared(adapters[:2], methods=("regmean",), options=options, nulls=("negative",), replaced=("others",))
+    assert not found.summary["skipped"]
+    (row,) = found.summary["nulls"]
+    assert 0 < row["normalised"] != row["of_adapters"]
