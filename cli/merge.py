@@ -172,17 +172,9 @@ def command(
             report_step(0, 3)
             merged = recorded(replace(merged, adapter=fitted.adapter), inputs)
             save(merged, path, inputs=inputs, force=output.force, progress=report_step)
-    report = {
-        "path": str(path),
-        **merged.adapter.record["merge"],
-        "errors": dict(merged.errors),
-        "changes": list(fitted.changes),
-        "advice": list(fitted.advice),
-    }
-    if output.json:
-        print_json(report)
-    else:
-        show(report)
+    told = {"changes": list(fitted.changes), "advice": list(fitted.advice)}
+    report = {"path": str(path), **merged.adapter.record["merge"], "errors": dict(merged.errors), **told}
+    (print_json if output.json else show)(report)
 
 
 def _sources(loaded: Any, weights: Any, how: Merging, task: TaskEach | None, device: Device, trust: bool) -> Any:

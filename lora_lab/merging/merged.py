@@ -114,18 +114,15 @@ def merge(
     cut to the `rank` asked for (see budgets.py) with its error; a dense ΔW is cut to the sum of the sources' ranks
     unless `exact`. `heads` says what becomes of heads and other whole tensors where the sources differ in them:
     keep-own (each its own, beside the adapter), average, first. `trials` of a search (search.py) go into the record.
-    `jobs` modules are merged at a time (by default up to four, fewer on fewer cores), with the same numbers for any of
-    them; a method that looks at data goes its own way. Merged modules are put into the `spool`, and those that it has
-    from a run that was killed are not merged again.
+    `jobs` modules are merged at a time (by default up to four), with the same numbers for any; a method that looks at
+    data goes its own way. Merged modules are put into the `spool`; those that it has from a killed run are done.
     """
-    given, how = check(method, options or {}), MergeOptions(**settings)
-    if isinstance(how.rank, int) and "rank" in MERGES[method].defaults(given):
-        given.setdefault("rank", how.rank)  # a method that merges within a rank, so that nothing is to be cut
+    how = MergeOptions(**settings)
+    every_option = _every_option(method, options or {}, how)
     require_shared_modules(sources.adapters)
     check_rank(sources, how.rank)
     _tell_formats(sources.adapters)
     whole = merge_heads(sources.adapters, _file_names(sources.adapters), how.heads)
-    every_option = {n: v for n, v in {**MERGES[method].defaults(given), **given}.items() if v is not None}
     dtype = how.dtype_of(sources.adapters)
     spool, like = Spool() if spool is None else spool, sources.like
 
@@ -146,24 +143,27 @@ def merge(
             spool.add(name, [each.error, each.norm, site.kind, site.rank, dict(site.keys)], factors)
             if progress:
                 progress(len(spool), len(sources.modules))
-    names = labels_of(sources.adapters)
-    adapter, told = _spooled(spool, sources, f"{method} of {shorten(names)}")
+    adapter, told = _spooled(spool, sources, f"{method} of {shorten(labels_of(sources.adapters))}")
     record = {
         "method": method,
         "options": every_option,
-        "weights": sources.weights.record,
         **{name: getattr(how, name) for name in ("coefficient", "rank", "heads", "exact")},
         "dtype": str(dtype).removeprefix("torch."),
         "error": _error(told, adapter),
-        "ranks": _range([site.rank or 0 for site in adapter.sites.values()]),
         "trials": trials,
-        **_inputs(sources, names),
+        **_inputs(sources, adapter),
     }
     adapter = replace(_with_whole(adapter, whole), record=_record(sources, record), origin=_origin(sources.adapters))
-    errors = {name: each.error for name, each in told.items()}
-    return Merged(
-        adapter, method, every_option, record["weights"], record["error"], errors, whole.apart, sources.absent
-    )
+    weights, error, errors = record["weights"], record["error"], {name: each.error for name, each in told.items()}
+    return Merged(adapter, method, every_option, weights, error, errors, whole.apart, sources.absent)
+
+
+def _every_option(method: str, options: Mapping[str, Any], how: MergeOptions) -> dict[str, Any]:
+    """The options of the method, those that are not given at their defaults; OptionError for what cannot be."""
+    given = check(method, options)
+    if isinstance(how.rank, int) and "rank" in MERGES[method].defaults(given):
+        given.setdefault("rank", how.rank)  # a method that merges within a rank, so that nothing is to be cut
+    return {name: v for name, v in {**MERGES[method].defaults(given), **given}.items() if v is not None}
 
 
 def _spooled(spool: Spool, sources: Sources, source: str) -> tuple[Adapter, dict[str, _Stored]]:
@@ -179,11 +179,14 @@ def _spooled(spool: Spool, sources: Sources, source: str) -> tuple[Adapter, dict
     return of_sites(sites, tensors, like=sources.like, source=source), told
 
 
-def _inputs(sources: Sources, names: Sequence[str]) -> dict[str, Any]:
-    """What the record says of the adapters: which they are, and of how many modules each leaves alone."""
+def _inputs(sources: Sources, merged: Adapter) -> dict[str, Any]:
+    """What the record says of the adapters, which they are and how they are weighed, and of the ranks they came to."""
+    names = labels_of(sources.adapters)
     return {
+        "weights": sources.weights.record,
         "inputs": [{"adapter": n, **_brief(a)} for n, a in zip(names, sources.adapters, strict=True)],
         "absent": {name: len(absent) for name, absent in zip(names, sources.absent, strict=True) if absent},
+        "ranks": _range([site.rank or 0 for site in merged.sites.values()]),
     }
 
 
