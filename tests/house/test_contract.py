@@ -349,6 +349,7 @@ OTHER_WORDS = {
     ("exact",): ("a finding on a checkpoint", "fusing/verify.py"),
     ("lora",): ("a kind of LyCORIS' updates", "adapters/formats/lycoris.py"),
     ("all",): ("a value of PEFT's bias; every merge", "adapters/formats/peft_config.py", "analysis/merge_sets.py"),
+    ("aligned",): ("the gauge in which factors are merged", "merging/factors.py"),
     ("average",): ("how heads are merged", "adapters/whole.py"),
     ("accuracy", "loss"): (
         "metrics, as columns of results and keys of logs have them",
