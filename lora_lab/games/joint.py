@@ -18,7 +18,7 @@ values are exact (Rasmussen & Williams 2006, sections 2.2, 5.4).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -116,30 +116,27 @@ class _Process(Brief):
         third = (1 - 3 * (w**2).sum() + 2 * (w**3).sum()) / 6
         return float(1 / third) if len(w) > 2 else 0.0
 
-    def linear(self) -> Floats:
-        """z z'/n, [m, m]."""
-        found: Floats = self.z @ self.z.T / self.z.shape[1]
-        return found
+    def parts(self) -> list[Floats]:
+        """Those of θ₁, θ₃ and θ_b, each [m, m].
 
-    def cubic(self) -> Floats:
-        """e₃ of the products w_i z_i z'_i by Newton's identities, over e₃(w), [m, m]."""
-        w, z = self.w, self.z
-        first, second, third = (z * w) @ z.T, (w**2).sum(), (z * w**3) @ z.T
-        found: Floats = self.triples / 6 * (first**3 - 3 * second * first + 2 * third)
-        return found
+        z z'/n; e₃ of the products w_i z_i z'_i, by Newton's identities, over e₃(w); s²s'² z z'/n.
+        """
+        z, w = self.z, self.w
+        linear = z @ z.T / z.shape[1]
+        first, second = (z * w) @ z.T, (w**2).sum()
+        cubic = first * first
+        cubic -= 3 * second
+        cubic *= first
+        cubic += 2 * ((z * w**3) @ z.T)
+        cubic *= self.triples / 6
+        square = z.mean(1) ** 2
+        return [linear, cubic, linear * np.outer(square, square)]
 
-    def bent(self) -> Floats:
-        """z z'/n · s²s'², [m, m]."""
-        square = self.z.mean(1) ** 2
-        found: Floats = self.linear() * np.outer(square, square)
-        return found
-
-    def covariance(self, theta: Floats) -> Floats:
+    def covariance(self, theta: Floats, parts: Sequence[Floats] | None = None) -> Floats:
         """Of o at all coalitions, [m, m]."""
-        found: Floats = theta[1] * self.linear()
-        found += theta[2] * self.cubic()
-        found += (self.features * theta[4:]) @ self.features.T
-        found += theta[3] * self.bent()
+        found: Floats = (self.features * theta[4:]) @ self.features.T
+        for share, part in zip(theta[1:4], parts or self.parts(), strict=True):
+            found += share * part
         found[np.diag_indices_from(found)] += theta[0]
         return found
 
@@ -191,17 +188,15 @@ def _most_likely(process: _Process, y: Floats) -> tuple[Floats, Floats]:
     from scipy.linalg import cho_factor, cho_solve
     from scipy.optimize import minimize
 
-    linear, cubic, bent, features = process.linear(), process.cubic(), process.bent(), process.features
+    parts, features = process.parts(), process.features
     mean, spread = _PRIOR.T
 
     def by_part(A: Floats) -> Floats:
         """tr A K_k, of a symmetric A."""
-        return np.array(
-            [A.trace(), (A * linear).sum(), (A * cubic).sum(), (A * bent).sum(), *((A @ features) * features).sum(0)]
-        )
+        return np.array([A.trace(), *((A * part).sum() for part in parts), *((A @ features) * features).sum(0)])
 
     def inverse_of(theta: Floats) -> tuple[Floats, float]:
-        factor = cho_factor(process.covariance(theta), lower=True)
+        factor = cho_factor(process.covariance(theta, parts), lower=True)
         return cho_solve(factor, np.eye(len(y))), 2 * float(np.log(np.diag(factor[0])).sum())
 
     def unlikely(log_theta: Floats) -> tuple[float, Floats]:
@@ -217,7 +212,7 @@ def _most_likely(process: _Process, y: Floats) -> tuple[Floats, Floats]:
     lines = features.T @ inverse @ features
     squares = [
         (inverse**2).sum(),
-        *(float(((inverse @ part) * (inverse @ part).T).sum()) for part in (linear, cubic, bent)),
+        *(float(((inverse @ part) * (inverse @ part).T).sum()) for part in parts),
     ]
     information = theta**2 * np.array([*squares, *np.diag(lines) ** 2]) / 2 + 1 / spread**2
     return theta, 1 / np.sqrt(information)
