@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
 import statistics
 import time
 import warnings
@@ -18,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from bench_commands import bench_commands
+from bench_estimators import bench_estimators
 from bench_merging import bench_merging
 from bench_workers import bench_workers
 from making_adapters import random_adapter
-from making_games import saturating, table_game
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     BertConfig,
@@ -37,14 +36,11 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.attached import attach
 from lora_lab.adapters.groups import players
 from lora_lab.analysis.game import Game
-from lora_lab.analysis.gates import GatedGame
 from lora_lab.analysis.points import LineModels, MixPoint, score_points
 from lora_lab.analysis.questions import Shapley
-from lora_lab.games import estimators
 from lora_lab.games.coalitions import all_coalitions
 from lora_lab.merging.paths import Paths
 from lora_lab.scoring.evaluator import Evaluator
-from lora_lab.scoring.gates import PASSES
 from lora_lab.scoring.models import TaskModels
 from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.tasks.task import Split, Task
@@ -355,83 +351,6 @@ def report_sharing(name: str, goal: str, task: Task, adapter: Adapter, coalition
         "  the same, to bare passes over the same blocks", "at most 1.1", (found[0], found[1] * share, found[2] / share)
     )
     print(f"  {share:.2f} of the blocks; activations kept: {kept[0] / 2**20:.1f} MiB", flush=True)
-
-
-def real_game(worth: str, evaluator: Evaluator) -> tuple[Any, Any]:
-    """Twelve adapters of a trained LoRA (attention and MLP of six layers), all coalitions known."""
-    halves = {"attention": "[qkvo]_proj", "mlp": "fc[12]"}
-    by = {f"{name}{i}": rf"layers\.{i}\..*{pattern}" for i in range(6) for name, pattern in halves.items()}
-    gated = GatedGame(evaluator, players(evaluator.adapters[0], by), worth=worth)
-    worths = gated(all_coalitions(12))
-    return WithGates(table_game(worths), gated), estimators.exact(table_game(worths), 12).values
-
-
-class WithGates:
-    """A game whose coalitions are in a table and whose gates are a model's, each asked once."""
-
-    def __init__(self, table: Any, gated: GatedGame) -> None:
-        self.table, self._gated = table, gated
-        self._found: dict[int, Any] = {}
-
-    def along(self, gates: Any, shares: Any, **options: Any) -> Any:
-        if len(gates) not in self._found:
-            self._found[len(gates)] = self._gated.along(gates, shares, **options)
-        return self._found[len(gates)]
-
-    def __call__(self, coalitions: Any) -> Any:
-        return self.table(coalitions)
-
-
-SHAPIQ = (
-    "KernelSHAP",
-    "PermutationSamplingSV",
-    "OwenSamplingSV",
-    "UnbiasedKernelSHAP",
-    "SVARM",
-    "StratifiedSamplingSV",
-)
-
-
-def bench_estimators(seeds: int = 20) -> None:
-    """Relative L2 error at equal evaluations, mean over seeds, beside shapiq's estimators."""
-    import shapiq
-
-    evaluator = Evaluator([train(Digits("relabel"), Recipe(method="lora"))[0]], Digits("relabel"))
-    games = {
-        "12 real adapters, loss": (12, *real_game("loss", evaluator)),
-        "12 real adapters, accuracy": (12, *real_game("accuracy", evaluator)),
-        "32, saturating": (32, *saturating(32, total=4.0)),
-        "64, saturating": (64, *saturating(64, total=4.0)),
-    }
-    print(f"relative L2 error, mean of {seeds} seeds; evaluations 5n / 10n / 20n", flush=True)
-    for title, (n, game, truth) in games.items():
-        print(title, flush=True)
-
-        def ours(name: str, budget: int, seed: int, n: int = n, game: Any = game) -> Any:
-            if estimators.ESTIMATORS[name].control:  # passes with gradients at what they cost
-                budget -= round(3 * PASSES)
-            samples = budget / (n - 1) if name == "regression" else 10**6
-            return estimators.estimate(
-                game, n, estimator=name, samples=math.ceil(samples), seed=seed, budget=budget
-            ).values
-
-        def theirs(name: str, budget: int, seed: int, n: int = n, game: Any = game) -> Any:
-            found = getattr(shapiq, name)(n=n, random_state=seed).approximate(
-                budget=budget, game=lambda coalitions: game(np.atleast_2d(coalitions))
-            )
-            return np.array([found[(i,)] for i in range(n)])
-
-        names = ["permutation", "antithetic", "regression"]
-        if hasattr(game, "along"):
-            names += ["gates", "link", "permutation+link", "antithetic+link"]
-        rows = [("ours: " + name, ours, name) for name in names]
-        rows += [("shapiq: " + name, theirs, name) for name in SHAPIQ]
-        for label, run, name in rows:
-            errors = []
-            for times in (5, 10, 20):
-                each = [np.linalg.norm(run(name, times * n, s) - truth) / np.linalg.norm(truth) for s in range(seeds)]
-                errors.append(f"{np.mean(each):.3f}")
-            print(f"  {label:<32} {' / '.join(errors)}", flush=True)
 
 
 BENCHES = ("curves", "training", "sharing", "estimators", "merging", "models", "arithmetic", "workers", "commands")

@@ -27,7 +27,7 @@ from lora_lab.games.coalitions import EXACT_LIMIT, Bools, Draw, Estimate, all_co
 from lora_lab.games.gates import check as check_gates
 from lora_lab.games.regression import fit_pairs
 from lora_lab.results.result import Result, columns, finite, grouped
-from lora_lab.results.stats import Floats, mean_and_error, mean_and_spread, student
+from lora_lab.results.stats import Floats, Z, mean_and_error, mean_and_spread, student
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.execution import Cost, Execution
 from lora_lab.tasks.task import Task
@@ -233,7 +233,7 @@ def _rows(
         by_examples = mean_and_error(values_of_examples.T)[1]
     elif game.by_example is not None:
         by_examples = mean_and_error(game.by_example.T)[1]
-    by_draws = student(estimate.draws) * estimate.se if estimate.draws > 1 else estimate.se
+    by_draws = (student(estimate.draws) if estimate.draws > 1 else Z) * estimate.se
     half = np.hypot(by_draws, student(game.evaluator.examples) * by_examples)
     rows = []
     for i, (name, units) in enumerate(game.players.units.items()):

@@ -8,6 +8,8 @@ only means are known, they are taken for one example. With slopes proportional t
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from numpy.polynomial import polynomial
 
@@ -16,7 +18,7 @@ from lora_lab.games.gates import Control, Diagonal, Rows, curve_through
 from lora_lab.games.regression import fit_pairs, regression
 from lora_lab.results.stats import Floats
 
-_LISTED = 12
+_LISTED = 14
 _PAIRS = 8192
 _NUMBERS = 2**22
 """Numbers of coalitions by examples that are held at once."""
@@ -86,20 +88,23 @@ def _mean_of(rows: Rows) -> Rows:
     return Rows(rows.worths.mean(1)[:, None], rows.slopes.mean(1)[:, None], rows.ends.mean(1)[:, None])
 
 
-def expansion(along: Diagonal, ends: Floats) -> Control:
-    """The game h with its Shapley values: of all coalitions up to 12 players, else a fit to 8,192 pairs of them."""
+def expansion(along: Diagonal, ends: Floats, linked: Control) -> Control:
+    """The game h with its Shapley values: of all coalitions up to 14 players, else those of the link game and of the
+    rest, by a fit to 8,192 pairs.
+    """
     game = Expansion(along, ends)
     n = along.slopes.shape[1]
     if n <= _LISTED:
         every = every_coalition(n)
-        coalitions, weights, se = every.coalitions, every.weights, np.zeros(n)
+        coalitions, weights = every.coalitions, every.weights
+        values, se = weights @ game(coalitions), np.zeros(n)
     else:
-        drawn = zip(range(_PAIRS + 1), regression(n, np.random.default_rng(0)), strict=False)
-        asked = np.concatenate([draw.coalitions for _, draw in drawn])
-        fitted = fit_pairs(asked, game(asked))
+        drawn = itertools.islice(regression(n, np.random.default_rng(0)), _PAIRS + 1)
+        asked = np.concatenate([draw.coalitions for draw in drawn])
+        fitted = fit_pairs(asked, game(asked) - linked.game(asked))
         assert fitted is not None
-        coalitions, weights, se = fitted.coalitions, fitted.weights, fitted.se
-    values: Floats = weights @ game(coalitions)
+        coalitions, weights = fitted.coalitions, fitted.weights
+        values, se = linked.values + fitted.values, np.hypot(linked.se, fitted.se)
 
     def by_example(others: Bools, taken: Floats) -> Floats:
         return game.weighed(coalitions, weights) - game.weighed(others, taken)

@@ -40,8 +40,9 @@ _RANGE = [(-16.0, 5.0), *[(-20.0, 5.0)] * 7]  # some noise is left, which keeps 
 
 def joint(along: Diagonal, ends: Floats) -> Control:
     """The game of the expansion about the diagonal, and the fit that joins it with the worths of pairs."""
-    known = expansion(along, ends)
-    prior = _Prior(known, link(along, ends))
+    linked = link(along, ends)
+    known = expansion(along, ends, linked)
+    prior = _Prior(known, linked)
     return replace(known, fit=prior.fit)
 
 

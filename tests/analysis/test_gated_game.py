@@ -273,6 +273,14 @@ def test_what_single_ranks_put_out_is_that_of_adapters_with_one_alone(tmp_path):
         assert outputs[rank] == pytest.approx(alone.outputs()[0], rel=1e-4)
 
 
+def test_without_pairs_intervals_are_those_of_the_prior(adapter):
+    question = Shapley(worth="loss", estimator="joint", split="validation", budget=2)
+    for row in question.run([adapter], Digits("relabel")).rows():
+        half = np.hypot(1.959964 * row["se"], student(80) * row["se_examples"])
+        assert row["high"] - row["value"] == pytest.approx(half)
+        assert row["se"] > 0
+
+
 def test_joint_values_on_each_example_add_up_and_hold_its_margin(adapter):
     game = gated_game(adapter, worth="accuracy")
     found = estimators.estimate(game, 4, estimator="joint", samples=1, budget=8)

@@ -82,7 +82,7 @@ def test_without_pairs_it_is_what_the_gates_say():
     game, truth = pairs_and_saturation(10)
     alone = asked(game, 10, 0)
     along = diagonal(game)
-    assert alone.values == pytest.approx(expansion(along, along.ends).values, abs=1e-9)
+    assert alone.values == pytest.approx(expansion(along, along.ends, link(along, along.ends)).values, abs=1e-9)
     assert error(alone, truth) < 0.05
 
 
@@ -150,6 +150,12 @@ def test_the_expansion_is_the_link_game_where_slopes_keep_their_proportions():
     along = diagonal(game)
     every = all_coalitions(n)
     assert Expansion(along, along.ends)(every) == pytest.approx(link(along, along.ends).game(every), abs=1e-9)
+
+
+def test_many_players_of_one_sum_are_valued_as_the_link_values_them():
+    game, truth = pairs_and_saturation(20, strength=0.0)
+    assert error(asked(game, 20, 0), truth) < 1e-3
+    assert error(asked(game, 20, 30), truth) < 1e-3
 
 
 def margins(examples, n):
