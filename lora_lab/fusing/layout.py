@@ -145,7 +145,6 @@ def _groups(checkpoint: LazyTensors, model: nn.Module | None) -> list[Group]:
     from transformers.core_model_loading import (
         WeightConverter,
         WeightRenaming,
-        apply_renamings,
         dot_natural_key,
         rename_source_key,
     )
@@ -165,7 +164,7 @@ def _groups(checkpoint: LazyTensors, model: nn.Module | None) -> list[Group]:
         if pattern is None:
             groups.append(Group((target if target in known else name,), (name,)))
         else:
-            converted.setdefault(target, {})[name] = (pattern, apply_renamings(name, renamings))
+            converted.setdefault(target, {})[name] = (pattern, rename_source_key(name, renamings, [])[0])
     spec = checkpoint.spec
     for target, parts in converted.items():
         patterns = {name: pattern for name, (pattern, _) in parts.items()}

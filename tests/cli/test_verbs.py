@@ -372,7 +372,7 @@ def test_inspect_of_several_paths_goes_on_after_one_that_is_none(lora_lab, pair)
         (["train", "--method", "cotoo"], ["unknown method 'cotoo'", "did you mean 'coto'"]),
         (["train", "--task", "digits/relable"], ["did you mean 'digits/relabel'"]),
         (["train", "--peft", "lroa"], ["unknown tuner 'lroa'", "did you mean 'lora'"]),
-        (["train", "--sed", "1"], ["no such option: --sed", "--seed, --seeds"]),
+        (["train", "--sed", "1"], ["no such option", "--sed", "--seed", "--seeds"]),
         (["train", "--seeds", "0-x"], ["seeds '0-x'"]),
         (["train", "--seeds", "3,3"], ["different seeds"]),
         (["train", "--ramp", "liner"], ["did you mean 'linear'"]),
