@@ -47,6 +47,8 @@ class Shards:
             _require_own(self._place)
             self._lock = locked(self._place)
         except OSError as error:
+            if isinstance(error, FileError):
+                raise
             raise FileError(f"{self._path}: cannot be written ({error.strerror})") from error
         if self._lock is None:
             raise FileError(f"{self._path}: another process is writing it")

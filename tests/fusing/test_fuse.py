@@ -573,12 +573,23 @@ def interrupted(base, adapter, path, after):
         fusion(base, [adapter], max_shard_size=6e-6).write(path, progress=stop)
 
 
+def of_the_base(monkeypatch):
+    """The names of the base's tensors, as they are read from now on."""
+    read, real = [], LazyTensors.__getitem__
+
+    def reading(self, name):
+        if not name.startswith("base_model."):  # the adapter's
+            read.append(name)
+        return real(self, name)
+
+    monkeypatch.setattr(LazyTensors, "__getitem__", reading)
+    return read
+
+
 def test_what_is_done_is_not_done_again(work, tmp_path, monkeypatch):
     base, adapter = work
     interrupted(base, adapter, tmp_path / "out", 12)
-    read = []
-    real = LazyTensors.__getitem__
-    monkeypatch.setattr(LazyTensors, "__getitem__", lambda self, name: read.append(name) or real(self, name))
+    read = of_the_base(monkeypatch)
     told = fused(base, [adapter], tmp_path / "out", max_shard_size=6e-6)
     assert told.resumed >= 2
     assert 0 < len(set(read)) < len(files.open_checkpoint(base)) - 4
@@ -608,9 +619,7 @@ def test_a_run_that_is_killed_outright_is_gone_on_with(work, tmp_path, monkeypat
     killed = started(tmp_path, *options, fatal=("fusing.fuse", "copied"))  # when all shards are there
     finished(killed, tmp_path, -signal.SIGKILL)
     assert not (tmp_path / "out").exists()
-    read = []
-    real = LazyTensors.__getitem__
-    monkeypatch.setattr(LazyTensors, "__getitem__", lambda self, name: read.append(name) or real(self, name))
+    read = of_the_base(monkeypatch)
     told = fused(base, [adapter], tmp_path / "out", max_shard_size=6e-6)
     assert told.resumed == len(list((tmp_path / "out").glob("*.safetensors")))
     # to see whether what the adapter has saved of them is a copy
