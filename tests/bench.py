@@ -154,19 +154,25 @@ def bench_curves(repeats: int, folder: Any) -> None:
                 model(pixel_values=batch["pixel_values"])
 
     weights = [(1 - t / 10, t / 10) for t in range(11)]
-    for space in ("factors", "delta"):
-        points = [MixPoint(w, space) for w in weights]
+    corner = adapters[0].with_updates({name: -update for name, update in adapters[0].updates.items()}, source="c")
+    plane = [(0.2 + t / 20, 0.5 - t / 10, 0.3 + t / 20) for t in range(11)]
+    for what, given, places, space in (
+        ("11-point curve (factors)", adapters, weights, "factors"),
+        ("11-point curve (delta)", adapters, weights, "delta"),
+        ("11 points of a plane", [*adapters, corner], plane, "delta"),
+    ):
+        points = [MixPoint(w, space) for w in places]
 
-        def ours(points: list[MixPoint] = points) -> float:
-            return cpu(lambda: score_points(Evaluator(adapters, task, build=LineModels), points))
+        def ours(points: list[MixPoint] = points, given: Any = given) -> float:
+            return cpu(lambda: score_points(Evaluator(given, task, build=LineModels), points))
 
         with attach(task.build_model(), adapters[0]) as attached:
-            if space == "delta":  # as many columns as most points of the curve have
-                attached.set(Paths(adapters).mix(weights[5], "delta"))
+            # as many columns as most points have
+            attached.set(Paths(given).mix(places[4], space))
             model = attached.model
             bare(model)
             found = side_by_side(ours, lambda model=model: cpu(lambda: bare(model)), repeats)
-        report(f"11-point curve ({space}) / 11 bare forward passes", "at most 1.15", found)
+        report(f"{what} / 11 bare forward passes", "at most 1.15", found)
 
     points = [MixPoint(w, "delta") for w in weights]
     found = side_by_side(

@@ -108,6 +108,7 @@ class ControlTraining:
         self._models = TaskModels([ends[0], self._start, ends[1]], [task] * 3, device)
         self._shape, self._space = CURVES[how.shape], SPACES[how.space]
         self._points = _Points(ends, self._start, device)
+        self._orders: dict[int, list[int]] = {}
 
     @cached_property
     def run(self) -> str:
@@ -127,7 +128,7 @@ class ControlTraining:
         every = max(1, -(-how.steps // how.checks))
         model = self._models.attached.model
         live = self._points.live(self._models.attached, self._start)
-        optimizer = torch.optim.Adam(self._points.leaves, lr=how.learning_rate)
+        optimizer = torch.optim.Adam(self._points.leaves, lr=how.learning_rate, fused=True)
         state.put_into(self._points.leaves, optimizer)
         devices = [live[0].device] if live[0].is_cuda else []
         with torch.random.fork_rng(devices=devices):
@@ -178,10 +179,18 @@ class ControlTraining:
         split = self.task.training_split()
         size, count = min(self.how.batch_size, len(split)), len(split)
         turn, at = divmod(step * size, count)
-        orders = [np.random.default_rng([self.how.seed, turn + i, 1]).permutation(count) for i in (0, 1)]
-        chosen = np.concatenate(orders)[at : at + size].tolist()
+        chosen = self._order(turn)[at : at + size]
+        if len(chosen) < size:
+            chosen = [*chosen, *self._order(turn + 1)[: size - len(chosen)]]
         device = self._points.leaves[0].device
         return {name: tensor.to(device) for name, tensor in Batches(split).__getitems__(chosen).items()}
+
+    def _order(self, turn: int) -> list[int]:
+        """The examples in the order of one turn through the split."""
+        if turn not in self._orders:
+            order = np.random.default_rng([self.how.seed, turn, 1]).permutation(len(self.task.training_split()))
+            self._orders = {**{k: v for k, v in self._orders.items() if k == turn - 1}, turn: order.tolist()}
+        return self._orders[turn]
 
     def _check(self, state: _State, live: Sequence[Tensor], losses: Sequence[float]) -> None:
         """Score the curve on the validation split, and keep the control point where it is the best so far."""
@@ -287,7 +296,7 @@ class _State(Brief):
                 leaf.copy_(self.values[i])
                 if self.first:
                     moments = {"exp_avg": self.first[i].to(leaf), "exp_avg_sq": self.second[i].to(leaf)}
-                    optimizer.state[leaf] = {"step": torch.tensor(float(self.step)), **moments}
+                    optimizer.state[leaf] = {"step": torch.tensor(float(self.step), device=leaf.device), **moments}
 
     def take_from(self, leaves: Sequence[Tensor], optimizer: torch.optim.Adam) -> None:
         """Remember where the leaves and the optimiser are."""

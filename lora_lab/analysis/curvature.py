@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lora_lab.errors import DivergedError, TaskError
 from lora_lab.results.stats import Floats, student
+from lora_lab.scoring.gates import check_targets
 from lora_lab.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ class CurvaturePass:
         """What `measured` gives."""
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
+        check_targets(evaluator.task)
         models, adapter = evaluator.models, self.adapter
         model = models.attached.model
         if next(model.parameters()).dtype not in (torch.float32, torch.float64):

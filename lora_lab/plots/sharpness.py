@@ -16,6 +16,8 @@ from lora_lab.plots.panels import Panels
 from lora_lab.results.result import Result
 
 _MEASURES = (("sharpness", "largest eigenvalue λ"), ("trace", "trace"))
+_COMPARED = "balanced"
+"""The tensors that serve to compare adapters, in which nobody trains."""
 _RATES = {"rate_adam": "Adam", "rate_gd": "gradient descent"}
 
 
@@ -68,7 +70,7 @@ def draw_rates(results: Sequence[Result], panels: Panels) -> list[Axes]:
     columns = panels.columns(len(tried), 1 if panels.single else 3, 2.2)
     lines = -(-len(tried) // columns)
     axes = panels.grid(len(tried), columns, 2.2 * lines + 0.6)
-    ats = list(dict.fromkeys(row["at"] for result in results for row in result.rows()))
+    ats = list(dict.fromkeys(row["at"] for result in results for row in result.rows() if row["at"] != _COMPARED))
     for k, (ax, (result, name, rates)) in enumerate(zip(axes, tried, strict=True)):
         _draw_tried(ax, rates)
         for i, at in enumerate(ats):

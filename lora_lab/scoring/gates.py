@@ -132,7 +132,7 @@ class GatedPass:
     def __call__(self, evaluator: Evaluator) -> Passed:
         """Every example's number and its slopes, in float32."""
         task, models = evaluator.task, evaluator.models
-        _check(task)
+        check_targets(task)
         found: list[Passed] = []
         with torch.inference_mode(False), torch.enable_grad(), gated(models.attached, self.players) as gates:
             models.attached.model.eval()
@@ -205,7 +205,7 @@ class PlacesOfGates:
     def __call__(self, evaluator: Evaluator) -> str | None:
         """The error that a pass would raise, before any."""
         try:
-            _check(evaluator.task)
+            check_targets(evaluator.task)
             with gated(evaluator.models.attached, self.players):
                 return None
         except (TaskError, TunerError) as error:
@@ -227,9 +227,10 @@ def remembered_pass(journal: Journal | None, asked: Pass, examples: int) -> Pass
         return None
 
 
-def _check(task: Task) -> None:
+def check_targets(task: Task) -> None:
     """TaskError for a task of a class that judges in a way of its own and says nothing of its targets."""
     kind = type(task)
     own = kind.judge is not Task.judge or kind.judge_logits is not Task.judge_logits
     if own and kind.targets_of is Task.targets_of:
-        raise TaskError(f"task {task.name}: {kind.__name__} judges in a way of its own; gates need its `targets_of`")
+        way = f"{kind.__name__} judges in a way of its own"
+        raise TaskError(f"task {task.name}: {way}; gradients need its `targets_of`")

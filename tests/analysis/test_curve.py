@@ -265,6 +265,20 @@ def test_another_seed_or_rate_is_another_training(pair):
     assert ControlTraining(pair[::-1], how(), TASK, CPU).run not in runs
 
 
+def test_every_turn_through_the_split_takes_every_example_once(pair):
+    training = ControlTraining(pair, how(batch_size=300), TASK, CPU)
+    seen = [training._batch(step)["labels"] for step in range(10)]  # three turns through 1000
+    labels = TASK.split("train").inputs["labels"]
+    drawn = torch.cat(seen)
+    assert [len(batch) for batch in seen] == [300] * 10
+    for turn in range(3):
+        part = drawn[1000 * turn : 1000 * (turn + 1)]
+        assert torch.equal(part.bincount(), labels.bincount())
+    assert not torch.equal(drawn[:1000], drawn[1000:2000])
+    fresh = ControlTraining(pair, how(batch_size=300), TASK, CPU)
+    assert torch.equal(fresh._batch(7)["labels"], seen[7])
+
+
 def test_random_state_is_left_as_it_was(pair):
     before = torch.get_rng_state()
     ControlTraining(pair, how(steps=1, checks=1), TASK, CPU).train()

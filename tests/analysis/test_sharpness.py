@@ -312,6 +312,16 @@ def test_a_model_without_second_derivatives_is_named():
     assert "\n" not in str(raised.value)
 
 
+def test_a_task_that_says_nothing_of_its_targets_is_named():
+    class Own(tiny_models.Tiny):
+        def judge_logits(self, logits, batch, *, keep_logits=False):
+            return super().judge_logits(logits, batch, keep_logits=keep_logits)
+
+    evaluator = Evaluator([ADAPTER], Own(0), split="train")
+    with pytest.raises(TaskError, match=r"Own judges in a way of its own; gradients need its `targets_of`"):
+        CurvaturePass(ADAPTER, 2, 2, 4, 0)(evaluator)
+
+
 def test_bounds():
     with pytest.raises(OptionError, match=r"^iterations is 1; it must be at least 2"):
         Sharpness(iterations=1)
