@@ -11,6 +11,7 @@ comes of ΔW being shorter than theirs. The straight lines between the adapters 
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -55,8 +56,9 @@ class Axes(Brief):
         to = gram[1:, 1:] - gram[0, 1:] - gram[1:, :1] + gram[0, 0]
         length = math.sqrt(max(0.0, to[0, 0]))
         size = math.sqrt(float(gram.diagonal().max()))
-        if length <= _DEPENDENT * size:
-            raise MismatchError(f"{names[0]} and {names[1]} have one ΔW, so no plane goes through them")
+        for i, j in itertools.combinations(range(3), 2):
+            if gram[i, i] + gram[j, j] - 2 * gram[i, j] <= (_DEPENDENT * size) ** 2:
+                raise MismatchError(f"{names[i]} and {names[j]} have one ΔW, so no plane goes through them")
         along = to[0, 1] / length
         height, reach = math.sqrt(max(0.0, to[1, 1] - along**2)), math.sqrt(max(0.0, to[1, 1]))
         if height <= _DEPENDENT * max(reach, size):

@@ -152,6 +152,8 @@ def test_three_points_on_a_line_are_named(three):
     cases = [
         ([a, b, a.with_updates(between, source="mean")], False, r"r0, r1, mean lie on one line in ΔW: mean is .*away"),
         ([a, a.with_updates(a.updates, source="twin"), b], False, "r0 and twin have one ΔW, so no plane"),
+        ([a, b, a.with_updates(a.updates, source="twin")], False, "r0 and twin have one ΔW, so no plane"),
+        ([a, b, b.with_updates(b.updates, source="twin")], False, "r1 and twin have one ΔW, so no plane"),
         ([a, a.with_updates(twice, source="twice")], True, "r0, twice, base lie on one line"),
     ]
     for adapters, base, text in cases:
