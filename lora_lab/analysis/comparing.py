@@ -85,12 +85,13 @@ class Compare:
         same_base(adapters)
         shapes: dict[str, tuple[tuple[int, ...], str]] = {}
         for adapter in adapters:
-            for name, update in adapter.updates.items():
-                shape, source = shapes.setdefault(name, (update.shape, adapter.source))
-                if shape != update.shape:
+            for name in adapter.updates:
+                own = _shape(adapter, name)
+                shape, source = shapes.setdefault(name, (own, adapter.source))
+                if shape != own:
                     raise MismatchError(
-                        f"{source} and {adapter.source}: {name} is {_size(shape)} and {_size(update.shape)}; adapters "
-                        "of one base model are needed"
+                        f"{source} and {adapter.source}: {name} is {_size(shape)} and {_size(own)}; adapters of one base "
+                        "model are needed"
                     )
         collected(adapters, merges)
 
@@ -159,6 +160,15 @@ class Compare:
                 run=self.run_id(adapters, base, merges),
             ),
         )
+
+
+def _shape(adapter: Adapter, name: str) -> tuple[int, ...]:
+    """Of ΔW; of a LoRA from the header of its file alone."""
+    from lora_lab.adapters.formats.peft_format import shape_of
+
+    if adapter.why_not_additive:
+        return adapter.updates[name].shape
+    return tuple(shape_of(adapter.sites[name], adapter.tensors, adapter.config))
 
 
 def _digest(base: Path) -> str:

@@ -39,6 +39,8 @@ Pair = tuple[int, int]
 class Alone:
     """What is kept of one ΔW."""
 
+    rank: int
+    """Of its factors."""
     norm: float
     singular_values: tuple[float, ...]
     effective_rank: float
@@ -85,7 +87,9 @@ def measure(
                         f"{adapter.source}: ‖ΔW‖ of {name} is {form.norm:.1e}; less than {_LARGEST:.0e} is needed"
                     )
                 values = tuple(form.singular_values.tolist())
-                found.alone[i][name] = Alone(form.norm, values, form.effective_rank(), form.stable_rank())
+                found.alone[i][name] = Alone(
+                    form.update.rank, form.norm, values, form.effective_rank(), form.stable_rank()
+                )
                 found.sketches[i][name] = form.sketch(name)
         for i, j in itertools.combinations(forms, 2):
             measured = module_pair(forms[i], forms[j], signs=signs), cosine_of(starts[i], starts[j])
@@ -104,7 +108,7 @@ def about(adapters: Sequence[Adapter], labels: Sequence[str], found: Measured, d
             "adapter": label,
             "method": method_of(adapter, label),
             "modules": len(adapter.updates),
-            "rank": max((update.rank for update in adapter.updates.values()), default=0),
+            "rank": max((one.rank for one in alone.values()), default=0),
             "hash": hash_of(sketches, {name: one.norm for name, one in alone.items()}, digits),
         }
         for adapter, label, alone, sketches in zip(adapters, labels, found.alone, found.sketches, strict=True)
