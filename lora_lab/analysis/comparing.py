@@ -90,8 +90,8 @@ class Compare:
                 shape, source = shapes.setdefault(name, (own, adapter.source))
                 if shape != own:
                     raise MismatchError(
-                        f"{source} and {adapter.source}: {name} is {_size(shape)} and {_size(own)}; adapters of one base "
-                        "model are needed"
+                        f"{source} and {adapter.source}: {name} is {_size(shape)} and {_size(own)}; adapters of one "
+                        "base model are needed"
                     )
         collected(adapters, merges)
 
