@@ -133,6 +133,9 @@ def command(
     A sum is exact unless --rank cuts it; what is lost by a cut or by rounding is told. Some methods look at data
     (`--methods` says which): the training or validation splits of the tasks that the adapters record (or --task).
 
+    Large files are read and merged module by module, and what is done is kept beside the output: a merge that was ended
+    goes on from there when it is run again. Of methods that look at data, or that need a base model, it begins anew.
+
     Example:  lora-lab merge a.safetensors b.safetensors c.safetensors --method ties --set density=0.2 -o merged
     """
     if methods:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
+from lora_lab.files import Unread
 from lora_lab.forecast import IO_SECONDS, Forecast, bytes_of, slowness
 from lora_lab.merging.budgets import rank_in
 from lora_lab.merging.merged import MergeOptions
 from lora_lab.merging.methods import MERGES
 from lora_lab.merging.sources import Sources
+from lora_lab.merging.spool import MOST
 from lora_lab.side_by_side import usual_jobs
 
 
@@ -25,7 +29,7 @@ def forecast(
     how, entry = MergeOptions(**settings), MERGES[method]
     kind = entry.kind_with(options or {})
     width = how.dtype_of(sources.adapters).itemsize
-    rank, size, work, largest = 0, 0, 0.0, 0
+    rank, size, work, largest, widest = 0, 0, 0.0, 0, 0
     for name, shape in sources.shapes.items():
         rows, columns = shape[0], shape[1:].numel()
         together = min(rows, columns) if kind.dense and (how.exact or how.rank) else sources.rank_of(name)
@@ -37,15 +41,22 @@ def forecast(
             work += rows * columns * (len(sources.adapters) * kind.pace + cut)
             largest = max(largest, rows * columns)
         else:
+            widest = max(widest, sources.rank_of(name) * (rows + columns))
             work += sources.rank_of(name) * (rows + columns) * kind.pace
     jobs = jobs or usual_jobs()
     given = sum(bytes_of(adapter.tensors) for adapter in sources.adapters)
     seconds = None if entry.reads_data else IO_SECONDS * (given + size) + work * slowness() * 1e-9
     passes = entry.examples_read(options or {}, sources.tasks) if sources.tasks else 0.0
-    memory = given + size + jobs * _DENSE_COPIES * 4 * largest
+    held = sum(bytes_of(_in_memory(adapter.tensors)) for adapter in sources.adapters)
+    memory = held + min(size, MOST) + jobs * _COPIES * 4 * max(largest, widest)
     return Forecast(len(sources.shapes), rank, size, seconds, memory, passes)
 
 
 _CUT = 18.0
 """Nanoseconds of cutting a dense ΔW to some dozens of ranks, an entry."""
-_DENSE_COPIES = 2
+_COPIES = 2
+"""Of a dense ΔW, or of all factors of a module, that one merge at work holds in float32."""
+
+
+def _in_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in tensors.items() if not isinstance(tensor, Unread)}

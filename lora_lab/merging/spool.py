@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lab import files
+from lora_lab.errors import LoraLabNote
 from lora_lab.files.resuming import Shards, unfinished
 from lora_lab.merging.methods import MERGES
 from lora_lab.results.result import fingerprint, versions
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
     from lora_lab.merging.sources import Sources
 
-_MOST = 2**29
+MOST = 2**29
 """Bytes in memory, of merged modules, that are put on the disk."""
 _SECONDS = 5.0
 """After which what is in memory is put there, so that no more is lost by a kill."""
@@ -60,7 +62,7 @@ class Spool:
         if self._shards is None:
             return
         self._waiting[name] = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
-        if sum(self._waiting.values()) > _MOST or time.monotonic() - self._since > _SECONDS:
+        if sum(self._waiting.values()) > MOST or time.monotonic() - self._since > _SECONDS:
             self._put(self._shards)
 
     def _put(self, shards: Shards) -> None:
@@ -91,7 +93,11 @@ def spooled(
     MergeOptions), weights, adapters and code. Where data or a base model decide, too, nothing is found again.
     """
     with unfinished(path, partial(_key, sources, method, options, settings)) as shards:
-        yield Spool(shards)
+        spool = Spool(shards)
+        if spool.told:
+            shown = f"{len(spool)} of {len(sources.modules)} modules are merged already, by a run that was ended before"
+            warnings.warn(f"{path}: {shown}; it goes on from there", LoraLabNote, stacklevel=3)
+        yield spool
 
 
 def _key(sources: Sources, method: str, options: Mapping[str, Any], settings: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ import torch
 from making_adapters import lora, write
 from planted_tasks import Tiny
 
+from lora_lab.adapters import reading
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.forecast import Forecast
 from lora_lab.merging.forecast import forecast
@@ -32,6 +33,14 @@ def test_ranks_and_bytes_are_those_that_are_written(method, settings, dtype, tmp
     assert expected.modules == 2
     assert 0 < expected.seconds < 1
     assert not expected.is_long
+
+
+def test_what_is_read_by_tensors_takes_no_memory(tmp_path, monkeypatch):
+    whole = sources(tmp_path)
+    monkeypatch.setattr(reading, "_AT_ONCE", 0)
+    lazy = sources(tmp_path)
+    given = sum(tensor.numel() * 4 for adapter in whole.adapters for tensor in adapter.tensors.values())
+    assert forecast(whole, "cat").memory - forecast(lazy, "cat").memory == given
 
 
 def test_what_works_on_entries_is_foretold_to_take_longer_and_more_memory(tmp_path):
