@@ -26,7 +26,7 @@ class Merged:
 class Sized:
     """What a merge takes, and what its cut to a rank lost."""
 
-    category: str = column("equal rank (rows to be compared with each other), exact (no cut), or reference (no merge)")
+    category: str = column("equal rank (cut to the rank that was asked for), exact (no cut), or reference (no merge)")
     rank: int | None = column("largest rank of a module; null of what is no merge")
     bytes: int = column("size of all factors in the file, in the adapters' dtype, without header and heads", "bytes")
     cut_error: float = column(
