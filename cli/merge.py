@@ -83,6 +83,13 @@ class Written(AdapterOutput):
     force: bool = option(False, "Replace what is there.", flag="force overwrite")
 
 
+@dataclass(frozen=True)
+class Listing:
+    """What is listed instead."""
+
+    methods: bool = option(False, "List the methods, what they look at, and where they are published.")
+
+
 def _list(as_json: bool) -> None:
     from ..merging.methods import MERGES
 
@@ -123,9 +130,7 @@ def command(
     loading: Several,
     computing: Searching,
     output: Written,
-    methods: Annotated[
-        bool, typer.Option("--methods", help="List the methods, what they look at, and where they are published.")
-    ] = False,
+    listing: Listing,
 ) -> None:
     """Merge adapters into one that PEFT loads, with the ΔW that the method says: no base model is needed for it.
 
@@ -138,7 +143,7 @@ def command(
 
     Example:  lora-lab merge a.safetensors b.safetensors c.safetensors --method ties --set density=0.2 -o merged
     """
-    if methods:
+    if listing.methods:
         _list(output.json)
         return
     if not adapters:
