@@ -274,7 +274,7 @@ def test_what_single_ranks_put_out_is_that_of_adapters_with_one_alone(tmp_path):
 
 
 def test_without_pairs_intervals_are_those_of_the_prior(adapter):
-    question = Shapley(worth="loss", estimator="joint", split="validation", budget=2)
+    question = Shapley(worth="loss", estimator="joint", split="validation", samples=8, budget=2)
     for row in question.run([adapter], Digits("relabel")).rows():
         half = np.hypot(1.959964 * row["se"], student(80) * row["se_examples"])
         assert row["high"] - row["value"] == pytest.approx(half)
