@@ -222,7 +222,7 @@ output: kit
         ("steps: [{prune: {adapter: a, rnk: 2, output: x}}]", "step 1 (prune) 'rnk' (did you mean 'rank'"),
         ("steps: [{prune: {adapter: a, rank: two, output: x}}]", "step 1 (prune): invalid value for '--rank'"),
         ("steps: [{prune: {adapter: a, rank: 0, output: x}}]", "step 1 (prune): --rank is 0; it must be at least 1"),
-        ("steps: [{prune: {rank: 2, output: x}}]", "step 1 (prune): missing argument 'adapter'"),
+        ("steps: [{prune: {rank: 2, output: x}}]", "step 1 (prune): missing argument '"),
         ("steps: [{prune: {adapter: a, force: true, rank: 1, output: x}}]", "step 1 (prune) 'force'"),
         (
             "steps: [{prune: {adapter: x, rank: 1, output: y}}, {prune: {adapter: a, rank: 1, output: x}}]",
