@@ -13,12 +13,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
+
+from lora_lab import files
 
 ADAPTERS, RANK, LAYERS = 4, 16, 32
 LLAMA_8B = {
@@ -78,11 +83,12 @@ def adapters(
     layers: int = LAYERS,
     rank: int = RANK,
     count: int = ADAPTERS,
+    generator: torch.Generator | None = None,
 ) -> list[Path]:
     """PEFT folders of random bfloat16 adapters, whose singular values fall as 1/√k."""
     made = []
     for seed in range(count):
-        generator = torch.Generator().manual_seed(seed)
+        generator = generator if count == 1 and generator else torch.Generator().manual_seed(seed)
         tensors = {}
         for layer in range(layers):
             for name, (rows, columns) in shapes.items():
@@ -104,6 +110,27 @@ def adapters(
         (path / "adapter_config.json").write_text(json.dumps(config))
         made.append(path)
     return made
+
+
+def apart(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What a function gives in a process of its own: the peak of every child counts what its parent ever held."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *arguments, **options).result()
+
+
+def large_adapter(folder: Path, layers: int, seed: int) -> Path:
+    """A PEFT folder of a 70B model's shapes at rank 64, all layers alike."""
+    generator = torch.Generator().manual_seed(seed)
+    (one,) = adapters(folder, shapes=LLAMA_70B, layers=1, rank=64, count=1, generator=generator)
+    layer = files.LazyTensors(one / "adapter_model.safetensors")
+    names = {key.replace("layers.0.", f"layers.{i}."): key for i in range(layers) for key in layer}
+    path = one.rename(folder / f"large{seed}")
+    layer = files.LazyTensors(path / "adapter_model.safetensors")
+    spec = {name: layer.spec[key] for name, key in names.items()}
+    with files.streamed_writer(path / "adapter_model.safetensors", spec) as write:
+        for name, key in names.items():
+            write(name, layer[key])
+    return path
 
 
 def spent(command: Sequence[str], folder: Path) -> Spent:
@@ -164,7 +191,7 @@ def bench_commands(folder: Path, *, repeats: int = 3, layers: int = LAYERS, only
     """Print the rows; with fewer layers, times are scaled up from them (one layer is 1/32 of the work)."""
     folder = folder / "commands"
     folder.mkdir()
-    made = adapters(folder, layers=layers)
+    made = apart(adapters, folder, layers=layers)
     floors = {}
     for count, script in ((1, FLOOR), (2, READING), (ADAPTERS, FLOOR)):
         runs = [floor(made[:count], folder, script) for _ in range(repeats)]
@@ -202,7 +229,7 @@ def bench_memory(folder: Path, *, layers: int = 80, only: Sequence[str] = ()) ->
         return
     folder = folder / "large"
     folder.mkdir()
-    made = adapters(folder, shapes=LLAMA_70B, layers=layers, rank=64, count=max(count for _, _, count in wanted))
+    made = [apart(large_adapter, folder, layers, seed) for seed in range(max(count for _, _, count in wanted))]
     size = max((path / "adapter_model.safetensors").stat().st_size for path in made) / 2**20
     torch_alone = spent([sys.executable, "-c", "import torch"], folder).peak_mib
     for title, (verb, *options), count in wanted:
