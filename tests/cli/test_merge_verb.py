@@ -294,7 +294,7 @@ ERRORS = [
     (["--method", "tise", "-o", "m"], ["unknown method 'tise'", "did you mean 'ties'"]),
     (["--set", "density=0.2", "-o", "m"], ["unknown option of task-arithmetic 'density'", "scale"]),
     (["--method", "ties", "--set", "density", "-o", "m"], ["--set 'density'", "NAME=VALUE"]),
-    (["--method", "ties", "--set", "density=high", "-o", "m"], ["density=high", "float"]),
+    (["--method", "ties", "--set", "density=high", "-o", "m"], ["--set density=high", "a number is needed"]),
     (["--method", "ties", "--set", "density=0", "-o", "m"], ["density is 0", "above 0 and up to 1"]),
     (["--method", "ties", "--set", "density=1", "--set", "density=1", "-o", "m"], ["density is given twice"]),
     (["--method", "cat", "--set", "scale=1", "-o", "m"], ["cat has no options to set"]),
