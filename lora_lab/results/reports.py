@@ -35,7 +35,7 @@ class MergeReport:
 
 @dataclass
 class MergeMethodReport:
-    """A method of merging; `merge --methods` prints a list of these."""
+    """A method of merging, of all that there are."""
 
     name: str = column("name of the method")
     about: str = column("what comes out, in a line")

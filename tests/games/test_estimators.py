@@ -17,7 +17,7 @@ from lora_lab.results.stats import mean_and_error, student
 
 CASE = json.loads((Path(__file__).parents[1] / "cases/S01_exact_shapley_table/coalitions.json").read_text())
 EXPECTED = json.loads((Path(__file__).parents[1] / "cases/S01_exact_shapley_table/expected.json").read_text())
-PLAIN = [name for name, entry in ESTIMATORS.items() if not entry.whole and not entry.control]
+PLAIN = [name for name, entry in ESTIMATORS.items() if not (entry.whole or entry.control or entry.ranking)]
 
 
 def by_definition(game, n):
