@@ -295,8 +295,10 @@ class _State(Brief):
             for i, leaf in enumerate(leaves):
                 leaf.copy_(self.values[i])
                 if self.first:
-                    moments = {"exp_avg": self.first[i].to(leaf), "exp_avg_sq": self.second[i].to(leaf)}
-                    optimizer.state[leaf] = {"step": torch.tensor(float(self.step), device=leaf.device), **moments}
+                    # laid out as the leaf is: the fused step goes through memory, whatever the strides
+                    first, second = (torch.empty_like(leaf).copy_(part[i]) for part in (self.first, self.second))
+                    step = torch.tensor(float(self.step), device=leaf.device)
+                    optimizer.state[leaf] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
 
     def take_from(self, leaves: Sequence[Tensor], optimizer: torch.optim.Adam) -> None:
         """Remember where the leaves and the optimiser are."""

@@ -226,8 +226,9 @@ def test_arc_shares_are_those_of_the_chords(pair):
     assert shares[0] == 0
 
 
-def test_a_run_that_was_killed_goes_on_with_the_same_numbers(pair, tmp_path):
-    whole = ControlTraining(pair, how(), TASK, CPU).train()
+@pytest.mark.parametrize("space", ["factors", "delta"])  # of which one has a control point whose B lies transposed
+def test_a_run_that_was_killed_goes_on_with_the_same_numbers(pair, tmp_path, space):
+    whole = ControlTraining(pair, how(space=space), TASK, CPU).train()
     steps = []
 
     def killed(done, total):
@@ -236,15 +237,15 @@ def test_a_run_that_was_killed_goes_on_with_the_same_numbers(pair, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ControlTraining(pair, how(), TASK, CPU).train(tmp_path, killed)
+        ControlTraining(pair, how(space=space), TASK, CPU).train(tmp_path, killed)
     again = []
-    found = ControlTraining(pair, how(), TASK, CPU).train(tmp_path, lambda done, total: again.append((done, total)))
+    found = ControlTraining(pair, how(space=space), TASK, CPU).train(tmp_path, lambda done, total: again.append((done, total)))
     assert steps == [1, 2, 3, 4, 5]
     assert again == [(5, 8), (6, 8), (7, 8), (8, 8)]  # the last check was after 4
     assert found.trace == whole.trace
     assert found.step == whole.step
     assert all(torch.equal(found.adapter.tensors[key], tensor) for key, tensor in whole.adapter.tensors.items())
-    idle = ControlTraining(pair, how(), TASK, CPU).train(tmp_path, lambda *_: pytest.fail("trained again"))
+    idle = ControlTraining(pair, how(space=space), TASK, CPU).train(tmp_path, lambda *_: pytest.fail("trained again"))
     assert idle.trace == whole.trace
 
 
