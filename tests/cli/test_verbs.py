@@ -548,17 +548,17 @@ def test_a_bug_shows_its_traceback(lora_lab, monkeypatch, pair):
 
 
 def test_an_interrupt_leaves_no_output_and_the_same_command_goes_on(lora_lab, monkeypatch, pair, tmp_path):
-    from lora_lab.tasks.kinds.digits import Digits
+    from lora_lab.scoring.models import TaskModels
 
-    original, calls = Digits.score, []
+    original, calls = TaskModels.score, []
 
-    def interrupted(self, model, split="test"):
-        calls.append(split)
+    def interrupted(self, model, examples, index=0):
+        calls.append(examples)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return original(self, model, split)
+        return original(self, model, examples, index)
 
-    monkeypatch.setattr(Digits, "score", interrupted)
+    monkeypatch.setattr(TaskModels, "score", interrupted)
     one_line(lora_lab("interpolate", *pair, "--points", 3), "interrupted", code=130)
     assert not list((tmp_path / "out").glob("interpolate.*"))
     code, _, _ = lora_lab("interpolate", *pair, "--points", 3)
