@@ -239,7 +239,9 @@ def test_a_run_that_was_killed_goes_on_with_the_same_numbers(pair, tmp_path, spa
     with pytest.raises(KeyboardInterrupt):
         ControlTraining(pair, how(space=space), TASK, CPU).train(tmp_path, killed)
     again = []
-    found = ControlTraining(pair, how(space=space), TASK, CPU).train(tmp_path, lambda done, total: again.append((done, total)))
+    found = ControlTraining(pair, how(space=space), TASK, CPU).train(
+        tmp_path, lambda done, total: again.append((done, total))
+    )
     assert steps == [1, 2, 3, 4, 5]
     assert again == [(5, 8), (6, 8), (7, 8), (8, 8)]  # the last check was after 4
     assert found.trace == whole.trace

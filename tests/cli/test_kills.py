@@ -38,7 +38,7 @@ RUNS = {
     "in place": ["out/own.safetensors", "--rank", 1, "--in-place"],
     "fuse": ["base", "l", "-o", "out/fused", "--max-shard-size", "0.000003"],
     "extract": ["base", "tuned", "--rank", 2, "-o", "out/extracted"],
-    "compare": ["a.safetensors", "b.safetensors", "--csv"],
+    "compare": ["a.safetensors", "b.safetensors", "--csv", "--figure"],
     "run": ["recipe.yaml"],
     "train": ["--steps", 6, "--batch-size", 8, "-o", "out/trained.safetensors"],
     "figure": ["line.json", "-o", "out/line.pdf", "-o", "out/line.svg"],

@@ -54,7 +54,7 @@ VERBS = {
     "merge": ["-o", "m"],
     "prune": ["--keep", "every-other", "-o", "p"],
     "convert": ["--dtype", "bf16", "-o", f"c{NASTY}"],
-    "compare": ["--signs", "--csv"],
+    "compare": ["--signs", "--csv", "--figure"],
 }
 ONE = ("inspect", "prune", "convert")
 UNNAMED = ("curve", "sharpness", "compare-merges", "merge", "prune", "sweep")

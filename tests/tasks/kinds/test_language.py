@@ -537,6 +537,6 @@ def test_merges_of_language_models_are_compared_beside_their_ensemble(folder):
         (folder / f"t{i}.toml").write_text(toml)
         adapters.append(train(tasks.from_name(str(folder / f"t{i}.toml")), Recipe(seed=0, **RECIPE))[0])
     found = compare.CompareMerges(methods=("average",), coefficients=(0.5, 1.0)).run(adapters, tasks_of(adapters))
-    assert {row["merge"] for row in found.rows()} == {compare.ALONE, compare.ENSEMBLE, "average"}
+    assert {row["merge"] for row in found.rows()} == {compare.BASE, compare.ALONE, compare.ENSEMBLE, "average"}
     alone = [row["loss"] for row in found.rows(merge=compare.ALONE)]
     assert [row["loss"] for row in found.rows(merge=compare.ENSEMBLE)] != alone

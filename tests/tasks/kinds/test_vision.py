@@ -283,7 +283,14 @@ def test_adapters_of_two_clip_tasks_are_merged_and_compared(built, bases, pictur
     assert found.summary["skipped"] == []
     alone = {row["task"]: row["accuracy"] for row in found.rows(merge=compare.ALONE)}
     assert alone == {each.name: score(each, a).accuracy for each, a in zip(recorded, adapters, strict=True)}
-    assert {row["merge"] for row in found.rows()} == {"alone", compare.ENSEMBLE, "average", "ties", "regmean"}
+    assert {row["merge"] for row in found.rows()} == {
+        compare.BASE,
+        compare.ALONE,
+        compare.ENSEMBLE,
+        "average",
+        "ties",
+        "regmean",
+    }
 
 
 # Classifiers
