@@ -26,6 +26,7 @@ _VERBS = (
     "interpolate",
     "plane",
     "curve",
+    "checkpoints",
     "sharpness",
     "stability",
     "shapley",

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lora_lab.api import task as task
     from lora_lab.api import train as train
     from lora_lab.api import verify as verify
+    from lora_lab.around import checkpoints as checkpoints
     from lora_lab.around import curve as curve
     from lora_lab.around import layerwise as layerwise
     from lora_lab.around import plane as plane
@@ -74,7 +75,7 @@ __getattr__, __dir__, __all__ = face(
             "train",
             "verify",
         ),
-        "around": ("curve", "layerwise", "plane", "sharpness"),
+        "around": ("checkpoints", "curve", "layerwise", "plane", "sharpness"),
         "errors": ("LoraLabError",),
         "results.result": ("Result",),
         "scoring.execution": ("Execution",),

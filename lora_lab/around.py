@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from lora_lab.given import Adapters, Path_, TaskLike, answered, from_options, shown
 from lora_lab.options import checked
@@ -48,6 +50,28 @@ def curve(
     telling = shown(on, "training and scoring curves", progress)
     place = None if folder is None else Path(folder)
     return answered(from_options(Curve, options), adapters, task, trust_record, telling, folder=place)
+
+
+@checked
+def checkpoints(
+    runs: Annotated[Path_ | Sequence[Path_], "the folder of a run's checkpoints, or a list of them"],
+    task: TaskLike = None,
+    *,
+    on: Execution | None = None,
+    progress: bool = True,
+    trust_record: bool = False,
+    **options: Any,
+) -> Result:
+    """Scores along training, alone, pruned and averaged; `options` are the fields of `Checkpoints`.
+
+    A run is a folder that a Trainer wrote checkpoint-STEP folders to, such as NAME.checkpoints of `train`.
+    """
+    from lora_lab.analysis.along import common_checkpoints
+    from lora_lab.analysis.landscape import Checkpoints
+
+    telling = shown(on, "scoring checkpoints", progress)
+    paths: list[Path_] = [*common_checkpoints([runs] if isinstance(runs, str | os.PathLike) else runs)]
+    return answered(from_options(Checkpoints, options), paths, task, trust_record, telling)
 
 
 @checked

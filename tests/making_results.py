@@ -80,6 +80,24 @@ def curve(spaces=("delta", "factors"), shapes=("bezier", "polychain")):
     return Result("curve", columns(rows), said, {}, {"examples": 500})
 
 
+def checkpoints(methods=("lora", "coto"), runs=3, steps=(10, 20, 30, 40), spaces=("delta", "factors", "matched")):
+    """Runs that get better along training; midpoints and pruned ones lag behind, less where p rises to 1."""
+    rows = []
+    for (k, step), (i, method) in itertools.product(enumerate(steps), enumerate(methods)):
+        pairs = list(itertools.combinations(range(runs), 2))
+        models = [(name, None, [run]) for name in ("alone", "pruned") for run in range(runs)]
+        models += [("midpoint", space, pair) for pair in pairs for space in spaces]
+        models += [("average", "delta", range(runs))] * (runs > 2)
+        for model, space, members in models:
+            who = {"step": step, "model": model, "space": space, "indices": [runs * i + j for j in members]}
+            who |= {"members": [f"{method}-s{j}" for j in members], "method": method}
+            who |= {"p": min(1.0, 0.1 + 0.3 * k) if i % 2 else None}
+            rows.append({**who, **cells(0.4 + 0.1 * k - 0.05 * (model != "alone") + 0.01 * members[0], 0)})
+    said = {"spaces": list(spaces), "keep": "every-other", "steps": list(steps), "runs": []}
+    said |= {"task": {"name": "digits/relabel"}, "split": "test"}
+    return Result("checkpoints", columns(rows), said, {}, {"examples": 500})
+
+
 def sharpness(names=("lora-s0", "coto-s0")):
     """Eigenvalues over three decades; the initial trace is negative, and one training diverged."""
     rows, rates = [], []
@@ -410,6 +428,7 @@ REAL_SIZES = {
     ],
     "interpolate": _lines,
     "layerwise": lambda view, names, layers: [layerwise(layers)],
+    "checkpoints": lambda view, names, layers: [checkpoints(names[:9], 3, [250 * (k + 1) for k in range(12)])],
     "sharpness": lambda view, names, layers: [sharpness(names[:12] if view.endswith("rates") else names)],
     "curve": lambda view, names, layers: [curve(("delta", "aligned", "factors"), ("bezier", "polychain", *names[:5]))],
     "plane": lambda view, names, layers: [plane(names[3 * i : 3 * i + 3]) for i in range(min(3, len(names) // 3))],

@@ -146,6 +146,47 @@ class Curve(Question):
 
 
 @dataclass(frozen=True)
+class Checkpoints(Question):
+    """Runs along their training: every checkpoint alone and pruned, and what midpoints and averages of runs would be.
+
+    The adapters are checkpoints (folders checkpoint-STEP, of a Trainer's output folder each run); steps that a run
+    lacks are left out of all. Runs of one method are mixed with one another. See along.py.
+    """
+
+    kind = "checkpoints"
+    of_transforms = True
+
+    spaces: tuple[str, ...] = option(
+        ("delta", "factors", "matched"),
+        "In which the midpoint of every two runs is taken: NAMES, with commas.",
+        choices=Later("lora_lab.merging.paths", "SPACES"),
+        title="space",
+    )
+    keep: str = option(
+        "every-other",
+        "Modules that are kept of each pruned checkpoint: NAMES (with a number or names, top-norm:3, type:q,k).",
+        names=Later("lora_lab.pruning.patterns", "KEEPS"),
+    )
+    split: str = split_option()
+    examples: int | None = example_option()
+    seed: int = option(0, "Seed of the bootstrap.", least=0)
+
+    def check(self, adapters: Sequence[Adapter]) -> None:
+        """Raise what `run` would raise for these adapters, before anything is computed."""
+        from lora_lab.analysis import along
+
+        super().check(adapters)
+        along.check(self, adapters)
+
+    def run(self, adapters: Sequence[Adapter], task: Task, on: Execution = Execution()) -> Result:
+        """A row for every checkpoint, alone and pruned, and for every midpoint and average, at each step."""
+        from lora_lab.analysis import along
+
+        self.check(adapters)
+        return along.answer(self, adapters, task, on)
+
+
+@dataclass(frozen=True)
 class Sharpness(Question):
     """The largest eigenvalue and the trace of the loss' Hessian in every adapter's tensors, and the rates it allows.
 

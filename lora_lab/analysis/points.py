@@ -45,14 +45,8 @@ class MixPoint(Change):
             return models.score_base(examples)
         with models.wearing(models.paths.mix(self.weights, self.space)) as model:
             scores = models.score(model, examples)
-        odd = int((~np.isfinite(scores.loss)).sum())
-        if odd:
-            at = ", ".join(f"{weight:g}" for weight in self.weights)
-            raise DivergedError(
-                f"task {models.tasks[0].name}: the model's loss is not finite on {odd} examples with weights {at} in "
-                f"{self.space}"
-            )
-        return scores
+        at = ", ".join(f"{weight:g}" for weight in self.weights)
+        return finite_scores(scores, models, f"with weights {at} in {self.space}")
 
 
 class LineModels(TaskModels):
@@ -64,8 +58,16 @@ class LineModels(TaskModels):
         return Paths(self.adapters)
 
 
-def score_points(evaluator: Evaluator, points: Sequence[MixPoint]) -> dict[str, Scores]:
-    """Scores by `MixPoint.key`, every different point once; the evaluator is to build `LineModels`."""
+def finite_scores(scores: Scores, models: LineModels, where: str) -> Scores:
+    """These scores; DivergedError, which says where, if a loss is not finite."""
+    odd = int((~np.isfinite(scores.loss)).sum())
+    if odd:
+        raise DivergedError(f"task {models.tasks[0].name}: the model's loss is not finite on {odd} examples {where}")
+    return scores
+
+
+def score_points(evaluator: Evaluator, points: Sequence[Change]) -> dict[str, Scores]:
+    """Scores by the key of each change, every different point once; the evaluator is to build `LineModels`."""
     different = {point.key: point for point in points}
     evaluator.total = len(different)
     return dict(zip(different, evaluator.scores(list(different.values())), strict=True))
@@ -87,15 +89,15 @@ class ScoredPoints:
     def __len__(self) -> int:
         return len(self._scores)
 
-    def line(self, points: Sequence[MixPoint], metric: str) -> Sampled:
+    def line(self, points: Sequence[Change], metric: str) -> Sampled:
         """One metric of these points, in order; lines of one metric are paired."""
         return self._sampled[metric][[self._index[point.key] for point in points]]
 
-    def values(self, points: Sequence[MixPoint], metric: str) -> Floats:
+    def values(self, points: Sequence[Change], metric: str) -> Floats:
         """One metric of these points on each example, [points, examples]."""
         return self._values[metric][[self._index[point.key] for point in points]].astype(np.float64)
 
-    def cells(self, point: MixPoint) -> dict[str, float]:
+    def cells(self, point: Change) -> dict[str, float]:
         """Loss and accuracy of a point with their intervals, as rows of results have them."""
         loss = self.line([point], "loss").estimate(lambda L: L[0])
         accuracy = proportion(self._scores[point.key].correct)

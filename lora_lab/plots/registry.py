@@ -17,6 +17,7 @@ from lora_lab import files
 from lora_lab.errors import LoraLabError, OptionError, shorten, unknown
 from lora_lab.escape import drawn
 from lora_lab.files.ownership import MARK
+from lora_lab.plots import checkpoints as plot_checkpoints
 from lora_lab.plots import compare as plot_compare
 from lora_lab.plots import curve as plot_curve
 from lora_lab.plots import layerwise as plot_layerwise
@@ -192,6 +193,7 @@ def _metadata(ending: str, identity: str) -> dict[str, str | None]:
 
 _ON_LINES = ("task", "split", "points")
 _IN_GAMES = ("task", "split", "worth")
+_ALONG_TRAINING = ("task", "split", "steps", "spaces", "keep")
 _OF_MERGES = ("one_task", "split")
 
 PLOTS = Registry(
@@ -208,6 +210,10 @@ PLOTS = Registry(
         "curve": View(plot_curve.draw, "curve", "loss along curves and lines, and ‖ΔW‖", _ON_LINES),
         "curve:accuracy": View(plot_curve.draw_accuracy, "curve", "accuracy along curves and lines", _ON_LINES),
         "curve:arc": View(plot_curve.draw_arc, "curve", "loss along the length of curves and lines", _ON_LINES),
+        "checkpoints": View(plot_checkpoints.draw, "checkpoints", "accuracy along training, and p(t)", _ALONG_TRAINING),
+        "checkpoints:loss": View(
+            plot_checkpoints.draw_loss, "checkpoints", "loss along training, and p(t)", _ALONG_TRAINING
+        ),
         "shapley": View(plot_shapley.draw, "shapley", "a heat map of types and layers, or bars", _IN_GAMES),
         "shapley:bars": View(plot_shapley.draw_bars, "shapley", "values with their intervals", _IN_GAMES),
         "shapley:heatmap": View(plot_shapley.draw_heatmap, "shapley", "values by type and layer", _IN_GAMES),

@@ -142,6 +142,25 @@ class CurveControl(OnPath):
 
 
 @dataclass
+class AlongRow(Loss, Accuracy):
+    """One model at one step of training."""
+
+    step: int = column("optimiser steps behind it")
+    model: str = column("alone, pruned, midpoint (of two runs) or average (of all runs of a method, three or more)")
+    space: str | None = column("what is averaged: delta, factors, matched …; null of alone and pruned")
+    members: list[str] = column("labels of the runs whose checkpoints it is made of")
+    indices: list[int] = column("their places among the runs given, from 0")
+    method: str = column("training method of these runs; of one that records none, its label")
+    p: float = column("probability p of the members' schedule at this step; null without a schedule")
+    drop: float = column("mean accuracy of the members alone − its accuracy; 0 of one alone", "share")
+    drop_low: float = column("low end of its interval, paired over the examples", "share")
+    drop_high: float = column("high end of its interval", "share")
+    rise: float = column("its loss − mean loss of the members alone; 0 of one alone", "nats")
+    rise_low: float = column("low end of its interval, paired over the examples", "nats")
+    rise_high: float = column("high end of its interval", "nats")
+
+
+@dataclass
 class SharpnessRow(Adapted):
     """One adapter in one set of tensors."""
 
@@ -217,6 +236,19 @@ KINDS = (
             "rank": "of the control point where ΔW is mixed; null for that of the midpoint",
             "checks": "how often the control point was scored on the validation split",
             **ADAPTERS,
+        },
+    ),
+    Kind(
+        "checkpoints",
+        "accuracy and loss along training: checkpoints alone, pruned, and averaged with those of other runs",
+        {"rows": AlongRow},
+        Paper(("step", "model", "space", "method", "accuracy", "drop")),
+        parameters={
+            "spaces": "in which midpoints were taken",
+            "keep": "pattern of the modules kept of pruned checkpoints",
+            "examples": "of the split; null for all",
+            "steps": "optimiser steps at which all runs have a checkpoint",
+            "runs": "label, method and seed of each run",
         },
     ),
     Kind(

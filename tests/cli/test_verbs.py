@@ -49,6 +49,7 @@ def one_line(result, *words, code=1):
         "interpolate",
         "plane",
         "curve",
+        "checkpoints",
         "sharpness",
         "stability",
         "shapley",
@@ -103,6 +104,31 @@ def test_layers_are_mixed_one_at_a_time_from_the_shell(lora_lab, pair, tmp_path)
     assert (tmp_path / "out" / "layerwise.png").exists()
     one_line(lora_lab("interpolate", *pair, *few, "--ratios", "1:1"), "--layerwise mixes ΔW", "leave --space and")
     one_line(lora_lab("interpolate", *pair, "--players", "type"), "--players are mixed one at a time with --layerwise")
+
+
+def test_runs_are_scored_along_their_training_from_the_shell(lora_lab, tmp_path):
+    code, _, err = lora_lab(
+        "train", "--seeds", "0-1", "--jobs", 1, *SHORT, "--save-every", 3, "--p0", 0.9, "-o", "runs"
+    )
+    assert code == 0, err
+    places = [f"runs/coto-s{seed}.checkpoints" for seed in (0, 1)]
+    few = ("--examples", 20, "--spaces", "delta,factors", "--keep", "low", "--csv")
+    code, out, err = lora_lab("checkpoints", *places, *few)
+    assert code == 0, err
+    assert "up to 12 variants" in err
+    assert out.count("midpoint, factors  coto-s0, coto-s1  ") == 2
+    assert "After 3 steps (test split, 20 examples)" in out
+    names = {f"checkpoints.{end}" for end in ("json", "pdf", "png", "csv")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".outcomes", *names}
+    again, out2, err = lora_lab("checkpoints", *places, *few)
+    assert (again, out2) == (0, out)
+    assert "this very result is there already" in err
+    code, _, err = lora_lab("figure", "out/checkpoints.json", "--kind", "checkpoints:loss", "-o", "loss.png")
+    assert code == 0, err
+    one_line(lora_lab("checkpoints", "runs"), "runs: holds no checkpoint-STEP folder", "training with --save-every")
+    one_line(lora_lab("checkpoints", "runs/coto-s0.safetensors"), "no such folder", "NAME.checkpoints")
+    one_line(lora_lab("checkpoints", places[0], "--keep", "lowest"), "unknown pattern 'lowest'", "did you mean 'low'")
+    one_line(lora_lab("checkpoints", places[0], "--spaces", "deltas"), "did you mean 'delta'")
 
 
 def test_merges_are_compared_from_the_shell(lora_lab, pair, tmp_path):

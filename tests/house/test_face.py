@@ -25,6 +25,7 @@ from lora_lab.training.fit import train
 NAMES = ["Adapter", "CoToCallback", "Execution", "LoraLabError", "LowRank", "Metric", "Recipe", "Result", "Schedule"]
 NAMES += [
     "Task",
+    "checkpoints",
     "compare",
     "compare_merges",
     "convert",

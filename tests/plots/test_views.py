@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from making_results import (
+    checkpoints,
     compared,
     curve,
     layerwise,
@@ -39,6 +40,7 @@ MADE = {
     "interpolate": lambda: line(pairs=((0, 1), (0, 2)), ratios=("1:1",)),
     "plane": plane,
     "layerwise": layerwise,
+    "checkpoints": checkpoints,
     "sharpness": sharpness,
     "curve": curve,
     "shapley": lambda: shapley_result(interactions=True),

@@ -59,15 +59,12 @@ def _in_folder(folder: Path) -> Location:
     for name in _WEIGHTS:
         if (folder / name).is_file():
             return Location(folder / name, folder, "trainer-checkpoint" if checkpoint else "peft")
-    steps = sorted(
-        (p for p in folder.glob("checkpoint-*") if p.is_dir() and p.name[11:].isdigit()),
-        key=lambda p: int(p.name[11:]),
-    )
-    for inner in reversed(steps):
-        if any((inner / name).is_file() for name in _WEIGHTS):
-            location = _in_folder(inner)
-            location.notes.append(f"its last checkpoint is read: {inner.name}")
-            return location
+    checkpoints = checkpoints_in(folder)
+    if checkpoints:
+        last = checkpoints[max(checkpoints)]
+        location = _in_folder(last)
+        location.notes.append(f"its last checkpoint is read: {last.name}")
+        return location
     inside = [p.name for p in sorted(folder.iterdir()) if any((p / name).is_file() for name in _WEIGHTS)]
     if inside and all(name in PARTS and _of_peft(folder / name) for name in inside):
         parts = {name: _in_folder(folder / name) for name in inside}
@@ -94,6 +91,16 @@ def _in_folder(folder: Path) -> Location:
         f"{folder}: no {', no '.join(_WEIGHTS[:-1])} and no {_WEIGHTS[-1]} in this folder; an adapter's folder or file "
         "is needed"
     )
+
+
+def checkpoints_in(folder: Path) -> dict[int, Path]:
+    """Optimiser step → the folder checkpoint-STEP in a Trainer's output folder, of those that hold an adapter."""
+    found = {
+        int(inner.name[11:]): inner
+        for inner in folder.glob("checkpoint-*")
+        if inner.name[11:].isdecimal() and any((inner / name).is_file() for name in _WEIGHTS)
+    }
+    return dict(sorted(found.items()))
 
 
 def _is_adapter(path: Path) -> bool:
