@@ -101,11 +101,16 @@ def common_checkpoints(runs: Sequence[str | os.PathLike[str]]) -> list[Path]:
 
 def _common(steps: Mapping[str, Mapping[int, Any]]) -> list[int]:
     """The steps that all runs have; OptionError without one."""
-    shared = sorted(set.intersection(*map(set, steps.values())))
-    if not shared:
-        told = "; ".join(f"{run} has {shorten(at)}" for run, at in itertools.islice(steps.items(), 2))
-        raise OptionError(f"no step is common to the checkpoints of these {len(steps)} runs: {told}")
-    return shared
+    (first, shared), *others = ((run, set(at)) for run, at in steps.items())
+    for i, (run, at) in enumerate(others):
+        if not shared & at:
+            before = f"the {i + 1} runs before it share" if i else f"{first} has"
+            raise OptionError(
+                f"no step is common to the checkpoints of these {len(steps)} runs: {run} has {shorten(sorted(at))}; "
+                f"{before} {shorten(sorted(shared))}"
+            )
+        shared = shared & at
+    return sorted(shared)
 
 
 def runs_of(adapters: Sequence[Adapter]) -> list[Run]:

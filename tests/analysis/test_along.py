@@ -189,10 +189,11 @@ def test_what_cannot_be_compared_along_training_is_named(runs, adapters, tmp_pat
     shutil.copytree(runs[1] / "checkpoint-6", tmp_path / "late" / "checkpoint-6")
     shutil.copytree(runs[0] / "checkpoint-3", tmp_path / "early" / "checkpoint-3")
     places = [tmp_path / "early", tmp_path / "late"]
-    text = r"no step is common to the checkpoints of these 2 runs: .*early has 3; .*late has 6"
+    text = r"no step is common to the checkpoints of these 2 runs: .*late has 6; .*early has 3"
     refused(OptionError, text, common_checkpoints, places)
+    refused(OptionError, r"late has 6; the 2 runs before it share 3", common_checkpoints, [runs[0], *places])
     question = Checkpoints(**FEW)
-    refused(OptionError, "no step is common .*coto-s0 has 3; coto-s1 has 6", question.check, [adapters[0], adapters[3]])
+    refused(OptionError, "no step is common .*coto-s1 has 6; coto-s0 has 3", question.check, [adapters[0], adapters[3]])
     refused(
         OptionError, "elsewhere: is no checkpoint of a run", question.check, [replace(adapters[0], source="elsewhere")]
     )
