@@ -156,11 +156,7 @@ def command(
 
     path = output.path()
     options = parsing.typed(how.options, MERGES[how.method].defaults(how.options), how.method)
-    spaces = parsing.searches(how.search or [], how.method, options)
-    if "coefficient" in spaces and how.coefficient != 1:
-        raise OptionError("the coefficient is both set and searched")
-    if not spaces and computing.ray:
-        raise OptionError("--ray shares out what --search tries; a single merge is divided by --jobs alone")
+    spaces = _spaces(how, options, computing)
     inputs = [Path(adapter) for adapter in adapters]
     refuse_existing(path, force=output.force, inputs=inputs)
     weights = parsing.weights(how.weights or [], len(adapters))
@@ -183,6 +179,16 @@ def command(
     told = {"changes": list(fitted.changes), "advice": list(fitted.advice)}
     report = {"path": str(path), **merged.adapter.record["merge"], "errors": dict(merged.errors), **told}
     (print_json if output.json else show)(report)
+
+
+def _spaces(how: Merging, options: dict[str, Any], computing: Searching) -> Any:
+    """What is searched; OptionError where it does not go together with what is set."""
+    spaces = parsing.searches(how.search or [], how.method, options)
+    if "coefficient" in spaces and how.coefficient != 1:
+        raise OptionError("the coefficient is both set and searched")
+    if not spaces and computing.ray:
+        raise OptionError("--ray shares out what --search tries; a single merge is divided by --jobs alone")
+    return spaces
 
 
 def _sources(loaded: Any, weights: Any, how: Merging, task: TaskEach | None, device: Device, trust: bool) -> Any:
