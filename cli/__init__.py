@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -73,6 +74,23 @@ def application(arguments: Sequence[str]) -> typer.Typer:
 # typer may carry its own copy of click, so the class is taken from what typer itself raises
 _UsageError: Any = typer.BadParameter.__mro__[1]
 _ENDED_BY = 128  # a command that signal n ended has exit code 128 + n, as shells have it
+
+
+_COLLECTED = 10_000, 20, 50
+"""New objects after which Python looks for garbage (by default 700, 10, 10): what a command loads, it keeps."""
+
+
+def script() -> None:
+    """The command as it is installed, alone in its process: what there is at the end is not looked through once more.
+
+    Loading torch makes a million objects that stay. Both settings together save .5 CPU s of every command that needs
+    it; a process that goes on after `main` is left as it is.
+    """
+    gc.set_threshold(*_COLLECTED)
+    try:
+        main()
+    finally:
+        gc.freeze()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -593,6 +593,29 @@ def test_an_interrupt_leaves_no_output_and_the_same_command_goes_on(lora_lab, mo
     assert [path.name for path in (tmp_path / "out").iterdir() if path.name.startswith(".")] == [".outcomes"]
 
 
+def test_the_installed_command_leaves_nothing_to_be_collected_and_main_leaves_all(monkeypatch):
+    import gc
+    from importlib.metadata import entry_points
+
+    import lora_lab.cli as command
+
+    (installed,) = entry_points(group="console_scripts", name="lora-lab")
+    assert installed.load() is command.script
+    before, frozen = gc.get_threshold(), gc.get_freeze_count()
+    with pytest.raises(SystemExit):
+        main(["tasks", "--example", "clip"])
+    assert (gc.get_threshold(), gc.get_freeze_count()) == (before, frozen)
+    monkeypatch.setattr(command, "main", lambda: sys.exit(3))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            command.script()
+        assert ended.value.code == 3
+        assert gc.get_freeze_count() > frozen
+        assert gc.get_threshold() > before
+    finally:
+        gc.set_threshold(*before)
+
+
 def test_no_module_called_cli_is_installed():
     done = subprocess.run(
         [sys.executable, "-c", "import cli"], capture_output=True, text=True, cwd=CASES, env={"PATH": ""}
