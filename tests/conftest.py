@@ -14,7 +14,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import warnings
 from collections.abc import Callable
-from importlib.metadata import entry_points
 
 import pytest
 import torch
@@ -156,7 +155,7 @@ def lora_lab(monkeypatch, capsys, tmp_path):
     """The installed command: arguments → (exit code, standard output, standard error), in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    main = next(iter(entry_points(group="console_scripts", name="lora-lab"))).load()
+    from lora_lab.cli import main
 
     def run(*arguments):
         with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:

@@ -1,7 +1,5 @@
 """Adapters whose modules have other names: what is the same by another beginning, and what PEFT makes of it."""
 
-from importlib.metadata import entry_points
-
 import pytest
 import torch
 from making_adapters import lora, write
@@ -134,7 +132,7 @@ def test_from_the_shell_a_merge_is_refused_and_then_renamed(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     under("model").save(tmp_path / "a")
     under("", seed=9).save(tmp_path / "b")
-    main = next(iter(entry_points(group="console_scripts", name="lora-lab"))).load()
+    from lora_lab.cli import main
 
     def run(*line):
         with pytest.raises(SystemExit) as left:

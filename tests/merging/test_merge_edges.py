@@ -2,7 +2,6 @@
 
 import warnings
 from dataclasses import replace
-from importlib.metadata import entry_points
 
 import peft
 import pytest
@@ -218,7 +217,8 @@ def test_a_number_of_clusters_that_is_not_whole_is_refused():
 def test_options_of_the_inner_rule_that_is_set_can_be_searched(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     adapter({"layers.0.fc": update(2, (8, 6), 0)}).save(tmp_path / "a")
-    main = next(iter(entry_points(group="console_scripts", name="lora-lab"))).load()
+    from lora_lab.cli import main
+
     inner = ["--method", "knots", "--set", "inner=breadcrumbs", "--search", "gamma=0.01,0.1"]
     with warnings.catch_warnings(), pytest.raises(SystemExit):
         main(["merge", "a", "a", *inner, "-o", "x"])

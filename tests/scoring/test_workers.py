@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -557,9 +556,10 @@ def test_an_interrupted_command_ends_its_cluster_and_goes_on_from_its_journal(cl
     keep = Evaluator._keep
     monkeypatch.setattr(Evaluator, "_keep", lambda self, *args: (evaluated.append(args), keep(self, *args)))
     monkeypatch.setattr(opening, "open_workers", lambda *_, **__: contextlib.nullcontext(cluster))
-    (main,) = entry_points(group="console_scripts", name="lora-lab")
+    from lora_lab.cli import main
+
     with pytest.raises(SystemExit) as ended:
-        main.load()(command[1:])
+        main(command[1:])
     assert not ended.value.code
     assert len(evaluated) == 256 - known
     assert np.isfinite(Result.load(Path("out/shapley.json")).columns["value"]).all()
@@ -570,12 +570,12 @@ def test_layers_are_chosen_by_workers_and_the_cost_is_asked_about(local, pair, t
     pair[0].save("a.safetensors")
     asked, of = [], local.map
     monkeypatch.setattr(local, "map", lambda *given: (asked.append(given), of(*given))[1])
-    (main,) = entry_points(group="console_scripts", name="lora-lab")
+    from lora_lab.cli import main
 
     def prune(output, *more):
         options = ["--keep", "top-shapley:2", "--samples", "2", "-o", output, *more]
         with pytest.raises(SystemExit) as ended:
-            main.load()(["prune", "a.safetensors", *options])
+            main(["prune", "a.safetensors", *options])
         return ended.value.code or 0, capsys.readouterr().err
 
     assert prune("here")[0] == 0
@@ -604,11 +604,11 @@ def test_a_search_of_merges_is_shared_out_and_its_cost_is_asked_about(
     monkeypatch.setattr(
         opening, "open_workers", lambda *given: contextlib.nullcontext(local if given[0] == 2 else None)
     )
-    (main,) = entry_points(group="console_scripts", name="lora-lab")
+    from lora_lab.cli import main
 
     def merge(output, *more):
         with pytest.raises(SystemExit) as ended:
-            main.load()(["merge", *paths, "--search", "coefficient=0.5,2", "-o", output, *more])
+            main(["merge", *paths, "--search", "coefficient=0.5,2", "-o", output, *more])
         return ended.value.code or 0, capsys.readouterr().err
 
     assert merge("here.safetensors")[0] == 0
