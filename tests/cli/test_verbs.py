@@ -606,10 +606,10 @@ def test_the_installed_command_leaves_nothing_to_be_collected_and_main_leaves_al
         main(["tasks", "--example", "clip"])
     assert gc.get_threshold() == before
     assert gc.get_freeze_count() <= frozen  # some of what was frozen may be gone
-    monkeypatch.setattr(command, "main", lambda: sys.exit(3))
+    monkeypatch.setattr(command, "main", lambda arguments: sys.exit(len(arguments)))
     try:
         with pytest.raises(SystemExit) as ended:
-            command.script()
+            command.script(["a", "b", "c"])
         assert ended.value.code == 3
         assert gc.get_freeze_count() > frozen
         assert gc.get_threshold() > before
