@@ -217,9 +217,8 @@ def _by_value(values: Mapping[str, Any]) -> dict[str, Any]:
     return {_one_of(sorted(keys)): value for value, keys in names.items()}
 
 
-_NAMES_LABELS = ("id2label", "label2id", "num_labels", "problem_type", "pad_token_id", "use_cache")
-_STORAGE = ("quantization_config",)
-"""How weights are kept: a base in 4 or 8 bits is the same base."""
+_NO_MATTER = ("id2label", "label2id", "num_labels", "problem_type", "pad_token_id", "use_cache", "quantization_config")
+"""Fields of a configuration in which one base may differ: labels, and how weights are kept."""
 
 
 def base_config(model: nn.Module) -> dict[str, str] | None:
@@ -233,7 +232,7 @@ def base_config(model: nn.Module) -> dict[str, str] | None:
     if not isinstance(config, dict):
         return None
     kept = {k: v for k, v in config.items() if not k.startswith(("_", "transformers", "torch_dtype", "dtype"))}
-    digest = fingerprint({k: v for k, v in kept.items() if k not in (*_NAMES_LABELS, *_STORAGE)})
+    digest = fingerprint({k: v for k, v in kept.items() if k not in _NO_MATTER})
     return {"hash": digest, "transformers": version("transformers")}
 
 

@@ -51,6 +51,7 @@ def answer(question: Evaluate, adapters: Sequence[Adapter], task: Task | Sequenc
     for change, scores in zip(changes, evaluator.scores(changes), strict=True):
         adapter, judge = None if change.base else adapters[change.index], of_adapters[change.index]
         rows.append({**_described(adapter, judge), "examples": len(scores), **metrics.of(scores, judge)})
+    metrics.require(of_adapters)
     return Result(
         question.kind,
         columns([{**row, **{cell: row.get(cell) for cell in metrics.cells}} for row in rows]),
@@ -81,9 +82,14 @@ class _Metrics:
         self._question = question
         self.told: dict[str, dict[str, Any]] = {}
         """Metric → what it is, its unit, and whether more is better."""
-        for name in question.metric:
-            if not any(name in task.metrics for task in tasks):
-                there = dict.fromkeys(each for task in tasks for each in task.metrics)
+        if all(task.metrics for task in tasks):  # one of the user's own may know its columns only after a scoring
+            self.require(tasks)
+
+    def require(self, tasks: Sequence[Task]) -> None:
+        """OptionError for a metric that is asked for and that no task has."""
+        there = dict.fromkeys(name for task in tasks for name in task.metrics)
+        for name in self._question.metric:
+            if name not in there:
                 raise unknown(f"metric of task {tasks[0].name}:", name, list(there))
 
     @property

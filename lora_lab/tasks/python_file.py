@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import re
 import sys
+import sysconfig
 import traceback
 from pathlib import Path
 from types import ModuleType
@@ -83,15 +84,15 @@ def line_of(error: BaseException) -> str:
     """An error of the user's code in one line: the last of their own lines that it came through, and what it said."""
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: {type(error).__name__}: {error.msg}"
-    ours = Path(__file__).parents[1]
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not Path(frame.filename).is_relative_to(ours)
-        and not {"site-packages", "dist-packages", "importlib", "<frozen importlib._bootstrap>"}
-        & {*Path(frame.filename).parts, frame.filename}
-        and not frame.filename.startswith("<frozen")
-    ]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _theirs(frame.filename)]
     said = (str(error).strip() or "no message").partition("\n")[0]
     place = f"{Path(frames[-1].filename).name}, line {frames[-1].lineno}: " if frames else ""
     return f"{place}{type(error).__name__}: {said}"
+
+
+def _theirs(filename: str) -> bool:
+    """Whether a line is the user's: not of this package, nor of an installed one, nor Python's own."""
+    path = Path(filename)
+    others = (Path(__file__).parents[1], Path(sysconfig.get_path("stdlib")))
+    installed = {"site-packages", "dist-packages"} & {*path.parts}
+    return not (filename.startswith("<frozen") or installed or any(path.is_relative_to(each) for each in others))

@@ -94,6 +94,15 @@ def test_chosen_metrics_are_named_and_unknown_ones_refused():
         Evaluate(metric=("accuracy",)).run([adapter], task())
 
 
+def test_a_column_of_a_task_that_names_no_metric_can_be_chosen():
+    adapter = train(task(), Recipe("lora", steps=1))[0]
+    result = Evaluate(base=False, metric=("target",)).run([adapter], task(metrics=()))
+    assert result.columns["target"] == [pytest.approx(data("test")["y"].mean(), rel=1e-4)]
+    assert "prediction" not in result.columns
+    with pytest.raises(OptionError, match=r"'targets' .did you mean 'target'"):
+        Evaluate(base=False, metric=("targets",)).run([adapter], task(metrics=()))
+
+
 def test_texts_are_found_by_the_places_of_examples():
     texts = ["a", "bb", "ccc", "dddd"]
 
@@ -114,6 +123,7 @@ WRONG = {
     "texts": (lambda m, b: {"x": ["a"] * 8}, "'x' as <U1; numbers are needed"),
     "no number": (lambda m, b: {"x": b["y"] * float("nan")}, "'x' with 8 values that are no finite numbers"),
     "chance": (lambda m, b: {"x": torch.rand(8)}, "two scorings of one batch differ in 'x'"),
+    "an error elsewhere": (lambda m, b: {"x": json.loads("{")}, r"its score: test_own.py, line \d+: JSONDecodeError"),
     "an error": (lambda m, b: {"x": b["z"]}, r"its score: test_own.py, line \d+: KeyError: 'z'"),
 }
 
