@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.analysis.measured import cells, told
 from lora_lab.analysis.questions import Evaluate as Evaluate
 from lora_lab.errors import unknown
 from lora_lab.results.result import Result, columns, fingerprint, provenance
@@ -95,18 +96,14 @@ class _Metrics:
     @property
     def cells(self) -> list[str]:
         """The columns of all of them."""
-        return [cell for name in self.told for cell in _cells(name)]
+        return [f"{name}{end}" for name in self.told for end in ("", "_low", "_high")]
 
     def of(self, scores: Scores, task: Task) -> dict[str, float]:
         """Each metric with the ends of its interval."""
-        found = task.columns(scores, self._question.split)
-        cells: dict[str, float] = {}
+        given = task.columns(scores, task.split(self._question.split))
+        found: dict[str, float] = {}
         for name in (name for name in task.metrics if name in (self._question.metric or task.metrics)):
             metric = task.metric(name)
-            self.told[name] = {"about": metric.about, "unit": metric.unit, "higher": metric.higher}
-            cells |= zip(_cells(name), metric.estimate(found, seed=self._question.seed), strict=True)
-        return cells
-
-
-def _cells(name: str) -> tuple[str, str, str]:
-    return name, f"{name}_low", f"{name}_high"
+            self.told |= told({name: metric})
+            found |= cells(name, metric.estimate(given, seed=self._question.seed))
+        return found

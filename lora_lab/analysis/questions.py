@@ -37,6 +37,11 @@ def example_option() -> Any:
     return option(None, "Score on so many examples of the split, drawn with seed 0.", least=1)
 
 
+def metric_option(default: str = "the task's main one and its loss") -> Any:
+    """What is told of models."""
+    return option((), f"Metrics of the task, with commas between them; by default {default}.")
+
+
 def in_words(ratio: Sequence[float]) -> str:
     """(1.0, 2.0) → '1:2'."""
     return ":".join(f"{weight:g}" for weight in ratio)
@@ -266,7 +271,7 @@ class Evaluate(Question):
 
     split: str = split_option()
     base: bool = option(True, "Score the base model without an adapter, too.")
-    metric: tuple[str, ...] = option((), "Metrics with commas between them; by default all that the task has.")
+    metric: tuple[str, ...] = metric_option("all that it has")
     seed: int = option(0, "Seed of the bootstrap.", least=0)
 
     def run(

@@ -30,7 +30,7 @@ from lora_lab.scoring.journal import Journal
 from lora_lab.scoring.models import Effort, TaskModels
 from lora_lab.scoring.prefixes import Layout
 from lora_lab.tasks import digests
-from lora_lab.tasks.task import Scores, Task
+from lora_lab.tasks.task import Scores, Split, Task
 
 # A worker's batch is a minute's work, so that little is lost with it, but not fewer changes than these: cut into 32,
 # the coalitions of antithetic orders over 80 blocks share .50 of their blocks in place of .52; cut into 8, .45.
@@ -98,8 +98,13 @@ class Evaluator:
         return self.adapters[0]
 
     @property
+    def data(self) -> Split:
+        """The examples of the split that changes are scored on."""
+        return self._data
+
+    @property
     def examples(self) -> int:
-        """Examples of the split that changes are scored on."""
+        """How many these are."""
         return len(self._data)
 
     @property
@@ -188,7 +193,7 @@ class Evaluator:
         logits: bool = False,
         progress: Progress | None = None,
     ) -> list[Scores]:
-        """Scores of every change (with logits on request: of layer masks), computing what is not known yet.
+        """Scores of every change (with logits on request), computing what is not known yet.
 
         `progress` in place of that of the execution is told of this call.
         """
@@ -261,10 +266,10 @@ class Evaluator:
 
     def _here(self, changes: Sequence[Change], split: str, *, logits: bool) -> None:
         """Compute in this process, layer masks in the order in which they share most."""
-        examples = self.drawn(split)
+        examples = replace(self.drawn(split), logits=logits)
         masks = [change for change in changes if isinstance(change, LayerMask)]
         if masks:
-            for i, scores in self.models.score_variants([mask.states for mask in masks], examples, logits=logits):
+            for i, scores in self.models.score_variants([mask.states for mask in masks], examples):
                 self._keep(split, masks[i].key, scores)
         for change in changes:
             if not isinstance(change, LayerMask):

@@ -65,6 +65,8 @@ class Examples:
     count: int | None = None
     digest: str | None = None
     """Of the whole split; None is not compared."""
+    logits: bool = False
+    """Whether scores of them are to keep what the model said."""
 
     @classmethod
     def of(cls, task: Task, split: str, count: int | None = None) -> Examples:

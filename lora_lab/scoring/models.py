@@ -52,7 +52,7 @@ class TaskModels:
         self.adapters, self.tasks, self.device = list(adapters), list(tasks), device
         self._share = share
         self._latest: tuple[str, Any] = ("", None)
-        self._placed: dict[tuple[int, Examples], list[dict[str, Tensor]]] = {}
+        self._placed: dict[tuple[int, str, int], list[dict[str, Tensor]]] = {}
 
     @cached_property
     def attached(self) -> Attached:
@@ -81,24 +81,24 @@ class TaskModels:
         task = self.tasks[index]
         if examples.count is None:
             return task.batches(examples.split, self.device)
-        if (index, examples) not in self._placed:
+        place = index, examples.split, examples.count
+        if place not in self._placed:
             batches = examples.of_task(task).batches(task.batch_size)
-            self._placed[index, examples] = [{n: t.to(self.device) for n, t in batch.items()} for batch in batches]
-        return self._placed[index, examples]
+            self._placed[place] = [{n: t.to(self.device) for n, t in batch.items()} for batch in batches]
+        return self._placed[place]
 
     def score(self, model: nn.Module, examples: Examples, index: int = 0) -> Scores:
         """Scores of a task's model as it is; the model is put into evaluation mode."""
         model.eval()
         with torch.inference_mode():
-            return Scores.join([self.tasks[index].judge(model, batch) for batch in self.batches(examples, index)])
+            batches, kept = self.batches(examples, index), examples.logits
+            return Scores.join([self.tasks[index].judge(model, batch, keep_logits=kept) for batch in batches])
 
-    def score_variants(
-        self, variants: Sequence[Variant], examples: Examples, *, logits: bool = False
-    ) -> Iterator[tuple[int, Scores]]:
+    def score_variants(self, variants: Sequence[Variant], examples: Examples) -> Iterator[tuple[int, Scores]]:
         """(Index, scores) of every variant, in the order in which they share most."""
 
         def judge(model: nn.Module, batch: Mapping[str, Tensor]) -> Scores:
-            return self.tasks[0].judge(model, batch, keep_logits=logits)
+            return self.tasks[0].judge(model, batch, keep_logits=examples.logits)
 
         return self.variants.run(variants, self.batches(examples), judge)
 

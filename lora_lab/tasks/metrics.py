@@ -19,8 +19,16 @@ from lora_lab.registry import Registry
 from lora_lab.results.stats import Sampled, proportion
 
 Column = npt.NDArray[Any]
-"""One value an example: [n]."""
+"""One value an example: [n], or of several models [models, n]."""
 Floats = npt.NDArray[np.float64]
+
+
+def _as_they_are(*columns: Column) -> Sequence[Column]:
+    return columns
+
+
+def _the_mean(mean: Floats) -> Floats:
+    return mean
 
 
 @dataclass(frozen=True)
@@ -32,8 +40,11 @@ class Metric:
     """The columns of scores that it is made of."""
     of: Callable[..., Floats]
     """Means of the sufficient columns, each [k] → the metric, [k]."""
-    sufficient: Callable[..., Sequence[Column]] = lambda *columns: columns
-    """The columns that it needs, of a whole split → those whose means it is a function of."""
+    sufficient: Callable[..., Sequence[Column]] = _as_they_are
+    """The columns that it needs, each [..., examples] of a whole split → those whose means it is a function of.
+
+    Of several models at once the examples are the last axis, so that labels can be those of all models together.
+    """
     higher: bool = True
     """Whether more is better."""
     unit: str = "share"
@@ -42,9 +53,18 @@ class Metric:
     least: int = 1
     """Examples without which it has no value."""
 
+    @property
+    def is_mean(self) -> bool:
+        """Whether it is the plain mean of one column, so that every example has a value of its own."""
+        return self.share or (self.of is _the_mean and self.sufficient is _as_they_are)
+
+    def of_outcomes(self, part: Column) -> bool:
+        """Whether it is the mean of outcomes from 0 to 1, of which `part` are some."""
+        return self.share or (self.is_mean and part.dtype == np.bool_)
+
     def value(self, columns: Mapping[str, Column]) -> float:
         """Its value alone; NaN where it has none. TaskError as of `estimate`."""
-        means = [np.atleast_1d(part.mean()) for part in self._parts(columns)]
+        means = [np.atleast_1d(part.mean()) for part in self.parts(columns)]
         with np.errstate(invalid="ignore", divide="ignore"):
             return float(self.of(*means)[0])
 
@@ -53,31 +73,42 @@ class Metric:
 
         TaskError where the scores lack a column, or there are too few examples.
         """
-        parts = self._parts(columns)
-        if self.share:
+        parts = self.parts(columns)
+        if self.of_outcomes(parts[0]):
             return proportion(parts[0])
         values = np.stack([part.astype(np.float64) for part in parts])
         with np.errstate(invalid="ignore", divide="ignore"):
             return Sampled.of(values, seed=seed).estimate(lambda means: self.of(*means))
 
-    def _parts(self, columns: Mapping[str, Column]) -> list[Column]:
+    def require(self, examples: int) -> None:
+        """TaskError where it has no value on so few examples."""
+        if examples < self.least:
+            raise TaskError(f"{examples} examples; {self.about} needs {self.least} or more")
+
+    def parts(self, columns: Mapping[str, Column]) -> list[Column]:
+        """Its sufficient columns, each [..., examples]; TaskError where they are not to be had."""
         absent = [name for name in self.needs if name not in columns]
         if absent:
             raise TaskError(f"no {absent[0]!r} among the scores: {shorten(columns, 12)}; the metric needs it")
         given = [columns[name] for name in self.needs]
-        if len(given[0]) < self.least:
-            raise TaskError(f"{len(given[0])} examples; {self.about} needs {self.least} or more")
-        return [np.asarray(part) for part in self.sufficient(*given)]
+        shape = given[0].shape
+        self.require(shape[-1])
+        parts = [np.asarray(part) for part in self.sufficient(*given)]
+        odd = [list(part.shape) for part in parts if part.shape != shape]
+        if odd or not parts:
+            made = f"columns of shape {odd[0]}" if odd else "no columns"
+            raise TaskError(f"`sufficient` of {self.about!r} gave {made} of ones of {list(shape)}; the same is needed")
+        return parts
 
 
 def mean_of(column: str, about: str | None = None, **more: Any) -> Metric:
     """The plain mean of a column."""
-    return Metric(about or f"mean of {column}", (column,), lambda mean: mean, **{"unit": "", **more})
+    return Metric(about or f"mean of {column}", (column,), _the_mean, **{"unit": "", **more})
 
 
 def _moments(x: Column, y: Column) -> list[Column]:
     """What a correlation is a function of; both columns centred, which changes nothing and loses no digits."""
-    x, y = x - x.mean(), y - y.mean()
+    x, y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
     return [x, y, x * x, y * y, x * y]
 
 
@@ -92,7 +123,7 @@ def _ranks(prediction: Column, target: Column) -> list[Column]:
     """Moments of ranks; these are of the whole split, also in its resamples."""
     from scipy.stats import rankdata
 
-    return _moments(rankdata(prediction), rankdata(target))
+    return _moments(rankdata(prediction, axis=-1), rankdata(target, axis=-1))
 
 
 def _hits(prediction: Column, target: Column) -> list[Column]:

@@ -147,7 +147,7 @@ class Task(tasks.Task):
             self._steady = True
         return scores
 
-    def columns(self, scores: Scores, split: str) -> Mapping[str, npt.NDArray[Any]]:
+    def columns(self, scores: Scores, split: Split) -> Mapping[str, npt.NDArray[Any]]:
         """Those that `score` gives; where no metric was named, all of them are."""
         self._metrics = self._metrics or dict.fromkeys(scores.columns)
         return scores.columns

@@ -333,13 +333,22 @@ class Task(ABC):
         device = next(model.parameters()).device
         batches = self.batches(split, device)
         scores = Scores.join([self.judge(model, batch, keep_logits=keep_logits) for batch in batches])
-        lost = int((~np.isfinite(scores.columns.get("loss", np.zeros(0)))).sum())
-        if lost:
-            raise DivergedError(f"task {self.name}: the model's loss is not finite on {lost} examples")
+        self.require_finite(scores)
         return scores
 
-    def columns(self, scores: Scores, split: str) -> Mapping[str, npt.NDArray[Any]]:
-        """All columns that the metrics are made of; with `needs_logits`, the scores must have kept them."""
+    def require_finite(self, scores: Scores, where: str = "") -> None:
+        """DivergedError where a column that a metric needs is not finite; `where` says of what, with a blank."""
+        needed = dict.fromkeys(column for name in self.metrics for column in self.metric(name).needs)
+        for column in needed.keys() & scores.columns.keys():
+            odd = int((~np.isfinite(scores[column])).sum())
+            if odd:
+                raise DivergedError(f"task {self.name}: the model's {column} is not finite on {odd} examples{where}")
+
+    def columns(self, scores: Scores, split: Split) -> Mapping[str, npt.NDArray[Any]]:
+        """All columns that the metrics are made of, of the examples that were scored.
+
+        With `needs_logits`, those made of what the model said are there only where scores have kept it.
+        """
         return scores.columns
 
     def metric(self, name: str) -> Metric:

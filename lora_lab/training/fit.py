@@ -98,7 +98,7 @@ def train(
 def _validated(task: Task, adapter: Adapter, device: torch.device | None) -> dict[str, Any]:
     """The task's metrics on the validation split, the main one first, and how many examples it has."""
     scores = score(task, adapter, "validation", device=device, keep_logits=task.needs_logits)
-    found = task.columns(scores, "validation")
+    found = task.columns(scores, task.split("validation"))
     return {**{name: task.metric(name).value(found) for name in task.metrics}, "examples": len(scores)}
 
 

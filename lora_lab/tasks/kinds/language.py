@@ -217,9 +217,9 @@ class CausalLM(_Language):
         margin = margins(logits, targets.clamp(min=0))
         return Targets(_losses(logits, targets), margin, targets != NO_TARGET)
 
-    def columns(self, scores: Scores, split: str) -> Mapping[str, npt.NDArray[Any]]:
+    def columns(self, scores: Scores, split: Split) -> Mapping[str, npt.NDArray[Any]]:
         """With the number of tokens of every example that are predicted."""
-        tokens = (self.split(split).inputs["labels"][:, 1:] != NO_TARGET).sum(1).numpy()
+        tokens = (split.inputs["labels"][:, 1:] != NO_TARGET).sum(1).numpy()
         return {**scores.columns, "tokens": tokens}
 
 
@@ -292,10 +292,11 @@ class MultipleChoice(_Language):
             )
         )
 
-    def columns(self, scores: Scores, split: str) -> Mapping[str, npt.NDArray[Any]]:
-        """With acc, acc_norm and acc_bytes; of options that are equally good the first is taken."""
-        assert scores.logits is not None
-        inputs = self.split(split).inputs
+    def columns(self, scores: Scores, split: Split) -> Mapping[str, npt.NDArray[Any]]:
+        """With acc, acc_norm and acc_bytes where logits were kept; of equally good options the first is taken."""
+        if scores.logits is None:
+            return scores.columns
+        inputs = split.inputs
         tokens = (inputs["targets"][..., 1:] != NO_TARGET).sum(-1).numpy()
         there = tokens > 0
         sums = np.where(there, np.where(there, scores.logits, 0.0).astype(np.float64) * tokens, -np.inf)

@@ -146,7 +146,7 @@ def test_the_loss_of_an_example_is_the_models_own_and_padding_changes_nothing(fo
         margin = (logits.gather(1, targets[:, None])[:, 0] - others).mean().item()
         assert scores.margin[i] == pytest.approx(margin, abs=1e-5)
     counts = [int((example(split, i, "labels")[1][0, 1:] != -100).sum()) for i in range(len(split))]
-    assert task.columns(Scores({}), "test")["tokens"].tolist() == counts
+    assert task.columns(Scores({}), task.split("test"))["tokens"].tolist() == counts
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -308,7 +308,7 @@ def test_acc_and_acc_norm_are_by_sums_and_by_sums_per_character_and_byte(folder,
     task = build(folder, rows, CHOICE, base)
     model = task.build_model()
     scores = task.score(model, "test", keep_logits=True)
-    found = task.columns(scores, "test")
+    found = task.columns(scores, task.split("test"))
     wanted = {name: [] for name in ("acc", "acc_norm", "acc_bytes")}
     for row in rows:
         tokens = [len(task._tokens(f" {option}")) for option in row["choices"]]
@@ -480,7 +480,7 @@ def test_every_analysis_runs_on_language_models(folder, base, rows, keys):
     assert losses == pytest.approx([before.mean_loss, *ends], abs=1e-6)
     assert ("perplexity" in table.columns) == (not task.classifies)
     if not task.classifies:
-        counts = task.columns(Scores({}), "test")["tokens"]
+        counts = task.columns(Scores({}), task.split("test"))["tokens"]
         assert len(set(counts)) > 1  # or every text would count alike
         texts = [score(task, adapter).loss for adapter in (None, *adapters)]
         expected = [np.exp((loss * counts).sum() / counts.sum()) for loss in texts]

@@ -1,0 +1,168 @@
+"""Metrics of scored models under one bootstrap resampling of the examples, so that differences between them are paired.
+
+A metric is g(means of its sufficient columns). These are stacked over all models, their means are resampled, and g is
+applied to each resample: so means, F1, correlations and perplexities of points are `Sampled` alike. What becomes of a
+model is told as how much worse it is, in units of the metric: of a metric of which more is better, what is lost of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lora_lab.errors import TaskError, unknown
+from lora_lab.results.stats import Floats, Sampled, proportion
+from lora_lab.scoring.changes import Change
+from lora_lab.scoring.evaluator import Evaluator
+from lora_lab.tasks.metrics import Column, Metric
+from lora_lab.tasks.task import Scores, Split, Task
+
+_ALWAYS = "loss"
+"""Told besides the main metric, of tasks that have it."""
+_OF_EVERY_SCORING = ("loss", "correct", "margin")
+"""Columns that scores have without what the model said."""
+
+
+def require(task: Task, asked: Sequence[str]) -> None:
+    """OptionError for a metric that the task lacks, naming those it has.
+
+    A task of the user's own may know them only after a scoring, and nothing is raised before.
+    """
+    for name in asked:
+        if task.metrics and name not in task.metrics:
+            raise unknown(f"metric of task {task.name}:", name, list(task.metrics))
+
+
+def chosen(task: Task, asked: Sequence[str]) -> list[str]:
+    """Names of the metrics asked for; without, the task's main one and the loss where it is one of them."""
+    require(task, asked)
+    return list(dict.fromkeys(asked or [*task.metrics[:1], *(name for name in task.metrics if name == _ALWAYS)]))
+
+
+def of_logits(task: Task, asked: Sequence[str]) -> bool:
+    """Whether what the model said must be kept in scores for these metrics."""
+    needed = {column for name in chosen(task, asked) for column in task.metric(name).needs}
+    return task.needs_logits and not needed <= set(_OF_EVERY_SCORING)
+
+
+def scored(evaluator: Evaluator, changes: Sequence[Change], asked: Sequence[str]) -> dict[str, Scores]:
+    """Scores by the key of each change, every different one once, with all that the metrics asked for need.
+
+    OptionError for a metric that the task lacks, TaskError for too few examples of one: before anything is scored, or
+    after the first scoring where the task knows its columns only then.
+    """
+    require(evaluator.task, asked)
+    different = {change.key: change for change in changes}
+    evaluator.total = len(different)
+    if different and not evaluator.task.metrics:
+        (first,) = evaluator.scores(list(different.values())[:1])
+        evaluator.task.columns(first, evaluator.data)
+    for name in chosen(evaluator.task, asked):
+        evaluator.task.metric(name).require(evaluator.examples)
+    logits = of_logits(evaluator.task, asked)
+    return dict(zip(different, evaluator.scores(list(different.values()), logits=logits), strict=True))
+
+
+def told(metrics: Mapping[str, Metric]) -> dict[str, dict[str, Any]]:
+    """Metrics as the parameters of results have them: what each is, its unit, and whether more is better."""
+    return {name: {"about": each.about, "unit": each.unit, "higher": each.higher} for name, each in metrics.items()}
+
+
+def cells(name: str, value: tuple[float, float, float]) -> dict[str, float]:
+    """A value and the ends of its interval, as rows have them."""
+    return dict(zip((name, f"{name}_low", f"{name}_high"), value, strict=True))
+
+
+class Measured:
+    """The metrics asked for, of scored models that are known by the keys of changes; TaskError as of `Metric.parts`."""
+
+    def __init__(
+        self, task: Task, scores: Mapping[str, Scores], examples: Split, asked: Sequence[str], seed: int
+    ) -> None:
+        found = [task.columns(each, examples) for each in scores.values()]
+        self.metrics: dict[str, Metric] = {name: task.metric(name) for name in chosen(task, asked)}
+        """By name, the main one (or the first that was asked for) first."""
+        self._index, self._seed = {key: i for i, key in enumerate(scores)}, seed
+        sizes = sorted({len(each) for each in scores.values()})
+        if len(sizes) > 1:
+            raise TaskError(f"task {task.name}: scores of {sizes[0]} and of {sizes[-1]} examples; as many are needed")
+        shared = [name for name in found[0] if all(name in each for each in found)]
+        columns = {name: np.stack([each[name] for each in found]) for name in shared}
+        self._parts = {name: metric.parts(columns) for name, metric in self.metrics.items()}
+        self._sampled: dict[tuple[str, bool], Sampled] = {}
+
+    @classmethod
+    def of(cls, evaluator: Evaluator, changes: Sequence[Change], asked: Sequence[str], seed: int) -> Measured:
+        """Of changes, which are scored first (see `scored`)."""
+        return cls(evaluator.task, scored(evaluator, changes, asked), evaluator.data, asked, seed)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def told(self) -> dict[str, dict[str, Any]]:
+        """The metrics as the parameters of results have them."""
+        return told(self.metrics)
+
+    def values(self, changes: Sequence[Change], name: str) -> Sampled:
+        """A metric of these models, in order."""
+        return self._of(name, worse=False)[self._places(changes)]
+
+    def worse(self, changes: Sequence[Change], name: str) -> Sampled:
+        """How bad these models are by a metric: it itself, or where more is better, its negative (a share's rest)."""
+        return self._of(name, worse=True)[self._places(changes)]
+
+    def examples(self, changes: Sequence[Change], name: str) -> Floats | None:
+        """How bad these models are on each example, [models, examples]; None of a metric that is no mean of them."""
+        metric, part = self.metrics[name], self._parts[name][0]
+        if not metric.is_mean:
+            return None
+        return _turned(metric, part)[self._places(changes)].astype(np.float64)
+
+    def cells(self, change: Change) -> dict[str, float]:
+        """Every metric of a model with its interval, as rows of results have them."""
+        found: dict[str, float] = {}
+        for name, metric in self.metrics.items():
+            part = self._parts[name][0]
+            if metric.of_outcomes(part):
+                value = proportion(part[self._index[change.key]])
+            else:
+                value = self.values([change], name).estimate(lambda means: means[0])
+            found |= cells(name, value)
+        return found
+
+    def _places(self, changes: Sequence[Change]) -> list[int]:
+        return [self._index[change.key] for change in changes]
+
+    def _of(self, name: str, *, worse: bool) -> Sampled:
+        """A metric of all models, or how bad they are by it, with its resamples."""
+        worse = worse and self.metrics[name].higher
+        if (name, worse) not in self._sampled:
+            self._sampled[name, worse] = _sampled(self.metrics[name], self._parts[name], self._seed, worse=worse)
+        return self._sampled[name, worse]
+
+
+def _turned(metric: Metric, part: Column) -> Column:
+    """A column of which less is better: itself, or its opposite, of outcomes from 0 to 1 what is left to 1."""
+    if not metric.higher:
+        return part
+    if part.dtype == np.bool_:
+        return np.logical_not(part)
+    return 1.0 - part.astype(np.float64) if metric.share else -part.astype(np.float64)
+
+
+def _sampled(metric: Metric, parts: Sequence[Column], seed: int, *, worse: bool) -> Sampled:
+    """The metric of every model, [models], or its opposite, and of the same resamples of the examples for all."""
+    if metric.is_mean:
+        return Sampled.of(_turned(metric, parts[0]) if worse else parts[0], seed=seed)
+    models = len(parts[0])
+    means = Sampled.of(np.concatenate(parts).astype(np.float64), seed=seed)
+
+    def of(stacked: Floats) -> Floats:
+        with np.errstate(all="ignore"):
+            found = metric.of(*(part.reshape(-1) for part in stacked.reshape(len(parts), models, -1)))
+        return (-found if worse else found).reshape(models, -1)
+
+    return Sampled(of(means.means), of(means.samples))
