@@ -47,13 +47,13 @@ def sdxl():
 def test_every_module_of_sd_has_a_flat_name_that_is_read_back():
     names = [f"unet.{name}" for name in unet_names(SD)]
     assert len(names) == 192 + 90  # in and around 16 attentions, and of everything else
-    flat = {name: Scheme().flat(name) for name in names}
+    flat = Scheme().flat(names)
     assert flat[names[0]] == "lora_unet_conv_in"
     assert modules_of(flat.values()) == {text: name for name, text in flat.items()}
 
 
 def test_every_module_of_sdxl_has_its_authors_name_and_is_read_back(sdxl):
-    flat = {f"unet.{name}": SDXL_NAMES.flat(f"unet.{name}") for name in sdxl}
+    flat = SDXL_NAMES.flat([f"unet.{name}" for name in sdxl])
     assert all(is_sgm(text.removeprefix("lora_unet_")) for text in flat.values())
     assert modules_of(flat.values()) == {text: name for name, text in flat.items()}
     assert all(from_sgm(to_sgm(name, wide=True)) == name for name in sdxl)
@@ -67,7 +67,7 @@ def test_sdxl_names_are_those_that_diffusers_reads(sdxl):
     )
 
     names = [name for name in sdxl if ".attentions." in name]
-    flat = {name: SDXL_NAMES.flat(f"unet.{name}") for name in names}
+    flat = SDXL_NAMES.flat([f"unet.{name}" for name in names])
     state = {f"{text}.{end}.weight": torch.zeros(1, 1) for text in flat.values() for end in ("lora_down", "lora_up")}
 
     class Config:
@@ -165,18 +165,34 @@ def test_flux_and_its_second_text_encoder_are_read_and_written():
         "lora_te3_encoder_block_0_layer_0_SelfAttention_q": "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q",
     }
     assert modules_of(pairs) == pairs
-    assert {Scheme(numbered=True).flat(module): module for module in pairs.values()} == pairs
+    assert Scheme(numbered=True).flat(pairs.values()) == {module: name for name, module in pairs.items()}
 
 
-def test_hunyuan_names_which_flat_look_like_those_of_flux_stay_flat():
-    names = ["lora_unet_double_blocks_0_img_attn_qkv", "lora_unet_double_blocks_0_img_mlp_fc1"]
-    assert modules_of(names) == dict.fromkeys(names)
+def test_names_that_flat_are_those_of_flux_are_hunyuan_videos_beside_one_of_its_own():
+    pairs = {
+        "lora_unet_double_blocks_0_img_attn_qkv": "diffusion_model.double_blocks.0.img_attn_qkv",
+        "lora_unet_double_blocks_3_txt_attn_proj": "diffusion_model.double_blocks.3.txt_attn_proj",
+        "lora_unet_single_blocks_0_linear1": "diffusion_model.single_blocks.0.linear1",
+        "lora_unet_double_blocks_0_img_mlp_fc1": "diffusion_model.double_blocks.0.img_mlp.fc1",
+    }
+    assert modules_of(pairs) == pairs
+    assert Scheme(numbered=True).flat(pairs.values()) == {module: name for name, module in pairs.items()}
+    flux = dict(list(pairs.items())[:2])
+    assert list(modules_of(flux).values()) == [name.replace("attn_", "attn.") for name in flux.values()]
+    assert set(Scheme(numbered=True).flat(flux.values()).values()) == {None}  # it would be read as Flux's
+
+
+def test_of_two_modules_with_one_flat_name_only_the_one_that_is_read_back_has_it():
+    names = [f"diffusion_model.double_blocks.0.img_attn{mark}qkv" for mark in "._"]
+    fc = "diffusion_model.double_blocks.0.img_mlp.fc1"
+    flat = Scheme(numbered=True).flat([*names, fc])
+    assert [flat[name] for name in names] == [None, "lora_unet_double_blocks_0_img_attn_qkv"]
 
 
 @pytest.mark.parametrize("module", ["unet.conv.a_b", "vae.conv_in", "layers.0.q_proj", "unet", ""])
 def test_a_module_that_could_not_be_read_back_has_no_flat_name(module):
-    assert Scheme().flat(module) is None
-    assert SDXL_NAMES.flat(module) is None
+    assert Scheme().flat([module]) == {module: None}
+    assert SDXL_NAMES.flat([module]) == {module: None}
 
 
 TRANSFORMERS = [
@@ -227,9 +243,8 @@ def test_the_scheme_of_a_model_is_the_one_that_its_trainers_use(sdxl):
 
 def test_schemes_that_other_tools_use_are_read_back():
     t5 = "text_encoder_2.encoder.block.0.layer.0.SelfAttention.q"
-    assert Scheme(second=True).flat(t5) == "lora_te2_encoder_block_0_layer_0_SelfAttention_q"
-    assert (
-        Scheme(lycoris=True).flat("transformer.transformer_blocks.0.attn.to_q")
-        == "lycoris_transformer_blocks_0_attn_to_q"
-    )
-    assert Scheme(lycoris=True).flat("diffusion_model.double_blocks.0.img_attn.qkv") is None  # read as transformer
+    assert Scheme(second=True).flat([t5]) == {t5: "lora_te2_encoder_block_0_layer_0_SelfAttention_q"}
+    name = "transformer.transformer_blocks.0.attn.to_q"
+    assert Scheme(lycoris=True).flat([name]) == {name: "lycoris_transformer_blocks_0_attn_to_q"}
+    name = "diffusion_model.double_blocks.0.img_attn.qkv"
+    assert Scheme(lycoris=True).flat([name]) == {name: None}  # read as transformer

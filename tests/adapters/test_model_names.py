@@ -7,7 +7,7 @@ import torch
 
 from lora_lab import Adapter
 from lora_lab.adapters.converting import converted, save
-from lora_lab.adapters.formats.model_names import FLUX, flux_to_authors, to_diffusers
+from lora_lab.adapters.formats.model_names import FLUX, to_authors, to_diffusers
 from lora_lab.errors import AdapterError, TunerError
 from tests.adapters.test_comfy import dotted
 from tests.adapters.test_kohya import load, pair, random
@@ -47,7 +47,7 @@ def test_flux_has_the_same_delta_under_diffusers_names_and_back(tmp_path, alpha)
         assert torch.equal(
             rows_of(ours, pattern), theirs.updates[f"diffusion_model.{pattern.replace('#', '5')}"].delta()
         )
-    back = flux_to_authors(named(ours, BASE))
+    back = to_authors(named(ours, BASE))
     assert back.sites.keys() == theirs.sites.keys()
     for name, update in theirs.updates.items():
         assert torch.equal(back.updates[name].delta(), update.delta())
@@ -62,7 +62,7 @@ def test_parts_of_their_own_become_blocks_and_come_apart_again(tmp_path):
         rows = (4 if name.endswith("mlp") else 1) * WIDTH
         tensors |= dotted(name, rank=rank, alpha=alpha, rows=rows, columns=WIDTH, seed=50 * seed)
     ours = named(load(tmp_path, tensors), BASE)
-    joined = flux_to_authors(ours)
+    joined = to_authors(ours)
     whole = joined.updates["diffusion_model.single_blocks.5.linear1"]
     assert whole.rank == 6
     for name, start, stop in zip(names, (0, 2, 3), (1, 3, 7), strict=True):
@@ -83,11 +83,11 @@ def test_dora_comes_apart_by_rows_and_goes_together_if_whole(tmp_path):
     key = "base_model.model.transformer.transformer_blocks.0.attn.{}.lora_magnitude_vector"
     parts = [ours.tensors[key.format(part)] for part in ("to_q", "to_k", "to_v")]
     assert torch.equal(torch.cat(parts), magnitude.flatten())
-    back = flux_to_authors(named(ours, BASE))
+    back = to_authors(named(ours, BASE))
     assert torch.equal(back.tensors[f"base_model.model.{name}.lora_magnitude_vector"], magnitude.flatten())
     missing = replace(ours, sites={n: s for n, s in ours.sites.items() if not n.endswith("to_k")})
     with pytest.raises(TunerError, match="a DoRA of some of its parts is none of the whole"):
-        flux_to_authors(named(missing, BASE))
+        to_authors(named(missing, BASE))
 
 
 def test_diffusers_reads_the_same_from_kohyas_file(tmp_path):
@@ -168,7 +168,7 @@ def test_convert_takes_kohyas_flux_to_diffusers_and_back(tmp_path):
 
 def test_only_a_model_that_is_called_flux_gets_its_authors_names(tmp_path):
     adapter = load(tmp_path, dotted("transformer.transformer_blocks.0.attn.to_q"))
-    assert flux_to_authors(adapter) is adapter
+    assert to_authors(adapter) is adapter
     converted(adapter, "kohya").adapter.save(tmp_path / "out.safetensors")
     assert list(Adapter.load(tmp_path / "out.safetensors").sites) == list(adapter.sites)
 

@@ -1,8 +1,12 @@
 """Flux.2, HunyuanVideo and Stable Diffusion 3 in diffusers' names: against diffusers' own conversions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from lora_lab import Adapter
+from lora_lab.adapters.converting import converted
 from lora_lab.adapters.formats.model_names import to_diffusers
 from lora_lab.adapters.formats.transformer_names import FLUX_2, HUNYUAN_VIDEO, SD_3
 from tests.adapters.test_comfy import dotted
@@ -79,27 +83,116 @@ def test_what_hunyuan_video_fuses_comes_apart_by_rows(tmp_path, pattern, times):
     torch.testing.assert_close(torch.cat(parts), theirs.updates[name].delta())
 
 
-def test_stable_diffusion_3_is_as_diffusers_has_its_weights(tmp_path):
-    conversion = pytest.importorskip("diffusers.loaders.single_file_utils")
-    shapes = {
+# kohya's flat names
+
+BASES = {"Flux2": "FLUX.2-dev", "HunyuanVideo": "hunyuanvideo-community/HunyuanVideo", "SD3": "stable-diffusion-3.5"}
+TABLES = {"Flux2": FLUX_2, "HunyuanVideo": HUNYUAN_VIDEO, "SD3": SD_3}
+SHAPES = {
+    "Flux2": {**FLUX_2_SHAPES, "img.lin": (6, 1), "txt.lin": (6, 1), "modulation.lin": (3, 1)},
+    "HunyuanVideo": {
+        "attn_qkv": (3, 1),
+        "adaLN_modulation.1": (2, 1),
+        "linear1": (7, 1),
+        "linear2": (1, 5),
+        "mod.linear": (6, 1),
+        "modulation.linear": (3, 1),
+        "fc1": (4, 1),
+        "fc2": (1, 4),
+    },
+    "SD3": {
         "qkv": (3, 1),
-        "x_block.adaLN_modulation.1": (6, 1),
+        "block.adaLN_modulation.1": (6, 1),
         "final_layer.adaLN_modulation.1": (2, 1),
         "fc1": (4, 1),
         "fc2": (1, 4),
-    }
-    tensors = tensors_of(SD_3, {"context_block.adaLN_modulation.1": (6, 1), **shapes})
-    last = tensors_of(SD_3, {"context_block.adaLN_modulation.1": (2, 1), **shapes}, numbers=(1,))
-    only_here = ("context_block.attn.proj", "context_block.mlp")  # which the last block has not
-    last = {key: t for key, t in last.items() if "joint_blocks" in key and not any(n in key for n in only_here)}
-    theirs = load(tmp_path, {**tensors, **last})
-    ours = to_diffusers(theirs)
-    dense = {name.removeprefix("diffusion_model."): update.delta() for name, update in theirs.updates.items()}
-    checkpoint = {f"{name}.weight": delta for name, delta in dense.items()}
-    checkpoint |= {f"{name}.bias": delta[:, 0].clone() for name, delta in dense.items()}
-    wanted = conversion.convert_sd3_transformer_checkpoint_to_diffusers({**checkpoint, "pos_embed": torch.zeros(1)})
-    assert {f"transformer.{key.removesuffix('.weight')}" for key in wanted if key.endswith(".weight")} == set(
-        ours.sites
-    )
+    },
+}
+
+
+def file_of(family):
+    """A LoRA of every module of a model, by its authors' names; of SD3 two blocks, of which the last is smaller."""
+    tensors = tensors_of(TABLES[family], SHAPES[family])
+    if family != "SD3":
+        return tensors
+    last = tensors_of(SD_3, {"context_block.adaLN_modulation.1": (2, 1), **SHAPES[family]}, numbers=(1,))
+    only_before = ("context_block.attn.proj", "context_block.mlp")
+    return {**tensors, **{key: t for key, t in last.items() if not any(name in key for name in only_before)}}
+
+
+def flat(tensors):
+    """The same file under kohya's names, by hand: each dot of a module's name an underscore."""
+    made = {}
+    for key, tensor in tensors.items():
+        name, _, end = key.rpartition(".lora_") if ".lora_" in key else key.rpartition(".")
+        end = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}.get(end, end)
+        made[f"lora_unet_{name.removeprefix('diffusion_model.').replace('.', '_')}.{end}"] = tensor
+    return made
+
+
+def tiny(family):
+    """A transformer of two blocks of each kind and of WIDTH columns, as diffusers builds it."""
+    diffusers = pytest.importorskip("diffusers")
+    heads = {"num_attention_heads": 2, "attention_head_dim": 4}
+    if family == "Flux2":
+        sizes = {"in_channels": 8, "joint_attention_dim": 8, "axes_dims_rope": (2, 2, 0, 0)}
+        sizes |= {"num_layers": 2, "num_single_layers": 2, "timestep_guidance_channels": 8}
+        return diffusers.Flux2Transformer2DModel(**heads, **sizes)
+    if family == "HunyuanVideo":
+        sizes = {"num_layers": 2, "num_single_layers": 2, "num_refiner_layers": 2, "rope_axes_dim": (2, 2, 0)}
+        widths = {"in_channels": 8, "text_embed_dim": 8, "pooled_projection_dim": 8, "guidance_embeds": True}
+        return diffusers.HunyuanVideoTransformer3DModel(**heads, **sizes, **widths)
+    sizes = {"num_layers": 2, "caption_projection_dim": 8, "joint_attention_dim": 8, "pooled_projection_dim": 8}
+    return diffusers.SD3Transformer2DModel(**heads, **sizes, in_channels=8, dual_attention_layers=(0, 1))
+
+
+def by_checkpoints(family, dense):
+    """Module → ΔW under diffusers' names: what its conversion of a whole checkpoint makes of the authors' ones."""
+    conversion = pytest.importorskip("diffusers.loaders.single_file_utils")
+    names = {"Flux2": "flux2_transformer_checkpoint", "SD3": "sd3_transformer_checkpoint"}
+    convert = getattr(conversion, f"convert_{names.get(family, 'hunyuan_video_transformer')}_to_diffusers")
+    checkpoint = {f"{name.removeprefix('diffusion_model.')}.weight": delta for name, delta in dense.items()}
+    if family == "SD3":  # which asks for biases, too
+        checkpoint |= {key.replace(".weight", ".bias"): delta[:, 0].clone() for key, delta in checkpoint.items()}
+        checkpoint["pos_embed"] = torch.zeros(1)
+    made = convert(checkpoint)
+    return {f"transformer.{key.removesuffix('.weight')}": made[key] for key in made if key.endswith(".weight")}
+
+
+@pytest.mark.parametrize("family", TABLES)
+def test_kohyas_file_is_read_converted_and_written_again_with_the_delta_that_diffusers_has(tmp_path, family):
+    tensors = file_of(family)
+    theirs = load(tmp_path, flat(tensors))
+    assert set(theirs.sites) == {key.removesuffix(".alpha") for key in tensors if key.endswith(".alpha")}
+    converted(theirs, "diffusers").adapter.save(tmp_path / "ours.safetensors")
+    ours = Adapter.load(tmp_path / "ours.safetensors")
+    dense = {name: update.delta() for name, update in theirs.updates.items()}
+    wide = "diffusion_model.single_blocks.0.linear1"  # of Hunyuan, whose real width stands in diffusers' conversion
+    wanted = by_checkpoints(family, {n: d for n, d in dense.items() if family != "HunyuanVideo" or n != wide})
+    if family == "HunyuanVideo":
+        parts = dict(zip(HUNYUAN_VIDEO["single_blocks.#.linear1"], dense[wide].split([8, 8, 8, 32]), strict=True))
+        wanted |= {f"transformer.{name.replace('#', '0')}": part for name, part in parts.items()}
+    assert set(wanted) == set(ours.sites)
     for name, update in ours.updates.items():
-        torch.testing.assert_close(update.delta(), wanted[f"{name.removeprefix('transformer.')}.weight"])
+        torch.testing.assert_close(update.delta(), wanted[name])
+    named = replace(ours, config={**ours.config, "base_model_name_or_path": BASES[family]})
+    back = converted(named, "kohya").adapter
+    back.save(tmp_path / "back.safetensors")
+    again = Adapter.load(tmp_path / "back.safetensors")
+    assert again.sites.keys() == theirs.sites.keys()
+    for name, update in again.updates.items():
+        torch.testing.assert_close(update.delta(), theirs.updates[name].delta())
+
+
+@pytest.mark.parametrize("family", TABLES)
+def test_every_module_under_diffusers_names_is_one_of_the_model(tmp_path, family):
+    modules = dict(tiny(family).named_modules())
+    for name in {name for names in TABLES[family].values() for name in names}:
+        assert name.replace("#", "0") in modules
+
+
+def test_diffusers_reads_the_same_from_kohyas_file_of_flux_2(tmp_path):
+    conversion = pytest.importorskip("diffusers.loaders.lora_conversion_utils")
+    known = [name for name in FLUX_2 if "modulation" not in name.lower() and "guidance" not in name]
+    tensors = flat(tensors_of(known, FLUX_2_SHAPES, numbers=(0, 1)))
+    ours = to_diffusers(load(tmp_path, tensors))
+    compared(ours, conversion._convert_kohya_flux2_lora_to_diffusers(dict(tensors)))

@@ -43,7 +43,7 @@ block layer SelfAttention DenseReluDense wi wi_0 wi_1 wo q k v o
 model embed_tokens o_proj gate_proj up_proj down_proj
 double_blocks single_blocks img_attn txt_attn img_mlp txt_mlp img_mod txt_mod modulation lin qkv linear1 linear2 img_in
 txt_in time_in vector_in guidance_in in_layer out_layer final_layer adaLN_modulation
-joint_blocks x_block context_block attn_2
+joint_blocks x_block context_block attn_2 y_embedder
 blocks cross_attn ffn k_img v_img patch_embedding text_embedding time_projection head img_emb
 noise_refiner context_refiner attention feed_forward w1 w2 w3 t_embedder cap_embedder
 linear_3 linear_in linear_out time_guidance_embed double_stream_modulation_img double_stream_modulation_txt
@@ -83,20 +83,31 @@ def modules_of(flat: Collection[str]) -> dict[str, str | None]:
     t5 = "text_encoder_3."
     if any("_double_blocks_" in name for name in flat):  # Flux, which has two text encoders, T5 the second
         t5 = "text_encoder_2."
-    # HunyuanVideo's img_attn_qkv is one word where Flux's is two, and flat they look the same
-    unclear = any("_double_blocks_" in name and "_mlp_fc" in name for name in flat)
+    hunyuan = any(map(_HUNYUAN.match, flat))
     modules: dict[str, str | None] = {}
     for name in flat:
-        module = None if unclear and "_blocks_" in name else _module(name)
+        module = _module(name, hunyuan=hunyuan)
         if module is not None and module.startswith("text_encoder_3."):
             module = t5 + module.removeprefix("text_encoder_3.")
         modules[name] = module
     return modules
 
 
-def _module(flat: str) -> str | None:
+_HUNYUAN = re.compile(
+    r"lora_unet_(double_blocks_\d+_(img|txt)_(mlp_fc|mod_linear)|single_blocks_\d+_modulation_linear|"
+    r"txt_in_(individual|input|[ct]_embedder)|img_in_proj|(time|guidance)_in_mlp)"
+)
+"""Flat names that HunyuanVideo alone has. Its img_attn_qkv is one word where Flux's is two, and flat they look the
+same: a file of such modules alone is read as Flux's."""
+_HUNYUAN_WORDS = """
+img_attn_qkv img_attn_proj txt_attn_qkv txt_attn_proj self_attn_qkv self_attn_proj individual_token_refiner
+input_embedder c_embedder
+"""
+
+
+def _module(flat: str, *, hunyuan: bool = False) -> str | None:
     prefix = next((prefix for prefix in _COMPONENTS if flat.startswith(prefix)), None)
-    path = dotted(flat.removeprefix(prefix)) if prefix else None
+    path = dotted(flat.removeprefix(prefix), hunyuan=hunyuan) if prefix else None
     if prefix is None or path is None:
         return None
     unet = with_unet(path) if prefix in ("lycoris_", "lora_unet_") else None
@@ -137,8 +148,13 @@ class Scheme:
     lycoris: bool = False
     """The diffusion model's modules begin with lycoris_, as the package's own wrapper names them."""
 
-    def flat(self, module: str) -> str | None:
-        """The flat name of a canonical one; None where it could not be read back."""
+    def flat(self, modules: Collection[str]) -> dict[str, str | None]:
+        """Canonical name → flat one, for all modules of one file; None where it could not be read back from there."""
+        flat = {module: self._flat(module) for module in modules}
+        read = modules_of(set(filter(None, flat.values())))
+        return {module: name if name and _same(read[name], module) else None for module, name in flat.items()}
+
+    def _flat(self, module: str) -> str | None:
         component, _, path = module.partition(".")
         head: str | None = None
         if component == "unet":
@@ -152,8 +168,7 @@ class Scheme:
             head = "lora_unet_" if component == "diffusion_model" else "lora_transformer_"
         if head and self.lycoris and not head.startswith("lora_te"):
             head = "lycoris_"
-        flat = f"{head}{path.replace('.', '_')}" if head else ""
-        return flat if _same(_module(flat), module) else None
+        return f"{head}{path.replace('.', '_')}" if head else None
 
 
 def _same(read: str | None, module: str) -> bool:
@@ -241,14 +256,15 @@ def _joined(block: str, rest: str) -> str:
 
 
 @cache
-def _vocabulary() -> tuple[frozenset[tuple[str, ...]], int]:
-    words = frozenset(tuple(word.split("_")) for word in _WORDS.split())
+def _vocabulary(hunyuan: bool) -> tuple[frozenset[tuple[str, ...]], int]:
+    all_words = f"{_WORDS} {_HUNYUAN_WORDS}" if hunyuan else _WORDS
+    words = frozenset(tuple(word.split("_")) for word in all_words.split())
     return words, max(map(len, words))
 
 
-def dotted(flat: str) -> str | None:
+def dotted(flat: str, *, hunyuan: bool = False) -> str | None:
     """A flat name as a path: numbers, and of the words above the longest that fits; None where one is unknown."""
-    words, longest = _vocabulary()
+    words, longest = _vocabulary(hunyuan)
     parts = flat.split("_")
     path, at = [], 0
     while at < len(parts):

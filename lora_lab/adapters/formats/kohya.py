@@ -73,7 +73,8 @@ def write(adapter: Writable) -> Mapping[str, Part]:
     same = adapter.layout.format == _NAME
     words = adapter.layout.names if same else None
     scheme = scheme_of(adapter.sites) if words is None else Scheme(**dict.fromkeys(words.split(), True))
-    names = {name: name if FLAT.match(name) else scheme.flat(name) for name in adapter.sites}
+    flat = scheme.flat([name for name in adapter.sites if not FLAT.match(name)])
+    names = {name: flat.get(name, name) for name in adapter.sites}
     tensors = written(adapter, names, "a kohya file", ("lora_down", "lora_up"))
     header = _network(adapter, adapter.layout.header if same else {})
     return {"": Part({**tensors, **(adapter.layout.apart if same else {})}, header)}

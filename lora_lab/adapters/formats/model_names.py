@@ -2,8 +2,8 @@
 
 What the authors fuse into one weight (query, key and value, in single blocks with the MLP) diffusers keeps apart, so
 that a LoRA of the one is several: the rows of B are shared out, and A is the same; back, B becomes a matrix of blocks.
-Both are exact. Only Flux.1 is known in both directions: nothing in a file tells other models' diffusers names apart.
-The names of some more models are in transformer_names.py.
+Both are exact. To the authors' names go models that the name of the base tells: nothing in a file tells the names that
+diffusers has for two models apart. The names of some more models are in transformer_names.py.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def to_diffusers(adapter: Any) -> Any:
     made: dict[str, Factors] = {}
     unknown = []
     for name, path in zip(theirs, paths, strict=True):
-        pattern = re.sub(r"\.\d+\.", ".#.", path, count=1)
+        pattern = _pattern(path)
         ours = table.get(pattern) or table.get(path)
         own = factors[path]
         if ours is None or (pattern in rows and own.A.ndim == 2 and len(own.B) != rows[pattern] * own.A.shape[1]):
@@ -136,9 +136,7 @@ def to_diffusers(adapter: Any) -> Any:
             continue
         number = re.search(r"\.(\d+)\.", path)
         names = [TRANSFORMER + new.replace("#", number[1] if number else "") for new in ours]
-        halves = pattern == SWAPPED_IN_THE_LAST and len(own.B) == 2 * own.A.shape[1]
-        turned = _swapped(own) if path == _SWAPPED or halves else own
-        made |= _shared_out(names, own) if len(names) > 1 else {names[0]: turned}
+        made |= _shared_out(names, own) if len(names) > 1 else {names[0]: _as_ours(own, pattern)}
     if unknown:
         raise AdapterError(
             f"diffusers' names are not known of {len(unknown)} of {len(theirs)} modules: {shorten(unknown, 8)}"
@@ -150,7 +148,7 @@ def _table_of(
     factors: Mapping[str, Factors], base: str | None
 ) -> tuple[Mapping[str, tuple[str, ...]], Mapping[str, int]]:
     """The names of the model that has these modules, and how many times as many rows as columns some of them have."""
-    shapes = {re.sub(r"\.\d+\.", ".#.", path, count=1): (len(own.B), own.A.shape[1]) for path, own in factors.items()}
+    shapes = {_pattern(path): (len(own.B), own.A.shape[1]) for path, own in factors.items()}
     if any(path.startswith("joint_blocks.") for path in shapes):
         return SD_3, ROWS_OF_SD_3
     if any(map(_HUNYUAN.match, shapes)):
@@ -168,32 +166,62 @@ _HUNYUAN = re.compile(
 """Modules that HunyuanVideo has by names of its own."""
 
 
-def flux_to_authors(adapter: Any) -> Any:
-    """The adapter with the authors' names (diffusion_model.…) for modules of `transformer.`; itself if it is no Flux's.
+_MODELS: Mapping[str, tuple[Mapping[str, tuple[str, ...]], Mapping[str, int]]] = {
+    "FLUX.1": (FLUX, _ROWS),
+    "FLUX.2": (FLUX_2, ROWS_OF_FLUX_2),
+    "stable-diffusion-3": (SD_3, ROWS_OF_SD_3),
+    "HunyuanVideo": (HUNYUAN_VIDEO, ROWS_OF_HUNYUAN_VIDEO),
+}
+"""What the name of a base model has in it → its modules' names, and how many times as many rows as columns."""
 
-    That it is one, the name of its base model must say: a file's names alone are those of other models, too.
+
+def to_authors(adapter: Any) -> Any:
+    """The adapter with the authors' names (diffusion_model.…) for modules of `transformer.`, or itself.
+
+    Which model it is, the name of the base model must say (Flux.2's own modules do, too): a file's names alone are
+    those of other models. Raises AdapterError for a module that its model does not have.
     """
     ours = [name for name in adapter.sites if name.startswith(TRANSFORMER)]
-    if not ours or tuner_of(adapter.config) != "LORA" or "flux.1" not in str(adapter.base_model).lower():
+    model = _model_of(str(adapter.base_model), ours)
+    if model is None or not ours or tuner_of(adapter.config) != "LORA":
         return adapter
-    whole = {new: (pattern, news.index(new)) for pattern, news in FLUX.items() for new in news}
+    table, rows = _MODELS[model]
+    whole = {new: (pattern, news.index(new)) for pattern, news in table.items() for new in news}
     parts: dict[str, dict[int, Factors]] = {}
     for name in ours:
         path = name.removeprefix(TRANSFORMER)
-        found = whole.get(re.sub(r"\.\d+\.", ".#.", path, count=1))
+        found = whole.get(_pattern(path))
         if found is None:
-            raise AdapterError(f"{name} is no module of Flux.1 that its authors' name is known of")
+            raise AdapterError(f"{name} is no module of {model} that its authors' name is known of")
         number = re.search(r"\.(\d+)\.", path)
         theirs = MODEL + found[0].replace("#", number[1] if number else "")
         parts.setdefault(theirs, {})[found[1]] = _factors(adapter, name)
     made = {}
     for theirs, own in parts.items():
-        pattern = re.sub(r"\.\d+\.", ".#.", theirs.removeprefix(MODEL), count=1)
-        if len(FLUX[pattern]) > 1:
-            made[theirs] = _joined(theirs, own, _ROWS[pattern], len(FLUX[pattern]))
+        pattern = _pattern(theirs.removeprefix(MODEL))
+        if len(table[pattern]) > 1:
+            made[theirs] = _joined(theirs, own, rows[pattern], len(table[pattern]))
         else:
-            made[theirs] = _swapped(own[0]) if theirs == MODEL + _SWAPPED else own[0]
+            made[theirs] = _as_ours(own[0], pattern)
     return _with(adapter, ours, made)
+
+
+def _model_of(base: str, names: Sequence[str]) -> str | None:
+    if any(re.search(r"\.to_qkv_mlp_proj$|_stream_modulation\w*\.linear$", name) for name in names):
+        return "FLUX.2"
+    if re.search(r"hunyuanvideo-?1\.5", base, re.IGNORECASE):
+        return None  # whose names are its own
+    return next((model for model in _MODELS if model.lower() in base.lower()), None)
+
+
+def _pattern(path: str) -> str:
+    return re.sub(r"\.\d+\.", ".#.", path, count=1)
+
+
+def _as_ours(own: Factors, pattern: str) -> Factors:
+    """A LoRA of a module whose rows the other side has in the same order, or with its two halves turned."""
+    halves = pattern == SWAPPED_IN_THE_LAST and len(own.B) == 2 * own.A.shape[1]
+    return _swapped(own) if pattern == _SWAPPED or halves else own
 
 
 def _factors(adapter: Any, name: str) -> Factors:
@@ -232,7 +260,7 @@ def _joined(name: str, parts: Mapping[int, Factors], times: int, count: int) -> 
     heights = [size] * (count - 1) + [(times - count + 1) * size]
     wrong = [place for place, part in parts.items() if part.A.shape[1] != size or len(part.B) != heights[place]]
     if wrong:
-        raise AdapterError(f"{name}: its parts are not of the sizes of Flux.1, of {size} columns and {heights} rows")
+        raise AdapterError(f"{name}: its parts do not fit together, of {size} columns and {heights} rows")
     if any(part.magnitude is not None for part in parts.values()) and len(parts) < count:
         raise TunerError(f"{name}: a DoRA of some of its parts is none of the whole, whose magnitudes would be missing")
     even = len({part.scale for part in parts.values()}) == 1

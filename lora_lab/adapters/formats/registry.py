@@ -31,7 +31,7 @@ _KOHYA = Format(
     matches=kohya.matches,
     read=kohya.read,
     write=kohya.write,
-    renamed=model_names.flux_to_authors,
+    renamed=model_names.to_authors,
 )
 
 _COMFY = Format(
