@@ -62,7 +62,7 @@ class TaskModels:
     @cached_property
     def variants(self) -> Variants:
         """The states of the first adapter, scored with shared prefixes."""
-        return Variants(self.attached, share=self._share)
+        return Variants(self.attached, share=self._share, why_not=self.tasks[0].why_not_shared)
 
     @property
     def layout(self) -> Layout:

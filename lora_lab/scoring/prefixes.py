@@ -94,7 +94,9 @@ class Variants:
     largest size that the remembered activations reached.
     """
 
-    def __init__(self, attached: Attached, *, share: bool = True, memory: int = MEMORY) -> None:
+    def __init__(
+        self, attached: Attached, *, share: bool = True, why_not: str | None = None, memory: int = MEMORY
+    ) -> None:
         self.attached, self.model = attached, attached.model
         self.names = list(attached.layers)
         self.computed = 0
@@ -105,7 +107,8 @@ class Variants:
         self._factors: list[Any] = [None] * len(self.names)  # A as it is when all ranks are on
         self._state: list[State] = [1.0] * len(self.names)
         self._blocks = _blocks(self.model, self.names)
-        why_not = None if self._blocks else "no repeated list of blocks was found around the adapted modules"
+        if not self._blocks:
+            why_not = "no repeated list of blocks was found around the adapted modules"
         if not share:
             why_not = "it was not asked for"
         self.layout = Layout(tuple(self.names), _members(self.names, self._blocks), why_not)

@@ -178,6 +178,15 @@ METRICS = Registry(
         "acc_norm": mean_of("acc_norm", "the same per character of the option", unit="share", share=True),
         "acc_bytes": mean_of("acc_bytes", "the same per byte of the option", unit="share", share=True),
         "exact_match": mean_of("exact_match", "share of answers that are as they should be", unit="share", share=True),
+        "unextracted": mean_of(
+            "unextracted", "share of answers in which none was found", higher=False, unit="share", share=True
+        ),
+        "unfinished": mean_of(
+            "unfinished", "share of answers that came to no end", higher=False, unit="share", share=True
+        ),
+        "rouge1": mean_of("rouge1", "mean ROUGE-1 of an answer (F, rouge-score)", unit="share"),
+        "rouge2": mean_of("rouge2", "mean ROUGE-2 of an answer (F, rouge-score)", unit="share"),
+        "rougeL": mean_of("rougeL", "mean ROUGE-L of an answer (F, rouge-score)", unit="share"),
         "rmse": Metric(
             "root of the mean squared error",
             _PAIR,

@@ -208,6 +208,8 @@ class Task(ABC):
     """Whether the head is trained along with the adapter."""
     rows_are_examples = True
     """Whether the rows that a layer sees are the examples of a batch; not where options or prompts are rows, too."""
+    why_not_shared: str | None = None
+    """Why passes that differ in some layers can share none, where the way of scoring is the reason."""
     metrics: Sequence[str] = ("accuracy", "loss")
     """Names of METRICS (metrics.py) that say how good a model is on the task, the main one first."""
     needs_logits = False

@@ -1,6 +1,7 @@
 """Keys of task files: what is wrong with one is told in a line that names the file, the key and what would be right."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import pytest
 
 from lora_lab import tasks
 from lora_lab.errors import OptionError
+from lora_lab.tasks.kinds.registry import KINDS
 
 SOUND = {
     "text-classification": {"text": "text", "label": "label"},
@@ -15,6 +17,8 @@ SOUND = {
     "multiple-choice": {"prompt": "{question}", "options": "choices", "label": "label"},
     "image-classification": {},
     "clip": {},
+    "generation": {"prompt": "{question}", "answer": "answer"},
+    "seq2seq": {"source": "text", "target": "summary"},
 }
 WRONG = [
     ("text-classification", "limit", "3", "limit is '3'; a whole number of at least 1 is needed"),
@@ -80,3 +84,15 @@ def test_what_checks_task_files_is_loaded_with_the_first_of_them():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines() == ["False", "True the record: no base, which a clip task needs"], done.stderr
+
+
+def test_every_kind_is_checked_here_and_its_example_file_is_one(tmp_path):
+    assert set(SOUND) == set(KINDS)
+    for kind in KINDS:
+        lines = tasks.example(kind).splitlines()
+        path = tmp_path / "example.toml"
+        path.write_text("\n".join(lines))
+        assert tasks.from_file(path).kind == kind
+        fields = {field.name for field in dataclasses.fields(type(tasks.from_file(path).settings))}
+        told = {found[1] for line in lines if (found := re.match(r"(?:# )?(\w+) = ", line))}
+        assert told == fields, kind  # each key is there, in a comment perhaps, and no other

@@ -52,6 +52,10 @@ class Chat:
             return self._marked(whole)
         return self._between(whole, first)
 
+    def prompt(self, value: object) -> list[int]:
+        """Tokens of a conversation up to where the assistant is to answer."""
+        return self._tokens(messages(value, self.where), add_generation_prompt=True)
+
     def _marked(self, whole: Sequence[Message]) -> tuple[list[int], list[int]]:
         """By the template's own marks."""
         encoded = self._apply(whole, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)

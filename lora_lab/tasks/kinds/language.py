@@ -130,19 +130,24 @@ class _Language(FileTask):
         return [token for token in empty if token == self.tokenizer.bos_token_id]
 
     def _row(self, prompt: str, answer: str) -> Row:
-        """A prompt with its answer, which alone is the target; a long prompt loses its beginning.
+        """A prompt with its answer, which alone is the target; a long prompt loses its beginning."""
+        start, most = self._start, self.settings.max_length
+        given, targets = self._parts(prompt, answer)
+        targets = targets[: most - max(1, len(start))]
+        room = most - len(start) - len(targets)
+        return row_of([*start, *(given[-room:] if room > 0 else [])], targets)
+
+    def _parts(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
+        """Tokens of a prompt and of its answer, with its end.
 
         Both are split into tokens together, as the model meets them, a space between them where there is none; the
         answer begins where the prompt's tokens end.
         """
         if prompt and not prompt[-1].isspace() and not answer[:1].isspace():
             answer = f" {answer}"
-        start, end, most = self._start, self._ending, self.settings.max_length
         alone, whole = self._tokens(prompt), self._tokens(prompt + answer)
         shared = next((i for i, (a, b) in enumerate(zip(alone, whole, strict=False)) if a != b), len(alone))
-        targets = [*whole[shared:], *end][: most - max(1, len(start))]
-        room = most - len(start) - len(targets)
-        return _row_of([*start, *(whole[:shared][-room:] if room > 0 else [])], targets)
+        return whole[:shared], [*whole[shared:], *self._ending]
 
     @property
     def _ending(self) -> list[int]:
@@ -205,7 +210,7 @@ class CausalLM(_Language):
         if len(texts) > 1:
             return self._row(*texts)
         tokens = [*self._start, *self._tokens(texts[0])][: self.settings.max_length]
-        return _row_of(tokens[:1], tokens[1:])  # nothing is before the first
+        return row_of(tokens[:1], tokens[1:])  # nothing is before the first
 
     def judge_logits(self, logits: Tensor, batch: Mapping[str, Tensor], *, keep_logits: bool = False) -> Scores:
         """Mean loss over each example's target tokens, the share of them that is predicted right, the mean margin."""
@@ -223,7 +228,7 @@ class CausalLM(_Language):
         return {**scores.columns, "tokens": tokens}
 
 
-def _row_of(given: Sequence[int], targets: Sequence[int]) -> Row:
+def row_of(given: Sequence[int], targets: Sequence[int]) -> Row:
     """Tokens that are given and tokens to predict; the first of all is never predicted."""
     if not given:
         given, targets = targets[:1], targets[1:]

@@ -12,10 +12,12 @@ from typing import Any
 from lora_lab.errors import FileError, OptionError, TrustError, unknown
 from lora_lab.files.trust import ANYWHERE, Reach
 from lora_lab.registry import Registry
-from lora_lab.tasks.kinds import clip, text, vision
+from lora_lab.tasks.kinds import clip, generation, seq2seq, text, vision
 from lora_lab.tasks.kinds.clip import Clip
 from lora_lab.tasks.kinds.digits import LABELLINGS, Digits
+from lora_lab.tasks.kinds.generation import Generation
 from lora_lab.tasks.kinds.language import CAUSAL_EXAMPLE, CHOICE_EXAMPLE, CausalLM, MultipleChoice
+from lora_lab.tasks.kinds.seq2seq import Seq2Seq
 from lora_lab.tasks.kinds.text import TextClassification
 from lora_lab.tasks.kinds.vision import ImageClassification
 from lora_lab.tasks.own import PYTHON
@@ -118,6 +120,8 @@ KINDS = Registry(
         "text-classification": TaskKind(TextClassification.from_record, text.EXAMPLE),
         "causal-lm": TaskKind(CausalLM.from_record, CAUSAL_EXAMPLE),
         "multiple-choice": TaskKind(MultipleChoice.from_record, CHOICE_EXAMPLE),
+        "generation": TaskKind(Generation.from_record, generation.EXAMPLE),
+        "seq2seq": TaskKind(Seq2Seq.from_record, seq2seq.EXAMPLE),
         "image-classification": TaskKind(ImageClassification.from_record, vision.EXAMPLE),
         "clip": TaskKind(Clip.from_record, clip.EXAMPLE),
     },

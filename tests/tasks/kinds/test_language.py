@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from tiny_language import build, tokenizer, write_causal
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Metaspace, Whitespace
-from tokenizers.processors import TemplateProcessing
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import PreTrainedTokenizerFast
 
 from lora_lab import tasks
 from lora_lab.adapters.attached import attach
@@ -25,73 +25,14 @@ from lora_lab.tasks.task import Scores
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import Recipe
 
-WORDS = [
-    "what",
-    "is",
-    "one",
-    "two",
-    "three",
-    "four",
-    "plus",
-    "and",
-    "equals",
-    "red",
-    "green",
-    "blue",
-    "a",
-    "the",
-    "colour",
-    "of",
-    "grass",
-    "sky",
-    "blood",
-    ":",
-    "?",
-]
 BASES = ("llama", "gpt2")
-
-
-def tokenizer(*, bos):
-    names = ["<pad>", "<s>", "</s>", "<unk>", *WORDS]
-    words = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    if bos:
-        words.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-        return PreTrainedTokenizerFast(
-            tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-        )
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>")  # no padding token
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A tiny Llama whose tokenizer puts <s> before a text, and a tiny GPT-2 whose tokenizer cannot even pad."""
-    shape = {"vocab_size": 4 + len(WORDS), "bos_token_id": 1, "eos_token_id": 2}
-    llama = LlamaConfig(
-        **shape,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.5,
-    )
-    gpt2 = GPT2Config(**shape, n_positions=64, n_embd=16, n_layer=2, n_head=2, initializer_range=0.5)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for name, model in (("llama", LlamaForCausalLM(llama)), ("gpt2", GPT2LMHeadModel(gpt2))):
-            model.save_pretrained(tmp_path / name)
-            tokenizer(bos=name == "llama").save_pretrained(tmp_path / name)
+    write_causal(tmp_path)
     return tmp_path
-
-
-def build(folder, rows, keys, base="llama"):
-    """The task on these rows, the same ones in every split."""
-    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
-    lines = [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
-    lines += [f'base = "{base}"', 'data = {train = "rows.jsonl", validation = "rows.jsonl", test = "rows.jsonl"}']
-    (folder / "my.toml").write_text("\n".join(lines) + "\n")
-    return tasks.from_name(str(folder / "my.toml"))
 
 
 TEXTS = [
