@@ -47,6 +47,7 @@ _VERBS = (
     "figure",
     "schema",
     "run",
+    "reproduce",
 )
 
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lora_lab.around import curve as curve
     from lora_lab.around import layerwise as layerwise
     from lora_lab.around import plane as plane
+    from lora_lab.around import reproduce as reproduce
     from lora_lab.around import sharpness as sharpness
     from lora_lab.errors import LoraLabError as LoraLabError
     from lora_lab.results.result import Result as Result
@@ -75,7 +76,7 @@ __getattr__, __dir__, __all__ = face(
             "train",
             "verify",
         ),
-        "around": ("checkpoints", "curve", "layerwise", "plane", "sharpness"),
+        "around": ("checkpoints", "curve", "layerwise", "plane", "reproduce", "sharpness"),
         "errors": ("LoraLabError",),
         "results.result": ("Result",),
         "scoring.execution": ("Execution",),

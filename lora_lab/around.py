@@ -106,3 +106,24 @@ def layerwise(
 
     telling = shown(on, "mixing layers", progress)
     return answered(from_options(Layerwise, options), adapters, task, trust_record, telling)
+
+
+@checked
+def reproduce(
+    folder: Path_,
+    claims: Sequence[str] = (),
+    *,
+    on: Execution | None = None,
+    processes: int | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Result:
+    """Claims of papers put to the test in a folder: trained, measured, judged; `options` are those of `Reproduce`.
+
+    What the folder holds already is kept. `processes` train side by side, by default one a core.
+    """
+    from lora_lab.claims.reproduce import Reproduce
+    from lora_lab.progress import bar
+
+    question = from_options(Reproduce, {"claims": list(claims), **options})
+    return question.run(Path(folder), on or Execution(), processes=processes, stage=bar if progress else None)

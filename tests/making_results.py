@@ -80,6 +80,43 @@ def curve(spaces=("delta", "factors"), shapes=("bezier", "polychain")):
     return Result("curve", columns(rows), said, {}, {"examples": 500})
 
 
+def reproduce(names=("midpoint", "barrier", "balance", "time"), tasks=("digits/relabel",)):
+    """Claims of every verdict and direction, in several units, one without a number."""
+    rows = []
+    for i, name in enumerate(names):
+        for task in tasks:
+            value = (0.2, -0.003, -0.08, 0.0)[i % 4]
+            rows.append(
+                {
+                    "claim": name,
+                    "says": f"{name} is so",
+                    "source": "somebody",
+                    "published": "",
+                    "task": task,
+                    "statistic": "score",
+                    "where": {},
+                    "direction": ("higher", "lower", "equal")[i % 3],
+                    "least": 0.01,
+                    "treated": {"method": "coto"},
+                    "control": {"method": "lora"},
+                    "unit": ("accuracy", "accuracy", "", "s")[i % 4],
+                    "of_treated": 0.9 + value,
+                    "of_control": 0.9,
+                    "difference": value,
+                    "difference_low": value - 0.05,
+                    "difference_high": value + 0.05,
+                    "seeds": 5,
+                    "units": 10,
+                    "p_holds": 0.01,
+                    "p_fails": 0.9,
+                    "verdict": ("holds", "does not hold", "cannot be told")[i % 3],
+                    "why": None,
+                }
+            )
+    said = {"testbed": "digits", "about": "", "tasks": list(tasks), "merged": [], "seeds": 5, "recipe": {}}
+    return Result("reproduce", columns(rows), said, {"verdicts": {"holds": 1}})
+
+
 def checkpoints(methods=("lora", "coto"), runs=3, steps=(10, 20, 30, 40), spaces=("delta", "factors", "matched")):
     """Runs that get better along training; midpoints and pruned ones lag behind, less where p rises to 1."""
     rows = []
@@ -429,6 +466,7 @@ REAL_SIZES = {
     "interpolate": _lines,
     "layerwise": lambda view, names, layers: [layerwise(layers)],
     "checkpoints": lambda view, names, layers: [checkpoints(names[:9], 3, [250 * (k + 1) for k in range(12)])],
+    "reproduce": lambda view, names, layers: [reproduce([*names, *map(str, range(layers // 2))])],
     "sharpness": lambda view, names, layers: [sharpness(names[:12] if view.endswith("rates") else names)],
     "curve": lambda view, names, layers: [curve(("delta", "aligned", "factors"), ("bezier", "polychain", *names[:5]))],
     "plane": lambda view, names, layers: [plane(names[3 * i : 3 * i + 3]) for i in range(min(3, len(names) // 3))],

@@ -18,6 +18,7 @@ from lora_lab.errors import LoraLabError, OptionError, shorten, unknown
 from lora_lab.escape import drawn
 from lora_lab.files.ownership import MARK
 from lora_lab.plots import checkpoints as plot_checkpoints
+from lora_lab.plots import claims as plot_claims
 from lora_lab.plots import compare as plot_compare
 from lora_lab.plots import curve as plot_curve
 from lora_lab.plots import layerwise as plot_layerwise
@@ -254,6 +255,9 @@ PLOTS = Registry(
         ),
         "compare-merges:ratios": View(
             plot_merges.draw_ratios, "compare-merges", "accuracy over the ratios of seeds", _OF_MERGES
+        ),
+        "reproduce": View(
+            plot_claims.draw, "reproduce", "differences that claims are about, and verdicts", ("testbed",)
         ),
         "train": View(plot_train.draw, "train", "p(t), masks and loss", ()),
         "tuning": View(plot_train.draw_tuning, "tuning", "accuracy over the settings tried", ("task", "criterion")),

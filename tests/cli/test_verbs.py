@@ -67,6 +67,7 @@ def one_line(result, *words, code=1):
         "record",
         "tasks",
         "figure",
+        "reproduce",
     ],
 )
 def test_every_verb_has_help_with_an_example(lora_lab, verb):

@@ -24,6 +24,7 @@ from lora_lab.analysis.control_points import CURVES, CurveShape
 from lora_lab.analysis.game import WORTHS
 from lora_lab.analysis.landscape import Curve
 from lora_lab.analysis.questions import Evaluate, Shapley, Sweep
+from lora_lab.claims.statistics import STATISTICS, Statistic
 from lora_lab.errors import OptionError
 from lora_lab.games.estimators import ESTIMATORS, Estimator, antithetic
 from lora_lab.geometry.nulls import NULLS, Null, in_every_module
@@ -283,6 +284,22 @@ def test_every_registry_has_its_throwaway_entry():
 
 
 SHORT = {"steps": 2, "batch_size": 4, "rank": 2, "p0": 0.9, "target_modules": TARGETS}
+
+
+def two_values(result, where):
+    return {(0,): (where["n"], 0.0), (1,): (2.0, 0.0)}
+
+
+def test_a_statistic_of_claims(add, lora_lab, tmp_path):
+    add(STATISTICS, Statistic("one, two", two_values, None, ("n",)))
+    rows = ["[testbed.small]", 'about = "x"', 'tasks = ["digits/relabel"]', "[testbed.small.recipe]", "steps = 1"]
+    rows += ["rank = 2", f"target_modules = {json.dumps(TARGETS)}", "[[claim]]", 'name = "mine"', 'says = "y"']
+    rows += ['source = "z"', 'statistic = "throwaway"', 'direction = "higher"', "least = 0.0", "where = { n = 1.0 }"]
+    (tmp_path / "mine.toml").write_text("\n".join([*rows, 'treated = { method = "lora" }']))
+    asked = ("--claims", "mine.toml", "--testbed", "small", "--seeds", 2, "--jobs", 1, "-o", "lab", "--json")
+    code, out, err = lora_lab("reproduce", *asked)
+    assert code == 0, err
+    assert json.loads(out)["columns"]["of_treated"] == [1.5]
 
 
 @pytest.mark.parametrize("constant", [False, True])

@@ -44,6 +44,7 @@ NAMES += [
     "plane",
     "prune",
     "record",
+    "reproduce",
     "shapley",
     "sharpness",
     "stability",

@@ -32,6 +32,7 @@ ROOMS = [  # from the ground up; a room may import from itself and from those be
     "fusing",
     "pruning",
     "analysis",
+    "claims",
     "face",  # lora_lab/__init__.py, api.py, around.py and given.py
 ]
 

@@ -12,12 +12,11 @@ from typing import Any
 from lora_lab.errors import FileError, OptionError, TrustError, unknown
 from lora_lab.files.trust import ANYWHERE, Reach
 from lora_lab.registry import Registry
-from lora_lab.tasks.kinds import clip, generation, preference, seq2seq, text, vision
+from lora_lab.tasks.kinds import clip, generation, seq2seq, text, vision
 from lora_lab.tasks.kinds.clip import Clip
 from lora_lab.tasks.kinds.digits import LABELLINGS, Digits
 from lora_lab.tasks.kinds.generation import Generation
 from lora_lab.tasks.kinds.language import CAUSAL_EXAMPLE, CHOICE_EXAMPLE, CausalLM, MultipleChoice
-from lora_lab.tasks.kinds.preference import Preference
 from lora_lab.tasks.kinds.seq2seq import Seq2Seq
 from lora_lab.tasks.kinds.text import TextClassification
 from lora_lab.tasks.kinds.vision import ImageClassification
@@ -122,7 +121,6 @@ KINDS = Registry(
         "causal-lm": TaskKind(CausalLM.from_record, CAUSAL_EXAMPLE),
         "multiple-choice": TaskKind(MultipleChoice.from_record, CHOICE_EXAMPLE),
         "generation": TaskKind(Generation.from_record, generation.EXAMPLE),
-        "preference": TaskKind(Preference.from_record, preference.EXAMPLE),
         "seq2seq": TaskKind(Seq2Seq.from_record, seq2seq.EXAMPLE),
         "image-classification": TaskKind(ImageClassification.from_record, vision.EXAMPLE),
         "clip": TaskKind(Clip.from_record, clip.EXAMPLE),

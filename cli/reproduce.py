@@ -1,0 +1,114 @@
+"""`lora-lab reproduce`: claims of papers put to the test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..claims.reproduce import Reproduce
+from ..options import option
+from .options import Device, Output
+from .outputs import Outputs, save_tables
+from .terminal import console, estimate, messages, number, progress, say_written, table
+
+
+@dataclass(frozen=True)
+class Side(Device):
+    """How much runs side by side, and whether it begins."""
+
+    jobs: int | None = option(None, "Trainings side by side, a process each; by default one a core.", least=1)
+    dry_run: bool = option(False, "Say what would be trained and judged, and by which rule; nothing else.")
+
+
+def command(
+    question: Reproduce,
+    side: Side,
+    output: Output,
+    claims: Annotated[list[str] | None, typer.Argument(help="Names of claims; by default all.")] = None,
+) -> None:
+    """Put claims of papers to the test: train, measure, and say holds, does not hold, or cannot be told.
+
+    Each claim is about a number of adapters trained in one way, and usually of its difference from another way, seed by
+    seed. The rule is stated before the run: a claim **holds** where no difference is rejected; it **does not hold**
+    where a difference as large as would count is rejected; else it **cannot be told**. Both p-values are corrected over
+    all claims (Holm), at 0.05. Numbers that were published stand beside ours, without being part of the rule.
+
+    -o names a folder for everything: adapters, results, tables. A run that was cut off goes on; more seeds or claims
+    compute what is new alone. Claims are rows of a TOML file: --claims FILE brings your own.
+
+    Example:  lora-lab reproduce midpoint midpoint-matched --testbed digits --seeds 5 -o claims
+    """
+    from dataclasses import replace
+
+    from ..scoring.execution import Execution
+
+    question = replace(question, claims=tuple(claims or ()))
+    plan = question.plan()
+    trainings = len(list(plan.trainings())) * len(plan.seeds)
+    messages.print(
+        f"{len(plan.claims)} claims on {plan.bed.name} ({plan.bed.about}): {trainings} trainings, seeds 0 to "
+        f"{question.seeds - 1}"
+    )
+    if side.dry_run:
+        show_plan(plan)
+        return
+    outputs = Outputs(output.output, question.kind)
+    beside = outputs.beside(output)
+    _refuse(outputs.json, force=output.force)
+    device = None if side.device is None else side.resolved()
+    result = question.run(output.output, Execution(device=device), processes=side.jobs, stage=progress)
+    say_written(outputs.save(result))
+    save_tables(result, beside)
+    output.print(result, show)
+
+
+def _refuse(path: Path, *, force: bool) -> None:
+    """Another kind of file in the result's place is in the way; an earlier result of a run in this folder is not."""
+    from ..errors import FileError
+    from ..files.disk import refuse_existing
+    from ..results.result import Result
+
+    if force or not path.exists():
+        return
+    try:
+        earlier = Result.load(path)
+    except FileError:
+        earlier = None
+    if earlier is None or earlier.kind != Reproduce.kind:
+        refuse_existing(path, force=False)
+
+
+def show_plan(plan: Any) -> None:
+    """What every claim says, and what would show it."""
+    rows = [
+        (claim.name, claim.says, f"{claim.statistic}: {claim.direction}", claim.least, claim.published or claim.source)
+        for claim in plan.claims
+        if plan.tasks_of(claim)
+    ]
+    table(f"Claims on {plan.bed.name}", ("claim", "says", "number", "counts from", "published"), rows, texts=3)
+
+
+def show(result: Any) -> None:
+    """A row for every claim, then how many there are of each verdict."""
+    said = result.parameters
+    rows = [
+        (
+            row["claim"],
+            row["task"],
+            number(row["of_treated"]),
+            number(row["of_control"]),
+            estimate(row["difference"], row["difference_low"], row["difference_high"]),
+            row["verdict"],
+        )
+        for row in result.rows()
+    ]
+    headings = ("claim", "task", "treated", "control", "difference", "verdict")
+    table(f"Claims on {said['testbed']}, {said['seeds']} seeds", headings, rows, texts=2)
+    console.print()
+    for row in result.rows():
+        if row["why"]:
+            messages.print(f"{row['claim']} on {row['task']}: {row['why']}")
+    console.print(", ".join(f"{count} {verdict}" for verdict, count in result.summary["verdicts"].items()))

@@ -1,0 +1,131 @@
+"""Claims as rows of a TOML file, and the testbeds that they are put to; all is checked before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lora_lab.claims.statistics import STATISTICS
+from lora_lab.claims.verdicts import DIRECTIONS
+from lora_lab.errors import FileError, LoraLabError, OptionError, unknown
+from lora_lab.options import check_options, option
+
+OWN = Path(__file__).parents[1] / "data" / "claims.toml"
+"""The claims and testbeds that come with the package."""
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is said of a way of training, and what would show it."""
+
+    name: str = option(..., "How it is asked for.")
+    says: str = option(..., "The claim, in a sentence.")
+    source: str = option(..., "Who makes it, and where.")
+    statistic: str = option(..., "The number that it is about.", choices=lambda: STATISTICS)
+    direction: str = option(..., "What is claimed of it.", choices=lambda: DIRECTIONS)
+    treated: Mapping[str, Any] = option(..., "Fields of the recipe whose adapters it is about.")
+    least: float = option(..., "The smallest difference that counts, in the unit of the statistic.", least=0)
+    control: Mapping[str, Any] | None = option(None, "Fields of the recipe that it is compared with; else a number.")
+    against: float = option(0.0, "That number.")
+    where: Mapping[str, Any] = option({}, "Which of the statistic's numbers.")
+    options: Mapping[str, Any] = option({}, "Of the question that gives the statistic.")
+    published: str = option("", "The number that was published for it.")
+    testbeds: tuple[str, ...] = option((), "Those that it can be put to; all, where none is named.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        needed, given = STATISTICS[self.statistic].where, list(self.where)
+        for name in given:
+            if name not in needed:
+                raise unknown(f"`where` of statistic {self.statistic}:", name, needed)
+        missing = [name for name in needed if name not in given]
+        if missing:
+            raise OptionError(f"statistic {self.statistic} needs {', '.join(missing)} in `where`")
+        if self.direction == "equal" and not self.least:
+            raise OptionError("equal needs a `least` above 0: nothing is equal to the last digit")
+
+    @property
+    def trainings(self) -> list[Mapping[str, Any]]:
+        """The ways of training that it needs."""
+        return [self.treated] if self.control is None else [self.treated, self.control]
+
+
+@dataclass(frozen=True)
+class Testbed:
+    """Tasks that claims are put to."""
+
+    name: str = option(..., "How it is asked for.")
+    about: str = option(..., "What it is.")
+    tasks: tuple[str, ...] = option(..., "Names or files of tasks; each claim about one task is judged on each.")
+    merged: tuple[str, ...] = option((), "Tasks whose adapters are merged with each other.")
+    recipe: Mapping[str, Any] = option({}, "Fields of the recipe for all trainings, such as steps.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if not self.tasks:
+            raise OptionError("a testbed needs a task")
+
+
+def read(path: Path = OWN) -> tuple[list[Claim], dict[str, Testbed]]:
+    """Claims and testbeds of a file; FileError, which names the row and the field, where it is not as it should be."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileError(f"{path}: no such file of claims") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise FileError(f"{path}: not a TOML file ({error})") from error
+    rows, beds = content.pop("claim", []), content.pop("testbed", {})
+    if content:
+        raise FileError(f"{path}: [{next(iter(content))}]: [[claim]] and [testbed.NAME] are what a file of claims has")
+    if not isinstance(rows, list) or not isinstance(beds, dict):
+        raise FileError(f"{path}: claims are [[claim]] tables, testbeds [testbed.NAME] tables")
+    claims = [_made(Claim, row, f"{path}: claim {i + 1}{_called(row)}") for i, row in enumerate(rows)]
+    seen: set[str] = set()
+    for claim in claims:
+        if claim.name in seen:
+            raise FileError(f"{path}: two claims are called {claim.name!r}")
+        seen.add(claim.name)
+    return claims, {
+        name: _made(Testbed, {"name": name, **bed} if isinstance(bed, dict) else bed, f"{path}: testbed {name}")
+        for name, bed in beds.items()
+    }
+
+
+def chosen(claims: Sequence[Claim], names: Sequence[str], testbed: str) -> list[Claim]:
+    """Those of these names (all, where none is given) that can be put to the testbed."""
+    there = {claim.name: claim for claim in claims}
+    for name in names:
+        if name not in there:
+            raise unknown("claim", name, there)
+        if there[name].testbeds and testbed not in there[name].testbeds:
+            raise OptionError(f"claim {name} can be put to {', '.join(there[name].testbeds)} alone, not to {testbed}")
+    wanted = [there[name] for name in dict.fromkeys(names)] or list(claims)
+    return [claim for claim in wanted if not claim.testbeds or testbed in claim.testbeds]
+
+
+def _called(row: Any) -> str:
+    """The name of a row in brackets, where it has one."""
+    return f" ({row['name']})" if isinstance(row, dict) and isinstance(row.get("name"), str) else ""
+
+
+def _made(cls: Callable[..., Made], row: Any, where: str) -> Made:
+    """The dataclass of a table's fields; FileError, which says where, for others and for wrong values."""
+    if not isinstance(row, dict):
+        raise FileError(f"{where}: a table of fields is needed")
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    missing = [n for n, f in fields.items() if f.default is MISSING and f.default_factory is MISSING and n not in row]
+    if missing:
+        raise FileError(f"{where}: has no {missing[0]}")
+    try:
+        for name in row:
+            if name not in fields:
+                raise unknown("field", name, list(fields))
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
+    except LoraLabError as error:
+        raise FileError(f"{where}: {error}") from error

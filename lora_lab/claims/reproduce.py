@@ -1,0 +1,295 @@
+"""One run that puts claims to a testbed: it trains, asks, and judges by the rule of verdicts.py.
+
+All that it makes lies in one folder: `runs/` with the adapters, `results/` with the answer to every question, and the
+journals of scores. What is there already is kept, so that a run that was killed goes on, and one with more seeds or
+more claims computes what is new alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import re
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from lora_lab.claims.asking import answer
+from lora_lab.claims.claims import OWN, Claim, Testbed, chosen, read
+from lora_lab.claims.statistics import STATISTICS, Statistic, main_metric
+from lora_lab.claims.verdicts import OPEN, Difference, PValues, Values, difference, p_values, verdicts
+from lora_lab.errors import LoraLabError, OptionError, unknown
+from lora_lab.options import check_options, option
+from lora_lab.results.result import Result, columns, fingerprint, finite, provenance
+from lora_lab.scoring.execution import Execution, Progress
+
+if TYPE_CHECKING:
+    from lora_lab.adapters.adapter import Adapter
+    from lora_lab.tasks.task import Task
+    from lora_lab.training.recipe import Recipe
+    from lora_lab.training.runs import Job
+
+Stage = Callable[[str], contextlib.AbstractContextManager[Progress]]
+"""Called with what is done next; within it, progress is reported."""
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """Which claims are put to which testbed, and with how many seeds; `run` answers."""
+
+    kind: ClassVar[str] = "reproduce"
+
+    claims: tuple[str, ...] = option((), "Names of claims; by default all that the testbed is for.", flag="")
+    testbed: str = option("digits", "The tasks that they are put to.")
+    seeds: int = option(5, "Trainings of each kind, seeds 0, 1, …; the intervals are over them.", least=2)
+    file: Path = option(OWN, "TOML file with claims and testbeds; by default those that come along.", flag="claims")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def plan(self) -> Plan:
+        """What has to be trained and asked; errors for names that are not there, before anything is computed."""
+        claims, beds = read(self.file)
+        if self.testbed not in beds:
+            raise unknown("testbed", self.testbed, beds)
+        bed = beds[self.testbed]
+        return Plan(bed, tuple(chosen(claims, self.claims, bed.name)), tuple(range(self.seeds)))
+
+    def run(
+        self,
+        folder: Path,
+        on: Execution = Execution(),
+        *,
+        processes: int | None = None,
+        stage: Stage | None = None,
+    ) -> Result:
+        """A row for every claim on every task; `processes` train side by side."""
+        began, plan = time.perf_counter(), self.plan()
+        lab = _Lab(folder, plan, replace(on, cache=folder / ".outcomes"), stage or _silent)
+        lab.train(processes)
+        judged = [lab.judge(claim, tasks) for claim in plan.claims for tasks in plan.tasks_of(claim)]
+        found = verdicts([each.tests for each in judged])
+        rows = [
+            {**each.row, "p_holds": holds, "p_fails": fails, "verdict": verdict if each.why is None else OPEN}
+            for each, (verdict, holds, fails) in zip(judged, found, strict=True)
+        ]
+        counts = {
+            name: sum(row["verdict"] == name for row in rows) for name in dict.fromkeys(r["verdict"] for r in rows)
+        }
+        told = {"testbed": plan.bed.name, "about": plan.bed.about, "tasks": plan.bed.tasks, "merged": plan.bed.merged}
+        return Result(
+            self.kind,
+            finite(columns(rows)),
+            finite({**told, "seeds": self.seeds, "recipe": plan.bed.recipe}),
+            {"verdicts": counts},
+            provenance(inputs=[self.file], elapsed_s=time.perf_counter() - began),
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs."""
+
+    bed: Testbed
+    claims: tuple[Claim, ...]
+    seeds: tuple[int, ...]
+
+    def tasks_of(self, claim: Claim) -> list[tuple[str, ...]]:
+        """The tasks that a claim is judged on: each of the testbed's by itself, or all those that are merged."""
+        if not STATISTICS[claim.statistic].several:
+            return [(task,) for task in self.bed.tasks]
+        return [self.bed.merged] if self.bed.merged else []
+
+    def trainings(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """(task, fields of the recipe), each once."""
+        seen = set()
+        for claim in self.claims:
+            several = STATISTICS[claim.statistic].several
+            for task, fields in itertools.product(itertools.chain(*self.tasks_of(claim)), claim.trainings):
+                found = self.recipe(task, fields, several)
+                key = fingerprint([task, found])
+                if key not in seen:
+                    seen.add(key)
+                    yield task, found
+
+    def recipe(self, task: str, fields: Mapping[str, Any], several: bool) -> dict[str, Any]:
+        """Fields of the recipe of a training, without its seed.
+
+        Adapters that are merged with those of other tasks get an initial A of their own, as those of strangers have.
+        """
+        own = {"init_seed": 1000 * (1 + self.bed.merged.index(task))} if several else {}
+        return {**self.bed.recipe, **fields, **own}
+
+
+@contextlib.contextmanager
+def _silent(_: str) -> Iterator[Progress]:
+    yield lambda done, total: None
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A claim on a task, before the p-values of all are corrected."""
+
+    row: Mapping[str, Any]
+    tests: PValues
+    why: str | None
+
+
+@dataclass
+class _Lab:
+    """The folder of a run, and what was computed in it so far."""
+
+    folder: Path
+    plan: Plan
+    on: Execution
+    stage: Stage
+    _tasks: dict[str, Task] = field(default_factory=dict)
+    _results: dict[str, Result] = field(default_factory=dict)
+    _logs: dict[Path, Result] = field(default_factory=dict)
+
+    def task(self, name: str) -> Task:
+        """The task, built once."""
+        from lora_lab import tasks
+
+        if name not in self._tasks:
+            self._tasks[name] = tasks.from_name(name)
+        return self._tasks[name]
+
+    def jobs(self, task: str, recipe: Mapping[str, Any]) -> list[Job]:
+        """The training of every seed."""
+        from lora_lab.training.runs import Job
+
+        where = self.folder / "runs" / _slug(task)
+        made = [(seed, _recipe(recipe, seed)) for seed in self.plan.seeds]
+        spec, device = self.task(task).spec, None if self.on.device is None else str(self.on.device)
+        return [
+            Job(spec, each, where / f"{_named(recipe)}-s{seed}.safetensors", device, may_diverge=True)
+            for seed, each in made
+        ]
+
+    def train(self, processes: int | None) -> None:
+        """Everything that is not there yet, side by side."""
+        from lora_lab.errors import LoraLabNote
+        from lora_lab.training.runs import train_all
+
+        jobs = [job for task, recipe in self.plan.trainings() for job in self.jobs(task, recipe)]
+        with self.stage(f"training {len(jobs)} adapters") as report, warnings.catch_warnings():
+            warnings.simplefilter("ignore", LoraLabNote)  # that one is there already
+            logs = train_all(jobs, processes=processes, progress=report)
+        self._logs = {job.path: log for job, log in zip(jobs, logs, strict=True)}
+
+    def judge(self, claim: Claim, tasks: tuple[str, ...]) -> _Judged:
+        """The difference that a claim is about, and its p-values; why there is none, where that is so."""
+        statistic = STATISTICS[claim.statistic]
+        found, why, unit = None, None, statistic.unit
+        try:
+            results = [self.result(claim, statistic, fields, tasks) for fields in claim.trainings]
+            values: list[Values] = [statistic.of(result, claim.where) for result in results]
+            found = difference(values[0], values[1] if claim.control is not None else None, claim.against)
+            unit = main_metric(results[0]) if unit == "metric" else unit
+        except LoraLabError as error:
+            why = str(error)
+        if found is None and why is None:
+            why = "the question has no such number of these adapters"
+        tested = PValues(1.0, 1.0) if found is None else p_values(found, claim.direction, claim.least)
+        return _Judged({**_described(claim, tasks), "unit": unit, **_numbers(found), "why": why}, tested, why)
+
+    def result(self, claim: Claim, statistic: Statistic, fields: Mapping[str, Any], tasks: tuple[str, ...]) -> Result:
+        """The answer to the claim's question about the adapters of one way of training, computed once."""
+        recipes = [self.plan.recipe(task, fields, statistic.several) for task in tasks]
+        jobs = [job for task, recipe in zip(tasks, recipes, strict=True) for job in self.jobs(task, recipe)]
+        if statistic.verb is None:
+            return _joined([self._logs[job.path] for job in jobs], jobs)
+        adapters = _loaded(jobs)
+        name = "-".join([statistic.verb, *map(_slug, tasks[:1]), _named(recipes[0])])
+        path = self.folder / "results" / f"{name}-{fingerprint([claim.options, tasks, len(jobs)])[:8]}.json"
+        if str(path) not in self._results:
+            with self.stage(f"{statistic.verb} of {len(adapters)} adapters, {_named(recipes[0])}") as report:
+                on = replace(self.on, progress=report)
+                each = [self.task(task) for task in tasks for _ in self.plan.seeds]
+                self._results[str(path)] = answer(path, statistic.verb, claim.options, adapters, each, on)
+        return self._results[str(path)]
+
+
+def _recipe(fields: Mapping[str, Any], seed: int) -> Recipe:
+    """The recipe of a seed; where an initial A of its own is asked for, every seed has another."""
+    from lora_lab.training.recipe import Recipe
+
+    given = dict(fields)
+    if "init_seed" in given:
+        given["init_seed"] += seed
+    try:
+        return Recipe(**given, seed=seed)
+    except TypeError as error:
+        known = [each.name for each in dataclasses.fields(Recipe)]
+        raise unknown("field of a recipe", next(name for name in given if name not in known), known) from error
+
+
+def _loaded(jobs: Sequence[Job]) -> list[Adapter]:
+    """The adapters that were trained; OptionError where fewer than two of the trainings came to an end."""
+    from lora_lab.adapters.adapter import Adapter
+
+    there = [job for job in jobs if job.path.exists()]
+    if len(there) < len(jobs):
+        lost = len(jobs) - len(there)
+        raise OptionError(f"{lost} of {len(jobs)} trainings diverged ({jobs[0].path.parent.name}): no number of them")
+    return [Adapter.load(job.path) for job in there]
+
+
+def _joined(logs: Sequence[Result], jobs: Sequence[Job]) -> Result:
+    """What the logs of trainings say at their ends, a row each."""
+    rows = [{"seed": job.recipe.seed, **log.summary} for log, job in zip(logs, jobs, strict=True)]
+    return Result("trainings", columns([{"seed": row["seed"], "cpu_s": row.get("cpu_s")} for row in rows]))
+
+
+_WORDS = ("method", "peft")
+"""Fields of a recipe whose values are words that name it."""
+
+
+def _named(fields: Mapping[str, Any]) -> str:
+    """A way of training as the name of a file: method and tuner in words, all else as a hash."""
+    words = [str(fields[name]) for name in _WORDS if name in fields]
+    rest = {name: value for name, value in fields.items() if name not in _WORDS}
+    return "-".join([*words, *([fingerprint(rest)[:6]] if rest else [])])
+
+
+def _slug(name: str) -> str:
+    """The name of a task as a name of a folder."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name.removesuffix(".toml")).strip("-")
+
+
+def _described(claim: Claim, tasks: Sequence[str]) -> dict[str, Any]:
+    return {
+        "claim": claim.name,
+        "says": claim.says,
+        "source": claim.source,
+        "published": claim.published,
+        "task": ", ".join(tasks),
+        "statistic": claim.statistic,
+        "where": dict(claim.where),
+        "direction": claim.direction,
+        "least": claim.least,
+        "treated": dict(claim.treated),
+        "control": None if claim.control is None else dict(claim.control),
+    }
+
+
+def _numbers(found: Difference | None) -> dict[str, Any]:
+    """What was measured; of nothing, nulls."""
+    if found is None:
+        none = dict.fromkeys(("of_treated", "of_control", "difference", "difference_low", "difference_high"))
+        return {**none, "seeds": 0, "units": 0}
+    low, high = found.interval
+    return {
+        "of_treated": found.treated,
+        "of_control": found.control,
+        "difference": found.value,
+        "difference_low": low,
+        "difference_high": high,
+        "seeds": found.seeds,
+        "units": found.units,
+    }

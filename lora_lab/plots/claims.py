@@ -1,0 +1,58 @@
+"""Figures of claims: every difference with its interval, beside its verdict; a panel for each unit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from lora_lab.errors import OptionError
+from lora_lab.plots import style as plot_style
+from lora_lab.plots.names import MOST, name_axis, shortened
+from lora_lab.plots.panels import Panels
+from lora_lab.results.result import Result, grouped
+
+_PLACES = ("holds", "does not hold", "cannot be told")
+"""Verdicts in the order of their colours."""
+
+
+def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
+    """Treated less control, with intervals; shaded is what would be too small to count."""
+    rows = [row for result in results for row in result.rows() if row["difference"] is not None]
+    if not rows:
+        raise OptionError("no claim of these results has a number to draw")
+    several = len({row["task"] for row in rows}) > 1
+    parts = grouped(rows, "unit")
+    lines = [max(2, len(members)) for _, members in parts]
+    axes = panels.grid(len(parts), 1, 0.17 * sum(lines) + 0.55 * len(parts) + 0.5, lines)
+    for ax, (unit, members) in zip(axes, parts, strict=True):
+        _panel(ax, members, several)
+        ax.set_xlabel(f"difference ({unit['unit']})" if unit["unit"] else "difference")
+    panels.legend(max(axes, key=lambda ax: len(ax.get_legend_handles_labels()[1])), columns=3)
+    seeds = " and ".join(str(n) for n in dict.fromkeys(result.parameters["seeds"] for result in results))
+    panels.caption(axes[0], f"{seeds} seeds; claimed to be › higher, ‹ lower, = equal; bars: 95 % intervals")
+    return axes
+
+
+def _panel(ax: Axes, rows: Sequence[Mapping[str, Any]], several: bool) -> None:
+    names = [f"{row['claim']}, {row['task']}" if several else row["claim"] for row in rows]
+    y = np.arange(len(rows))
+    least = np.array([row["least"] for row in rows])
+    ax.barh(y, 2 * least, 0.8, left=-least, color="0.9", zorder=0)
+    ax.axvline(0, color="0.4", linewidth=0.6)
+    for place, verdict in enumerate(_PLACES):
+        mine = [i for i, row in enumerate(rows) if row["verdict"] == verdict]
+        value, low, high = (
+            np.array([rows[i][name] for i in mine], dtype=float)
+            for name in ("difference", "difference_low", "difference_high")
+        )
+        look = {**plot_style.look(place), "linestyle": "", "markersize": 3.5, "capsize": 1.5, "elinewidth": 0.8}
+        ax.errorbar(value, y[mine], xerr=np.stack([value - low, high - value]).clip(min=0), label=verdict, **look)
+    arrows = {"higher": "›", "lower": "‹", "equal": "="}
+    name_axis(
+        ax.yaxis,
+        shortened([f"{name}  {arrows[row['direction']]}" for name, row in zip(names, rows, strict=True)], MOST),
+    )
+    ax.set_ylim(len(rows) - 0.4, -0.6)

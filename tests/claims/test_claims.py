@@ -1,0 +1,91 @@
+"""Files of claims: those that come along, and what is said of wrong ones."""
+
+import pytest
+
+from lora_lab import tasks
+from lora_lab.claims.asking import QUESTIONS
+from lora_lab.claims.claims import OWN, chosen, read
+from lora_lab.claims.reproduce import Plan, Reproduce
+from lora_lab.claims.statistics import STATISTICS
+from lora_lab.errors import FileError, OptionError
+from lora_lab.training.recipe import Recipe
+
+ROW = """[[claim]]
+name = "a"
+says = "b"
+source = "c"
+statistic = "task-score"
+direction = "higher"
+treated = { method = "coto" }
+least = 0.01
+"""
+
+
+def test_what_comes_along_can_be_run_as_it_stands():
+    claims, beds = read()
+    assert len(claims) > 30
+    for claim in claims:
+        for fields in claim.trainings:
+            Recipe(**fields)
+        statistic = STATISTICS[claim.statistic]
+        if statistic.verb is not None:
+            QUESTIONS[statistic.verb].made(claim.options)
+        assert set(claim.testbeds) <= set(beds)
+    for task in beds["digits"].tasks + beds["digits"].merged:
+        tasks.from_name(task)
+
+
+def test_every_statistic_is_of_a_question_that_can_be_asked():
+    assert {each.verb for each in STATISTICS.values()} <= {None, *QUESTIONS}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[[claim]]\nname = 'a'", ("claim 1 (a): has no says",)),
+        (ROW.replace("task-score", "task-scores"), ("claim 1 (a)", "'task-scores'", "task-score")),
+        (ROW.replace("higher", "better"), ("'better'", "higher")),
+        (ROW.replace("task-score", "on-line"), ("needs space, t in `where`",)),
+        (ROW + "where = { space = 'delta' }", ("'space'",)),
+        (ROW + "lest = 1", ("'lest'", "did you mean 'least'")),
+        (ROW.replace("0.01", "-1"), ("least is -1", "at least 0")),
+        (ROW.replace("0.01", "'x'"), ("least is 'x'", "a number is needed")),
+        (ROW.replace("higher", "equal").replace("0.01", "0.0"), ("equal needs a `least` above 0",)),
+        (ROW + ROW, ("two claims are called 'a'",)),
+        ("[testbed.x]\nabout = 'y'", ("testbed x: has no tasks",)),
+        ("[testbed.x]\nabout = 'y'\ntasks = []", ("a testbed needs a task",)),
+        ("[testbed]\nx = 3", ("testbed x", "a table of fields")),
+        ("claim = 3", ("[[claim]] tables",)),
+        ("[other]\nx = 1", ("[other]", "[[claim]] and [testbed.NAME]")),
+        ("[[claim", ("not a TOML file",)),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_row_and_field(tmp_path, text, words):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(FileError) as error:
+        read(path)
+    for word in ("mine.toml", *words):
+        assert word in str(error.value)
+
+
+def test_names_that_are_not_there():
+    with pytest.raises(FileError, match="no such file of claims"):
+        read(OWN.with_name("none.toml"))
+    with pytest.raises(OptionError, match="did you mean 'midpoint'"):
+        Reproduce(claims=("midpont",)).plan()
+    with pytest.raises(OptionError, match="unknown testbed 'digit'"):
+        Reproduce(testbed="digit").plan()
+    with pytest.raises(OptionError, match="claim rate can be put to digits alone, not to text"):
+        Reproduce(claims=("rate",), testbed="text").plan()
+    with pytest.raises(OptionError, match="seeds is 1; it must be at least 2"):
+        Reproduce(seeds=1)
+
+
+def test_a_training_that_several_claims_need_is_planned_once_and_merged_adapters_share_no_initial_a():
+    claims, beds = read()
+    plan = Plan(beds["digits"], tuple(chosen(claims, ["midpoint", "barrier", "gain-lora"], "digits")), (0, 1))
+    assert list(plan.trainings()) == [("digits/relabel", {"method": "coto"}), ("digits/relabel", {"method": "lora"})]
+    merged = Plan(beds["digits"], tuple(chosen(claims, ["ties"], "digits")), (0, 1))
+    seeds = {task: fields["init_seed"] for task, fields in merged.trainings()}
+    assert len(set(seeds.values())) == len(beds["digits"].merged) == 4

@@ -1,0 +1,112 @@
+"""A small run of claims from trainings to verdicts, and again, and with more seeds."""
+
+import pytest
+
+import lora_lab as ll
+from lora_lab.results.result import Result
+
+pytestmark = pytest.mark.usefixtures("few_digits", "quick_figures")
+
+MINE = """
+[testbed.small]
+about = "digits, a few steps"
+tasks = ["digits/relabel"]
+recipe = { steps = 8, batch_size = 8, target_modules = ["q_proj", "fc1"] }
+
+[[claim]]
+name = "more-steps"
+says = "Sixteen steps are better than eight"
+source = "common sense"
+statistic = "task-score"
+direction = "higher"
+treated = { method = "lora", steps = 16 }
+control = { method = "lora" }
+least = 0.01
+
+[[claim]]
+name = "halfway"
+says = "Halfway there is something"
+source = "nobody"
+statistic = "on-line"
+where = { space = "delta", t = 0.5 }
+options = { points = 3, spaces = ["delta"] }
+direction = "higher"
+treated = { method = "lora" }
+against = 0.05
+least = 0.0
+
+[[claim]]
+name = "quick"
+says = "Eight steps take less time than sixteen"
+source = "common sense"
+statistic = "training-time"
+direction = "lower"
+treated = { method = "lora" }
+control = { method = "lora", steps = 16 }
+least = 0.0
+
+[[claim]]
+name = "nothing"
+says = "A family that there is none of"
+source = "nobody"
+statistic = "with-layers"
+where = { family = "none", label = "x", rescaled = false }
+options = { samples = 2, every = false, examples = 10 }
+direction = "higher"
+treated = { method = "lora" }
+least = 0.0
+"""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text(MINE)
+    return path
+
+
+def test_from_trainings_to_verdicts_and_nothing_is_computed_twice(mine, tmp_path):
+    asked = {"testbed": "small", "file": mine, "seeds": 3, "processes": 1, "progress": False}
+    result = ll.reproduce(tmp_path / "lab", **asked)
+    rows = {row["claim"]: row for row in result.rows()}
+    assert list(rows) == ["more-steps", "halfway", "quick", "nothing"]
+    adapters = sorted(path.name for path in (tmp_path / "lab" / "runs" / "digits-relabel").glob("*.safetensors"))
+    assert len(adapters) == 6
+    scores = {}
+    for name in adapters:
+        row = ll.evaluate(tmp_path / "lab" / "runs" / "digits-relabel" / name, base=False, progress=False).rows()[0]
+        scores.setdefault(name.rpartition("-s")[0], []).append(row["accuracy"])
+    groups = {key: sum(values) / 3 for key, values in scores.items()}
+    assert sorted(groups.values()) == pytest.approx(
+        sorted([rows["more-steps"]["of_treated"], rows["more-steps"]["of_control"]])
+    )
+    assert rows["more-steps"]["difference"] == pytest.approx(
+        rows["more-steps"]["of_treated"] - rows["more-steps"]["of_control"]
+    )
+    assert rows["halfway"]["units"] == 3
+    assert rows["halfway"]["of_control"] is None
+    assert rows["halfway"]["difference"] == pytest.approx(rows["halfway"]["of_treated"] - 0.05)
+    assert rows["quick"]["unit"] == "s"
+    assert rows["quick"]["difference"] < 0
+    assert rows["nothing"]["verdict"] == "cannot be told"
+    assert rows["nothing"]["why"] == "the question has no such number of these adapters"
+    assert result.parameters["seeds"] == 3
+    saved = Result.load(result.save(tmp_path / "r.json"))
+    assert saved.columns == result.columns
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "lab").rglob("*") if path.is_file()}
+    again = ll.reproduce(tmp_path / "lab", **asked)
+    assert again.columns == result.columns
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "lab").rglob("*") if path.is_file()}
+
+
+def test_the_verb_says_what_it_would_do(mine, lora_lab, tmp_path):
+    code, out, err = lora_lab("reproduce", "--claims", mine, "--testbed", "small", "--dry-run")
+    assert code == 0, err
+    assert "Sixteen steps are better than eight" in out
+    assert "10 trainings" in err
+    assert not (tmp_path / "out").exists()
+    code, _, err = lora_lab("reproduce", "haldway", "--claims", mine, "--testbed", "small")
+    assert code == 1
+    assert err.splitlines()[-1].startswith("error: unknown claim 'haldway'")
+    assert "did you mean 'halfway'" in err
