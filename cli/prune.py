@@ -99,7 +99,11 @@ class Choosing:
     players: str | Mapping[str, str] = option(
         "layer", "What K counts: NAMES, or NAME=REGEX.", names=Later("lora_lab.adapters.groups", "PLAYERS")
     )
-    worth: str = option("accuracy", "For patterns by values: NAMES.", names=Later("lora_lab.analysis.game", "WORTHS"))
+    worth: str | None = option(
+        None,
+        "For patterns by values: a metric of the task (by default its main one), or NAMES.",
+        names=Later("lora_lab.analysis.game", "WORTHS"),
+    )
     samples: int = option(200, "For top-shapley: marginal contributions a player.", least=1)
     split: str = option("validation", "For patterns by values: the split to choose on.")
     seed: int = option(0, "Of random choices.", least=0)

@@ -96,9 +96,12 @@ class GatedGame(Game):
         return Cost(round(passes), blocks, blocks, self.evaluator.seconds(passes))
 
 
-def check(adapter: Adapter, worth: str) -> None:
-    """TunerError where a gate means nothing for this adapter, OptionError for a worth that has no gradient."""
-    if worth not in SMOOTH:
+def check(adapter: Adapter, worth: str | None) -> None:
+    """TunerError where a gate means nothing for this adapter, OptionError for a worth that has no gradient.
+
+    None is the task's own, of which nothing is known yet.
+    """
+    if worth is not None and worth not in SMOOTH:
         raise OptionError(f"the worth {worth} has no gradient for gates; there are: {', '.join(SMOOTH)}")
     for name, site in adapter.sites.items():
         if site.scale is None:

@@ -108,10 +108,10 @@ class Shapley(Question):
     kind = "shapley"
 
     players: str | Mapping[str, str] = player_option()
-    worth: str = option(
-        "accuracy",
-        "NAMES; what helps is positive.",
-        choices=Later("lora_lab.analysis.game", "WORTHS"),
+    worth: str | None = option(
+        None,
+        "A metric of the task (by default its main one), or NAMES; what helps is positive.",
+        names=Later("lora_lab.analysis.game", "WORTHS"),
     )
     estimator: str | None = option(
         None,

@@ -19,6 +19,7 @@ from lora_lab.adapters.groups import players
 from lora_lab.adapters.writing import SIGNATURE_KEY
 from lora_lab.analysis import gates
 from lora_lab.analysis.gates import GatedGame
+from lora_lab.analysis.measured import told
 from lora_lab.analysis.questions import Shapley as Shapley
 from lora_lab.errors import LoraLabError, OptionError, unknown
 from lora_lab.extras import needs
@@ -42,6 +43,8 @@ def answer(question: Shapley, adapters: Sequence[Adapter], task: Task, on: Execu
     summaries: list[dict[str, Any]] = []
     for adapter, label in zip(adapters, labels_of(adapters), strict=True):
         game = _game(question, adapter, task, on)
+        if _has_gates(question.estimator):
+            gates.check(adapter, game.worth)
         estimator = choose(question, game)
         if on.confirm and not summaries:
             on.confirm(_cost(question, game, estimator) * len(adapters))
@@ -54,7 +57,7 @@ def answer(question: Shapley, adapters: Sequence[Adapter], task: Task, on: Execu
     return Result(
         question.kind,
         finite(columns(rows)),
-        {"task": task.record, **question.record, "adapters": [described(adapter) for adapter in adapters]},
+        {"task": task.record, **question.record, **_of_worth(game), "adapters": [described(a) for a in adapters]},
         finite({"adapters": summaries, "by_method": _by_method(summaries)}),
         game.evaluator.provenance(adapters, began=began, run=question.run_id(adapters, task)),
     )
@@ -152,6 +155,11 @@ def newest_adapter(folder: Path) -> Path | None:
             if Adapter.load(path).origin.own:
                 return path
     return None
+
+
+def _of_worth(game: GatedGame) -> dict[str, Any]:
+    """The worth, and of a metric what it is."""
+    return {"worth": game.worth, "metrics": told({game.worth: game.metric}) if game.metric else {}}
 
 
 def _game(

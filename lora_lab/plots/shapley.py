@@ -20,8 +20,10 @@ from lora_lab.results.result import Result, by_adapter
 
 _THIN: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.7}
 
+_NATS = {"loss": "loss removed (nats)", "log-likelihood": "log-likelihood (nats)"}
+"""Worths that are no metric of their task, as axes name them."""
+
 _ORDER = ("q", "k", "v", "o", "gate", "up", "down", "fc1", "fc2")
-_UNITS = {"accuracy": "accuracy", "loss": "loss removed (nats)", "log-likelihood": "log-likelihood (nats)"}
 
 
 def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
@@ -172,5 +174,10 @@ def _type_order(name: str) -> tuple[int, str]:
 
 
 def _unit(results: Sequence[Result]) -> str:
+    """The worth as an axis is named; of less that is better, what is removed."""
     worth: str = results[0].parameters["worth"]
-    return _UNITS.get(worth, worth)
+    said = results[0].parameters.get("metrics", {}).get(worth)
+    if said is None:
+        return _NATS.get(worth, worth)
+    unit = f" ({said['unit']})" if said["unit"] not in ("", "share") else ""
+    return f"{worth.replace('_', ' ')}{'' if said['higher'] else ' removed'}{unit}"

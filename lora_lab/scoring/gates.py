@@ -43,13 +43,16 @@ class Smooth:
     """The worth that the number of an example with one target is, where it is not this one."""
 
 
+_RIGHT = Smooth(
+    lambda targets: targets.margin,
+    lambda margin, temperature: torch.sigmoid(margin / temperature),
+    lambda margin: (margin > 0).astype(np.float64),
+    "margin",
+)
+
 SMOOTH: dict[str, Smooth] = {
-    "accuracy": Smooth(
-        lambda targets: targets.margin,
-        lambda margin, temperature: torch.sigmoid(margin / temperature),
-        lambda margin: (margin > 0).astype(np.float64),
-        "margin",
-    ),
+    "accuracy": _RIGHT,
+    "token_accuracy": _RIGHT,
     "loss": Smooth(lambda targets: -targets.loss),
     "log-likelihood": Smooth(lambda targets: -targets.loss),
     "margin": Smooth(lambda targets: targets.margin),

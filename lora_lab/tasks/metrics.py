@@ -80,6 +80,35 @@ class Metric:
         with np.errstate(invalid="ignore", divide="ignore"):
             return Sampled.of(values, seed=seed).estimate(lambda means: self.of(*means))
 
+    def influence(self, columns: Mapping[str, Column]) -> Floats:
+        """One number an example, [n], whose mean is the metric's value and whose spread tells the value's error.
+
+        With g the metric and x_i its sufficient columns, of mean m,
+
+            ψ_i = g(m) + ∇g(m)·(x_i − m),
+
+        so that sums and differences of metrics have columns of their own, and the variance of a column's mean is that
+        of the delta method (the infinitesimal jackknife, Jaeckel 1972). Of a mean, ψ is the column itself. All NaN
+        where the metric has no value. Spearman's ranks are those of the split, as if an example moved no other's.
+        TaskError as of `estimate`.
+
+        Intervals of 95 % by Student's t, simulated, hold the truth in .92 to .96 of the cases from 50 examples on and
+        in .87 to .93 of 20; but of F1 of a label that only 5 % of the examples have in .91 of 200, .63 of 50 and .23
+        of 20, where often none is found, which says nothing of how many there might be.
+        """
+        given = self.parts(columns)
+        if self.is_mean:
+            return given[0].astype(np.float64)
+        parts = np.stack([part.astype(np.float64) for part in given])
+        means = parts.mean(1, keepdims=True)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            value = float(self.of(*means)[0])
+            if not math.isfinite(value):
+                return np.full(parts.shape[1], math.nan)
+            slopes = _gradient(self.of, means[:, 0], parts.std(1) / math.sqrt(parts.shape[1]))
+        linear: Floats = value + slopes @ (parts - means)
+        return linear
+
     def require(self, examples: int) -> None:
         """TaskError where it has no value on so few examples."""
         if examples < self.least:
@@ -104,6 +133,25 @@ class Metric:
 def mean_of(column: str, about: str | None = None, **more: Any) -> Metric:
     """The plain mean of a column."""
     return Metric(about or f"mean of {column}", (column,), _the_mean, **{"unit": "", **more})
+
+
+def _gradient(of: Callable[..., Floats], means: Floats, errors: Floats) -> Floats:
+    """∇g at the means [p], by differences of fourth order: (8(g(h) − g(−h)) − (g(2h) − g(−2h))) / 12h each.
+
+    A step h is a thousandth of the mean's standard error, which is at most the mean of what is not negative: so no step
+    leaves where g is defined. What is constant is left out, as it tells no example from another.
+    """
+    steps = 1e-3 * errors
+    moved = np.flatnonzero(errors > 1e-12 * np.abs(means))
+    gradient = np.zeros(len(means))
+    if len(moved):
+        # [p, 4 places of each column that moves]
+        places = np.repeat(means[:, None], 4 * len(moved), axis=1)
+        for k, j in enumerate(moved):
+            places[j, 4 * k : 4 * k + 4] += steps[j] * np.array([1, -1, 2, -2])
+        up, down, up2, down2 = of(*places).reshape(-1, 4).T
+        gradient[moved] = (8 * (up - down) - (up2 - down2)) / (12 * steps[moved])
+    return gradient
 
 
 def _moments(x: Column, y: Column) -> list[Column]:

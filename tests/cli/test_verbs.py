@@ -497,7 +497,10 @@ def test_adapters_that_do_not_fit_are_refused_before_anything_is_written(lora_la
         (["shapley", "--players", "layrs"], ["unknown set of players 'layrs'", "did you mean 'layer'"]),
         (["shapley", "--players", "x=nothing"], ["player 'x' ('nothing') matches no module", "vit.layers.0"]),
         (["shapley", "--players", "a=q_proj", "--players", "b=layers"], ["players overlap", "matches a, b"]),
-        (["shapley", "--worth", "f1"], ["unknown worth 'f1'", "accuracy"]),
+        (
+            ["shapley", "--worth", "f1"],
+            ["unknown worth of task digits/relabel: 'f1'", "accuracy, loss, log-likelihood, margin"],
+        ),
         (["shapley", "--estimator", "exct"], ["did you mean 'exact'"]),
         (["shapley", "--estimator", "shapiq:Nothing"], ["unknown estimator of shapiq 'Nothing'"]),
         (["shapley", "--estimator", "owen", "--set", "node=3"], ["did you mean 'nodes'"]),

@@ -78,3 +78,109 @@ def test_a_metric_says_what_it_lacks():
 def test_what_is_not_defined_is_no_number():
     assert math.isnan(value("pearson", prediction=[1.0, 1.0], target=[1.0, 2.0]))
     assert mean_of("x").estimate({"x": np.array([1.0, 3.0])}, seed=0)[0] == 2
+
+
+def labelled(generator, n, share=0.3):
+    target = generator.random(n) < share
+    return {"target": target, "prediction": np.where(generator.random(n) < 0.7, target, generator.random(n) < share)}
+
+
+def correlated(generator, n):
+    target = generator.normal(size=n)
+    return {"target": target, "prediction": 0.5 * target + generator.normal(size=n)}
+
+
+def texts(generator, n):
+    return {"loss": generator.gamma(4, 0.5, n), "tokens": generator.integers(5, 60, n)}
+
+
+def closed_f1(prediction, target):
+    hit, false, missed = prediction & target, prediction & ~target, ~prediction & target
+    whole = (2 * hit + false + missed).mean()
+    f1 = 2 * hit.mean() / whole
+    return f1 + (2 * hit - f1 * (2 * hit + false + missed)) / whole
+
+
+def closed_pearson(prediction, target):
+    x, y = stats.zscore(prediction), stats.zscore(target)
+    r = (x * y).mean()
+    return r + x * y - r - r / 2 * (x**2 + y**2 - 2)
+
+
+def closed_perplexity(loss, tokens):
+    mean = (loss * tokens).sum() / tokens.sum()
+    return np.exp(mean) * (1 + (loss - mean) * tokens / tokens.mean())
+
+
+def closed_rmse(prediction, target):
+    square = (prediction - target) ** 2
+    return np.sqrt(square.mean()) + (square - square.mean()) / (2 * np.sqrt(square.mean()))
+
+
+CLOSED = {
+    "f1": (labelled, closed_f1),
+    "pearson": (correlated, closed_pearson),
+    "perplexity": (texts, closed_perplexity),
+    "rmse": (correlated, closed_rmse),
+}
+
+
+@pytest.mark.parametrize("name", CLOSED)
+@given(st.integers(4, 300), st.integers(0, 2**32 - 1))
+def test_influence_is_that_of_the_closed_form(name, n, seed):
+    draw, closed = CLOSED[name]
+    columns = draw(np.random.default_rng(seed), n)
+    if name == "f1" and not (columns["prediction"] | columns["target"]).any():
+        return
+    found = METRICS[name].influence(columns)
+    assert found == pytest.approx(closed(**columns), rel=1e-8, abs=1e-9)
+    assert found.mean() == pytest.approx(METRICS[name].value(columns), rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", ["f1", "mcc", "rmse"])
+def test_influence_is_what_a_little_more_weight_of_an_example_does(name):
+    """ψ_i − g = d/dε of the metric with weights (1 − ε)/n + ε at i, by scikit-learn's weights."""
+    columns = labelled(np.random.default_rng(1), 40)
+    n, step = 40, 1e-6
+    found = METRICS[name].influence({key: values.astype(int) for key, values in columns.items()})
+    reference = {**REFERENCES, "f1": sklearn.f1_score}[name]
+    for i in range(n):
+        ends = []
+        for epsilon in (step, -step):
+            weights = np.full(n, (1 - epsilon) / n)
+            weights[i] += epsilon
+            given = {key: values.astype(int) for key, values in columns.items()}
+            ends.append(reference(given["target"], given["prediction"], sample_weight=weights))
+        slope = (ends[0] - ends[1]) / (2 * step)
+        assert found[i] - found.mean() == pytest.approx(slope, abs=1e-6)
+
+
+def test_influence_on_a_mean_is_the_column_itself():
+    outcomes = np.random.default_rng(0).random(100) < 0.7
+    losses = np.random.default_rng(0).gamma(2, 1, 100)
+    assert (METRICS["accuracy"].influence({"correct": outcomes}) == outcomes).all()
+    assert (METRICS["loss"].influence({"loss": losses}) == losses).all()
+    assert METRICS["accuracy"].influence({"correct": outcomes}).dtype == np.float64
+
+
+def test_influence_where_a_metric_has_no_value_or_none_that_an_example_moves():
+    constant = METRICS["pearson"].influence({"prediction": np.ones(4), "target": np.arange(4.0)})
+    assert np.isnan(constant).all()
+    exact = METRICS["rmse"].influence({"prediction": np.arange(4.0), "target": np.arange(4.0)})
+    assert (exact == 0).all()
+    none = METRICS["f1"].influence({"prediction": np.zeros(4, int), "target": np.array([0, 1, 1, 0])})
+    assert (none == 0).all()
+    with pytest.raises(TaskError, match="1 examples; Pearson's correlation needs 2 or more"):
+        METRICS["pearson"].influence({"prediction": np.ones(1), "target": np.ones(1)})
+
+
+@pytest.mark.parametrize(("name", "draw"), [("f1", labelled), ("perplexity", texts), ("pearson", correlated)])
+def test_intervals_by_influence_hold_the_truth(name, draw):
+    """Student's t of ψ, 200 examples, 400 draws; the truth from 400,000."""
+    generator = np.random.default_rng(0)
+    truth, inside = METRICS[name].value(draw(generator, 400_000)), []
+    for _ in range(400):
+        found = METRICS[name].influence(draw(generator, 200))
+        half = stats.t.ppf(0.975, 199) * found.std(ddof=1) / math.sqrt(200)
+        inside.append(abs(found.mean() - truth) <= half)
+    assert 0.92 <= np.mean(inside) <= 0.98
