@@ -406,6 +406,7 @@ def test_every_analysis_runs_on_language_models(folder, base, rows, keys):
     assert ends == pytest.approx([after.mean_loss, score(task, adapters[1]).mean_loss], abs=1e-6)
 
     found = Shapley(worth="loss").run(adapters[:1], task)
+    assert Shapley().run(adapters[:1], task).parameters["worth"] == task.metrics[0]
     summary = found.summary["adapters"][0]
     assert sum(row["value"] for row in found.rows()) == pytest.approx(summary["full"] - summary["empty"])
     assert summary["full"] == pytest.approx(-after.mean_loss, abs=1e-6)
