@@ -45,6 +45,7 @@ _VERBS = (
     "record",
     "tasks",
     "figure",
+    "report",
     "schema",
     "run",
     "reproduce",

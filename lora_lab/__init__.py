@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from lora_lab.api import convert as convert
     from lora_lab.api import evaluate as evaluate
     from lora_lab.api import extract as extract
-    from lora_lab.api import figure as figure
     from lora_lab.api import fuse as fuse
     from lora_lab.api import interpolate as interpolate
     from lora_lab.api import load as load
@@ -44,6 +43,8 @@ if TYPE_CHECKING:
     from lora_lab.errors import LoraLabError as LoraLabError
     from lora_lab.results.result import Result as Result
     from lora_lab.scoring.execution import Execution as Execution
+    from lora_lab.showing import figure as figure
+    from lora_lab.showing import report as report
     from lora_lab.tasks.metrics import Metric as Metric
     from lora_lab.tasks.own import Task as Task
     from lora_lab.training.coto import CoToCallback as CoToCallback
@@ -61,7 +62,6 @@ __getattr__, __dir__, __all__ = face(
             "compare_merges",
             "evaluate",
             "extract",
-            "figure",
             "fuse",
             "interpolate",
             "load",
@@ -80,6 +80,7 @@ __getattr__, __dir__, __all__ = face(
         "errors": ("LoraLabError",),
         "results.result": ("Result",),
         "scoring.execution": ("Execution",),
+        "showing": ("figure", "report"),
         "tasks.metrics": ("Metric",),
         "tasks.own": ("Task",),
         "training.coto": ("CoToCallback",),

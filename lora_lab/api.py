@@ -45,8 +45,6 @@ from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.task import Task
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from lora_lab.fusing.fuse import Fused
     from lora_lab.fusing.verify import Verified
 
@@ -390,11 +388,3 @@ def compare_merges(
     base = base_of(loaded, question.base_name, trust_record=trust_record)
     with _shown(on, "merging and scoring", progress) as where:
         return question.run(loaded, tasks, where, base=base)
-
-
-@checked
-def figure(results: Results, kind: str | None = None, *, width: str = "double") -> Figure:
-    """The matplotlib figure of one or more results (or their files) of one kind; `kind` chooses another view."""
-    from lora_lab import plots
-
-    return plots.figure(results_of(results), kind=kind, width=width)

@@ -38,6 +38,9 @@ _ADAPTER_FILES = {"adapter_config.json", *_WEIGHTS, "README.md", "heads"}
 _JSON = re.compile(rb'\s*\{\s*"format":\s*"lora-lab (result|journal|fused|run) \d+"')
 _CSV = re.compile(rb"\A[^\n]*," + MARK.encode() + rb"\n")
 _CARD = re.compile(rb"\A---\n(?:(?!---).*\n)*?tags:[^\n]*(?:\n- [^\n]*)*\blora-lab\b")
+_PAGE = re.compile(
+    rb'\A<!doctype html>\n<html[^>\n]*>\n<head>\n<meta charset="utf-8">\n<meta name="generator" content="lora-lab">'
+)
 _PLENTY = 100_000_000  # bytes of a safetensors header, as in safetensors itself
 _PART = 65_536  # bytes from either end of a file, where marks are
 
@@ -147,7 +150,7 @@ def _written_here(path: Path) -> bool:
         return end.rstrip().rpartition(b"\n")[2].startswith(b"% " + mark)
     if start.startswith(b"SQLite format 3\0"):
         return JOURNAL.encode() in start
-    return any(pattern.match(start) for pattern in (_JSON, _CARD, _CSV)) or _of_safetensors(path, start)
+    return any(pattern.match(start) for pattern in (_JSON, _CARD, _CSV, _PAGE)) or _of_safetensors(path, start)
 
 
 def _of_safetensors(path: Path, start: bytes) -> bool:

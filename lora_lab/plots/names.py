@@ -195,6 +195,11 @@ def name_axis(axis: Any, names: Sequence[str], places: Sequence[float] | None = 
     fit_names(axis)
 
 
+def is_named(axis: Any) -> bool:
+    """Whether an axis has names at its places, and no numbers."""
+    return isinstance(axis.get_major_locator(), _Names)
+
+
 def fit_names(axis: Any) -> None:
     """Lay names flat or slanted, and choose their size, by the length that their axis has now."""
     locator = axis.get_major_locator()

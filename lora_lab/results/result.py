@@ -99,7 +99,12 @@ class Result:
         """Read a result; FileError where the file is something else, or not what was written."""
         if not path.is_file():
             raise FileError(f"{path}: no such file")
-        content = files.read_json(path)
+        return cls.of_json(files.read_json(path), path)
+
+    @classmethod
+    def of_json(cls, content: Mapping[str, Any], path: Path) -> Result:
+        """The result whose file holds this; FileError, which names the file, as for `load`."""
+        content = dict(content)
         if content.get("format") != FORMAT:
             raise FileError(f"{path}: not a result of lora-lab (its format is not {FORMAT!r})")
         checksum = content.pop(_CHECKSUM, None)

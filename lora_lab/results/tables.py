@@ -61,7 +61,7 @@ def frame(result: Result, name: str = ROWS) -> DataFrame:
     with needs("pandas", "a frame"):
         import pandas
     rows = table(result, name)
-    return pandas.DataFrame(rows, columns=list(rows[0] if rows else _columns(result, name)))
+    return pandas.DataFrame(rows, columns=list(rows[0] if rows else columns_known(result, name)))
 
 
 def to_csv(result: Result, name: str = ROWS) -> str:
@@ -70,7 +70,7 @@ def to_csv(result: Result, name: str = ROWS) -> str:
     Texts that a spreadsheet would take for formulas have an apostrophe in front.
     """
     rows, out = table(result, name), io.StringIO()
-    names = list(rows[0] if rows else _columns(result, name))
+    names = list(rows[0] if rows else columns_known(result, name))
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*names, MARK])
     for row in rows:
@@ -93,13 +93,13 @@ def to_latex(result: Result, name: str | None = None, columns: Sequence[str] | N
     paper = kind.paper if kind and name is None and columns is None else None
     if paper is None:
         rows = table(result, name or ROWS)
-        known = _columns(result, name or ROWS)
+        known = columns_known(result, name or ROWS)
         shown = list(columns) if columns is not None else _joined(list(rows[0] if rows else known), known)
         missing = [each for each in shown if rows and each not in rows[0]]
         if missing:
             raise unknown("column", missing[0], list(rows[0]))
         return _booktabs(rows, shown, known)
-    rows, known = table(result, paper.table), _columns(result, paper.table)
+    rows, known = table(result, paper.table), columns_known(result, paper.table)
     if paper.across is not None:
         return _side_by_side(rows, paper, known)
     named, further = list(paper.columns), _further(rows, known)
@@ -145,7 +145,7 @@ def describe(result: Result) -> str:
 
 def to_html(result: Result) -> str:
     """The first rows as a small HTML table, intervals left out, all texts escaped."""
-    rows, known = table(result), _columns(result, ROWS)
+    rows, known = table(result), columns_known(result, ROWS)
     names = [name for name in _joined(list(result.columns), known) if not _is_list(rows, name)]
     return html_table(describe(result), names, ([row[name] for name in names] for row in rows))
 
@@ -163,7 +163,7 @@ def html_table(caption: str, headings: Sequence[str], rows: Iterable[Sequence[An
     return "\n".join([*lines, "</table>"])
 
 
-def _columns(result: Result, name: str) -> Mapping[str, Column]:
+def columns_known(result: Result, name: str) -> Mapping[str, Column]:
     """What the schema says of a table's columns; nothing where there is none."""
     kind = schema.kinds().get(result.kind)
     outer, _, inner = name.partition(".")
@@ -182,16 +182,23 @@ def _further(rows: Sequence[Row], known: Mapping[str, Column]) -> list[str]:
 
 def _joined(names: Sequence[str], known: Mapping[str, Column]) -> list[str]:
     """Names without the ends and spreads that stand in the cell of another, and without tables within the table."""
-    inside = {part for name in names for part in (*_ends(name), _spread(name))}
     nested = {name for name, each in known.items() if {list, dict} & set(each.types)}
-    return [name for name in names if name not in inside and name not in nested]
+    return [name for name in apart(names) if name not in nested]
 
 
-def _ends(name: str) -> tuple[str, str]:
+def apart(names: Sequence[str]) -> list[str]:
+    """Names of columns without the ends and spreads that belong to another one."""
+    inside = {part for name in names for part in (*ends(name), spread(name))}
+    return [name for name in names if name not in inside]
+
+
+def ends(name: str) -> tuple[str, str]:
+    """The columns that hold the interval of a column's values."""
     return _ENDS.get(name, (f"{name}_low", f"{name}_high"))
 
 
-def _spread(name: str) -> str:
+def spread(name: str) -> str:
+    """The column that holds the spread of what a column's values are means of."""
     return _SPREADS.get(name, f"{name}_spread")
 
 
@@ -260,14 +267,14 @@ def _cell(row: Row, name: str, known: Mapping[str, Column]) -> str:
         return escape.latex(", ".join(map(str, value)))
     if not isinstance(value, float):
         return f"${value}$" if isinstance(value, int) else escape.latex(str(value))
-    low, high = (row.get(end) for end in _ends(name))
+    low, high = (row.get(end) for end in ends(name))
     form = known[name].form if name in known else ".4g" if low is None else ".3f"
     text = _number(value, form)
-    spread = row.get(_spread(name))
+    around = row.get(spread(name))
     if low is not None and high is not None:
         text += rf"\,[{_number(low, form)}, {_number(high, form)}]"
-    elif spread is not None and _behind(row, known) > 1:
-        text += rf" \pm {_number(spread, form)}"
+    elif around is not None and _behind(row, known) > 1:
+        text += rf" \pm {_number(around, form)}"
     return f"${text}$"
 
 

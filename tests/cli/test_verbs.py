@@ -67,6 +67,7 @@ def one_line(result, *words, code=1):
         "record",
         "tasks",
         "figure",
+        "report",
         "reproduce",
     ],
 )

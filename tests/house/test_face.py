@@ -44,6 +44,7 @@ NAMES += [
     "plane",
     "prune",
     "record",
+    "report",
     "reproduce",
     "shapley",
     "sharpness",
