@@ -15,7 +15,8 @@ import typer
 
 from ..errors import LoraLabError, LoraLabNote, LoraLabWarning, OptionError
 from ..escape import shortened, visible
-from . import streams
+from . import folder_file, streams
+from .folder_file import told
 from .terminal import escaping, with_flags
 from .verbs import checking, command_of
 
@@ -69,7 +70,7 @@ def application(arguments: Sequence[str]) -> typer.Typer:
     called = [verb for verb in _VERBS if verb in arguments[:1]]
     for verb in called or _VERBS:
         function = import_module(f".{verb.replace('-', '_')}", __name__).command
-        app.command(verb, help=function.__doc__)(command_of(function) if called else lambda: None)
+        app.command(verb, help=function.__doc__)(told(command_of(function)) if called else lambda: None)
     return app
 
 
@@ -114,7 +115,8 @@ def _run(arguments: list[str], heard: list[int]) -> int:
     """The exit code; what went wrong has been said."""
     try:
         with escaping():
-            code = application(arguments)(arguments, standalone_mode=False)
+            kept = folder_file.defaults(arguments, _VERBS)
+            code = application(arguments)(arguments, standalone_mode=False, default_map=kept)
     except LoraLabError as error:
         return _say(with_flags(str(error)))
     except BrokenPipeError:

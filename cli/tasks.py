@@ -14,16 +14,30 @@ class Listing:
     """What is listed."""
 
     example: str | None = option(None, "Print a commented task file of this kind, e.g. text-classification.")
+    adapter: str | None = option(
+        None,
+        "Print a short task file for this adapter, of the kind that its base model is for (or of that of --example); "
+        "its data is yours to name.",
+        flag="for",
+    )
 
 
 def command(listing: Listing, output: AsJson) -> None:
     """List the built-in tasks, or print a file that describes a task of your own.
 
     Example:  lora-lab tasks --example text-classification > my-task.toml
+
+    Example:  lora-lab tasks --for adapter/ > my-task.toml
     """
     from .. import tasks
     from ..tasks.task import SPLITS
 
+    if listing.adapter is not None:
+        from ..adapters.adapter import Adapter
+        from ..tasks.proposed import task_file_for
+
+        print(task_file_for(Adapter.load(listing.adapter), listing.example), end="")
+        return
     if listing.example is not None:
         print(tasks.example(listing.example), end="")
         return

@@ -21,7 +21,7 @@ from lora_lab.adapters.formats.layout import Layout
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.adapters.writing import write_adapter
-from lora_lab.errors import AdapterError, LoraLabWarning, MismatchError, TunerError, shorten
+from lora_lab.errors import AdapterError, LoraLabWarning, TunerError
 from lora_lab.files import trust
 from lora_lab.options import checked
 from lora_lab.results.result import finite
@@ -253,56 +253,6 @@ def other_tensors(adapter: Adapter, modules: Container[str]) -> dict[str, Tensor
         name = key if module in modules or not module else key.replace(".base_layer.", ".")
         tensors[name] = adapter.tensors[key]
     return tensors
-
-
-def same_modules(adapters: Sequence[Adapter]) -> None:
-    """MismatchError unless all adapters use one tuner, adapt the same modules, and act alike on one base model."""
-    first = adapters[0]
-    for other in adapters[1:]:
-        pair = f"{first.source} and {other.source}"
-        if other.tuner != first.tuner:
-            raise MismatchError(f"{pair} are of different tuners: {first.tuner} and {other.tuner}")
-        odd = sorted(set(first.sites) ^ set(other.sites))
-        if odd:
-            raise MismatchError(f"{pair} update different modules: {shorten(odd)}")
-    same_base(adapters)
-
-
-def same_base(adapters: Sequence[Adapter], *, given: bool = False) -> None:
-    """MismatchError unless ΔW of all adapters can be added: at the same tokens, to the same layers, in one layout.
-
-    Base models of different names are told as a warning, since one base has many (a hub id, a folder, a quantised
-    copy); not where the base is `given`, against which modules and shapes are held.
-    """
-    named = next((adapter for adapter in adapters if adapter.base_model), adapters[0])
-    plain = next((adapter for adapter in adapters if adapter.why_not_additive is None), adapters[0])
-    for other in adapters:
-        for field_name, what in _CONDITIONS.items():
-            mine, theirs = (adapter.config.get(field_name) or None for adapter in (adapters[0], other))
-            if mine != theirs:
-                raise MismatchError(
-                    f"{adapters[0].source} and {other.source} {what}: {field_name} is {mine} and {theirs}"
-                )
-        same_layout = bool(other.config.get("fan_in_fan_out")) == bool(plain.config.get("fan_in_fan_out"))
-        if other.why_not_additive is None and not same_layout:
-            raise MismatchError(
-                f"{plain.source} and {other.source} store their weights in different layouts: fan_in_fan_out is not "
-                "the same"
-            )
-        if not given and other.base_model and str(other.base_model).rstrip("/") != str(named.base_model).rstrip("/"):
-            warnings.warn(
-                f"{named.source} and {other.source} name different base models, {named.base_model!r} and "
-                f"{other.base_model!r}: taken for two names of one",
-                LoraLabWarning,
-                stacklevel=2,
-            )
-
-
-_CONDITIONS = {
-    "alora_invocation_tokens": "act after different tokens",
-    "layer_replication": "adapt models with different layers",
-}
-"""Field → what adapters that differ in it do: their ΔW is no ΔW of one model."""
 
 
 # What stays true of a new set of modules, ranks and factors: all but these.

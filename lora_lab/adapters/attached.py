@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.bases import NO_MATTER
 from lora_lab.adapters.formats.keys import PREFIX
 from lora_lab.adapters.formats.matching import first_match
 from lora_lab.adapters.formats.peft_config import missing_saved, parameter_sites, tuner_of
@@ -217,10 +218,6 @@ def _by_value(values: Mapping[str, Any]) -> dict[str, Any]:
     return {_one_of(sorted(keys)): value for value, keys in names.items()}
 
 
-_NO_MATTER = ("id2label", "label2id", "num_labels", "problem_type", "pad_token_id", "use_cache", "quantization_config")
-"""Fields of a configuration in which one base may differ: labels, and how weights are kept."""
-
-
 def base_config(model: nn.Module) -> dict[str, str] | None:
     """A short hash of the base's configuration, and the version of transformers that read it; None where it has none.
 
@@ -232,7 +229,7 @@ def base_config(model: nn.Module) -> dict[str, str] | None:
     if not isinstance(config, dict):
         return None
     kept = {k: v for k, v in config.items() if not k.startswith(("_", "transformers", "torch_dtype", "dtype"))}
-    digest = fingerprint({k: v for k, v in kept.items() if k not in _NO_MATTER})
+    digest = fingerprint({k: v for k, v in kept.items() if k not in NO_MATTER})
     return {"hash": digest, "transformers": version("transformers")}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.bases import difference
 from lora_lab.adapters.formats.keys import PREFIX, anchored, natural_key
 from lora_lab.adapters.formats.peft_config import exact_targets, pattern_values
 from lora_lab.adapters.formats.sites import Site
@@ -74,7 +75,7 @@ def require_shared_modules(adapters: Sequence[Adapter]) -> None:
         return
     first, other = adapters[0], adapters[apart[0]]
     examples = [min(adapter.sites, key=natural_key) for adapter in (first, other)]
-    if first.base_model and other.base_model and first.base_model != other.base_model:
+    if first.base_model and other.base_model and first.base_model != other.base_model and difference(first, other):
         raise MismatchError(
             f"{first.source} and {other.source} have different base models: {first.base_model!r} and "
             f"{other.base_model!r}"

@@ -70,7 +70,7 @@ class Compare:
 
     def check(self, adapters: Sequence[Adapter], base: Path | None = None, merges: Sequence[Result] = ()) -> None:
         """Raise what `run` would raise for these adapters, before anything is computed."""
-        from lora_lab.adapters.adapter import same_base
+        from lora_lab.adapters.bases import same_base
         from lora_lab.adapters.renames import require_shared_modules
         from lora_lab.analysis.predictors import collected
         from lora_lab.geometry.placing import require_enough
@@ -82,7 +82,7 @@ class Compare:
         if self.tsne:
             require_enough(len(adapters))
         require_shared_modules(adapters)
-        same_base(adapters)
+        same_base(adapters, given=base is not None)
         shapes: dict[str, tuple[tuple[int, ...], str]] = {}
         for adapter in adapters:
             for name in adapter.updates:

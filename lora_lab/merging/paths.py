@@ -14,7 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lora_lab.adapters.adapter import Adapter, same_modules
+from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.bases import same_modules
 from lora_lab.adapters.formats.keys import PREFIX
 from lora_lab.adapters.lowrank import LowRank, combine, combine_factors
 from lora_lab.adapters.renames import require_shared_modules

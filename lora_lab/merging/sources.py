@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_lab.adapters.adapter import Adapter, same_base
+from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.attached import weight_deltas
+from lora_lab.adapters.bases import check_shapes, same_base
 from lora_lab.adapters.cutting import factored
 from lora_lab.adapters.formats.keys import natural_key
 from lora_lab.adapters.formats.peft_format import shape_of, update
@@ -97,7 +98,7 @@ class Sources:
         self.device, self.place = device or torch.device("cpu"), place or torch.device("cpu")
         self._progress: Callable[[int, int], None] | None = None
         self._weigh(weights)
-        same_base(self.adapters)
+        same_base(self.adapters, given=base is not None)
         self._exact = _exact(self.adapters, base)
         self._measure()
 
@@ -255,14 +256,17 @@ def base_of(
 ) -> Callable[[], nn.Module] | None:
     """What builds the base model that is given, or that the record of an adapter without a plain ΔW leads to.
 
-    It can be sent to workers: small, and picklable.
+    It can be sent to workers: small, and picklable. MismatchError where the adapters do not fit the one that is given,
+    as far as its checkpoint is on this machine.
     """
     needy = [adapter for adapter in adapters if adapter.why_not_additive is not None]
     if base is not None:
+        check_shapes(adapters, base)
         return partial(base_model, base, [name for adapter in needy for name in adapter.sites])
     recorded = next((adapter for adapter in needy if adapter.record.get("task")), None)
     if recorded is None:
         return None
+    same_base(adapters)  # whose base it is would not be asked once there is one
     task = task_of(recorded, trust_record=trust_record)
     return partial(_base_of_task, TaskSpec(task.spec, task.reach))
 

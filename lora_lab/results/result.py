@@ -9,10 +9,12 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from lora_lab import files
@@ -174,6 +176,10 @@ def by_adapter(results: Iterable[Result], **where: Any) -> list[list[dict[str, A
     ]
 
 
+ALSO: ContextVar[Mapping[str, Any]] = ContextVar("ALSO", default=MappingProxyType({}))
+"""What else is to be known of how the results came about that are made in this context, for their provenance."""
+
+
 def provenance(
     *, inputs: Sequence[Path] = (), elapsed_s: float | None = None, examples: int | None = None, **more: Any
 ) -> dict[str, Any]:
@@ -186,6 +192,7 @@ def provenance(
         "inputs": [{"path": path.name, "sha256": files.file_hash(path)} for path in inputs if path.exists()],
         "examples": examples,
         "elapsed_s": None if elapsed_s is None else round(elapsed_s, 3),
+        **ALSO.get(),
         **more,
     }
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_lab import tasks
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.errors import MismatchError, OptionError, shorten
+from lora_lab.adapters.bases import difference_of, folder_of
+from lora_lab.errors import LoraLabNote, MismatchError, OptionError, shorten
 from lora_lab.files.trust import judged
 from lora_lab.results.result import fingerprint
+from lora_lab.tasks.beside import task_beside
+from lora_lab.tasks.proposed import kinds_for, task_file_for
 from lora_lab.tasks.task import Task
-
-_EXAMPLE = (
-    'kind = "text-classification" / base = "path/to/model" / data = "reviews.csv" / text = "text" / label = "label"'
-)
 
 
 def tasks_of(adapters: Sequence[Adapter], given: Sequence[str] = (), *, trust_record: bool = False) -> list[Task]:
@@ -40,26 +40,60 @@ def task_of(*adapters: Adapter, given: str | None = None, trust_record: bool = F
     """
     if given is not None:
         return tasks.from_name(given)
-    records = [adapter.record.get("task") for adapter in adapters]
+    records = [_recorded(adapter) for adapter in adapters]
+    if not any(records) and (task := _beside_all(adapters, trust_record)):
+        return task
     for adapter, record in zip(adapters, records, strict=True):
-        if not record or not isinstance(record, dict):
-            raise MismatchError(
-                f"{adapter.source}: carries no record of its task; `task` says on which: a built-in one "
-                f"({shorten(tasks.TASKS)}) or a file such as: {_EXAMPLE} (one a line)"
-            )
-    first = records[0]
-    for adapter, record in zip(adapters, records, strict=True):
-        if record != first:
-            raise MismatchError(
-                f"{adapters[0].source} and {adapter.source} were trained on different tasks, "
-                f"{_difference(first, record)}; `task` names one for both"
-            )
-    assert isinstance(first, dict)
+        if not record:
+            raise MismatchError(_without(adapter))
     # of equal records, one of the user's own speaks for all
     speaker = next((adapter for adapter in adapters if adapter.origin.own), adapters[0])
+    first = _recorded(speaker)
+    for adapter, record in zip(adapters, records, strict=True):
+        if record != first and not _of_one_base(speaker, adapter, first, record):
+            pair = (speaker, adapter) if speaker is adapters[0] else (adapter, speaker)
+            raise MismatchError(
+                f"{pair[0].source} and {pair[1].source} were trained on different tasks, "
+                f"{_difference(*(_recorded(each) for each in pair))}; `task` names one for both"
+            )
     reach = judged(first, speaker.origin, speaker.config, speaker.source, trust_record=trust_record)
     base = _beside(first, speaker) if reach.folder is None else Path(reach.folder)
     return tasks.from_record(first, base=base, where=f"the record of {speaker.source}", reach=reach)
+
+
+def _recorded(adapter: Adapter) -> dict[str, Any]:
+    """The task's record, empty where there is none."""
+    record = adapter.record.get("task")
+    return record if isinstance(record, dict) else {}
+
+
+def _beside_all(adapters: Sequence[Adapter], trust_record: bool) -> Task | None:
+    """The task of the file beside adapters that record none, where it is the same for all of them."""
+    first, *others = (task_beside(adapter, trust_record=trust_record) for adapter in adapters)
+    return first if first and all(each and each.record == first.record for each in others) else None
+
+
+def _without(adapter: Adapter) -> str:
+    """What to tell of an adapter whose task is not known."""
+    kinds, lines = kinds_for(adapter), " / ".join(task_file_for(adapter).splitlines())
+    others = f"; it may be of kind {', '.join(kinds[1:])}, too" if kinds[1:] else ""
+    return (
+        f"{adapter.source}: carries no record of its task; `task` says on which: a built-in one "
+        f"({shorten(tasks.TASKS)}) or a file such as: {lines} (one a line{others})"
+    )
+
+
+def _of_one_base(adapter: Adapter, other: Adapter, first: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+    """Whether two records name one base by two names, and agree in all else; which of them is scored on is told."""
+    if first.keys() != record.keys() or any(first[key] != record[key] for key in first if key != "base"):
+        return False
+    names = [str(each.get("base")) for each in (first, record)]
+    mine, theirs = (folder_of(name, a.origin) for name, a in zip(names, (adapter, other), strict=True))
+    if difference_of(mine, theirs, *names) is not None:
+        return False
+    told = f"{names[0]!r} and {names[1]!r} are one base under two names: configuration and norms are the same"
+    warnings.warn(f"{told}; all are scored on {names[0]!r}", LoraLabNote, stacklevel=4)
+    return True
 
 
 def _beside(record: Mapping[str, Any], adapter: Adapter) -> Path:

@@ -9,7 +9,8 @@ from making_adapters import PREFIX, lora, product, write
 from safetensors.torch import load_file, save_file
 
 from lora_lab import hub
-from lora_lab.adapters.adapter import Adapter, same_modules
+from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.bases import same_modules
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.adapters.reading import inspect

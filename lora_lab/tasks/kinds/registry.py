@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_lab.errors import FileError, OptionError, TrustError, unknown
+from lora_lab.errors import OptionError, TrustError, unknown
+from lora_lab.files.toml import read_toml
 from lora_lab.files.trust import ANYWHERE, Reach
 from lora_lab.registry import Registry
 from lora_lab.tasks.kinds import clip, generation, seq2seq, text, vision
@@ -43,15 +44,7 @@ def from_name(name: str) -> Task:
 
 def from_file(path: Path) -> Task:
     """The task described in a TOML file (see `example`)."""
-    import tomllib
-
-    try:
-        content = tomllib.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise FileError(f"{path}: no such task file") from error
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no TOML, a number of 5,000 digits
-        raise FileError(f"{path}: not a TOML file ({error})") from error
-    return from_record(content, base=path.parent, where=str(path))
+    return from_record(read_toml(path, "a task file"), base=path.parent, where=str(path))
 
 
 def from_record(
@@ -110,20 +103,24 @@ class TaskKind:
     """(keys, folder of relative paths, where they stand) → task."""
     example: str
     """A commented file."""
+    fits: tuple[str, ...] = ()
+    """How the names of the classes of models end that it is proposed for."""
 
+
+_CAUSAL = ("ForCausalLM", "LMHeadModel")
 
 KINDS = Registry(
     "kind of task",
     "lora_lab.task_kinds",
     TaskKind,
     {
-        "text-classification": TaskKind(TextClassification.from_record, text.EXAMPLE),
-        "causal-lm": TaskKind(CausalLM.from_record, CAUSAL_EXAMPLE),
-        "multiple-choice": TaskKind(MultipleChoice.from_record, CHOICE_EXAMPLE),
-        "generation": TaskKind(Generation.from_record, generation.EXAMPLE),
-        "seq2seq": TaskKind(Seq2Seq.from_record, seq2seq.EXAMPLE),
-        "image-classification": TaskKind(ImageClassification.from_record, vision.EXAMPLE),
-        "clip": TaskKind(Clip.from_record, clip.EXAMPLE),
+        "text-classification": TaskKind(TextClassification.from_record, text.EXAMPLE, ("ForSequenceClassification",)),
+        "causal-lm": TaskKind(CausalLM.from_record, CAUSAL_EXAMPLE, _CAUSAL),
+        "multiple-choice": TaskKind(MultipleChoice.from_record, CHOICE_EXAMPLE, _CAUSAL),
+        "generation": TaskKind(Generation.from_record, generation.EXAMPLE, _CAUSAL),
+        "seq2seq": TaskKind(Seq2Seq.from_record, seq2seq.EXAMPLE, ("ForConditionalGeneration",)),
+        "image-classification": TaskKind(ImageClassification.from_record, vision.EXAMPLE, ("ForImageClassification",)),
+        "clip": TaskKind(Clip.from_record, clip.EXAMPLE, ("CLIPModel",)),
     },
 )
 """Kinds of tasks by name."""
