@@ -14,6 +14,7 @@ from typing import Any, get_args, get_origin
 import typer
 
 from ..errors import OptionError, TrustError, unknown
+from ..files.toml import FOLDER_FILE, read_toml
 from .terminal import messages
 from .verbs import checking, command_of
 
@@ -30,9 +31,6 @@ def defaults(arguments: list[str], verbs: tuple[str, ...]) -> dict[str, dict[str
 
     OptionError, naming the file, the key and what is allowed, for what is no verb, no option of it or no value for it.
     """
-    from ..files.toml import read_toml
-    from ..tasks.beside import FOLDER_FILE
-
     if not os.path.lexists(FOLDER_FILE) or not arguments or {"--help", "-h"} & {*arguments}:
         return {}
     verb = arguments[0]
@@ -80,7 +78,6 @@ def told(command: Callable[..., None]) -> Callable[..., None]:
             command(**given)
             return
         from ..results.result import ALSO
-        from ..tasks.beside import FOLDER_FILE
 
         flags = {parameter.name: parameter.opts[-1] for parameter in context.command.params}
         said = {flags[name]: _shown(value) for name, value in taken.items()}
@@ -184,7 +181,6 @@ def _text(value: Any, where: str, needed: str) -> str:
 
 def _refuse_code(named: str | list[str], where: str) -> None:
     """TrustError for a task whose code would run, which only the user who types its name can allow."""
-    from ..files.toml import read_toml
     from ..tasks.python_file import is_python
 
     for name in [named] if isinstance(named, str) else named:

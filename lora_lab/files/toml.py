@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from lora_lab.errors import FileError
-from lora_lab.files.disk import size_of
+
+FOLDER_FILE = "lora-lab.toml"
+"""In a folder of adapters, or the current one: `task = "my-task.toml"`, and defaults of options."""
 
 _LARGEST = 2**20
 """Bytes of a file."""
@@ -15,6 +17,8 @@ _LARGEST = 2**20
 def read_toml(path: Path, what: str) -> dict[str, Any]:
     """The content of a TOML file; FileError names what is wrong with it, `what` says what it should be."""
     import tomllib
+
+    from lora_lab.files.disk import size_of  # which loads torch
 
     try:
         if path.exists() and size_of(path) > _LARGEST:

@@ -14,13 +14,10 @@ from pathlib import Path
 from lora_lab import tasks
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.errors import OptionError, TrustError
-from lora_lab.files.toml import read_toml
+from lora_lab.files.toml import FOLDER_FILE, read_toml
 from lora_lab.files.trust import WAYS, Origin, Reach, judged
 from lora_lab.tasks.python_file import is_python
 from lora_lab.tasks.task import Task
-
-FOLDER_FILE = "lora-lab.toml"
-"""In a folder of adapters, or the current one: `task = "my-task.toml"`, and defaults of options."""
 
 
 def task_beside(adapter: Adapter, *, trust_record: bool = False) -> Task | None:
