@@ -179,7 +179,8 @@ def prune(
         given = {"factor": factor, "on": on or Execution(), **{k: v for k, v in options.items() if k != "intruders"}}
         check_names("pruning by intruders", given, keywords_of(pruning.lower_intruders))
         return pruning.lower_intruders(loaded, **given).adapter
-    check_names("pruning by rank", options, keywords_of(pruning.prune_rank))
+    known = [*keywords_of(pruning.prune_rank), *(field.name for field in dataclasses.fields(pruning.RankCut))]
+    check_names("pruning by rank", options, known)
     return pruning.prune_rank(loaded, **options).adapter
 
 

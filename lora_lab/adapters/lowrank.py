@@ -96,6 +96,20 @@ class LowRank:
             return math.sqrt(squared)
         return float(torch.linalg.matrix_norm(self._reduced()[0]))
 
+    def rough_norm(self) -> float:
+        """‖ΔW‖_F to some three digits, in the dtype of the factors; as `norm` where digits cancel or squares vanish."""
+        B, A = self.B.T @ self.B, self.A @ self.A.T
+        terms = B * A
+        squared, sizes = float(terms.sum()), [gram.diagonal() for gram in (B, A, terms)]
+        within = all(float(size.min()) > _ROUGH and float(size.max()) < 1 / _ROUGH for size in sizes if len(size))
+        return math.sqrt(squared) if within and squared > 1e-2 * float(terms.abs().sum()) else self.norm()
+
+    def distance(self, other: LowRank) -> tuple[float, float]:
+        """‖ΔW₁ − ΔW₂‖ and ‖ΔW₁‖: among the inner products of the terms of both are those of the first's."""
+        difference = self - other
+        self.__dict__.setdefault("products", difference.products[: self.rank, : self.rank])
+        return difference.norm(), self.norm()
+
     def vanishes(self, share: float) -> bool:
         """Whether ‖ΔW‖ is at most this share of `bound`; some rows that are clearly not 0 spare the norm."""
         largest, rows = self._largest, self.B[:8]
@@ -138,16 +152,16 @@ class LowRank:
         kept, error, _ = self.cut(rank)
         return kept, error
 
-    def cut(self, rank: int) -> tuple[LowRank, float, float]:
-        """As `truncate`, with ‖ΔW‖, which the same singular values give."""
+    def cut(self, rank: int) -> tuple[LowRank, float, Tensor]:
+        """As `truncate`, with all singular values in float64, whose norm is ‖ΔW‖."""
         check_type("`rank`", rank, int)
         if rank < 1:
             raise OptionError(f"a rank of {rank} was asked for; it is at least 1")
         U, S, Vh = self.svd(rank)
         root = S[:rank].sqrt()
         total, lost = float(S.square().sum()), float(S[rank:].square().sum())
-        kept = LowRank((root[:, None] * Vh).to(self.A.dtype), (U * root).to(self.A.dtype), self.shape)
-        return kept, math.sqrt(lost / total) if total else 0.0, math.sqrt(total)
+        kept = LowRank((root[:, None] * Vh).to(self.A.dtype), (U * root).to(self.A.dtype).contiguous(), self.shape)
+        return kept, math.sqrt(lost / total) if total else 0.0, S
 
     def effective_rank(self) -> float:
         """exp of the entropy of the normalised singular values (Roy & Vetterli 2007); 0 for ΔW = 0."""
@@ -221,7 +235,8 @@ class Basis:
             return Y.new_zeros(len(self._X), Y.shape[1])
         product: Tensor
         if self._tau is None:
-            product = self._X @ (self._inverse @ Y)
+            # as (Y'ᵀ Xᵀ)ᵀ, which takes from a half to a third of the time of X Y'
+            product = ((self._inverse @ Y).T.contiguous() @ self._X.T).T
         else:
             padded = torch.nn.functional.pad(Y, (0, 0, 0, len(self._X) - len(Y)))
             product = torch.ormqr(self._X[:, : len(self._tau)], self._tau, padded)
@@ -241,6 +256,8 @@ class Basis:
 
 _CANCELS = 1e-6
 """‖ΔW‖² by the sum of the sizes of its terms, below which so many digits of them cancel that cores are needed."""
+_ROUGH = 1e-30
+"""Of squares in float32, which has no smaller ones of full precision from 1e-38 on."""
 _CONDITION = 1e3
 """‖L⁻¹‖ of unit columns, and so their condition but for the root of their number: errors stay below 1e-9."""
 _TINY = 1e-100

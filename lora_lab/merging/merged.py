@@ -257,7 +257,8 @@ def _finished(
         norm = norm_of(merged)
         update, error = factored(merged, rank)
     elif rank is not None and rank < merged.rank:
-        update, error, norm = merged.cut(rank)
+        update, error, S = merged.cut(rank)
+        norm = float(S.norm())
     else:
         update = merged
     if update.rank > min(update.B.shape[0], update.A.shape[1]):
@@ -289,7 +290,7 @@ def _rounded(
         return stored, _Stored(error, norm)
     # B'A' − BA = (B' − B) A' + B (A' − A), which loses no digits
     lost = LowRank(torch.cat([stored.A, stored.A - A]), torch.cat([stored.B - B, B], dim=1), update.shape)
-    rounding = lost.norm() if lost.rank < min(len(B), A.shape[1]) else float(lost.delta().norm())
+    rounding = lost.rough_norm() if lost.rank < min(len(B), A.shape[1]) else float(lost.delta().norm())
     norm = update.norm() if norm is None else norm
     return stored, _Stored(math.hypot(error, rounding / norm), norm)
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lora_lab.pruning.patterns import Choice as Choice
     from lora_lab.pruning.patterns import keep as keep
     from lora_lab.pruning.ranks import RANK_ORDERS as RANK_ORDERS
+    from lora_lab.pruning.ranks import RankCut as RankCut
     from lora_lab.pruning.ranks import prune_rank as prune_rank
 
 __getattr__, __dir__, __all__ = face(
@@ -40,6 +41,7 @@ __getattr__, __dir__, __all__ = face(
         ),
         "ranks": (
             "RANK_ORDERS",
+            "RankCut",
             "prune_rank",
         ),
     },

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.lowrank import LowRank
 from lora_lab.brief import Brief
 from lora_lab.forecast import bytes_of
 from lora_lab.side_by_side import in_order
@@ -71,22 +70,18 @@ def measured(
 
 
 def _measured(name: str, before: Adapter, after: Adapter, place: torch.device) -> tuple[float, float]:
-    """‖lost‖² and ‖ΔW‖² of one module."""
+    """‖ΔW_before − ΔW_after‖² and ‖ΔW_before‖² of one module."""
     update = before.updates[name].to(place)
-    return _lost(name, update, before, after), update.norm() ** 2
-
-
-def _lost(name: str, update: LowRank, before: Adapter, after: Adapter) -> float:
-    """‖ΔW_before − ΔW_after‖² of one module."""
     if name not in after.sites:
-        return update.norm() ** 2
+        return update.norm() ** 2, update.norm() ** 2
     sites = before.sites[name], after.sites[name]
     if sites[0].scale == sites[1].scale and all(
         part in sites[1].keys and before.tensors[key] is after.tensors[sites[1].keys[part]]
         for part, key in sites[0].keys.items()
     ):
-        return 0.0
-    return (update - after.updates[name].to(update.A.device)).norm() ** 2
+        return 0.0, update.norm() ** 2
+    lost, norm = update.distance(after.updates[name].to(place))
+    return lost**2, norm**2
 
 
 def _ratio(lost: float, whole: float) -> float:

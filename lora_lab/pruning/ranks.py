@@ -20,7 +20,7 @@ from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.brief import Brief
 from lora_lab.errors import AdapterError, OptionError, TunerError, shorten
-from lora_lab.options import checked
+from lora_lab.options import check_options, checked
 from lora_lab.pruning.cost import Pruned, measured
 from lora_lab.pruning.modules import keep_modules
 from lora_lab.registry import Registry
@@ -47,9 +47,9 @@ def keep_ranks(adapter: Adapter, kept: Mapping[str, Sequence[int]]) -> Adapter:
         if len(units) == site.rank:
             continue
         index = torch.tensor(units)
-        A, B = (site.keys[part] for part in site.pair)
-        tensors[A] = left.tensors[A].index_select(0, index)
-        tensors[B] = left.tensors[B].index_select(1, index)
+        for key, axis in zip((site.keys[part] for part in site.pair), (0, 1), strict=True):
+            if left.tensors[key].shape[axis] > len(units):  # else it has these units alone
+                tensors[key] = left.tensors[key].index_select(axis, index)
         scale = alphas[name] / divisor(len(units), left.config)
         sites[name] = replace(site, rank=len(units), scale=scale)
     if all(sites[name] is site for name, site in left.sites.items()):
@@ -115,7 +115,9 @@ def svd(update: LowRank, generator: np.random.Generator) -> Units:
     """The singular triplets, so that the first k of them are the best approximation of rank k."""
     if update.vanishes(0.0):
         return update, range(update.rank)
-    return update.truncate(update.rank)[0], None
+    ordered, _, S = update.cut(update.rank)
+    ordered.__dict__["products"] = S[: update.rank].square().diag()  # the triplets are orthogonal
+    return ordered, None
 
 
 def units(update: LowRank, generator: np.random.Generator) -> Units:
@@ -159,33 +161,64 @@ class _Share:
     needed: str
 
 
+@dataclass(frozen=True)
+class RankCut:
+    """How far ranks are cut; OptionError unless it is a rank, one of the shares, or both."""
+
+    rank: int | None = None
+    """Units of each module that are kept, with a share the most of them."""
+    energy: float | None = None
+    """The share of ‖ΔW‖² that is kept, 1 − ‖lost‖²/‖ΔW‖²."""
+    cumulative: float | None = None
+    """The share of the sum of the units' norms that is kept."""
+    ratio: float | None = None
+    """By what a module's largest norm is divided to give the least that is kept."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if len(self.shares) > 1 or not (self.shares or self.rank is not None):
+            told = f"both of {' and '.join(self.shares)}" if self.shares else f"none of rank, {', '.join(_SHARES)}"
+            raise OptionError(f"{told} given; a rank, one of {', '.join(_SHARES)}, or both of the two is needed")
+        if self.rank is not None and self.rank < 1:
+            raise OptionError(f"a rank of {self.rank} was asked for; it is at least 1")
+        for name, value in self.shares.items():
+            if not _SHARES[name].legal(value):
+                raise OptionError(f"{name} is {value}; {_SHARES[name].needed} is needed")
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """What is given but for the rank."""
+        return {name: getattr(self, name) for name in _SHARES if getattr(self, name) is not None}
+
+    def count(self, ordered: LowRank) -> int:
+        """How many of a module's units, in their order, are kept."""
+        counts = [_SHARES[share].count(ordered, value) for share, value in self.shares.items()]
+        return min([ordered.rank, *counts, *([self.rank] if self.rank else [])])
+
+
 @checked
 def prune_rank(
     adapter: Adapter,
     *,
-    rank: int | None = None,
-    energy: float | None = None,
-    cumulative: float | None = None,
-    ratio: float | None = None,
     by: str = "svd",
     seed: int = 0,
     jobs: int | None = None,
     place: torch.device | None = None,
+    **cut: Any,
 ) -> Pruned:
     """The adapter at a lower rank: the first units of each module in the order that `by` (see RANK_ORDERS) gives.
 
-    Either `rank` units of each, or, with `rank` as the most of them, as few as keep the share `energy` of its ‖ΔW‖²
-    (1 − ‖lost‖²/‖ΔW‖²), or the share `cumulative` of the sum of its units' norms, or all whose norm is above the
-    largest divided by `ratio`. Of the SVD's units the norms are the singular values σ: kohya's sv_fro F is the energy
-    F², its sv_cumulative and sv_ratio are these. A module whose own rank is no larger stays bit for bit; with a share,
-    modules whose ΔW is 0 are removed. Scales stay. New factors (svd) are rounded to the dtype of the old. LoHa and LoKr
-    become a LoRA; TunerError where ΔW is not known without the base model. `jobs` modules are cut at a time (by default
-    up to four, fewer on fewer cores), with the same numbers for any of them; each is moved to `place` for it.
+    `cut` are the fields of RankCut: either `rank` units of each, or, with `rank` as the most of them, as few as keep
+    the share `energy` of its ‖ΔW‖², or the share `cumulative` of the sum of its units' norms, or all whose norm is
+    above the largest divided by `ratio`. Of the SVD's units the norms are the singular values σ: kohya's sv_fro F is
+    the energy F², its sv_cumulative and sv_ratio are these. A module whose own rank is no larger stays bit for bit;
+    with a share, modules whose ΔW is 0 are removed. Scales stay. New factors (svd) are rounded to the dtype of the old.
+    LoHa and LoKr become a LoRA; TunerError where ΔW is not known without the base model. `jobs` modules are cut at a
+    time (by default up to four, fewer on fewer cores), with the same numbers for any of them; each is moved to `place`
+    for it.
     """
-    given = {"energy": energy, "cumulative": cumulative, "ratio": ratio}
-    shares = {name: value for name, value in given.items() if value is not None}
-    _check_cut(rank, shares)
-    if "ratio" in shares and RANK_ORDERS[by].random:
+    how = RankCut(**cut)
+    if how.ratio is not None and RANK_ORDERS[by].random:
         raise OptionError(f"units in an order drawn at random ({by}) are not cut by a ratio of their norms")
     before = adapter
     if before.why_no_delta is None:
@@ -196,19 +229,19 @@ def prune_rank(
     at_a_time = 1 if RANK_ORDERS[by].random else jobs or usual_jobs()  # draws come one after the other
     with one_core_each():
         calls = (
-            partial(_cut, adapter, name, rank, shares, by, generator, place or torch.device("cpu"))
+            partial(_cut, adapter, name, how, by, generator, place or torch.device("cpu"))
             for name in sorted(adapter.sites)
-            if shares or rank is None or rank < (adapter.sites[name].rank or 0)
+            if how.shares or how.rank is None or how.rank < (adapter.sites[name].rank or 0)
         )
-        for cut in in_order(calls, at_a_time):
-            if cut is not None:
-                kept[cut.module] = cut.units
-                tensors |= cut.tensors
+        for each in in_order(calls, at_a_time):
+            if each is not None:
+                kept[each.module] = each.units
+                tensors |= each.tensors
     if kept and all(name in kept and not kept[name] for name in adapter.sites):
         raise AdapterError(f"{adapter.label}: nothing would be left: ΔW is 0 in all {len(adapter.sites)} modules")
     pruned = keep_ranks(replace(adapter, tensors=tensors), kept)
-    options: dict[str, Any] = {"rank": rank} if rank is not None else {}
-    options |= {**shares, "by": by} | ({"seed": seed} if RANK_ORDERS[by].random else {})
+    options: dict[str, Any] = {"rank": how.rank} if how.rank is not None else {}
+    options |= {**how.shares, "by": by} | ({"seed": seed} if RANK_ORDERS[by].random else {})
     with one_core_each():
         return measured(before, pruned, options, jobs=jobs or usual_jobs(), place=place)
 
@@ -223,19 +256,12 @@ class _Cut(Brief):
 
 
 def _cut(
-    adapter: Adapter,
-    name: str,
-    rank: int | None,
-    shares: Mapping[str, float],
-    by: str,
-    generator: np.random.Generator,
-    place: torch.device,
+    adapter: Adapter, name: str, how: RankCut, by: str, generator: np.random.Generator, place: torch.device
 ) -> _Cut | None:
     """What a module keeps; None where that is all of it."""
     update = adapter.updates[name].to(place)
     ordered, numbers = RANK_ORDERS[by].order(update, generator)
-    counts = [_SHARES[share].count(ordered, value) for share, value in shares.items()]
-    count = min([ordered.rank, *counts, *([rank] if rank else [])])
+    count = how.count(ordered)
     if count >= update.rank:
         return None
     tensors = {}
@@ -243,17 +269,6 @@ def _cut(
         left = LowRank(ordered.A[:count], ordered.B[:, :count], ordered.shape).to(torch.device("cpu"))
         tensors = written(left, adapter, adapter.sites[name])
     return _Cut(name, list(range(count) if numbers is None else numbers[:count]), tensors)
-
-
-def _check_cut(rank: int | None, shares: Mapping[str, float]) -> None:
-    if len(shares) > 1 or not (shares or rank is not None):
-        told = f"both of {' and '.join(shares)}" if shares else f"none of rank, {', '.join(_SHARES)}"
-        raise OptionError(f"{told} given; a rank, one of {', '.join(_SHARES)}, or both of the two is needed")
-    if rank is not None and rank < 1:
-        raise OptionError(f"a rank of {rank} was asked for; it is at least 1")
-    for name, value in shares.items():
-        if not _SHARES[name].legal(value):
-            raise OptionError(f"{name} is {value}; {_SHARES[name].needed} is needed")
 
 
 def _enough(ordered: LowRank, energy: float) -> int:

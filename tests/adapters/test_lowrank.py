@@ -122,6 +122,31 @@ def test_twins_balance_to_one_sign_even_where_two_entries_tie():
 # properties, against dense float64
 
 
+@given(updates(2))
+def test_the_distance_of_two_updates_is_told_with_the_norm_of_the_first(made):
+    one, other = made
+    distance, norm = one.distance(other)
+    dense = [update.delta() for update in made]
+    close = {"rel": 1e-9, "abs": 1e-10 * size(*made) + 1e-300}
+    assert norm == pytest.approx(float(dense[0].norm()), **close)
+    assert distance == pytest.approx(float((dense[0] - dense[1]).norm()), **close)
+    assert one.norm() == norm  # which was not computed again
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-22, 1e-30, 1e17])
+def test_a_rough_norm_has_three_digits_of_the_norm_also_where_squares_leave_float32(factor):
+    update = random(6, 40, 30, seed=3, dtype=torch.float32)
+    update = LowRank(update.A * factor, update.B / factor**0.5)
+    assert update.rough_norm() == pytest.approx(update.norm(), rel=1e-3)
+
+
+def test_a_rough_norm_of_what_cancels_is_the_norm():
+    one = random(3, 20, 30, seed=4, dtype=torch.float32)
+    nothing = one - one * (1 - 1e-4)
+    assert nothing.rough_norm() == nothing.norm() == pytest.approx(1e-4 * one.norm(), rel=1e-2)
+    assert (one * 0.0).rough_norm() == 0
+
+
 @given(updates())
 def test_norm_spectrum_and_effective_rank_are_those_of_the_dense_matrix(made):
     (update,) = made
