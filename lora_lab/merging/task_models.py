@@ -16,6 +16,7 @@ from lora_lab.errors import OptionError
 from lora_lab.merging.sources import Sources
 from lora_lab.results.result import fingerprint
 from lora_lab.scoring.examples import Examples
+from lora_lab.scoring.execution import ONE_BY_ONE, Batching
 from lora_lab.scoring.models import TaskModels, seconds_of
 from lora_lab.tasks.task import Scores, Task
 
@@ -99,7 +100,7 @@ class MergeModels(TaskModels):
         shapes = self.sources.shapes.items()
         return {n: LowRank(torch.zeros(1, s[1:].numel()), torch.zeros(s[0], 1), tuple(s)) for n, s in shapes}
 
-    def pace(self, examples: Examples) -> float:
+    def pace(self, examples: Examples, batching: Batching = ONE_BY_ONE) -> float:
         """Seconds of a forward pass on one batch, where the weights are loaded once for all batches."""
         updates, batches = self.updates(0), self.batches(examples)
         model = self.load(0, updates).eval()

@@ -10,8 +10,8 @@ from typing import Any
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.scoring.examples import Examples
+from lora_lab.scoring.layout import Variant
 from lora_lab.scoring.models import TaskModels
-from lora_lab.scoring.prefixes import Variant
 from lora_lab.tasks import digests
 from lora_lab.tasks.task import Scores
 

@@ -24,11 +24,11 @@ from lora_lab.errors import LoraLabError, MismatchError, OptionError, shorten
 from lora_lab.results.result import fingerprint, provenance
 from lora_lab.scoring.changes import Change, LayerMask
 from lora_lab.scoring.examples import Examples, TaskSpec, detached, examples_of, pack, remembered
-from lora_lab.scoring.execution import Cost, Execution, Progress
+from lora_lab.scoring.execution import ONE_BY_ONE, Batching, Cost, Execution, Progress
 from lora_lab.scoring.gates import Pass, Passed, remembered_pass
 from lora_lab.scoring.journal import Journal
+from lora_lab.scoring.layout import Layout
 from lora_lab.scoring.models import Effort, TaskModels
-from lora_lab.scoring.prefixes import Layout
 from lora_lab.tasks import digests
 from lora_lab.tasks.task import Scores, Split, Task
 
@@ -73,6 +73,7 @@ class Evaluator:
         self.adapters = list(adapters)
         self.tasks = [tasks] * len(self.adapters) if isinstance(tasks, Task) else list(tasks)
         self.on, self.device, self.split = on, on.place(), split
+        self.batching = on.batching()
         self.known: Known = {}
         self.evaluated = 0
         self.total: int | None = None
@@ -132,8 +133,15 @@ class Evaluator:
     @cached_property
     def pace(self) -> float:
         """Seconds of a forward pass on one batch, timed once."""
-        seconds: float = self.gather([_pace])[0]
+        seconds: float = self.gather([functools.partial(_pace, ONE_BY_ONE)])[0]
         return seconds
+
+    @cached_property
+    def pace_of_masks(self) -> float:
+        """Seconds that a layer mask takes on one batch, sharing nothing."""
+        if not self.batching.wanted:
+            return self.pace
+        return float(self.gather([functools.partial(_pace, self.batching)])[0])
 
     @property
     def names(self) -> list[str]:
@@ -234,9 +242,12 @@ class Evaluator:
         """What `scores` would compute for these layer masks; the seconds are extrapolated from one timed batch."""
         different = {mask.key: mask for mask in masks}.values()
         missing = [mask.states for mask in different if not self._knows(self.split, mask.key, logits=logits)]
-        blocks, naive = self.layout.cost(missing) * self.batches, self.layout.blocks * len(missing) * self.batches
+        naive = self.layout.blocks * len(missing) * self.batches
+        alike = self.batching.compile  # passes of one shape share nothing
+        blocks = naive if alike else self.layout.cost(missing, self.batching.foreseen) * self.batches
         share = blocks / naive if naive else 1.0
-        return Cost(len(missing), blocks, naive, self.seconds(len(missing)) * share)
+        passes = len(missing) * share * self.pace_of_masks / self.pace
+        return Cost(len(missing), blocks, naive, self.seconds(passes))
 
     def seconds(self, passes: float) -> float:
         """How long so many forward passes over all examples take, the workers side by side; one batch is timed."""
@@ -262,14 +273,17 @@ class Evaluator:
         places = [fingerprint(task.spec) for task in self.tasks]
         examples = [[*examples_of(task, split), len(self.drawn(split).of_task(task))] for task in tasks.values()]
         code = digests.of_entries()
-        return fingerprint([adapters, places, examples, self.device.type, self._context, code])
+        # a pass over several may round otherwise
+        together = ["together"] if self.batching.wanted else []
+        return fingerprint([adapters, places, examples, self.device.type, self._context, code, *together])
 
     def _here(self, changes: Sequence[Change], split: str, *, logits: bool) -> None:
         """Compute in this process, layer masks in the order in which they share most."""
         examples = replace(self.drawn(split), logits=logits)
         masks = [change for change in changes if isinstance(change, LayerMask)]
         if masks:
-            for i, scores in self.models.score_variants([mask.states for mask in masks], examples):
+            states = [mask.states for mask in masks]
+            for i, scores in self.models.score_variants(states, examples, self.batching):
                 self._keep(split, masks[i].key, scores)
         for change in changes:
             if not isinstance(change, LayerMask):
@@ -284,7 +298,7 @@ class Evaluator:
         assert self.on.workers is not None
         batches = self.on.workers.cut(ordered)
         if len(batches[0]) > _LEAST:
-            batches = self.on.workers.cut(ordered, max(_LEAST, int(_SECONDS / (self.pace * self.batches))))
+            batches = self.on.workers.cut(ordered, max(_LEAST, int(_SECONDS / (self.pace_of_masks * self.batches))))
         self.prepare([(functools.partial(_score, tuple(batch), split, logits), ()) for batch in batches])
 
     def _knows(self, split: str, key: str, *, logits: bool = False) -> bool:
@@ -326,10 +340,9 @@ class Evaluator:
         here = {fingerprint(task.spec): [Examples.of(task, split) for split in self._splits] for task in self.tasks}
         split, *more = self._splits
         options = {"split": split, "more_splits": more, "examples": self._count, "build": self._build}
-        builds = fingerprint(["evaluator", runs, str(self.device), repr(self._build)])
-        return _Setup(
-            tuple(map(detached, self.adapters)), specs, here, options, str(self.device), builds, digests.of_transforms()
-        )
+        builds = fingerprint(["evaluator", runs, str(self.device), repr(self._build), repr(self.batching)])
+        there = replace(self.on, device=self.device, cache=None, workers=None, progress=None, confirm=None)
+        return _Setup(tuple(map(detached, self.adapters)), specs, here, options, there, builds, digests.of_transforms())
 
 
 @dataclass(frozen=True)
@@ -342,7 +355,7 @@ class _Setup:
     examples: Mapping[str, Sequence[Examples]]
     """Fingerprint of a task → its examples on the driver's machine."""
     options: Mapping[str, Any]
-    device: str
+    on: Execution
     fingerprint: str
     code: str
     """Of this package, by which changes are known."""
@@ -355,9 +368,8 @@ class _Setup:
         for name, theirs in self.examples.items():
             for examples in theirs:
                 examples.of_task(tasks[name])  # the same ones, or it says so
-        on = Execution(torch.device(self.device))
         evaluator = Evaluator(
-            self.adapters, [tasks[fingerprint(spec.record)] for spec in self.tasks], on, **self.options
+            self.adapters, [tasks[fingerprint(spec.record)] for spec in self.tasks], self.on, **self.options
         )
         return lambda question: question(evaluator)
 
@@ -387,6 +399,6 @@ def _score(changes: Sequence[Change], split: str, logits: bool, evaluator: Evalu
     evaluator.scores(changes, split, logits=logits)
 
 
-def _pace(evaluator: Evaluator) -> float:
-    seconds: float = evaluator.models.pace(evaluator.drawn(evaluator.split))
+def _pace(batching: Batching, evaluator: Evaluator) -> float:
+    seconds: float = evaluator.models.pace(evaluator.drawn(evaluator.split), batching)
     return seconds

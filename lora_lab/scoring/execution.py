@@ -38,10 +38,40 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Execution:
-    """Where and how a question is computed; no part of its record, its run id or its numbers.
+class Batching:
+    """How many coalitions go through a forward pass together; see scoring/batched.py."""
 
-    Numbers are the same bit for bit in this process and in workers on CPUs of one kind.
+    at_once: int | None = 0
+    """0: one after another; None: as many as pay and as there is memory for."""
+    compile: bool | str = False
+    """Whether such passes are compiled, or by which backend of torch.compile."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether several go together."""
+        return self.at_once is None or self.at_once > 1
+
+    @property
+    def foreseen(self) -> int | None:
+        """How many a forecast reckons with; None where they go one after another."""
+        return (self.at_once or 16) if self.wanted else None
+
+    @property
+    def backend(self) -> str:
+        """What compiles."""
+        return self.compile if isinstance(self.compile, str) else "inductor"
+
+
+ONE_BY_ONE = Batching()
+"""Every coalition has passes of its own."""
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Where and how a question is computed; no part of its record, and but for rounding none of its numbers.
+
+    Numbers are the same bit for bit in this process and in workers on CPUs of one kind; where coalitions go through a
+    pass together, as they do on a GPU, they are so up to rounding, and are kept in journals of their own.
     """
 
     device: torch.device | str | None = None
@@ -54,7 +84,19 @@ class Execution:
     confirm: Callable[[Cost], None] | None = None
     """Told the cost before anything is computed; raises what stops the run."""
 
+    coalitions_at_once: int | None = None
+    """So many coalitions go through each forward pass; 0: one; None: as many as pay on a GPU, on a CPU one."""
+    compile: bool | str = False
+    """Compile passes of several coalitions with torch.compile, or with this backend of it."""
+
     def __post_init__(self) -> None:
+        check_type("`coalitions_at_once`", self.coalitions_at_once, int | None)
+        check_type("`compile`", self.compile, bool | str)
+        at_once = self.coalitions_at_once
+        if at_once is not None and at_once < 0:
+            raise OptionError(f"{at_once} coalitions at once; at least 1 is needed, or 0 for one after another")
+        if self.compile and at_once in (0, 1):
+            raise OptionError("only passes of several coalitions are compiled; let 2 or more go at once")
         if self.device is not None:
             import torch
 
@@ -74,6 +116,13 @@ class Execution:
         if isinstance(self.device, torch.device):
             return self.device
         return torch.device(self.workers.device) if self.workers and not self.device else resolve_device(self.device)
+
+    def batching(self) -> Batching:
+        """How coalitions go through forward passes there."""
+        at_once = self.coalitions_at_once
+        if at_once is None and not self.compile and self.place().type == "cpu":
+            return ONE_BY_ONE
+        return Batching(at_once, self.compile)
 
     def report(self, done: int, total: int) -> None:
         """Tell whoever wants to know."""

@@ -8,17 +8,20 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.attached import Attached, put_on
 from lora_lab.scoring.examples import Examples
-from lora_lab.scoring.prefixes import Layout, Variant, Variants
+from lora_lab.scoring.execution import ONE_BY_ONE, Batching
+from lora_lab.scoring.layout import Layout, Variant
+from lora_lab.scoring.prefixes import Variants
 from lora_lab.tasks.task import Scores, Task
 
 Made = TypeVar("Made")
@@ -34,12 +37,15 @@ class Effort:
     """The largest size of the activations remembered at once."""
     why_not: str | None = None
     """Why no block was shared; None where they were."""
+    apart: str | None = None
+    """Why coalitions went one after another that were to go through passes together; None where they did not."""
 
     def __add__(self, other: Effort) -> Effort:
         return Effort(
             self.computed + other.computed,
             max(self.kept_bytes, other.kept_bytes),
             self.why_not or other.why_not,
+            self.apart or other.apart,
         )
 
 
@@ -74,7 +80,8 @@ class TaskModels:
         """Of all variants scored so far."""
         if "variants" not in vars(self):
             return Effort()
-        return Effort(self.variants.computed, self.variants.kept_bytes, self.variants.layout.why_not)
+        variants = self.variants
+        return Effort(variants.computed, variants.kept_bytes, variants.layout.why_not, variants.apart)
 
     def batches(self, examples: Examples, index: int = 0) -> list[dict[str, Tensor]]:
         """The examples of a task in batches on the device."""
@@ -94,13 +101,15 @@ class TaskModels:
             batches, kept = self.batches(examples, index), examples.logits
             return Scores.join([self.tasks[index].judge(model, batch, keep_logits=kept) for batch in batches])
 
-    def score_variants(self, variants: Sequence[Variant], examples: Examples) -> Iterator[tuple[int, Scores]]:
+    def score_variants(
+        self, variants: Sequence[Variant], examples: Examples, batching: Batching = ONE_BY_ONE
+    ) -> Iterator[tuple[int, Scores]]:
         """(Index, scores) of every variant, in the order in which they share most."""
 
         def judge(model: nn.Module, batch: Mapping[str, Tensor]) -> Scores:
             return self.tasks[0].judge(model, batch, keep_logits=examples.logits)
 
-        return self.variants.run(variants, self.batches(examples), judge)
+        return self.variants.run(variants, self.batches(examples), judge, batching)
 
     @contextlib.contextmanager
     def wearing(self, adapter: Adapter) -> Iterator[nn.Module]:
@@ -124,10 +133,19 @@ class TaskModels:
         made: Made = self._latest[1]
         return made
 
-    def pace(self, examples: Examples) -> float:
-        """Seconds of a forward pass on one batch with everything on."""
+    def pace(self, examples: Examples, batching: Batching = ONE_BY_ONE) -> float:
+        """Seconds that a variant takes on one batch where nothing is shared, in passes over as many as `batching` says.
+
+        Where these cannot go together, those of a pass over one.
+        """
+        count = batching.foreseen or 1
         plain = Variants(self.attached, share=False)
-        return seconds_of(lambda: list(plain.run([plain.all_on()], self.batches(examples)[:1], self.tasks[0].judge)))
+        drawn = np.random.default_rng(0).random((count, len(plain.names))) < 0.5
+        variants = [tuple(map(float, row)) for row in drawn] if count > 1 else [plain.all_on()]
+        batches, judge = self.batches(examples)[:1], self.tasks[0].judge
+        how = replace(batching, at_once=count)
+        seconds = seconds_of(lambda: list(plain.run(variants, batches, judge, how))) / count
+        return seconds if plain.apart is None else self.pace(examples)
 
 
 def seconds_of(work: Callable[[], object]) -> float:
