@@ -182,6 +182,28 @@ class Computing(Workers):
         typer.confirm("go ahead?", abort=True, err=True)
 
 
+@dataclass(frozen=True)
+class Coalitions(Computing):
+    """The same of what scores coalitions: how many go together."""
+
+    batched: int | None = option(
+        None,
+        "Score so many coalitions in each forward pass. By default as many as pay on a GPU, and on a CPU one after "
+        "another, as with 0. Scores are the same up to rounding, and are kept apart from others.",
+        least=0,
+        title="coalitions at once",
+    )
+    compile: bool = option(
+        False, "Compile passes of several coalitions (torch.compile): minutes at first, for less in each of many."
+    )
+
+    @contextlib.contextmanager
+    def execution(self, doing: str, cache: Path | None = None) -> Iterator[Execution]:
+        """The same, which says so."""
+        with super().execution(doing, cache) as on:
+            yield replace(on, coalitions_at_once=self.batched, compile=self.compile)
+
+
 def told(cost: Cost) -> None:
     """Say how many weights of a base are decomposed, and how long it takes."""
     messages.print(f"{cost.variants} weights of the base are decomposed: about {duration(cost.seconds)}")

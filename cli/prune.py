@@ -14,7 +14,7 @@ from ..errors import OptionError
 from ..options import option
 from ..registry import Later
 from ..scoring.execution import Execution
-from .options import Computing, InPlace, OneTask, Reading, told
+from .options import Coalitions, Computing, InPlace, OneTask, Reading, told
 from .terminal import foretell, print_json, progress, table
 
 
@@ -114,7 +114,7 @@ class Choosing:
 
 
 @dataclass(frozen=True)
-class Pruners(Computing):
+class Pruners(Coalitions):
     """Where modules are pruned and layers are chosen, and by whom."""
 
     device: str | None = option(

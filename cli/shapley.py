@@ -10,7 +10,7 @@ import typer
 
 from ..analysis.questions import Shapley
 from . import parsing
-from .options import Computing, OneTask, Output, Several
+from .options import Coalitions, OneTask, Output, Several
 from .outputs import answer
 from .terminal import console, estimate, messages, progress, table
 
@@ -24,7 +24,7 @@ def command(
     question: Shapley,
     task: OneTask,
     loading: Several,
-    computing: Computing,
+    computing: Coalitions,
     output: Output,
 ) -> None:
     """Shapley values: how much of the worth each layer's adapter (or module, type, rank …) contributes.

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..analysis.questions import Stability
-from .options import Computing, OneTask, Output, Several
+from .options import Coalitions, OneTask, Output, Several
 from .outputs import answer
 from .terminal import console, estimate, table
 
@@ -17,7 +17,7 @@ def command(
     question: Stability,
     task: OneTask,
     loading: Several,
-    computing: Computing,
+    computing: Coalitions,
     output: Output,
 ) -> None:
     """Accuracy and loss with only some layers' adapters on: by number, by probability, one left out, fixed patterns.

@@ -9,7 +9,7 @@ import typer
 
 from ..analysis.questions import Sweep
 from ..options import option
-from .options import Computing, OneTask, Output, Several
+from .options import Coalitions, OneTask, Output, Several
 from .outputs import answer
 from .terminal import console, estimate, table
 
@@ -29,7 +29,7 @@ def command(
     question: Sweep,
     task: OneTask,
     loading: Several,
-    computing: Computing,
+    computing: Coalitions,
     output: Output,
 ) -> None:
     """Accuracy and loss of pruned adapters: all patterns, sparsities and ranks (or those named), with random controls.

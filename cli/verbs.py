@@ -78,7 +78,7 @@ def step() -> dict[str, Any]:
     Of files and folders the names stand there alone: where they lie is nobody's business.
     """
     verb, given = _called.get()
-    left_out = ("output", "force", "json", "yes", "jobs", "ray", "device")
+    left_out = ("output", "force", "json", "yes", "jobs", "ray", "device", "batched", "compile")
     return {verb: {key: _told(value) for key, value in given.items() if key not in left_out}}
 
 

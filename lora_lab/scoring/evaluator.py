@@ -133,15 +133,12 @@ class Evaluator:
     @cached_property
     def pace(self) -> float:
         """Seconds of a forward pass on one batch, timed once."""
-        seconds: float = self.gather([functools.partial(_pace, ONE_BY_ONE)])[0]
-        return seconds
+        return float(self.gather([functools.partial(_pace, ONE_BY_ONE)])[0])
 
     @cached_property
     def pace_of_masks(self) -> float:
         """Seconds that a layer mask takes on one batch, sharing nothing."""
-        if not self.batching.wanted:
-            return self.pace
-        return float(self.gather([functools.partial(_pace, self.batching)])[0])
+        return float(self.gather([functools.partial(_pace, self.batching)])[0]) if self.batching.wanted else self.pace
 
     @property
     def names(self) -> list[str]:
@@ -273,8 +270,7 @@ class Evaluator:
         places = [fingerprint(task.spec) for task in self.tasks]
         examples = [[*examples_of(task, split), len(self.drawn(split).of_task(task))] for task in tasks.values()]
         code = digests.of_entries()
-        # a pass over several may round otherwise
-        together = ["together"] if self.batching.wanted else []
+        together = ["together"] if self.batching.wanted else []  # such passes may round otherwise
         return fingerprint([adapters, places, examples, self.device.type, self._context, code, *together])
 
     def _here(self, changes: Sequence[Change], split: str, *, logits: bool) -> None:
@@ -400,5 +396,4 @@ def _score(changes: Sequence[Change], split: str, logits: bool, evaluator: Evalu
 
 
 def _pace(batching: Batching, evaluator: Evaluator) -> float:
-    seconds: float = evaluator.models.pace(evaluator.drawn(evaluator.split), batching)
-    return seconds
+    return float(evaluator.models.pace(evaluator.drawn(evaluator.split), batching))

@@ -92,6 +92,16 @@ def test_shapley_values_are_the_same(workers, pair):
     assert costs[0].seconds > 0
 
 
+def test_coalitions_go_through_passes_together_there_too(local, pair):
+    coalitions = all_coalitions(4)
+    found = game_of(pair[0], workers=local, coalitions_at_once=5)
+    np.testing.assert_allclose(found(coalitions), game_of(pair[0])(coalitions), rtol=1e-6)
+    assert found.evaluator.effort.apart is None
+    alone = game_of(pair[0], workers=local)
+    alone(coalitions)
+    assert found.evaluator.effort.computed > alone.evaluator.effort.computed  # the first passes are tried
+
+
 def test_stability_is_the_same(local, pair):
     options = {"players": {"low": r"layers\.[01]", "high": r"layers\.[23]"}, "samples": 3, "examples": 60}
     found, alone = (
