@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -48,6 +48,7 @@ _VERBS = (
     "figure",
     "report",
     "schema",
+    "doctor",
     "run",
     "reproduce",
 )
@@ -61,17 +62,39 @@ def application(arguments: Sequence[str]) -> typer.Typer:
         "breaks.",
         epilog=_EPILOG,
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_enable=False,
         rich_markup_mode="markdown",
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.callback()(lambda: None)  # or typer would take a single verb for the whole program
-    called = [verb for verb in _VERBS if verb in arguments[:1]]
+    app.callback()(_program)  # or typer would take a single verb for the whole program
+    called = [verb for verb in _VERBS if verb in (arguments or _completed())[:1]]
     for verb in called or _VERBS:
         function = import_module(f".{verb.replace('-', '_')}", __name__).command
         app.command(verb, help=function.__doc__)(told(command_of(function)) if called else lambda: None)
     return app
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print("lora-lab", version("lora-lab"))
+        raise typer.Exit
+
+
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    """What is asked of the program itself."""
+
+
+def _completed() -> list[str]:
+    """The words of a command line that a shell asks to complete, behind the program's name."""
+    if "_LORA_LAB_COMPLETE" not in os.environ:
+        return []
+    return (os.environ.get("_TYPER_COMPLETE_ARGS") or os.environ.get("COMP_WORDS", "")).split()[1:]
 
 
 # typer may carry its own copy of click, so the class is taken from what typer itself raises

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import typer
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Reading:
     """How an adapter is read where its files do not say."""
+
+    panel: ClassVar = "Adapters"
 
     config: Path | None = option(None, "adapter_config.json for a file that has none in its header or beside it.")
     alpha: float | None = option(None, "lora_alpha, where no configuration is to be had.")
@@ -95,6 +97,8 @@ def _trust() -> Any:
 class OneTask:
     """The task that all adapters are scored on."""
 
+    panel: ClassVar = "Task"
+
     task: str | None = option(None, "Built-in task or task file; by default the adapters' own.")
     trust_record: bool = _trust()
 
@@ -108,6 +112,8 @@ class OneTask:
 @dataclass(frozen=True)
 class TaskEach:
     """The task of each adapter."""
+
+    panel: ClassVar = "Task"
 
     task: list[str] | None = option(
         None, "Built-in task or task file, for all adapters or once for each; by default their own."
@@ -124,6 +130,8 @@ class TaskEach:
 @dataclass(frozen=True)
 class Device:
     """Where something small is computed, in this process."""
+
+    panel: ClassVar = "Computing"
 
     device: str | None = option(None, "cpu, cuda …; by default a GPU where there is one.")
 
@@ -216,12 +224,16 @@ _LONG = 600.0  # seconds from which a run is asked about first
 class AsJson:
     """How it is printed."""
 
+    panel: ClassVar = "Output"
+
     json: bool = option(False, "Print JSON instead of a table.")
 
 
 @dataclass(frozen=True)
 class Output:
     """The folder that a result goes to with its figure, and what is printed of it."""
+
+    panel: ClassVar = "Output"
 
     output: Path = option(Path("out"), "Folder for VERB.json, .pdf and .png.", flag="o output")
     force: bool = option(False, "Replace the results that are there.")
@@ -245,6 +257,8 @@ class Output:
 @dataclass(frozen=True)
 class AdapterFile:
     """The adapter that is written, and what is printed of how it was made."""
+
+    panel: ClassVar = "Output"
 
     output: Path | None = option(None, "NAME.safetensors, or a name for a folder.", flag="o output")
     force: bool = option(False, "Replace what is there.")

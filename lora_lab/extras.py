@@ -7,6 +7,15 @@ from contextlib import contextmanager
 
 from lora_lab.errors import OptionError
 
+EXTRAS = {
+    "data": "tasks on data of one's own (all kinds but digits), fitted heads, t-SNE (`compare`), the merge lego",
+    "pandas": "results as data frames",
+    "ray": "computing on a Ray cluster",
+    "rouge": "the metric ROUGE",
+    "shapiq": "the estimators of shapiq (`shapley`)",
+}
+"""Extra → what needs it."""
+
 
 @contextmanager
 def needs(extra: str, what: str) -> Iterator[None]:

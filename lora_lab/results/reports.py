@@ -175,8 +175,30 @@ class InspectReport:
     record: dict[str, Any] = column("how it came to be, as its file says")
 
 
+@dataclass
+class CheckOfInstallation:
+    """One thing that was looked at."""
+
+    group: str = column("installation, package, extra NAME, device or folder")
+    name: str = column("what was looked at")
+    status: str = column(
+        "right or broken; of an extra missing or outside (of the supported versions), which break nothing else"
+    )
+    found: str = column("what is there")
+    wanted: str = column("versions that are supported, or what it is for")
+
+
+@dataclass
+class DoctorReport:
+    """Whether the installation can work."""
+
+    ok: bool = column("whether nothing is broken")
+    checks: list[CheckOfInstallation] = column("everything that was looked at")
+
+
 REPORTS = {
     "convert": ConvertReport,
+    "doctor": DoctorReport,
     "extract": ExtractReport,
     "record": RecordReport,
     "fuse": FuseReport,

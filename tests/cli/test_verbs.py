@@ -68,6 +68,7 @@ def one_line(result, *words, code=1):
         "tasks",
         "figure",
         "report",
+        "doctor",
         "reproduce",
     ],
 )
