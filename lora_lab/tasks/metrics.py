@@ -235,6 +235,17 @@ METRICS = Registry(
         "rouge1": mean_of("rouge1", "mean ROUGE-1 of an answer (F, rouge-score)", unit="share"),
         "rouge2": mean_of("rouge2", "mean ROUGE-2 of an answer (F, rouge-score)", unit="share"),
         "rougeL": mean_of("rougeL", "mean ROUGE-L of an answer (F, rouge-score)", unit="share"),
+        "won": mean_of(
+            "correct", "share of pairs whose chosen answer has the higher log-likelihood", unit="share", share=True
+        ),
+        "won_per_token": mean_of("won_per_token", "the same of the log-likelihood per token", unit="share", share=True),
+        "won_by_reward": mean_of(
+            "won_by_reward", "share of pairs whose chosen answer has the higher reward by DPO", unit="share", share=True
+        ),
+        "margin": mean_of("margin", "mean of the right answer's margin over the best other", unit="nats"),
+        "reward_margin": mean_of(
+            "reward_margin", "mean reward by DPO of the chosen answer over the other", unit="nats"
+        ),
         "rmse": Metric(
             "root of the mean squared error",
             _PAIR,

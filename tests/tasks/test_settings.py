@@ -18,6 +18,7 @@ SOUND = {
     "image-classification": {},
     "clip": {},
     "generation": {"prompt": "{question}", "answer": "answer"},
+    "preference": {"prompt": "{question}", "chosen": "chosen", "rejected": "rejected"},
     "seq2seq": {"source": "text", "target": "summary"},
 }
 WRONG = [

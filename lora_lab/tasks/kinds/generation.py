@@ -56,7 +56,7 @@ class Keys(AnswerKeys):
     columns: ClassVar[tuple[str, ...]] = ("prompt", "answer")
 
 
-class Generation(Answering, CausalLM):  # type: ignore[misc]  # metrics of the first
+class Generation(Answering, CausalLM):  # type: ignore[override]  # metrics of the first
     """Prompts that a causal language model answers; trained on prompt and answer, the answer alone as the target.
 
     The loss is that of the reference answer, the mean over its tokens: it is smooth where right or wrong is not.

@@ -129,9 +129,9 @@ class _Language(FileTask):
         empty: list[int] = self.tokenizer("")["input_ids"]
         return [token for token in empty if token == self.tokenizer.bos_token_id]
 
-    def _row(self, prompt: str, answer: str) -> Row:
+    def _row(self, prompt: str, answer: str, most: int | None = None) -> Row:
         """A prompt with its answer, which alone is the target; a long prompt loses its beginning."""
-        start, most = self._start, self.settings.max_length
+        start, most = self._start, most or self.settings.max_length
         given, targets = self._parts(prompt, answer)
         targets = targets[: most - max(1, len(start))]
         room = most - len(start) - len(targets)
@@ -174,7 +174,7 @@ class CausalLM(_Language):
     Keys = CausalKeys
     labels = 0
     classifies = False
-    metrics = ("loss", "perplexity", "token_accuracy")
+    metrics: Sequence[str] = ("loss", "perplexity", "token_accuracy")
 
     @property
     def _ending(self) -> list[int]:
@@ -208,7 +208,7 @@ class CausalLM(_Language):
                 raise TaskError(f"{chat.where} holds other conversations than its base's template takes") from error
         texts = [text_of(self, cell, name) for cell, name in zip(cells, names, strict=True)]
         if len(texts) > 1:
-            return self._row(*texts)
+            return self._row(texts[0], texts[1])
         tokens = [*self._start, *self._tokens(texts[0])][: self.settings.max_length]
         return row_of(tokens[:1], tokens[1:])  # nothing is before the first
 
