@@ -92,21 +92,26 @@ def deltas(adapter: Adapter) -> dict[str, Tensor]:
     return {name: (u.B.double() @ u.A.double()).reshape(u.shape) for name, u in adapter.updates.items()}
 
 
-def write_bert(place: Path, vocabulary: Path, words: Sequence[str], **config: Any) -> None:
-    """A random BERT classifier of two layers and two labels in the folder `place`, and a tokenizer of these words."""
-    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+def write_bert(
+    place: Path, vocabulary: Path, words: Sequence[str], *, kind: str = "ForSequenceClassification", **config: Any
+) -> None:
+    """A random BERT classifier of two layers and two labels in the folder `place`, and a tokenizer of these words.
+
+    `kind` is how its class is called after "Bert": ForTokenClassification, Model …
+    """
+    import transformers
+    from transformers import BertConfig, BertTokenizerFast
 
     torch.manual_seed(0)
-    shape = BertConfig(
-        vocab_size=20,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-        num_labels=2,
-        **config,
-    )
-    BertForSequenceClassification(shape).save_pretrained(place)
+    shape = {
+        "vocab_size": 20,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 16,
+        "num_labels": 2,
+    }
+    getattr(transformers, f"Bert{kind}")(BertConfig(**{**shape, **config})).save_pretrained(place)
     vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
     BertTokenizerFast(vocab=str(vocabulary)).save_pretrained(place)

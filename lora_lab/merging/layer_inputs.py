@@ -16,13 +16,6 @@ from lora_lab.tasks.kinds.chat import NO_TARGET
 from lora_lab.tasks.task import Task
 
 
-def predictions(task: Task, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-    """Logits in float32, [predictions, choices]: an example's each, or a text's at the places of its targets."""
-    if task.classifies:
-        return logits.float()
-    return logits[:, :-1][batch["labels"][:, 1:] != -100].float()
-
-
 def _worn_by_source(models: MergeModels, index: int) -> tuple[nn.Module, Attached]:
     model = models.tasks[index].model_on(models.device)
     return model, put_on(model, models.sources.adapters[index])
@@ -40,7 +33,7 @@ def information(models: MergeModels, index: int, examples: int, seed: int) -> di
         for batch in data.batches(size):
             inputs = {name: tensor.to(sources.device) for name, tensor in batch.items()}
             seen.clear()
-            logs = predictions(task, task.logits(model, inputs), inputs).log_softmax(-1)
+            logs = task.choices(task.logits(model, inputs), inputs).log_softmax(-1)
             answers = _answers(task, logs, generator)
             for k, (answer, chance) in enumerate(answers):
                 _backward(answer, seen, keep=k + 1 < len(answers))
@@ -101,9 +94,10 @@ def masks_of(model: nn.Module, batch: Mapping[str, Tensor]) -> list[Tensor]:
     masks = [buffer.bool() for name, buffer in model.named_buffers() if name.endswith("attention_mask")]
     if "attention_mask" in batch:
         mask = batch["attention_mask"].bool()
+        there = mask.any(-1).flatten()  # windows of a text that a shorter one lacks are not run
         if "targets" in batch:  # an option without a target only fills the row up
             mask = mask & (batch["targets"] != NO_TARGET).any(-1, keepdim=True)
-        masks.insert(0, mask.flatten(0, -2))
+        masks.insert(0, mask.flatten(0, -2)[there])
     return masks
 
 

@@ -23,7 +23,7 @@ from lora_lab.brief import Brief
 from lora_lab.errors import DivergedError, OptionError
 from lora_lab.merging.data_driven import check_numbers
 from lora_lab.merging.kinds import stored_turned, turn
-from lora_lab.merging.layer_inputs import masks_of, predictions, tokens, unpadded, watched
+from lora_lab.merging.layer_inputs import masks_of, tokens, unpadded, watched
 from lora_lab.merging.sources import Sources
 from lora_lab.merging.task_models import MergeModels
 from lora_lab.tasks.task import Task
@@ -85,7 +85,7 @@ def adamerging(
     check_numbers(start=(start, None), scale=(scale, None))
 
     def entropy(seen: Pass) -> Tensor:
-        logs = _log_chances(predictions(seen.task, seen.logits, seen.batch))
+        logs = _log_chances(seen.task.choices(seen.logits, seen.batch))
         # H = −Σ p log p, a mean over the batch's predictions, summed over the tasks
         return -(logs.exp() * logs).sum(-1).mean()
 
@@ -193,7 +193,7 @@ def ziplora(
         for i in seen.members:
             with torch.no_grad():
                 own = seen.logits_at({name: torch.eye(count)[i] for name in starts})
-            pair = (predictions(seen.task, logits, seen.batch) for logits in (seen.logits, own))
+            pair = (seen.task.choices(logits, seen.batch) for logits in (seen.logits, own))
             # −∞: no such option; the differences of such are 0
             merged, alone = (logits.clamp(min=torch.finfo(torch.float32).min) for logits in pair)
             total = total + (merged - alone).square().mean()

@@ -43,8 +43,14 @@ class Smooth:
     """The worth that the number of an example with one target is, where it is not this one."""
 
 
+def _margin(targets: Targets) -> Tensor:
+    if targets.margin is None:
+        raise TaskError("the task has no margin, since not one answer alone is right; only its loss has gradients")
+    return targets.margin
+
+
 _RIGHT = Smooth(
-    lambda targets: targets.margin,
+    _margin,
     lambda margin, temperature: torch.sigmoid(margin / temperature),
     lambda margin: (margin > 0).astype(np.float64),
     "margin",
@@ -55,7 +61,7 @@ SMOOTH: dict[str, Smooth] = {
     "token_accuracy": _RIGHT,
     "loss": Smooth(lambda targets: -targets.loss),
     "log-likelihood": Smooth(lambda targets: -targets.loss),
-    "margin": Smooth(lambda targets: targets.margin),
+    "margin": Smooth(_margin),
 }
 """Worth → what gradients are taken of.
 

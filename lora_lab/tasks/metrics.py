@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -202,6 +202,36 @@ def _matthews(agree: Floats, *shares: Floats) -> Floats:
     return found
 
 
+def _errors(prediction: Column, target: Column) -> list[Column]:
+    """The squared error, and first and second moment of the target, which is centred to lose no digits."""
+    centred = target - target.mean(-1, keepdims=True)
+    return [(prediction - target) ** 2, centred, centred**2]
+
+
+def _explained(error: Floats, y: Floats, yy: Floats) -> Floats:
+    """1 − Σ(ŷ − y)² / Σ(y − ȳ)²."""
+    spread = yy - y * y
+    found: Floats = 1 - np.divide(error, spread, out=np.full_like(spread, math.nan), where=spread > 0)
+    return found
+
+
+def averaged(metric: Metric, needs: Sequence[Sequence[str]], about: str) -> Metric:
+    """The mean of a metric over several groups of columns, such as those of every output or label."""
+    names = tuple(dict.fromkeys(name for group in needs for name in group))
+    places = [[names.index(name) for name in group] for group in needs]
+
+    def sufficient(*columns: Column) -> list[Column]:
+        return [part for group in places for part in metric.sufficient(*(columns[i] for i in group))]
+
+    def of(*means: Floats) -> Floats:
+        size = len(means) // len(places)
+        each = [metric.of(*means[start : start + size]) for start in range(0, len(means), size)]
+        mean: Floats = np.mean(each, axis=0)
+        return mean
+
+    return replace(metric, about=about, needs=names, sufficient=sufficient, of=of, share=False)
+
+
 _PAIR = ("prediction", "target")
 
 METRICS = Registry(
@@ -256,7 +286,19 @@ METRICS = Registry(
         ),
         "pearson": Metric("Pearson's correlation", _PAIR, _correlation, _moments, unit="", least=2),
         "spearman": Metric("Spearman's correlation of ranks", _PAIR, _correlation, _ranks, unit="", least=2),
+        "r2": Metric(
+            "share of the target's variance that is explained: 1 − Σ(ŷ − y)² / Σ(y − ȳ)²",
+            _PAIR,
+            _explained,
+            _errors,
+            unit="",
+            least=2,
+        ),
         "f1": Metric("F1 of label 1", _PAIR, _f1, _hits),
+        "micro_f1": Metric("F1 over all pairs of an example and a label", ("hits", "false", "missed"), _f1),
+        "subset_accuracy": mean_of(
+            "correct", "share of examples all of whose labels are right", unit="share", share=True
+        ),
         "mcc": Metric("Matthews' correlation of labels", _PAIR, _matthews, _labels, unit=""),
     },
 )

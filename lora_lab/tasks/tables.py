@@ -74,7 +74,8 @@ class TableTask(Task):
 
     def _wanted(self) -> list[str]:
         """Names of the columns that the keys ask for."""
-        return [value for key in self.settings.columns if (value := getattr(self.settings, key)) is not None]
+        values = (getattr(self.settings, key) for key in self.settings.columns)
+        return list(dict.fromkeys(name for value in values for name in _names(value)))
 
     @property
     def _where(self) -> str:
@@ -209,6 +210,25 @@ def text_of(task: Task, value: object, column: str) -> str:
         kind = type(value).__name__
         raise TaskError(f"task {task.name}: column {column!r} holds values of the type {kind}; a text is needed")
     return str(value)
+
+
+def number_of(task: Task, value: object, column: str, place: int) -> float:
+    """A cell as a finite number, also where a table gives it as text; TaskError naming the row where it is none."""
+    row = f"(row {place} of a split, counted from 0)"
+    if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
+        raise TaskError(f"task {task.name}: an example without a number in {column!r} {row}")
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise TaskError(f"task {task.name}: {task.reach.quote(value)} in {column!r} is no finite number {row}")
+    return number
+
+
+def _names(value: str | Sequence[str] | None) -> Sequence[str]:
+    """The columns that a key names: one, several or none."""
+    return [value] if isinstance(value, str) else value or []
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,7 +6,7 @@ Adapters record the task that they were trained on, so that later commands need 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,8 +22,8 @@ from lora_lab.escape import visible
 from lora_lab.files.trust import ANYWHERE
 from lora_lab.tasks import digests
 from lora_lab.tasks.metrics import METRICS, Metric
-
-SPLITS = ("train", "validation", "test")
+from lora_lab.tasks.splits import SPLITS as SPLITS
+from lora_lab.tasks.splits import Split as Split
 
 
 @dataclass(frozen=True, repr=False)
@@ -129,63 +129,19 @@ class Targets(Brief):
     """What the scores of each example are means of, as tensors [examples, targets] that gradients go through."""
 
     loss: Tensor
-    margin: Tensor
+    margin: Tensor | None
+    """None of a task without one right answer, such as a number."""
     counted: Tensor
     """Which of them count; the others are padding."""
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over an example's targets, [examples]."""
-        return (values.double() * self.counted).sum(1) / self.counted.sum(1).clamp(min=1)
+        return mean_where(values, self.counted)
 
 
-@dataclass(frozen=True, repr=False)
-class Split:
-    """Examples as tensors with the example as first dimension, of this package's own tasks `labels` among them."""
-
-    inputs: Mapping[str, Tensor]
-
-    def __len__(self) -> int:
-        return len(next(iter(self.inputs.values())))
-
-    def __repr__(self) -> str:
-        shapes = (f"{name} {list(tensor.shape)}" for name, tensor in self.inputs.items())
-        return f"Split({len(self)} examples: {', '.join(shapes)})"
-
-    def subset(self, examples: int | None, seed: int = 0) -> Split:
-        """So many examples drawn without replacement, in the split's order; all of them for None."""
-        n = len(self)
-        if examples is None or examples >= n:
-            return self
-        if examples < 1:
-            raise OptionError(f"{examples} examples; at least 1 is needed")
-        indices = torch.from_numpy(np.sort(np.random.default_rng(seed).permutation(n)[:examples]))
-        return Split({name: tensor[indices] for name, tensor in self.inputs.items()})
-
-    def batches(self, size: int) -> list[dict[str, Tensor]]:
-        """Consecutive batches, without the padding that all examples of a batch share."""
-        return [
-            trimmed({name: tensor[start : start + size] for name, tensor in self.inputs.items()})
-            for start in range(0, len(self), size)
-        ]
-
-
-def trimmed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A batch of padded texts cut to the longest of them; any other batch as it is."""
-    mask = batch.get("attention_mask")
-    if mask is None:
-        return batch
-    used = mask.flatten(0, -2).any(0)
-    width, whole = int(used.nonzero()[-1]) + 1 if used.any() else 1, mask.shape[-1]
-    if width == whole:
-        return batch
-    return {n: t[..., :width] if t.ndim > 1 and t.shape[-1] == whole else t for n, t in batch.items()}
-
-
-def by_length(split: Split) -> Split:
-    """The same examples, shortest first, so that batches of texts have little padding."""
-    lengths = split.inputs["attention_mask"].flatten(1).sum(1)
-    order = lengths.argsort(stable=True)
-    return Split({name: tensor[order] for name, tensor in split.inputs.items()})
+def mean_where(values: Tensor, counted: Tensor) -> Tensor:
+    """Means of the values that count over the second axis, [n] in float64; 0 where none does."""
+    return (values.double() * counted).sum(1) / counted.sum(1).clamp(min=1)
 
 
 class Task(ABC):
@@ -204,6 +160,8 @@ class Task(ABC):
     """Whether an example has one label; a language model predicts every token instead."""
     counts_targets = False
     """Whether examples have different numbers of targets, over which the loss of a training step is a mean."""
+    step_loss: Callable[..., Tensor] | None = None
+    """(model's outputs, labels, targets of the step) → a training step's loss; None: the model's own."""
     trains_head = False
     """Whether the head is trained along with the adapter."""
     rows_are_examples = True
@@ -377,6 +335,13 @@ class Task(ABC):
         loss = nn.functional.cross_entropy(logits.float(), labels, reduction="none")
         right = torch.ones_like(labels, dtype=torch.bool)
         return Targets(loss[:, None], margins(logits.float(), labels)[:, None], right[:, None])
+
+    def choices(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Logits [predictions, choices] in float32 of which the softmax is what the model thinks likely.
+
+        Here one prediction an example. TaskError of a task whose model gives no such chances.
+        """
+        return logits.float()
 
 
 def resolve_device(name: str | None = None) -> torch.device:

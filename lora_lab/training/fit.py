@@ -119,6 +119,7 @@ def _optimise(
             train_dataset=Batches(task.training_split()),
             data_collator=as_it_is,
             callbacks=[*callbacks],
+            compute_loss_func=task.step_loss,
         )
     except (RuntimeError, ValueError) as error:  # a logger that is not installed or not known
         if args.report_to in ([], ["none"]):
@@ -126,7 +127,7 @@ def _optimise(
         raise OptionError(f"`report_to` {', '.join(args.report_to)}: {_first_line(error)}") from error
     trainer.lora_plus = recipe.lora_plus
     # whether the model divides by the number of targets in a step, as it is told, or the Trainer by that of batches
-    trainer.model_accepts_loss_kwargs = task.counts_targets
+    trainer.model_accepts_loss_kwargs = task.counts_targets and task.step_loss is None
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     began = time.process_time()

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lora_lab.errors import DivergedError, OptionError
-from lora_lab.tasks.task import Split, resolve_device, trimmed
+from lora_lab.tasks.splits import trimmed
+from lora_lab.tasks.task import Split, resolve_device
 from lora_lab.training.coto import CoToCallback
 from lora_lab.training.recipe import Recipe
 

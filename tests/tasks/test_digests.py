@@ -240,7 +240,7 @@ def test_the_number_of_examples_is_checked(tmp_path):
 
 def test_a_damaged_probe_is_fitted_again(own_cache):
     from lora_lab.errors import LoraLabWarning
-    from lora_lab.tasks.kinds.heads import probe
+    from lora_lab.tasks.kinds.heads import logistic, probe
 
     split = Tiny(0).split("train")
     calls = []
@@ -249,15 +249,15 @@ def test_a_damaged_probe_is_fitted_again(own_cache):
         calls.append(1)
         return split.inputs["x"].double().numpy()
 
-    weight, bias = probe(["key"], split, 3, features)
-    assert torch.equal(probe(["key"], split, 3, features)[0], weight)
+    weight, bias = probe(["key"], split, 3, features, logistic)
+    assert torch.equal(probe(["key"], split, 3, features, logistic)[0], weight)
     assert len(calls) == 1
     (place,) = own_cache.parent.glob("*.safetensors")
     content = bytearray(place.read_bytes())
     content[-1] ^= 1
     place.write_bytes(bytes(content))
     with pytest.warns(LoraLabWarning, match="damaged; the probe is fitted again"):
-        again = probe(["key"], split, 3, features)
+        again = probe(["key"], split, 3, features, logistic)
     assert len(calls) == 2
     assert torch.equal(again[0], weight)
     assert torch.equal(again[1], bias)

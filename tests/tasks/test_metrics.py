@@ -15,6 +15,7 @@ sklearn = pytest.importorskip("sklearn.metrics")
 
 REFERENCES = {
     "rmse": sklearn.root_mean_squared_error,
+    "r2": sklearn.r2_score,
     "pearson": lambda target, prediction: stats.pearsonr(target, prediction).statistic,
     "spearman": lambda target, prediction: stats.spearmanr(target, prediction).statistic,
     "f1": lambda target, prediction: sklearn.f1_score(target, prediction, zero_division=0.0),
@@ -26,7 +27,7 @@ def value(name, **columns):
     return METRICS[name].estimate({key: np.asarray(column) for key, column in columns.items()}, seed=0)[0]
 
 
-@pytest.mark.parametrize("name", ["rmse", "pearson", "spearman"])
+@pytest.mark.parametrize("name", ["rmse", "pearson", "spearman", "r2"])
 @given(st.integers(3, 40), st.integers(0, 2**32 - 1), st.sampled_from([0.0, 1e6]), st.sampled_from([1e-3, 1.0, 1e3]))
 def test_metrics_of_numbers_are_those_of_the_libraries(name, n, seed, offset, scale):
     generator = np.random.default_rng(seed)

@@ -13,6 +13,8 @@ from lora_lab.tasks.kinds.registry import KINDS
 
 SOUND = {
     "text-classification": {"text": "text", "label": "label"},
+    "regression": {"text": "text", "target": "grade"},
+    "multi-label": {"text": "text", "label": "topics"},
     "causal-lm": {"text": "text"},
     "multiple-choice": {"prompt": "{question}", "options": "choices", "label": "label"},
     "image-classification": {},
@@ -38,6 +40,14 @@ WRONG = [
     ("text-classification", "splits", {"tset": "x"}, "unknown split in here.toml: 'tset' (did you mean 'test'?)"),
     ("text-classification", "dtype", "bfloat61", "unknown dtype in here.toml: 'bfloat61' (did you mean 'bfloat16'?)"),
     ("text-classification", "pool", 3, "pool is 3; one of own, mean is needed"),
+    ("regression", "metric", "f1", "unknown metric in here.toml: 'f1'"),
+    ("regression", "target", [], r"target is []; different columns, at least one, are needed"),
+    ("regression", "target", 3, "target is 3; the name of a column or a list of names is needed"),
+    ("regression", "standardise", 1, "standardise is 1; true or false is needed"),
+    ("regression", "head", "probe", 'a probe needs pool = "mean"'),
+    ("multi-label", "threshold", 1.0, "threshold is 1.0; a number between 0 and 1 is needed"),
+    ("multi-label", "label", ["a"], "label is ['a']; different names, two or more, are needed"),
+    ("multi-label", "labels", ["a", "a"], "labels is ['a', 'a']; different names, two or more, are needed"),
     ("causal-lm", "max_length", 1, "max_length is 1; a whole number of at least 2 is needed"),
     ("multiple-choice", "label_from", "1", "label_from is '1'; a whole number is needed"),
     ("multiple-choice", "options", 4, "options is 4; a text or a list of names is needed"),

@@ -24,8 +24,9 @@ from lora_lab.tasks.kinds.chat import Chat, messages
 from lora_lab.tasks.kinds.language import CausalLM, Row, row_of
 from lora_lab.tasks.kinds.templates import columns_of, filled
 from lora_lab.tasks.settings import COMMON, Column
+from lora_lab.tasks.splits import by_length
 from lora_lab.tasks.tables import text_of
-from lora_lab.tasks.task import Split, by_length
+from lora_lab.tasks.task import Split
 
 EXAMPLE = (
     """\

@@ -18,8 +18,9 @@ from lora_lab.errors import LoraLabWarning, OptionError, TaskError
 from lora_lab.tasks.file import FileTask
 from lora_lab.tasks.kinds.chat import NO_TARGET, Chat, cut
 from lora_lab.tasks.settings import COMMON, Column, Settings
+from lora_lab.tasks.splits import by_length
 from lora_lab.tasks.tables import text_of
-from lora_lab.tasks.task import Scores, Split, Targets, by_length, margins
+from lora_lab.tasks.task import Scores, Split, Targets, margins, mean_where
 
 CAUSAL_EXAMPLE = (
     """\
@@ -53,7 +54,6 @@ label = "answer"              # column with the right one: a number from 0, a le
 """
     + COMMON
 )
-
 
 _Tokens = Annotated[int, Ge(2), "a whole number of at least 2"]
 
@@ -222,6 +222,10 @@ class CausalLM(_Language):
         margin = margins(logits, targets.clamp(min=0))
         return Targets(_losses(logits, targets), margin, targets != NO_TARGET)
 
+    def choices(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Those of every token that is a target."""
+        return logits[:, :-1][batch["labels"][:, 1:] != NO_TARGET].float()
+
     def columns(self, scores: Scores, split: Split) -> Mapping[str, npt.NDArray[Any]]:
         """With the number of tokens of every example that are predicted."""
         tokens = (split.inputs["labels"][:, 1:] != NO_TARGET).sum(1).numpy()
@@ -239,19 +243,13 @@ def _by_example(logits: Tensor, targets: Tensor) -> Scores:
     answers = targets.clamp(min=0)
     values = _losses(logits, targets), logits.argmax(-1) == targets, margins(logits, answers)
     # of float32 precision, as journals keep them
-    loss, correct, margin = (_mean(each, targets).float().double().cpu().numpy() for each in values)
+    loss, correct, margin = (mean_where(each, targets != NO_TARGET).float().double().cpu().numpy() for each in values)
     return Scores.judged(loss, correct, margin)
 
 
 def _losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of every token."""
     return logits.logsumexp(-1) - logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
-
-
-def _mean(values: Tensor, targets: Tensor) -> Tensor:
-    """Mean over an example's target tokens."""
-    counted = targets != NO_TARGET
-    return (values.double() * counted).sum(1) / counted.sum(1).clamp(min=1)
 
 
 class MultipleChoice(_Language):
@@ -320,7 +318,7 @@ class MultipleChoice(_Language):
         ids = batch["input_ids"]
         flat = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask")}
         targets = batch["targets"].flatten(0, 1)[:, 1:]
-        losses = _mean(_losses(model(**flat).logits[:, :-1].float(), targets), targets)
+        losses = mean_where(_losses(model(**flat).logits[:, :-1].float(), targets), targets != NO_TARGET)
         likelihoods = -losses.float().reshape(ids.shape[:2])
         return likelihoods.masked_fill((batch["targets"] == NO_TARGET).all(-1), -torch.inf)
 

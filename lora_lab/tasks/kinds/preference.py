@@ -18,8 +18,9 @@ from lora_lab.tasks.kinds.kept import kept
 from lora_lab.tasks.kinds.language import CausalLM, Row
 from lora_lab.tasks.kinds.templates import columns_of, filled
 from lora_lab.tasks.settings import COMMON, Column, Rate, Settings
+from lora_lab.tasks.splits import by_length
 from lora_lab.tasks.tables import text_of
-from lora_lab.tasks.task import Scores, Split, Targets, Task, by_length, resolve_device
+from lora_lab.tasks.task import Scores, Split, Targets, Task, resolve_device
 
 EXAMPLE = (
     """\

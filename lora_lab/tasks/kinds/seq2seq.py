@@ -16,8 +16,9 @@ from lora_lab.tasks.kinds.chat import NO_TARGET
 from lora_lab.tasks.kinds.language import CausalLM
 from lora_lab.tasks.kinds.templates import columns_of, filled
 from lora_lab.tasks.settings import COMMON, Column
+from lora_lab.tasks.splits import by_length
 from lora_lab.tasks.tables import text_of
-from lora_lab.tasks.task import Scores, Split, by_length
+from lora_lab.tasks.task import Scores, Split
 
 EXAMPLE = (
     """\

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
-import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 
-from lora_lab.errors import OptionError
-from lora_lab.tasks.kinds.heads import ProbedTask, float_heads
 from lora_lab.tasks.kinds.labelled import LabelledTask
-from lora_lab.tasks.settings import COMMON, Column, Count, Head, Settings
-from lora_lab.tasks.tables import text_of
-from lora_lab.tasks.task import Split, by_length
+from lora_lab.tasks.kinds.pooled import POOLED, PooledKeys, PooledText
+from lora_lab.tasks.settings import COMMON, Column
+from lora_lab.tasks.splits import by_length
+from lora_lab.tasks.task import Split
 
 EXAMPLE = (
     """\
@@ -30,47 +26,28 @@ text = "text"                 # column with the text
 label = "label"               # column with the label: a name, or a number from 0
 # text_pair = "hypothesis"    # second text column
 # labels = ["negative", "positive"]   # names in the order of the model's outputs; by default sorted
-# head = "frozen"             # the classifier: frozen as it is, trained along with the adapter, or a probe: fitted
-#                             # to the base's features by logistic regression, then frozen
-# pool = "own"                # what it sees: the model's own choice, or the mean of all tokens
-# max_length = 128            # tokens; longer texts are cut
 """
+    + POOLED.format(fit="logistic regression")
     + COMMON
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keys(Settings):
+class Keys(PooledKeys):
     """The keys of a task file."""
 
     kind: str = "text-classification"
-    text: Column
     label: Column
-    text_pair: Column | None = None
     labels: list[str] | None = None
-    head: Head = "frozen"
-    pool: Literal["own", "mean"] = "own"
-    max_length: Count = 128
 
     columns: ClassVar[tuple[str, ...]] = ("text", "text_pair", "label")
 
-    def check(self, where: str) -> None:
-        """OptionError for values that do not go together."""
-        super().check(where)
-        if self.head == "probe" and self.pool == "own":
-            raise OptionError(f'{where}: a probe needs pool = "mean"')
 
-
-class TextClassification(ProbedTask, LabelledTask):
-    """A sequence classifier; adapters go where `target_modules` says, by default into all linear layers."""
+class TextClassification(PooledText, LabelledTask):
+    """A sequence classifier, with a label a text."""
 
     kind = "text-classification"
     Keys = Keys
-
-    @property
-    def trains_head(self) -> bool:  # type: ignore[override]
-        """Whether the head is trained along with the adapter."""
-        return bool(self.settings.head == "trained")
 
     @cached_property
     def labels(self) -> int:  # type: ignore[override]
@@ -81,100 +58,13 @@ class TextClassification(ProbedTask, LabelledTask):
             return int(self.config.num_labels)
         return int(self._labels(self.table("train")).max()) + 1
 
-    @property
-    def _finished(self) -> bool:
-        """Whether the checkpoint has a head."""
-        return any("ForSequenceClassification" in name for name in self.config.architectures or [])
-
-    def build_model(self) -> nn.Module:
-        """The base, frozen; a head that the checkpoint lacks is drawn from seed 0, or fitted for a probe."""
-        model = self._built_anew()
-        if self.settings.head == "probe":
-            weight, bias = self._probe
-            model.classifier.weight.data, model.classifier.bias.data = weight, bias
-        frozen: nn.Module = model.requires_grad_(False).eval()
-        return frozen
-
-    def _built_anew(self) -> Any:
-        return _mean_pooled(self) if self.settings.pool == "mean" else self._classifier()
-
-    def _classifier(self) -> Any:
-        from transformers import AutoModelForSequenceClassification
-
-        model: Any = self.pretrained_model(AutoModelForSequenceClassification, num_labels=self.labels)
-        # by this, decoders find a text's last token
-        model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-        float_heads(model, self.heads(model))
-        return model
-
-    @torch.inference_mode()
-    def _features(self) -> npt.NDArray[np.float64]:
-        model = self._built_anew().requires_grad_(False).eval()
-        batches = self.split("train").batches(self.batch_size)
-        pooled = [model(**{n: t for n, t in batch.items() if n != "labels"}).pooled for batch in batches]
-        return np.concatenate([features.double().numpy() for features in pooled])
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy."""
+        return nn.functional.cross_entropy(logits, labels, reduction="none")
 
     def _load(self, split: str) -> Split:
-        keys, table = self.settings, self.table(split)
-        columns = [keys.text, *([keys.text_pair] if keys.text_pair else [])]
-        encoded = self.tokenizer(
-            *([text_of(self, text, name) for text in table[name]] for name in columns),
-            truncation=True,
-            max_length=keys.max_length,
-            padding=True,
-            return_tensors="pt",
-        )
-        return by_length(Split({**dict(encoded.items()), "labels": self._labels(table)}))
+        table = self.table(split)
+        return by_length(Split({**self._encoded(table), "labels": self._labels(table)}))
 
     def _names_in_data(self) -> list[str] | None:
         return self._in_the_models_order(super()._names_in_data())
-
-
-class _Outputs(dict[str, Any]):
-    """What a model returns, by attribute, as transformers has it."""
-
-    def __getattr__(self, name: str) -> Any:
-        return self[name]
-
-
-def _mean_pooled(task: TextClassification) -> Any:
-    """The base with a linear layer on the mean of its tokens; modules are named as in transformers' classifiers."""
-    from transformers import AutoModel
-
-    base = task.pretrained_model(AutoModel)
-    prefix = base.base_model_prefix or "model"
-
-    class MeanPooled(nn.Module):
-        base_model_prefix = prefix
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.config = base.config
-            if getattr(base, "pooler", None) is not None:
-                base.pooler = nn.Identity()  # what it would make of the first token is not used
-            setattr(self, prefix, base)
-            width = (
-                base.config.get_text_config() if hasattr(base.config, "get_text_config") else base.config
-            ).hidden_size
-            with torch.random.fork_rng():
-                torch.manual_seed(0)
-                self.classifier = nn.Linear(width, task.labels)
-
-        def gradient_checkpointing_enable(self, **options: Any) -> None:
-            base.gradient_checkpointing_enable(**options)
-
-        def gradient_checkpointing_disable(self) -> None:
-            base.gradient_checkpointing_disable()
-
-        def enable_input_require_grads(self) -> None:
-            base.enable_input_require_grads()
-
-        def forward(self, attention_mask: Tensor, labels: Tensor | None = None, **inputs: Tensor) -> _Outputs:
-            hidden = getattr(self, prefix)(attention_mask=attention_mask, **inputs).last_hidden_state
-            share = attention_mask[..., None].float()
-            pooled = (hidden.float() * share).sum(1) / share.sum(1).clamp(min=1)
-            logits = self.classifier(pooled)
-            loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-            return _Outputs(logits=logits, loss=loss, pooled=pooled)
-
-    return MeanPooled()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -52,11 +50,6 @@ class ImageClassification(ProbedTask, ImageTask):
     kind = "image-classification"
     Keys = Keys
 
-    @property
-    def trains_head(self) -> bool:  # type: ignore[override]
-        """Whether the head is trained along with the adapter."""
-        return bool(self.settings.head == "trained")
-
     def heads(self, model: nn.Module) -> list[str]:
         """The modules outside of the base, or the classifier of a model without such a division."""
         return super().heads(model) or [self._head_name(model)]
@@ -83,17 +76,7 @@ class ImageClassification(ProbedTask, ImageTask):
     def _built_anew(self) -> Any:
         from transformers import AutoModelForImageClassification
 
-        count = int(self.config.num_labels)
-        if self._finished and self.settings.head == "frozen" and count != self.labels:
-            raise TaskError(
-                f"task {self.name}: {self.settings.base!r} has {count} outputs and the data {self.labels} labels; "
-                'head = "trained" or "probe" gives it others'
-            )
-        other = self._finished and count != self.labels
-        with _no_report() if other or not self._finished else contextlib.nullcontext():
-            model: Any = self.pretrained_model(
-                AutoModelForImageClassification, num_labels=self.labels, ignore_mismatched_sizes=other
-            )
+        model: Any = self.pretrained_head(AutoModelForImageClassification, finished=self._finished)
         self._head_name(model)  # or TaskError
         float_heads(model, self.heads(model))
         if self.other_size and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
@@ -127,16 +110,3 @@ class ImageClassification(ProbedTask, ImageTask):
 
     def _names_in_data(self) -> list[str] | None:
         return self._in_the_models_order(super()._names_in_data())
-
-
-@contextlib.contextmanager
-def _no_report() -> Iterator[None]:
-    """Without transformers' table of what a checkpoint lacks, where that is the head and is known."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
