@@ -9,7 +9,7 @@ import typer
 from ..analysis.landscape import Checkpoints
 from .options import Computing, Loading, OneTask, Output
 from .outputs import answer
-from .terminal import console, estimate, table
+from .terminal import console, estimates, in_words, table
 
 
 def command(
@@ -22,10 +22,11 @@ def command(
 ) -> None:
     """How runs come to be good, mergeable and prunable along their training.
 
-    At every step at which all runs have a checkpoint: the accuracy of each **alone**; the **midpoint** of the line
-    between every two runs of one method, as ΔW or factors are averaged; the **average** of all runs of a method, of
-    three or more; and each **pruned**, by default to every other layer. How far a model falls below the mean of its
-    members alone stands beside it. The figure shows them over the optimiser steps, a colour a method, with p(t).
+    At every step at which all runs have a checkpoint, the task's metrics: of each **alone**; of the **midpoint** of the
+    line between every two runs of one method, as ΔW or factors are averaged; of the **average** of all runs of a
+    method, of three or more; and of each **pruned**, by default to every other layer. How much worse a model is than
+    the mean of its members alone stands beside its main metric. The figure shows that over the optimiser steps, a
+    colour a method, with p(t).
 
     A run is any folder that a Trainer has written checkpoint-STEP folders to. Every model costs one pass over the
     split; they are kept, so that a run that was cut off goes on.
@@ -41,17 +42,18 @@ def command(
 def show(result: Any) -> None:
     """A table a step."""
     n, split = result.provenance["examples"], result.parameters["split"]
+    main, *others = result.parameters["metrics"]
     for step in result.parameters["steps"]:
         rows = [
             (
                 row["model"] + (f", {row['space']}" if row["space"] else ""),
                 ", ".join(row["members"]),
-                estimate(row["accuracy"], row["accuracy_low"], row["accuracy_high"]),
-                estimate(row["drop"], row["drop_low"], row["drop_high"]) if row["model"] != "alone" else "",
-                estimate(row["loss"], row["loss_low"], row["loss_high"]),
+                *estimates(row, [main]),
+                *(estimates(row, [f"{main}_worse"]) if row["model"] != "alone" else [""]),
+                *estimates(row, others),
             )
             for row in result.rows(step=step)
         ]
-        headings = ("model", "of", "accuracy", "below its members alone", "loss")
+        headings = ("model", "of", in_words(main), "worse than its members alone", *map(in_words, others))
         table(f"After {step} steps ({split} split, {n} examples)", headings, rows, texts=2)
         console.print()

@@ -9,7 +9,7 @@ import typer
 from ..analysis.landscape import Curve
 from .options import Computing, Loading, OneTask, Output
 from .outputs import answer
-from .terminal import console, estimate, table
+from .terminal import console, estimate, in_words, table
 
 
 def command(
@@ -40,9 +40,9 @@ def command(
 def show(result: Any) -> None:
     """Barriers, what curves gain over lines, and how the control points came about."""
     n, split = result.provenance["examples"], result.parameters["split"]
-    _show_barriers(result, f"Barriers above the chord, and means over t ({split} split, {n} examples)")
+    _show_barriers(result, f"Barriers (worse than the chord), and means over t ({split} split, {n} examples)")
     rows = [
-        (f"{gain['space']}, {gain['path']}", gain["over"], gain["metric"], _interval(gain))
+        (f"{gain['space']}, {gain['path']}", gain["over"], in_words(gain["metric"]), _interval(gain))
         for gain in result.summary["gains"]
     ]
     table("How much lower the barrier of a curve is", ("curve", "than of", "metric", "difference"), rows, texts=3)
@@ -67,7 +67,7 @@ def _show_barriers(result: Any, title: str) -> None:
             mean = means[row["space"], row["path"], row["metric"], "t"]
             by_arc = means[row["space"], row["path"], row["metric"], "arc"]
             where = f"{row['space']}, {row['path']}"
-            rows.append((where, row["metric"], _interval(row), _interval(mean), _interval(by_arc)))
+            rows.append((where, in_words(row["metric"]), _interval(row), _interval(mean), _interval(by_arc)))
     headings = ("path", "metric", "barrier", "mean over t", "mean over arc length")
     table(title, headings, rows, texts=2)
     console.print()

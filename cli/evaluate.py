@@ -11,7 +11,7 @@ import typer
 from ..analysis.questions import Evaluate
 from ..options import option
 from .options import Computing, Output, Several, TaskEach
-from .terminal import estimate, say_written, table
+from .terminal import estimates, in_words, say_written, table
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def show(result: Any) -> None:
     """The scores as a table."""
     metrics = list(result.parameters["metrics"])
     heading = f"Scores on the {result.parameters['split']} split, 95 % intervals"
-    table(heading, ("adapter", "task", "n", *(name.replace("_", " ") for name in metrics)), _rows(result, metrics))
+    table(heading, ("adapter", "task", "n", *map(in_words, metrics)), _rows(result, metrics))
 
 
 def _rows(result: Any, metrics: list[str]) -> list[tuple[object, ...]]:
@@ -77,7 +77,7 @@ def _rows(result: Any, metrics: list[str]) -> list[tuple[object, ...]]:
             row["adapter"],
             row["task"],
             row["examples"],
-            *(estimate(row[name], row[f"{name}_low"], row[f"{name}_high"]) for name in metrics),
+            *estimates(row, metrics),
         )
         for row in result.rows()
     ]

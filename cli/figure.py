@@ -21,6 +21,7 @@ class Drawing:
     kind: str | None = option(
         None, "Another view of the results: NAMES.", names=Later("lora_lab.plots.registry", "PLOTS")
     )
+    metric: str | None = option(None, "Another metric of the results than their main one.")
     width: str = option("double", "single or double: the width of one or two conference columns.")
     force: bool = option(False, "Replace existing files.")
 
@@ -36,6 +37,7 @@ def command(
     from .. import plots
     from ..results.result import Result
 
-    drawn = plots.figure([Result.load(path) for path in results], kind=drawing.kind, width=drawing.width)
+    loaded = [Result.load(path) for path in results]
+    drawn = plots.figure(loaded, kind=drawing.kind, metric=drawing.metric, width=drawing.width)
     plots.save(drawn, *drawing.output, force=drawing.force)
     say_written(drawing.output)

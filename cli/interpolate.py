@@ -15,7 +15,7 @@ from ..options import check_options, option
 from ..registry import Later
 from .options import Computing, OneTask, Output, Several
 from .outputs import answer
-from .terminal import console, estimate, table
+from .terminal import console, estimate, estimates, in_words, table
 
 _SPACES = Later("lora_lab.merging.paths", "SPACES")
 _SETS = {"both": lambda: Interpolate.spaces, "all": lambda: tuple(_SPACES())}
@@ -54,7 +54,7 @@ def command(
     computing: Computing,
     output: Output,
 ) -> None:
-    """Loss and accuracy along the straight line between adapters, and the barriers on it.
+    """The task's metrics along the straight line between adapters, and the barriers on it.
 
     **factors** averages A and B, as papers on merging LoRA seeds do. Halfway between two independent adapters
     that also halves ‖ΔW‖, so a dip may be a barrier or mere shrinkage. **matched** therefore walks the same line with
@@ -69,7 +69,14 @@ def command(
     if where.layerwise:
         if question.ratios or where.space != Where.space:
             raise OptionError("`layerwise` mixes ΔW between two adapters; leave `space` and `ratios` out")
-        each = Layerwise(points=question.points, players=where.players, split=question.split, seed=question.seed)
+        each = Layerwise(
+            points=question.points,
+            players=where.players,
+            metric=question.metric,
+            split=question.split,
+            examples=question.examples,
+            seed=question.seed,
+        )
         output.print(answer(each, adapters, loading, task, computing, output, doing="mixing layers"), show_layers)
         return
     if where.players != Where.players:
@@ -84,14 +91,14 @@ def show_layers(result: Any) -> None:
     rows = [
         (
             f"{row['group']}, others of {row['others']}",
-            row["metric"],
+            in_words(row["metric"]),
             estimate(row["value"], row["low"], row["high"]),
             estimate(row["exchange"], row["exchange_low"], row["exchange_high"]),
         )
         for row in result.summary["barriers"]
     ]
-    headings = ("mixed", "metric", "above the chord", "rise when exchanged")
-    table(f"One at a time ({split} split, {n} examples; error = 1 − accuracy)", headings, rows, texts=2)
+    headings = ("mixed", "metric", "worse than the chord", "worse when exchanged")
+    table(f"One at a time ({split} split, {n} examples)", headings, rows, texts=2)
 
 
 def show(result: Any) -> None:
@@ -108,7 +115,7 @@ def show(result: Any) -> None:
 def _show_line(result: Any, indices: list[int], title: str, n: int) -> None:
     spaces = result.parameters["spaces"]
     lines = [result.rows(ratio=None, indices=indices, space=space) for space in spaces]
-    metrics = {"accuracy": "accuracy", "loss": "loss", "‖ΔW‖": "norm"}
+    metrics = {**{in_words(name): name for name in result.parameters["metrics"]}, "‖ΔW‖": "norm"}
     if lines[0][0]["norm"] is None:
         del metrics["‖ΔW‖"]
     headings = ["\nt", *(f"{metric}\n{space}" for metric in metrics for space in spaces)]
@@ -123,19 +130,16 @@ def _show_line(result: Any, indices: list[int], title: str, n: int) -> None:
 def _show_ratios(result: Any) -> None:
     rows = [row for row in result.rows() if row["ratio"]]
     if rows:
-        cells = [(f"{r['ratio']} of {', '.join(r['members'])}", r["space"], *_estimates(r)) for r in rows]
-        table("Weighted mixtures", ("ratio", "space", "accuracy", "loss"), cells)
+        names = list(result.parameters["metrics"])
+        cells = [(f"{r['ratio']} of {', '.join(r['members'])}", r["space"], *estimates(r, names)) for r in rows]
+        table("Weighted mixtures", ("ratio", "space", *map(in_words, names)), cells)
         console.print()
 
 
-def _estimates(row: dict[str, Any]) -> tuple[str, str]:
-    return tuple(estimate(row[m], row[f"{m}_low"], row[f"{m}_high"]) for m in ("accuracy", "loss"))  # type: ignore[return-value]
-
-
 _HEADINGS = {
-    "entezari": "above the chord",
-    "frankle": "above mean end",
-    "max_end": "above worse end",
+    "entezari": "than the chord",
+    "frankle": "than mean end",
+    "max_end": "than worse end",
     "midpoint": "value at ½",
 }
 """Barrier → what a table calls it; others have their names."""
@@ -152,17 +156,18 @@ def _show_barriers(result: Any) -> None:
     for (pair, metric, space), cells in found.items():
         main = cells.pop(MAIN_BARRIER)
         height = estimate(main["value"], main["low"], main["high"])
-        rows.append((f"{pair}, {space}", metric, height, *(other["value"] for other in cells.values())))
+        rows.append((f"{pair}, {space}", in_words(metric), height, *(other["value"] for other in cells.values())))
     names = dict.fromkeys(row["barrier"] for row in result.summary["barriers"] if row["barrier"] != MAIN_BARRIER)
     headings = ("line", "metric", _HEADINGS[MAIN_BARRIER], *(_HEADINGS.get(name, name) for name in names))
-    title = "Barriers (error = 1 − accuracy; 95 % intervals of all are in the JSON)"
+    title = "Barriers: how much worse it gets (95 % intervals of all are in the JSON)"
     table(title, headings, rows)
     console.print()
 
 
 def _show_shrinkage(result: Any) -> None:
+    main = next(iter(result.parameters["metrics"]))
     for row in result.summary.get("shrinkage", []):
-        if row["metric"] != "error":
+        if row["metric"] != main:
             continue
         look = result.parameters.get("looks", {}).get(row.get("space"), {})  # what earlier versions wrote has none
         pair, space = " – ".join(row["members"]), look.get("label", "line")
@@ -170,5 +175,6 @@ def _show_shrinkage(result: Any) -> None:
         height, removed, stays = (estimate(row[n], row[f"{n}_low"], row[f"{n}_high"]) for n in names)
         share = f" ({row['share']:.0%})" if row["share"] is not None and row["barrier_low"] > 0 else ""
         console.print(
-            f"{pair}, {space}: error barrier {height}; matching ‖ΔW‖ removes {removed}{share}, {stays} stays."
+            f"{pair}, {space}: {in_words(main)} barrier {height}; matching ‖ΔW‖ removes {removed}{share}, {stays} "
+            "stays."
         )

@@ -9,7 +9,7 @@ import typer
 from ..analysis.landscape import Plane
 from .options import Computing, Loading, OneTask, Output
 from .outputs import answer
-from .terminal import console, estimate, table
+from .terminal import console, estimate, estimates, in_words, table
 
 
 def command(
@@ -20,7 +20,7 @@ def command(
     computing: Computing,
     output: Output,
 ) -> None:
-    """Loss and accuracy on the plane through three adapters: one basin, or valleys with a ridge between them.
+    """The task's metrics on the plane through three adapters: one basin, or valleys with a ridge between them.
 
     Every point is an exact mix of the three ΔW with weights that sum to 1; distances are those of ΔW. The dashed curve
     of the figure goes through all points whose ‖ΔW‖ is the weighted mean of the adapters' own: inside of it ΔW has
@@ -37,22 +37,23 @@ def command(
 def show(result: Any) -> None:
     """The corners, and how much better the plane becomes elsewhere."""
     n, split = result.provenance["examples"], result.parameters["split"]
+    names = list(result.parameters["metrics"])
     rows = [
         (
             corner["adapter"],
             corner["x"],
             corner["y"],
             corner["norm"],
-            estimate(corner["accuracy"], corner["accuracy_low"], corner["accuracy_high"]),
-            estimate(corner["loss"], corner["loss_low"], corner["loss_high"]),
+            *estimates(corner, names),
         )
         for corner in result.summary["corners"]
     ]
-    table(f"The three points ({split} split, {n} examples)", ("point", "x", "y", "‖ΔW‖", "accuracy", "loss"), rows)
+    headings = ("point", "x", "y", "‖ΔW‖", *map(in_words, names))
+    table(f"The three points ({split} split, {n} examples)", headings, rows)
     console.print()
     for gain in result.summary["gains"]:
         value = estimate(gain["value"], gain["low"], gain["high"])
         console.print(
-            f"The best point by {gain['metric']}, at ({gain['x']:.2f}, {gain['y']:.2f}), is better than the best of "
-            f"the three by {value} (chosen on half of the examples, compared on the others)."
+            f"The best point by {in_words(gain['metric'])}, at ({gain['x']:.2f}, {gain['y']:.2f}), is better than the "
+            f"best of the three by {value} (chosen on half of the examples, compared on the others)."
         )

@@ -7,7 +7,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -121,6 +121,16 @@ def number(value: object, digits: int = 3) -> str:
 def estimate(value: float | None, low: float | None, high: float | None) -> str:
     """A number with its interval."""
     return number(value) if low is None else f"{number(value)} [{number(low)}, {number(high)}]"
+
+
+def estimates(row: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    """Cells of a row with their intervals."""
+    return [estimate(row[name], row[f"{name}_low"], row[f"{name}_high"]) for name in names]
+
+
+def in_words(metric: str) -> str:
+    """The name of a metric as a heading has it."""
+    return metric.replace("_", " ")
 
 
 def foretell(what: str, expected: Forecast) -> None:

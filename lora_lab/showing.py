@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 @checked
-def figure(results: Results, kind: str | None = None, *, width: str = "double") -> Figure:
-    """The matplotlib figure of one or more results (or their files) of one kind; `kind` chooses another view."""
+def figure(results: Results, kind: str | None = None, *, metric: str | None = None, width: str = "double") -> Figure:
+    """The matplotlib figure of results (or their files) of one kind; `kind` is another view, `metric` what it shows."""
     from lora_lab import plots
 
-    return plots.figure(results_of(results), kind=kind, width=width)
+    return plots.figure(results_of(results), kind=kind, metric=metric, width=width)
 
 
 @checked

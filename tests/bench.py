@@ -36,7 +36,8 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.attached import attach
 from lora_lab.adapters.groups import players
 from lora_lab.analysis.game import Game
-from lora_lab.analysis.points import LineModels, MixPoint, score_points
+from lora_lab.analysis.measured import scored
+from lora_lab.analysis.points import LineModels, MixPoint
 from lora_lab.analysis.questions import Shapley
 from lora_lab.games.coalitions import all_coalitions
 from lora_lab.merging.paths import Paths
@@ -164,7 +165,7 @@ def bench_curves(repeats: int, folder: Any) -> None:
         points = [MixPoint(w, space) for w in places]
 
         def ours(points: list[MixPoint] = points, given: Any = given) -> float:
-            return cpu(lambda: score_points(Evaluator(given, task, build=LineModels), points))
+            return cpu(lambda: scored(Evaluator(given, task, build=LineModels), points, ()))
 
         with attach(task.build_model(), adapters[0]) as attached:
             # as many columns as most points have
@@ -176,7 +177,7 @@ def bench_curves(repeats: int, folder: Any) -> None:
 
     points = [MixPoint(w, "delta") for w in weights]
     found = side_by_side(
-        lambda: cpu(lambda: score_points(Evaluator(adapters, task, build=LineModels), points)),
+        lambda: cpu(lambda: scored(Evaluator(adapters, task, build=LineModels), points, ())),
         lambda: cpu(lambda: naive_curve(task.build_model(), task, adapters, folders, weights)),
         repeats,
     )

@@ -9,6 +9,10 @@ from lora_lab.analysis.predictors import PREDICTORS
 from lora_lab.results.result import Result, columns
 from lora_lab.training.schedule import Schedule
 
+METRICS = {
+    "accuracy": {"about": "share of examples that are right", "unit": "share", "higher": True},
+    "loss": {"about": "mean loss of an example", "unit": "nats", "higher": False},
+}
 LOOKS = {"factors": ("factors A, B averaged", 1), "matched": ("factors, ‖ΔW‖ matched", 4), "delta": ("ΔW averaged", 0)}
 
 
@@ -23,12 +27,13 @@ def line(method="lora", pairs=((0, 1),), spaces=("factors", "matched", "delta"),
                 rows.append(
                     {**who, "space": space, "t": float(t), "ratio": None, **cells(0.9 - dip * 4 * t * (1 - t), t)}
                 )
-            barriers.append({**who, "space": space, "metric": "error", "barrier": "entezari", "value": dip})
+            barriers.append({**who, "space": space, "metric": "accuracy", "barrier": "entezari", "value": dip})
         for ratio in ratios:
             rows.append({**who, "space": "delta", "t": None, "ratio": ratio, **cells(0.8 + 0.01 * k, 0.5)})
     count = 1 + max(max(pair) for pair in pairs)
     adapters = [{"label": f"{method}{i}", "method": method} for i in range(count)]
     parameters = {"spaces": list(spaces), "adapters": adapters, "task": {"name": "digits/relabel"}, "split": "test"}
+    parameters["metrics"] = METRICS
     parameters["looks"] = {space: {"label": label, "place": place} for space, (label, place) in LOOKS.items()}
     return Result("interpolate", columns(rows), parameters, {"barriers": barriers}, {"examples": 500})
 
@@ -60,7 +65,7 @@ def plane(names=("a", "b", "base"), side=9):
         {"adapter": name, "x": x, "y": y, "weights": [0, 0, 1], "norm": 2.0, "matched_norm": 2.0, **cells(0.9, 0)}
         for name, (x, y) in zip(names, ((0, 0), (3, 0), (1, 2)), strict=True)
     ]
-    said = {"points": side, "task": {"name": "digits/relabel"}, "split": "test", "adapters": []}
+    said = {"points": side, "task": {"name": "digits/relabel"}, "split": "test", "adapters": [], "metrics": METRICS}
     gains = [{"metric": "loss", "value": 0.01, "low": -0.01, "high": 0.03, "x": 1.0, "y": 1.0}]
     return Result("plane", columns(rows), said, {"corners": corners, "gains": gains}, {"examples": 500})
 
@@ -75,7 +80,7 @@ def curve(spaces=("delta", "factors"), shapes=("bezier", "polychain")):
                 place = {"space": space, "path": path, "t": float(t), "arc": float(t) ** 1.2}
                 rows.append({**place, **cells(0.9 - dip * 4 * t * (1 - t), t)})
     looks = {"bezier": {"label": "quadratic Bézier", "place": 1}, "polychain": {"label": "one bend", "place": 2}}
-    said = {"points": 5, "spaces": list(spaces), "shapes": list(shapes), "looks": looks}
+    said = {"points": 5, "spaces": list(spaces), "shapes": list(shapes), "looks": looks, "metrics": METRICS}
     said |= {"task": {"name": "digits/relabel"}, "split": "test", "adapters": []}
     return Result("curve", columns(rows), said, {}, {"examples": 500})
 
@@ -130,7 +135,7 @@ def checkpoints(methods=("lora", "coto"), runs=3, steps=(10, 20, 30, 40), spaces
             who |= {"members": [f"{method}-s{j}" for j in members], "method": method}
             who |= {"p": min(1.0, 0.1 + 0.3 * k) if i % 2 else None}
             rows.append({**who, **cells(0.4 + 0.1 * k - 0.05 * (model != "alone") + 0.01 * members[0], 0)})
-    said = {"spaces": list(spaces), "keep": "every-other", "steps": list(steps), "runs": []}
+    said = {"spaces": list(spaces), "keep": "every-other", "steps": list(steps), "runs": [], "metrics": METRICS}
     said |= {"task": {"name": "digits/relabel"}, "split": "test"}
     return Result("checkpoints", columns(rows), said, {}, {"examples": 500})
 
@@ -160,12 +165,13 @@ def sharpness(names=("lora-s0", "coto-s0")):
 def layerwise(layers=4):
     """A barrier in the second layer, from one side more than from the other."""
     barriers = []
-    for index, metric, k in itertools.product((0, 1), ("loss", "error"), range(layers)):
+    for index, metric, k in itertools.product((0, 1), METRICS, range(layers)):
         height = 0.2 / (1 + index) * (k == 1)
         ends = {"value": height, "low": 0.0, "high": height + 0.01}
         ends |= {"exchange": 0.1 * (1 - 2 * index), "exchange_low": -0.2, "exchange_high": 0.2}
         barriers.append({"group": f"model.layers.{k}", "others": "ab"[index], "index": index, "metric": metric, **ends})
     said = {"players": "layer", "task": {"name": "digits/relabel"}, "split": "test", "adapters": []}
+    said["metrics"] = METRICS
     return Result("layerwise", {}, said, {"barriers": barriers}, {"examples": 500})
 
 

@@ -20,7 +20,8 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import labels_of, method_of
 from lora_lab.adapters.formats.lookup import checkpoints_in
 from lora_lab.analysis.landscape import Checkpoints
-from lora_lab.analysis.points import LineModels, MixPoint, ScoredPoints, finite_scores, score_points
+from lora_lab.analysis.measured import Measured, cells, require
+from lora_lab.analysis.points import LineModels, MixPoint
 from lora_lab.errors import FileError, LoraLabError, OptionError, shorten
 from lora_lab.merging.paths import SPACES, Paths
 from lora_lab.pruning import patterns
@@ -54,7 +55,8 @@ class Kept(Change):
         modules = patterns.keep(patterns.choice_of(adapter), self.pattern)
         with models.wearing(keep_modules(adapter, modules)) as model:
             scores = models.score(model, examples)
-        return finite_scores(scores, models, f"with {self.pattern} of {adapter.source}")
+        models.tasks[0].require_finite(scores, f" with {self.pattern} of {adapter.source}")
+        return scores
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ def runs_of(adapters: Sequence[Adapter]) -> list[Run]:
 def answer(question: Checkpoints, adapters: Sequence[Adapter], task: Task, on: Execution) -> Result:
     """All models at every step; the cost is told before anything is computed."""
     began = time.perf_counter()
+    require(task, question.metric)
     evaluator = Evaluator(adapters, task, on, split=question.split, examples=question.examples, build=LineModels)
     runs = runs_of(adapters)
     steps, spaces = _steps(runs), _spaces(question, adapters)
@@ -142,9 +145,9 @@ def answer(question: Checkpoints, adapters: Sequence[Adapter], task: Task, on: E
     changes = {change.key: change for *_, change in points}
     if on.confirm:
         on.confirm(Cost(len(changes), 0, 0, evaluator.seconds(len(changes))))
-    scored = ScoredPoints(score_points(evaluator, list(changes.values())), question.seed)
+    measured = Measured.of(evaluator, list(changes.values()), question.metric, question.seed)
     rows = [
-        {**head, "p": _shared_probability(adapters, members, head["step"]), **_cells(scored, change, ends)}
+        {**head, "p": _shared_probability(adapters, members, head["step"]), **_cells(measured, change, ends)}
         for head, members, change in points
         for ends in [[_alone(i, len(adapters)) for i in members]]
     ]
@@ -156,10 +159,11 @@ def answer(question: Checkpoints, adapters: Sequence[Adapter], task: Task, on: E
             **question.record,
             "spaces": spaces,
             "steps": steps,
+            "metrics": measured.told,
             "runs": finite([{"label": run.label, "method": run.method, "seed": run.seed} for run in runs]),
         },
         {},
-        evaluator.provenance(adapters, began=began, run=question.run_id(adapters, task), evaluations=len(scored)),
+        evaluator.provenance(adapters, began=began, run=question.run_id(adapters, task), evaluations=len(measured)),
     )
 
 
@@ -233,13 +237,13 @@ def _alone(place: int, count: int) -> MixPoint:
     return _mean([place], count, "alone")
 
 
-def _cells(scored: ScoredPoints, change: Change, ends: Sequence[MixPoint]) -> dict[str, float]:
-    """Loss and accuracy, and how much worse they are than the mean of the ends, on the same resampled examples."""
-    cells = scored.cells(change)
-    for name, metric in (("drop", "error"), ("rise", "loss")):
-        worse = scored.line([change, *ends], metric).estimate(lambda L: L[0] - L[1:].mean(0))
-        cells |= dict(zip((name, f"{name}_low", f"{name}_high"), worse, strict=True))
-    return cells
+def _cells(measured: Measured, change: Change, ends: Sequence[MixPoint]) -> dict[str, float]:
+    """Each metric, and how much worse it is than the mean of the ends, on the same resampled examples."""
+    found = measured.cells(change)
+    for name in measured.metrics:
+        worse = measured.worse([change, *ends], name).estimate(lambda L: L[0] - L[1:].mean(0))
+        found |= cells(f"{name}_worse", worse)
+    return found
 
 
 def _shared_probability(adapters: Sequence[Adapter], members: Sequence[int], step: int) -> float | None:

@@ -25,7 +25,8 @@ import numpy as np
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import described, labels_of, method_of
-from lora_lab.analysis.points import METRICS, LineModels, MixPoint, ScoredPoints, score_points
+from lora_lab.analysis.measured import Measured, require
+from lora_lab.analysis.points import LineModels, MixPoint
 from lora_lab.analysis.questions import Interpolate as Interpolate
 from lora_lab.analysis.questions import in_words
 from lora_lab.errors import OptionError
@@ -44,13 +45,21 @@ class Barrier:
     """A barrier of a curve."""
 
     profile: Callable[[Floats, Floats], Floats]
-    """Values [points, k] over t [points] → [rows, k], the largest row of which is the barrier."""
+    """How bad points are [points, k] over t [points] → [rows, k], the largest row of which is the barrier."""
     least: float = 0.0
     """Below which it cannot be, as the ends are points of the grid."""
+    itself: bool = False
+    """Whether it is a value of the metric itself, and not how much worse that becomes."""
 
     def __call__(self, L: Floats, t: Floats) -> Floats:
         """The profile."""
         return self.profile(L, t)
+
+    def of(self, measured: Measured, line: Sequence[MixPoint], metric: str, t: Floats) -> dict[str, float]:
+        """Its value on a line, in units of the metric, with its interval; NaN where the metric has no value."""
+        sampled = measured.values(line, metric) if self.itself else measured.worse(line, metric)
+        value, low, high = sampled.largest(lambda L: self(L, t))
+        return {"value": value, "low": float(np.maximum(self.least, low)), "high": high}
 
 
 BARRIERS = Registry(
@@ -62,22 +71,27 @@ BARRIERS = Registry(
         "entezari": Barrier(lambda L, t: L - (1 - t)[:, None] * L[0] - t[:, None] * L[-1]),
         "max_end": Barrier(lambda L, t: L - np.maximum(L[0], L[-1])),
         "midpoint": Barrier(
-            lambda L, t: L[[len(t) // 2]] if len(t) % 2 else np.full((1, L.shape[1]), np.nan), least=-math.inf
+            lambda L, t: L[[len(t) // 2]] if len(t) % 2 else np.full((1, L.shape[1]), np.nan),
+            least=-math.inf,
+            itself=True,
         ),
     },
 )
-"""Barriers of a curve, as profiles whose largest row is the barrier: values [points, k] over t [points] → [rows, k].
+"""Barriers of a curve, as profiles whose largest row is the barrier: how bad L each point is over t → [rows, k].
 
-frankle: sup L − ½(L(0) + L(1)) (arXiv:1912.05671). entezari: sup [L − linear] (arXiv:2110.06296). max_end: sup L −
-max(L(0), L(1)). midpoint: the value L(½) itself. The supremum is over the grid, ends included, so that the first three
-are never negative; with noise it is above 0 even where there is no barrier, and the interval tells.
+L is the metric where less is better, else its negative (of a share, what is left to 1), so that a barrier in accuracy
+is accuracy lost. frankle: sup L − ½(L(0) + L(1)) (arXiv:1912.05671). entezari: sup [L − linear] (arXiv:2110.06296).
+max_end: sup L − max(L(0), L(1)). midpoint: the metric itself at ½. The supremum is over the grid, ends included, so
+that the first three are never negative; with noise it is above 0 even where there is no barrier, and the interval
+tells.
 """
 
 
 def answer(question: Interpolate, adapters: Sequence[Adapter], task: Task, on: Execution) -> Result:
     """Curves, mixtures and barriers."""
     began = time.perf_counter()
-    evaluator = Evaluator(adapters, task, on, split=question.split, build=LineModels)
+    require(task, question.metric)
+    evaluator = Evaluator(adapters, task, on, split=question.split, examples=question.examples, build=LineModels)
     paths: Paths = evaluator.models.paths
     spaces, grid = _with_matched(paths, question.spaces), np.linspace(0, 1, question.points)
     pairs = list(itertools.combinations(range(len(adapters)), 2))
@@ -88,17 +102,14 @@ def answer(question: Interpolate, adapters: Sequence[Adapter], task: Task, on: E
     }
     mixtures = _ratio_points(question.ratios, len(adapters), _mixture_spaces(question))
     points = [*itertools.chain(*lines.values()), *(point for _, point in mixtures)]
-    scored = ScoredPoints(score_points(evaluator, points), question.seed)
+    measured = Measured.of(evaluator, points, question.metric, question.seed)
     rows = [
-        {**_who(adapters, pair), "t": float(t), "ratio": None, **_cells(point, scored, paths)}
+        {**_who(adapters, pair), "t": float(t), "ratio": None, **_cells(point, measured, paths)}
         for (pair, _), line in lines.items()
         for t, point in zip(grid, line, strict=True)
     ]
     for (members, ratio), point in mixtures:
-        rows.append({**_who(adapters, members), "t": None, "ratio": ratio, **_cells(point, scored, paths)})
-    curves = {
-        (pair, space, metric): scored.line(line, metric) for (pair, space), line in lines.items() for metric in METRICS
-    }
+        rows.append({**_who(adapters, members), "t": None, "ratio": ratio, **_cells(point, measured, paths)})
     return Result(
         question.kind,
         finite(columns(rows)),
@@ -107,10 +118,11 @@ def answer(question: Interpolate, adapters: Sequence[Adapter], task: Task, on: E
             **question.record,
             "spaces": spaces,
             "looks": {name: {"label": SPACES[name].label or name, "place": SPACES[name].place} for name in spaces},
+            "metrics": measured.told,
             "adapters": [described(a) for a in adapters],
         },
-        finite(_summary(adapters, pairs, spaces, curves, grid)),
-        evaluator.provenance(adapters, began=began, run=question.run_id(adapters, task), evaluations=len(scored)),
+        finite(_summary(adapters, spaces, lines, measured, grid)),
+        evaluator.provenance(adapters, began=began, run=question.run_id(adapters, task), evaluations=len(measured)),
     )
 
 
@@ -179,36 +191,38 @@ def _who(adapters: Sequence[Adapter], members: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _cells(point: MixPoint, scored: ScoredPoints, paths: Paths) -> dict[str, Any]:
+def _cells(point: MixPoint, measured: Measured, paths: Paths) -> dict[str, Any]:
     """What a row says of its point."""
     norm = paths.norm(point.weights, point.space)
-    return {"space": point.space, "weights": list(point.weights), **scored.cells(point), "norm": norm}
+    return {"space": point.space, "weights": list(point.weights), "norm": norm, **measured.cells(point)}
 
 
-Curves = Mapping[tuple[tuple[int, int], str, str], Sampled]
-"""(pair, space, metric) → the curve with its bootstrap samples."""
+Lines = Mapping[tuple[tuple[int, int], str], Sequence[MixPoint]]
+"""(pair, space) → the points on the line."""
 
 
 def _summary(
-    adapters: Sequence[Adapter],
-    pairs: Sequence[tuple[int, int]],
-    spaces: Sequence[str],
-    curves: Curves,
-    grid: Floats,
+    adapters: Sequence[Adapter], spaces: Sequence[str], lines: Lines, measured: Measured, grid: Floats
 ) -> dict[str, Any]:
     barriers = []
-    for (pair, space, metric), curve in curves.items():
+    for ((pair, space), line), metric in itertools.product(lines.items(), measured.metrics):
+        who = {**_who(adapters, pair), "space": space, "metric": metric}
         for name, barrier in BARRIERS.items():
-            value, low, high = curve.largest(lambda L, f=barrier: f(L, grid))  # type: ignore[misc]
-            who = {**_who(adapters, pair), "space": space, "metric": metric}
-            low = max(barrier.least, low)
-            barriers.append({**who, "barrier": name, "value": value, "low": low, "high": high})
+            barriers.append({**who, "barrier": name, **barrier.of(measured, line, metric, grid)})
     summary: dict[str, Any] = {"barriers": barriers}
     for space in [space for space in spaces if SPACES[space].rescaled in spaces][:1]:
         summary["shrinkage"] = [
-            {**_who(adapters, pair), "space": space, "metric": metric, **_shrinkage(curves, pair, space, metric, grid)}
-            for pair in pairs
-            for metric in METRICS
+            {
+                **_who(adapters, pair),
+                "space": space,
+                "metric": metric,
+                **_shrinkage(
+                    measured.worse(line, metric), measured.worse(lines[pair, str(SPACES[space].rescaled)], metric), grid
+                ),
+            }
+            for (pair, there), line in lines.items()
+            for metric in measured.metrics
+            if there == space
         ]
     if len(adapters) > 2:
         summary["matrix"] = _matrix(len(adapters), barriers)
@@ -216,12 +230,11 @@ def _summary(
     return summary
 
 
-def _shrinkage(curves: Curves, pair: tuple[int, int], space: str, metric: str, grid: Floats) -> dict[str, float]:
+def _shrinkage(factors: Sampled, matched: Sampled, grid: Floats) -> dict[str, float]:
     """A curve's barrier, what keeping the norms takes away of it, and what stays.
 
     `removed` is a paired difference: its interval comes from one resampling of both curves.
     """
-    factors, matched = curves[pair, space, metric], curves[pair, str(SPACES[space].rescaled), metric]
     both = factors.with_points(matched)
     n, above_chord = len(grid), BARRIERS[MAIN_BARRIER]
 
@@ -234,7 +247,8 @@ def _shrinkage(curves: Curves, pair: tuple[int, int], space: str, metric: str, g
     cells: dict[str, float] = {}
     for name, profiles in (("barrier", [of_factors]), ("stays", [of_matched]), ("removed", [of_factors, of_matched])):
         value, low, high = both.largest(*profiles)
-        cells |= {name: value, f"{name}_low": low if name == "removed" else max(0.0, low), f"{name}_high": high}
+        low = low if name == "removed" else float(np.maximum(0.0, low))
+        cells |= {name: value, f"{name}_low": low, f"{name}_high": high}
     cells["share"] = cells["removed"] / cells["barrier"] if cells["barrier"] > 0 else math.nan
     return cells
 

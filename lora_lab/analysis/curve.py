@@ -25,10 +25,11 @@ from lora_lab import files
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import described
 from lora_lab.adapters.lowrank import LowRank
-from lora_lab.analysis.connectivity import BARRIERS, Barrier
+from lora_lab.analysis.connectivity import BARRIERS
 from lora_lab.analysis.control_points import CHECKED, CURVES, Control, ControlTraining, Training
 from lora_lab.analysis.landscape import Curve
-from lora_lab.analysis.points import METRICS, LineModels, MixPoint, ScoredPoints, score_points
+from lora_lab.analysis.measured import Measured, require
+from lora_lab.analysis.points import LineModels, MixPoint
 from lora_lab.errors import FileError, OptionError
 from lora_lab.geometry.aligning import aligned
 from lora_lab.merging.paths import SPACES, Paths
@@ -74,26 +75,28 @@ class _Path:
 def answer(question: Curve, adapters: Sequence[Adapter], task: Task, on: Execution, folder: Path | None) -> Result:
     """Train the control points, save them, and score all curves and lines together."""
     began = time.perf_counter()
+    require(task, question.metric)
     trainings = {
         (space, shape): _training(question, space, shape, task)
         for space, shape in itertools.product(question.spaces, question.shapes)
     }
     run = question.run_id(adapters, task)
+    trained = replace(question, metric=(), examples=None).run_id(adapters, task)  # what they hang on
     places = {key: folder / f"{_name(*key)}.safetensors" for key in trainings} if folder else {}
     for place in places.values():
-        _refuse_others(place, run)
+        _refuse_others(place, trained)
     _tell_cost(question, adapters, task, on, trainings)
     ends = {space: _ends(adapters, space) for space in question.spaces}
     controls = _trained(trainings, ends, task, on)
     for key, place in places.items():
         made = controls[key].adapter
-        replace(made, record={**made.record, "run": run}).save(place, force=True)
+        replace(made, record={**made.record, "run": trained}).save(place, force=True)
     given = _Given(adapters, ends, controls)
-    evaluator = Evaluator(given.adapters, task, on, split=question.split, build=LineModels)
+    evaluator = Evaluator(given.adapters, task, on, split=question.split, examples=question.examples, build=LineModels)
     paths = Paths(given.adapters)
     ways, grid = given.ways(question), np.linspace(0, 1, question.points)
     lines = {(way.space, way.name): [way.point(float(t)) for t in grid] for way in ways}
-    scored = ScoredPoints(score_points(evaluator, [*itertools.chain(*lines.values())]), question.seed)
+    measured = Measured.of(evaluator, [*itertools.chain(*lines.values())], question.metric, question.seed)
     arcs = {key: arc_shares(paths, line) for key, line in lines.items()}
     rows = [
         {
@@ -102,7 +105,7 @@ def answer(question: Curve, adapters: Sequence[Adapter], task: Task, on: Executi
             "t": float(t),
             "arc": float(arc),
             "norm": paths.norm(point.weights, point.space),
-            **scored.cells(point),
+            **measured.cells(point),
         }
         for (space, name), line in lines.items()
         for t, (arc, point) in zip(grid, zip(arcs[space, name][0], line, strict=True), strict=True)
@@ -114,10 +117,11 @@ def answer(question: Curve, adapters: Sequence[Adapter], task: Task, on: Executi
             "task": task.record,
             **question.record,
             "looks": {name: {"label": CURVES[name].label or name, "place": CURVES[name].place} for name in CURVES},
+            "metrics": measured.told,
             "adapters": [described(adapter) for adapter in adapters],
         },
-        finite(_summary(question, lines, scored, arcs, controls)),
-        evaluator.provenance(adapters, began=began, run=run, evaluations=len(scored)),
+        finite(_summary(question, lines, measured, arcs, controls)),
+        evaluator.provenance(adapters, began=began, run=run, evaluations=len(measured)),
     )
 
 
@@ -282,24 +286,25 @@ class _Given:
 def _summary(
     question: Curve,
     lines: Mapping[tuple[str, str], Sequence[MixPoint]],
-    scored: ScoredPoints,
+    measured: Measured,
     arcs: Mapping[tuple[str, str], tuple[Floats, float]],
     controls: Mapping[tuple[str, str], Control],
 ) -> dict[str, Any]:
     grid = np.linspace(0, 1, question.points)
     barriers, means, gains = [], [], []
     for (space, name), line in lines.items():
-        for metric in METRICS:
+        for metric in measured.metrics:
             who = {"space": space, "path": name, "metric": metric}
-            sampled = scored.line(line, metric)
             for by, places in (("t", grid), ("arc", arcs[space, name][0])):
-                barriers += [{**who, "by": by, **row} for row in _barriers(sampled, places, every=by == "t")]
-                value, low, high = sampled.estimate(partial(_mean_over, places))
+                for barrier in BARRIERS if by == "t" else (MAIN_BARRIER,):
+                    found = BARRIERS[barrier].of(measured, line, metric, places)
+                    barriers.append({**who, "by": by, "barrier": barrier, **found})
+                value, low, high = measured.values(line, metric).estimate(partial(_mean_over, places))
                 means.append({**who, "by": by, "value": value, "low": low, "high": high})
             if name in question.shapes:
                 for other in (LINE, MATCHED):
                     if (space, other) in lines:
-                        gain = _gain(scored.line(lines[space, other], metric), sampled, grid)
+                        gain = _gain(measured.worse(lines[space, other], metric), measured.worse(line, metric), grid)
                         gains.append({**who, "over": other, **gain})
     told = [
         {
@@ -314,20 +319,6 @@ def _summary(
         for (space, shape), control in controls.items()
     ]
     return {"barriers": barriers, "means": means, "gains": gains, "controls": told}
-
-
-def _barriers(sampled: Sampled, places: Floats, *, every: bool) -> list[dict[str, Any]]:
-    """Barriers of a curve over the places of its points, or the main one alone."""
-    found = []
-    for name, barrier in BARRIERS.items():
-        if every or name == MAIN_BARRIER:
-            value, low, high = sampled.largest(partial(_profile, barrier, places))
-            found.append({"barrier": name, "value": value, "low": max(barrier.least, low), "high": high})
-    return found
-
-
-def _profile(barrier: Barrier, places: Floats, L: Floats) -> Floats:
-    return barrier(L, places)
 
 
 def _mean_over(places: Floats, L: Floats) -> Floats:

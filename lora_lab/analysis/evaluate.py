@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.attached import attach
 from lora_lab.analysis.measured import cells, told
 from lora_lab.analysis.questions import Evaluate as Evaluate
 from lora_lab.errors import unknown
 from lora_lab.results.result import Result, columns, fingerprint, provenance
 from lora_lab.scoring.changes import Change
-from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import Examples
 from lora_lab.scoring.execution import Execution
 from lora_lab.scoring.models import TaskModels
-from lora_lab.tasks.task import Scores, Task
+from lora_lab.tasks.task import Scores, Split, Task
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,12 @@ class AsItIs(Change):
 
     def apply(self, models: TaskModels, examples: Examples) -> Scores:
         """The scores, with logits where metrics of the task are made of them."""
-        task, adapter = models.tasks[self.index], None if self.base else models.adapters[self.index]
-        return score(task, adapter, examples.split, device=models.device, keep_logits=task.needs_logits)
+        task = models.tasks[self.index]
+        model, drawn = task.model_on(models.device), replace(examples, logits=task.needs_logits)
+        with contextlib.nullcontext() if self.base else attach(model, models.adapters[self.index]) as attached:
+            scores = models.score(attached.model if attached else model, drawn, self.index)
+        task.require_finite(scores)
+        return scores
 
 
 def answer(question: Evaluate, adapters: Sequence[Adapter], task: Task | Sequence[Task], on: Execution) -> Result:
@@ -44,14 +49,20 @@ def answer(question: Evaluate, adapters: Sequence[Adapter], task: Task | Sequenc
     of_adapters = [shared[fingerprint(task.record)] for task in tasks]
     changes = [AsItIs(of_adapters.index(task), base=True) for task in shared.values() if question.base]
     changes += [AsItIs(index, base=False) for index in range(len(adapters))]
-    evaluator = Evaluator(adapters, of_adapters, on, split=split)
+    evaluator = Evaluator(adapters, of_adapters, on, split=split, examples=question.examples)
     evaluator.total = len(changes)
     if on.workers:
         evaluator.prepare([(functools.partial(_ask, change), [(split, change)]) for change in changes])
     rows, metrics = [], _Metrics(question, list(shared.values()))
     for change, scores in zip(changes, evaluator.scores(changes), strict=True):
         adapter, judge = None if change.base else adapters[change.index], of_adapters[change.index]
-        rows.append({**_described(adapter, judge), "examples": len(scores), **metrics.of(scores, judge)})
+        rows.append(
+            {
+                **_described(adapter, judge),
+                "examples": len(scores),
+                **metrics.of(scores, judge, evaluator.drawn(split).of_task(judge)),
+            }
+        )
     metrics.require(of_adapters)
     return Result(
         question.kind,
@@ -98,9 +109,9 @@ class _Metrics:
         """The columns of all of them."""
         return [f"{name}{end}" for name in self.told for end in ("", "_low", "_high")]
 
-    def of(self, scores: Scores, task: Task) -> dict[str, float]:
+    def of(self, scores: Scores, task: Task, examples: Split) -> dict[str, float]:
         """Each metric with the ends of its interval."""
-        given = task.columns(scores, task.split(self._question.split))
+        given = task.columns(scores, examples)
         found: dict[str, float] = {}
         for name in (name for name in task.metrics if name in (self._question.metric or task.metrics)):
             metric = task.metric(name)

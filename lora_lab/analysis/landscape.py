@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_lab.analysis.question import Question
-from lora_lab.analysis.questions import example_option, player_option, split_option
+from lora_lab.analysis.questions import example_option, metric_option, player_option, split_option
 from lora_lab.options import option
 from lora_lab.registry import Later
 from lora_lab.scoring.execution import Execution
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plane(Question):
-    """Loss and accuracy on a grid of the plane through three adapters, or two and the base; see plane.py.
+    """The task's metrics on a grid of the plane through three adapters, or two and the base; see plane.py.
 
     Distances are those of ΔW over all modules (Frobenius). Every number carries a 95 % interval over the examples, by a
     bootstrap with `seed`, paired between all points.
@@ -35,6 +35,7 @@ class Plane(Question):
     margin: float = option(
         0.25, "How far the grid goes beyond the three points, as a share of their extent.", least=0, most=10
     )
+    metric: tuple[str, ...] = metric_option()
     split: str = split_option()
     examples: int | None = example_option()
     seed: int = option(0, "Seed of the bootstrap.", least=0)
@@ -56,7 +57,7 @@ class Plane(Question):
 
 @dataclass(frozen=True)
 class Layerwise(Question):
-    """Loss and accuracy with ΔW mixed in one layer (or group, see `players`) at a time, and a barrier each.
+    """The task's metrics with ΔW mixed in one layer (or group, see `players`) at a time, and a barrier each.
 
     All other layers are those of one adapter, then of the other. Intervals are of 95 % over the examples, by a paired
     bootstrap with `seed`.
@@ -67,6 +68,7 @@ class Layerwise(Question):
 
     points: int = option(11, "Points on each line, both ends among them.", least=2)
     players: str | Mapping[str, str] = player_option()
+    metric: tuple[str, ...] = metric_option()
     split: str = split_option()
     examples: int | None = example_option()
     seed: int = option(0, "Seed of the bootstrap.", least=0)
@@ -88,7 +90,7 @@ class Layerwise(Question):
 
 @dataclass(frozen=True)
 class Curve(Question):
-    """Loss and accuracy on curves with a trained control point between two adapters, beside the straight line and the
+    """The task's metrics on curves with a trained control point between two adapters, beside the straight line and the
     line at kept norm; see curve.py.
 
     Control points are trained on the task's training split, from the midpoint on, and chosen on its validation split;
@@ -120,7 +122,9 @@ class Curve(Question):
         least=1,
     )
     checks: int = option(6, "How often the control point is scored on the validation split, and kept.", least=1)
+    metric: tuple[str, ...] = metric_option()
     split: str = split_option()
+    examples: int | None = example_option()
     seed: int = option(0, "Of the training and the bootstrap.", least=0)
 
     @property
@@ -167,6 +171,7 @@ class Checkpoints(Question):
         "Modules that are kept of each pruned checkpoint: NAMES (with a number or names, top-norm:3, type:q,k).",
         names=Later("lora_lab.pruning.patterns", "KEEPS"),
     )
+    metric: tuple[str, ...] = metric_option()
     split: str = split_option()
     examples: int | None = example_option()
     seed: int = option(0, "Seed of the bootstrap.", least=0)

@@ -23,16 +23,16 @@ from lora_lab.adapters.groups import players
 from lora_lab.adapters.lowrank import combine
 from lora_lab.analysis.connectivity import BARRIERS
 from lora_lab.analysis.landscape import Layerwise
-from lora_lab.analysis.points import METRICS
+from lora_lab.analysis.measured import Measured, require
 from lora_lab.errors import OptionError
 from lora_lab.merging.paths import Paths
 from lora_lab.results.analysis_kinds import MAIN_BARRIER
 from lora_lab.results.result import Result, columns, fingerprint, finite
-from lora_lab.results.stats import Floats, Sampled, proportion
+from lora_lab.results.stats import Floats, Sampled
 from lora_lab.scoring.changes import LayerMask
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.execution import Cost, Execution
-from lora_lab.tasks.task import Scores, Task
+from lora_lab.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,11 @@ class _Half:
             states.append((1 - share,) * own + (share,) * other)
         return RankFactors(tuple(states))
 
-    def scores(self) -> dict[str, Scores]:
-        """Scores by the key of each mask."""
-        return dict(zip((mask.key for mask in self.masks), self.evaluator.scores(self.masks), strict=True))
-
 
 def answer(question: Layerwise, adapters: Sequence[Adapter], task: Task, on: Execution) -> Result:
     """A row for every point of every layer's line, from both sides."""
     began = time.perf_counter()
+    require(task, question.metric)
     names = labels_of(adapters)
     halves = [_Half(question, adapters[i], adapters[1 - i], task, on) for i in (0, 1)]
     if on.confirm:
@@ -83,23 +80,21 @@ def answer(question: Layerwise, adapters: Sequence[Adapter], task: Task, on: Exe
     rows: list[dict[str, Any]] = []
     barriers: list[dict[str, Any]] = []
     for i, half in enumerate(halves):
-        found = half.scores()
-        place = {key: k for k, key in enumerate(found)}
-        values: dict[str, Any] = {
-            "loss": [scores.loss for scores in found.values()],
-            "error": [scores.wrong for scores in found.values()],
-        }
-        sampled = {metric: Sampled.of(np.stack(values[metric]), seed=question.seed) for metric in METRICS}
+        measured = Measured.of(half.evaluator, half.masks, question.metric, question.seed)
         for group, line in half.lines.items():
             who = {"group": group, "others": names[i], "index": i}
-            at = [place[mask.key] for mask in line]
-            for t, k, mask in zip(half.grid, at, line, strict=True):
-                rows.append({**who, "t": float(t), **_cells(sampled["loss"][[k]], found[mask.key])})
-            barriers += [{**who, "metric": metric, **_barrier(sampled[metric][at], half.grid)} for metric in METRICS]
+            rows += [{**who, "t": float(t), **measured.cells(mask)} for t, mask in zip(half.grid, line, strict=True)]
+            for metric in measured.metrics:
+                barriers.append({**who, "metric": metric, **_barrier(measured.worse(line, metric), half.grid)})
     return Result(
         question.kind,
         finite(columns(rows)),
-        {"task": task.record, **question.record, "adapters": [described(adapter) for adapter in adapters]},
+        {
+            "task": task.record,
+            **question.record,
+            "metrics": measured.told,
+            "adapters": [described(adapter) for adapter in adapters],
+        },
         finite({"barriers": barriers}),
         halves[0].evaluator.provenance(adapters, began=began, run=question.run_id(adapters, task)),
     )
@@ -115,22 +110,13 @@ def check(question: Layerwise, adapters: Sequence[Adapter]) -> None:
         raise OptionError(f"players {found.kind}: whole modules are mixed; layer, module, type … can be")
 
 
-def _cells(loss: Sampled, scores: Scores) -> dict[str, float]:
-    value = loss.estimate(lambda L: L[0])
-    accuracy = proportion(scores.correct)
-    return {
-        **dict(zip(("loss", "loss_low", "loss_high"), value, strict=True)),
-        **dict(zip(("accuracy", "accuracy_low", "accuracy_high"), accuracy, strict=True)),
-    }
-
-
 def _barrier(line: Sampled, grid: Floats) -> dict[str, float]:
     """The rise above the chord, and what the whole exchange of the layer costs, both with paired intervals."""
     value, low, high = line.largest(lambda L: BARRIERS[MAIN_BARRIER](L, grid))
     swap = line.estimate(lambda L: L[-1] - L[0])
     return {
         "value": value,
-        "low": max(0.0, low),
+        "low": float(np.maximum(0.0, low)),
         "high": high,
         **dict(zip(("exchange", "exchange_low", "exchange_high"), swap, strict=True)),
     }

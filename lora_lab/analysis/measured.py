@@ -7,6 +7,7 @@ model is told as how much worse it is, in units of the metric: of a metric of wh
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -102,6 +103,11 @@ class Measured:
         return len(self._index)
 
     @property
+    def size(self) -> int:
+        """On how many examples."""
+        return int(next(iter(self._parts.values()))[0].shape[1])
+
+    @property
     def told(self) -> dict[str, dict[str, Any]]:
         """The metrics as the parameters of results have them."""
         return told(self.metrics)
@@ -120,6 +126,23 @@ class Measured:
         if not metric.is_mean:
             return None
         return _turned(metric, part)[self._places(changes)].astype(np.float64)
+
+    def bad(self, changes: Sequence[Change], name: str) -> Floats:
+        """How bad these models are, [models], without resamples."""
+        metric, parts = self.metrics[name], self._parts[name]
+        if metric.is_mean:
+            found = _turned(metric, parts[0]).astype(np.float64).mean(1)
+        else:
+            with np.errstate(all="ignore"):
+                found = metric.of(*(part.astype(np.float64).mean(1) for part in parts)) * (-1 if metric.higher else 1)
+        return np.asarray(found)[self._places(changes)]
+
+    def every_other(self, first: int) -> Measured:
+        """The same of every other example, from the first or the second one on."""
+        half = copy.copy(self)
+        half._parts = {name: [part[:, first::2] for part in parts] for name, parts in self._parts.items()}
+        half._sampled = {}
+        return half
 
     def cells(self, change: Change) -> dict[str, float]:
         """Every metric of a model with its interval, as rows of results have them."""

@@ -1,4 +1,4 @@
-"""Loss and accuracy on the plane through three adapters: the smallest picture that shows whether they share a basin.
+"""Metrics on the plane through three adapters: the smallest picture that shows whether they share a basin.
 
 The plane is that of ΔW with the inner product ⟨X, Y⟩ = Σ over modules tr(XᵀY), as Garipov et al. 2018
 (arXiv:1802.10026) draw it for weights: a is its origin, x points to b, and y is what is left of c − a. All lengths and
@@ -23,7 +23,8 @@ import numpy as np
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import described, labels_of
 from lora_lab.analysis.landscape import Plane
-from lora_lab.analysis.points import METRICS, LineModels, MixPoint, ScoredPoints, score_points
+from lora_lab.analysis.measured import Measured, require
+from lora_lab.analysis.points import LineModels, MixPoint
 from lora_lab.brief import Brief
 from lora_lab.errors import MismatchError, OptionError
 from lora_lab.merging.paths import Paths
@@ -95,6 +96,7 @@ class Axes(Brief):
 def answer(question: Plane, adapters: Sequence[Adapter], task: Task, on: Execution) -> Result:
     """The grid, and its three corners."""
     began = time.perf_counter()
+    require(task, question.metric)
     evaluator = Evaluator(adapters, task, on, split=question.split, examples=question.examples, build=LineModels)
     axes, count = _axes(question, adapters), len(adapters)
     places = axes.grid(question.points, question.margin)
@@ -103,25 +105,30 @@ def answer(question: Plane, adapters: Sequence[Adapter], task: Task, on: Executi
     if on.confirm:
         passes = len(grid) + len(corners)
         on.confirm(Cost(passes, 0, 0, evaluator.seconds(passes)))
-    scored = ScoredPoints(score_points(evaluator, [*corners, *grid]), question.seed)
+    measured = Measured.of(evaluator, [*corners, *grid], question.metric, question.seed)
 
     def row(x: float, y: float, point: MixPoint) -> dict[str, Any]:
         weights = axes.weights(x, y)
         norms = {"norm": axes.norm(weights), "matched_norm": axes.matched_norm(weights, count)}
-        return {"x": x, "y": y, "weights": list(weights), **norms, **scored.cells(point)}
+        return {"x": x, "y": y, "weights": list(weights), **norms, **measured.cells(point)}
 
     names = _names(question, adapters)
     ends = [
         {"adapter": name, **row(float(x), float(y), point)}
         for name, (x, y), point in zip(names, axes.corners, corners, strict=True)
     ]
-    gains = [{"metric": metric, **_gain(scored.values([*corners, *grid], metric), places)} for metric in METRICS]
+    gains = [{"metric": name, **_gain(measured, name, [*corners, *grid], places)} for name in measured.metrics]
     return Result(
         question.kind,
         finite(columns([row(x, y, point) for (x, y), point in zip(places, grid, strict=True)])),
-        {"task": task.record, **question.record, "adapters": [described(adapter) for adapter in adapters]},
+        {
+            "task": task.record,
+            **question.record,
+            "metrics": measured.told,
+            "adapters": [described(adapter) for adapter in adapters],
+        },
         finite({"corners": ends, "gains": gains, "gram": axes.gram.tolist()}),
-        evaluator.provenance(adapters, began=began, run=question.run_id(adapters, task), evaluations=len(scored)),
+        evaluator.provenance(adapters, began=began, run=question.run_id(adapters, task), evaluations=len(measured)),
     )
 
 
@@ -155,14 +162,30 @@ def _point(weights: Sequence[float], count: int) -> MixPoint:
     return MixPoint(tuple(weights[:count]), SPACE)
 
 
-def _gain(values: Floats, places: Sequence[tuple[float, float]]) -> dict[str, float]:
+def _gain(
+    measured: Measured, metric: str, points: Sequence[MixPoint], places: Sequence[tuple[float, float]]
+) -> dict[str, float]:
     """By how much a point of the grid is better than the corners, with its interval, and where it lies.
 
-    `values` are [points, examples], the corners first. The best point and the best corner are chosen on every other
-    example and compared on the rest, so that having looked at many points does not pass for a gain.
+    Of the points, the corners come first. The best point and the best corner are chosen on every other example and
+    compared on the rest, so that having looked at many points does not pass for a gain. The interval of a mean is by
+    Student's t over its examples, that of a statistic by bootstrap.
     """
-    chosen_by, rest = values[:, ::2].mean(1), values[:, 1::2]
-    corner, point = int(chosen_by[:3].argmin()), int(chosen_by[3:].argmin())
-    differences = rest[corner] - rest[3 + point]
-    value, half = (float(differences.mean()), half_width(differences)) if len(differences) > 1 else (math.nan, math.nan)
-    return {"value": value, "low": value - half, "high": value + half, "x": places[point][0], "y": places[point][1]}
+    chosen_by, rest = measured.every_other(0).bad(points, metric), measured.every_other(1)
+    chosen_by = np.where(np.isfinite(chosen_by), chosen_by, np.inf)
+    corner, point = int(chosen_by[:3].argmin()), 3 + int(chosen_by[3:].argmin())
+    x, y = places[point - 3]
+    value, low, high = _less(rest, metric, points[corner], points[point])
+    return {"value": value, "low": low, "high": high, "x": x, "y": y}
+
+
+def _less(measured: Measured, metric: str, first: MixPoint, second: MixPoint) -> tuple[float, float, float]:
+    """How much worse the first is than the second, with its interval; NaN of too few examples."""
+    values = measured.examples([first, second], metric)
+    if measured.size < 2:
+        return math.nan, math.nan, math.nan
+    if values is None:
+        return measured.worse([first, second], metric).estimate(lambda L: L[0] - L[1])
+    differences = values[0] - values[1]
+    value, half = float(differences.mean()), half_width(differences)
+    return value, value - half, value + half

@@ -49,12 +49,12 @@ def in_words(ratio: Sequence[float]) -> str:
 
 @dataclass(frozen=True)
 class Interpolate(Question):
-    """Loss and accuracy along the line between every two of the adapters, with barriers.
+    """The task's metrics along the line between every two of the adapters, with barriers: how much worse it gets.
 
-    Every number carries a 95 % interval over the examples: losses and barriers by a paired bootstrap with `seed` (one
-    resampling for all points of a curve), accuracies by `stats.proportion`. `factors` brings the norm-matched curve
-    with it wherever there is a ΔW. `ratios` are weights for the first adapters of every combination, normalised to sum
-    1. End points are the adapters themselves.
+    Every number carries a 95 % interval over the examples: metrics and barriers by a paired bootstrap with `seed` (one
+    resampling for all points of a curve), shares of examples by `stats.proportion`. `factors` brings the norm-matched
+    curve with it wherever there is a ΔW. `ratios` are weights for the first adapters of every combination, normalised
+    to sum 1. End points are the adapters themselves.
     """
 
     kind = "interpolate"
@@ -71,7 +71,9 @@ class Interpolate(Question):
     ratios: tuple[tuple[float, ...], ...] = option(
         (), "Also score weighted mixtures of the adapters, e.g. 0:1,1:2,1:1,1:1:1."
     )
+    metric: tuple[str, ...] = metric_option()
     split: str = split_option()
+    examples: int | None = example_option()
     seed: int = option(0, "Seed of the bootstrap.", least=0)
 
     @property
@@ -272,6 +274,7 @@ class Evaluate(Question):
     split: str = split_option()
     base: bool = option(True, "Score the base model without an adapter, too.")
     metric: tuple[str, ...] = metric_option("all that it has")
+    examples: int | None = example_option()
     seed: int = option(0, "Seed of the bootstrap.", least=0)
 
     def run(

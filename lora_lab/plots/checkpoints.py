@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from lora_lab.plots import primitives
+from lora_lab.plots import metrics, primitives
 from lora_lab.plots import style as plot_style
 from lora_lab.plots.names import Numbers, inches, type_size
 from lora_lab.plots.panels import Panels
@@ -17,16 +17,8 @@ from lora_lab.results.result import Result, grouped
 
 
 def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
-    """Accuracy over the steps, a panel a kind of model, and p(t) where there is a schedule."""
-    return _draw(results, panels, "accuracy", "accuracy")
-
-
-def draw_loss(results: Sequence[Result], panels: Panels) -> list[Axes]:
-    """Loss over the steps, a panel a kind of model, and p(t) where there is a schedule."""
-    return _draw(results, panels, "loss", "loss (nats)")
-
-
-def _draw(results: Sequence[Result], panels: Panels, metric: str, label: str) -> list[Axes]:
+    """The main metric over the steps, a panel a kind of model, and p(t) where there is a schedule."""
+    metric = metrics.main(results)
     rows = [row for result in results for row in result.rows()]
     steps, looks = np.array(results[0].parameters["steps"]), _looks(rows)
     order = list(_titles(results[0].parameters, None))
@@ -54,7 +46,7 @@ def _draw(results: Sequence[Result], panels: Panels, metric: str, label: str) ->
         if i + columns >= count:
             ax.set_xlabel(words if fits else "step")
         if ax is scored[0] or (i % columns == 0 and ax in scored):
-            ax.set_ylabel(label)
+            ax.set_ylabel(metrics.label(results, metric))
     panels.legend(*scored)
     counts = [len(same) // len(steps) for _, members in shown for _, same in grouped(members, "method")]
     kinds = ["95 % interval over examples"] * (min(counts) == 1) + ["±1 s.d. over runs or pairs"] * (max(counts) > 1)

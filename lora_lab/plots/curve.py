@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
+from lora_lab.plots import metrics as plot_metrics
 from lora_lab.plots import primitives
 from lora_lab.plots import style as plot_style
 from lora_lab.plots.names import MOST, shortened
@@ -16,26 +17,21 @@ from lora_lab.plots.primitives import Row
 from lora_lab.results.result import Result, grouped
 
 _LINES = {"line": ("straight line", 0), "matched line": ("straight line, ‖ΔW‖ matched", 4)}
-_LABELS = {"loss": "loss (nats)", "accuracy": "accuracy"}
 _SPACES = {"delta": "ΔW mixed", "aligned": "factors, aligned", "factors": "factors"}
 
 
 def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
-    """Loss along t, and ‖ΔW‖."""
-    return _draw(results, panels, "loss", "t")
-
-
-def draw_accuracy(results: Sequence[Result], panels: Panels) -> list[Axes]:
-    """Accuracy along t, and ‖ΔW‖."""
-    return _draw(results, panels, "accuracy", "t")
+    """The main metric along t, and ‖ΔW‖."""
+    return _draw(results, panels, "t")
 
 
 def draw_arc(results: Sequence[Result], panels: Panels) -> list[Axes]:
-    """Loss along the arc length, and ‖ΔW‖."""
-    return _draw(results, panels, "loss", "arc")
+    """The main metric along the arc length, and ‖ΔW‖."""
+    return _draw(results, panels, "arc")
 
 
-def _draw(results: Sequence[Result], panels: Panels, metric: str, by: str) -> list[Axes]:
+def _draw(results: Sequence[Result], panels: Panels, by: str) -> list[Axes]:
+    metric = plot_metrics.main(results)
     looks = _looks(results)
     spaces = list(dict.fromkeys(space for result in results for space in result.parameters["spaces"]))
     count = len(spaces)
@@ -56,7 +52,7 @@ def _draw(results: Sequence[Result], panels: Panels, metric: str, by: str) -> li
         panels.title(metrics, _SPACES.get(space, space))
         for ax in (metrics, norms):
             ax.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "¼", "½", "¾", "1"])
-        for ax, label in ((metrics, _LABELS[metric]), (norms, "‖ΔW‖")):
+        for ax, label in ((metrics, plot_metrics.label(results, metric)), (norms, "‖ΔW‖")):
             if panels.single or not i:
                 ax.set_ylabel(label)
         for ax in (metrics, norms) if panels.single and i + 1 == count else () if panels.single else (norms,):

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from lora_lab.errors import OptionError
-from lora_lab.plots import primitives
+from lora_lab.plots import metrics, primitives
 from lora_lab.plots import style as plot_style
 from lora_lab.plots.names import MOST, inches, name_axis, shortened, type_size
 from lora_lab.plots.panels import Panels
@@ -68,37 +68,30 @@ def _lines(results: Sequence[Result]) -> Iterator[tuple[Result, dict[str, Any], 
             yield result, head, members
 
 
-def draw_accuracy(results: Sequence[Result], panels: Panels) -> list[Axes]:
-    """Accuracy along the line, a panel a method, and ‖ΔW‖ along it."""
-    return _draw_lines(results, panels, "accuracy", "accuracy")
-
-
-def draw_loss(results: Sequence[Result], panels: Panels) -> list[Axes]:
-    """Loss along the line, a panel a method, and ‖ΔW‖ along it."""
-    return _draw_lines(results, panels, "loss", "loss (nats)")
-
-
 def draw_matrix(results: Sequence[Result], panels: Panels) -> list[Axes]:
-    """Error barriers between all adapters of each result, on the first space that all have; one colour scale.
+    """Barriers in the main metric between all adapters of each result, on the first space of all; one colour scale.
 
     Adapters whose names do not fit below the columns are numbered.
     """
     space = _shared_space(results)
-    tables = [_matrix(result, space, panels) for result in results]
-    top = max(float(table.max()) for *_, table in tables) or 1.0
+    metric = metrics.main(results)
+    tables = [_matrix(result, space, metric, panels) for result in results]
+    top = max(float(np.nanmax(table)) for *_, table in tables) or 1.0
     axes, side = panels.matrices([rows for rows, *_ in tables])
     for ax, result, (rows, below, table) in zip(axes, results, tables, strict=True):
         image = primitives.heat(ax, table, rows, below, vmin=0, vmax=top, cmap="cividis_r")
         _values(ax, table, top, side)
         methods = {adapter["method"] for adapter in result.parameters["adapters"]}
         panels.title(ax, plot_style.method_name(methods.pop()) if len(methods) == 1 else "adapters")
-    panels.colour_bar(axes, image, f"error barrier, {space_looks(results)[space]['label']}")
+    panels.colour_bar(
+        axes, image, f"{metrics.label(results, metric, ' barrier')}, {space_looks(results)[space]['label']}"
+    )
     return axes
 
 
 def _values(ax: Axes, table: Floats, top: float, side: float) -> None:
     """Numbers in the cells of a matrix so many inches wide: two significant digits, or one, or none, as they fit."""
-    pairs = [(i, j) for i, j in np.ndindex(*table.shape) if i != j]
+    pairs = [(i, j) for i, j in np.ndindex(*table.shape) if i != j and np.isfinite(table[i, j])]
     for digits in (2, 1):
         texts = [f"{table[i, j]:#.{digits}g}".rstrip(".") for i, j in pairs]
         widest = max((inches(text, 1) for text in texts), default=1.0)
@@ -111,13 +104,14 @@ def _values(ax: Axes, table: Floats, top: float, side: float) -> None:
 
 
 def draw_ratios(results: Sequence[Result], panels: Panels) -> list[Axes]:
-    """Accuracy of weighted mixtures: a point each, and the mean of every method and space."""
+    """The main metric of weighted mixtures: a point each, and the mean of every method and space."""
+    metric = metrics.main(results)
     labels, looks = group_names(results), space_looks(results)
     groups: dict[tuple[str, str], dict[str, list[float]]] = {}
     for result in results:
         for row in (row for row in result.rows() if row["ratio"]):
             cells = groups.setdefault((labels[row["method"]], row["space"]), {})
-            cells.setdefault(row["ratio"], []).append(row["accuracy"])
+            cells.setdefault(row["ratio"], []).append(row[metric])
     if not groups:
         raise OptionError("these results hold no mixtures: a line with ratios has them")
     names = list(dict.fromkeys(ratio for cells in groups.values() for ratio in cells))
@@ -128,16 +122,16 @@ def draw_ratios(results: Sequence[Result], panels: Panels) -> list[Axes]:
         look = looks[space]
         shift = (i - (len(groups) - 1) / 2) * 0.7 / len(groups)
         for x, ratio in enumerate(names):
-            values = np.array(cells.get(ratio, []))
+            values = np.array(cells.get(ratio, []), dtype=float)
             ax.plot(np.full(len(values), x + shift), values, "_", color=look["color"], markersize=7)
-        means = [np.mean(cells.get(ratio, [np.nan])) for ratio in names]
+        means = [np.array(cells.get(ratio, [np.nan]), dtype=float).mean() for ratio in names]
         style = {"color": look["color"], "markersize": 5, "label": f"{short[method]}, {look['label']}"}
         marker = plot_style.look(methods.index(method))["marker"]
         ax.plot(np.arange(len(names)) + shift, means, marker, **style)
     name_axis(ax.xaxis, names)
     ax.set_xlim(-0.6, len(names) - 0.4)
     ax.set_xlabel("weights (symbol: mean, dash: one combination)")
-    ax.set_ylabel("accuracy")
+    ax.set_ylabel(metrics.label(results, metric))
     panels.legend(ax, columns=1 if panels.single else 2)
     return [ax]
 
@@ -149,7 +143,9 @@ def _short_pairs(names: Sequence[str]) -> list[str]:
     return [" – ".join(next(short) for _ in pair) for pair in pairs]
 
 
-def _draw_lines(results: Sequence[Result], panels: Panels, metric: str, label: str) -> list[Axes]:
+def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
+    """The main metric along the line, a panel a method, and ‖ΔW‖ along it."""
+    metric = metrics.main(results)
     groups, norms, looks = curves(results, metric), curves(results, "norm"), space_looks(results)
     norms = {group: spaces for group, spaces in norms.items() if spaces}
     count = len(groups) + bool(norms)
@@ -163,7 +159,7 @@ def _draw_lines(results: Sequence[Result], panels: Panels, metric: str, label: s
             primitives.curve(ax, t, values, **looks[space])
         panels.title(ax, *group.split(" – ", 1))
         if i % columns == 0:
-            ax.set_ylabel(label)
+            ax.set_ylabel(metrics.label(results, metric))
     dashes = dict(zip(norms, cycle(plot_style.DASHES), strict=False))
     if norms:
         _draw_norms(axes[-1], norms, looks, dashes)
@@ -220,12 +216,12 @@ def _shared_space(results: Sequence[Result]) -> str:
     return str(shared[0])
 
 
-def _matrix(result: Result, space: str, panels: Panels) -> tuple[list[str], list[str], Floats]:
+def _matrix(result: Result, space: str, metric: str, panels: Panels) -> tuple[list[str], list[str], Floats]:
     """Names beside the rows and below the columns, and the barriers."""
     rows, below = panels.both_ways([adapter["label"] for adapter in result.parameters["adapters"]])
     table = np.zeros((len(rows), len(rows)))
     for row in result.summary["barriers"]:
-        if (row["space"], row["metric"], row["barrier"]) == (space, "error", MAIN_BARRIER):
+        if (row["space"], row["metric"], row["barrier"]) == (space, metric, MAIN_BARRIER):
             i, j = row["indices"]
-            table[i, j] = table[j, i] = row["value"]
+            table[i, j] = table[j, i] = np.nan if row["value"] is None else row["value"]
     return rows, below, table

@@ -1,8 +1,8 @@
-"""Figures of planes: accuracy and loss as filled contours, with the three points and the norm-matched curve."""
+"""Figures of planes: metrics as filled contours, with the three points and the norm-matched curve."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,36 +11,37 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
+from lora_lab.errors import OptionError
+from lora_lab.plots import metrics
 from lora_lab.plots import style as plot_style
 from lora_lab.plots.names import MOST, shortened
 from lora_lab.plots.panels import Panels
 from lora_lab.plots.primitives import Floats
 from lora_lab.results.result import Result
 
-_METRICS = (("accuracy", "accuracy"), ("loss", "loss (nats)"))
+_SHOWN = 2
+"""How many metrics are shown at most, the main one and the next."""
 _LEVELS = 13
 _TICKS = 4  # levels from one tick of a colour bar to the next, the first and the last of 13 among them
 _CURVE = {"colors": "white", "linestyles": "dashed", "linewidths": 1.2}
 
 
 def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
-    """Accuracy and loss on the plane, both of each result; all results share each metric's scale.
+    """The main metric on the plane and the next one, of each result; all results share each metric's scale.
 
-    The loss is on a logarithmic one: valleys are flat beside their walls.
+    What is the better the less it is, as a loss, is on a logarithmic one: valleys are flat beside their walls.
     """
-    columns = 1 if panels.single else 2
-    count = 2 * len(results)
+    shown = metrics.names(results)[:_SHOWN]
+    columns = 1 if panels.single else len(shown)
+    count = len(shown) * len(results)
     axes = panels.grid(count, columns, (3.4 if panels.single else 2.9) * count / columns)
-    tables = {metric: [_table(result, metric) for result in results] for metric, _ in _METRICS}
-    scales = {
-        "accuracy": _scale(tables["accuracy"], np.linspace, Normalize, "cividis"),
-        "loss": _scale(tables["loss"], np.geomspace, LogNorm, "cividis_r"),
-    }
+    tables = {metric: [_table(result, metric) for result in results] for metric in shown}
+    scales = {metric: _scale(tables[metric], higher=metrics.higher(results, metric)) for metric in shown}
     for k, ax in enumerate(axes):
-        (metric, label), i = _METRICS[k % 2], k // 2
+        metric, i = shown[k % len(shown)], k // len(shown)
         _draw_one(ax, results[i], tables[metric][i], scales[metric])
         levels = scales[metric]["levels"][::_TICKS]
-        bar = panels.colour_bar([ax], ax.collections[0], label)
+        bar = panels.colour_bar([ax], ax.collections[0], metrics.label(results, metric))
         bar.set_ticks(levels, labels=[f"{level:.3g}" for level in levels])
         bar.minorticks_off()
         if k + columns >= count:
@@ -53,12 +54,21 @@ def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
     return axes
 
 
-def _scale(tables: Sequence[Floats], between: Callable[..., Floats], norm: Any, colours: str) -> dict[str, Any]:
-    """Levels from the smallest to the largest value of all tables, and their colours."""
-    known = np.concatenate([table.ravel() for table in tables])
-    low = max(float(known.min()), np.finfo(float).tiny) if norm is LogNorm else float(known.min())
-    high = max(float(known.max()), low * (1 + 1e-6) + 1e-9)
-    return {"levels": between(low, high, _LEVELS), "norm": norm(low, high), "cmap": colours}
+def _scale(tables: Sequence[Floats], *, higher: bool) -> dict[str, Any]:
+    """Levels from the smallest to the largest value of all tables, and their colours; the better, the lighter."""
+    known = np.concatenate([table[np.isfinite(table)] for table in tables])
+    if not len(known):
+        raise OptionError("the metric has no value anywhere on the plane")
+    low = float(known.min())
+    logarithmic = not higher and low >= 0
+    low = max(low, np.finfo(float).tiny) if logarithmic else low
+    high = max(float(known.max()), low + 1e-6 * abs(low) + 1e-9)
+    between, norm = (np.geomspace, LogNorm) if logarithmic else (np.linspace, Normalize)
+    return {
+        "levels": between(low, high, _LEVELS),
+        "norm": norm(low, high),
+        "cmap": "cividis" if higher else "cividis_r",
+    }
 
 
 def _table(result: Result, key: str) -> Floats:
@@ -70,7 +80,7 @@ def _table(result: Result, key: str) -> Floats:
 
 def _draw_one(ax: Axes, result: Result, table: Floats, scale: Mapping[str, Any]) -> None:
     x, y = _table(result, "x"), _table(result, "y")
-    table = table.clip(scale["levels"][0], scale["levels"][-1])
+    table = np.ma.masked_invalid(table.clip(scale["levels"][0], scale["levels"][-1]))
     ax.contourf(x, y, table, **scale)
     ax.contour(x, y, table, levels=scale["levels"], colors="black", linewidths=0.25, alpha=0.5)
     shell = _table(result, "norm") - _table(result, "matched_norm")

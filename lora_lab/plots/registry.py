@@ -24,6 +24,7 @@ from lora_lab.plots import curve as plot_curve
 from lora_lab.plots import layerwise as plot_layerwise
 from lora_lab.plots import line as plot_line
 from lora_lab.plots import merges as plot_merges
+from lora_lab.plots import metrics as plot_metrics
 from lora_lab.plots import places as plot_places
 from lora_lab.plots import plane as plot_plane
 from lora_lab.plots import shapley as plot_shapley
@@ -56,10 +57,16 @@ class View:
     """Parameters in which results must agree to share a figure."""
 
     def __call__(
-        self, results: Result | Sequence[Result], ax: Axes | Sequence[Axes] | None = None, *, width: str = "double"
+        self,
+        results: Result | Sequence[Result],
+        ax: Axes | Sequence[Axes] | None = None,
+        *,
+        metric: str | None = None,
+        width: str = "double",
     ) -> Any:
         """The Axes drawn on: one of a view with one panel, else a list in reading order.
 
+        `metric` is another one of the results' metrics in place of the main one; views that show none do not change.
         `ax` is where to draw: Axes, in whose place the view's panels are laid out (of a grid, where they are several),
         or as many Axes as it has panels. Without, it is a figure of its own with a legend and a caption around.
         """
@@ -69,7 +76,8 @@ class View:
             raise unknown("width", width, WIDTHS)
         with plot_style.styled(), _one_line(f"results of kind {self.kind!r} that lack what {self.title} shows"):
             panels = Panels(ax, width)
-            axes = self.draw([_drawn(result) for result in results], panels)
+            shown = results if metric is None else [plot_metrics.showing(result, metric) for result in results]
+            axes = self.draw([_drawn(result) for result in shown], panels)
             panels.lay_out(axes)
         return axes[0] if len(axes) == 1 else axes
 
@@ -79,20 +87,26 @@ def draw(
     kind: str | None = None,
     ax: Axes | Sequence[Axes] | None = None,
     *,
+    metric: str | None = None,
     width: str = "double",
 ) -> Any:
     """Draw results of one kind, in their usual view or another one of PLOTS; the Axes (see `View`)."""
     results = [results] if isinstance(results, Result) else list(results)
-    return _view(results, kind)[1](results, ax, width=width)
+    return _view(results, kind)[1](results, ax, metric=metric, width=width)
 
 
-def figure(results: Result | Sequence[Result], *, kind: str | None = None, width: str = "double") -> Figure:
-    """The figure of some results of one kind; `kind` chooses another view of them (see PLOTS)."""
+def figure(
+    results: Result | Sequence[Result], *, kind: str | None = None, metric: str | None = None, width: str = "double"
+) -> Figure:
+    """The figure of some results of one kind; `kind` chooses another view of them (see PLOTS), `metric` what it shows.
+
+    Without it, that is their main metric. OptionError for a metric that they have not got.
+    """
     results = [results] if isinstance(results, Result) else list(results)
     name, view = _view(results, kind)
-    axes = view(results, width=width)
+    axes = view(results, metric=metric, width=width)
     made: Figure = (axes[0] if isinstance(axes, list) else axes).get_figure()
-    made.set_gid(_identity(results, name, width))
+    made.set_gid(_identity(results, name, width, metric))
     with plot_style.styled(), _one_line("a figure that cannot be drawn"):
         _lay_out(made)
     return made
@@ -155,11 +169,11 @@ def shows(path: Path, results: Sequence[Result], *, kind: str | None = None, wid
     return marked and content.rstrip().endswith(_ENDS.get(path.suffix, b""))
 
 
-def _identity(results: Sequence[Result], kind: str, width: str) -> str:
+def _identity(results: Sequence[Result], kind: str, width: str, metric: str | None = None) -> str:
     """What a figure says it was drawn from; when and where the numbers were computed is not part of it."""
     shown = [[result.kind, result.columns, result.parameters, result.summary] for result in results]
     style = [] if plot_style.in_use() == (plot_style.DEFAULT,) else [plot_style.in_use()]
-    return f"{MARK} {fingerprint([kind, width, shown, *style])}"
+    return f"{MARK} {fingerprint([kind, width, shown, *style, *filter(None, [metric])])}"
 
 
 def _drawn(result: Result) -> Result:
@@ -202,18 +216,15 @@ PLOTS = Registry(
     "lora_lab.plots",
     View,
     {
-        "interpolate": View(plot_line.draw_accuracy, "interpolate", "accuracy along lines, and ‖ΔW‖", _ON_LINES),
-        "interpolate:loss": View(plot_line.draw_loss, "interpolate", "loss along lines, and ‖ΔW‖", _ON_LINES),
+        "interpolate": View(plot_line.draw, "interpolate", "the main metric along lines, and ‖ΔW‖", _ON_LINES),
         "interpolate:matrix": View(plot_line.draw_matrix, "interpolate", "barriers between all adapters", _ON_LINES),
-        "interpolate:ratios": View(plot_line.draw_ratios, "interpolate", "accuracy of mixtures", _ON_LINES),
-        "plane": View(plot_plane.draw, "plane", "accuracy and loss on the plane through three points"),
+        "interpolate:ratios": View(plot_line.draw_ratios, "interpolate", "the main metric of mixtures", _ON_LINES),
+        "plane": View(plot_plane.draw, "plane", "metrics on the plane through three points"),
         "layerwise": View(plot_layerwise.draw, "layerwise", "barriers of single layers", ("task", "split", "players")),
-        "curve": View(plot_curve.draw, "curve", "loss along curves and lines, and ‖ΔW‖", _ON_LINES),
-        "curve:accuracy": View(plot_curve.draw_accuracy, "curve", "accuracy along curves and lines", _ON_LINES),
-        "curve:arc": View(plot_curve.draw_arc, "curve", "loss along the length of curves and lines", _ON_LINES),
-        "checkpoints": View(plot_checkpoints.draw, "checkpoints", "accuracy along training, and p(t)", _ALONG_TRAINING),
-        "checkpoints:loss": View(
-            plot_checkpoints.draw_loss, "checkpoints", "loss along training, and p(t)", _ALONG_TRAINING
+        "curve": View(plot_curve.draw, "curve", "the main metric along curves and lines, and ‖ΔW‖", _ON_LINES),
+        "curve:arc": View(plot_curve.draw_arc, "curve", "the same along their length", _ON_LINES),
+        "checkpoints": View(
+            plot_checkpoints.draw, "checkpoints", "the main metric along training, and p(t)", _ALONG_TRAINING
         ),
         "shapley": View(plot_shapley.draw, "shapley", "a heat map of types and layers, or bars", _IN_GAMES),
         "shapley:bars": View(plot_shapley.draw_bars, "shapley", "values with their intervals", _IN_GAMES),

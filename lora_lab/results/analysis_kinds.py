@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lora_lab.results.rows import ADAPTERS, PLAYERS, Accuracy, Adapted, Loss
+from lora_lab.results.rows import ADAPTERS, MEASURED, METRIC, METRICS, PLAYERS, Accuracy, Adapted, Loss
 from lora_lab.results.schema import Kind, Paper, column
 
 MAIN_BARRIER = "entezari"
@@ -22,7 +22,7 @@ class Between:
 
 
 @dataclass
-class LinePoint(Loss, Accuracy, Between):
+class LinePoint(Between):
     """One mixture of adapters: a point on a line between two, or one of the ratios."""
 
     t: float = column("place on the line, 0 the first adapter and 1 the second; null of ratios", form=".2f")
@@ -34,12 +34,12 @@ class LinePoint(Loss, Accuracy, Between):
 
 @dataclass
 class Barrier(Between):
-    """How far a line rises above its ends."""
+    """How much worse than its ends a line gets."""
 
     space: str = column("what is averaged")
-    metric: str = column("loss or error")
+    metric: str = column(METRIC)
     barrier: str = column("definition: entezari, frankle or others by name")
-    value: float = column("the largest rise over the line", "of the metric")
+    value: float = column("how much worse it gets; of midpoint the metric there", "of the metric")
     low: float = column("low end of its interval", "of the metric")
     high: float = column("high end of its interval", "of the metric")
 
@@ -49,7 +49,7 @@ class Shrinkage(Between):
     """How much of a line's barrier comes from ‖ΔW‖ shrinking on it."""
 
     space: str = column("what is averaged on the line", optional=True)
-    metric: str = column("loss or error")
+    metric: str = column(METRIC)
     barrier: float = column("barrier of the line", "of the metric")
     barrier_low: float = column("low end of its interval", "of the metric")
     barrier_high: float = column("high end of its interval", "of the metric")
@@ -68,7 +68,7 @@ class OverPairs:
 
     method: str | None = column("training method")
     space: str = column("what is averaged")
-    metric: str = column("loss or error")
+    metric: str = column(METRIC)
     barrier: str = column("definition of the barrier")
     mean: float = column("mean over the pairs", "of the metric")
     spread: float = column("spread over the pairs", "of the metric")
@@ -266,16 +266,20 @@ class SweepMethod:
 KINDS = (
     Kind(
         "interpolate",
-        "accuracy and loss along lines between adapters, and of mixtures of them",
+        "metrics along lines between adapters, and of mixtures of them",
         {"rows": LinePoint, "barriers": Barrier, "shrinkage": Shrinkage, "over_pairs": OverPairs},
         Paper(("members", "space", "metric", "barrier", "value"), "barriers"),
+        version=2,
         optional=("shrinkage", "over_pairs"),
+        open={"rows": MEASURED},
         summary={"matrix": "space → metric → barriers between all adapters, as a square; absent of one pair"},
         parameters={
             "points": "points on each line",
             "spaces": "what was averaged",
             "looks": "space → what figures call it, and its place among their colours (null: any)",
             "ratios": "weights of the mixtures",
+            "examples": "of the split; null for all",
+            **METRICS,
             **ADAPTERS,
         },
     ),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lora_lab.results.rows import ADAPTERS, PLAYERS, Accuracy, Adapted, Loss
+from lora_lab.results.rows import ADAPTERS, MEASURED, METRIC, METRICS, PLAYERS, Adapted
 from lora_lab.results.schema import Kind, Paper, column
 
 
 @dataclass
-class PlanePoint(Loss, Accuracy):
+class PlanePoint:
     """One point of a plane."""
 
     x: float = column("distance from the first point along the line to the second", "‖ΔW‖", form=".2f")
@@ -33,8 +33,10 @@ class PlaneCorner(PlanePoint):
 class PlaneGain:
     """How much better the best point of a plane is than the best of its corners."""
 
-    metric: str = column("loss or error")
-    value: float = column("best corner − best point, both chosen on half of the examples and compared on the others")
+    metric: str = column(METRIC)
+    value: float = column(
+        "how much worse the best corner is than the best point, both chosen on half of the examples, on the others"
+    )
     low: float = column("low end of its interval")
     high: float = column("high end of its interval")
     x: float = column("where the best point lies", "‖ΔW‖", form=".2f")
@@ -51,7 +53,7 @@ class OneGroup:
 
 
 @dataclass
-class LayerPoint(Loss, Accuracy, OneGroup):
+class LayerPoint(OneGroup):
     """One layer mixed, all others of one adapter."""
 
     t: float = column("share of the other adapter's ΔW in this layer", "share", form=".2f")
@@ -59,13 +61,13 @@ class LayerPoint(Loss, Accuracy, OneGroup):
 
 @dataclass
 class LayerBarrier(OneGroup):
-    """How far the loss or error rises where one layer is mixed."""
+    """How much worse it gets where one layer is mixed."""
 
-    metric: str = column("loss or error")
-    value: float = column("the largest rise above the chord", "of the metric")
+    metric: str = column(METRIC)
+    value: float = column("how much worse than the chord it gets", "of the metric")
     low: float = column("low end of its interval", "of the metric")
     high: float = column("high end of its interval", "of the metric")
-    exchange: float = column("rise from t = 0 to 1: the whole layer exchanged", "of the metric")
+    exchange: float = column("how much worse at t = 1 than at 0: the whole layer exchanged", "of the metric")
     exchange_low: float = column("low end of its interval", "of the metric")
     exchange_high: float = column("high end of its interval", "of the metric")
 
@@ -79,7 +81,7 @@ class OnPath:
 
 
 @dataclass
-class CurvePoint(Loss, Accuracy, OnPath):
+class CurvePoint(OnPath):
     """One point of a line or curve between two adapters."""
 
     t: float = column("place on the curve, 0 the first adapter and 1 the second", form=".2f")
@@ -89,12 +91,12 @@ class CurvePoint(Loss, Accuracy, OnPath):
 
 @dataclass
 class CurveBarrier(OnPath):
-    """How far a line or curve rises above its ends."""
+    """How much worse than its ends a line or curve gets."""
 
-    metric: str = column("loss or error")
+    metric: str = column(METRIC)
     by: str = column("what the chord is straight in: t or arc")
     barrier: str = column("definition: entezari, frankle or others by name")
-    value: float = column("the largest rise", "of the metric")
+    value: float = column("how much worse it gets; of midpoint the metric there", "of the metric")
     low: float = column("low end of its interval", "of the metric")
     high: float = column("high end of its interval", "of the metric")
 
@@ -103,7 +105,7 @@ class CurveBarrier(OnPath):
 class CurveMean(OnPath):
     """The mean of a metric over a line or curve."""
 
-    metric: str = column("loss or error")
+    metric: str = column(METRIC)
     by: str = column("over what it is a mean: t or arc")
     value: float = column("the mean", "of the metric")
     low: float = column("low end of its interval", "of the metric")
@@ -115,7 +117,7 @@ class CurveGain(OnPath):
     """How much lower a curve's barrier is than a line's."""
 
     over: str = column("the line: line or matched line")
-    metric: str = column("loss or error")
+    metric: str = column(METRIC)
     value: float = column("barrier of the line − barrier of the curve", "of the metric")
     low: float = column("low end of its interval, paired over the examples", "of the metric")
     high: float = column("high end of its interval", "of the metric")
@@ -142,7 +144,7 @@ class CurveControl(OnPath):
 
 
 @dataclass
-class AlongRow(Loss, Accuracy):
+class AlongRow:
     """One model at one step of training."""
 
     step: int = column("optimiser steps behind it")
@@ -152,12 +154,6 @@ class AlongRow(Loss, Accuracy):
     indices: list[int] = column("their places among the runs given, from 0")
     method: str = column("training method of these runs; of one that records none, its label")
     p: float = column("probability p of the members' schedule at this step; null without a schedule")
-    drop: float = column("mean accuracy of the members alone − its accuracy; 0 of one alone", "share")
-    drop_low: float = column("low end of its interval, paired over the examples", "share")
-    drop_high: float = column("high end of its interval", "share")
-    rise: float = column("its loss − mean loss of the members alone; 0 of one alone", "nats")
-    rise_low: float = column("low end of its interval, paired over the examples", "nats")
-    rise_high: float = column("high end of its interval", "nats")
 
 
 @dataclass
@@ -196,27 +192,38 @@ class TriedRate(Adapted):
 KINDS = (
     Kind(
         "plane",
-        "accuracy and loss on the plane through three adapters, or two and the base",
+        "metrics on the plane through three adapters, or two and the base",
         {"rows": PlanePoint, "corners": PlaneCorner, "gains": PlaneGain},
-        Paper(("adapter", "x", "y", "norm", "accuracy", "loss"), "corners"),
+        Paper(("adapter", "x", "y", "norm"), "corners", further_last=True),
+        version=2,
+        open={"rows": MEASURED, "corners": MEASURED},
         summary={"gram": "inner products of the three ΔW, as a square; zeros of the base"},
         parameters={
             "base": "whether the base is the third point",
             "points": "points on each side of the grid",
             "margin": "room beyond the three points, as a share of their extent",
+            **METRICS,
             **ADAPTERS,
         },
     ),
     Kind(
         "layerwise",
-        "accuracy and loss with one layer at a time mixed between two adapters",
+        "metrics with one layer at a time mixed between two adapters",
         {"rows": LayerPoint, "barriers": LayerBarrier},
         Paper(("group", "others", "metric", "value", "exchange"), "barriers"),
-        parameters={**PLAYERS, "points": "points on each line", "examples": "of the split; null for all", **ADAPTERS},
+        version=2,
+        open={"rows": MEASURED},
+        parameters={
+            **PLAYERS,
+            "points": "points on each line",
+            "examples": "of the split; null for all",
+            **METRICS,
+            **ADAPTERS,
+        },
     ),
     Kind(
         "curve",
-        "accuracy and loss on curves with a trained control point between two adapters, and on straight lines",
+        "metrics on curves with a trained control point between two adapters, and on straight lines",
         {
             "rows": CurvePoint,
             "barriers": CurveBarrier,
@@ -225,6 +232,8 @@ KINDS = (
             "controls": CurveControl,
         },
         Paper(("space", "path", "over", "metric", "value"), "gains"),
+        version=2,
+        open={"rows": MEASURED},
         parameters={
             "shapes": "the curves",
             "spaces": "what was mixed",
@@ -235,19 +244,27 @@ KINDS = (
             "batch_size": "examples per batch; null for the task's",
             "rank": "of the control point where ΔW is mixed; null for that of the midpoint",
             "checks": "how often the control point was scored on the validation split",
+            "examples": "of the split; null for all",
+            **METRICS,
             **ADAPTERS,
         },
     ),
     Kind(
         "checkpoints",
-        "accuracy and loss along training: checkpoints alone, pruned, and averaged with those of other runs",
+        "metrics along training: checkpoints alone, pruned, and averaged with those of other runs",
         {"rows": AlongRow},
-        Paper(("step", "model", "space", "method", "accuracy", "drop")),
+        Paper(("step", "model", "space", "method"), further_last=True),
+        version=2,
+        open={
+            "rows": f"{MEASURED}, and how much worse it is than the mean of the members alone, 0 of one alone "
+            "(accuracy_worse, accuracy_worse_low …)"
+        },
         parameters={
             "spaces": "in which midpoints were taken",
             "keep": "pattern of the modules kept of pruned checkpoints",
             "examples": "of the split; null for all",
             "steps": "optimiser steps at which all runs have a checkpoint",
+            **METRICS,
             "runs": "label, method and seed of each run",
         },
     ),

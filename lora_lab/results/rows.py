@@ -10,6 +10,11 @@ from dataclasses import dataclass
 
 from lora_lab.results.schema import column
 
+MEASURED = "each metric with its interval (accuracy, accuracy_low, accuracy_high …)"
+"""The columns that rows of scored models have besides."""
+METRICS = {"metrics": "metric → about, unit, and higher: whether more is better; the main one first"}
+METRIC = "name of the metric"
+
 _SEED = "seed that the adapter records"
 _METHOD = "training method; of an adapter that records none, null or its label"
 

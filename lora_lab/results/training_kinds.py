@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora_lab.results.rows import Adapted
+from lora_lab.results.rows import MEASURED, METRICS, Adapted
 from lora_lab.results.schema import Kind, Paper, column
 
 
@@ -77,10 +77,11 @@ KINDS = (
         {"rows": EvaluateRow},
         Paper(("adapter", "task"), further_last=True),
         version=2,
-        open={"rows": "each metric with its interval (accuracy, accuracy_low …); null where a task lacks it"},
+        open={"rows": f"{MEASURED}; null where a task lacks it"},
         parameters={
             "tasks": "the records of the tasks",
-            "metrics": "metric → about, unit, and higher: whether more is better",
+            "examples": "of the split; null for all",
+            **METRICS,
         },
     ),
 )

@@ -8,13 +8,15 @@ import pytest
 import torch
 from lora_lab.cli import parsing
 from making_adapters import random_adapter as from_noise
+from making_measured import measured, places
 from peft import HiraConfig, LoraConfig
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.lowrank import LowRank, combine
 from lora_lab.analysis import connectivity
 from lora_lab.analysis.connectivity import BARRIERS, Interpolate
-from lora_lab.analysis.points import LineModels, MixPoint, score_points
+from lora_lab.analysis.measured import scored
+from lora_lab.analysis.points import LineModels, MixPoint
 from lora_lab.errors import MismatchError, OptionError, TunerError
 from lora_lab.merging.paths import SPACES, Paths, Space
 from lora_lab.results.stats import Sampled
@@ -307,30 +309,27 @@ def test_the_interval_of_a_difference_of_two_maxima_holds_the_true_one():
 def test_the_share_that_goes_is_what_does_not_stay():
     """A bump of 1 of which .25 stays, on every example alike."""
     bump = (4 * GRID * (1 - GRID))[:, None] * np.ones(20)
-    sampled = {"factors": Sampled.of(bump, seed=0), "matched": Sampled.of(bump / 4, seed=0)}
-    cells = connectivity._shrinkage(
-        {((0, 1), space, "loss"): s for space, s in sampled.items()}, (0, 1), "factors", "loss", GRID
-    )
+    factors, matched = Sampled.of(bump, seed=0), Sampled.of(bump / 4, seed=0)
+    cells = connectivity._shrinkage(factors, matched, GRID)
     assert (cells["barrier"], cells["stays"], cells["removed"]) == pytest.approx((1, 0.25, 0.75))
     assert cells["share"] == pytest.approx(0.75)
-    none = connectivity._shrinkage(
-        {((0, 1), space, "loss"): sampled["factors"] for space in sampled}, (0, 1), "factors", "loss", GRID
-    )
-    assert none["share"] == 0
+    assert connectivity._shrinkage(factors, factors, GRID)["share"] == 0
 
 
 def test_barriers_are_not_said_to_be_negative(adapters):
     """Of a flat line with noise every interval of a largest value would begin below 0, as none is."""
     wrong = np.random.default_rng(0).random((11, 60)) < 0.3
-    flat = Sampled.of(wrong, seed=0)
-    curves = {((0, 1), space, "error"): flat for space in ("factors", "matched")}
+    found, line = measured({"correct": ~wrong}, "accuracy"), places(11)
+    flat = found.worse(line, "accuracy")
     profile = BARRIERS["entezari"]
     assert flat.largest(lambda L: profile(L, GRID))[1] < 0
-    summary = connectivity._summary(adapters[:2], [(0, 1)], ["factors"], {((0, 1), "factors", "error"): flat}, GRID)
+    summary = connectivity._summary(adapters[:2], ["factors"], {((0, 1), "factors"): line}, found, GRID)
     low = {row["barrier"]: row["low"] for row in summary["barriers"]}
     assert [low[name] for name in ("frankle", "entezari", "max_end")] == [0, 0, 0]
-    assert low["midpoint"] > 0.1
-    cells = connectivity._shrinkage(curves, (0, 1), "factors", "error", GRID)
+    midpoint = next(row for row in summary["barriers"] if row["barrier"] == "midpoint")
+    assert midpoint["value"] == pytest.approx(1 - wrong[5].mean())  # the accuracy itself
+    assert midpoint["low"] < midpoint["value"] < midpoint["high"]
+    cells = connectivity._shrinkage(flat, flat, GRID)
     assert (cells["barrier_low"], cells["stays_low"]) == (0, 0)
     assert cells["removed_low"] < 0  # which a difference may be
 
@@ -450,7 +449,7 @@ def test_runs_are_told_apart_by_every_bit_of_their_inputs(adapters, tmp_path):
 def test_points_that_are_one_model_are_evaluated_once(adapters):
     points = [MixPoint((1.0, 0.0), space) for space in SPACES] + [MixPoint((0.5, 0.5), "delta")] * 2
     evaluator = Evaluator(adapters[:2], Digits("relabel"), split="validation", build=LineModels)
-    found = score_points(evaluator, points)
+    found = scored(evaluator, points, ())
     assert evaluator.evaluated == 2
     assert list(found) == ["own:0", f"delta:0=0.5,1=0.5 {of_transforms()}"]
 
@@ -594,7 +593,8 @@ def test_too_few_points_or_adapters_are_refused(adapters):
 
 def test_the_question_is_its_record_and_its_checks(adapters):
     question = Interpolate(points=3, spaces=("factors",), ratios=((1.0, 2.0),), seed=4)
-    assert question.record == {"points": 3, "spaces": ["factors"], "ratios": ["1:2"], "split": "test", "seed": 4}
+    said = {"points": 3, "spaces": ["factors"], "ratios": ["1:2"], "metric": [], "split": "test", "examples": None}
+    assert question.record == {**said, "seed": 4}
     found = question.run(adapters[:2], Digits("relabel"))
     assert {name: found.parameters[name] for name in ("points", "ratios", "split", "seed")} == {
         name: question.record[name] for name in ("points", "ratios", "split", "seed")

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from making_measured import measured, places, task
 from scipy import stats as scipy_stats
 
 import lora_lab as ll
@@ -39,30 +40,13 @@ REFERENCES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-    key: str
-
-
-PLACES = [Place(str(i)) for i in range(MODELS)]
-
-
-def task(*metrics, **more):
-    known = {**METRICS, **more}
-    return SimpleNamespace(
-        name="made", metrics=metrics, needs_logits=False, metric=known.get, columns=lambda scores, split: scores.columns
-    )
-
-
-def measured(*metrics, columns=COLUMNS, **more):
-    scores = {place.key: Scores({name: each[i] for name, each in columns.items()}) for i, place in enumerate(PLACES)}
-    return Measured(task(*metrics, **more), scores, Split({}), metrics, seed=3)
+PLACES = places(MODELS)
 
 
 @pytest.mark.parametrize("outcomes", ["correct", "shares"])
 def test_losses_and_accuracies_are_resampled_as_they_were_bit_by_bit(outcomes):
     right = COLUMNS[outcomes]
-    found = measured("accuracy", "loss", columns={**COLUMNS, "correct": right})
+    found = measured({**COLUMNS, "correct": right}, "accuracy", "loss")
     wrong = np.logical_not(right) if right.dtype == bool else 1.0 - right
     for name, values in (("accuracy", wrong), ("loss", COLUMNS["loss"])):
         expected, sampled = Sampled.of(values, seed=3), found.worse(PLACES, name)
@@ -79,7 +63,7 @@ def test_losses_and_accuracies_are_resampled_as_they_were_bit_by_bit(outcomes):
 
 @pytest.mark.parametrize("name", list(REFERENCES))
 def test_statistics_of_models_and_of_every_resample_are_the_libraries(name):
-    sampled = measured(name).values(PLACES, name)
+    sampled = measured(COLUMNS, name).values(PLACES, name)
     counts = np.random.default_rng(3).multinomial(N, np.full(N, 1 / N), size=100)
     for i in range(MODELS):
         prediction = COLUMNS["prediction"][i]
@@ -93,7 +77,7 @@ def test_statistics_of_models_and_of_every_resample_are_the_libraries(name):
 
 
 def test_perplexity_and_ranks_are_those_of_each_model_alone():
-    found = measured("perplexity", "spearman")
+    found = measured(COLUMNS, "perplexity", "spearman")
     for i, place in enumerate(PLACES[:2]):
         loss, tokens = COLUMNS["loss"][i], COLUMNS["tokens"][i]
         cells = found.cells(place)
@@ -104,7 +88,7 @@ def test_perplexity_and_ranks_are_those_of_each_model_alone():
 
 @pytest.mark.parametrize(("name", "sign"), [("mcc", -1), ("f1", -1), ("rmse", 1), ("perplexity", 1)])
 def test_worse_is_up_whatever_the_direction(name, sign):
-    found = measured(name)
+    found = measured(COLUMNS, name)
     assert np.array_equal(found.worse(PLACES, name).means, sign * found.values(PLACES, name).means)
     assert np.array_equal(found.worse(PLACES, name).samples, sign * found.values(PLACES, name).samples)
     assert found.examples(PLACES, name) is None
@@ -112,7 +96,7 @@ def test_worse_is_up_whatever_the_direction(name, sign):
 
 def test_a_mean_of_which_more_is_better_is_turned_round():
     reward = dataclasses.replace(METRICS["loss"], higher=True)
-    found = measured("reward", reward=reward)
+    found = measured(COLUMNS, "reward", reward=reward)
     assert found.worse(PLACES, "reward").means[:, 0] == pytest.approx(-COLUMNS["loss"].mean(1))
     assert found.examples(PLACES, "reward") == pytest.approx(-COLUMNS["loss"])
 
@@ -121,7 +105,7 @@ def test_the_main_metric_and_the_loss_are_told_by_default():
     assert chosen(task("f1", "accuracy", "loss"), ()) == ["f1", "loss"]
     assert chosen(task("loss", "perplexity", "token_accuracy"), ()) == ["loss"]
     assert chosen(task("f1", "accuracy", "loss"), ("accuracy", "f1")) == ["accuracy", "f1"]
-    found = measured("f1", "loss")
+    found = measured(COLUMNS, "f1", "loss")
     assert found.told["f1"] == {"about": "F1 of label 1", "unit": "share", "higher": True}
     assert list(found.told) == ["f1", "loss"]
 
@@ -131,12 +115,12 @@ def test_what_a_metric_lacks_is_said_in_one_line():
         require(task("f1", "loss"), ("pearl",))
     require(task(), ("f2",))  # known after a scoring
     with pytest.raises(TaskError, match="no 'prediction' among the scores: loss; the metric needs it"):
-        measured("f1", columns={"loss": COLUMNS["loss"]})
+        measured({"loss": COLUMNS["loss"]}, "f1")
     odd = Metric("halved", ("loss",), lambda mean: mean, lambda loss: [loss[..., ::2]])
     with pytest.raises(
         TaskError, match=r"`sufficient` of 'halved' gave columns of shape \[3, 20\] of ones of \[3, 40\]"
     ):
-        measured("half", half=odd)
+        measured(COLUMNS, "half", half=odd)
     scores = {"a": Scores({"loss": np.zeros(3)}), "b": Scores({"loss": np.zeros(4)})}
     with pytest.raises(TaskError, match="task made: scores of 3 and of 4 examples; as many are needed"):
         Measured(task("loss"), scores, Split({}), ("loss",), seed=0)

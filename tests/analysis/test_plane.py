@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from making_adapters import random_adapter
+from making_measured import measured, places
 from peft import LoraConfig
 
 from lora_lab.adapters.lowrank import combine
@@ -115,9 +116,13 @@ def test_in_the_plane_of_the_base_the_norm_matched_points_are_the_rescaled_line(
     assert np.isnan(axes.matched_norm((-0.2, 0.1, 1.1), 2))
 
 
+def gain_of(losses, at):
+    return _gain(measured({"loss": losses}, "loss"), "loss", places(len(losses)), at)
+
+
 def test_where_no_point_is_better_than_another_there_is_no_gain():
     draws = np.random.default_rng(0).normal(1, 1, size=(300, 103, 60))
-    gains = [_gain(values, [(float(i), 0.0) for i in range(100)]) for values in draws]
+    gains = [gain_of(values, [(float(i), 0.0) for i in range(100)]) for values in draws]
     assert all(gain["x"] == values[3:, ::2].mean(1).argmin() for gain, values in zip(gains, draws, strict=True))
     assert 0.92 < np.mean([gain["low"] <= 0 <= gain["high"] for gain in gains]) < 0.98
     assert np.mean([gain["value"] for gain in gains]) == pytest.approx(0, abs=0.03)
@@ -129,7 +134,7 @@ def test_a_gain_is_found_with_its_interval():
     values = np.random.default_rng(0).normal(1, 0.5, size=(1, 400)).repeat(23, 0)
     values[3:] += np.arange(20)[:, None] / 10 + 0.02 * np.random.default_rng(1).normal(size=(20, 400))
     values[9] -= 0.8  # 0.6 above the corners before: now 0.2 below them
-    gain = _gain(values, [(0.0, float(i)) for i in range(20)])
+    gain = gain_of(values, [(0.0, float(i)) for i in range(20)])
     assert gain["low"] < 0.2 < gain["high"] < gain["low"] + 0.01
     assert gain["y"] == 6
 

@@ -81,7 +81,7 @@ def test_every_verb_has_help_with_an_example(lora_lab, verb):
 def test_from_training_to_figure_as_the_readme_says(lora_lab, pair, tmp_path):
     code, out, err = lora_lab("interpolate", *pair, "--points", 3, "--ratios", "0:1,1:1")
     assert code == 0, err
-    assert "factors A, B averaged: error barrier" in out
+    assert "factors A, B averaged: accuracy barrier" in out
     assert "1:1 of coto-s0, coto-s1" in out
     names = {f"interpolate.{end}" for end in ("json", "pdf", "png")}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {".outcomes", *names}
@@ -126,7 +126,7 @@ def test_runs_are_scored_along_their_training_from_the_shell(lora_lab, tmp_path)
     again, out2, err = lora_lab("checkpoints", *places, *few)
     assert (again, out2) == (0, out)
     assert "this very result is there already" in err
-    code, _, err = lora_lab("figure", "out/checkpoints.json", "--kind", "checkpoints:loss", "-o", "loss.png")
+    code, _, err = lora_lab("figure", "out/checkpoints.json", "--metric", "loss", "-o", "loss.png")
     assert code == 0, err
     one_line(lora_lab("checkpoints", "runs"), "runs: holds no checkpoint-STEP folder", "training with --save-every")
     one_line(lora_lab("checkpoints", "runs/coto-s0.safetensors"), "no such folder", "NAME.checkpoints")

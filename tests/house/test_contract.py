@@ -95,7 +95,7 @@ def asked(question, adapters, *views):
 def test_a_space(pair, add, command):
     add(SPACES, Space(lambda updates, weights: 2.0 * combine(updates, weights), needs_factors=False))
     question = Interpolate(points=3, spaces=("throwaway",), ratios=((1.0, 1.0),), split="validation")
-    result = asked(question, pair, "interpolate", "interpolate:loss", "interpolate:matrix", "interpolate:ratios")
+    result = asked(question, pair, "interpolate", "interpolate:matrix", "interpolate:ratios")
     middle = result.rows(space="throwaway", t=0.5)[0]
     delta = Interpolate(points=3, spaces=("delta",), split="validation").run(pair, Digits("relabel"))
     assert middle["norm"] == pytest.approx(2 * delta.rows(t=0.5)[0]["norm"], rel=1e-5)
@@ -117,7 +117,7 @@ def test_a_barrier(pair, add, command):
 def test_a_curve(pair, add, command):
     add(CURVES, CurveShape(lambda t: (1 - t, 0.0, t)))  # a straight line, whatever the control point is
     question = Curve(points=3, shapes=("throwaway",), spaces=("delta",), steps=1, checks=1, split="validation")
-    result = asked(question, pair, "curve", "curve:accuracy", "curve:arc")
+    result = asked(question, pair, "curve", "curve:arc")
     line, curve = (result.rows(path=path)[1] for path in ("line", "throwaway"))
     assert curve["loss"] == pytest.approx(line["loss"], rel=1e-5)
     few = ("--shapes", "throwaway", "--spaces", "delta", "--points", 3, "--steps", 1, "--checks", 1)

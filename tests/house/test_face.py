@@ -173,7 +173,7 @@ def test_a_result_is_drawn_from_itself_or_its_file(pair, tmp_path):
     result = ll.interpolate(pair[0], points=2, **QUIET)
     path = result.save(tmp_path / "line.json")
     assert ll.figure(path).get_gid() == ll.figure([result]).get_gid() == ll.figure(result).get_gid()
-    assert ll.figure(result, "interpolate:loss", width="single").get_gid() != ll.figure(result).get_gid()
+    assert ll.figure(result, metric="loss", width="single").get_gid() != ll.figure(result).get_gid()
 
 
 def test_a_bar_is_shown_unless_it_is_switched_off_or_somebody_else_is_told(pair, monkeypatch, capsys):

@@ -91,9 +91,9 @@ def test_the_matrix_is_of_the_first_space_that_all_results_have():
     first, second = line(spaces=("mine", "factors")), line("coto", spaces=("factors", "delta"), depth=0.2)
     one, other, bar = plots.figure([first, second], kind="interpolate:matrix").axes
     assert [ax.images[0].get_array()[0, 1] for ax in (one, other)] == pytest.approx([0.3, 0.2])
-    assert bar.get_ylabel() == "error barrier, factors A, B averaged"
+    assert " ".join(bar.get_ylabel().split()) == "accuracy barrier, factors A, B averaged"
     alone = plots.figure([line(spaces=("delta", "factors"))], kind="interpolate:matrix")
-    assert alone.axes[-1].get_ylabel() == "error barrier, ΔW averaged"
+    assert " ".join(alone.axes[-1].get_ylabel().split()) == "accuracy barrier, ΔW averaged"
     with pytest.raises(OptionError, match="no space is in all of them"):
         plots.figure([line(spaces=("delta",)), line(spaces=("factors",))], kind="interpolate:matrix")
 
