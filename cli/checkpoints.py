@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..analysis.landscape import Checkpoints
-from .options import Computing, Loading, OneTask, Output
+from ..options import option
+from . import parsing
+from .options import Computing, Loading, OneTask, Output, Several
 from .outputs import answer
 from .terminal import console, estimates, in_words, table
+
+if TYPE_CHECKING:
+    from ..adapters.adapter import Adapter
+
+
+@dataclass(frozen=True)
+class Runs(Several):
+    """How checkpoints are read, and what their runs are called."""
+
+    label: list[str] | None = option(
+        None, "A name for tables and figures, once for each run; by default its folder's, with what tells it apart."
+    )
+
+    def load(self, paths: Sequence[str]) -> list[Adapter]:
+        """The checkpoints, those of a run by its name and method."""
+        from ..analysis.along import named_runs
+
+        return named_runs(Loading.load(self, paths), self.label or [], parsing.methods(self.group or []))
 
 
 def command(
     runs: Annotated[list[str], typer.Argument(help="Folders of checkpoints: NAME.checkpoints of train --save-every.")],
     question: Checkpoints,
     task: OneTask,
-    loading: Loading,
+    loading: Runs,
     computing: Computing,
     output: Output,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..analysis.landscape import Curve
-from .options import Computing, Loading, OneTask, Output
+from .options import Computing, OneTask, Output, Several
 from .outputs import answer
 from .terminal import console, estimate, in_words, table
 
@@ -16,7 +16,7 @@ def command(
     adapters: Annotated[list[str], typer.Argument(help="Two adapters.")],
     question: Curve,
     task: OneTask,
-    loading: Loading,
+    loading: Several,
     computing: Computing,
     output: Output,
 ) -> None:

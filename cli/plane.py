@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..analysis.landscape import Plane
-from .options import Computing, Loading, OneTask, Output
+from .options import Computing, OneTask, Output, Several
 from .outputs import answer
 from .terminal import console, estimate, estimates, in_words, table
 
@@ -16,7 +16,7 @@ def command(
     adapters: Annotated[list[str], typer.Argument(help="Three adapters, or two with --base.")],
     question: Plane,
     task: OneTask,
-    loading: Loading,
+    loading: Several,
     computing: Computing,
     output: Output,
 ) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import labels_of, method_of
 from lora_lab.adapters.formats.lookup import checkpoints_in
+from lora_lab.adapters.naming import named
 from lora_lab.analysis.landscape import Checkpoints
 from lora_lab.analysis.measured import Measured, cells, require
 from lora_lab.analysis.points import LineModels, MixPoint
@@ -123,14 +124,37 @@ def runs_of(adapters: Sequence[Adapter]) -> list[Run]:
         if step is None:
             raise OptionError(f"{adapter.source}: is no checkpoint of a run; a folder checkpoint-STEP is needed")
         found.setdefault(Path(adapter.source).parent, {})[int(step[1])] = i
-    firsts = [
-        replace(adapters[min(at.values())], source=str(run).removesuffix(".checkpoints"), name="")
-        for run, at in found.items()
-    ]
+    firsts = [_run(run, [adapters[i] for _, i in sorted(at.items())]) for run, at in found.items()]
     return [
         Run(label, first.record.get("method"), method_of(first, label), first.record.get("seed"), at)
         for first, label, at in zip(firsts, labels_of(firsts), found.values(), strict=True)
     ]
+
+
+def named_runs(
+    adapters: Sequence[Adapter], labels: Sequence[str] = (), groups: Sequence[tuple[str, str]] = ()
+) -> list[Adapter]:
+    """The checkpoints with the names and training methods that the user gives to their runs, one label a run.
+
+    Patterns are of a run's folder, its name or its label; OptionError as in `naming.named`.
+    """
+    made, runs = list(adapters), runs_of(adapters)
+    if not (labels or groups):
+        return made
+    firsts = [_run(Path(each[0].source).parent, each) for run in runs for each in [[made[i] for i in run.at.values()]]]
+    for run, like in zip(runs, named(firsts, labels, groups), strict=True):
+        method = {"method": like.record["method"]} if "method" in like.record else {}
+        for i in run.at.values():
+            record = {**made[i].record, **method}
+            made[i] = replace(made[i], name=like.name if labels else "", record=record)
+    return made
+
+
+def _run(folder: Path, checkpoints: Sequence[Adapter]) -> Adapter:
+    """A run as one adapter: its first checkpoint, called as all of them are or as its folder is."""
+    names = {checkpoint.name for checkpoint in checkpoints}
+    source = str(folder).removesuffix(".checkpoints")
+    return replace(checkpoints[0], source=source, name=names.pop() if len(names) == 1 else "")
 
 
 def answer(question: Checkpoints, adapters: Sequence[Adapter], task: Task, on: Execution) -> Result:

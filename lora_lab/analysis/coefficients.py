@@ -38,7 +38,7 @@ class Alone(Change):
         """Its scores; of one whose ΔW is no plain product, on a model of its own."""
         adapter = models.adapters[self.index]
         if adapter.why_not_additive is None:
-            return models.scores(self.index, models.updates(self.index), examples.split)
+            return models.scores(self.index, models.updates(self.index), examples)
         return score(models.tasks[self.index], adapter, examples.split, device=models.device)
 
 
@@ -53,7 +53,7 @@ class Ensemble(Change):
     def apply(self, models: MergeModels, examples: Examples) -> Scores:
         """Its scores."""
         weights = [weight / sum(self.weights) for weight in self.weights]
-        return models.ensemble(self.index, [models.updates(i) for i in self.members], weights, examples.split)
+        return models.ensemble(self.index, [models.updates(i) for i in self.members], weights, examples)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class BaseAlone(Change):
 
     def apply(self, models: MergeModels, examples: Examples) -> Scores:
         """Its scores."""
-        return models.scores(self.index, models.nothing, examples.split)
+        return models.scores(self.index, models.nothing, examples)
 
 
 OTHERS, ALL = "others", "all"

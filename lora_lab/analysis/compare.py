@@ -75,6 +75,7 @@ def answer(
         tasks,
         on,
         split=question.split,
+        examples=question.examples,
         more_splits=["validation"],
         build=functools.partial(MergeModels.of, base),
         context=_data(question, tasks),

@@ -83,6 +83,12 @@ class CompareMerges(Question):
     )
     base_name: str | None = option(None, "Folder or hub id of the base model, for DoRA, HiRA and others.", flag="base")
     split: str = split_option()
+    examples: int | None = option(
+        None,
+        "Score on so many examples of the split, and choose coefficients on so many of the validation split, drawn "
+        "with seed 0; methods that look at data have an option of their own.",
+        least=1,
+    )
     seed: int = option(0, "Seed of the bootstrap and of the nulls.", least=0)
 
     @property

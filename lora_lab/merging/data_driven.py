@@ -20,6 +20,7 @@ from lora_lab.merging.kinds import turn
 from lora_lab.merging.layer_inputs import grams, information
 from lora_lab.merging.sources import Sources
 from lora_lab.merging.task_models import MergeModels, mean_loss
+from lora_lab.scoring.examples import Examples
 from lora_lab.tasks.task import Task
 
 Merged = Iterator[tuple[str, LowRank | Tensor]]
@@ -156,7 +157,7 @@ def lorahub(
         nonlocal best, done
         clipped = np.clip(coefficients, -bound, bound)
         made = mixed(clipped)
-        loss = mean_loss([models.scores(index, made, "validation") for index in models.indices])
+        loss = mean_loss([models.scores(index, made, Examples("validation")) for index in models.indices])
         loss += penalty * float(np.abs(clipped).mean())
         best = min(best, (loss, clipped.tolist()))
         done += 1

@@ -106,7 +106,7 @@ class MergedUpdates(Change):
         """Its scores; the merge is made once for all coefficients that come one after the other."""
         updates, told = models.latest(replace(self, coefficient=1.0, index=0).key, lambda: self._merged(models))
         scaled = {name: self.coefficient * update for name, update in updates.items()}
-        return replace(models.scores(self.index, scaled, examples.split), told=told)
+        return replace(models.scores(self.index, scaled, examples), told=told)
 
     def _merged(self, models: MergeModels) -> tuple[Mapping[str, LowRank], Mapping[str, float]]:
         sources = models.sources.part(self.members, self.weights)

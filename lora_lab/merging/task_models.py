@@ -67,17 +67,17 @@ class MergeModels(TaskModels):
         attached.set(self._adapter(index, updates))
         return attached.model
 
-    def scores(self, index: int, updates: Mapping[str, LowRank], split: str) -> Scores:
+    def scores(self, index: int, updates: Mapping[str, LowRank], examples: Examples) -> Scores:
         """Per-example scores of these updates on a source's task."""
-        return self.score(self.load(index, updates), Examples(split), index)
+        return self.score(self.load(index, updates), examples, index)
 
     def ensemble(
-        self, index: int, members: Sequence[Mapping[str, LowRank]], weights: Sequence[float], split: str
+        self, index: int, members: Sequence[Mapping[str, LowRank]], weights: Sequence[float], examples: Examples
     ) -> Scores:
         """Per-example scores of the weighted sum of the logits of several sets of updates on a source's task."""
         task, parts = self.tasks[index], []
         self.model(index).eval()
-        for batch in self.batches(Examples(split), index):
+        for batch in self.batches(examples, index):
             logits = []
             for updates, weight in zip(members, weights, strict=True):
                 if weight:  # 0 times −∞, where an example has fewer options, is no number

@@ -9,11 +9,11 @@ import pytest
 from lora_lab import around
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.lowrank import combine
-from lora_lab.analysis.along import Kept, common_checkpoints, runs_of
+from lora_lab.analysis.along import Kept, common_checkpoints, named_runs, runs_of
 from lora_lab.analysis.landscape import Checkpoints
 from lora_lab.analysis.points import MixPoint
 from lora_lab.analysis.questions import Evaluate, Interpolate
-from lora_lab.errors import FileError, LoraLabError, MismatchError, OptionError
+from lora_lab.errors import FileError, LoraLabError, LoraLabNote, MismatchError, OptionError
 from lora_lab.pruning.modules import structured
 from lora_lab.results import schema
 from lora_lab.scoring.evaluate import score
@@ -211,3 +211,21 @@ def test_what_cannot_be_compared_along_training_is_named(runs, adapters, tmp_pat
 def without(adapter, kind):
     held = [name for name in adapter.sites if not name.endswith(kind)]
     return replace(structured(adapter, held).adapter, source=adapter.source)
+
+
+def test_runs_have_the_names_and_methods_that_the_user_gives(adapters, runs):
+    labels = [f"run {i}" for i in range(len(runs))]
+    with pytest.warns(LoraLabNote, match="lora-s0: taken for other, its record says lora"):
+        called = named_runs(adapters, labels, [("other", "*lora-s0")])
+    named = {run.label: run for run in runs_of(called)}
+    assert list(named) == labels
+    assert [run.method for run in named.values()] == ["coto", "coto", "coto", "other"]
+    assert [a.record["method"] for a in called] == ["coto"] * 6 + ["other"] * 2
+    with pytest.warns(LoraLabNote):
+        plain = runs_of(named_runs(adapters, groups=[("other", "*coto-s0"), ("other", "*coto-s1")]))
+    assert [run.label for run in plain] == [run.label for run in runs_of(adapters)]
+    assert [run.method for run in plain] == ["other", "other", "coto", "lora"]
+    with pytest.raises(OptionError, match="4 adapters and 1 labels"):
+        named_runs(adapters, ["one"])
+    with pytest.raises(OptionError, match="no adapter is called so"):
+        named_runs(adapters, groups=[("x", "*none")])

@@ -476,3 +476,24 @@ def test_the_question_is_its_record_and_its_checks(sets):
         CompareMerges(coefficients=(math.inf,))
     with pytest.raises(OptionError, match="did you mean 'ties'"):
         CompareMerges(methods=("tise",)).check(sets[:2])
+
+
+def test_on_some_examples_every_model_is_scored_on_these_alone(sets):
+    """The whole of the numbers are those of a task whose splits are the drawn examples."""
+
+    class Drawn(Few):
+        def _load(self, split):
+            return super()._load(split).subset(9)
+
+    pair = sets[:2]
+    drawn = compared(pair, tasks_of(pair), methods=["average"], coefficients=[0.5], examples=9)
+    alone = compared(
+        pair,
+        [Drawn(t.record["name"].removeprefix("digits/")) for t in tasks_of(pair)],
+        methods=["average"],
+        coefficients=[0.5],
+    )
+    for name, values in drawn.columns.items():
+        assert list(values) == list(alone.columns[name]), name
+    assert drawn.provenance["examples"] == 9
+    assert drawn.provenance["run"] != alone.provenance["run"]

@@ -101,6 +101,22 @@ def test_a_verb_without_options_asks_with_the_defaults(verb):
             assert (dict(value) if isinstance(value, Mapping) else value) == default
 
 
+OF_ALL_THAT_SCORE = ("label", "group", "examples", "jobs", "split", "task")
+AWAITED = {(verb, "examples") for verb in ("interpolate", "curve", "evaluate")}
+
+
+def test_every_verb_that_scores_has_the_options_of_all():
+    lacking, scoring = set(), []
+    for verb in VERBS:
+        groups = groups_of(verb)
+        if any(issubclass(group, Question) for group in groups):
+            scoring.append(verb)
+            known = {field.name for group in groups for field, _ in shown(group)}
+            lacking |= {(verb, name) for name in OF_ALL_THAT_SCORE if name not in known}
+    assert {"checkpoints", "plane", "sharpness", "compare-merges", "evaluate"} <= set(scoring)
+    assert lacking <= AWAITED
+
+
 def test_values_are_read_as_the_types_of_the_fields():
     names = {field.name: None for field, _ in shown(merges.CompareMerges)}
     given = names | {"methods": "ties, dare", "options": ["ties.density=0.5"], "coefficients": "0.5,1", "split": "test"}

@@ -20,6 +20,7 @@ from lora_lab.merging.merged import merge
 from lora_lab.merging.sources import Sources
 from lora_lab.merging.task_models import MergeModels
 from lora_lab.scoring.evaluate import score
+from lora_lab.scoring.examples import Examples
 from lora_lab.tasks.choosing import task_of, tasks_of
 from lora_lab.tasks.task import Scores
 from lora_lab.training.fit import train
@@ -455,7 +456,7 @@ def test_an_ensemble_of_language_models_averages_the_logits_of_every_token(folde
     texts = build(folder, TEXTS, TEXT)
     adapters = [train(texts, Recipe(seed=seed, **RECIPE))[0] for seed in (0, 1)]
     found = MergeModels(Sources(adapters, tasks=[texts, texts])).ensemble(
-        0, [a.updates for a in adapters], [0.25, 0.75], "test"
+        0, [a.updates for a in adapters], [0.25, 0.75], Examples("test")
     )
     logits = []
     (batch,) = texts.batches("test", torch.device("cpu"))
