@@ -127,9 +127,15 @@ def _step(number: int, entry: Any, where: str) -> Step:
 
 def _refuse_code(task: Any, where: str) -> None:
     """OptionError for a task whose code would run because a recipe names it, which may be somebody else's."""
+    from ..tasks.file import names_code
     from ..tasks.python_file import is_python
 
     for name in task if isinstance(task, list) else [task]:
+        if isinstance(name, str) and names_code(Path(name)):
+            raise OptionError(
+                f"{where} names the task {name}, whose include is a folder of code; that runs only where you name the "
+                "file, on the command line"
+            )
         if isinstance(name, str) and is_python(name):
             raise OptionError(
                 f"{where} names the task {name}; a task in Python runs only where you name it, on the command line"

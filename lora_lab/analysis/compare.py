@@ -89,7 +89,7 @@ def answer(
     if not table.merged:
         raise OptionError(f"no method can merge these: {table.skipped[0]['why']}")
     parameters = {
-        "tasks": [task.record for task in {fingerprint(task.record): task for task in tasks}.values()],
+        "tasks": [task.record for task in {fingerprint(task.spec): task for task in tasks}.values()],
         "task_names": list(dict.fromkeys(task.name for task in tasks)),
         "one_task": merge_sets[0].ratio is not None,
         "merges": [spec.name for spec in specs],
@@ -162,7 +162,7 @@ def _draws(question: CompareMerges) -> list[Draw]:
 
 def _data(question: CompareMerges, tasks: Sequence[Task]) -> list[Any]:
     """The examples of all splits that merges and their coefficients hang on, and the base model that is given."""
-    different = {fingerprint(task.record): task for task in tasks}
+    different = {fingerprint(task.spec): task for task in tasks}
     examples = [examples_of(task, split) for task in different.values() for split in question.splits]
     return [*examples, question.base_name and digests.of_base(question.base_name)]
 

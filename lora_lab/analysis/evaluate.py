@@ -45,8 +45,8 @@ def answer(question: Evaluate, adapters: Sequence[Adapter], task: Task | Sequenc
     """Every adapter on its task, and every base model alone."""
     began, split = time.perf_counter(), question.split
     tasks = [task] * len(adapters) if isinstance(task, Task) else task
-    shared = {fingerprint(task.record): task for task in reversed(tasks)}  # equal tasks load their data once
-    of_adapters = [shared[fingerprint(task.record)] for task in tasks]
+    shared = {fingerprint(task.spec): task for task in reversed(tasks)}  # equal tasks load their data once
+    of_adapters = [shared[fingerprint(task.spec)] for task in tasks]
     changes = [AsItIs(of_adapters.index(task), base=True) for task in shared.values() if question.base]
     changes += [AsItIs(index, base=False) for index in range(len(adapters))]
     evaluator = Evaluator(adapters, of_adapters, on, split=split, examples=question.examples)

@@ -17,8 +17,9 @@ of records are told apart:
    a dataset or a base in the folder names in its turn), and errors show nothing of what the data holds.
 3. **Any other, with consent** (`trust_record=True`): as its words say, code of the base and `device_map` among them.
 
-`trust_remote_code` and `device_map` are never written into a record, and never followed from one without consent, from
-your own neither: a task file says them. What a record that is not your own names is told before it is read.
+`trust_remote_code`, `device_map` and `include` (a folder of tasks with code) are never written into a record, and never
+followed from one without consent, from your own neither: a task file says them. What a record that is not your own
+names is told before it is read.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from lora_lab.errors import LoraLabNote, TrustError
 if TYPE_CHECKING:
     from torch import Tensor
 
-NEVER_RECORDED = ("trust_remote_code", "device_map")
+NEVER_RECORDED = ("trust_remote_code", "device_map", "include")
 """Keys of a task that say what is run, or on what machine: only a task file may."""
 TABLES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 """Ending of a table → the reader of `datasets` for it. A name with one of these is a file's."""

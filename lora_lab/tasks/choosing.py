@@ -29,7 +29,7 @@ def tasks_of(adapters: Sequence[Adapter], given: Sequence[str] = (), *, trust_re
     chosen = []
     for adapter, name in zip(adapters, names, strict=True):
         task = task_of(adapter, given=name, trust_record=trust_record)
-        chosen.append(built.setdefault(fingerprint(task.record), task))
+        chosen.append(built.setdefault(fingerprint(task.spec), task))
     return chosen
 
 

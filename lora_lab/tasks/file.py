@@ -18,6 +18,17 @@ from lora_lab.hub import DTYPES, cached_folder, check_memory, pretrained
 from lora_lab.tasks.settings import Settings, read
 from lora_lab.tasks.tables import TableTask
 
+
+def names_code(path: Path) -> bool:
+    """Whether this is a task file whose keys name a folder of code; what is no such file is told where it is read."""
+    import tomllib
+
+    try:
+        return path.suffix == ".toml" and bool(tomllib.loads(path.read_text()).get("include"))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
 _PADDED_LEFT = ("xlnet",)
 """Kinds of models that look for a text's meaning in its last place."""
 

@@ -68,6 +68,8 @@ class Settings:
 
     columns: ClassVar[tuple[str, ...]] = ()
     """Keys that name columns of the data, or are templates of such."""
+    places: ClassVar[tuple[str, ...]] = ()
+    """Further keys that are paths."""
 
     @property
     def name(self) -> str:
@@ -95,10 +97,11 @@ def read(cls: type[Keys], record: Mapping[str, Any], folder: Path, where: str) -
     OptionError for the first that is unknown, missing or of another type, naming the file (`where`) and the key.
     """
     _validate(cls, record, where)
-    data, base = record["data"], record["base"]
-    placed = {k: _data(v, folder) for k, v in data.items()} if isinstance(data, dict) else _data(data, folder)
+    data, base = record.get("data", ""), record["base"]
+    placed = {k: _data(v, folder) for k, v in data.items()} if isinstance(data, dict) else data and _data(data, folder)
     base = _place(base, folder) if os.path.exists(folder / base) else base
-    settings = cls(**{**record, "data": placed, "base": base})
+    beside = {key: _place(record[key], folder) for key in cls.places if record.get(key)}
+    settings = cls(**{**record, "data": placed, "base": base, **beside})
     settings.check(where)
     return settings
 

@@ -354,3 +354,12 @@ def test_mergekits_methods_keep_its_defaults(recipe, text, wanted):
     }
     (words,) = words_of(recipe, json.dumps(content))
     assert words == ["merge", *wanted.split(), "--output=merged", "--", "a", "b"]
+
+
+def test_a_recipe_names_no_task_with_a_folder_of_code(lora_lab, tmp_path):
+    (tmp_path / "my.toml").write_text('kind = "lm-eval"\nbase = "b"\ntasks = ["a"]\ninclude = "mine"\n')
+    (tmp_path / "r.yaml").write_text("steps:\n  - evaluate: {adapters: [a], task: my.toml, output: x.json}\n")
+    code, out, err = lora_lab("run", "r.yaml")
+    assert (code, out) == (1, "")
+    assert "names the task my.toml, whose include is a folder of code; that runs only where you name the file" in err
+    assert len(err.splitlines()) == 1

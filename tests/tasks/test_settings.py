@@ -20,6 +20,7 @@ SOUND = {
     "image-classification": {},
     "clip": {},
     "generation": {"prompt": "{question}", "answer": "answer"},
+    "lm-eval": {"tasks": ["arc_easy"]},
     "preference": {"prompt": "{question}", "chosen": "chosen", "rejected": "rejected"},
     "seq2seq": {"source": "text", "target": "summary"},
 }
@@ -56,16 +57,20 @@ WRONG = [
 ]
 
 
+WITHOUT_DATA = ("lm-eval",)
+
+
 def build(kind, folder, keys=()):
+    data = {} if kind in WITHOUT_DATA else {"data": "x.csv"}
     return tasks.from_record(
-        {"kind": kind, "base": "base", "data": "x.csv", **SOUND[kind], **dict(keys)}, base=folder, where="here.toml"
+        {"kind": kind, "base": "base", **data, **SOUND[kind], **dict(keys)}, base=folder, where="here.toml"
     )
 
 
 @pytest.mark.parametrize("kind", SOUND)
 def test_every_key_may_have_its_default(kind, tmp_path):
     settings = build(kind, tmp_path).settings
-    spelt = dataclasses.asdict(settings) | {"base": "base", "data": "x.csv"}
+    spelt = dataclasses.asdict(settings) | {"base": "base"} | ({} if kind in WITHOUT_DATA else {"data": "x.csv"})
     assert build(kind, tmp_path, spelt).settings == settings
     assert build(kind, tmp_path, {"learning_rate": 1}).settings.learning_rate == 1  # a whole number is a number
 
@@ -106,4 +111,13 @@ def test_every_kind_is_checked_here_and_its_example_file_is_one(tmp_path):
         assert tasks.from_file(path).kind == kind
         fields = {field.name for field in dataclasses.fields(type(tasks.from_file(path).settings))}
         told = {found[1] for line in lines if (found := re.match(r"(?:# )?(\w+) = ", line))}
-        assert told == fields, kind  # each key is there, in a comment perhaps, and no other
+        unused = {"data", "data_config", "splits", "split_seed"} if kind in WITHOUT_DATA else set()
+        assert told == fields - unused, kind  # each key is there, in a comment perhaps, and no other
+
+
+def test_where_the_harness_is_missing_its_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    told = r"a task of lm-evaluation-harness needs lm_eval, which is not installed: pip install 'lora-lab\[lm-eval\]'"
+    with pytest.raises(OptionError, match=told):
+        _ = build("lm-eval", tmp_path).metrics

@@ -13,10 +13,11 @@ from lora_lab.errors import OptionError, TrustError, unknown
 from lora_lab.files.toml import read_toml
 from lora_lab.files.trust import ANYWHERE, Reach
 from lora_lab.registry import Registry
-from lora_lab.tasks.kinds import clip, generation, multi_label, preference, regression, seq2seq, text, vision
+from lora_lab.tasks.kinds import clip, generation, harness, multi_label, preference, regression, seq2seq, text, vision
 from lora_lab.tasks.kinds.clip import Clip
 from lora_lab.tasks.kinds.digits import LABELLINGS, Digits
 from lora_lab.tasks.kinds.generation import Generation
+from lora_lab.tasks.kinds.harness import Harness
 from lora_lab.tasks.kinds.language import CAUSAL_EXAMPLE, CHOICE_EXAMPLE, CausalLM, MultipleChoice
 from lora_lab.tasks.kinds.multi_label import MultiLabel
 from lora_lab.tasks.kinds.preference import Preference
@@ -125,6 +126,7 @@ KINDS = Registry(
         "multiple-choice": TaskKind(MultipleChoice.from_record, CHOICE_EXAMPLE, _CAUSAL),
         "generation": TaskKind(Generation.from_record, generation.EXAMPLE, _CAUSAL),
         "preference": TaskKind(Preference.from_record, preference.EXAMPLE, _CAUSAL),
+        "lm-eval": TaskKind(Harness.from_record, harness.EXAMPLE),
         "seq2seq": TaskKind(Seq2Seq.from_record, seq2seq.EXAMPLE, ("ForConditionalGeneration",)),
         "image-classification": TaskKind(ImageClassification.from_record, vision.EXAMPLE, ("ForImageClassification",)),
         "clip": TaskKind(Clip.from_record, clip.EXAMPLE, ("CLIPModel",)),
