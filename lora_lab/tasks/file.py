@@ -106,12 +106,17 @@ class FileTask(TableTask):
             torch.manual_seed(0)
             return self.pretrained(cls, dtype=DTYPES[self.settings.dtype], **placed, **options)
 
+    @property
+    def tokenizer_options(self) -> Mapping[str, Any]:
+        """What the tokenizer is told besides its own settings."""
+        return {}
+
     @cached_property
     def tokenizer(self) -> Any:
         """The base's tokenizer, with a padding token."""
         from transformers import AutoTokenizer
 
-        tokenizer = self.pretrained(AutoTokenizer)
+        tokenizer = self.pretrained(AutoTokenizer, **self.tokenizer_options)
         if tokenizer.pad_token is None:
             if tokenizer.eos_token is None:
                 raise TaskError(f"task {self.name}: the tokenizer of {self.settings.base!r} has no padding token")

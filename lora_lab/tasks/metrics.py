@@ -202,6 +202,17 @@ def _matthews(agree: Floats, *shares: Floats) -> Floats:
     return found
 
 
+def _ratio(part: Floats, whole: Floats) -> Floats:
+    """part / whole, 0 of nothing."""
+    found: Floats = np.divide(part, whole, out=np.zeros_like(whole), where=whole > 0)
+    return found
+
+
+def _over_tokens(mean: Column, tokens: Column) -> Sequence[Column]:
+    """Means of examples' tokens as sums over them, and how many these are."""
+    return mean * tokens, tokens
+
+
 def _errors(prediction: Column, target: Column) -> list[Column]:
     """The squared error, and first and second moment of the target, which is centred to lose no digits."""
     centred = target - target.mean(-1, keepdims=True)
@@ -248,7 +259,7 @@ METRICS = Registry(
             "exp of the mean loss over all tokens, so that a long text counts for more than a short one",
             ("loss", "tokens"),
             lambda loss, tokens: np.exp(loss / tokens),
-            lambda loss, tokens: (loss * tokens, tokens),
+            _over_tokens,
             higher=False,
             unit="",
         ),
@@ -298,6 +309,24 @@ METRICS = Registry(
         "micro_f1": Metric("F1 over all pairs of an example and a label", ("hits", "false", "missed"), _f1),
         "subset_accuracy": mean_of(
             "correct", "share of examples all of whose labels are right", unit="share", share=True
+        ),
+        "span_f1": Metric(
+            "F1 over spans, right where type, first and last word are (seqeval)",
+            ("spans_correct", "spans_predicted", "spans_true"),
+            lambda both, said, there: _ratio(2 * both, said + there),
+        ),
+        "span_precision": Metric(
+            "share of the predicted spans that are right (seqeval)", ("spans_correct", "spans_predicted"), _ratio
+        ),
+        "span_recall": Metric(
+            "share of the spans that are predicted (seqeval)", ("spans_correct", "spans_true"), _ratio
+        ),
+        "tag_accuracy": Metric("share of all words whose tag is right", ("correct", "tokens"), _ratio, _over_tokens),
+        "tag_loss": Metric(
+            "mean loss of all words", ("loss", "tokens"), _ratio, _over_tokens, higher=False, unit="nats"
+        ),
+        "answer_f1": mean_of(
+            "answer_f1", "mean F1 of an answer's words and those of the best right one (SQuAD)", unit="share"
         ),
         "mcc": Metric("Matthews' correlation of labels", _PAIR, _matthews, _labels, unit=""),
     },

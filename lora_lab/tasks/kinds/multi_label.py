@@ -14,8 +14,9 @@ import torch
 from annotated_types import Gt, Lt
 from torch import Tensor, nn
 
-from lora_lab.errors import OptionError, TaskError, shorten
+from lora_lab.errors import OptionError, TaskError
 from lora_lab.tasks.kinds.heads import CERTAIN, logistic
+from lora_lab.tasks.kinds.listed import ListedTask
 from lora_lab.tasks.kinds.pooled import POOLED, PooledKeys, PooledText
 from lora_lab.tasks.metrics import METRICS, Metric, averaged
 from lora_lab.tasks.settings import COMMON, Column
@@ -68,11 +69,13 @@ class Keys(PooledKeys):
             raise OptionError(f"{where}: label names columns, so that labels says nothing; leave it out")
 
 
-class MultiLabel(PooledText):
+class MultiLabel(PooledText, ListedTask):
     """A yes or no for every label; the loss of a text is its binary cross-entropy, the mean over the labels."""
 
     kind = "multi-label"
     Keys = Keys
+    listed = "label"
+    instead = ", or label = the names of columns that hold 0 or 1"
     problem = "multi_label_classification"
     classifies = False
     metrics = ("micro_f1", "macro_f1", "subset_accuracy", "loss")
@@ -85,35 +88,8 @@ class MultiLabel(PooledText):
     @cached_property
     def names(self) -> list[str]:
         """Names of the labels in the order of the outputs: of the keys, the columns, the dataset or the model."""
-        keys = self.settings
-        if not isinstance(keys.label, str):
-            return list(keys.label)
-        if keys.labels:
-            return list(keys.labels)
-        if not self._declared:
-            train = self._whole("train")
-            there = {each for i, cell in enumerate(train[keys.label]) for each in self._cell(cell, i)}
-            numbers = [each for each in there if isinstance(each, int)]
-            if numbers and len(numbers) < len(there):
-                raise TaskError(f"task {self.name}: labels in {keys.label!r} are names and numbers; one kind is needed")
-            names = list(map(str, range(max(numbers) + 1) if numbers else sorted(map(str, there))))
-        else:
-            names = self._declared
-        if len(names) < 2:
-            alone = shorten(map(self.reach.quote, names)) or "no label"
-            raise TaskError(
-                f"task {self.name}: {alone} alone in {keys.label!r} of its train split; two labels or more are needed"
-            )
-        known = [self.config.id2label[i] for i in range(self.config.num_labels)] if self._finished else []
-        return known if set(known) == set(names) else names
-
-    @cached_property
-    def _declared(self) -> list[str] | None:
-        """Names that the dataset gives to the numbers in its lists of labels."""
-        train = self._whole("train")
-        self._columns(train.column_names)
-        names = getattr(getattr(train.features[self.settings.label], "feature", None), "names", None)
-        return list(names) if names else None
+        own = self.settings.label
+        return super().names if isinstance(own, str) else list(own)
 
     def metric(self, name: str) -> Metric:
         """One of `metrics`."""
@@ -179,11 +155,10 @@ class MultiLabel(PooledText):
         """0 or 1 for every label, [texts, labels]."""
         column = self.settings.label
         if isinstance(column, str):
-            places = {name: i for i, name in enumerate(self.names)}
             found = np.zeros((len(table[column]), self.labels), dtype=np.float32)
             for row, cell in enumerate(table[column]):
                 for each in self._cell(cell, row):
-                    found[row, self._place(each, places, row)] = 1
+                    found[row, self._place(each, row)] = 1
             return torch.from_numpy(found)
         return torch.tensor([[self._bit(v, name, i) for i, v in enumerate(table[name])] for name in column]).T
 
@@ -193,30 +168,6 @@ class MultiLabel(PooledText):
             told = self.reach.quote(value)
             raise TaskError(f"task {self.name}: {told} in {column!r} (row {row} of a split) is neither 0 nor 1")
         return number
-
-    def _cell(self, cell: object, row: int) -> list[str | int]:
-        """A text's labels, numbers that the dataset has names for by these."""
-        where = f"in {self.settings.label!r} (row {row} of a split, counted from 0)"
-        if not isinstance(cell, list):
-            raise TaskError(
-                f"task {self.name}: a {type(cell).__name__} {where}; a list of labels is needed, or label = the names "
-                "of columns that hold 0 or 1"
-            )
-        for each in cell:
-            if not isinstance(each, str | int) or isinstance(each, bool):
-                raise TaskError(
-                    f"task {self.name}: a label of the type {type(each).__name__} {where}; a name is needed"
-                )
-        names = self._declared or []
-        return [names[each] if isinstance(each, int) and 0 <= each < len(names) else each for each in cell]
-
-    def _place(self, label: str | int, places: Mapping[str, int], row: int) -> int:
-        place = label if isinstance(label, int) else places.get(label, -1)
-        if not 0 <= place < len(places):
-            choices = shorten(places, 8) if self.reach.quotes else f"the {len(places)} labels"
-            told = f"label {self.reach.quote(label)} (row {row} of a split, counted from 0) is none of {choices}"
-            raise TaskError(f"task {self.name}: {told}")
-        return place
 
     def _fit(self, features: npt.NDArray[np.float64], answers: npt.NDArray[Any], labels: int) -> tuple[Tensor, Tensor]:
         """Logistic regression of every label by itself; one that always or never holds does so whatever the text is."""

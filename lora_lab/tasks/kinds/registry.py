@@ -13,7 +13,19 @@ from lora_lab.errors import OptionError, TrustError, unknown
 from lora_lab.files.toml import read_toml
 from lora_lab.files.trust import ANYWHERE, Reach
 from lora_lab.registry import Registry
-from lora_lab.tasks.kinds import clip, generation, harness, multi_label, preference, regression, seq2seq, text, vision
+from lora_lab.tasks.kinds import (
+    clip,
+    generation,
+    harness,
+    multi_label,
+    preference,
+    reading,
+    regression,
+    seq2seq,
+    tagging,
+    text,
+    vision,
+)
 from lora_lab.tasks.kinds.clip import Clip
 from lora_lab.tasks.kinds.digits import LABELLINGS, Digits
 from lora_lab.tasks.kinds.generation import Generation
@@ -21,8 +33,10 @@ from lora_lab.tasks.kinds.harness import Harness
 from lora_lab.tasks.kinds.language import CAUSAL_EXAMPLE, CHOICE_EXAMPLE, CausalLM, MultipleChoice
 from lora_lab.tasks.kinds.multi_label import MultiLabel
 from lora_lab.tasks.kinds.preference import Preference
+from lora_lab.tasks.kinds.reading import QuestionAnswering
 from lora_lab.tasks.kinds.regression import Regression
 from lora_lab.tasks.kinds.seq2seq import Seq2Seq
+from lora_lab.tasks.kinds.tagging import TokenClassification
 from lora_lab.tasks.kinds.text import TextClassification
 from lora_lab.tasks.kinds.vision import ImageClassification
 from lora_lab.tasks.own import PYTHON
@@ -122,6 +136,8 @@ KINDS = Registry(
         "text-classification": TaskKind(TextClassification.from_record, text.EXAMPLE, _ONE_ROW),
         "regression": TaskKind(Regression.from_record, regression.EXAMPLE, _ONE_ROW),
         "multi-label": TaskKind(MultiLabel.from_record, multi_label.EXAMPLE, _ONE_ROW),
+        "token-classification": TaskKind(TokenClassification.from_record, tagging.EXAMPLE, ("ForTokenClassification",)),
+        "question-answering": TaskKind(QuestionAnswering.from_record, reading.EXAMPLE, ("ForQuestionAnswering",)),
         "causal-lm": TaskKind(CausalLM.from_record, CAUSAL_EXAMPLE, _CAUSAL),
         "multiple-choice": TaskKind(MultipleChoice.from_record, CHOICE_EXAMPLE, _CAUSAL),
         "generation": TaskKind(Generation.from_record, generation.EXAMPLE, _CAUSAL),
