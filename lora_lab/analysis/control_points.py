@@ -28,7 +28,7 @@ from lora_lab.adapters.adapter import Adapter, stored
 from lora_lab.adapters.attached import Attached
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.brief import Brief
-from lora_lab.errors import DivergedError, FileError, LoraLabWarning
+from lora_lab.errors import DivergedError, FileError, LoraLabWarning, TaskError
 from lora_lab.files.trust import Origin
 from lora_lab.merging.paths import SPACES, Paths
 from lora_lab.registry import Registry
@@ -161,7 +161,7 @@ class ControlTraining:
         for tensor, place in zip(mixed, live, strict=True):
             place.data, place.grad = tensor.detach(), None
             place.requires_grad_(True)
-        loss = model(**self._batch(step)).loss
+        loss = _loss_of(model(**self._batch(step)), self.task)
         if not torch.isfinite(loss):
             raise DivergedError(
                 f"the control point diverged: loss {loss.item()} at step {step}; lower the learning rate"
@@ -347,6 +347,14 @@ def _midpoint(ends: Sequence[Adapter], how: Training) -> Adapter:
         for name, each in made.updates.items()
     }
     return made.with_updates(updates, source=made.source)
+
+
+def _loss_of(said: Any, task: Task) -> Any:
+    """The loss of a training step; TaskError where the model gives none."""
+    loss = said.get("loss") if isinstance(said, Mapping) else getattr(said, "loss", None)
+    if loss is None:
+        raise TaskError(f"task {task.name}: its model gives no `loss` of a training batch, which a curve is trained by")
+    return loss
 
 
 def _rate(step: int, steps: int) -> float:

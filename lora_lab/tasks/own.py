@@ -38,8 +38,7 @@ class Task(tasks.Task):
     `data` gives each of the splits train, validation and test as name → tensor or array with the example as first
     dimension, or is a function of the split's name that does; splits that are never asked for may be missing. `score`
     gives name → one number (or True or False) an example; it sees the model in evaluation mode, without gradients, and
-    the batch with `index`, the places of its examples. Of a column `loss`, and one `correct`, lines, Shapley values
-    and merges are made; `evaluate` takes any. Training calls `model(**batch).loss`, without `index`.
+    the batch with `index`, the places of its examples. Training calls `model(**batch).loss`, without `index`.
 
     `metrics` are names of METRICS, or of columns (of which the mean is taken), or name → Metric, the main one first; by
     default all columns. `settings` are batch_size (of scoring), and the defaults of training: target_modules,

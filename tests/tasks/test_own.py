@@ -72,8 +72,9 @@ def test_an_adapter_is_trained_scored_and_compared_on_it(tmp_path):
     }
     values = Shapley(worth="loss").run(adapters[:1], own).summary["adapters"][0]
     assert values["full"] == pytest.approx(-scores.loss.mean(), rel=1e-5)
-    with pytest.raises(TaskError, match="gives no 'correct' of its examples, only prediction, target, loss"):
-        Interpolate(points=3).run(adapters, own)
+    line = Interpolate(points=3).run(adapters, own)
+    assert line.columns["rmse"][0] == pytest.approx(result.columns["rmse"][1], rel=1e-5)
+    assert list(line.parameters["metrics"]) == ["rmse", "loss"]
 
 
 def test_columns_are_their_own_metrics_where_none_is_named(tmp_path):
