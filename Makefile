@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
 
-.PHONY: quickstart test slow data compat check format bench figures clean
+.PHONY: quickstart test slow data compat check format bench docs figures clean
 
 quickstart: $(STAMP)
 	$(BIN)/lora-lab quickstart -o quickstart --force
@@ -39,6 +39,11 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python tests/bench.py
+
+# The site in build/docs/site: pages a verb with what its example prints, tutorials, tables; nothing is loaded from elsewhere.
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/python docs/build.py
 
 figures: $(STAMP)
 	for script in figures/*.py; do $(BIN)/python $$script || exit 1; done

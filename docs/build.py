@@ -1,0 +1,270 @@
+"""The pages of the site: those of this folder, one a verb, tables of what there is, tutorials with their output.
+
+`python docs/build.py` writes build/docs and calls mkdocs (strict, no network); `--pages` writes the pages alone, and
+`--no-examples` leaves out what examples and tutorials print.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+import types
+from importlib import import_module
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+OUT = ROOT / "build" / "docs"
+
+GUIDES = {  # section → its pages in this folder, in order; others come behind them
+    "Guides": ("training", "line", "parts", "merging", "merge-tables", "adapters", "real-data", "cluster", "speed"),
+    "Your own": ("your-own-task", "your-own-loop", "add-a-method"),
+    "Reference": ("formats", "servers", "sources"),
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Write the pages, then the site."""
+    pages = OUT / "pages"
+    shutil.rmtree(OUT, ignore_errors=True)
+    pages.mkdir(parents=True)
+    run = "--no-examples" not in arguments
+    nav = {"Start": ["index.md"], "Tutorials": tutorials(pages, run=run), **guides(pages)}
+    nav["Reference"] += [merges(pages), results(pages), claims(pages), api(pages)]
+    nav["Commands"] = verbs(pages, run=run)
+    configure(nav)
+    if "--pages" not in arguments:
+        command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "-f", str(OUT / "mkdocs.yml")]
+        quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+        sys.exit(subprocess.run(command, check=False, env=quiet).returncode)
+
+
+def guides(pages: Path) -> dict[str, list[str]]:
+    """README as the first page, then the pages of this folder and their pictures, with links that fit the site."""
+    (pages / "index.md").write_text(linked((ROOT / "README.md").read_text()))
+    (pages / "figures").mkdir()
+    for picture in (ROOT / "figures").glob("*.png"):
+        shutil.copy(picture, pages / "figures")
+    found = {path.stem for path in HERE.glob("*.md")}
+    for name in found:
+        (pages / f"{name}.md").write_text(linked((HERE / f"{name}.md").read_text()))
+    known = [name for names in GUIDES.values() for name in names]
+    sections = {title: [f"{name}.md" for name in names if name in found] for title, names in GUIDES.items()}
+    sections["Guides"] += sorted(f"{name}.md" for name in found.difference(known))
+    for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY"):
+        (pages / f"{name.lower()}.md").write_text(linked((ROOT / f"{name}.md").read_text()))
+        sections["Reference"].append(f"{name.lower()}.md")
+    return sections
+
+
+def linked(text: str) -> str:
+    """The page with its links as they are in the site; those to code name it alone."""
+    text = re.sub(r"\]\((?:\.\./)?docs/([\w./-]+\.md)", r"](\1", text)
+    text = re.sub(r"\]\(\.\./figures/", "](figures/", text)
+    text = re.sub(r"\]\((?:\.\./)?(CONTRIBUTING|CHANGELOG|SECURITY)\.md", lambda m: f"]({m[1].lower()}.md", text)
+    return re.sub(r"\[([^\]]+)\]\((?:\.\./)?(?:lora_lab|cli|tests|figures|docs)/[\w./-]+\.(?:py|toml)\)", r"`\1`", text)
+
+
+def verbs(pages: Path, *, run: bool) -> list[str]:
+    """A page a verb: what it says of itself, an example with what it printed, its options."""
+    from lora_lab.cli import _VERBS
+    from lora_lab.cli.verbs import command_of
+
+    printed = examples() if run else {}
+    names = []
+    for verb in _VERBS:
+        function = import_module(f"lora_lab.cli.{verb.replace('-', '_')}").command
+        told = (function.__doc__ or "").partition("Example:")[0]
+        parts = [f"# {verb}", re.sub(r"\n {4}", "\n", told).strip(), "## Example"]
+        parts.append(printed.get(verb) or f"```console\n$ {shown(verb)}\n```")
+        parts += ["## Options", options(command_of(function))]
+        (pages / f"verb-{verb}.md").write_text("\n\n".join(parts) + "\n")
+        names.append(f"verb-{verb}.md")
+    return names
+
+
+def options(command: types.FunctionType) -> str:
+    """Name, meaning and default of every option, as --help has them."""
+    rows = ["| | | default |", "|---|---|---|"]
+    for parameter in command.__signature__.parameters.values():  # type: ignore[attr-defined]
+        (said,) = [part for part in getattr(parameter.annotation, "__metadata__", ()) if hasattr(part, "help")] or [
+            None
+        ]
+        flags = [getattr(said, "default", None), *(getattr(said, "param_decls", None) or ())]
+        flags = [flag for flag in flags if isinstance(flag, str)] or [parameter.name]
+        default = parameter.default
+        default = getattr(said, "show_default", None) if default is None else default
+        empty = default in (None, False, True, "") or default is parameter.empty
+        names = ", ".join(f"`{flag}`" for flag in flags)
+        meaning = cell((getattr(said, "help", "") or "").replace("VERB", "the verb"))
+        rows.append(f"| {names} | {meaning} | {'' if empty else f'`{cell(str(default))}`'} |")
+    return "\n".join(rows)
+
+
+def shown(verb: str) -> str:
+    """The example of a verb that is not run."""
+    return next(
+        (each["shown"] for each in listed() if each.get("verb") == verb and "shown" in each), f"lora-lab {verb}"
+    )
+
+
+def listed() -> list[dict[str, str]]:
+    """All examples."""
+    found: list[dict[str, str]] = tomllib.loads((HERE / "examples.toml").read_text())["example"]
+    return found
+
+
+def examples() -> dict[str, str]:
+    """Verb → its example with what it printed; an example that fails is an error."""
+    printed = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for example in listed():
+            if "run" not in example:
+                continue
+            print("running", example["run"], file=sys.stderr)
+            words = [sys.executable, "-c", "from lora_lab.cli import main; main()", *example["run"].split()[1:]]
+            told = subprocess.run(
+                words, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "110"}
+            )
+            if told.returncode:
+                sys.exit(f"{example['run']}: {told.stderr}")
+            if "verb" in example:
+                printed[example["verb"]] = f"```console\n$ {example['run']}\n{told.stdout.rstrip()}\n```"
+    return printed
+
+
+def tutorials(pages: Path, *, run: bool) -> list[str]:
+    """The scripts in tutorials/ as pages: text, code, and what each cell printed."""
+    names = []
+    for path in sorted((HERE / "tutorials").glob("*.py")):
+        name = f"tutorial-{path.stem[2:].replace('_', '-')}.md"
+        (pages / name).write_text(executed(path, run=run))
+        names.append(name)
+    return names
+
+
+def cells(path: Path) -> list[tuple[bool, str]]:
+    """Whether it is code, and the text, of every cell of a script in the percent format."""
+    found = []
+    for part in re.split(r"^# %% ?", path.read_text(), flags=re.M)[1:]:
+        head, _, body = part.partition("\n")
+        code = head.strip() != "[markdown]"
+        found.append((code, body.strip() if code else re.sub(r"^# ?", "", body, flags=re.M).strip()))
+    return found
+
+
+def executed(path: Path, *, run: bool) -> str:
+    """The cells of a script as a page, with what they print where they are run."""
+    parts, names, here = [], {"__name__": "__main__"}, Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        for code, text in cells(path):
+            parts.append(f"```python\n{text}\n```" if code else text)
+            if code and run:
+                heard = io.StringIO()
+                os.chdir(folder)
+                try:
+                    with contextlib.redirect_stdout(heard):
+                        exec(compile(text, str(path), "exec"), names)
+                finally:
+                    os.chdir(here)
+                if heard.getvalue():
+                    parts.append(f"```text\n{heard.getvalue().rstrip()}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def merges(pages: Path) -> str:
+    """Every merge, from its registry."""
+    from lora_lab.merging.methods import MERGES
+
+    rows = ["# Merges", "", "What `lora-lab merge --methods` lists.", ""]
+    rows += ["| method | what comes out | variant | looks at | gauge counts | source |", "|---|---|---|---|---|---|"]
+    for name, entry in MERGES.items():
+        about = (entry.function.__doc__ or "").strip().partition("\n")[0]
+        told = [f"`{name}`", about, entry.variant, entry.data, "no" if entry.gauge_free else "yes", entry.source]
+        rows.append("| " + " | ".join(map(cell, told)) + " |")
+    (pages / "merges.md").write_text("\n".join(rows) + "\n")
+    return "merges.md"
+
+
+def results(pages: Path) -> str:
+    """Every kind of result with its tables and columns, from its schema."""
+    from lora_lab.results.schema import documented, kinds
+
+    parts = [
+        "# Results",
+        "What the JSON files hold; `lora-lab schema KIND` prints the same, `--json` as a JSON Schema.",
+    ]
+    for name, kind in kinds().items():
+        rows = [f"## {name}", kind.meaning + ".", "| table | column | type | unit | meaning |\n|---|---|---|---|---|"]
+        lines = ["| " + " | ".join(cell(str(value)) for value in each.values()) + " |" for each in documented(name)]
+        parts += [*rows[:2], "\n".join([rows[2], *lines])]
+    (pages / "results.md").write_text("\n\n".join(parts) + "\n")
+    return "results.md"
+
+
+def claims(pages: Path) -> str:
+    """What papers claim, with what was published, and what was found where that was measured."""
+    from lora_lab.claims.claims import read
+    from lora_lab.results.result import Result
+
+    measured = [Result.load(path) for path in sorted((ROOT / "figures" / "results").glob("claims_*.json"))]
+    found = {(row["claim"], r.parameters["testbed"]): row for r in measured for row in r.rows()}
+    beds = [result.parameters["testbed"] for result in measured]
+    head = ["claim", "source", "published", *beds]
+    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for claim in read()[0]:
+        told = [verdict(found.get((claim.name, bed))) for bed in beds]
+        rows.append("| " + " | ".join(map(cell, [claim.says, claim.source, claim.published, *told])) + " |")
+    text = (HERE / "claims.md").read_text() if (HERE / "claims.md").exists() else "# What is true so far"
+    (pages / "claims.md").write_text(linked(text).rstrip() + "\n\n" + "\n".join(rows) + "\n")
+    return "claims.md"
+
+
+def verdict(row: dict[str, object] | None) -> str:
+    """The verdict with the difference and its interval."""
+    if row is None:
+        return ""
+    if row["difference"] is None:
+        return str(row["verdict"])
+    return f"**{row['verdict']}**: {row['difference']:.3g} [{row['difference_low']:.3g}, {row['difference_high']:.3g}]"
+
+
+def api(pages: Path) -> str:
+    """The functions of `import lora_lab as ll`, from their docstrings."""
+    import lora_lab
+
+    parts = ["# Python", "What `import lora_lab as ll` gives."]
+    for name in lora_lab.__all__:
+        module = getattr(lora_lab, name).__module__
+        parts.append(f"::: {module}.{name}")
+    (pages / "python.md").write_text("\n\n".join(parts) + "\n")
+    return "python.md"
+
+
+def configure(nav: dict[str, list[str]]) -> None:
+    """mkdocs.yml beside the pages: that of this folder with the order of the pages."""
+    lines = [f"INHERIT: {os.path.relpath(HERE / 'mkdocs.yml', OUT)}", "nav:"]
+    for title, names in nav.items():
+        lines += [f"  - {title}:", *(f"      - {title_of(name)}{name}" for name in names)]
+    (OUT / "mkdocs.yml").write_text("\n".join(lines) + "\n")
+
+
+def title_of(name: str) -> str:
+    """The name of a verb's page; all others have a heading that says it."""
+    return f"{name.removeprefix('verb-').removesuffix('.md')}: " if name.startswith("verb-") else ""
+
+
+def cell(text: str) -> str:
+    """A text in a table."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

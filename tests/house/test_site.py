@@ -1,0 +1,71 @@
+"""The site's pages are written from what there is, its links lead somewhere, and the tutorials run."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+from lora_lab.cli import _VERBS
+
+from lora_lab.merging.methods import MERGES
+from lora_lab.results.schema import kinds
+
+ROOT = Path(__file__).parents[2]
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def build():
+    spec = importlib.util.spec_from_file_location("site_build", ROOT / "docs" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def pages(build, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(build, "OUT", tmp_path_factory.mktemp("site") / "docs")
+        build.main(["--pages", "--no-examples"])
+        yield build.OUT / "pages"
+
+
+def test_every_verb_merge_and_kind_of_result_has_its_place(pages, build):
+    for verb in _VERBS:
+        text = (pages / f"verb-{verb}.md").read_text()
+        assert text.startswith(f"# {verb}\n")
+        assert f"lora-lab {verb}" in text
+    assert "| `-o`, `--output` |" in (pages / "verb-interpolate.md").read_text()
+    table = (pages / "merges.md").read_text()
+    assert all(f"| `{name}` |" in table for name in MERGES)
+    assert all(f"## {name}\n" in (pages / "results.md").read_text() for name in kinds())
+
+
+def test_every_verb_has_an_example_of_its_own(build):
+    assert {each["verb"] for each in build.listed() if "verb" in each} == set(_VERBS)
+    for each in build.listed():
+        assert each.get("run", each.get("shown")).startswith(f"lora-lab {each.get('verb', '')}")
+
+
+def test_all_links_between_pages_lead_to_a_page(pages):
+    for path in pages.glob("*.md"):
+        text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if not target.startswith(("http", "#", "mailto:")):
+                assert (pages / target.partition("#")[0]).exists(), f"{path.name}: {target}"
+
+
+def test_every_page_is_in_the_order_of_the_site(pages):
+    nav = (pages.parent / "mkdocs.yml").read_text()
+    for path in pages.glob("*.md"):
+        assert re.search(rf"[ ]{re.escape(path.name)}$", nav, re.M), path.name
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
+def test_the_tutorials_run(path, build, few_digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(text for is_code, text in build.cells(path) if is_code)
+    short = re.sub(r"steps=\d+", "steps=4", code)
+    exec(compile(short, str(path), "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out
+    assert all(text for _, text in build.cells(path))
