@@ -23,10 +23,12 @@ def command(
     """What every merge keeps of every adapter, on the adapter's own task and with its own head.
 
     Adapters of several tasks are merged in sets: those of one training method and seed, one a task. Adapters of one
-    task are seeds, merged in ratios. The coefficient of each merge is chosen on the validation splits, the same for all
-    tasks; the table shows the test split at that coefficient, and at 1. **normalised** is the share of the adapter's
-    own accuracy. Merges come back at equal rank, by default that of the adapters; **size** is that of the factors in
-    the file, **cut error** what the cut lost of ΔW. `--rank largest,exact` adds rows without a cut.
+    task are seeds, merged in ratios. The coefficient of each merge is chosen on the validation splits, the same for
+    all tasks; the table shows the test split at that coefficient, and at 1. A task is judged by its main metric, or
+    the first of `--metric` that it has. **normalised** is the share of the adapter's own score, where the metric is
+    a share of which more is better; of other metrics **lost** is how much worse it became. Merges come back at
+    equal rank, by default that of the adapters; **size** is that of the factors in the file, **cut error** what the
+    cut lost of ΔW. `--rank largest,exact` adds rows without a cut.
 
     For comparison: the base alone, each task's own adapter (**alone**: what routing without errors gives), and the
     ensemble, which averages the adapters' logits: no merge at all, at the cost of all of them. The last column compares
@@ -57,23 +59,61 @@ def show(result: Any) -> None:
     several = max(row["sets"] for row in means) > 1
     first = result.parameters.get("reference")
     headings = ["merge", "rank", "size", "cut error"]
+    scores = [name for name in _scores(result) if any(row.get(name) is not None for row in means)]
     for method in methods:
         name = method or "adapters"
-        headings += [f"{name}\naccuracy", "\nnormalised", "\nat coef.", "\naccuracy at 1", f"\nless {first}"]
+        of_method = [*scores, "at coef.", *(f"{each} at 1" for each in scores[:1]), f"less {first}"]
+        headings += [f"{'' if i else name}\n{heading}" for i, heading in enumerate(of_method)]
     rows = []
     for head, members in grouped(means, "merge", "ratio"):
         error = members[0].get("cut_error")
         cells = [_named(head), members[0].get("rank"), _size(members[0]), error if error is None else f"{error:.2g}"]
         for method in methods:
             row = next((r for r in members if r["method"] == method), None)
-            cells += [*_cells(result, row), _verdict(row)] if row else ["–"] * 5
+            cells += [*_cells(result, row, scores), _verdict(row)] if row else ["–"] * len(of_method)
         rows.append(cells)
     n = result.provenance["examples"]
     spread = "mean ± s.d. over sets, or [95 % interval] of one" if several else "95 % intervals"
     where = ", ".join(result.parameters["task_names"])
     table(f"Merges on {where} ({result.parameters['split']} split, {n} examples; {spread})", headings, rows)
+    _show_tasks(result, methods, first)
     _show_nulls(result, methods)
     _show_notes(result, means)
+
+
+def _scores(result: Any) -> list[str]:
+    """The columns that say how good a merge is: metrics, and what is kept of the adapters alone."""
+    from ..results.rows import metrics_of
+
+    return [*metrics_of(result.parameters), "normalised", "lost"]
+
+
+def _show_tasks(result: Any, methods: list[Any], first: str | None) -> None:
+    """Every merge on every task of several, at the chosen coefficients."""
+    from ..results.result import grouped
+
+    rows = result.summary.get("by_task", [])
+    if len({row["task"] for row in rows}) < 2:
+        return
+    for method in methods:
+        of_method = [row for row in rows if row["method"] == method]
+        tasks, scores = list(dict.fromkeys(row["task"] for row in of_method)), _scores(result)
+        shown = []
+        for head, members in grouped(of_method, "merge", "ratio"):
+            found = {row["task"]: row for row in members}
+            shown.append([_named(head), *(_task_cell(found.get(task), scores) for task in tasks)])
+        console.print()
+        title = f"{method or 'adapters'}: each task by its metric, and beside the adapter alone (mean ± s.d. over sets)"
+        table(title, ["merge", *tasks], shown)
+
+
+def _task_cell(row: dict[str, Any] | None, scores: list[str]) -> str:
+    if row is None:
+        return "–"
+    known = [name for name in scores if row.get(name) is not None]
+    texts = [number(row[name]) + (f" ± {number(row[f'{name}_spread'])}" if row["sets"] > 1 else "") for name in known]
+    words = {"normalised": "× alone", "lost": "lost"}
+    return ", ".join(f"{text} {words.get(name, name)}" for name, text in zip(known, texts, strict=True))
 
 
 def _show_nulls(result: Any, methods: list[Any]) -> None:
@@ -99,7 +139,7 @@ def _show_nulls(result: Any, methods: list[Any]) -> None:
             cells += [number(row["of_adapters"]), kept, p, row["verdict"] or "–"]
         rows.append(cells)
     console.print()
-    table("Normalised accuracy with nulls in the place of adapters", headings, rows, texts=3)
+    table("What is kept with nulls in the place of adapters", headings, rows, texts=3)
     for why in dict.fromkeys(row["why"] for row in nulls if row["why"]):
         console.print(f"no p-value: {why}")
 
@@ -137,16 +177,17 @@ def _verdict(row: dict[str, Any]) -> str:
     return "{} [{}, {}] {}".format(*ends, row["verdict"])
 
 
-def _cells(result: Any, row: dict[str, Any]) -> list[str]:
+def _cells(result: Any, row: dict[str, Any], scores: list[str]) -> list[str]:
     if row["sets"] > 1:
-        shown = [f"{number(row[key])} ± {number(row[f'{key}_spread'])}" for key in ("accuracy", "normalised")]
+        shown = [f"{number(row[k])} ± {number(row[f'{k}_spread'])}" if row[k] is not None else "–" for k in scores]
     else:
         found = next(
             r
             for r in result.summary["sets"]
             if r["chosen"] and all(r[key] == row[key] for key in ("merge", "method", "ratio"))
         )
-        shown = [estimate(found[k], found[f"{k}_low"], found[f"{k}_high"]) for k in ("accuracy", "normalised")]
+        shown = [estimate(found[k], found.get(f"{k}_low"), found.get(f"{k}_high")) for k in scores]
+    plain = [] if not scores else ["–" if row["coefficient"] is None else number(row[f"plain_{scores[0]}"])]
     if row["coefficient"] is None:
-        return [*shown, "–", "–"]
-    return [*shown, f"{row['coefficient']:.2g}" + ("*" if row["at_edge"] else ""), number(row["plain_accuracy"])]
+        return [*shown, "–", *plain]
+    return [*shown, f"{row['coefficient']:.2g}" + ("*" if row["at_edge"] else ""), *plain]

@@ -33,6 +33,9 @@ class Merging:
         "Choose on the validation splits: coefficient=0.3,0.5,1 or any option of the method (a grid), or "
         "coefficient=0.1..2 (scipy). Repeatable.",
     )
+    metric: tuple[str, ...] = option(
+        (), "For --search: metrics, with commas between them; each task is judged by the first that it has."
+    )
     rank: int | str | None = option(
         None,
         "Cut to this rank, the error is told: a number, largest (of the adapters, in each module) or sum (of theirs). "
@@ -184,6 +187,8 @@ def command(
 def _spaces(how: Merging, options: dict[str, Any], computing: Searching) -> Any:
     """What is searched; OptionError where it does not go together with what is set."""
     spaces = parsing.searches(how.search or [], how.method, options)
+    if how.metric and not spaces:
+        raise OptionError("--metric chooses among what --search tries; without it there is nothing to choose")
     if "coefficient" in spaces and how.coefficient != 1:
         raise OptionError("the coefficient is both set and searched")
     if not spaces and computing.ray:
@@ -223,7 +228,8 @@ def _settings(
     if spaces:
         rank = EXACT if how.exact else how.rank
         with computing.execution(f"merging by {how.method}") as on:
-            best = search(sources, how.method, spaces, options=options, coefficient=coefficient, rank=rank, on=on)
+            choice = {"coefficient": coefficient, "rank": rank, "metric": how.metric}
+            best = search(sources, how.method, spaces, options=options, **choice, on=on)
             options, coefficient, trials = dict(best.options), best.coefficient, best.trials
     told = {name: getattr(how, name) for name in ("rank", "exact", "heads", "dtype")}
     return options, {"coefficient": coefficient, **told, "trials": trials}
@@ -256,5 +262,5 @@ def show(report: dict[str, Any]) -> None:
     if trials:
         console.print()
         title = f"{len(trials)} tried on the validation splits, best first (means over the tasks)"
-        best = sorted(trials, key=lambda trial: (-trial["accuracy"], trial["loss"]))
+        best = sorted(trials, key=lambda trial: trial["place"])
         table(title, list(best[0]), [list(trial.values()) for trial in best[:10]], texts=0)

@@ -19,6 +19,7 @@ from lora_lab.scoring.changes import Change
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import Examples
+from lora_lab.tasks.judging import Judge, all_shares, kept, one_metric, share
 from lora_lab.tasks.task import Scores
 
 CANNOT = (MismatchError, TaskError, TunerError, OptionError)
@@ -111,6 +112,8 @@ class CoefficientSearch:
     spec: MergeSpec
     coefficients: tuple[float, ...]
     draw: Draw | None = None
+    metric: tuple[str, ...] = ()
+    """By which the tasks are judged (see `Judge`)."""
 
     def evaluations(self, evaluator: Evaluator) -> int:
         """How many scores it asks for at most: all coefficients on validation splits, one or two on the other."""
@@ -127,8 +130,9 @@ class CoefficientSearch:
         """Choose the coefficient, and score it."""
         evaluator.scores(self._all(evaluator), "validation")
         tried = {c: self._scores(evaluator, c, "validation") for c in self.coefficients}
-        curve = _curve(tried, alone(evaluator, self.merge_set, "validation"))
-        best = _best(curve)
+        own = alone(evaluator, self.merge_set, "validation")
+        curve, judged = _curve(tried, own, judges(evaluator, self.merge_set, "validation", self.metric))
+        best = _best(curve["coefficient"], judged, curve["loss"])
         tested = dict.fromkeys((best, 1.0) if self.draw is None else (best,))
         return Trial(curve, best, {c: self._scores(evaluator, c, evaluator.split) for c in tested})
 
@@ -178,51 +182,50 @@ def bases(evaluator: Evaluator, merge_set: MergeSet) -> list[BaseAlone]:
     return [BaseAlone(index) for index in places(evaluator, merge_set)]
 
 
-def kept_share(scores: SetScores, own: SetScores) -> float:
-    """The mean over the tasks of accuracy as a share of the adapters' own; of accuracy, where that is 0."""
-    accuracy = np.array([correct(group).mean() for group in scores])
-    shares = share(accuracy, np.array([correct(group).mean() for group in own]))
-    return float((shares if np.isfinite(shares).all() else accuracy).mean())
+def judges(evaluator: Evaluator, merge_set: MergeSet, split: str, asked: Sequence[str]) -> list[Judge]:
+    """By what each place is judged."""
+    own = alone(evaluator, merge_set, split)
+    where = zip(places(evaluator, merge_set), own, strict=True)
+    drawn = evaluator.drawn(split)
+    tasks = [(evaluator.tasks[index], scores[0]) for index, scores in where]
+    return [Judge(task, drawn.of_task(task), asked, scores) for task, scores in tasks]
 
 
-def _curve(tried: Mapping[float, SetScores], alone: SetScores) -> dict[str, Any]:
-    """Means over the tasks at every coefficient, on the validation splits."""
+def kept_of(scores: SetScores, own: SetScores, by: Sequence[Judge]) -> float:
+    """What a merge keeps of the adapters alone (see `kept`)."""
+    return float(kept(by, _values(scores, by), _values(own, by)))
+
+
+def _values(scores: SetScores, by: Sequence[Judge]) -> Floats:
+    return np.array([judge.value(group) for judge, group in zip(by, scores, strict=True)])
+
+
+def _curve(
+    tried: Mapping[float, SetScores], alone: SetScores, by: Sequence[Judge]
+) -> tuple[dict[str, Any], Sequence[float]]:
+    """Means over the tasks at every coefficient, on the validation splits, and what is kept, by which one is chosen."""
     coefficients = sorted(tried)
-    groups = [tried[c] for c in coefficients]
-    accuracies = np.array([[correct(scores).mean() for scores in group] for group in groups])
-    own = np.array([correct(scores).mean() for scores in alone])
-    return {
+    values, own = np.array([_values(tried[c], by) for c in coefficients]), _values(alone, by)
+    means = {by[0].name: values.mean(1).tolist()} if one_metric(by) else {}
+    curve = {
         "coefficient": coefficients,
-        "accuracy": accuracies.mean(1).tolist(),
-        "normalised": share(accuracies, own).mean(1).tolist(),
-        "loss": [float(np.mean([loss(scores) for scores in group])) for group in groups],
+        "normalised": share(values, own).mean(1).tolist() if all_shares(by) else [math.nan] * len(coefficients),
+        "loss": [float(np.mean([loss(scores) for scores in tried[c]])) for c in coefficients],
+        **means,
     }
+    return curve, kept(by, values, own).tolist()
 
 
-def _best(curve: Mapping[str, Any]) -> float:
-    """The coefficient of the highest mean normalised accuracy (of accuracy, where that is none), then of least loss."""
-    judged = curve["normalised"] if np.isfinite(curve["normalised"]).all() else curve["accuracy"]
+def _best(coefficients: Sequence[float], judged: Sequence[float], losses: Sequence[float]) -> float:
+    """The coefficient at which most is kept, then that of least loss."""
 
     def rank(i: int) -> tuple[float, float]:
-        loss = curve["loss"][i]
-        return round(judged[i], 12), -loss if math.isfinite(loss) else -math.inf
+        kept, loss = judged[i], losses[i]
+        return (-math.inf if math.isnan(kept) else round(kept, 12), -loss if math.isfinite(loss) else -math.inf)
 
-    best: float = curve["coefficient"][max(range(len(curve["coefficient"])), key=rank)]
-    return best
-
-
-def share(accuracy: Floats, own: Floats) -> Floats:
-    """Accuracy as a share of the adapter's own; NaN where that is 0."""
-    shares: Floats = np.divide(accuracy, own, out=np.full(np.broadcast(accuracy, own).shape, np.nan), where=own > 0)
-    return shares
-
-
-def correct(scores: Sequence[Scores]) -> Floats:
-    """Correctness of each example, a mean over several adapters."""
-    values: Floats = np.mean([s.correct for s in scores], axis=0, dtype=np.float64)
-    return values
+    return coefficients[max(range(len(coefficients)), key=rank)]
 
 
 def loss(scores: Sequence[Scores]) -> float:
-    """Mean loss over examples, and over several adapters."""
-    return float(np.mean([s.mean_loss for s in scores]))
+    """Mean loss over examples, and over several adapters; NaN of a task without one."""
+    return float(np.mean([s.mean_loss if "loss" in s.columns else math.nan for s in scores]))

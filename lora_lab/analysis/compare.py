@@ -7,14 +7,13 @@ of a set, and what it does is reported on the test splits, beside the merge as i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from lora_lab.adapters.adapter import Adapter
@@ -29,28 +28,29 @@ from lora_lab.analysis.coefficients import (
     Trial,
     alone,
     bases,
-    correct,
     ensembles,
-    kept_share,
-    loss,
-    share,
+    judges,
+    kept_of,
 )
+from lora_lab.analysis.measured import told
+from lora_lab.analysis.merge_rows import by_method, by_task, measured, signed
 from lora_lab.analysis.merge_sets import MergeSet, MergeSpec, joined, merge_sets_of, specs_of, tried
-from lora_lab.analysis.merge_verdicts import NO_DIFFERENCE, Group, NullScores, Outcomes, null_rows
+from lora_lab.analysis.merge_verdicts import Group, NullScores, Outcomes, null_rows
 from lora_lab.analysis.merges import CompareMerges as CompareMerges
 from lora_lab.errors import LoraLabError, OptionError
 from lora_lab.geometry.nulls import NULLS
 from lora_lab.merging.budgets import EXACT, check_rank
 from lora_lab.merging.methods import MERGES
 from lora_lab.merging.task_models import MergeModels
-from lora_lab.results.result import Result, columns, fingerprint, finite, grouped
-from lora_lab.results.stats import ADDED, INTERVALS, Floats, Sampled, around, interval, mean_and_spread, proportion
+from lora_lab.results.result import Result, columns, fingerprint, finite
+from lora_lab.results.stats import INTERVALS
 from lora_lab.scoring.changes import Change
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import examples_of
 from lora_lab.scoring.execution import Cost, Execution
 from lora_lab.tasks import digests
-from lora_lab.tasks.task import Scores, Task
+from lora_lab.tasks.judging import Judge
+from lora_lab.tasks.task import Task
 
 BASE, ALONE, ENSEMBLE = "base", "alone", "ensemble of logits"
 """What merges are compared with: no adapter, each task's own, and all of them at once."""
@@ -83,7 +83,7 @@ def answer(
     for rank in question.ranks:
         check_rank(evaluator.models.sources, None if rank == EXACT else rank)
     searches = _searches(question, evaluator, merge_sets, specs)
-    table = _Table(evaluator, question.seed, specs[0].name)
+    table = _Table(evaluator, question, specs[0].name)
     for merge_set, of_set in zip(merge_sets, searches, strict=True):
         table.add(merge_set, of_set)
     if not table.merged:
@@ -95,6 +95,7 @@ def answer(
         "merges": [spec.name for spec in specs],
         "stands_for": stands_for,
         "reference": specs[0].name,
+        "metrics": table.told,
         **{name: value for name, value in question.record.items() if name != "methods"},
         "adapters": [{**described(a), "name": name} for a, name in zip(adapters, table.names, strict=True)],
     }
@@ -129,20 +130,23 @@ def _searches(
     several = [merge_set for merge_set in merge_sets if len(merge_set.members) > 1]
     grid, draws = [*question.coefficients, 1.0], [None, *_draws(question)]
     searches = [
-        CoefficientSearch(merge_set, spec, spec.coefficients(grid), draw)
+        CoefficientSearch(merge_set, spec, spec.coefficients(grid), draw, question.metric)
         for merge_set in several
         for spec in specs
         for draw in draws
     ]
     members = [Alone(i) for i in sorted({i for merge_set in merge_sets for i in merge_set.members})]
     references: list[Change] = [change for each in merge_sets if _by_itself(each) for change in bases(evaluator, each)]
-    references += [change for each in several for change in ensembles(evaluator, each)]
-    evaluator.total = 2 * len(members) + len({change.key for change in references})
+    together = [ensembles(evaluator, each) for each in several]
+    evaluator.total = 2 * len(members) + len({change.key for change in itertools.chain(references, *together)})
     evaluator.total += sum(search.evaluations(evaluator) for search in searches)
     if evaluator.on.confirm:
         evaluator.on.confirm(_cost(evaluator, searches))
     evaluator.scores(members, "validation")
     evaluator.scores([*members, *references])
+    for of_set in together:
+        with contextlib.suppress(*CANNOT):  # told by the table, which asks again
+            evaluator.scores(of_set)
     errors: Sequence[LoraLabError | None] = [None] * len(searches)
     if evaluator.on.workers:
         errors = evaluator.prepare([(search, search.changes(evaluator)) for search in searches], CANNOT)
@@ -170,13 +174,15 @@ def _data(question: CompareMerges, tasks: Sequence[Task]) -> list[Any]:
 class _Table:
     """The rows of a comparison, and its summary, filled set by set."""
 
-    def __init__(self, evaluator: Evaluator, seed: int, reference: str) -> None:
+    def __init__(self, evaluator: Evaluator, question: CompareMerges, reference: str) -> None:
         self.names = labels_of(evaluator.adapters)
         self.rows: list[Row] = []
         self.skipped: list[Row] = []
         self.merged = 0
         """How many merges there are."""
-        self._evaluator, self._seed, self._reference = evaluator, seed, reference
+        self.told: dict[str, dict[str, Any]] = {}
+        """The metrics that the tasks are judged by, each once."""
+        self._evaluator, self._question, self._reference = evaluator, question, reference
         self._sets: list[Row] = []
         self._curves: list[Row] = []
         self._starts: list[Row] = []
@@ -188,9 +194,11 @@ class _Table:
         """What each set came to, each merge over the sets, its nulls, the validation curves, and what was left out."""
         nulls = null_rows(self._nulls, {each.null: NULLS[each.null].random for each in self._nulls})
         compared = {group: outcomes.compared(self._reference) for group, outcomes in self._outcomes.items()}
+        chosen = [row for row in self.rows if row["chosen"]]
         return {
             "sets": self._sets,
-            "by_method": _by_method(self._sets, compared, nulls),
+            "by_method": by_method(self._sets, compared, nulls, list(self.told)),
+            "by_task": by_task(chosen, list(self.told)),
             "nulls": nulls,
             "curves": self._curves,
             "skipped": self.skipped,
@@ -201,17 +209,22 @@ class _Table:
         """The base, the adapters alone, and of several their ensemble, their merges and those of their nulls."""
         evaluator, adapters = self._evaluator, [self._evaluator.adapters[i] for i in merge_set.members]
         own, size = alone(evaluator, merge_set, evaluator.split), sum(map(factor_bytes, adapters))
+        by = judges(evaluator, merge_set, evaluator.split, self._question.metric)
+        self.told |= told({judge.name: judge.metric for judge in by})
         if _by_itself(merge_set):
-            self._add(merge_set, BASE, self._each(bases(evaluator, merge_set)), own, _reference(0))
-            self._add(merge_set, ALONE, own, own, _reference(size))
+            self._add(merge_set, BASE, self._each(bases(evaluator, merge_set)), own, by, _reference(0))
+            self._add(merge_set, ALONE, own, own, by, _reference(size))
         if len(merge_set.members) == 1:
             return
         self._starts.append({"set": merge_set.label, "method": merge_set.method, **shared_start(adapters)})
         self._outcomes.setdefault((merge_set.method, merge_set.ratio), Outcomes()).members.append(merge_set.members)
-        self._add(merge_set, ENSEMBLE, self._each(ensembles(evaluator, merge_set)), own, _reference(size))
+        try:
+            self._add(merge_set, ENSEMBLE, self._each(ensembles(evaluator, merge_set)), own, by, _reference(size))
+        except CANNOT as why:
+            self.skipped.append({"set": merge_set.label, "merge": ENSEMBLE, "why": str(why)})
         for spec, of_spec in itertools.groupby(searches, lambda pair: pair[0].spec):
             try:
-                self._add_merge(merge_set, spec, list(of_spec), own)
+                self._add_merge(merge_set, spec, list(of_spec), own, by)
             except CANNOT as why:
                 self.skipped.append({"set": merge_set.label, "merge": spec.name, "why": str(why)})
 
@@ -224,6 +237,7 @@ class _Table:
         spec: MergeSpec,
         searches: Sequence[tuple[CoefficientSearch, LoraLabError | None]],
         own: SetScores,
+        by: Sequence[Judge],
     ) -> None:
         """A merge of the adapters at its best coefficient and at 1, and of their nulls."""
         (trial,) = (_trial(*pair, self._evaluator) for pair in searches if pair[0].draw is None)
@@ -237,9 +251,9 @@ class _Table:
             where: Row = {"coefficient": coefficient, "chosen": coefficient == trial.best}
             where |= {"category": "exact" if spec.rank == EXACT else "equal rank", "rank": int(told["rank"])}
             where |= {"bytes": int(told["bytes"]), "cut_error": told["error"]}
-            self._add(merge_set, spec.name, scores, own, where, at_edge=at_edge)
+            self._add(merge_set, spec.name, scores, own, by, where, at_edge=at_edge)
         best = trial.tested[trial.best]
-        self._outcomes[group].add(spec.name, [np.asarray(_outcomes(scores), dtype=np.float64) for scores in best])
+        self._outcomes[group].add(spec.name, [signed(*part, by) for part in zip(by, best, own, strict=True)])
         drawn: dict[tuple[str, str], list[tuple[CoefficientSearch, LoraLabError | None]]] = {}
         for search, error in searches:
             if search.draw is not None:
@@ -250,8 +264,8 @@ class _Table:
             except CANNOT as why:
                 self.skipped.append({"set": merge_set.label, "merge": f"{spec.name}, {null}", "why": str(why)})
                 continue
-            shares = tuple(kept_share(each.tested[each.best], own) for each in trials)
-            self._nulls.append(NullScores(group, spec.name, null, replaced, kept_share(best, own), shares))
+            shares = tuple(kept_of(each.tested[each.best], own, by) for each in trials)
+            self._nulls.append(NullScores(group, spec.name, null, replaced, kept_of(best, own, by), shares))
 
     def _add(
         self,
@@ -259,12 +273,13 @@ class _Table:
         name: str,
         scores: SetScores,
         own: SetScores,
+        by: Sequence[Judge],
         where: Mapping[str, Any],
         *,
         at_edge: bool | None = None,
     ) -> None:
-        tasks = self._evaluator.tasks
-        rows, whole = _measured(merge_set, name, scores, own, self.names, tasks, self._seed)
+        who = [(self._evaluator.tasks[i].name, self.names[i]) for i in merge_set.members]
+        rows, whole = measured(_head(merge_set, name), who, scores, own, by, self._question.seed)
         self.rows += [{**row, **where} for row in rows]
         self._sets.append({**whole, **where, "at_edge": at_edge})
 
@@ -310,80 +325,3 @@ def _head(merge_set: MergeSet, merge: str) -> Row:
         "ratio": merge_set.ratio,
         "merge": merge,
     }
-
-
-def _measured(
-    merge_set: MergeSet,
-    name: str,
-    scores: SetScores,
-    alone: SetScores,
-    names: Sequence[str],
-    tasks: Sequence[Task],
-    seed: int,
-) -> tuple[list[Row], Row]:
-    """A row for each task, and the row of the mean over them.
-
-    A task's accuracy has the interval of `proportion`; its share of the adapter's own, and the means over tasks, a
-    bootstrap one. Of the examples added to outcomes (see `Sampled.of`), each of the tasks of a mean gets its part.
-    """
-    head = _head(merge_set, name)
-    rows: list[Row] = []
-    means: dict[str, list[tuple[Floats, Floats]]] = {"accuracy": [], "normalised": []}
-    pairs = list(zip(merge_set.members, alone, scores, strict=False))
-    for index, own, scored in pairs:
-        accuracy = proportion(_outcomes(scored))
-        shares = [share(*part) for part in _both(scored, own, ADDED, seed)]
-        row: Row = {**head, "task": tasks[index].name, "adapter": names[index], "loss": loss(scored)}
-        row |= dict(zip(("accuracy", "accuracy_low", "accuracy_high"), accuracy, strict=True))
-        rows.append(row | _cells("normalised", *shares))
-        of_task, samples = _both(scored, own, ADDED / len(pairs), seed)
-        means["accuracy"].append((of_task[0], samples[0]))
-        means["normalised"].append((share(*of_task), share(*samples)))
-    whole: Row = {**head, "loss": float(np.mean([row["loss"] for row in rows]))}
-    for key, parts in means.items():
-        whole |= _cells(key, *(np.mean([part[k] for part in parts], axis=0) for k in (0, 1)))
-    return rows, whole
-
-
-def _both(scored: Sequence[Scores], own: Sequence[Scores], added: float, seed: int) -> tuple[Floats, Floats]:
-    """Means, [2, 1], and resampled means, [2, resamples], of the correctness of a merge and of the adapter alone."""
-    same = all(a is b for a, b in zip(scored, own, strict=True)) if len(scored) == len(own) else False
-    values = [_outcomes(scored)] if same else [_outcomes(scored), _outcomes(own)]
-    right_or_wrong = all(scores.correct.dtype == np.bool_ for scores in (*scored, *own))
-    sampled = Sampled.of(np.stack(values), seed=seed, added=added if right_or_wrong else 0.0)
-    both = sampled[[0, 0] if same else [0, 1]]
-    return both.means, both.samples
-
-
-def _outcomes(scores: Sequence[Scores]) -> npt.NDArray[np.bool_] | Floats:
-    """Correctness of each example: of one model as it is scored, of several a mean over them."""
-    return scores[0].correct if len(scores) == 1 else correct(scores)
-
-
-def _cells(key: str, mean: Floats, samples: Floats) -> Row:
-    low, high = around(float(mean[0]), interval(samples[np.isfinite(samples)]))
-    return {key: float(mean[0]), f"{key}_low": low, f"{key}_high": high}
-
-
-def _by_method(sets: Sequence[Row], compared: Mapping[Group, Mapping[str, Row]], nulls: Sequence[Row]) -> list[Row]:
-    """Mean and standard deviation over the sets of each training method, at the chosen coefficient and at 1.
-
-    With them the difference from the first merge, and the largest p-value against nulls.
-    """
-    rows = []
-    for head, members in grouped(sets, "method", "ratio", "merge"):
-        at_best = [row for row in members if row["chosen"]]
-        plain = [row for row in members if row["coefficient"] in (None, 1.0)]
-        row = {**head, "sets": len(at_best), "at_edge": sum(bool(r["at_edge"]) for r in at_best)}
-        row |= {"category": members[0]["category"]}
-        for key, over in (("rank", max), ("bytes", max), ("cut_error", np.mean), ("coefficient", np.mean)):
-            values = [r[key] for r in at_best]
-            row[key] = None if None in values else over(values)
-        for key in ("accuracy", "normalised", "loss"):
-            row[key], row[f"{key}_spread"] = mean_and_spread(np.array([r[key] for r in at_best]))
-            row[f"plain_{key}"], row[f"plain_{key}_spread"] = mean_and_spread(np.array([r[key] for r in plain]))
-        row |= compared.get((head["method"], head["ratio"]), {}).get(head["merge"], NO_DIFFERENCE)
-        p = [n["p"] for n in nulls if all(n[k] == head[k] for k in head) and NULLS[n["null"]].random]
-        row["p_nulls"] = max(p) if p and None not in p else None
-        rows.append(row)
-    return rows

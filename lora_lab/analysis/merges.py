@@ -29,10 +29,12 @@ def _ranks() -> list[str]:
 
 @dataclass(frozen=True)
 class CompareMerges(Question):
-    """Accuracy of every merge on the tasks of its adapters, each with its own head; see compare.py.
+    """How good every merge is on the tasks of its adapters, each with its own head; see compare.py.
 
-    Every number on the `split` has a 95 % interval over examples (bootstraps with `seed`; Wilson's for one task's
-    accuracy); normalised is divided by the adapter's own accuracy alone. The summary has the validation curves over the
+    Tasks are judged, and coefficients chosen, by their main metric or the first `metric` that they have. Every number
+    on the `split` has a 95 % interval over examples (bootstraps with `seed`; Wilson's for one task's accuracy). A share
+    of which more is better is normalised, divided by the adapter's own; of other metrics it is told what is lost. The
+    summary has the validation curves over the
     coefficients. A method that cannot merge a set is left out, and the summary says why.
 
     Merges come back at equal rank, so that none is ahead by the size of its file. The first of them is what the others
@@ -88,6 +90,9 @@ class CompareMerges(Question):
         "Score on so many examples of the split, and choose coefficients on so many of the validation split, drawn "
         "with seed 0; methods that look at data have an option of their own.",
         least=1,
+    )
+    metric: tuple[str, ...] = option(
+        (), "Metrics, with commas between them: each task is judged by the first that it has, by default its main one."
     )
     seed: int = option(0, "Seed of the bootstrap and of the nulls.", least=0)
 

@@ -16,6 +16,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import labels_of
 from lora_lab.errors import MismatchError, OptionError
 from lora_lab.results.result import Result
+from lora_lab.results.rows import metrics_of
 from lora_lab.results.stats import student
 
 Floats = npt.NDArray[np.float64]
@@ -110,6 +111,9 @@ def collected(adapters: Sequence[Adapter], results: Sequence[Result]) -> dict[st
     for result in results:
         if result.kind != CompareMerges.kind:
             raise OptionError(f"a result of {result.kind} was given; those of {CompareMerges.kind} tell of merges")
+        if "accuracy" not in metrics_of(result.parameters):
+            told = ", ".join(metrics_of(result.parameters))
+            raise OptionError(f"results of merges by {told}; a forecast is of accuracy")
         for name, merge in _merges(result, adapters):
             merges.setdefault(name, {})[merge.members] = merge
     most = max(map(len, merges.values()), default=0)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import OptionError
 from lora_lab.geometry.nulls import null_adapter
@@ -22,6 +24,7 @@ from lora_lab.scoring.evaluator import Build, Evaluator
 from lora_lab.scoring.examples import Examples
 from lora_lab.scoring.execution import Cost, Execution
 from lora_lab.tasks import digests
+from lora_lab.tasks.judging import Judge
 from lora_lab.tasks.task import Scores
 
 COEFFICIENT = "coefficient"
@@ -59,7 +62,10 @@ class Found:
     options: Mapping[str, Any]
     coefficient: float
     trials: Sequence[Mapping[str, Any]]
-    """Options, coefficient, and mean over the tasks of accuracy and loss on their validation splits."""
+    """Options, coefficient, and means over the tasks of their metric and loss on the validation splits.
+
+    Of tasks that are judged by several metrics, each is a mean over those that have it. `place` is 1 of the best.
+    """
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,10 @@ class MergedUpdates(Change):
         return updates, {"rank": rank, "bytes": size, "error": made.error}
 
 
+Tried = tuple[dict[str, Any], list[float], set[str]]
+"""What a trial came to, the score on each task, of which more is better, and by which metrics these are."""
+
+
 @dataclass(frozen=True)
 class _Combination:
     """A merge with certain options at coefficients of a grid, or of an interval in which scipy looks for the best.
@@ -132,17 +142,32 @@ class _Combination:
     coefficients: Grid | Interval
     indices: tuple[int, ...]
     """Of the sources that stand for every different task and head."""
+    metric: tuple[str, ...] = ()
+    """By which the tasks are judged (see `Judge`)."""
 
-    def __call__(self, evaluator: Evaluator) -> list[dict[str, Any]]:
+    def __call__(self, evaluator: Evaluator) -> list[Tried]:
         """What was tried, in this order."""
-        trials: list[dict[str, Any]] = []
+        trials: list[Tried] = []
 
         def judged(coefficient: float) -> float:
             coefficient = float(coefficient)
             scores = evaluator.scores([replace(self.merged, coefficient=coefficient, index=i) for i in self.indices])
-            accuracy, loss = sum(s.accuracy for s in scores) / len(scores), mean_loss(scores)
-            trials.append({**self.merged.options, COEFFICIENT: coefficient, "accuracy": accuracy, "loss": loss})
-            return loss if math.isfinite(loss) else math.inf
+            drawn = evaluator.drawn("validation")
+            tasks = [evaluator.tasks[i] for i in self.indices]
+            judges = [Judge(task, drawn.of_task(task), self.metric, s) for task, s in zip(tasks, scores, strict=True)]
+            values = [judge.value([s]) for judge, s in zip(judges, scores, strict=True)]
+            means = {
+                name: float(np.mean([v for judge, v in zip(judges, values, strict=True) if judge.name == name]))
+                for name in dict.fromkeys(judge.name for judge in judges)
+            }
+            if all("loss" in s.columns for s in scores):
+                means["loss"] = mean_loss(scores)
+            better = [value if judge.metric.higher else -value for judge, value in zip(judges, values, strict=True)]
+            trials.append(
+                ({**self.merged.options, COEFFICIENT: coefficient, **means}, better, {judge.name for judge in judges})
+            )
+            lowest = means.get("loss", -sum(better))
+            return lowest if math.isfinite(lowest) else math.inf
 
         if isinstance(self.coefficients, Grid):
             for coefficient in self.coefficients.values:
@@ -172,13 +197,16 @@ def search(
     options: Mapping[str, Any] | None = None,
     coefficient: float = 1.0,
     rank: Rank | None = EXACT,
+    metric: Sequence[str] = (),
     on: Execution = Execution(),
 ) -> Found:
-    """The options and the coefficient with the best mean validation accuracy over the tasks (then the lowest loss).
+    """The options and the coefficient with the best mean score over the tasks (then the lowest loss).
 
-    Grids are tried in all combinations. An interval of coefficients is searched by scipy's bounded scalar minimiser
-    for the lowest mean loss, at most 25 values for each combination. All are scored at the `rank` (of `MergeOptions`,
-    or EXACT) at which the merge will come back.
+    Scores are of the validation splits, by the main metric of each task or the first `metric` that it has; of tasks
+    that are judged by different ones, trials are ranked on each, and the best mean rank counts. Grids are tried in all
+    combinations. An interval of coefficients is searched by scipy's bounded scalar minimiser for the lowest mean loss
+    (of tasks without one, for the best score), at most 25 values for each combination. All are scored at the `rank` (of
+    `MergeOptions`, or EXACT) at which the merge will come back.
 
     Without workers, this process tries them on the device of the sources. Workers try combinations side by side, and
     where these are fewer than the workers, the coefficients of a grid; an interval is searched by one worker. Nothing
@@ -193,7 +221,7 @@ def search(
     for values in itertools.product(*grids):
         settings = {**(options or {}), **dict(zip(names, values, strict=True))}
         merged = MergedUpdates(method, settings, members, sources.weights, 1.0, 0, rank)
-        combinations.append(_Combination(merged, tried, indices))
+        combinations.append(_Combination(merged, tried, indices, tuple(metric)))
     evaluator = _evaluator(models, on, reads_data=MERGES[method].reads_data)
     evaluator.total = len(combinations) * len(indices)
     evaluator.total *= len(tried.values) if isinstance(tried, Grid) else _EVALUATIONS
@@ -203,9 +231,24 @@ def search(
         count = -(-evaluator.on.workers.size // len(combinations))
         evaluator.prepare([(part, ()) for combination in combinations for part in combination.parts(count)])
     trials = [trial for combination in combinations for trial in combination(evaluator)]
-    best = max(trials, key=lambda trial: (trial["accuracy"], -trial["loss"]))
-    kept = {name: value for name, value in best.items() if name not in (COEFFICIENT, "accuracy", "loss")}
-    return Found(kept, best[COEFFICIENT], trials)
+    order = _order(trials)
+    for place, i in enumerate(order, start=1):
+        trials[i][0]["place"] = place
+    best = trials[order[0]][0]
+    kept = {name: best[name] for name in {**(options or {}), **dict.fromkeys(names)}}
+    return Found(kept, best[COEFFICIENT], [trial for trial, *_ in trials])
+
+
+def _order(trials: Sequence[Tried]) -> list[int]:
+    """Places of the trials, the best first."""
+    scores = np.array([better for _, better, _ in trials])
+    scores = np.where(np.isfinite(scores), scores, -np.inf)
+    if len(trials[0][2]) > 1:
+        from scipy.stats import rankdata
+
+        scores = rankdata(scores, axis=0)
+    means, losses = scores.mean(1), [trial.get("loss", 0.0) for trial, *_ in trials]
+    return sorted(range(len(trials)), key=lambda i: (-means[i], losses[i] if math.isfinite(losses[i]) else math.inf))
 
 
 def _evaluator(models: MergeModels, on: Execution, *, reads_data: bool) -> Evaluator:

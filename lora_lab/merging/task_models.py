@@ -12,7 +12,7 @@ from lora_lab.adapters.adapter import Adapter, from_updates
 from lora_lab.adapters.attached import Attached, put_on
 from lora_lab.adapters.formats.keys import PREFIX
 from lora_lab.adapters.lowrank import LowRank
-from lora_lab.errors import OptionError
+from lora_lab.errors import OptionError, TunerError
 from lora_lab.merging.sources import Sources
 from lora_lab.results.result import fingerprint
 from lora_lab.scoring.examples import Examples
@@ -74,8 +74,15 @@ class MergeModels(TaskModels):
     def ensemble(
         self, index: int, members: Sequence[Mapping[str, LowRank]], weights: Sequence[float], examples: Examples
     ) -> Scores:
-        """Per-example scores of the weighted sum of the logits of several sets of updates on a source's task."""
+        """Per-example scores of the weighted sum of the logits of several sets of updates on a source's task.
+
+        TunerError of a task that is judged by something else than logits.
+        """
         task, parts = self.tasks[index], []
+        if type(task).judge is not Task.judge:
+            raise TunerError(
+                f"task {task.name}: judged in a way of its own, not by logits, of which an ensemble is"
+            )
         self.model(index).eval()
         for batch in self.batches(examples, index):
             logits = []

@@ -17,6 +17,7 @@ from lora_lab.plots.panels import Panels
 from lora_lab.plots.primitives import Row
 from lora_lab.progress import size
 from lora_lab.results.result import Result, grouped
+from lora_lab.results.rows import metrics_of
 
 _ALONE = "alone"
 _CHOSEN = "coefficients chosen on validation data"
@@ -44,7 +45,7 @@ def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
 
 
 def draw_bars(results: Sequence[Result], panels: Panels) -> list[Axes]:
-    """Normalised accuracy of every merge at its chosen coefficient, grouped by training method."""
+    """What every merge keeps of the adapters alone at its chosen coefficient, grouped by training method."""
     if _one_task(results):
         raise OptionError("seeds of one task are drawn over their ratios: compare-merges:ratios")
     (ax,) = panels.grid(1, 1, _bars_height(_in_classes(results), panels))
@@ -52,6 +53,28 @@ def draw_bars(results: Sequence[Result], panels: Panels) -> list[Axes]:
     panels.legend(ax)
     panels.caption(ax, _caption(results, _CHOSEN))
     return [ax]
+
+
+def draw_tasks(results: Sequence[Result], panels: Panels) -> list[Axes]:
+    """Every merge at its chosen coefficient on every task, a panel a task, by the metric of each."""
+    rows = [row for result in results for row in result.rows() if row["chosen"]]
+    tasks, names = list(dict.fromkeys(row["task"] for row in rows)), _in_classes(results)
+    labels = {method: label for method, (label, _) in _looks(results).items()}
+    columns = 1 if panels.single else min(2, len(tasks))
+    height = 1.2 + 0.2 * len(names)
+    axes = panels.grid(len(tasks), columns, height * -(-len(tasks) // columns))
+    for ax, task in zip(axes, tasks, strict=True):
+        of_task = [row for row in rows if row["task"] == task]
+        metric = next(name for name in _metrics(results) if any(row.get(name) is not None for row in of_task))
+        values = {}
+        for method, label in labels.items():
+            places = [[r for r in of_task if (r["method"], r["merge"]) == (method, name)] for name in names]
+            values[label] = primitives.band(places, metric)
+        primitives.named_bars(ax, values, _with_sizes(results, names), _named([metric]), horizontal=True)
+        panels.title(ax, task)
+    panels.legend(axes[0])
+    panels.caption(axes[0], _caption(results, _CHOSEN))
+    return axes
 
 
 def draw_coefficients(results: Sequence[Result], panels: Panels) -> list[Axes]:
@@ -91,21 +114,54 @@ def _bars(ax: Axes, results: Sequence[Result], *, horizontal: bool) -> None:
     names = _in_classes(results)
     sets = [row for result in results for row in result.summary["sets"] if row["chosen"]]
     labels = {method: label for method, (label, _) in _looks(results).items()}
-    values = {}
+    values, (key, axis, whole) = {}, _kept(results)
     for method, label in labels.items():
         places = [[row for row in sets if (row["method"], row["merge"]) == (method, name)] for name in names]
-        values[label] = primitives.band(places, "normalised")
-    primitives.named_bars(ax, values, _with_sizes(results, names), "accuracy / accuracy alone", horizontal=horizontal)
+        values[label] = primitives.band(places, key)
+    primitives.named_bars(ax, values, _with_sizes(results, names), axis, horizontal=horizontal)
     for replaced, (label, color) in _NULLS.items():
         nulls = [row for result in results for row in result.summary.get("nulls", ()) if row["replaced"] == replaced]
         ranges = {labels[method]: _range(nulls, method, names) for method in labels}
-        if nulls:
+        if nulls and whole:
             primitives.spans(ax, ranges, label, color, horizontal=horizontal)
     line = ax.axvline if horizontal else ax.axhline
-    line(1, color="#333333", linewidth=0.7, linestyle=":")
+    line(whole, color="#333333", linewidth=0.7, linestyle=":")
     across = ax.axhline if horizontal else ax.axvline
     for edge in _edges(results, names):
         across(edge - 0.5, color="#999999", linewidth=0.6)
+
+
+def _kept(results: Sequence[Result]) -> tuple[str, str, int]:
+    """What bars show of merges beside the adapters alone: a column, how its axis is named, and its value of no loss."""
+    sets = [row for result in results for row in result.summary["sets"]]
+    names = _metrics(results)
+    if any(row["normalised"] is not None for row in sets):
+        return "normalised", f"{_named(names)} / {_named(names)} alone", 1
+    if any(row.get("lost") is not None for row in sets):
+        return "lost", f"{_named(names)} worse than alone{_unit(results)}", 0
+    raise OptionError(f"tasks judged by {', '.join(names)} have no mean over them; compare-merges:tasks draws each")
+
+
+def _metrics(results: Sequence[Result]) -> list[str]:
+    return list(dict.fromkeys(name for result in results for name in metrics_of(result.parameters)))
+
+
+def _named(names: Sequence[str]) -> str:
+    """One metric by its name; several are scores."""
+    return names[0].replace("_", " ") if len(names) == 1 else "score"
+
+
+def _unit(results: Sequence[Result]) -> str:
+    units = {said["unit"] for result in results for said in metrics_of(result.parameters).values()}
+    return f" ({units.pop()})" if len(units) == 1 and not units & {"", "share"} else ""
+
+
+def _only_metric(results: Sequence[Result]) -> str:
+    """The metric that all tasks are judged by; OptionError where there are several."""
+    names = _metrics(results)
+    if len(names) > 1:
+        raise OptionError(f"tasks judged by {', '.join(names)} have no mean over them; compare-merges:tasks draws each")
+    return names[0]
 
 
 _NULLS = {"all": ("nulls in place of all", "#bbbbbb"), "others": ("nulls in place of the others", "#444444")}
@@ -177,15 +233,15 @@ def _looks(results: Sequence[Result]) -> dict[str | None, tuple[str, dict[str, A
 
 def _coefficient_curve(ax: Axes, results: Sequence[Result], name: str, panels: Panels) -> None:
     curves = [curve for result in results for curve in result.summary["curves"] if curve["merge"] == name]
-    looks = _looks(results)
+    looks, metric = _looks(results), _only_metric(results)
     for head, members in grouped(curves, "method"):
         points: dict[float, list[Row]] = {}
         for member in members:
-            for coefficient, accuracy in zip(member["coefficient"], member["accuracy"], strict=True):
-                points.setdefault(coefficient, []).append({"accuracy": accuracy})
+            for coefficient, value in zip(member["coefficient"], member[metric], strict=True):
+                points.setdefault(coefficient, []).append({metric: value})
         coefficients = sorted(points)
         label, look = looks[head["method"]]
-        values = primitives.band([points[each] for each in coefficients], "accuracy")
+        values = primitives.band([points[each] for each in coefficients], metric)
         primitives.curve(ax, coefficients, values, alpha=0.14, label=label, **look)
     ax.set_xscale("log")
     most = 1.05 * max((curve["coefficient"][-1] for curve in curves), default=10)
@@ -195,7 +251,7 @@ def _coefficient_curve(ax: Axes, results: Sequence[Result], name: str, panels: P
     ax.xaxis.set_minor_locator(NullLocator())
     panels.title(ax, name)
     ax.set_xlabel("coefficient")
-    ax.set_ylabel("validation accuracy")
+    ax.set_ylabel(f"validation {_named([metric])}{_unit(results)}")
 
 
 def _ratio_curve(ax: Axes, results: Sequence[Result], name: str, panels: Panels) -> None:
@@ -203,7 +259,7 @@ def _ratio_curve(ax: Axes, results: Sequence[Result], name: str, panels: Panels)
     sets = [row for result in results for row in result.summary["sets"] if row["merge"] in (name, _ALONE)]
     sets = [row for row in sets if row["coefficient"] in (None, 1.0)]
     ratios = list(dict.fromkeys(row["ratio"] for row in sets))
-    looks = _looks(results)
+    looks, metric = _looks(results), _only_metric(results)
     for head, members in grouped(sets, "method"):
         label, look = looks[head["method"]]
         shown = [ratio for ratio in ratios if any(row["ratio"] == ratio for row in members)]
@@ -211,13 +267,13 @@ def _ratio_curve(ax: Axes, results: Sequence[Result], name: str, panels: Panels)
         for ratio in shown:
             there = [row for row in members if row["ratio"] == ratio]
             places.append([row for row in there if row["merge"] == name] or there)
-        values = primitives.band(places, "accuracy")
+        values = primitives.band(places, metric)
         x = [ratios.index(ratio) for ratio in shown]
         primitives.curve(ax, x, values, alpha=0.14, label=label, **look)
     name_axis(ax.xaxis, [str(ratio) for ratio in ratios])
     panels.title(ax, name)
     ax.set_xlabel("ratio of the seeds")
-    ax.set_ylabel("accuracy")
+    ax.set_ylabel(f"{_named([metric])}{_unit(results)}")
 
 
 def _merged(result: Result) -> list[str]:

@@ -261,11 +261,12 @@ PLOTS = Registry(
         "compare-merges:bars": View(
             plot_merges.draw_bars, "compare-merges", "all merges at their chosen coefficients", _OF_MERGES
         ),
+        "compare-merges:tasks": View(plot_merges.draw_tasks, "compare-merges", "every task by its metric", _OF_MERGES),
         "compare-merges:coefficients": View(
-            plot_merges.draw_coefficients, "compare-merges", "accuracy over the coefficient", _OF_MERGES
+            plot_merges.draw_coefficients, "compare-merges", "the metric over the coefficient", _OF_MERGES
         ),
         "compare-merges:ratios": View(
-            plot_merges.draw_ratios, "compare-merges", "accuracy over the ratios of seeds", _OF_MERGES
+            plot_merges.draw_ratios, "compare-merges", "the metric over the ratios of seeds", _OF_MERGES
         ),
         "reproduce": View(
             plot_claims.draw, "reproduce", "differences that claims are about, and verdicts", ("testbed",)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lora_lab.results.rows import ADAPTERS, Accuracy
+from lora_lab.results.rows import ADAPTERS
 from lora_lab.results.schema import Kind, Paper, column
 
 
@@ -36,11 +36,16 @@ class Sized:
 
 @dataclass
 class Normalised:
-    """A share of the adapter's own accuracy, with its interval."""
+    """What is kept of the adapter's own score: a share of it, or of a metric without a natural zero what is lost."""
 
-    normalised: float = column("accuracy / accuracy of the adapter alone", "share", heading="norm.")
+    normalised: float = column(
+        "score / score of the adapter alone, of a metric that is a share; else null", "share", heading="norm."
+    )
     normalised_low: float = column("low end of its interval", "share")
     normalised_high: float = column("high end of its interval", "share")
+    lost: float = column("how much worse than the adapter alone, of other metrics; else null", "of the metric")
+    lost_low: float = column("low end of its interval", "of the metric")
+    lost_high: float = column("high end of its interval", "of the metric")
 
 
 @dataclass
@@ -52,7 +57,7 @@ class AtCoefficient:
 
 
 @dataclass
-class MergeRow(AtCoefficient, Normalised, Accuracy, Sized, Merged):
+class MergeRow(AtCoefficient, Normalised, Sized, Merged):
     """One merge at one coefficient, on one adapter's task."""
 
     task: str = column("name of the task")
@@ -61,7 +66,7 @@ class MergeRow(AtCoefficient, Normalised, Accuracy, Sized, Merged):
 
 
 @dataclass
-class MergeSetRow(AtCoefficient, Normalised, Accuracy, Sized, Merged):
+class MergeSetRow(AtCoefficient, Normalised, Sized, Merged):
     """One merge at one coefficient, a mean over the tasks of its set."""
 
     loss: float = column("mean loss over the tasks", "nats")
@@ -78,25 +83,44 @@ class MergeMethod(Sized):
     sets: int = column("sets", counts=True)
     at_edge: int = column("sets in which the coefficient is at the edge of those tried")
     coefficient: float = column("mean chosen coefficient", form=".2g", heading="coef.")
-    accuracy: float = column("mean accuracy at the chosen coefficient", "share")
-    accuracy_spread: float = column("spread over the sets", "share")
-    plain_accuracy: float = column("mean accuracy at coefficient 1", "share")
-    plain_accuracy_spread: float = column("spread over the sets", "share")
-    normalised: float = column("mean accuracy / accuracy alone, at the chosen coefficient", "share", heading="norm.")
+    normalised: float = column("mean score / score alone, at the chosen coefficient", "share", heading="norm.")
     normalised_spread: float = column("spread over the sets", "share")
     plain_normalised: float = column("the same at coefficient 1", "share")
     plain_normalised_spread: float = column("spread over the sets", "share")
+    lost: float = column("mean of how much worse than the adapters alone", "of the metric")
+    lost_spread: float = column("spread over the sets", "of the metric")
+    plain_lost: float = column("the same at coefficient 1", "of the metric")
+    plain_lost_spread: float = column("spread over the sets", "of the metric")
     loss: float = column("mean loss at the chosen coefficient", "nats")
     loss_spread: float = column("spread over the sets", "nats")
     plain_loss: float = column("mean loss at coefficient 1", "nats")
     plain_loss_spread: float = column("spread over the sets", "nats")
-    difference: float = column("mean accuracy less that of the first merge; null of that one and of what is no merge")
-    difference_low: float = column("low end of its interval, over examples and (of several) sets", "share")
-    difference_high: float = column("high end of its interval", "share")
+    difference: float = column(
+        "how much better than the first merge, in units of the metric (of tasks with several, in shares of the "
+        "adapters' own); null of that one and of what is no merge"
+    )
+    difference_low: float = column("low end of its interval, over examples and (of several) sets")
+    difference_high: float = column("high end of its interval")
     p: float = column("p-value of a difference of 0, paired", form=".2g")
     p_holm: float = column("the same, corrected by Holm for all merges of the training method", form=".2g")
     verdict: str | None = column("ahead or behind (p_holm below 0.05), or cannot be told")
     p_nulls: float = column("largest p-value against the nulls; null without 20 draws", form=".2g", heading="p (nulls)")
+
+
+@dataclass
+class MergeTask:
+    """One merge at its chosen coefficients on one task, over the sets of one training method."""
+
+    method: str | None = column("training method of the sets")
+    ratio: str | None = column("weights of the seeds of one task; null for several tasks")
+    merge: str = column("name of the merge")
+    task: str = column("name of the task")
+    sets: int = column("sets", counts=True)
+    category: str = column("equal rank, exact, or reference (no merge)")
+    normalised: float = column("mean score / score alone; null of metrics that are no shares", "share", heading="norm.")
+    normalised_spread: float = column("spread over the sets", "share")
+    lost: float = column("mean of how much worse than the adapter alone, of other metrics", "of the metric")
+    lost_spread: float = column("spread over the sets", "of the metric")
 
 
 @dataclass
@@ -110,7 +134,10 @@ class MergedNull:
     replaced: str = column("what nulls stand for: others (all but the adapter whose task is scored), or all")
     sets: int = column("sets", counts=True)
     draws: int = column("draws of the null")
-    normalised: float = column("mean accuracy / accuracy alone over draws and sets", "share", heading="norm.")
+    normalised: float = column(
+        "mean score / score alone over draws and sets; of metrics that are no shares, how much better than alone",
+        heading="norm.",
+    )
     normalised_low: float = column("2.5 % of the draws are lower", "share")
     normalised_high: float = column("2.5 % of the draws are higher", "share")
     of_adapters: float = column("the same of the adapters themselves", "share")
@@ -126,8 +153,7 @@ class MergeCurve(Merged):
     """One merge over the coefficients, on the validation splits."""
 
     coefficient: list[Any] = column("factors of the merged ΔW")
-    accuracy: list[Any] = column("mean accuracy at each", "share")
-    normalised: list[Any] = column("mean accuracy / accuracy alone at each", "share")
+    normalised: list[Any] = column("mean score / score alone at each", "share")
     loss: list[Any] = column("mean loss at each", "nats")
 
 
@@ -159,20 +185,29 @@ KINDS = (
             "rows": MergeRow,
             "sets": MergeSetRow,
             "by_method": MergeMethod,
+            "by_task": MergeTask,
             "nulls": MergedNull,
             "curves": MergeCurve,
             "skipped": Skipped,
             "shared_initial_A": SharedStart,
         },
         Paper(
-            ("accuracy", "normalised", "coefficient", "verdict", "p_nulls"),
+            ("normalised", "lost", "coefficient", "verdict", "p_nulls"),
             "by_method",
             ("merge", "ratio"),
             "method",
             ("bytes", "cut_error"),
         ),
-        version=2,
+        version=3,
+        open={
+            "rows": "the metric that each task is judged by, with its interval (accuracy, accuracy_low …)",
+            "sets": "the same, a mean over the tasks where all are judged by one metric, else null",
+            "by_method": "the same at the chosen coefficient and (plain_accuracy …) at 1, with spreads",
+            "by_task": "the same",
+            "curves": "the same at each coefficient",
+        },
         parameters={
+            "metrics": "metric → about, unit, and higher: whether more is better",
             "task_names": "name of the task of each adapter, each once",
             "one_task": "whether the adapters are seeds of one task",
             "merges": "the merges compared",

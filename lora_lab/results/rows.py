@@ -6,7 +6,9 @@ for `x`; a spread is one sample standard deviation, 0 of a single value.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lora_lab.results.schema import column
 
@@ -48,3 +50,8 @@ class Loss:
     loss: float = column("mean loss over the examples", "nats")
     loss_low: float = column("low end of its interval", "nats")
     loss_high: float = column("high end of its interval", "nats")
+
+
+def metrics_of(parameters: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """The metrics that a result is by, the main one first; results that name none are by accuracy."""
+    return parameters.get("metrics") or {"accuracy": {"about": "share right", "unit": "share", "higher": True}}

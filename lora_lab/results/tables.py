@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from lora_lab.errors import OptionError, unknown
 from lora_lab.extras import needs
 from lora_lab.files.ownership import MARK, foreign
 from lora_lab.results import schema
+from lora_lab.results.rows import metrics_of
 from lora_lab.results.schema import ROWS, Column, Paper
 
 if TYPE_CHECKING:
@@ -101,7 +103,8 @@ def to_latex(result: Result, name: str | None = None, columns: Sequence[str] | N
         return _booktabs(rows, shown, known)
     rows, known = table(result, paper.table), columns_known(result, paper.table)
     if paper.across is not None:
-        return _side_by_side(rows, paper, known)
+        metrics = [each for each in metrics_of(result.parameters) if rows and each in rows[0]]
+        return _side_by_side(rows, replace(paper, columns=(*metrics, *paper.columns)), known)
     named, further = list(paper.columns), _further(rows, known)
     return _booktabs(rows, named + further if paper.further_last else further + named, known)
 

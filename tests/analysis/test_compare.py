@@ -12,15 +12,17 @@ from tiny_models import update
 
 from lora_lab.adapters.initial import shared_start
 from lora_lab.adapters.lowrank import LowRank
-from lora_lab.analysis.coefficients import _best, share
-from lora_lab.analysis.compare import ALONE, BASE, ENSEMBLE, CompareMerges, _measured
-from lora_lab.analysis.merge_sets import MergeSet, joined, merge_sets_of, specs_of, tried
+from lora_lab.analysis.coefficients import _best
+from lora_lab.analysis.compare import ALONE, BASE, ENSEMBLE, CompareMerges
+from lora_lab.analysis.merge_rows import measured
+from lora_lab.analysis.merge_sets import joined, merge_sets_of, specs_of, tried
 from lora_lab.errors import MismatchError, OptionError
 from lora_lab.merging.merged import merge
 from lora_lab.merging.methods import MERGES
 from lora_lab.merging.sources import Sources
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.execution import Execution
+from lora_lab.tasks.judging import Judge, kept, share
 from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.tasks.task import Scores, Split
 
@@ -170,6 +172,7 @@ def _logits(task, adapter):
 
 def test_every_number_on_the_test_split_has_an_interval_around_it(result):
     for row in result.rows():
+        assert row["lost"] is None
         for key in ("accuracy", "normalised"):
             assert row[f"{key}_low"] <= row[key] <= row[f"{key}_high"]
     for row in result.summary["sets"]:
@@ -450,18 +453,18 @@ def test_a_result_survives_the_file(result, tmp_path):
 def test_an_adapter_that_is_never_right_has_no_share_of_its_accuracy():
     assert np.isnan(share(np.array([0.2, 0.0]), np.array([0.0, 0.0]))).all()
     assert share(np.array([[0.2, 0.1]]), np.array([0.4, 0.1])).tolist() == [[0.5, 1.0]]
-    tried = {"coefficient": [0.5, 1.0], "accuracy": [0.1, 0.3], "normalised": [np.nan, np.nan], "loss": [1.0, 2.0]}
-    assert _best(tried) == 1.0
     wrong = Scores.judged(np.ones(40), np.zeros(40, bool), np.zeros(40))
     right = Scores.judged(np.ones(40), np.arange(40) % 2 == 0, np.zeros(40))
-    merge_set = MergeSet("x", "lora", 0, (0,), (1.0,))
-    (row,), whole = _measured(merge_set, "ties", [[right]], [[wrong]], ["a"], [Few("mod3")], 0)
+    by = [Judge(Few("mod3"), Few("mod3").split("test"), (), right)]
+    never = kept(by, np.array([[0.1], [0.3]]), np.array([0.0]))
+    assert _best([0.5, 1.0], never.tolist(), [1.0, 2.0]) == 1.0
+    (row,), whole = measured({}, [("t", "a")], [[right]], [[wrong]], by, 0)
     for cells in (row, whole):
         assert cells["accuracy"] == 0.5
         assert cells["accuracy_low"] < 0.5 < cells["accuracy_high"]
         assert all(np.isnan(cells[f"normalised{end}"]) for end in ("", "_low", "_high"))
     rarely = Scores.judged(np.ones(40), np.arange(40) == 0, np.zeros(40))  # many resamples miss the one right answer
-    (row,), _ = _measured(merge_set, "ties", [[rarely]], [[rarely]], ["a"], [Few("mod3")], 0)
+    (row,), _ = measured({}, [("t", "a")], [[rarely]], [[rarely]], by, 0)
     assert (row["normalised_low"], row["normalised"], row["normalised_high"]) == (1.0, 1.0, 1.0)
 
 
