@@ -80,9 +80,7 @@ class MergeModels(TaskModels):
         """
         task, parts = self.tasks[index], []
         if type(task).judge is not Task.judge:
-            raise TunerError(
-                f"task {task.name}: judged in a way of its own, not by logits, of which an ensemble is"
-            )
+            raise TunerError(f"task {task.name}: judged in a way of its own, not by logits, of which an ensemble is")
         self.model(index).eval()
         for batch in self.batches(examples, index):
             logits = []

@@ -22,9 +22,8 @@ import pytest
 from making_games import saturating, table_game
 from scipy.stats import binom
 
-from lora_lab.analysis.compare import _measured
 from lora_lab.analysis.connectivity import BARRIERS, _shrinkage
-from lora_lab.analysis.merge_sets import MergeSet
+from lora_lab.analysis.merge_rows import measured
 from lora_lab.analysis.sweep import _cells, _reach
 from lora_lab.games.coalitions import all_coalitions
 from lora_lab.games.estimators import estimate, exact, plan
@@ -32,6 +31,7 @@ from lora_lab.games.interactions import interactions
 from lora_lab.games.progressive import LAWS, cross_entropy, inequality, stratum
 from lora_lab.games.regression import fit_pairs
 from lora_lab.results.stats import Sampled, half_of_strata, half_width, mean_and_error, proportion, student
+from lora_lab.tasks.judging import Judge
 from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.tasks.metrics import METRICS
 from lora_lab.tasks.task import Scores
@@ -248,12 +248,12 @@ def test_merges_on_one_and_on_several_tasks(tasks, wrong):
     """Accuracy and share of the adapters' own, by task and as means over tasks, 30 examples each."""
     generator, inside = np.random.default_rng(0), {"accuracy": [], "normalised": [], "mean of shares": [], "mean": []}
     truth = {"accuracy": 1 - wrong, "normalised": (1 - wrong) / (1 - wrong / 2)}
-    merge_set = MergeSet("x", "lora", 0, tuple(range(tasks)), (1.0,) * tasks)
-    digits, names = [Digits("relabel")] * tasks, [str(i) for i in range(tasks)]
+    who = [("digits", str(i)) for i in range(tasks)]
     for seed in range(100):
         pairs = [along([wrong, wrong / 2], 30, generator) for _ in range(tasks)]
         merged, own = [[scores(pair[0])] for pair in pairs], [[scores(pair[1])] for pair in pairs]
-        rows, whole = _measured(merge_set, "ties", merged, own, names, digits, seed)
+        by = [Judge(Digits("relabel"), "test", (), own[0][0])] * tasks
+        rows, whole = measured({}, who, merged, own, by, seed)
         for key in ("accuracy", "normalised"):
             inside[key] += [holds(row[f"{key}_low"], row[f"{key}_high"], truth[key]) for row in rows]
         inside["mean"].append(holds(whole["accuracy_low"], whole["accuracy_high"], truth["accuracy"]))
