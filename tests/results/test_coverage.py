@@ -252,7 +252,7 @@ def test_merges_on_one_and_on_several_tasks(tasks, wrong):
     for seed in range(100):
         pairs = [along([wrong, wrong / 2], 30, generator) for _ in range(tasks)]
         merged, own = [[scores(pair[0])] for pair in pairs], [[scores(pair[1])] for pair in pairs]
-        by = [Judge(Digits("relabel"), "test", (), own[0][0])] * tasks
+        by = [Judge(Digits("relabel"), Digits("relabel").split("test"), (), own[0][0])] * tasks
         rows, whole = measured({}, who, merged, own, by, seed)
         for key in ("accuracy", "normalised"):
             inside[key] += [holds(row[f"{key}_low"], row[f"{key}_high"], truth[key]) for row in rows]
