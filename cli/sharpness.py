@@ -9,7 +9,7 @@ import typer
 from ..analysis.landscape import Sharpness
 from .options import Computing, OneTask, Output, Several
 from .outputs import answer
-from .terminal import console, estimate, table
+from .terminal import console, estimate, in_words, table
 
 
 def command(
@@ -49,18 +49,19 @@ def show(result: Any) -> None:
     headings = ("adapter", "tensors", "λ [95 %]", "residual", "trace", "GD ≤", "momentum ≤", "Adam ≤")
     table(f"Curvature and largest stable rates ({split} split, {n} examples)", headings, rows, texts=2)
     console.print()
+    names = list(result.parameters["metrics"])
     tried = [
         (
             row["adapter"],
             _short(row["rate"]),
-            row["accuracy"],
-            row["loss"],
+            *(row[name] for name in names),
             "✓" if row["chosen"] else "",
         )
         for row in result.summary["rates"]
     ]
     if tried:
-        table("Rates tried, by the records", ("adapter", "rate", "validation accuracy", "validation loss", ""), tried)
+        headings = ("adapter", "rate", *(f"validation {in_words(name)}" for name in names), "")
+        table("Rates tried, by the records", headings, tried)
 
 
 def _short(value: float | None) -> str:

@@ -159,6 +159,7 @@ def sharpness(names=("lora-s0", "coto-s0")):
             loss = None if k == 4 else 0.5 - 0.1 * min(k, 2)
             rates.append({**who, "rate": 1e-3 * 4**k, "loss": loss, "accuracy": None, "chosen": k == 2})
     said = {"task": {"name": "digits/relabel"}, "split": "train", "adapters": []}
+    said["metrics"] = {name: METRICS[name] for name in ("loss", "accuracy")}
     return Result("sharpness", columns(rows), said, {"rates": rates}, {"examples": 200})
 
 

@@ -18,6 +18,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import described
 from lora_lab.analysis.curvature import CurvaturePass, largest_rates
 from lora_lab.analysis.landscape import Sharpness
+from lora_lab.analysis.measured import told
 from lora_lab.errors import LoraLabError
 from lora_lab.results.result import Result, columns, finite
 from lora_lab.scoring.evaluator import Evaluator
@@ -28,6 +29,9 @@ from lora_lab.training.fit import initial
 from lora_lab.training.recipe import Recipe
 
 TRAINED, BALANCED, INITIAL = "trained", "balanced", "initial"
+
+_OF = "loss"
+"""What the curvature is of, and so the metric by which rates are told first."""
 
 PRODUCT = 6.0
 """What a Hessian product takes, in forward passes: two backward passes, the second through the first as well."""
@@ -56,18 +60,27 @@ def answer(question: Sharpness, adapters: Sequence[Adapter], task: Task, on: Exe
             done += 1
             on.report(done, total)
             rows.append({**_who(adapter), "at": at, **found, **_rates(found)})
+    metrics = sorted(task.metrics, key=lambda name: name != _OF)
     evaluator = evaluator or Evaluator(adapters, task, on, split=question.split, examples=question.examples)
     return Result(
         question.kind,
         finite(columns(rows)),
-        {"task": task.record, **question.record, "adapters": [described(adapter) for adapter in adapters]},
-        finite({"rates": [row for adapter in adapters for row in tried(adapter)]}),
+        {
+            "task": task.record,
+            **question.record,
+            "metrics": told({name: task.metric(name) for name in metrics}),
+            "adapters": [described(adapter) for adapter in adapters],
+        },
+        finite({"rates": [row for adapter in adapters for row in tried(adapter, metrics)]}),
         evaluator.provenance(adapters, began=began, run=run),
     )
 
 
-def tried(adapter: Adapter) -> Iterator[dict[str, Any]]:
-    """The learning rates that were tried for an adapter, by its record: of a tuning all of them, else its own."""
+def tried(adapter: Adapter, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The learning rates that were tried for an adapter, by its record: of a tuning all of them, else its own.
+
+    With the metrics that each had on the validation split; None where that is not known.
+    """
     rows = adapter.record.get("tuning")
     recipe = adapter.record.get("recipe")
     own = _number(recipe.get("learning_rate")) if isinstance(recipe, Mapping) else None
@@ -76,12 +89,12 @@ def tried(adapter: Adapter) -> Iterator[dict[str, Any]]:
         for row in found:
             rate = _number(row.get("learning_rate"))
             if rate:
-                measures = {name: _number(row.get(name)) for name in ("accuracy", "loss")}
+                measures = {name: _number(row.get(name)) for name in metrics}
                 yield {**_who(adapter), "rate": rate, **measures, "chosen": bool(row.get("chosen"))}
     elif own:
-        metrics = adapter.record.get("metrics")
-        scores = metrics.get("validation") if isinstance(metrics, Mapping) else None
-        measures = {n: _number(scores.get(n)) if isinstance(scores, Mapping) else None for n in ("accuracy", "loss")}
+        told_of = adapter.record.get("metrics")
+        scores = told_of.get("validation") if isinstance(told_of, Mapping) else None
+        measures = {n: _number(scores.get(n)) if isinstance(scores, Mapping) else None for n in metrics}
         yield {**_who(adapter), "rate": own, **measures, "chosen": True}
 
 

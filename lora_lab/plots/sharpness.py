@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
 from lora_lab.errors import OptionError
+from lora_lab.plots import metrics
 from lora_lab.plots import style as plot_style
 from lora_lab.plots.names import MOST, name_axis, shortened
 from lora_lab.plots.panels import Panels
@@ -59,12 +60,13 @@ def _plain_numbers(ax: Axes) -> None:
 
 
 def draw_rates(results: Sequence[Result], panels: Panels) -> list[Axes]:
-    """Validation loss over the learning rates tried, a panel an adapter, and the largest stable ones by each rule."""
+    """Validation loss (or another metric) over the rates tried, a panel an adapter, and the largest stable ones."""
     tried = [
         (result, name, [row for row in result.summary["rates"] if row["adapter"] == name])
         for result in results
         for name in dict.fromkeys(row["adapter"] for row in result.summary["rates"])
     ]
+    metric = metrics.main(results)
     if not tried:
         raise OptionError("these adapters record no learning rate that was tried")
     columns = panels.columns(len(tried), 1 if panels.single else 3, 2.2)
@@ -72,7 +74,7 @@ def draw_rates(results: Sequence[Result], panels: Panels) -> list[Axes]:
     axes = panels.grid(len(tried), columns, 2.2 * lines + 0.6)
     ats = list(dict.fromkeys(row["at"] for result in results for row in result.rows() if row["at"] != _COMPARED))
     for k, (ax, (result, name, rates)) in enumerate(zip(axes, tried, strict=True)):
-        _draw_tried(ax, rates)
+        _draw_tried(ax, rates, metric)
         for i, at in enumerate(ats):
             for row in result.rows(adapter=name, at=at)[:1]:
                 _draw_largest(ax, row, plot_style.look(i + 1)["color"], at)
@@ -80,7 +82,7 @@ def draw_rates(results: Sequence[Result], panels: Panels) -> list[Axes]:
         _plain_numbers(ax)
         panels.title(ax, name)
         if k % columns == 0:
-            ax.set_ylabel("validation loss (nats)")
+            ax.set_ylabel(f"validation {metrics.label(results, metric)}")
         if k + columns >= len(axes):
             ax.set_xlabel("learning rate")
     panels.legend(*axes, columns=1 if panels.single else 2)
@@ -88,23 +90,23 @@ def draw_rates(results: Sequence[Result], panels: Panels) -> list[Axes]:
     return axes
 
 
-def _draw_tried(ax: Axes, rates: Sequence[Mapping[str, Any]]) -> None:
-    """The losses found; where training diverged, a cross on top."""
+def _draw_tried(ax: Axes, rates: Sequence[Mapping[str, Any]], metric: str) -> None:
+    """What was found; where training diverged, a cross on top."""
     rows = sorted(rates, key=lambda row: row["rate"])
-    known = [row for row in rows if row["loss"] is not None]
-    look = {**plot_style.look(0), "label": "found: validation loss at each rate"}
-    ax.plot([row["rate"] for row in known], [row["loss"] for row in known], **look)
+    known = [row for row in rows if row[metric] is not None]
+    look = {**plot_style.look(0), "label": f"found: validation {metrics.in_words(metric)} at each rate"}
+    ax.plot([row["rate"] for row in known], [row[metric] for row in known], **look)
     chosen = [row for row in known if row["chosen"]]
     ax.plot(
         [row["rate"] for row in chosen],
-        [row["loss"] for row in chosen],
+        [row[metric] for row in chosen],
         "o",
         markersize=9,
         fillstyle="none",
         color="#333333",
     )
-    top = max((row["loss"] for row in known), default=1.0)
-    lost = [row["rate"] for row in rows if row["loss"] is None]
+    top = max((row[metric] for row in known), default=1.0)
+    lost = [row["rate"] for row in rows if row[metric] is None]
     ax.plot(lost, [top] * len(lost), "x", color="#333333")
 
 

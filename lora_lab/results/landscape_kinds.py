@@ -184,8 +184,6 @@ class TriedRate(Adapted):
     """A learning rate that was tried for an adapter, by its record."""
 
     rate: float = column("learning rate", form=".2g")
-    accuracy: float = column("validation accuracy; null where the training diverged, or unknown", "share")
-    loss: float = column("validation loss; null where the training diverged, or unknown", "nats")
     chosen: bool = column("whether it is that of the adapter")
 
 
@@ -273,10 +271,13 @@ KINDS = (
         "the curvature of the loss around adapters, and the learning rates that it allows",
         {"rows": SharpnessRow, "rates": TriedRate},
         Paper(("adapter", "at", "sharpness", "trace", "rate_gd", "rate_momentum", "rate_adam")),
+        version=2,
+        open={"rates": "each metric on the validation split; null where the training diverged, or unknown"},
         parameters={
             "iterations": "Lanczos iterations at most",
             "probes": "random vectors for the trace",
             "examples": "examples of the split; null for all",
+            "metrics": "metric → about, unit, and higher: whether more is better; the loss first",
             **ADAPTERS,
         },
     ),

@@ -293,10 +293,15 @@ def test_rates_tried_are_taken_from_records_as_numbers_alone():
         "nonsense",
     ]
     given = replace(ADAPTER, record={"tuning": rows, "recipe": {"learning_rate": 5.0}})
-    found = [(row["rate"], row["accuracy"], row["loss"], row["chosen"]) for row in tried(given)]
+    found = [(row["rate"], row["accuracy"], row["loss"], row["chosen"]) for row in tried(given, ("accuracy", "loss"))]
     assert found == [(1e-3, 0.9, 0.4, False), (1e-2, None, None, True)]
-    assert list(tried(ADAPTER)) == []
-    assert [row["rate"] for row in tried(replace(ADAPTER, record={"recipe": {"learning_rate": 5.0}}))] == [5.0]
+    assert list(tried(ADAPTER, ("loss",))) == []
+    own = replace(
+        ADAPTER, record={"recipe": {"learning_rate": 5.0}, "metrics": {"validation": {"rmse": 0.5, "examples": 9}}}
+    )
+    (row,) = tried(own, ("rmse", "pearson"))
+    assert (row["rate"], row["rmse"], row["pearson"], row["chosen"]) == (5.0, 0.5, None, True)
+    assert not {"accuracy", "loss", "examples"} & set(row)
 
 
 def test_a_model_without_second_derivatives_is_named():
