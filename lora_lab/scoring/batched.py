@@ -32,7 +32,7 @@ Alone = Callable[[Variant, Mapping[str, Tensor], Judge], Scores]
 """Scores one variant on a batch, without gates."""
 
 _LEAST, _MOST = 4, 64
-"""Variants a pass that are tried first, and at the most, where nobody has said how many."""
+"""Variants in the pass that is tried; and a pass at first, and at the most, where nobody has said how many."""
 _SHARE = 0.7  # of the free memory
 
 
@@ -119,7 +119,7 @@ class Together:
             tried = [] if self._ready else self._tried(variants, batches[0], batching)
             self._ready, done = True, 0
             while done < len(variants):
-                chunk = variants[done : done + self._size.now]
+                chunk = variants[done : done + (len(tried) or self._size.now)]
                 try:
                     found = [tried or self._chunk(chunk, batches[0], pad=bool(batching.compile))]
                     found += [self._chunk(chunk, batch, pad=bool(batching.compile)) for batch in batches[1:]]
@@ -138,7 +138,7 @@ class Together:
             first = self._alone(variants[0], batch)
         asked = batching.foreseen if batching.compile else batching.at_once
         self._size = Size(asked, room.most())
-        chunk = variants[: self._size.now]
+        chunk = variants[: min(_LEAST, self._size.now)]  # whether they can go together hangs on no number
         self._gates.reserve(self._size.now)
         self._gates.seen = {}
         found = self._caught(chunk, batch)
