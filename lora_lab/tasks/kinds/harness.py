@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lora_lab.errors import (
     OptionError,
+    TaskError,
     TunerError,
     shorten,
     unknown,
@@ -201,6 +202,8 @@ class Harness(CausalLM):
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         split = list(SPLITS)[int(batch[_SPLIT][0])]
         tasks, places = self._tasks(split), batch[_TASK].tolist()
+        if len(set(batch["index"].tolist())) < len(batch["index"]):  # for several models, whose rows would be mixed
+            raise TaskError(f"task {self.name}: the harness asks in an order of its own, so one model at a time")
         asked = [[replace(each, resps=[], filtered_resps={}) for each in self._asked[split][i]] for i in batch["index"]]
         with telling(f"task {self.name}: lm-eval"), quiet():
             self._answer(model, [instance for instances in asked for instance in instances])

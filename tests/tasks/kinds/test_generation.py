@@ -19,6 +19,7 @@ from lora_lab.files.trust import Reach
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import TaskSpec
+from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.metrics import METRICS
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import Recipe
@@ -319,3 +320,18 @@ def test_empty_answers_are_refused_and_foreign_data_is_not_shown(folder):
     with pytest.raises(TaskError) as found:
         task.split("train")
     assert "secret" not in str(found.value)
+
+
+def test_several_at_once_give_what_single_ones_do(folder):
+    task = build(folder, ROWS, DRAWN)
+    adapter = random_adapter(
+        task, folder / "a", LoraConfig(r=2, target_modules=["q_proj", "down_proj"]), seed=0, scale=1.0
+    )
+    alone, together = (Evaluator([adapter], task, Execution(coalitions_at_once=k)) for k in (0, 4))
+    names = alone.names
+    masks = [alone.keeping(names[i:]) for i in range(len(names) + 1)]
+    found = [evaluator.scores(masks) for evaluator in (alone, together)]
+    for one, other in zip(*found, strict=True):
+        for name, values in one.columns.items():
+            assert np.allclose(values, other[name], atol=1e-4), name
+    assert any(not np.array_equal(found[0][0]["loss"], one["loss"]) for one in found[0])

@@ -18,6 +18,7 @@ from lora_lab.files.trust import Origin, Reach, judged
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import TaskSpec
+from lora_lab.scoring.execution import Execution
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import Recipe
 
@@ -301,3 +302,22 @@ def test_code_from_a_record_never_runs(folder):
     assert not mark.exists()
     assert build(folder, "capitals").split("test")  # the user's own file
     assert mark.exists()
+
+
+def test_several_at_once_give_what_single_ones_do(folder):
+    task = build(folder, "capitals")
+    adapter = random_adapter(
+        task, folder / "a", LoraConfig(r=2, target_modules=["q_proj", "down_proj"]), seed=0, scale=1.0
+    )
+    alone, together = (Evaluator([adapter], task, Execution(coalitions_at_once=k)) for k in (0, 4))
+    names = alone.names
+    masks = [alone.keeping(names[i:]) for i in range(len(names) + 1)]
+    found = [evaluator.scores(masks) for evaluator in (alone, together)]
+    for one, other in zip(*found, strict=True):
+        for name, values in one.columns.items():
+            assert np.allclose(values, other[name], atol=1e-4), name
+    assert any(not np.array_equal(found[0][0]["acc"], one["acc"]) for one in found[0])
+    (batch,) = task.batches("test", torch.device("cpu"))
+    twice = {name: tensor.repeat(2, *[1] * (tensor.ndim - 1)) for name, tensor in batch.items()}
+    with pytest.raises(TaskError, match="the harness asks in an order of its own, so one model at a time"):
+        task.judge(task.build_model(), twice)

@@ -14,6 +14,7 @@ from lora_lab.errors import LoraLabWarning, OptionError, TaskError
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import TaskSpec
+from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.kinds import preference
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import Recipe
@@ -192,3 +193,18 @@ def test_what_is_refused(folder, rows, keys, told):
         build(folder, rows, {**KEYS, **keys}).split("test")
     assert told in str(found.value)
     assert "\n" not in str(found.value)
+
+
+def test_several_at_once_give_what_single_ones_do(folder):
+    task = build(folder, ROWS, KEYS)
+    adapter = random_adapter(
+        task, folder / "a", LoraConfig(r=2, target_modules=["q_proj", "down_proj"]), seed=0, scale=1.0
+    )
+    alone, together = (Evaluator([adapter], task, Execution(coalitions_at_once=k)) for k in (0, 4))
+    names = alone.names
+    masks = [alone.keeping(names[i:]) for i in range(len(names) + 1)]
+    found = [evaluator.scores(masks) for evaluator in (alone, together)]
+    for one, other in zip(*found, strict=True):
+        for name, values in one.columns.items():
+            assert np.allclose(values, other[name], atol=1e-4), name
+    assert any(not np.array_equal(found[0][0]["loss"], one["loss"]) for one in found[0])

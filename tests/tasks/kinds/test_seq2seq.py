@@ -15,6 +15,7 @@ from lora_lab.analysis.questions import Shapley
 from lora_lab.errors import OptionError, TaskError
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.evaluator import Evaluator
+from lora_lab.scoring.execution import Execution
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import Recipe
 
@@ -158,3 +159,16 @@ def test_what_is_refused(folder):
         build(folder, [{"long": "one", "short": ""}], KEYS, "t5").split("test")
     with pytest.raises(TaskError, match="column 'long' holds lists; texts are needed"):
         build(folder, [{"long": ["one"], "short": "two"}], {**KEYS, "source": "long"}, "t5").split("test")
+
+
+def test_several_at_once_give_what_single_ones_do(folder):
+    task = build(folder, ROWS, KEYS, "t5")
+    adapter = random_adapter(task, folder / "a", LoraConfig(r=2, target_modules=["q", "wo"]), seed=0, scale=1.0)
+    alone, together = (Evaluator([adapter], task, Execution(coalitions_at_once=k)) for k in (0, 4))
+    names = alone.names
+    masks = [alone.keeping(names[i:]) for i in range(len(names) + 1)]
+    found = [evaluator.scores(masks) for evaluator in (alone, together)]
+    for one, other in zip(*found, strict=True):
+        for name, values in one.columns.items():
+            assert np.allclose(values, other[name], atol=1e-4), name
+    assert any(not np.array_equal(found[0][0]["loss"], one["loss"]) for one in found[0])
