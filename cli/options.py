@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class Reading:
     """How an adapter is read where its files do not say."""
 
-    panel: ClassVar = "Adapters"
+    help_panel: ClassVar = "Adapters"
 
     config: Path | None = option(None, "adapter_config.json for a file that has none in its header or beside it.")
     alpha: float | None = option(None, "lora_alpha, where no configuration is to be had.")
@@ -97,7 +97,7 @@ def _trust() -> Any:
 class OneTask:
     """The task that all adapters are scored on."""
 
-    panel: ClassVar = "Task"
+    help_panel: ClassVar = "Task"
 
     task: str | None = option(None, "Built-in task or task file; by default the adapters' own.")
     trust_record: bool = _trust()
@@ -113,7 +113,7 @@ class OneTask:
 class TaskEach:
     """The task of each adapter."""
 
-    panel: ClassVar = "Task"
+    help_panel: ClassVar = "Task"
 
     task: list[str] | None = option(
         None, "Built-in task or task file, for all adapters or once for each; by default their own."
@@ -131,7 +131,7 @@ class TaskEach:
 class Device:
     """Where something small is computed, in this process."""
 
-    panel: ClassVar = "Computing"
+    help_panel: ClassVar = "Computing"
 
     device: str | None = option(None, "cpu, cuda …; by default a GPU where there is one.")
 
@@ -224,7 +224,7 @@ _LONG = 600.0  # seconds from which a run is asked about first
 class AsJson:
     """How it is printed."""
 
-    panel: ClassVar = "Output"
+    help_panel: ClassVar = "Output"
 
     json: bool = option(False, "Print JSON instead of a table.")
 
@@ -233,7 +233,7 @@ class AsJson:
 class Output:
     """The folder that a result goes to with its figure, and what is printed of it."""
 
-    panel: ClassVar = "Output"
+    help_panel: ClassVar = "Output"
 
     output: Path = option(Path("out"), "Folder for VERB.json, .pdf and .png.", flag="o output")
     force: bool = option(False, "Replace the results that are there.")
@@ -258,7 +258,7 @@ class Output:
 class AdapterFile:
     """The adapter that is written, and what is printed of how it was made."""
 
-    panel: ClassVar = "Output"
+    help_panel: ClassVar = "Output"
 
     output: Path | None = option(None, "NAME.safetensors, or a name for a folder.", flag="o output")
     force: bool = option(False, "Replace what is there.")

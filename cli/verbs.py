@@ -200,7 +200,7 @@ def _parameter(field: dataclasses.Field[Any], said: Option, group: Any, verb_nam
             more, default = {"show_default": default or False}, None
     elif hint in (bool, bool | None) and default is not False and "/" not in names[0]:
         names = [f"{names[0]}/--no-{names[0][2:]}"]
-    more["rich_help_panel"] = getattr(group, "panel", None)
+    more["rich_help_panel"] = getattr(group, "help_panel", None)
     text = help_of(said).replace("VERB", verb_name) + (" ☰" if said.several else "")
     return inspect.Parameter(
         field.name,

@@ -41,6 +41,9 @@ _CARD = re.compile(rb"\A---\n(?:(?!---).*\n)*?tags:[^\n]*(?:\n- [^\n]*)*\blora-l
 _PAGE = re.compile(
     rb'\A<!doctype html>\n<html[^>\n]*>\n<head>\n<meta charset="utf-8">\n<meta name="generator" content="lora-lab">'
 )
+_OF_FIGURE = re.compile(
+    rb'\A(# lora-lab figure script\n|% lora-lab caption\n|\{\s*"metadata":\s*\{\s*"lora-lab": "figure)'
+)
 _PLENTY = 100_000_000  # bytes of a safetensors header, as in safetensors itself
 _PART = 65_536  # bytes from either end of a file, where marks are
 
@@ -150,7 +153,9 @@ def _written_here(path: Path) -> bool:
         return end.rstrip().rpartition(b"\n")[2].startswith(b"% " + mark)
     if start.startswith(b"SQLite format 3\0"):
         return JOURNAL.encode() in start
-    return any(pattern.match(start) for pattern in (_JSON, _CARD, _CSV, _PAGE)) or _of_safetensors(path, start)
+    return any(pattern.match(start) for pattern in (_JSON, _CARD, _CSV, _PAGE, _OF_FIGURE)) or _of_safetensors(
+        path, start
+    )
 
 
 def _of_safetensors(path: Path, start: bytes) -> bool:

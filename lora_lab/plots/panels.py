@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import SubFigure
 
 from lora_lab.errors import OptionError
 from lora_lab.plots import style as plot_style
@@ -16,6 +17,7 @@ _CAPTION = 7
 _GREY = "#555555"
 _PAGE = 9.0  # inches: the height of a page, for which many panels are laid out
 _LEGEND = 0.6  # inches that figures have for their legend
+_LETTER = 0.25  # inches beside a legend for the letter of a panel
 _SMALLEST = 5.0  # points: print that is still read
 
 
@@ -23,11 +25,18 @@ class Panels:
     """Where a view draws its panels: on a figure of its own, in the place of the Axes given, or on as many Axes.
 
     Legends and captions outside of the panels belong to whole figures: on Axes that were given, the legend lies in the
-    first of them and there is no caption.
+    first of them and there is no caption. `host` is the part of a figure, of a size that is given, that is drawn on
+    in place of a figure of its own, without a caption; nor has it one where it is not `captioned`.
     """
 
-    def __init__(self, ax: Axes | Sequence[Axes] | None, width: str) -> None:
+    def __init__(
+        self, ax: Axes | Sequence[Axes] | None, width: str, host: SubFigure | None = None, *, captioned: bool = True
+    ) -> None:
         self.width = width
+        self.said = ""
+        """What the caption says, wherever it stands."""
+        self._host = host
+        self._captioned = captioned and host is None
         self.single = width == "single"
         self._given = None if ax is None else [ax] if isinstance(ax, Axes) else list(np.ravel(np.asarray(ax)))
         self._titles: dict[Axes, tuple[tuple[str, ...], str]] = {}
@@ -94,7 +103,8 @@ class Panels:
 
     def _spec(self, lines: int, columns: int, height: float, panels: int | None = None, **ratios: Any) -> Any:
         if self._given is None:
-            return plot_style.new(self.width, height).add_gridspec(lines, columns, **ratios)
+            figure = self._host or plot_style.new(self.width, height)
+            return figure.add_gridspec(lines, columns, **ratios)
         place = self._given[0].get_subplotspec() if len(self._given) == 1 else None
         if place is None:
             raise OptionError(
@@ -128,22 +138,26 @@ class Panels:
             return
         figure = figure_of(axes[0])
         most = columns or (2 if self.single else 4)
+        room = figure.bbox.width - 2 * _LETTER * figure.dpi * (self._host is not None)
         for count in range(min(most, len(names)), 0, -1):
             made = figure.legend(handles, names, loc="outside upper center", ncols=count)
-            if count == 1 or made.get_window_extent().width <= figure.bbox.width:
+            if count == 1 or made.get_window_extent().width <= room:
                 break
             made.remove()
+        if self._host is not None:
+            return
         height = made.get_window_extent().height / figure.dpi
         figure.set_figheight(figure.get_figheight() + max(0.0, height - _LEGEND))
 
     def colour_bar(self, axes: Sequence[Axes], image: Any, label: str, shrink: float = 0.9) -> Any:
         """One colour bar beside all panels, or below them where these have one column of a page."""
         figure = figure_of(axes[0])
-        length = shrink * (self.page if self.single else figure.get_figheight())
+        high = figure.bbox.height / figure.dpi
+        length = shrink * (self.page if self.single else high)
         text = "\n".join(folded(label, type_size("axes.labelsize"), 0.8 * length))
         more: dict[str, Any] = {"location": "bottom", "aspect": 30} if self.single else {"aspect": 10 * length}
         if self.single:
-            more["pad"] = 0.05 / figure.get_figheight()
+            more["pad"] = 0.05 / high
         return figure.colorbar(image, ax=list(axes), label=text, shrink=shrink, ticks=Numbers(), **more)
 
     def caption(self, ax: Axes, text: str) -> None:
@@ -151,7 +165,8 @@ class Panels:
 
         Parts stand between semicolons; what is wider than the figure goes on in a further line.
         """
-        if self._given is not None:
+        self.said = text
+        if self._given is not None or not self._captioned:
             return
         figure = figure_of(ax)
         room = figure.get_figwidth() - 0.2
@@ -167,7 +182,7 @@ class Panels:
     def lay_out(self, axes: Sequence[Axes]) -> None:
         """Fit titles and the names on axes to the size that the panels have once they are laid out."""
         if self._given is None:
-            figure_of(axes[0]).draw_without_rendering()
+            axes[0].get_figure(root=True).draw_without_rendering()  # type: ignore[union-attr]
         for axis in (axis for ax in axes for axis in (ax.xaxis, ax.yaxis)):
             fit_names(axis)
         if self._titles:

@@ -70,16 +70,19 @@ class View:
         `ax` is where to draw: Axes, in whose place the view's panels are laid out (of a grid, where they are several),
         or as many Axes as it has panels. Without, it is a figure of its own with a legend and a caption around.
         """
-        results = [results] if isinstance(results, Result) else list(results)
-        _agree(results, self.shared)
         if width not in WIDTHS:
             raise unknown("width", width, WIDTHS)
+        axes = self.on([results] if isinstance(results, Result) else list(results), Panels(ax, width), metric)
+        return axes[0] if len(axes) == 1 else axes
+
+    def on(self, results: Sequence[Result], panels: Panels, metric: str | None = None) -> list[Axes]:
+        """The Axes drawn on, in reading order, where `panels` lays them."""
+        _agree(results, self.shared)
         with plot_style.styled(), _one_line(f"results of kind {self.kind!r} that lack what {self.title} shows"):
-            panels = Panels(ax, width)
             shown = results if metric is None else [plot_metrics.showing(result, metric) for result in results]
             axes = self.draw([_drawn(result) for result in shown], panels)
             panels.lay_out(axes)
-        return axes[0] if len(axes) == 1 else axes
+        return axes
 
 
 def draw(
@@ -92,7 +95,7 @@ def draw(
 ) -> Any:
     """Draw results of one kind, in their usual view or another one of PLOTS; the Axes (see `View`)."""
     results = [results] if isinstance(results, Result) else list(results)
-    return _view(results, kind)[1](results, ax, metric=metric, width=width)
+    return view_of(results, kind)[1](results, ax, metric=metric, width=width)
 
 
 def figure(
@@ -102,17 +105,31 @@ def figure(
 
     Without it, that is their main metric. OptionError for a metric that they have not got.
     """
+    return figure_and_caption(results, kind=kind, metric=metric, width=width)[0]
+
+
+def figure_and_caption(
+    results: Result | Sequence[Result],
+    *,
+    kind: str | None = None,
+    metric: str | None = None,
+    width: str = "double",
+    captioned: bool = True,
+) -> tuple[Figure, tuple[str, str]]:
+    """The figure, and what is to be seen and on what it was measured: below it, too, where it is to be `captioned`."""
     results = [results] if isinstance(results, Result) else list(results)
-    name, view = _view(results, kind)
-    axes = view(results, metric=metric, width=width)
-    made: Figure = (axes[0] if isinstance(axes, list) else axes).get_figure()
-    made.set_gid(_identity(results, name, width, metric))
+    name, view = view_of(results, kind)
+    if width not in WIDTHS:
+        raise unknown("width", width, WIDTHS)
+    panels = Panels(None, width, captioned=captioned)
+    made: Any = view.on(results, panels, metric)[0].get_figure()
+    made.set_gid(identity(results, name, width, metric, None if captioned else "without a caption"))
     with plot_style.styled(), _one_line("a figure that cannot be drawn"):
-        _lay_out(made)
-    return made
+        lay_out(made)
+    return made, (view.title, panels.said)
 
 
-def _lay_out(made: Figure) -> None:
+def lay_out(made: Figure) -> None:
     """Lay a figure out once and for all: a second layout would be a little different, and so would the files be."""
     if not isinstance(made.get_layout_engine(), PlaceHolderLayoutEngine):
         for ax in made.axes:  # how many ticks there is room for goes by it, and would go by the style of who saves it
@@ -123,7 +140,8 @@ def _lay_out(made: Figure) -> None:
         made.set_layout_engine("none")
 
 
-def _view(results: Sequence[Result], kind: str | None) -> tuple[str, View]:
+def view_of(results: Sequence[Result], kind: str | None) -> tuple[str, View]:
+    """The name of the view that is asked for (None: the usual one), and the view; OptionError without one."""
     if not results:
         raise OptionError("no results to draw")
     kinds = sorted({result.kind for result in results})
@@ -165,15 +183,20 @@ def shows(path: Path, results: Sequence[Result], *, kind: str | None = None, wid
         content = path.read_bytes()
     except OSError:
         return False
-    marked = _identity(results, kind or results[0].kind, width).encode() in content
+    marked = identity(results, kind or results[0].kind, width).encode() in content
     return marked and content.rstrip().endswith(_ENDS.get(path.suffix, b""))
 
 
-def _identity(results: Sequence[Result], kind: str, width: str, metric: str | None = None) -> str:
+def identity(results: Sequence[Result], kind: str, width: str, *more: str | None) -> str:
     """What a figure says it was drawn from; when and where the numbers were computed is not part of it."""
     shown = [[result.kind, result.columns, result.parameters, result.summary] for result in results]
     style = [] if plot_style.in_use() == (plot_style.DEFAULT,) else [plot_style.in_use()]
-    return f"{MARK} {fingerprint([kind, width, shown, *style, *filter(None, [metric])])}"
+    return marked([kind, width, shown, *style, *filter(None, more)])
+
+
+def marked(content: Any) -> str:
+    """The mark of a figure that was drawn from this."""
+    return f"{MARK} {fingerprint(content)}"
 
 
 def _drawn(result: Result) -> Result:
@@ -189,7 +212,7 @@ def save(made: Figure, *paths: Path, force: bool = False) -> None:
             raise OptionError(f"{path}: figures are written as {', '.join(_FORMATS)}")
     files.refuse_existing(*paths, force=force)
     with plot_style.styled(), _one_line("a figure that cannot be drawn"):
-        _lay_out(made)
+        lay_out(made)
         for path in paths:
             buffer = io.BytesIO()
             made.savefig(buffer, format=path.suffix[1:], metadata=_metadata(path.suffix, made.get_gid() or MARK))

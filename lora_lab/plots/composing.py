@@ -1,0 +1,82 @@
+"""Several views as the panels (a), (b), … of one figure, at the size that it is printed in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from lora_lab.errors import OptionError, unknown
+from lora_lab.plots import registry
+from lora_lab.plots import style as plot_style
+from lora_lab.plots.panels import Panels
+from lora_lab.plots.style import WIDTHS
+from lora_lab.results.result import Result
+
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_SMALL = Path(__file__).with_name("panels.mplstyle")
+"""All text in 7 points."""
+_LETTER = 0.16  # inches above a panel for its letter
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one panel shows: results of one kind, which view of them, and which metric (None: the usual ones)."""
+
+    results: Sequence[Result]
+    view: str | None = None
+    metric: str | None = None
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A figure, and of each panel what is to be seen and on what it was measured."""
+
+    figure: Figure
+    captions: list[tuple[str, str]]
+
+
+def compose(parts: Sequence[Part], *, width: str = "double", columns: int | None = None) -> Composed:
+    """The parts as lettered panels in `columns`, by default two on the width of two columns of a page, and one on one.
+
+    All text is of 7 points. Nothing stands below the panels: it is in `captions`. OptionError where a part cannot be
+    drawn, or for more of them than there are letters.
+    """
+    if not 0 < len(parts) <= len(_LETTERS):
+        raise OptionError(f"{len(parts)} panels; a figure has from 1 to {len(_LETTERS)}")
+    if width not in WIDTHS:
+        raise unknown("width", width, WIDTHS)
+    columns = columns or (min(2, len(parts)) if width == "double" else 1)
+    if columns > 1 and WIDTHS[width] / columns < WIDTHS["single"]:
+        raise OptionError(f"{columns} columns of panels; on the width {width} there is room for 1 or 2")
+    inner = "single" if columns > 1 else width
+    chosen = [registry.view_of(part.results, part.view) for part in parts]
+    with plot_style.use(*plot_style.in_use(), _SMALL):
+        heights = [_height(part, view, inner) for part, (_, view) in zip(parts, chosen, strict=True)]
+        lines = [max(heights[i : i + columns]) + _LETTER for i in range(0, len(parts), columns)]
+        with plot_style.styled():
+            figure = Figure(figsize=(WIDTHS[width], sum(lines)), layout="constrained")
+            places = figure.subfigures(len(lines), columns, squeeze=False, height_ratios=lines).ravel()
+            captions = []
+            for part, (_, view), place, letter in zip(parts, chosen, places, _LETTERS, strict=False):
+                panels = Panels(None, inner, place)
+                view.on(part.results, panels, part.metric)
+                place.suptitle(f"({letter})", x=0.01, ha="left", fontweight="bold")
+                captions.append((view.title, panels.said))
+            identity = [
+                [registry.identity(part.results, name, inner, part.metric)]
+                for part, (name, _) in zip(parts, chosen, strict=True)
+            ]
+            figure.set_gid(registry.marked([identity, width, columns]))
+            registry.lay_out(figure)
+    return Composed(figure, captions)
+
+
+def _height(part: Part, view: registry.View, width: str) -> float:
+    """How many inches high a part is on a figure of its own."""
+    axes = view.on(part.results, Panels(None, width, captioned=False), part.metric)
+    figure = axes[0].get_figure(root=True)
+    assert isinstance(figure, Figure)
+    return float(figure.get_figheight())
