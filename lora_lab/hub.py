@@ -36,7 +36,7 @@ def pretrained(cls: Any, name: str, *, where: str = "the model", **options: Any)
             raise TaskError(f"{where} {name!r} is missing; a folder with a model, or a hub id, is needed")
         stay_offline_without_network()
     try:
-        return cls.from_pretrained(name, **{"trust_remote_code": False, **options})
+        loaded = cls.from_pretrained(name, **{"trust_remote_code": False, **options})
     except Exception as error:  # files of all kinds are read, each kind with errors of its own
         reason = str(error).strip().partition("\n")[0]
         if "trust_remote_code" in str(error) and not options.get("trust_remote_code"):
@@ -44,11 +44,37 @@ def pretrained(cls: Any, name: str, *, where: str = "the model", **options: Any)
                 f"{where} {name!r} needs code that comes with it, which is not run; if you have read it, a task file "
                 "with trust_remote_code = true runs it"
             ) from error
+        if isinstance(error, ImportError):  # a package that quantised weights need
+            raise TaskError(f"{where} {name!r} cannot be loaded: {reason}") from error
         if not os.path.exists(name):
             reason = f"there is no such folder here; from the hub: {reason}"
         raise TaskError(
             f"{where} {name!r} cannot be loaded ({reason}); give a folder, or a hub id where there is a network"
         ) from error
+    if isinstance(loaded, nn.Module):
+        _check_quantisation(loaded, f"{where} {name!r}")
+    return loaded
+
+
+def _check_quantisation(model: nn.Module, where: str) -> None:
+    """TaskError for a model that is to be quantised by its configuration, and is not: it would score as another one."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    said: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    if not said:
+        return
+    method = said.get("quant_method") if isinstance(said, dict) else getattr(said, "quant_method", None)
+    method = str(getattr(method, "value", method))
+    known = [*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"]
+    if method not in known:
+        raise TaskError(f"{where} is quantised by {method!r}, of which this version of transformers knows nothing")
+    for name, module in model.named_modules():
+        weight: Any = getattr(module, "weight", None)
+        if type(module).__module__.startswith("bitsandbytes.") and weight.is_floating_point():
+            raise TaskError(
+                f"{where}: its configuration asks for {method}, and {name} is stored unquantised; a folder that the "
+                "quantised model was saved to is needed, or one without quantization_config"
+            )
 
 
 def cached_folder(name: str, revision: str | None = None, *, file: str = "config.json") -> Path | None:

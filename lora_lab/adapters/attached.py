@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.bases import NO_MATTER
+from lora_lab.adapters.codes import is_quantised, require_weights, weight_shape
 from lora_lab.adapters.formats.keys import PREFIX
 from lora_lab.adapters.formats.matching import first_match
 from lora_lab.adapters.formats.peft_config import missing_saved, parameter_sites, tuner_of
@@ -246,7 +247,7 @@ def layers(model: nn.Module) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def restored(model: nn.Module, *, copy_weights: bool = False) -> Iterator[None]:
-    """Leave `model` bit for bit as it was: modules, weights, requires_grad, modes and attributes.
+    """Leave `model` bit for bit as it was: modules, weights (codes as they act), requires_grad, modes and attributes.
 
     Weights changed in place are put back only with `copy_weights`, which costs their size.
     """
@@ -255,16 +256,23 @@ def restored(model: nn.Module, *, copy_weights: bool = False) -> Iterator[None]:
     parameters = [dict(module._parameters) for module in modules]
     attributes = [set(vars(module)) for module in modules]
     modes = [module.training for module in modules]
-    weights = [(p, p.data, p.data.clone() if copy_weights else None, p.requires_grad) for p in model.parameters()]
+    # codes stay as the forward leaves them: bitsandbytes packs them anew for its kernels, with their scales
+    packed = [is_quantised(module) for module in modules]
+    weights = [
+        (p, p.data, p.data.clone() if copy_weights else None, p.requires_grad)
+        for p in model.parameters()
+        if p.is_floating_point()
+    ]
     try:
         yield
     finally:
-        for module, names, own, known, mode in zip(modules, children, parameters, attributes, modes, strict=True):
+        kept = zip(modules, children, parameters, attributes, modes, packed, strict=True)
+        for module, names, own, known, mode, codes in kept:
             module._modules.clear()
             module._modules.update(names)
             module._parameters.clear()
             module._parameters.update(own)
-            for extra in set(vars(module)) - known:
+            for extra in set() if codes else set(vars(module)) - known:
                 delattr(module, extra)
             module.training = mode
         for parameter, data, copy, requires_grad in weights:
@@ -279,6 +287,7 @@ def weight_deltas(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
 
     Exact up to the rounding of the model's dtype; in the layout of the stored weight.
     """
+    require_weights(model, f"the base of {adapter.source}")
     before = {}
     deltas = {}
     for name in adapter.sites:
@@ -355,12 +364,10 @@ def _check_fit(model: nn.Module, *adapters: Adapter) -> None:
             )
         if adapter.why_not_additive is None:
             for name, update in adapter.updates.items():
-                weight = getattr(submodules[name], "weight", None)
+                shape = weight_shape(submodules[name])
                 # PEFT sets fan_in_fan_out by the layer that it meets, whatever the file says
-                if weight is not None and tuple(weight.shape) not in (update.shape, update.shape[::-1]):
-                    raise MismatchError(
-                        f"{adapter.source}: {name} is {tuple(weight.shape)} in this model, its ΔW is {update.shape}"
-                    )
+                if shape is not None and shape not in (update.shape, update.shape[::-1]):
+                    raise MismatchError(f"{adapter.source}: {name} is {shape} in this model, its ΔW is {update.shape}")
 
 
 def _above(names: Sequence[str]) -> set[str]:

@@ -17,6 +17,7 @@ from torch import nn
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.attached import weight_deltas
 from lora_lab.adapters.bases import check_shapes, same_base
+from lora_lab.adapters.codes import require_weights
 from lora_lab.adapters.cutting import factored
 from lora_lab.adapters.formats.keys import natural_key
 from lora_lab.adapters.formats.peft_format import shape_of, update
@@ -301,7 +302,9 @@ def _exact(adapters: Sequence[Adapter], base: Callable[[], nn.Module] | None) ->
             raise TunerError(f"{adapter.source}: {adapter.why_not_additive}; no base model was given")
         if any(part.endswith(".bias") for site in adapter.sites.values() for part in site.keys):
             raise TunerError(f"{adapter.source}: {adapter.why_not_additive}")
-        model = base().float()
+        model = base()
+        require_weights(model, f"the base of {adapter.source}")
+        model = model.float()
         deltas = weight_deltas(model, adapter)
         for name, delta in deltas.items():
             if delta.ndim < 2:
