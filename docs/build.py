@@ -24,8 +24,19 @@ ROOT = HERE.parent
 OUT = ROOT / "build" / "docs"
 
 GUIDES = {  # section → its pages in this folder, in order; others come behind them
-    "Guides": ("training", "line", "parts", "merging", "merge-tables", "adapters", "real-data", "cluster", "speed"),
-    "Your own": ("your-own-task", "your-own-loop", "add-a-method"),
+    "Guides": (
+        "commands",
+        "training",
+        "line",
+        "parts",
+        "merging",
+        "merge-tables",
+        "adapters",
+        "real-data",
+        "cluster",
+        "speed",
+    ),
+    "Your own": ("your-own-task", "your-own-loop", "folder-file", "add-a-method"),
     "Reference": ("formats", "servers", "sources"),
 }
 
@@ -55,7 +66,7 @@ def guides(pages: Path) -> dict[str, list[str]]:
     found = {path.stem for path in HERE.glob("*.md")}
     for name in found:
         (pages / f"{name}.md").write_text(linked((HERE / f"{name}.md").read_text()))
-    known = [name for names in GUIDES.values() for name in names]
+    known = ["claims", *(name for names in GUIDES.values() for name in names)]
     sections = {title: [f"{name}.md" for name in names if name in found] for title, names in GUIDES.items()}
     sections["Guides"] += sorted(f"{name}.md" for name in found.difference(known))
     for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY"):

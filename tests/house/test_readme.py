@@ -16,15 +16,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.training.coto import CoToCallback
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+(LINES,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+TRAINER, TRL = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), flags=re.DOTALL)
 
 
 def test_the_ten_lines_of_python_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    code = BLOCKS[0].replace("steps=100", "steps=6")
-    assert code != BLOCKS[0]
-    assert len([line for line in BLOCKS[0].splitlines() if line.strip()]) <= 12
+    code = LINES.replace("steps=100", "steps=6")
+    assert code != LINES
+    assert len([line for line in LINES.splitlines() if line.strip()]) <= 12
     exec(compile(code, "README.md", "exec"), {})
     assert float(capsys.readouterr().out) > 0
     assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors", "line.pdf"}
@@ -45,7 +48,7 @@ def test_the_callback_and_the_context_manager_run_as_shown(tmp_path):
         dataloader_pin_memory=False,
     )
     names = {"Trainer": Trainer, "peft_model": model, "args": args, "data": data, "steps": 3}
-    exec(compile(BLOCKS[1], "README.md", "exec"), names)
+    exec(compile(TRAINER, "training.md", "exec"), names)
     names["trainer"].train()
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -77,18 +80,27 @@ def test_the_callback_runs_in_trl_as_shown(tmp_path, monkeypatch):
             "texts": Dataset.from_dict({"text": ["a b a b"] * 8}),
             "tokenizer": tokenizer,
         }
-        exec(compile(BLOCKS[2], "README.md", "exec"), names)
+        exec(compile(TRL, "training.md", "exec"), names)
     (callback,) = [c for c in names["trainer"].callback_handler.callbacks if isinstance(c, CoToCallback)]
     assert [step for step, _, _ in callback.log] == [0, 1, 2]
     assert callback.log[-1][2].all()
 
 
-@pytest.mark.parametrize("path", re.findall(r"\]\(([^)]+\.png)\)", README))
-def test_every_picture_is_there(path):
-    assert (Path(__file__).parents[2] / path).stat().st_size > 10_000
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_picture_and_every_page_that_is_named_is_there(page):
+    for path in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if not path.startswith("http"):
+            assert (page.parent / path).exists(), path
+            assert not path.endswith(".png") or (page.parent / path).stat().st_size > 10_000
+
+
+def test_the_uses_that_always_work_are_named():
+    for command in ("lora-lab interpolate a.safetensors b.safetensors", "lora-lab shapley --samples 200"):
+        assert command in README
+    assert len(README.splitlines()) <= 120
 
 
 def test_the_file_tree_names_every_module():
-    package = Path(__file__).parents[2] / "lora_lab"
+    tree, package = (ROOT / "CONTRIBUTING.md").read_text(), ROOT / "lora_lab"
     for path in package.iterdir():
-        assert path.name in README or path.name.startswith(("__", "py.")), path.name
+        assert path.name in tree or path.name.startswith(("__", "py.")), path.name
