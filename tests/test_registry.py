@@ -131,7 +131,7 @@ LISTS = [
     ("lora_lab.games.estimators", "ESTIMATORS"),
     ("lora_lab.adapters.groups", "PLAYERS"),
     ("lora_lab.analysis.sweep", "KINDS"),
-    ("lora_lab.tasks.task", "SPLITS"),
+    ("lora_lab.tasks.splits", "SPLITS"),
 ]
 
 

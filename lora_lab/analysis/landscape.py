@@ -202,7 +202,7 @@ class Sharpness(Question):
 
     iterations: int = option(30, "Lanczos iterations at most; the residual tells whether they were enough.", least=2)
     probes: int = option(16, "Random vectors for the trace.", least=2)
-    split: str = option("train", "NAMES.", choices=Later("lora_lab.tasks.task", "SPLITS"))
+    split: str = option("train", "NAMES.", choices=Later("lora_lab.tasks.splits", "SPLITS"))
     examples: int | None = option(200, "On so many examples of the split, drawn with seed 0.", least=1)
     seed: int = option(0, "Draws the vectors.", least=0)
 

@@ -29,7 +29,7 @@ def player_option() -> Any:
 
 def split_option() -> Any:
     """The split that is scored."""
-    return option("test", "NAMES.", choices=Later("lora_lab.tasks.task", "SPLITS"))
+    return option("test", "NAMES.", choices=Later("lora_lab.tasks.splits", "SPLITS"))
 
 
 def example_option() -> Any:
