@@ -11,6 +11,7 @@ import psutil
 import pytest
 import torch
 from journals import entries
+from lora_lab.cli import _VERBS as VERBS
 from making_adapters import random_adapter
 from making_checkpoints import QV, train, write_base
 from making_processes import finished, started
@@ -40,10 +41,16 @@ RUNS = {
     "extract": ["base", "tuned", "--rank", 2, "-o", "out/extracted"],
     "compare": ["a.safetensors", "b.safetensors", "--csv", "--figure"],
     "run": ["recipe.yaml"],
+    "checkpoints": ["runs/a", "runs/b", "--examples", 20, "--spaces", "delta"],
+    "record": ["out/own.safetensors", "--method", "lora", "--seed", 3],
+    "report": ["line.json", "-o", "out/report.html"],
     "train": ["--steps", 6, "--batch-size", 8, "-o", "out/trained.safetensors"],
     "figure": ["line.json", "-o", "out/line.pdf", "-o", "out/line.svg"],
 }
-REPLACED = ("evaluate", "merge", "prune", "convert", "fuse", "extract", "figure")
+READING = ("verify", "inspect", "tasks", "schema")
+MANY = ("quickstart", "reproduce")
+"""Verbs that write nothing, and those that do what others of these do, several times."""
+REPLACED = ("evaluate", "merge", "prune", "convert", "fuse", "extract", "figure", "report")
 """Verbs that are told to replace what is there; the others find their result again."""
 RECIPE = """
 steps:
@@ -61,6 +68,7 @@ def inputs(tmp_path_factory):
         made = random_adapter(task, folder / f"from-{name}", config, seed=seed, scale=0.06)
         record = {"task": task.record, "method": "lora", "seed": seed}
         type(made)(made.tensors, made.config, made.sites, record, "a").save(folder / f"{name}.safetensors")
+        type(made)(made.tensors, made.config, made.sites, record, "a").save(folder / "runs" / name / "checkpoint-5")
         shutil.rmtree(folder / f"from-{name}")
     shutil.copy(Path(__file__).parents[2] / "figures" / "results" / "interpolation_lora.json", folder / "line.json")
     base = write_base("llama", folder / "base", torch.bfloat16)
@@ -114,7 +122,7 @@ def numbers(folder):
 SLOW = [pytest.param(verb, marks=pytest.mark.slow) for verb in ("stability", "sweep", "compare-merges")]
 
 
-@pytest.mark.parametrize("verb", ["interpolate", "shapley", *SLOW])
+@pytest.mark.parametrize("verb", ["interpolate", "shapley", "checkpoints", *SLOW])
 def test_a_run_killed_between_result_and_figure_draws_it_when_run_again(inputs, tmp_path, verb):
     folder = place(inputs, tmp_path)
     finished(begun(verb, folder, fatal=("plots.registry", "save")), folder, -signal.SIGKILL)
@@ -194,6 +202,9 @@ REPLACE = ("files.workplace", "_exchange"), ("files.workplace", "_put")
         ("fuse", REPLACE[1]),
         ("fuse", ("fusing.fuse", "copied")),
         ("run", REPLACE[1]),
+        ("checkpoints", REPLACE[1]),
+        ("record", REPLACE[1]),
+        ("report", REPLACE[1]),
     ],
 )
 def test_a_run_killed_as_it_writes_leaves_what_was_there_and_goes_on(inputs, tmp_path, verb, fatal):
@@ -242,6 +253,10 @@ def test_what_came_to_an_outputs_place_from_elsewhere_stays_though_the_step_was_
     for _ in range(2):
         assert "out/merged: exists already" in finished(begun("run", folder), folder, 1)
         assert numbers(folder) == there
+
+
+def test_every_verb_that_writes_is_killed():
+    assert {*RUNS, *READING, *MANY} == {*VERBS, "in place"}
 
 
 def hidden(name):

@@ -37,6 +37,7 @@ def made(tmp_path_factory):
         record = {"task": task.record, "method": NASTY, "seed": i}
         replace(adapter, record=record).save(folder / f"{i}{NASTY}.safetensors")
         replace(adapter, record=record).save(folder / f"{NASTY}{i}.safetensors")
+        replace(adapter, record=record).save(folder / f"run{NASTY}{i}" / "checkpoint-5")
     return folder
 
 
@@ -54,6 +55,8 @@ VERBS = {
     "merge": ["-o", "m"],
     "prune": ["--keep", "every-other", "-o", "p"],
     "convert": ["--dtype", "bf16", "-o", f"c{NASTY}"],
+    "checkpoints": ["--spaces", "delta", "--examples", "20", "--yes"],
+    "record": ["--seed", "3"],
     "compare": ["--signs", "--csv", "--figure"],
 }
 ONE = ("inspect", "prune", "convert")
@@ -69,9 +72,10 @@ def clean(text):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_nasty_name_is_shown_and_does_nothing(lora_lab, made, tmp_path, verb):
-    names = [f"{NASTY}{i}.safetensors" for i in range(1 if verb in ONE else 2)]
+    begin, end = ("run", "") if verb == "checkpoints" else ("", ".safetensors")
+    names = [f"{begin}{NASTY}{i}{end}" for i in range(1 if verb in ONE else 2)]
     for name in names:
-        shutil.copy(made / name, name)
+        (shutil.copytree if verb == "checkpoints" else shutil.copy)(made / name, name)
     code, out, err = lora_lab(verb, *names, *VERBS[verb])
     assert code == 0, err
     clean(out)

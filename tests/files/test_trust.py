@@ -101,6 +101,7 @@ VERBS = {
     "sharpness": ("sharpness", "a.safetensors"),
     "stability": ("stability", "a.safetensors"),
     "shapley": ("shapley", "a.safetensors"),
+    "checkpoints": ("checkpoints", "run"),
     "sweep": ("sweep", "a.safetensors"),
     "compare-merges": ("compare-merges", "a.safetensors", "b.safetensors"),
     "merge": ("merge", "a.safetensors", "b.safetensors", "--method", "fisher", "-o", "m"),
@@ -124,6 +125,11 @@ def test_no_verb_runs_code_that_comes_with_a_downloaded_adapter(lora_lab, downlo
     record = {**RECORD, "trust_remote_code": True} if asks else RECORD
     for i, name in enumerate("ab"):
         saved(download / f"{name}.safetensors", record, seed=i)
+    folder = download / "run" / "checkpoint-5"
+    adapter(record).save(folder)
+    stamp(folder / "adapter_model.safetensors", record=adapter(record).record)
+    shutil.copytree(download / "base", folder / "base")
+    shutil.copy(download / "reviews.csv", folder)
     monkeypatch.chdir(download)
     before = sorted(path.name for path in download.iterdir())
     for verb in VERBS.values():
