@@ -47,7 +47,7 @@ RUNS = {
     "train": ["--steps", 6, "--batch-size", 8, "-o", "out/trained.safetensors"],
     "figure": ["line.json", "-o", "out/line.pdf", "-o", "out/line.svg"],
 }
-READING = ("verify", "inspect", "tasks", "schema")
+READING = ("verify", "inspect", "tasks", "schema", "doctor")
 MANY = ("quickstart", "reproduce")
 """Verbs that write nothing, and those that do what others of these do, several times."""
 REPLACED = ("evaluate", "merge", "prune", "convert", "fuse", "extract", "figure", "report")
