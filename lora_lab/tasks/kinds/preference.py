@@ -153,6 +153,10 @@ class Preference(CausalLM):
         flat = {name: batch[name].flatten(0, 1) for name in ("input_ids", "attention_mask")}
         return _likelihoods(model(**flat).logits, batch["targets"])
 
+    def choices(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """The pair, [examples, 2]."""
+        return logits.float()
+
     def judge_logits(self, logits: Tensor, batch: Mapping[str, Tensor], *, keep_logits: bool = False) -> Scores:
         """DPO's loss, whether the pair is won by three counts, and the margins: chosen minus rejected, in nats."""
         said, tokens = logits.double(), _counts(batch)

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 from lora_lab.adapters.attached import put_on
 from lora_lab.analysis.questions import Evaluate, Shapley
 from lora_lab.errors import LoraLabWarning, OptionError, TaskError
+from lora_lab.merging.merged import merge
+from lora_lab.merging.sources import Sources
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import TaskSpec
@@ -208,3 +210,12 @@ def test_several_at_once_give_what_single_ones_do(folder):
         for name, values in one.columns.items():
             assert np.allclose(values, other[name], atol=1e-4), name
     assert any(not np.array_equal(found[0][0]["loss"], one["loss"]) for one in found[0])
+
+
+def test_merges_that_look_at_data_take_it(folder):
+    task = build(folder, ROWS, KEYS)
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    adapters = [random_adapter(task, folder / f"s{i}", config, seed=i, scale=0.5) for i in (0, 1)]
+    for method in ("fisher", "regmean"):
+        merged = merge(Sources(adapters, tasks=[task, task]), method, options={"examples": 4}).adapter
+        assert score(task, merged).loss.mean() != pytest.approx(score(task, None).loss.mean(), abs=1e-4)
