@@ -67,10 +67,8 @@ class _Merge:
     """One merge of one set of adapters, and what it lost."""
 
     members: tuple[int, ...]
-    accuracy: float
-    """1 − the mean share of the adapters' own accuracies."""
-    loss: float
-    """Mean nats above the adapters' own losses."""
+    lost: Mapping[str, float]
+    """By metric, the main one first: of shares the share of the adapters' own that is gone, else how much worse."""
 
     def mean(self, number: Callable[[Row], float | None], pairs: Mapping[Pair, Row]) -> float | None:
         """Of the pairs of its adapters; None where one has no such number."""
@@ -88,11 +86,12 @@ def forecast(adapters: Sequence[Adapter], pairs: Mapping[Pair, Row], results: Se
     merges = collected(adapters, results)
     rows = []
     for name, of_sets in merges.items():
-        for outcome, (predictor, number) in itertools.product(("accuracy", "loss"), PREDICTORS.items()):
+        outcomes = dict.fromkeys(outcome for merge in of_sets.values() for outcome in merge.lost)
+        for outcome, (predictor, number) in itertools.product(outcomes, PREDICTORS.items()):
             known = [
-                (merge.members, value, getattr(merge, outcome))
+                (merge.members, value, merge.lost[outcome])
                 for merge in of_sets.values()
-                if (value := merge.mean(number, pairs)) is not None and math.isfinite(getattr(merge, outcome))
+                if (value := merge.mean(number, pairs)) is not None and math.isfinite(merge.lost[outcome])
             ]
             if len(known) >= FEWEST:
                 rows.append({"merge": name, "outcome": outcome, "predictor": predictor, **_correlated(known)})
@@ -102,8 +101,8 @@ def forecast(adapters: Sequence[Adapter], pairs: Mapping[Pair, Row], results: Se
 def collected(adapters: Sequence[Adapter], results: Sequence[Result]) -> dict[str, dict[tuple[int, ...], _Merge]]:
     """Merge → set of adapters → what it lost; sets with other adapters, or of unequal weights, are left out.
 
-    OptionError for results of another kind, or where no merge has been made of five sets; MismatchError where one is
-    about other adapters of the same names.
+    OptionError for results of another kind or by another metric than the others, or where no merge has been made of
+    five sets; MismatchError where one is about other adapters of the same names.
     """
     from lora_lab.analysis.merges import CompareMerges
 
@@ -111,9 +110,9 @@ def collected(adapters: Sequence[Adapter], results: Sequence[Result]) -> dict[st
     for result in results:
         if result.kind != CompareMerges.kind:
             raise OptionError(f"a result of {result.kind} was given; those of {CompareMerges.kind} tell of merges")
-        if "accuracy" not in metrics_of(result.parameters):
-            told = ", ".join(metrics_of(result.parameters))
-            raise OptionError(f"results of merges by {told}; a forecast is of accuracy")
+        mains = [next(iter(metrics_of(each.parameters))) for each in (results[0], result)]
+        if mains[0] != mains[1]:
+            raise OptionError(f"results of merges by {mains[0]} and by {mains[1]}; a forecast is of one metric")
         for name, merge in _merges(result, adapters):
             merges.setdefault(name, {})[merge.members] = merge
     most = max(map(len, merges.values()), default=0)
@@ -144,16 +143,32 @@ def _merges(result: Result, adapters: Sequence[Adapter]) -> Iterator[tuple[str, 
         owners = [[there[i] for i in seeds_in(label)] if row["ratio"] else [row["adapter"]] for row in parts]
         members = {owner for each in owners for owner in each}
         if len(members) > 1 and place.keys() >= members and own.keys() >= members:
-            lost, more = np.mean(
-                [_lost(row, [own[owner] for owner in each]) for row, each in zip(parts, owners, strict=True)], 0
-            )
-            yield name, _Merge(tuple(sorted(place[member] for member in members)), float(lost), float(more))
+            parted = [(row, [own[owner] for owner in each]) for row, each in zip(parts, owners, strict=True)]
+            lost = {
+                metric: float(np.mean([_lost(*part, metric, said) for part in parted]))
+                for metric, said in _outcomes(result).items()
+            }
+            yield name, _Merge(tuple(sorted(place[member] for member in members)), lost)
 
 
-def _lost(row: Row, own: Sequence[Row]) -> tuple[float, float]:
-    """1 − accuracy / that of the adapters alone, and nats above their loss: means where several are of this task."""
-    accuracy, loss = (float(np.mean([each[key] for each in own])) for key in ("accuracy", "loss"))
-    return (1 - row["accuracy"] / accuracy if accuracy else math.nan), row["loss"] - loss
+def _outcomes(result: Result) -> dict[str, Row]:
+    """The main metric of a result and the loss: what each is."""
+    (main, said), *_ = metrics_of(result.parameters).items()
+    return {main: said, "loss": {"unit": "nats", "higher": False}}
+
+
+def _lost(row: Row, own: Sequence[Row], metric: str, said: Row) -> float:
+    """What a merge loses beside the adapters alone, of which the mean is taken where several are of this task.
+
+    Of shares of which more is better, 1 − share / theirs; of other metrics how much worse it is. NaN without a value.
+    """
+    there = [row[metric], *(each[metric] for each in own)]
+    if any(value is None for value in there):
+        return math.nan
+    value, alone = row[metric], float(np.mean(there[1:]))
+    if said["higher"] and said["unit"] == "share":
+        return 1 - value / alone if alone else math.nan
+    return float(alone - value if said["higher"] else value - alone)
 
 
 def _require_same(result: Result, adapters: Sequence[Adapter]) -> None:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from lora_lab.errors import OptionError
 from lora_lab.plots import primitives
 from lora_lab.plots import style as plot_style
+from lora_lab.plots.metrics import in_words
 from lora_lab.plots.names import labels, name_axis
 from lora_lab.plots.panels import Panels
 from lora_lab.results.result import Result, grouped
@@ -96,8 +97,9 @@ def _inside_lines(rows: Sequence[Mapping[str, Any] | None]) -> tuple[primitives.
 
 
 def draw_forecast(results: Sequence[Result], panels: Panels) -> list[Axes]:
-    """Rank correlation of every predictor with the loss of accuracy by merges, with its interval."""
-    rows = [row for result in results for row in result.summary.get("forecast", ()) if row["outcome"] == "accuracy"]
+    """Rank correlation of every predictor with what merges lose of the main metric, with its interval."""
+    rows = [row for result in results for row in result.summary.get("forecast", ())]
+    rows = [row for row in rows if row["outcome"] == rows[0]["outcome"]]
     if not rows:
         raise OptionError("these adapters were not put beside results of their merges")
     predictors = list(dict.fromkeys(row["predictor"] for row in rows))
@@ -108,7 +110,9 @@ def draw_forecast(results: Sequence[Result], panels: Panels) -> list[Axes]:
         groups[name] = primitives.band([by_name.get(predictor, []) for predictor in predictors], "correlation")
     (ax,) = panels.grid(1, 1, 0.9 + max(0.25, 0.06 * len(groups)) * len(predictors))
     names = [predictor.replace("_", " ") for predictor in predictors]
-    primitives.named_bars(ax, groups, names, "rank correlation with accuracy lost", horizontal=True)
+    outcome = in_words(rows[0]["outcome"])
+    what = "nats of loss more" if outcome == "loss" else f"{outcome} lost"
+    primitives.named_bars(ax, groups, names, f"rank correlation with {what}", horizontal=True)
     ax.axvline(0, color="#555555", linewidth=0.8, zorder=1)
     ax.set_xlim(-1.05, 1.05)
     panels.legend(ax)

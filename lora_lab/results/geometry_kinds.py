@@ -126,7 +126,10 @@ class Forecast:
     """How well a number of pairs tells what merges of them lose."""
 
     merge: str = column("name of the merge")
-    outcome: str = column("what was lost: accuracy (share of the adapters' own) or loss (nats more than their own)")
+    outcome: str = column(
+        "what was lost: the main metric (of a share, the share of the adapters' own; else how much worse) or loss "
+        "(nats more than their own)"
+    )
     predictor: str = column("column of the pairs; of sets of more than two adapters, its mean over their pairs")
     sets: int = column("sets of adapters that were merged", counts=True)
     adapters: int = column("adapters in them")

@@ -132,8 +132,11 @@ def test_a_plane_is_drawn_by_the_metrics_of_the_task(three):
         assert (gain["x"], gain["y"]) in places[3:]
         assert gain["low"] <= gain["value"] <= gain["high"]
         assert metric in result.columns
-    labels = [ax.get_ylabel() for ax in plots.figure(result).axes]
-    assert {"spearman", "loss (nats)"} <= set(labels)
+    figure = plots.figure(result)
+    assert {"spearman", "loss (nats)"} <= {ax.get_ylabel() for ax in figure.axes}
+    filled = [ax.collections[0] for ax in figure.axes[:2]]
+    assert [each.get_cmap().name for each in filled] == ["cividis", "cividis_r"]  # the better, the lighter
+    assert [type(each.norm).__name__ for each in filled] == ["Normalize", "LogNorm"]
 
 
 def test_a_gain_of_a_statistic_is_that_of_the_half_that_did_not_choose():

@@ -72,6 +72,25 @@ def test_a_merge_that_loses_what_pairs_lack_in_cosine_is_told_by_the_cosine(seed
     assert Compare(levels=()).run_id(seeds) != Compare(levels=()).run_id(seeds, None, [merged(seeds, lambda i, j: i)])
 
 
+@pytest.mark.parametrize(("unit", "higher", "sign"), [("", True, -1), ("", False, 1)])
+def test_a_metric_that_is_no_share_is_lost_by_as_much_as_it_gets_worse(seeds, unit, higher, sign):
+    pairs = {tuple(row["indices"]): row for row in Compare().run(seeds).rows(level="total")}
+    result = merged(seeds, lambda i, j: 1 - pairs[i, j]["cosine"])
+    rows = [{**row, "odds": sign * (row.pop("loss") + 0.5)} | {"loss": 1.0} for row in result.rows()]
+    named = {"odds": {"about": "made up", "unit": unit, "higher": higher}}
+    other = Result(result.kind, columns(rows), {**result.parameters, "metrics": named}, {}, {})
+    found = {
+        (row["outcome"], row["predictor"]): row
+        for row in Compare(levels=()).run(seeds, merges=[other]).summary["forecast"]
+    }
+    assert {outcome for outcome, _ in found} == {"odds", "loss"}
+    row = found["odds", "cosine"]
+    assert row["correlation"] == pytest.approx(-1)  # the less alike, the more is lost
+    np.testing.assert_allclose(sorted(row["points"]), sorted([p["cosine"], 1 - p["cosine"]] for p in pairs.values()))
+    with pytest.raises(OptionError, match="results of merges by accuracy and by odds; a forecast is of one metric"):
+        Compare(levels=()).run(seeds, merges=[result, other])
+
+
 def test_what_cannot_be_correlated_is_told_in_one_line(seeds, tmp_path):
     pairs = {tuple(row["indices"]): row for row in Compare().run(seeds).rows(level="total")}
     whole = merged(seeds, lambda i, j: i + j)
