@@ -63,6 +63,8 @@ def _table(result: Result, name: str, most: int) -> Table | None:
     if not rows:
         return None
     known = tables.columns_known(result, name)
+    told = result.parameters.get("metrics")
+    metrics = told if isinstance(told, Mapping) else {}
     names = tables.apart(list(dict.fromkeys(column for row in rows for column in row)))
     names = [column for column in names if _says(rows, column)]
     alike = [column for column in names if _is_alike(rows, column)]
@@ -72,10 +74,10 @@ def _table(result: Result, name: str, most: int) -> Table | None:
     return Table(
         name,
         "rows" if name == ROWS else name.replace("_", " ").replace(".", ": "),
-        [Heading(_heading(each, known), _about(each, known), _numeric(rows, each)) for each in names],
+        [Heading(_heading(each, known), _about(each, known, metrics), _numeric(rows, each)) for each in names],
         [[_cell(row, each, known) for each in names] for row in rows[:most]],
         len(rows),
-        [(_heading(each, known), _about(each, known), _cell(rows[0], each, known).text) for each in alike],
+        [(_heading(each, known), _about(each, known, metrics), _cell(rows[0], each, known).text) for each in alike],
     )
 
 
@@ -97,10 +99,15 @@ def _heading(name: str, known: Mapping[str, Column]) -> str:
     return (known[name].heading if name in known else "") or name.replace("_", " ")
 
 
-def _about(name: str, known: Mapping[str, Column]) -> str:
-    if name not in known:
-        return ""
-    return known[name].meaning + (f" ({known[name].unit})" if known[name].unit else "")
+def _about(name: str, known: Mapping[str, Column], metrics: Mapping[str, Any]) -> str:
+    """What a column means, and its unit: by the schema, or of a metric by the result itself."""
+    if name in known:
+        about, unit = known[name].meaning, known[name].unit
+    else:
+        said = metrics.get(name)
+        said = said if isinstance(said, Mapping) else {}
+        about, unit = str(said.get("about") or ""), str(said.get("unit") or "")
+    return about + (f" ({unit})" if about and unit else "")
 
 
 def _numeric(rows: Sequence[Mapping[str, Any]], name: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,4 +57,5 @@ def caption(panels: Sequence[tuple[str, str]]) -> str:
 def _sentence(text: str) -> str:
     plain = text.replace(r"\$", "$")  # as drawn texts have it
     marked = "".join(_SYMBOLS.get(sign, sign) for sign in latex(plain))
-    return marked.replace("$$", "").rstrip(".") + "."
+    joined = re.sub(r"(?<!\\)\$\$", "", marked)  # one formula of two that touch; \$ is a dollar
+    return joined.rstrip(".") + "."

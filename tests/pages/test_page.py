@@ -120,7 +120,10 @@ def test_tables_have_intervals_in_the_cell_and_leave_out_what_says_nothing():
     ]  # fmt: skip
     assert [cell.number for cell in rows.rows[1]] == pytest.approx([None, 0.25, 0.675, 0.325, 6.25], nan_ok=True)
     assert (len(rows.rows), rows.count) == (3, 15)
-    assert rows.headings[2].about == "share of examples (of language models, of tokens) that are right (share)"
+    assert rows.headings[1].about == "place on the line, 0 the first adapter and 1 the second; null of ratios"
+    result = line()
+    result.parameters["metrics"] = {"accuracy": {"about": "share that is right", "unit": "share"}, "loss": None}
+    assert [heading.about for heading in shown(result, 3)[1].headings[2:4]] == ["share that is right (share)", ""]
 
 
 def test_small_numbers_keep_digits_and_negative_ones_have_a_minus():
@@ -168,7 +171,7 @@ def test_every_view_that_shows_something_is_drawn_once():
 def test_a_figure_that_is_too_large_is_a_picture(monkeypatch):
     monkeypatch.setattr(page_drawing, "_LARGEST", 1000)
     (first, *_) = page_drawing.drawings(line(), "r1")
-    assert first.content.startswith('<img alt="Accuracy along lines, and ‖ΔW‖" src="data:image/png;base64,')
+    assert first.content.startswith('<img alt="The main metric along lines, and ‖ΔW‖" src="data:image/png;base64,')
     assert "in the tables" in first.note
 
 

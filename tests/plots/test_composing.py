@@ -71,7 +71,7 @@ def test_a_caption_says_what_is_drawn_on_what_and_what_bands_are():
     assert not figure.get_supxlabel()
     assert caption([said]) == (
         "% lora-lab caption\n"
-        r"\caption{Accuracy along lines, and $\|\Delta$W$\|$. digits/relabel, test split, n = 500; "
+        r"\caption{The main metric along lines, and $\|\Delta$W$\|$. digits/relabel, test split, n = 500; "
         r"bands: 95 \% interval over examples.}"
         "\n"
     )
@@ -81,6 +81,10 @@ def test_a_caption_says_what_is_drawn_on_what_and_what_bands_are():
     assert text.count(r"\textbf{(") == 2
     assert r"50\%\_\{of\} \$x\$ \textbackslash{}input" in text
     assert text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
+
+
+def test_a_dollar_beside_a_symbol_stays_a_dollar():
+    assert caption([("x", r"\$Δ‖ cost")]) == "% lora-lab caption\n\\caption{X. \\$$\\Delta\\|$ cost.}\n"
 
 
 def test_lines_of_like_dashes_differ_in_grey():
