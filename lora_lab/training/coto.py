@@ -40,7 +40,7 @@ class Switches:
 
     Under DistributedDataParallel, whose processes must all draw the same masks, every parameter has to get a gradient:
     those of a layer that is off get zeros, which are taken away again before the optimiser steps. So
-    find_unused_parameters is not needed.
+    find_unused_parameters is not needed, with gradient checkpointing (re-entrant or not) or without.
     """
 
     def __init__(self, model: nn.Module, groups: str | Mapping[str, str] = "block") -> None:

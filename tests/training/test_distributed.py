@@ -27,19 +27,29 @@ def steps(model, rows, switched):
     return states
 
 
-def work(rank, folder):
+def work(rank, folder, checkpointing):
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    model = llama(blocks=2).train()
+    model = recomputing(llama(blocks=2).train(), checkpointing)
     states = steps(DistributedDataParallel(model), Tokens().ids[rank * 4 : rank * 4 + 4], model)
     torch.save(states, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_every_process_takes_the_steps_of_one_with_all_the_data(tmp_path):
+def recomputing(model, how):
+    """The model, which computes activations of its blocks again: None for not, else whether re-entrantly."""
+    if how is not None:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": how})
+        assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        model.enable_input_require_grads()  # a re-entrant checkpoint has a gradient only where its input has one
+    return model
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+def test_every_process_takes_the_steps_of_one_with_all_the_data(tmp_path, checkpointing):
     """Without find_unused_parameters: layers that are off stay as they are, the others as in one process."""
-    processes = [server().Process(target=work, args=(rank, tmp_path)) for rank in (0, 1)]
+    processes = [server().Process(target=work, args=(rank, tmp_path, checkpointing)) for rank in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:
