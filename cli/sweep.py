@@ -11,7 +11,7 @@ from ..analysis.questions import Sweep
 from ..options import option
 from .options import Coalitions, OneTask, Output, Several
 from .outputs import answer
-from .terminal import console, estimate, table
+from .terminal import console, estimate, number, table
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ def command(
     computing: Coalitions,
     output: Output,
 ) -> None:
-    """Accuracy and loss of pruned adapters: all patterns, sparsities and ranks (or those named), with random controls.
+    """How good pruned adapters are: all patterns, sparsities and ranks (or those named), with random controls.
 
-    A pattern names what is **kept**. Half of the layers by Shapley value are chosen on the validation split. Nothing is
-    trained again after pruning.
+    The table shows the task's main metric, or the first of `--metric`. A pattern names what is **kept**. Half of the
+    layers by Shapley value are chosen on the validation split. Nothing is trained again after pruning.
 
     Example:  lora-lab sweep lora-s0.safetensors lora-s1.safetensors coto-s0.safetensors coto-s1.safetensors
     """
@@ -46,6 +46,9 @@ def command(
 
 def show(result: Any) -> None:
     """The result as tables: adapters side by side, or methods where there are several seeds."""
+    from ..results.rows import metrics_of
+
+    metric = next(iter(metrics_of(result.parameters)))
     by_method = len({row["method"] for row in result.rows()}) < len(result.parameters["adapters"])
     for kind in result.parameters["kinds"]:
         rows = [row for row in (result.summary["by_method"] if by_method else result.rows()) if row["kind"] == kind]
@@ -55,7 +58,7 @@ def show(result: Any) -> None:
         shares: dict[tuple[str, str], dict[str, str]] = {}
         for row in rows:
             cells = shares.setdefault((row["criterion"], row["label"]), {})
-            cells[str(row["method" if by_method else "adapter"])] = _cell(row, by_method)
+            cells[str(row["method" if by_method else "adapter"])] = _cell(row, by_method, metric)
         shown = [
             (
                 label if label.partition(":")[0] == criterion else f"{criterion} {label}",
@@ -65,13 +68,13 @@ def show(result: Any) -> None:
         ]
         spread = "mean ± s.d. over adapters" if by_method else "95 % intervals"
         title = (
-            f"Accuracy, {kind} ({result.parameters['split']} split, {result.provenance['examples']} examples; {spread})"
+            f"{metric}, {kind} ({result.parameters['split']} split, {result.provenance['examples']} examples; {spread})"
         )
         table(title, ("kept", *columns) if kind == "structured" else (kind, *columns), shown)
         console.print()
 
 
-def _cell(row: dict[str, Any], by_method: bool) -> str:
+def _cell(row: dict[str, Any], by_method: bool, metric: str) -> str:
     if by_method:
-        return f"{row['accuracy']:.3f} ± {row['accuracy_spread']:.3f}"
-    return estimate(row["accuracy"], row["accuracy_low"], row["accuracy_high"])
+        return f"{number(row[metric])} ± {number(row[f'{metric}_spread'])}"
+    return estimate(row[metric], row[f"{metric}_low"], row[f"{metric}_high"])

@@ -206,7 +206,7 @@ class Stability(Question):
 
 @dataclass(frozen=True)
 class Sweep(Question):
-    """Accuracy and loss of every adapter pruned in every way; several adapters are summed up by method.
+    """Metrics of every adapter pruned in every way; several adapters are summed up by method.
 
     structured: patterns of modules kept (fixed ones; half of the layers by norm, and by Shapley values and cheaper
     rankings computed on the validation split; as many random layers). unstructured: `criteria` at `sparsities`. rank:
@@ -243,6 +243,7 @@ class Sweep(Question):
     draws: int = option(5, "Draws of every random control.", least=1)
     split: str = split_option()
     examples: int | None = example_option()
+    metric: tuple[str, ...] = metric_option()
     seed: int = option(0, "Of random controls and the bootstrap.", least=0)
 
     @property

@@ -14,6 +14,7 @@ import numpy as np
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import described, labels_of, method_of
 from lora_lab.analysis import shapley
+from lora_lab.analysis.measured import cells, chosen, of_logits, require, told
 from lora_lab.analysis.questions import Shapley
 from lora_lab.analysis.questions import Sweep as Sweep
 from lora_lab.errors import AdapterError, OptionError, TunerError
@@ -26,6 +27,7 @@ from lora_lab.results.stats import Floats, Sampled, half_width, mean_and_spread,
 from lora_lab.scoring.changes import Replacement
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.execution import Cost, Execution, Progress
+from lora_lab.tasks.judging import Judge
 from lora_lab.tasks.task import Scores, Task
 
 Row = dict[str, Any]
@@ -40,6 +42,7 @@ def answer(question: Sweep, adapters: Sequence[Adapter], task: Task, on: Executi
     began = time.perf_counter()
     rows: list[Row] = []
     done = 0
+    require(task, question.metric)
     for adapter, label in zip(adapters, labels_of(adapters), strict=True):
         quiet = replace(on, progress=None, confirm=None)
         evaluator = Evaluator([adapter], task, quiet, split=question.split, examples=question.examples)
@@ -58,18 +61,26 @@ def answer(question: Sweep, adapters: Sequence[Adapter], task: Task, on: Executi
             for name in valued.keys() - without:
                 cost += shapley.cost(valued[name], adapter, task, quiet, choosing) * len(adapters)
             on.confirm(cost)
-        scored = _scored(pieces, evaluator, functools.partial(_report, on, done, draws * len(adapters)))
+        logits = of_logits(task, question.metric)
+        scored = _scored(pieces, evaluator, functools.partial(_report, on, done, draws * len(adapters)), logits)
         done += draws
         who = {"adapter": label, "method": method_of(adapter, label), "seed": adapter.record.get("seed")}
-        reach = _reach([scores for _, scores in scored])
+        judges = _judges(question, evaluator, scored[0][1][0]) if scored else []
+        reach = _reach([scores for _, scores in scored], judges)
         rows += [
-            {**who, **head, "draws": len(scores), **_cells(scores, reach, question.seed)} for head, scores in scored
+            {**who, **head, "draws": len(scores), **_cells(scores, judges, reach, question.seed)}
+            for head, scores in scored
         ]
     return Result(
         question.kind,
         finite(columns(rows)),
-        {"task": task.record, **question.record, "adapters": [described(adapter) for adapter in adapters]},
-        finite({"by_method": _by_method(rows)}),
+        {
+            "task": task.record,
+            **question.record,
+            "metrics": told({judge.name: judge.metric for judge in judges}),
+            "adapters": [described(adapter) for adapter in adapters],
+        },
+        finite({"by_method": _by_method(rows, [judge.name for judge in judges])}),
         evaluator.provenance(adapters, began=began, run=question.run_id(adapters, task)),
     )
 
@@ -115,11 +126,13 @@ def _report(on: Execution, before: int, total: int, done: int, _: int) -> None:
     on.report(before + done, total)
 
 
-def _scored(pieces: Sequence[Piece], evaluator: Evaluator, progress: Progress) -> list[tuple[Row, list[Scores]]]:
+def _scored(
+    pieces: Sequence[Piece], evaluator: Evaluator, progress: Progress, logits: bool
+) -> list[tuple[Row, list[Scores]]]:
     """Every row with the scores of its draws; other adapters are scored first, all together."""
     others = [draw for _, made in pieces for draw in made if isinstance(draw, Replacement)]
     total, done = sum(len(made) for _, made in pieces), len(others)
-    replaced = dict(zip(others, evaluator.scores(others, progress=progress), strict=True))
+    replaced = dict(zip(others, evaluator.scores(others, logits=logits, progress=progress), strict=True))
     scored: list[tuple[Row, list[Scores]]] = []
     for head, made in pieces:
         scores = []
@@ -149,7 +162,12 @@ def _structured(question: Sweep, evaluator: Evaluator, choice: Choice) -> list[P
     @functools.cache
     def together() -> dict[str, Scores]:
         masks = [evaluator.keeping(modules) for made in picks.values() for modules in made]
-        return {mask.key: scores for mask, scores in zip(masks, evaluator.scores(masks), strict=True)}
+        return {
+            mask.key: scores
+            for mask, scores in zip(
+                masks, evaluator.scores(masks, logits=of_logits(evaluator.task, question.metric)), strict=True
+            )
+        }
 
     def scored(modules: Sequence[str]) -> Callable[[], Scores]:
         return lambda: together()[evaluator.keeping(modules).key]
@@ -159,17 +177,17 @@ def _structured(question: Sweep, evaluator: Evaluator, choice: Choice) -> list[P
         share = float(np.mean([len(modules) for modules in made])) / total
         pieces.append((_head("structured", name.partition(":")[0], name, share), [scored(m) for m in made]))
     for name in sorted(_valued()) if count > 1 else []:
-        pieces.append(_by_values(name, f"{name}:{half}", evaluator, choice))
+        pieces.append(_by_values(question, name, f"{name}:{half}", evaluator, choice))
     return pieces
 
 
-def _by_values(name: str, label: str, evaluator: Evaluator, choice: Choice) -> Piece:
+def _by_values(question: Sweep, name: str, label: str, evaluator: Evaluator, choice: Choice) -> Piece:
     head = _head("structured", name, label, math.nan)
 
     def chosen() -> Scores:
         kept = patterns.keep(choice, label)  # computed only now
         head["kept"] = len(kept) / len(evaluator.names)
-        return evaluator.scores([evaluator.keeping(kept)])[0]
+        return evaluator.scores([evaluator.keeping(kept)], logits=of_logits(evaluator.task, question.metric))[0]
 
     return head, [chosen]
 
@@ -243,46 +261,58 @@ def _head(kind: str, criterion: str, label: str, kept: float) -> Row:
     return {"kind": kind, "criterion": criterion, "label": label, "kept": kept}
 
 
-def _values(scores: Sequence[Scores], metric: str) -> Floats:
-    return np.stack([s.correct.astype(np.float64) if metric == "accuracy" else s.loss for s in scores])
+def _judges(question: Sweep, evaluator: Evaluator, scored: Scores) -> list[Judge]:
+    """Each metric that is asked for; by default the task's main one and its loss."""
+    evaluator.task.columns(scored, evaluator.data)  # after which tasks of the user's own know theirs
+    names = chosen(evaluator.task, question.metric)
+    return [Judge(evaluator.task, evaluator.data, [name], scored) for name in names]
 
 
-def _reach(rows: Sequence[Sequence[Scores]]) -> dict[str, float]:
+def _values(scores: Sequence[Scores], judge: Judge) -> Floats:
+    return np.stack([judge.outcomes([each]) for each in scores]).astype(np.float64)
+
+
+def _reach(rows: Sequence[Sequence[Scores]], judges: Sequence[Judge]) -> dict[str, float]:
     """How far off a draw may be that has not come: as far as any two draws of one row are, or else by one example."""
-    metrics = ("accuracy", "loss")
-    widest = {m: max((float(np.ptp(_values(scores, m).mean(1))) for scores in rows), default=0.0) for m in metrics}
-    return {**widest, "accuracy": max(widest["accuracy"], 1 / len(rows[0][0]) if rows else 0.0)}
+    found = {}
+    for judge in judges:
+        widest = max((float(np.ptp(_values(scores, judge).mean(1))) for scores in rows), default=0.0)
+        outcomes = judge.metric.of_outcomes(judge.outcomes(rows[0][:1]))
+        found[judge.name] = max(widest, 1 / len(rows[0][0])) if outcomes else widest
+    return found
 
 
-def _cells(scores: Sequence[Scores], reach: Mapping[str, float], seed: int) -> Row:
+def _cells(scores: Sequence[Scores], judges: Sequence[Judge], reach: Mapping[str, float], seed: int) -> Row:
     """Mean over draws; its interval is that over examples, widened by what other draws would have given.
 
-    Over examples: `proportion` for accuracies, a bootstrap for losses. Draws that are all one model add nothing.
+    Over examples: `proportion` for shares of outcomes, a bootstrap for others, of `Metric.influence` where a metric is
+    no mean of examples. Draws that are all one model add nothing.
     """
     row: Row = {}
-    one_model = all((other.loss == scores[0].loss).all() for other in scores)
-    for metric in ("accuracy", "loss"):
-        values = _values(scores, metric)
-        if metric == "accuracy":
-            value, low, high = proportion(scores[0].correct if one_model else values.mean(0))
+    one_model = all((o[name] == values).all() for o in scores for name, values in scores[0].columns.items())
+    for judge in judges:
+        values, first = _values(scores, judge), judge.outcomes(scores[:1])
+        outcomes = judge.metric.of_outcomes(first)
+        if outcomes:
+            value, low, high = proportion(first if one_model else values.mean(0))
         else:
             value, low, high = Sampled.of(values.mean(0, keepdims=True), seed=seed).estimate(lambda means: means[0])
         # each end: √((distance of the end over examples)² + (half width over draws)²) from the value
         _, spread = mean_and_spread(values.mean(1))
-        by_draws = 0.0 if one_model else half_width(values.mean(1), reach=reach[metric])
+        by_draws = 0.0 if one_model else half_width(values.mean(1), reach=reach[judge.name])
         ends = (value - math.hypot(value - low, by_draws), value + math.hypot(high - value, by_draws))
-        if metric == "accuracy":
+        if outcomes:
             ends = (max(0.0, ends[0]), min(1.0, ends[1]))
-        row |= {metric: value, f"{metric}_low": ends[0], f"{metric}_high": ends[1], f"{metric}_spread": spread}
+        row |= {**cells(judge.name, (value, *ends)), f"{judge.name}_spread": spread}
     return row
 
 
-def _by_method(rows: Sequence[Row]) -> list[Row]:
+def _by_method(rows: Sequence[Row], metrics: Sequence[str]) -> list[Row]:
     """Mean and standard deviation over the adapters of each method."""
     table = []
     for row, members in grouped(rows, "method", "kind", "criterion", "label"):
         row |= {"kept": float(np.mean([m["kept"] for m in members])), "adapters": len(members)}
-        for metric in ("accuracy", "loss"):
+        for metric in metrics:
             row[metric], row[f"{metric}_spread"] = mean_and_spread(np.array([m[metric] for m in members]))
         table.append(row)
     return table

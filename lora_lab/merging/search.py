@@ -153,7 +153,6 @@ class _Combination:
             coefficient = float(coefficient)
             scores = evaluator.scores([replace(self.merged, coefficient=coefficient, index=i) for i in self.indices])
             drawn = evaluator.drawn("validation")
-            drawn = evaluator.drawn("validation")
             tasks = [evaluator.tasks[i] for i in self.indices]
             judges = [Judge(task, drawn.of_task(task), self.metric, s) for task, s in zip(tasks, scores, strict=True)]
             values = [judge.value([s]) for judge, s in zip(judges, scores, strict=True)]

@@ -13,9 +13,11 @@ from matplotlib.lines import Line2D
 from lora_lab.errors import OptionError
 from lora_lab.plots import primitives
 from lora_lab.plots import style as plot_style
+from lora_lab.plots.metrics import in_words
 from lora_lab.plots.names import Numbers, labels, more_for
 from lora_lab.plots.panels import Panels
 from lora_lab.results.result import Result, by_adapter
+from lora_lab.results.rows import metrics_of
 
 _AXIS = {"unstructured": ("sparsity (share of entries set to 0)", False), "rank": ("rank kept", True)}
 """Kind of pruning that is a curve → what it is over, and whether these are whole numbers."""
@@ -81,20 +83,20 @@ def _bars_height(results: Sequence[Result], panels: Panels) -> float:
 
 def _bars(ax: Axes, results: Sequence[Result], *, horizontal: bool) -> None:
     groups = plot_style.grouped(by_adapter(results, kind="structured"))
-    names = _patterns(results)
+    names, (metric, axis) = _patterns(results), _metric(results)
     values = {
-        label: primitives.band(primitives.points(adapters, names, lambda row: row["label"]), "accuracy")
+        label: primitives.band(primitives.points(adapters, names, lambda row: row["label"]), metric)
         for label, adapters in groups.items()
     }
     shown = labels([name.removeprefix("type:").removesuffix("_proj") for name in names])
-    primitives.named_bars(ax, values, shown, "accuracy", horizontal=horizontal)
+    primitives.named_bars(ax, values, shown, axis, horizontal=horizontal)
     (ax.set_ylabel if horizontal else ax.set_xlabel)("kept")
 
 
 def _curve(ax: Axes, results: Sequence[Result], kind: str) -> None:
-    """Accuracy of every adapter and criterion, these by their dashes."""
+    """The main metric of every adapter and criterion, these by their dashes."""
     groups = plot_style.grouped(by_adapter(results, kind=kind))
-    dashes = _dashes(results)
+    dashes, (metric, axis) = _dashes(results), _metric(results)
     for label, place in plot_style.places(groups).items():
         adapters = groups[label]
         for criterion in dict.fromkeys(row["criterion"] for rows in adapters for row in rows):
@@ -105,12 +107,18 @@ def _curve(ax: Axes, results: Sequence[Result], kind: str) -> None:
             if any(row["draws"] > 1 for row in rows):
                 look["markerfacecolor"] = "white"  # means over random draws
             x = np.array([float(name) for _, name in names])
-            values = primitives.band(places, "accuracy")
+            values = primitives.band(places, metric)
             primitives.curve(ax, x, values, alpha=0.14, **look)
     words, whole = _AXIS[kind]
     ax.xaxis.set_major_locator(Numbers(whole=whole))
     ax.set_xlabel(words)
-    ax.set_ylabel("accuracy")
+    ax.set_ylabel(axis)
+
+
+def _metric(results: Sequence[Result]) -> tuple[str, str]:
+    """The main metric, and what an axis calls it."""
+    name, said = next(iter(metrics_of(results[0].parameters).items()))
+    return name, in_words(name) + (f" ({said['unit']})" if said["unit"] not in ("", "share") else "")
 
 
 def _dashes(results: Sequence[Result]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lora_lab.results.rows import ADAPTERS, MEASURED, METRIC, METRICS, PLAYERS, Accuracy, Adapted, Loss
+from lora_lab.results.rows import ADAPTERS, MEASURED, METRIC, METRICS, PLAYERS, Adapted
 from lora_lab.results.schema import Kind, Paper, column
 
 MAIN_BARRIER = "entezari"
@@ -235,7 +235,7 @@ class ShapleyMethod:
 
 
 @dataclass
-class SweepRow(Loss, Accuracy, Adapted):
+class SweepRow(Adapted):
     """One way of pruning one adapter."""
 
     kind: str = column("structured, unstructured or rank")
@@ -243,8 +243,6 @@ class SweepRow(Loss, Accuracy, Adapted):
     label: str = column("the pattern, the sparsity or the rank kept")
     kept: float = column("share of the modules, entries or ranks that are kept", "share", form=".2f")
     draws: int = column("random draws of the criterion")
-    accuracy_spread: float = column("spread over the draws", "share")
-    loss_spread: float = column("spread over the draws", "nats")
 
 
 @dataclass
@@ -257,10 +255,6 @@ class SweepMethod:
     label: str = column("the pattern, the sparsity or the rank kept")
     kept: float = column("share of the modules, entries or ranks that are kept", "share", form=".2f")
     adapters: int = column("adapters", counts=True)
-    accuracy: float = column("mean accuracy", "share")
-    accuracy_spread: float = column("spread over the adapters", "share")
-    loss: float = column("mean loss", "nats")
-    loss_spread: float = column("spread over the adapters", "nats")
 
 
 KINDS = (
@@ -311,9 +305,19 @@ KINDS = (
     ),
     Kind(
         "sweep",
-        "accuracy and loss of pruned adapters",
+        "metrics of pruned adapters",
         {"rows": SweepRow, "by_method": SweepMethod},
-        Paper(("adapter", "kind", "criterion", "label", "accuracy", "loss")),
-        parameters={"kinds": "structured, unstructured, rank", "criteria": "what was pruned first", **ADAPTERS},
+        Paper(("adapter", "kind", "criterion", "label"), further_last=True),
+        version=2,
+        open={
+            "rows": f"{MEASURED}, and its spread over the draws (accuracy_spread)",
+            "by_method": "each metric, a mean over the adapters, and its spread",
+        },
+        parameters={
+            "kinds": "structured, unstructured, rank",
+            "criteria": "what was pruned first",
+            **METRICS,
+            **ADAPTERS,
+        },
     ),
 )

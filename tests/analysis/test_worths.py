@@ -12,9 +12,12 @@ from torch import nn
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.groups import players
 from lora_lab.analysis.game import Game
-from lora_lab.analysis.questions import Shapley
+from lora_lab.analysis.questions import Shapley, Sweep
 from lora_lab.errors import LoraLabWarning, OptionError
 from lora_lab.games.coalitions import all_coalitions
+from lora_lab.plots.registry import figure
+from lora_lab.pruning.entries import prune_weights
+from lora_lab.results.schema import why_not
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.tasks.own import Task
 
@@ -167,3 +170,29 @@ def test_a_coalition_without_a_value_is_named_and_the_others_keep_theirs(adapter
         pytest.raises(OptionError, match="1 of 8 have no finite worth"),
     ):
         Shapley(estimator="exact").run([adapter], own)
+
+
+def test_a_sweep_is_by_the_metrics_that_are_asked_for(adapter):
+    """Magnitude at 0 is the adapter itself, random draws are means of each draw's own metric."""
+    own = task("f1", "perplexity", "loss")
+    asked = {"kinds": ("unstructured",), "sparsities": (0.0, 0.5), "draws": 3}
+    found = Sweep(**asked).run([adapter], own)
+    assert list(found.parameters["metrics"]) == ["f1", "loss"]
+    assert why_not("sweep", 2, found.columns, found.summary) is None
+    whole = found.rows(criterion="magnitude", label="0")[0]
+    expected = predictions(adapter, np.ones(3, bool))
+    assert whole["f1"] == pytest.approx(REFERENCES["f1"](expected))
+    assert whole["f1_low"] < whole["f1"] < whole["f1_high"]
+    other = Sweep(**asked, metric=("perplexity",)).run([adapter], own)
+    assert other.rows(criterion="magnitude", label="0")[0]["perplexity"] == pytest.approx(
+        -REFERENCES["perplexity"](expected), rel=1e-5
+    )
+    assert "f1" not in other.columns
+    pruned = [prune_weights(adapter, sparsity=0.5, by="random", per_matrix=False, seed=i).adapter for i in range(3)]
+    each = [REFERENCES["f1"](predictions(one, np.ones(3, bool))) for one in pruned]
+    (random,) = found.rows(criterion="random", label="0.5")
+    assert random["f1"] == pytest.approx(np.mean(each))
+    assert random["f1_spread"] == pytest.approx(np.std(each, ddof=1))
+    assert figure(other, kind="sweep:unstructured").axes[0].get_ylabel() == "perplexity"
+    with pytest.raises(OptionError, match=r"unknown metric of task stack: 'acc'.*; there are: f1, perplexity, loss"):
+        Sweep(**asked, metric=("acc",)).run([adapter], own)

@@ -109,6 +109,12 @@ def test_shares_of_tokens(mean, weight, texts):
     assert np.mean(inside) > 0.9
 
 
+BY = [
+    Judge(Digits("relabel"), Digits("relabel").split("test"), [name], Scores.judged(*np.zeros((3, 2))))
+    for name in ("accuracy", "loss")
+]
+
+
 @pytest.mark.parametrize("examples", [20, 100])
 @pytest.mark.parametrize("truth", [0.005, 0.05, 0.4])
 @pytest.mark.usefixtures("few_resamples")
@@ -122,7 +128,7 @@ def test_accuracy_over_random_prunings_of_a_sweep(examples, truth):
             np.where(generator.random(examples) < 0.5, generator.random(examples), hard) < chance for chance in chances
         ]
         drawn = [scores(each, generator.random(examples)) for each in wrong]
-        row = _cells(drawn, _reach([drawn]), seed)
+        row = _cells(drawn, BY, _reach([drawn], BY), seed)
         inside.append(holds(row["accuracy_low"], row["accuracy_high"], 1 - truth))
     assert np.mean(inside) > 0.9
 
@@ -131,9 +137,9 @@ def test_draws_that_are_one_model_do_not_widen_a_row_and_others_do():
     generator = np.random.default_rng(0)
     wrong = np.arange(40) < 4
     one, others = scores(wrong, generator.random(40)), [scores(wrong, generator.random(40)) for _ in range(3)]
-    reach = _reach([[one], others])
+    reach = _reach([[one], others], BY)
     assert reach["accuracy"] == 1 / 40
-    single, alike, different = (_cells(draws, reach, 0) for draws in ([one], [one] * 3, others))
+    single, alike, different = (_cells(draws, BY, reach, 0) for draws in ([one], [one] * 3, others))
     assert (alike["accuracy_low"], alike["loss_low"]) == (single["accuracy_low"], single["loss_low"])
     assert different["accuracy_low"] < single["accuracy_low"]
 
