@@ -271,9 +271,9 @@ def _cell(row: Row, name: str, known: Mapping[str, Column]) -> str:
     if not isinstance(value, float):
         return f"${value}$" if isinstance(value, int) else escape.latex(str(value))
     low, high = (row.get(end) for end in ends(name))
-    form = known[name].form if name in known else ".4g" if low is None else ".3f"
-    text = _number(value, form)
     around = row.get(spread(name))
+    form = known[name].form if name in known else ".4g" if low is None and around is None else ".3f"
+    text = _number(value, form)
     if low is not None and high is not None:
         text += rf"\,[{_number(low, form)}, {_number(high, form)}]"
     elif around is not None and _behind(row, known) > 1:
