@@ -111,6 +111,9 @@ class Texts(Tiny):
         loss = cross_entropy(logits[:, :-1].flatten(0, 1), labels.clamp(min=0).flatten(), reduction="none")
         return Targets(loss.reshape(labels.shape), loss.reshape(labels.shape), labels != -100)
 
+    def choices(self, logits, batch):
+        return logits[:, :-1][batch["labels"][:, 1:] != -100].float()
+
     def _check_labels(self, name, split):
         """Targets may be anything."""
 
