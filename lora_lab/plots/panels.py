@@ -154,7 +154,7 @@ class Panels:
         figure = figure_of(axes[0])
         high = figure.bbox.height / figure.dpi
         length = shrink * (self.page if self.single else high)
-        text = "\n".join(folded(label, type_size("axes.labelsize"), 0.8 * length))
+        text = "\n".join(folded(label, type_size("axes.labelsize"), (0.65 if self.single else 0.8) * length))
         more: dict[str, Any] = {"location": "bottom", "aspect": 30} if self.single else {"aspect": 10 * length}
         if self.single:
             more["pad"] = 0.05 / high
