@@ -354,11 +354,12 @@ def test_a_kind_of_task(pair, add, lora_lab, tmp_path):
 
 OTHER_WORDS = {
     ("linear",): (
-        "a kind of layer; mergekit's word for a method",
+        "a kind of layer; mergekit's word for a method; matplotlib's for a scale",
         "adapters/adapter.py",
         "adapters/formats/peft_format.py",
         "cli/mergekit.py",
         "fusing/extract.py",
+        "plots/decompiling.py",
         "pruning/intruders.py",
     ),
     ("layer", "module"): ("parts of adapters, as rows name them", "geometry/intruders.py", "plots/places.py"),
