@@ -371,6 +371,7 @@ OTHER_WORDS = {
     ("average",): ("how heads are merged", "adapters/whole.py"),
     ("accuracy", "loss"): (
         "metrics, as columns of results and keys of logs have them",
+        "analysis/coefficients.py",
         "analysis/keep_sets.py",
         "analysis/sweep.py",
         "merging/search.py",
