@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
     scales = {metric: _scale(tables[metric], higher=metrics.higher(results, metric)) for metric in shown}
     for k, ax in enumerate(axes):
         metric, i = shown[k % len(shown)], k // len(shown)
-        _draw_one(ax, results[i], tables[metric][i], scales[metric])
+        _draw_one(ax, results[i], tables[metric][i], {**scales[metric], "norm": scales[metric]["norm"]()})
         levels = scales[metric]["levels"][::_TICKS]
         bar = panels.colour_bar([ax], ax.collections[0], metrics.label(results, metric))
         bar.set_ticks(levels, labels=[f"{level:.3g}" for level in levels])
@@ -66,7 +67,7 @@ def _scale(tables: Sequence[Floats], *, higher: bool) -> dict[str, Any]:
     between, norm = (np.geomspace, LogNorm) if logarithmic else (np.linspace, Normalize)
     return {
         "levels": between(low, high, _LEVELS),
-        "norm": norm(low, high),
+        "norm": partial(norm, low, high),  # one for each panel: bars of one norm would set each other's ticks
         "cmap": "cividis" if higher else "cividis_r",
     }
 

@@ -1,6 +1,7 @@
 """Views draw where they are told, in the style that is in use, and stay readable at real sizes."""
 
 import itertools
+import math
 
 import matplotlib
 import numpy as np
@@ -258,3 +259,12 @@ def test_what_lies_in_a_base_is_drawn_by_layer_and_what_merges_lose_with_interva
     for view, text in (("base", "in a base by layer"), ("forecast", "beside results of their merges")):
         with pytest.raises(OptionError, match=text):
             plots.draw(without, f"compare:{view}")
+
+
+def test_planes_of_several_results_have_plain_numbers_beside_all_their_colour_bars():
+    figure = plots.figure([plane(), plane(("c", "d", "base"))])
+    figure.draw_without_rendering()
+    beside = [ax for ax in figure.axes if ax.get_label() == "<colorbar>"]
+    texts = [label.get_text() for ax in beside for label in ax.get_yticklabels()]
+    assert len(beside) == 4
+    assert all(math.isfinite(float(text)) for text in texts)  # no 2.47835 × 10⁻¹, and none empty
