@@ -9,7 +9,7 @@ import typer
 from ..analysis.questions import Stability
 from .options import Coalitions, OneTask, Output, Several
 from .outputs import answer
-from .terminal import console, estimate, table
+from .terminal import console, estimate, in_words, table
 
 
 def command(
@@ -20,12 +20,12 @@ def command(
     computing: Coalitions,
     output: Output,
 ) -> None:
-    """Accuracy and loss with only some layers' adapters on: by number, by probability, one left out, fixed patterns.
+    """The task's metrics with only some layers' adapters on: by number, by probability, one left out, fixed patterns.
 
-    θ is ε-stable over a family of keep-sets if the loss rises by at most ε whichever of them is kept; ε and the worst
-    keep-set are reported for several families (a working definition after Kuditipudi et al. 2019). From the same
-    keep-sets come both sides of CoTo's progressive-optimisation inequality, for masks with at least one layer on, as
-    CoTo draws them, and for independent coins.
+    θ is ε-stable over a family of keep-sets if the loss (or another metric) gets worse by at most ε whichever of them
+    is kept; ε and the worst keep-set are reported for several families (a working definition after Kuditipudi et al.
+    2019). From the same keep-sets come both sides of CoTo's progressive-optimisation inequality, for masks with at
+    least one layer on, as CoTo draws them, and for independent coins.
 
     Example:  lora-lab stability lora.safetensors coto.safetensors --samples 30
     """
@@ -34,6 +34,9 @@ def command(
 
 def show(result: Any) -> None:
     """The result as tables."""
+    from ..results.rows import metrics_of
+
+    metrics = list(metrics_of(result.parameters))
     for summary in result.summary["adapters"]:
         where = {"adapter": summary["adapter"], "rescaled": summary["rescaled"], "seed": summary["seed"]}
         scaled = ", updates × G/k" if summary["rescaled"] else ""
@@ -43,31 +46,33 @@ def show(result: Any) -> None:
             (
                 f"{row['family']} {row['label']}",
                 row["sets"],
-                estimate(1 - row["error"], 1 - row["error_high"], 1 - row["error_low"]),
-                1 - row["error_worst"],
-                estimate(row["loss"], row["loss_low"], row["loss_high"]),
-                row["loss_worst"],
+                *(cell for metric in metrics for cell in _cells(row, metric)),
             )
             for row in result.rows(**where)
         ]
-        table(title, ("kept", "sets", "accuracy", "worst", "loss", "worst"), rows)
+        table(title, ("kept", "sets", *(name for metric in metrics for name in (in_words(metric), "worst"))), rows)
         console.print()
         _show_epsilon(summary)
         _show_inequality(summary)
+
+
+def _cells(row: dict[str, Any], metric: str) -> tuple[str, float]:
+    """Mean over the keep-sets with its interval, and the worst one."""
+    return estimate(row[metric], row[f"{metric}_low"], row[f"{metric}_high"]), row[f"{metric}_worst"]
 
 
 def _show_epsilon(summary: dict[str, Any]) -> None:
     rows = [
         (
             row["family"],
-            row["metric"],
+            in_words(row["metric"]),
             ("≥ " if row["lower_bound"] else "") + estimate(row["value"], row["low"], row["high"]),
             row["sets"],
             row["worst_set"],
         )
         for row in summary["epsilon"]
     ]
-    title = f"ε of {summary['adapter']}: the largest rise over a family (≥: of the sampled keep-sets only)"
+    title = f"ε of {summary['adapter']}: how much worse the worst of a family is (≥: of the sampled keep-sets only)"
     table(title, ("family", "metric", "ε [95 %]", "sets", "worst keep-set"), rows)
     console.print()
 

@@ -293,7 +293,7 @@ def stability(
     trust_record: bool = False,
     **options: Any,
 ) -> Result:
-    """Accuracy and loss with only some layers' updates on; `options` are the fields of `Stability`."""
+    """The task's metrics with only some layers' updates on; `options` are the fields of `Stability`."""
     from lora_lab.analysis.questions import Stability
 
     shown = _shown(on, "scoring keep-sets", progress)

@@ -93,16 +93,16 @@ class Game:
         rows = np.atleast_2d(coalitions)
         scores = self.scores(rows, logits=self._reads_logits)
         values = np.stack([_finite(self._values(s), s) for s in scores])
-        lost = [i for i, s in enumerate(scores) if np.isnan(values[i]).any() and _loss_is_finite(s).all()]
-        self._warn(f"{self.worth} has no value", [self.name_of(rows[i]) for i in lost], len(rows))
+        lost = [i for i, s in enumerate(scores) if np.isnan(values[i]).any() and loss_is_finite(s).all()]
+        self.warn(f"{self.worth} has no value", [self.name_of(rows[i]) for i in lost], len(rows))
         return values
 
     def scores(self, coalitions: Bools, *, logits: bool = False) -> list[Scores]:
         """Scores of each coalition; those whose loss is not finite are named in a warning."""
         rows = np.atleast_2d(coalitions)
         scores = self.evaluator.scores([self.mask(row) for row in rows], logits=logits)
-        bad = [self.name_of(row) for row, s in zip(rows, scores, strict=True) if not _loss_is_finite(s).all()]
-        self._warn("the loss is not finite", bad, len(scores))
+        bad = [self.name_of(row) for row, s in zip(rows, scores, strict=True) if not loss_is_finite(s).all()]
+        self.warn("the loss is not finite", bad, len(scores))
         return scores
 
     def cost(self, coalitions: Bools, *, logits: bool = False) -> Cost:
@@ -150,21 +150,22 @@ class Game:
         values = self.metric.influence(self.evaluator.task.columns(scores, self.evaluator.data))
         return values if self.metric.higher else -values
 
-    def _warn(self, why: str, coalitions: Sequence[str], of: int) -> None:
+    def warn(self, why: str, coalitions: Sequence[str], of: int) -> None:
+        """Name the coalitions that are left out and say why; nothing of none."""
         if coalitions:
             label, shown = self.evaluator.adapter.label, "; ".join(coalitions[:3])
             text = f"{label}: {why} for {len(coalitions)} of {of} coalitions, which are left out: {shown}"
             warnings.warn(text, LoraLabWarning, stacklevel=4)
 
 
-def _loss_is_finite(scores: Scores) -> Bools:
+def loss_is_finite(scores: Scores) -> Bools:
     """Of each example; of a task without a loss, all are."""
     found: Bools = np.isfinite(scores.columns.get("loss", np.zeros(len(scores))))
     return found
 
 
 def _finite(worth: Floats, scores: Scores) -> Floats:
-    return np.where(_loss_is_finite(scores), worth, np.nan)
+    return np.where(loss_is_finite(scores), worth, np.nan)
 
 
 def _ranks(mask: Sequence[bool], factor: float) -> State:

@@ -22,7 +22,7 @@ from lora_lab.tasks.task import Scores, Split, Task
 
 _ALWAYS = "loss"
 """Told besides the main metric, of tasks that have it."""
-_OF_EVERY_SCORING = ("loss", "correct", "margin", "confidence", "brier")
+_OF_EVERY_SCORING = ("loss", "correct", "margin")
 """Columns that scores have without what the model said."""
 
 
@@ -48,20 +48,31 @@ def of_logits(task: Task, asked: Sequence[str]) -> bool:
     return task.needs_logits and not needed <= set(_OF_EVERY_SCORING)
 
 
+def known(evaluator: Evaluator, first: Sequence[Change], asked: Sequence[str]) -> dict[str, Metric]:
+    """The metrics asked for by name; the first change is scored where the task knows its columns only then.
+
+    OptionError for a metric that the task lacks, TaskError for too few examples of one.
+    """
+    task = evaluator.task
+    require(task, asked)
+    if first and not task.metrics:
+        (scores,) = evaluator.scores(first)
+        task.columns(scores, evaluator.data)
+    found = {name: task.metric(name) for name in chosen(task, asked)}
+    for metric in found.values():
+        metric.require(evaluator.examples)
+    return found
+
+
 def scored(evaluator: Evaluator, changes: Sequence[Change], asked: Sequence[str]) -> dict[str, Scores]:
     """Scores by the key of each change, every different one once, with all that the metrics asked for need.
 
     OptionError for a metric that the task lacks, TaskError for too few examples of one: before anything is scored, or
     after the first scoring where the task knows its columns only then.
     """
-    require(evaluator.task, asked)
     different = {change.key: change for change in changes}
     evaluator.total = len(different)
-    if different and not evaluator.task.metrics:
-        (first,) = evaluator.scores(list(different.values())[:1])
-        evaluator.task.columns(first, evaluator.data)
-    for name in chosen(evaluator.task, asked):
-        evaluator.task.metric(name).require(evaluator.examples)
+    known(evaluator, list(different.values())[:1], asked)
     logits = of_logits(evaluator.task, asked)
     return dict(zip(different, evaluator.scores(list(different.values()), logits=logits), strict=True))
 
@@ -163,7 +174,7 @@ class Measured:
         """A metric of all models, or how bad they are by it, with its resamples."""
         worse = worse and self.metrics[name].higher
         if (name, worse) not in self._sampled:
-            self._sampled[name, worse] = _sampled(self.metrics[name], self._parts[name], self._seed, worse=worse)
+            self._sampled[name, worse] = sampled(self.metrics[name], self._parts[name], self._seed, worse=worse)
         return self._sampled[name, worse]
 
 
@@ -176,8 +187,12 @@ def _turned(metric: Metric, part: Column) -> Column:
     return 1.0 - part.astype(np.float64) if metric.share else -part.astype(np.float64)
 
 
-def _sampled(metric: Metric, parts: Sequence[Column], seed: int, *, worse: bool) -> Sampled:
-    """The metric of every model, [models], or its opposite, and of the same resamples of the examples for all."""
+def sampled(metric: Metric, parts: Sequence[Column], seed: int, *, worse: bool) -> Sampled:
+    """The metric of every model, [models], and of the same resamples of the examples for all.
+
+    From its sufficient columns, each [models, examples]; with `worse` how bad they are by it, as `Measured.worse`.
+    """
+    worse = worse and metric.higher
     if metric.is_mean:
         return Sampled.of(_turned(metric, parts[0]) if worse else parts[0], seed=seed)
     models = len(parts[0])

@@ -163,7 +163,7 @@ class Shapley(Question):
 
 @dataclass(frozen=True)
 class Stability(Question):
-    """Loss and error over families of keep-sets: by size, by probability, one left out, one alone, fixed patterns.
+    """Metrics over families of keep-sets: by size, by probability, one left out, one alone, fixed patterns.
 
     By size: all keep-sets, or `samples` different ones of each size k (`every` forces or forbids enumeration). By
     probability: the same keep-sets, weighted by Binomial(G, p), a coin for every player (CoTo's masks in training have
@@ -187,6 +187,7 @@ class Stability(Question):
     every: bool | None = option(None, "All 2^G keep-sets or only samples; by default all where that costs little more.")
     split: str = split_option()
     examples: int | None = example_option()
+    metric: tuple[str, ...] = metric_option()
     seed: int = option(0, "Draws the keep-sets and the bootstrap.", least=0)
 
     def check(self, adapters: Sequence[Adapter]) -> None:

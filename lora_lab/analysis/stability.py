@@ -1,7 +1,8 @@
 """Is an adapter stable when parts of it are dropped?
 
 Working definition, after Kuditipudi et al. 2019 (arXiv:1906.06247): θ is ε-stable over a family of keep-sets if
-max_S [L(θ_S) − L(θ)] ≤ ε, with only the players in S on. The family matters, so every ε says of which it is.
+max_S [L(θ_S) − L(θ)] ≤ ε, with only the players in S on. The family matters, so every ε says of which it is. Beside the
+loss, L is any metric of the task, where more is better its negative: how much worse, in units of the metric.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lora_lab.adapters.describe import described, labels_of, method_of
 from lora_lab.adapters.groups import players
 from lora_lab.analysis.game import Game
 from lora_lab.analysis.keep_sets import KeepSetScores
+from lora_lab.analysis.measured import of_logits, require, told
 from lora_lab.analysis.questions import Stability as Stability
 from lora_lab.errors import OptionError, shorten
 from lora_lab.games.coalitions import Bools, all_coalitions
@@ -36,6 +38,7 @@ _AFFORDABLE = 2.0
 def answer(question: Stability, adapters: Sequence[Adapter], task: Task, on: Execution) -> Result:
     """Every family of keep-sets of every adapter; the cost of all is told before anything is computed."""
     began = time.perf_counter()
+    require(task, question.metric)
     scales = [False, True] if question.rescale and all(adapter.scalable for adapter in adapters) else [False]
     rows: list[dict[str, Any]] = []
     summaries = []
@@ -45,12 +48,13 @@ def answer(question: Stability, adapters: Sequence[Adapter], task: Task, on: Exe
         games = [Game(evaluator, groups, worth="loss", rescale=rescale) for rescale in scales]
         sets = _sets(question, games[0])
         if on.confirm and not rows:
-            costs = [game.cost(sets, logits=task.classifies) * len(adapters) for game in games]
+            logits = task.classifies or of_logits(task, question.metric)
+            costs = [game.cost(sets, logits=logits) * len(adapters) for game in games]
             on.confirm(sum(costs[1:], costs[0]))
         fixed = patterns.fixed(patterns.choice_of(adapter))
         del fixed["all"]
         for game in games:
-            scores = KeepSetScores(game, sets, fixed, question.seed)
+            scores = KeepSetScores(game, sets, fixed, metric=question.metric, seed=question.seed)
             who = {"adapter": label, "method": method_of(adapter, label), "seed": adapter.record.get("seed")}
             who["rescaled"] = game.rescale
             rows += [{**who, **row} for row in scores.rows(question.grid)]
@@ -61,6 +65,7 @@ def answer(question: Stability, adapters: Sequence[Adapter], task: Task, on: Exe
         {
             "task": task.record,
             **question.record,
+            "metrics": told(scores.metrics),
             "player_names": groups.names,
             "adapters": [described(adapter) for adapter in adapters],
         },

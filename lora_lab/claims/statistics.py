@@ -32,8 +32,8 @@ class Statistic:
 
 
 def main_metric(result: Result) -> str:
-    """The name of the metric that the result's task goes by."""
-    return str(next(iter(result.parameters.get("metrics", {"accuracy": None}))))
+    """The name of the metric that the result's task goes by; nothing of results that are by none, such as logs."""
+    return next(iter(result.parameters.get("metrics", ())), "")
 
 
 def _half(row: Mapping[str, Any], name: str) -> float:

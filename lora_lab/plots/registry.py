@@ -260,10 +260,10 @@ PLOTS = Registry(
         "sharpness:rates": View(
             plot_sharpness.draw_rates, "sharpness", "learning rates predicted as stable against those tried"
         ),
-        "stability": View(plot_stability.draw, "stability", "accuracy over the share of players kept"),
-        "stability:p": View(plot_stability.draw_p, "stability", "accuracy over the probability of keeping players"),
+        "stability": View(plot_stability.draw, "stability", "the main metric over the share of players kept"),
+        "stability:p": View(plot_stability.draw_p, "stability", "the same over the probability of keeping them"),
         "stability:leave-one-out": View(
-            plot_stability.draw_leave_one_out, "stability", "accuracy without each player, and with it alone"
+            plot_stability.draw_leave_one_out, "stability", "the main metric without each player, and with it alone"
         ),
         "sweep": View(plot_sweep.draw, "sweep", "accuracy after all kinds of pruning"),
         "sweep:structured": View(plot_sweep.draw_structured, "sweep", "accuracy of patterns"),

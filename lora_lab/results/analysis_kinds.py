@@ -85,27 +85,15 @@ class StabilityRow(Adapted):
     share: float = column("share of the players kept, k/G or p", "share", form=".2f")
     sets: int = column("keep-sets that were looked at")
     exhaustive: bool = column("whether these are all there are")
-    loss: float = column("mean loss over the keep-sets", "nats")
-    loss_low: float = column("low end of its interval", "nats")
-    loss_high: float = column("high end of its interval", "nats")
-    loss_spread: float = column("spread over the keep-sets", "nats")
-    loss_worst: float = column("loss of the worst keep-set", "nats")
-    loss_worst_set: str = column("the players of that set")
-    error: float = column("mean error over the keep-sets", "share")
-    error_low: float = column("low end of its interval", "share")
-    error_high: float = column("high end of its interval", "share")
-    error_spread: float = column("spread over the keep-sets", "share")
-    error_worst: float = column("error of the worst keep-set", "share")
-    error_worst_set: str = column("the players of that set")
 
 
 @dataclass
 class Epsilon:
-    """ε of ε-dropout-stability: how far the worst keep-set of a family rises above the whole adapter."""
+    """ε of ε-dropout-stability: how much worse the worst keep-set of a family is than the whole adapter."""
 
     family: str = column("family of keep-sets")
-    metric: str = column("loss or error")
-    value: float = column("the largest rise above the whole adapter", "of the metric")
+    metric: str = column(METRIC)
+    value: float = column("how much worse the worst keep-set is than the whole adapter", "of the metric")
     low: float = column("low end of its interval", "of the metric")
     high: float = column("high end of its interval", "of the metric")
     worst_set: str = column("the players of the keep-set where it is reached")
@@ -138,8 +126,6 @@ class StabilityAdapter(Adapted):
     rescaled: bool = column("whether the updates kept are multiplied by G/k")
     keep_sets: int = column("keep-sets that were looked at")
     exhaustive: bool = column("whether these are all there are")
-    loss: float = column("loss of the whole adapter", "nats")
-    error: float = column("error of the whole adapter", "share")
     epsilon: list[Epsilon] = column("ε of each family and metric")
     inequality: list[Inequality] = column("both sides of the inequality, for each law and p")
     always_on: list[Any] = column("modules of no player, which are never left out")
@@ -152,7 +138,7 @@ class StabilityMethod:
     method: str | None = column("training method")
     rescaled: bool = column("whether the updates kept are multiplied by G/k")
     family: str = column("family of keep-sets")
-    metric: str = column("loss or error")
+    metric: str = column(METRIC)
     mean: float = column("mean ε over the adapters", "of the metric")
     spread: float = column("spread over the adapters", "of the metric")
     adapters: int = column("adapters", counts=True)
@@ -279,11 +265,18 @@ KINDS = (
     ),
     Kind(
         "stability",
-        "accuracy and loss with some players off",
+        "metrics with some players off",
         {"rows": StabilityRow, "adapters": StabilityAdapter, "by_method": StabilityMethod},
-        Paper(("adapter", "rescaled", "family", "label", "error", "error_worst")),
+        Paper(("adapter", "rescaled", "family", "label"), further_last=True),
+        version=2,
+        open={
+            "rows": f"{MEASURED}, a mean over the keep-sets; its spread over them (accuracy_spread), its value of the "
+            "worst one (accuracy_worst), and the players of that one (accuracy_worst_set)",
+            "adapters": "each metric of the whole adapter",
+        },
         parameters={
             **PLAYERS,
+            **METRICS,
             "samples": "keep-sets of each size",
             "grid": "probabilities",
             "player_names": "the players, in order",

@@ -16,10 +16,11 @@ from lora_lab.analysis.stability import keep_sets
 from lora_lab.errors import LoraLabWarning, OptionError
 from lora_lab.games.coalitions import all_coalitions
 from lora_lab.games.progressive import binomial, inequality, stratum
-from lora_lab.results.stats import Sampled, half_of_strata
+from lora_lab.results.stats import Sampled, half_of_strata, proportion
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.kinds.digits import Digits
+from lora_lab.tasks.metrics import METRICS
 from lora_lab.tasks.task import Scores
 
 pytestmark = pytest.mark.usefixtures("few_digits")
@@ -59,12 +60,36 @@ def test_the_curve_by_size_averages_all_keep_sets(result, scores):
 
 
 def test_the_curve_by_probability_is_the_expectation_over_independent_coins(result, scores):
-    errors = np.array([1 - s.accuracy for s in scores[0]])
+    shares = np.array([s.accuracy for s in scores[0]])
     for p in (0.0, 0.3, 0.5, 1.0):
         weights = p**SIZES * (1 - p) ** (4 - SIZES)
         (row,) = result.rows(rescaled=False, family="p", label=f"{p:g}")
-        assert row["error"] == pytest.approx(weights @ errors, abs=1e-6)
-        assert row["error_worst"] == pytest.approx(errors[weights > 0].max(), abs=1e-6)  # of those that can come
+        assert row["accuracy"] == pytest.approx(weights @ shares, abs=1e-6)
+        assert row["accuracy_worst"] == pytest.approx(shares[weights > 0].min(), abs=1e-6)  # of those that can come
+
+
+def test_accuracies_have_the_intervals_of_errors_and_epsilon_is_of_errors(result, scores):
+    """1 − what `proportion` says of wrong answers, and the largest rise of their share by a paired bootstrap."""
+    wrong = np.stack([np.logical_not(s.correct) for s in scores[0]])
+    for k in range(5):
+        (row,) = result.rows(rescaled=False, family="k-of-G", label=str(k))
+        value, low, high = proportion(wrong[k == SIZES].astype(np.float64).mean(0))
+        found = [row[name] for name in ("accuracy", "accuracy_low", "accuracy_high")]
+        assert found == pytest.approx([1 - value, 1 - high, 1 - low], abs=1e-9)
+    (summary, _) = result.summary["adapters"]
+    (row,) = [r for r in summary["epsilon"] if (r["family"], r["metric"]) == ("non-empty keep-sets", "accuracy")]
+    expected = Sampled.of(wrong[[15, *range(1, 15)]], seed=0).largest(lambda means: means[1:] - means[0])
+    assert [row["value"], row["low"], row["high"]] == pytest.approx(expected, abs=1e-9)
+    assert summary["accuracy"] == pytest.approx(1 - wrong[15].mean())
+
+
+def test_the_inequality_is_that_of_the_loss_whatever_metric_is_asked_for(adapter):
+    asked = {"grid": (0.3,), "rescale": False, "examples": 20}
+    found = [Stability(**asked, metric=metric).run([adapter], Digits("relabel")) for metric in ((), ("accuracy",))]
+    one, other = (each.summary["adapters"][0]["inequality"] for each in found)
+    assert one == other
+    assert len(one) == 2
+    assert not [name for name in found[1].columns if name.startswith("loss")]
 
 
 def test_leaving_one_out_and_one_alone(result, scores):
@@ -253,8 +278,21 @@ class Known:
     def __init__(self):
         self.player_names = [f"p{i}" for i in range(6)]
         self.players = SimpleNamespace(left_out=[])
-        task, adapter = SimpleNamespace(classifies=False), SimpleNamespace(source="known")
-        self.evaluator = SimpleNamespace(task=task, adapter=adapter, scores=lambda masks: [])
+        task = SimpleNamespace(
+            name="known",
+            classifies=False,
+            needs_logits=False,
+            metrics=("accuracy", "loss"),
+            metric=METRICS.__getitem__,
+            columns=lambda scores, examples: scores.columns,
+        )
+        self.evaluator = SimpleNamespace(
+            task=task,
+            adapter=SimpleNamespace(source="known"),
+            data=None,
+            examples=2,
+            scores=lambda masks, logits: [],
+        )
 
     def losses(self, sets):
         """2 − the share of the weights 1 … 6 that is on, and .3 where both of the first two are off."""
@@ -265,6 +303,12 @@ class Known:
             Scores.judged(loss + np.array([-0.1, 0.1]), np.array([True, False]), np.zeros(2))
             for loss in self.losses(sets)
         ]
+
+    def mask(self, row):
+        return row
+
+    def warn(self, why, coalitions, of):
+        assert not coalitions
 
     def name_of(self, row):
         return "".join("01"[int(on)] for on in row)
@@ -341,6 +385,6 @@ def test_the_curves_of_sampled_keep_sets_hold_those_of_all(share):
 
 def test_both_ends_of_a_mean_are_widened_by_the_choice_of_sets():
     """11, 12, 13: t₂·√(1/3) for the examples, and 3 besides; root of the sum of squares to either side."""
-    row = _interval("loss", np.array([11.0, 12.0, 13.0]), 3.0)
+    row = _interval("loss", METRICS["loss"], np.array([11.0]), np.array([11.0, 12.0, 13.0]), 3.0)
     half = math.hypot(4.302653 / math.sqrt(3), 3.0)
     assert (row["loss"], row["loss_low"], row["loss_high"]) == pytest.approx((12, 12 - half, 12 + half))

@@ -8,6 +8,7 @@ from lora_lab.claims.claims import OWN, chosen, read
 from lora_lab.claims.reproduce import Plan, Reproduce
 from lora_lab.claims.statistics import STATISTICS
 from lora_lab.errors import FileError, OptionError
+from lora_lab.results.result import Result
 from lora_lab.training.recipe import Recipe
 
 ROW = """[[claim]]
@@ -37,6 +38,20 @@ def test_what_comes_along_can_be_run_as_it_stands():
 
 def test_every_statistic_is_of_a_question_that_can_be_asked():
     assert {each.verb for each in STATISTICS.values()} <= {None, *QUESTIONS}
+
+
+def test_claims_about_keep_sets_find_numbers_in_a_result_of_stability(request):
+    """Of the adapters of every seed, in the main metric's unit; an ε that no family is called by would be none."""
+    result = Result.load(request.config.rootpath / "figures" / "results" / "stability.json")
+    asked = [each for each in read()[0] if STATISTICS[each.statistic].verb == "stability"]
+    assert len(asked) > 2
+    for claim in asked:
+        found = STATISTICS[claim.statistic].of(result, claim.where)
+        assert set(found) == {(seed,) for seed in range(5)}, claim.name
+    layers = {"family": "k-of-G", "label": "3", "rescaled": False}
+    found = STATISTICS["with-layers"].of(result, layers)
+    last = {(row["seed"],): row["accuracy"] for row in result.rows(**layers)}
+    assert {unit: value for unit, (value, _) in found.items()} == last
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ def test_the_verb_lists_all_kinds_and_tells_every_column_of_one(lora_lab):
     assert all(f"\n{name} " in out for name in KINDS)
     code, out, _ = lora_lab("schema", "stability")
     assert code == 0
-    for name in ("adapters.epsilon", "worst_set", "adapters.inequality", "largest rise above the whole adapter"):
+    for name in ("adapters.epsilon", "worst_set", "adapters.inequality", "how much worse the worst keep-set is"):
         assert name in out
     assert "rows may have further columns: each metric with its interval" in " ".join(
         lora_lab("schema", "evaluate")[1].split()

@@ -372,7 +372,6 @@ OTHER_WORDS = {
     ("accuracy", "loss"): (
         "metrics, as columns of results and keys of logs have them",
         "analysis/coefficients.py",
-        "analysis/keep_sets.py",
         "analysis/sweep.py",
         "merging/search.py",
         "plots/places.py",

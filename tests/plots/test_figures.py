@@ -352,6 +352,14 @@ def test_stability_curves_show_mean_band_and_worst():
     assert [ax.get_title() for ax in alone.axes] == ["each player left out", "each player alone"]
 
 
+def test_stability_is_drawn_by_the_main_metric_of_its_results():
+    figure = plots.figure([stability_result(metric="tag_f1")])
+    assert figure.axes[0].get_ylabel() == "tag f1"
+    assert figure.axes[0].lines[1].get_ydata() == pytest.approx([0.15, 0.35, 0.55, 0.75])
+    with pytest.raises(OptionError, match="no metric is in all of them: accuracy and tag_f1"):
+        plots.figure([stability_result(), stability_result(("b",), metric="tag_f1")])
+
+
 def test_captions_say_whose_band_is_which():
     one, several = "95 % interval", "±1 s.d. over seeds"
     labels = ("lora-s0", "coto-s0", "coto-s1")

@@ -109,7 +109,7 @@ def test_tables_of_the_summary_and_those_within_them_are_looked_at():
     for wrong, reason in (
         ({"epsilon": [{"family": "p"}]}, "epsilon: without column metric, value, low"),
         ({"epsilon": 3}, "epsilon: no list of rows"),
-        ({"loss": "low"}, "column loss holds a str, not number or null"),
+        ({"keep_sets": "low"}, "column keep_sets holds a str, not integer"),
     ):
         rows = [{**row, **wrong} for row in summary["adapters"]]
         assert reason in schema.why_not(kind, version, columns, {**summary, "adapters": rows})
