@@ -137,11 +137,14 @@ def della(
         )
     matrices = list(stack)
     noise = Noise(matrices, seed)
+    by_size = _BySize()
 
     def magpruned(i: int, rows: Tensor, which: slice) -> Tensor:
+        columns = rows.shape[1]
         # pᵢ = density − window/2 + window · rankᵢ / (n − 1), rank 0 the smallest of a row of n
-        chance = low + window * _ranks(rows).to(rows.dtype) / max(1, rows.shape[1] - 1)
-        stays = (chance - noise.of(i, which, rows.device)).sign_().relu_()
+        by_rank = low + window * torch.arange(columns, dtype=rows.dtype, device=rows.device) / max(1, columns - 1)
+        chance = torch.empty_like(rows).scatter_(1, by_size(rows), by_rank.expand_as(rows))
+        stays = noise.of(i, which, rows.device).neg_().add_(chance).sign_().relu_()
         return rows.mul_(stays).div_(chance)
 
     keeps = [functools.partial(magpruned, i) for i in range(len(matrices))]
@@ -164,8 +167,8 @@ def breadcrumbs(
     for matrix in matrices:
         entries = math.prod(sides(matrix))
         top = round(gamma * entries)
-        without = _cut_of(matrix, top) if top else None
-        keeps.append(functools.partial(_between, without, _cut_of(matrix, top + max(1, round(density * entries)))))
+        without, within = _cuts_of(matrix, top, min(entries, top + max(1, round(density * entries))))
+        keeps.append(functools.partial(_between, without, within))
     return scale * _sum(matrices, keeps, weights)
 
 
@@ -174,9 +177,11 @@ def _between(without: Cut | None, within: Cut, rows: Tensor, which: slice) -> Te
     return within.keep(rows) if without is None else within.keep(rows).sub_(without.keep(rows))
 
 
-def _cut_of(matrix: Matrix, count: int) -> Cut:
-    """Where the `count` largest entries of a matrix end."""
-    return cuts(lambda: [{0: matrix}], lambda total: min(count, total), like(matrix).dtype)[0]
+def _cuts_of(matrix: Matrix, few: int, many: int) -> tuple[Cut | None, Cut]:
+    """Where the few and the many largest entries of a matrix end, in one pass for both; None where few are none."""
+    counts = {1: many, 0: few} if few else {1: many}
+    found = cuts(lambda: [dict.fromkeys(counts, matrix)], lambda i, total: counts[i], like(matrix).dtype)
+    return found.get(0), found[1]
 
 
 def _trims(matrices: Sequence[Matrix], density: float, scope: str, cuts: Sequence[Cut] | None) -> list[Keep]:
@@ -201,17 +206,27 @@ def _thinnings(matrices: Sequence[Matrix], density: float, seed: int) -> list[Ke
     return [functools.partial(thinned, i) for i in range(len(matrices))]
 
 
-def _ranks(rows: Tensor) -> Tensor:
-    """The rank of every entry's size in its row, from 0; of equal sizes, the first comes first."""
-    columns = rows.shape[1]
-    places = columns.bit_length()
-    if rows.dtype != torch.float32 or rows.device.type != "cpu" or places > 32:
-        return rows.abs().argsort(dim=1, stable=True).argsort(dim=1)
-    # one sort of integers: the bits of the size, which order sizes, and behind them the column
-    keys = rows.abs().view(torch.int32).long().bitwise_left_shift_(places).bitwise_or_(torch.arange(columns))
-    keys.numpy().sort(axis=1)  # numpy's takes a twentieth of the time of torch's
-    order = keys.bitwise_and_((1 << places) - 1)
-    return torch.empty_like(order).scatter_(1, order, torch.arange(columns).expand_as(order))
+class _BySize:
+    """Function (rows) → the columns of each by their size there, the smallest first; of equal sizes, the first.
+
+    What it gives lasts until the next call, which uses its memory.
+    """
+
+    def __init__(self) -> None:
+        self._keys = torch.empty((0, 0), dtype=torch.int64)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        columns = rows.shape[1]
+        places = columns.bit_length()
+        if rows.dtype != torch.float32 or rows.device.type != "cpu" or places > 32:
+            return rows.abs().argsort(dim=1, stable=True)
+        if self._keys.shape[1] != columns or len(self._keys) < len(rows):
+            self._keys = torch.empty(rows.shape, dtype=torch.int64)
+        # one sort of integers: the bits of the size, which order sizes, and behind them the column
+        keys = self._keys[: len(rows)].copy_(rows.view(torch.int32)).bitwise_and_(0x7FFFFFFF)
+        keys.bitwise_left_shift_(places).bitwise_or_(torch.arange(columns))
+        keys.numpy().sort(axis=1)  # numpy's takes a twentieth of the time of torch's
+        return keys.bitwise_and_((1 << places) - 1)
 
 
 def _sum(matrices: Sequence[Matrix], keeps: Sequence[Keep], weights: Sequence[float]) -> Tensor:

@@ -78,4 +78,9 @@ class Noise:
         if self._drawn:
             return self._drawn[index][rows].to(device, copy=True)
         shape = (rows.stop - rows.start, self._columns)
-        return torch.from_numpy(self._streams[index].random(shape, dtype=np.float32)).to(device)
+        if self._columns % 2:  # half of a number of 64 bits is left over for the next block
+            return torch.from_numpy(self._streams[index].random(shape, dtype=np.float32)).to(device)
+        # the same numbers, (32 random bits >> 8) / 2²⁴, in two thirds of the time
+        raw = self._streams[index].bit_generator.random_raw(shape[0] * shape[1] // 2).astype("<u8", copy=False)
+        bits = torch.from_numpy(raw.view(np.int32)).view(shape).bitwise_right_shift_(8).bitwise_and_((1 << 24) - 1)
+        return bits.float().mul_(2.0**-24).to(device)

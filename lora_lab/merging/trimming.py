@@ -46,17 +46,17 @@ NO_ENTRY = Cut(torch.tensor(math.inf))
 def cuts_of(pieces: Pieces, density: float, dtype: torch.dtype) -> dict[int, Cut]:
     """Number of a vector → where the share `density` of its largest entries ends, exact; no vector is ever held."""
     check_share("density", density)
-    return cuts(pieces, lambda total: max(1, round(density * total)), dtype)
+    return cuts(pieces, lambda _, total: max(1, round(density * total)), dtype)
 
 
-def cuts(pieces: Pieces, count: Callable[[int], int], dtype: torch.dtype) -> dict[int, Cut]:
-    """Number of a vector → where its largest entries end, of which there are `count`(entries in all), at least one.
+def cuts(pieces: Pieces, count: Callable[[int, int], int], dtype: torch.dtype) -> dict[int, Cut]:
+    """Number of a vector → where its largest entries end: `count`(its number, its entries in all) of them, at least 1.
 
     A sample of rows tells about what size the last of them has. One pass (in float64 some more) then counts the larger
     entries and sorts those near by the bits of their floating-point numbers, which order sizes.
     """
     totals, sampled, margins = _leading(pieces, dtype, sample=True)
-    wanted = {i: count(total) for i, total in totals.items() if total}
+    wanted = {i: count(i, total) for i, total in totals.items() if total}
     ranges = {i: _near(sampled[i], wanted[i] / totals[i], margins[i], dtype) for i in wanted}
     bins = {i: min(_BINS, max(_FEWEST_BINS, 16 * totals[i])) for i in wanted}
     found = _exactly(pieces, ranges, wanted, bins, dtype)
@@ -182,14 +182,20 @@ def _counted(
             buffered[i] = 0
 
     for piece in pieces():
+        of_one: dict[int, list[int]] = {}  # vectors with the same matrix, whose rows are made once
         for i in ranges.keys() & piece.keys():
-            for rows in blocks(piece[i]):
-                larger, near = _split(_bits(made(piece[i], rows), dtype), *ranges[i])
-                above[i] += larger
-                buffers[i].append(near)
-                buffered[i] += near.numel()
-                if buffered[i] >= _BUFFERED:
-                    empty(i)
+            of_one.setdefault(id(piece[i]), []).append(i)
+        for alike in of_one.values():
+            matrix = piece[alike[0]]
+            for rows in blocks(matrix):
+                bits = _bits(made(matrix, rows), dtype)
+                for i in alike:
+                    larger, near = _split(bits, *ranges[i])
+                    above[i] += larger
+                    buffers[i].append(near)
+                    buffered[i] += near.numel()
+                    if buffered[i] >= _BUFFERED:
+                        empty(i)
     for i in ranges:
         empty(i)
     return {i: (above[i], bins[i]) for i in ranges}

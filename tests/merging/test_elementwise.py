@@ -3,6 +3,7 @@
 import inspect
 import math
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import MismatchError, OptionError
-from lora_lab.merging import rows
+from lora_lab.merging import elementwise, rows, trimming
 from lora_lab.merging.kinds import ENTRIES
 from lora_lab.merging.methods import MERGES, rules
 from lora_lab.merging.trimming import cuts_of
@@ -518,3 +519,32 @@ def test_the_chances_of_della_may_reach_one_and_no_more():
     assert torch.equal(merged[:, -1], matrices[0][:, -1])  # the largest of each row, whose chance is 1
     with pytest.raises(OptionError, match="chances from"):
         RULES["della"](matrices, [1.0], density=0.95, window=0.2)
+
+
+def test_breadcrumbs_makes_the_rows_of_a_matrix_once_for_both_of_its_cuts(monkeypatch):
+    """One in sixteen rows for either sample, all for the counting and all for the sum."""
+    generator = torch.Generator().manual_seed(0)
+    update = LowRank(torch.randn(3, 64, generator=generator), torch.randn(1 << 14, 3, generator=generator))
+    entries = []
+    for module in (elementwise, trimming):
+        monkeypatch.setattr(module, "made", lambda m, which: entries.append(rows.made(m, which)) or entries[-1].clone())
+    found = RULES["breadcrumbs"]([update], [1.0], density=0.6, gamma=0.1)
+    assert sum(block.numel() for block in entries) <= (2 + 2 / 16) * found.numel()
+    torch.testing.assert_close(found, _between_quantiles(update.delta(), 0.6, 0.1))
+
+
+def _between_quantiles(matrix: Tensor, density: float, gamma: float) -> Tensor:
+    """The matrix with 0 in place of its largest entries, a share gamma, and of what is smaller than the next ones."""
+    sizes = matrix.abs().flatten().sort(descending=True).values
+    top = round(gamma * len(sizes))
+    last = sizes[top + round(density * len(sizes)) - 1]
+    return torch.where((matrix.abs() >= last) & (matrix.abs() <= sizes[top]), matrix, 0.0)
+
+
+@pytest.mark.parametrize("columns", [2049, 2050])
+def test_numbers_of_large_matrices_are_those_of_numpys_generator_whatever_the_blocks(columns):
+    matrices = [torch.empty(2100, columns)] * 2
+    noise, device = rows.Noise(matrices, 7), torch.device("cpu")
+    wanted = numpy.random.Generator(numpy.random.SFC64([7, 1])).random((8, columns), dtype=numpy.float32)
+    found = torch.cat([noise.of(1, slice(start, start + 1 + start % 2), device) for start in (0, 1, 3, 5, 7)])
+    assert torch.equal(found[:8], torch.from_numpy(wanted))
