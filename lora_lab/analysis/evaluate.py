@@ -21,6 +21,7 @@ from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import Examples
 from lora_lab.scoring.execution import Execution
 from lora_lab.scoring.models import TaskModels
+from lora_lab.tasks.metrics import Metric
 from lora_lab.tasks.task import Scores, Split, Task
 
 
@@ -107,14 +108,21 @@ class _Metrics:
     @property
     def cells(self) -> list[str]:
         """The columns of all of them."""
-        return [f"{name}{end}" for name in self.told for end in ("", "_low", "_high")]
+        return [cell for name in self.told for cell in cells(name, (0, 0, 0))]
 
     def of(self, scores: Scores, task: Task, examples: Split) -> dict[str, float]:
-        """Each metric with the ends of its interval."""
-        given = task.columns(scores, examples)
+        """Each metric with the ends of its interval, and what it is of models without what it measures."""
+        given, seed = task.columns(scores, examples), self._question.seed
         found: dict[str, float] = {}
-        for name in (name for name in task.metrics if name in (self._question.metric or task.metrics)):
-            metric = task.metric(name)
+        for name, metric in self._wanted(task).items():
             self.told |= told({name: metric})
-            found |= cells(name, metric.estimate(given, seed=self._question.seed))
+            found |= cells(name, metric.estimate(given, seed=seed))
+            if metric.null:
+                about = f"mean and middle 95 % of {name} of models as confident that are calibrated"
+                self.told |= told({f"{name}_null": replace(metric, about=about)})
+                found |= cells(f"{name}_null", metric.without(given, seed=seed))
         return found
+
+    def _wanted(self, task: Task) -> dict[str, Metric]:
+        asked = self._question.metric
+        return {name: task.metric(name) for name in task.metrics if name in asked} if asked else task.usual

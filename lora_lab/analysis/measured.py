@@ -22,7 +22,7 @@ from lora_lab.tasks.task import Scores, Split, Task
 
 _ALWAYS = "loss"
 """Told besides the main metric, of tasks that have it."""
-_OF_EVERY_SCORING = ("loss", "correct", "margin")
+_OF_EVERY_SCORING = ("loss", "correct", "margin", "confidence", "brier")
 """Columns that scores have without what the model said."""
 
 

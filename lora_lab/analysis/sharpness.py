@@ -60,7 +60,7 @@ def answer(question: Sharpness, adapters: Sequence[Adapter], task: Task, on: Exe
             done += 1
             on.report(done, total)
             rows.append({**_who(adapter), "at": at, **found, **_rates(found)})
-    metrics = sorted(task.metrics, key=lambda name: name != _OF)
+    metrics = sorted(task.usual, key=lambda name: name != _OF)
     evaluator = evaluator or Evaluator(adapters, task, on, split=question.split, examples=question.examples)
     return Result(
         question.kind,

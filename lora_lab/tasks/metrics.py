@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from lora_lab.errors import TaskError, shorten
 from lora_lab.registry import Registry
-from lora_lab.results.stats import Sampled, proportion
+from lora_lab.results.stats import Sampled, interval, proportion
+from lora_lab.tasks import calibration
 
 Column = npt.NDArray[Any]
 """One value an example: [n], or of several models [models, n]."""
@@ -52,6 +53,10 @@ class Metric:
     """Whether it is the mean of outcomes from 0 to 1; its interval is then Wilson's."""
     least: int = 1
     """Examples without which it has no value."""
+    on_request: bool = False
+    """Whether it is told only where it is asked for by name."""
+    null: Callable[..., Floats] | None = None
+    """(The columns that it needs, seed) → its values of models without what it measures; None where these have 0."""
 
     @property
     def is_mean(self) -> bool:
@@ -79,6 +84,12 @@ class Metric:
         values = np.stack([part.astype(np.float64) for part in parts])
         with np.errstate(invalid="ignore", divide="ignore"):
             return Sampled.of(values, seed=seed).estimate(lambda means: self.of(*means))
+
+    def without(self, columns: Mapping[str, Column], *, seed: int) -> tuple[float, float, float]:
+        """Mean of its `null`, and the ends of the middle 95 %."""
+        assert self.null is not None
+        drawn = self.null(*(columns[name] for name in self.needs), seed=seed)
+        return float(drawn.mean()), *interval(drawn)
 
     def influence(self, columns: Mapping[str, Column]) -> Floats:
         """One number an example, [n], whose mean is the metric's value and whose spread tells the value's error.
@@ -329,6 +340,19 @@ METRICS = Registry(
             "answer_f1", "mean F1 of an answer's words and those of the best right one (SQuAD)", unit="share"
         ),
         "mcc": Metric("Matthews' correlation of labels", _PAIR, _matthews, _labels, unit=""),
+        "brier": mean_of(
+            "brier", "Brier score, the mean of Σ(p − y)² over the labels, 0 to 2", higher=False, on_request=True
+        ),
+        "ece": Metric(
+            f"calibration error: mean |accuracy − confidence| over {calibration.BINS} bins of equal mass",
+            ("confidence", "correct"),
+            calibration.calibration_error,
+            calibration.gaps,
+            higher=False,
+            least=calibration.BINS,
+            on_request=True,
+            null=calibration.errors_if_calibrated,
+        ),
     },
 )
 """Metrics by name; a task that gives the columns that one needs can name it."""

@@ -20,7 +20,7 @@ from lora_lab.brief import Brief
 from lora_lab.errors import DivergedError, OptionError, TaskError, unknown
 from lora_lab.escape import visible
 from lora_lab.files.trust import ANYWHERE
-from lora_lab.tasks import digests
+from lora_lab.tasks import calibration, digests
 from lora_lab.tasks.metrics import METRICS, Metric
 from lora_lab.tasks.splits import SPLITS as SPLITS
 from lora_lab.tasks.splits import Split as Split
@@ -32,7 +32,7 @@ class Scores:
 
     What this package's own tasks give is `loss` (cross-entropy in nats; of a text, the mean over its tokens), `correct`
     (whether it is; of a text, the share of its tokens that are predicted right) and `margin` (logit of the right answer
-    minus the highest of the others).
+    minus the highest of the others); of a label an example also `confidence` and `brier` (calibration.py).
     """
 
     columns: Mapping[str, npt.NDArray[Any]]
@@ -45,12 +45,13 @@ class Scores:
     @classmethod
     def of(cls, logits: Tensor, labels: Tensor, *, keep_logits: bool = False) -> Scores:
         """Scores of a classifier's logits [examples, labels]."""
-        return cls.judged(
-            nn.functional.cross_entropy(logits, labels, reduction="none").double().cpu().numpy(),
-            (logits.argmax(-1) == labels).cpu().numpy(),
-            margins(logits, labels).double().cpu().numpy(),
-            logits.cpu().numpy() if keep_logits else None,
-        )
+        columns = {
+            "loss": nn.functional.cross_entropy(logits, labels, reduction="none").double().cpu().numpy(),
+            "correct": (logits.argmax(-1) == labels).cpu().numpy(),
+            "margin": margins(logits, labels).double().cpu().numpy(),
+        }
+        kept = logits.cpu().numpy() if keep_logits else None
+        return cls({**columns, **calibration.chances(logits, labels)}, kept)
 
     @classmethod
     def judged(
@@ -142,6 +143,10 @@ class Targets(Brief):
 def mean_where(values: Tensor, counted: Tensor) -> Tensor:
     """Means of the values that count over the second axis, [n] in float64; 0 where none does."""
     return (values.double() * counted).sum(1) / counted.sum(1).clamp(min=1)
+
+
+CLASSIFIED = ("accuracy", "loss", "brier", "ece")
+"""Metrics of tasks that are judged by `Scores.of`."""
 
 
 class Task(ABC):
@@ -314,6 +319,12 @@ class Task(ABC):
     def metric(self, name: str) -> Metric:
         """One of `metrics`."""
         return METRICS[name]
+
+    @property
+    def usual(self) -> dict[str, Metric]:
+        """Those of `metrics` that are told without being asked for."""
+        metrics = {name: self.metric(name) for name in self.metrics}
+        return {name: metric for name, metric in metrics.items() if not metric.on_request}
 
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """What the model says of a batch: [examples, labels], or of texts [examples, tokens, vocabulary]."""

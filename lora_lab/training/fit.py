@@ -99,7 +99,7 @@ def _validated(task: Task, adapter: Adapter, device: torch.device | None) -> dic
     """The task's metrics on the validation split, the main one first, and how many examples it has."""
     scores = score(task, adapter, "validation", device=device, keep_logits=task.needs_logits)
     found = task.columns(scores, task.split("validation"))
-    return {**{name: task.metric(name).value(found) for name in task.metrics}, "examples": len(scores)}
+    return {**{name: metric.value(found) for name, metric in task.usual.items()}, "examples": len(scores)}
 
 
 def initial(task: Task, recipe: Recipe) -> Adapter:

@@ -215,7 +215,11 @@ def test_another_adapter_can_be_scored_in_its_place(adapter, tmp_path):
 @pytest.mark.parametrize(
     ("make", "error", "text"),
     [
-        (lambda a, f: game_of(a, worth="f1"), OptionError, "worth of task .*: 'f1'.*; there are: accuracy, loss, lo"),
+        (
+            lambda a, f: game_of(a, worth="f1"),
+            OptionError,
+            "worth of task .*: 'f1'.*; there are: accuracy, loss, brier, ece, lo",
+        ),
         (lambda a, f: game_of(a)(np.ones((1, 3), bool)), OptionError, "3 places for 4 players"),
         (lambda a, f: game_of(a).evaluator.keeping(["x"]), OptionError, "adapts no module x"),
         (

@@ -501,7 +501,7 @@ def test_adapters_that_do_not_fit_are_refused_before_anything_is_written(lora_la
         (["shapley", "--players", "a=q_proj", "--players", "b=layers"], ["players overlap", "matches a, b"]),
         (
             ["shapley", "--worth", "f1"],
-            ["unknown worth of task digits/relabel: 'f1'", "accuracy, loss, log-likelihood, margin"],
+            ["unknown worth of task digits/relabel: 'f1'", "accuracy, loss, brier, ece, log-likelihood, margin"],
         ),
         (["shapley", "--estimator", "exct"], ["did you mean 'exact'"]),
         (["shapley", "--estimator", "shapiq:Nothing"], ["unknown estimator of shapiq 'Nothing'"]),

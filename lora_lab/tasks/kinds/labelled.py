@@ -11,10 +11,13 @@ import torch
 
 from lora_lab.errors import TaskError, shorten
 from lora_lab.tasks.file import FileTask
+from lora_lab.tasks.task import CLASSIFIED
 
 
 class LabelledTask(FileTask):
     """A task whose examples have a label each, in a column; named by the keys, by the dataset, or numbers from 0."""
+
+    metrics = CLASSIFIED
 
     @cached_property
     def _names(self) -> list[str] | None:

@@ -260,7 +260,7 @@ class MultipleChoice(_Language):
     """
 
     kind = "multiple-choice"
-    metrics = ("accuracy", "loss", "acc", "acc_norm", "acc_bytes")
+    metrics = ("accuracy", "loss", "acc", "acc_norm", "acc_bytes", "brier", "ece")
     needs_logits = True
     Keys = ChoiceKeys
     rows_are_examples = False
@@ -305,7 +305,7 @@ class MultipleChoice(_Language):
         sums = np.where(there, np.where(there, scores.logits, 0.0).astype(np.float64) * tokens, -np.inf)
         right = inputs["labels"].numpy()
         sizes = (1, inputs["characters"][..., 0].numpy(), inputs["bytes"][..., 0].numpy())
-        found = {name: (sums / size).argmax(-1) == right for name, size in zip(self.metrics[2:], sizes, strict=True)}
+        found = {name: (sums / size).argmax(-1) == right for name, size in zip(self.metrics[2:5], sizes, strict=True)}
         return {**scores.columns, **found}
 
     def training_split(self) -> Split:
