@@ -39,7 +39,13 @@ def command(
     log-likelihood per token; acc, acc_norm and acc_bytes are lm-evaluation-harness's: of the highest sum over the
     option's tokens, and of that sum per character and per byte of the option.
 
+    With `--behaviour`, also what the adapters change beside their task: forgetting, divergence from the base, and
+    calibration. Metrics of calibration, brier and ece, are told with `--metric`, too; ece beside ece_null, what a model
+    of the same confidences shows that is calibrated. An ece within the range of ece_null is no miscalibration.
+
     Example:  lora-lab evaluate a.safetensors b.safetensors
+
+    Example:  lora-lab evaluate a.safetensors --behaviour wiki.txt
     """
     from ..files.disk import refuse_existing
     from ..results import tables

@@ -29,6 +29,7 @@ GUIDES = {  # section → its pages in this folder, in order; others come behind
         "training",
         "line",
         "parts",
+        "behaviour",
         "merging",
         "merge-tables",
         "adapters",

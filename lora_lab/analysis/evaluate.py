@@ -12,6 +12,8 @@ from typing import Any
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.attached import attach
+from lora_lab.analysis import behaviour
+from lora_lab.analysis.behaviour import OnTexts, Texts
 from lora_lab.analysis.measured import cells, told
 from lora_lab.analysis.questions import Evaluate as Evaluate
 from lora_lab.errors import unknown
@@ -45,37 +47,54 @@ class AsItIs(Change):
 def answer(question: Evaluate, adapters: Sequence[Adapter], task: Task | Sequence[Task], on: Execution) -> Result:
     """Every adapter on its task, and every base model alone."""
     began, split = time.perf_counter(), question.split
+    texts = None if question.behaviour is None else Texts.read(Path(question.behaviour))
     tasks = [task] * len(adapters) if isinstance(task, Task) else task
     shared = {fingerprint(task.spec): task for task in reversed(tasks)}  # equal tasks load their data once
     of_adapters = [shared[fingerprint(task.spec)] for task in tasks]
-    changes = [AsItIs(of_adapters.index(task), base=True) for task in shared.values() if question.base]
+    changes: list[AsItIs | OnTexts] = [
+        AsItIs(of_adapters.index(task), base=True) for task in shared.values() if question.base
+    ]
     changes += [AsItIs(index, base=False) for index in range(len(adapters))]
+    changes += [OnTexts(index, texts) for index in range(len(adapters)) if texts]
     evaluator = Evaluator(adapters, of_adapters, on, split=split, examples=question.examples)
     evaluator.total = len(changes)
     if on.workers:
         evaluator.prepare([(functools.partial(_ask, change), [(split, change)]) for change in changes])
     rows, metrics = [], _Metrics(question, list(shared.values()))
-    for change, scores in zip(changes, evaluator.scores(changes), strict=True):
+    found = dict(zip(changes, evaluator.scores(changes), strict=True))
+    for change, scores in found.items():
+        if isinstance(change, OnTexts):
+            continue
         adapter, judge = None if change.base else adapters[change.index], of_adapters[change.index]
         rows.append(
             {
                 **_described(adapter, judge),
                 "examples": len(scores),
                 **metrics.of(scores, judge, evaluator.drawn(split).of_task(judge)),
+                **(metrics.beside(found[OnTexts(change.index, texts)]) if texts and adapter else {}),
             }
         )
     metrics.require(of_adapters)
     return Result(
         question.kind,
         columns([{**row, **{cell: row.get(cell) for cell in metrics.cells}} for row in rows]),
-        {**question.record, "tasks": [task.record for task in shared.values()], "metrics": metrics.told},
+        {
+            **question.record,
+            "tasks": [task.record for task in shared.values()],
+            "metrics": metrics.told,
+            **_said_of(texts),
+        },
         {},
         provenance(
             inputs=[Path(adapter.source) for adapter in adapters],
             elapsed_s=time.perf_counter() - began,
-            examples=len(scores),
+            examples=rows[-1]["examples"],
         ),
     )
+
+
+def _said_of(texts: Texts | None) -> dict[str, Any]:
+    return {"texts": {"count": len(texts.texts), "digest": texts.digest}} if texts else {}
 
 
 def _ask(change: Change, evaluator: Evaluator) -> None:
@@ -114,7 +133,7 @@ class _Metrics:
         """Each metric with the ends of its interval, and what it is of models without what it measures."""
         given, seed = task.columns(scores, examples), self._question.seed
         found: dict[str, float] = {}
-        for name, metric in self._wanted(task).items():
+        for name, metric in self._wanted(task, len(scores)).items():
             self.told |= told({name: metric})
             found |= cells(name, metric.estimate(given, seed=seed))
             if metric.null:
@@ -123,6 +142,19 @@ class _Metrics:
                 found |= cells(f"{name}_null", metric.without(given, seed=seed))
         return found
 
-    def _wanted(self, task: Task) -> dict[str, Metric]:
+    def beside(self, scores: Scores) -> dict[str, float]:
+        """What texts beside the task tell of an adapter."""
+        metrics = behaviour.metrics_of(scores)
+        found: dict[str, float] = {}
+        for name, metric in metrics.items():
+            found |= cells(name, metric.estimate(scores.columns, seed=self._question.seed))
+        self.told |= told(metrics)
+        return found
+
+    def _wanted(self, task: Task, examples: int) -> dict[str, Metric]:
+        """Those asked for; else the usual ones, with behaviour also those of calibration that have a value."""
         asked = self._question.metric
-        return {name: task.metric(name) for name in task.metrics if name in asked} if asked else task.usual
+        if not asked and self._question.behaviour is None:
+            return task.usual
+        metrics = {name: task.metric(name) for name in task.metrics if not asked or name in asked}
+        return {n: each for n, each in metrics.items() if asked or not each.on_request or examples >= each.least}

@@ -277,6 +277,12 @@ class Evaluate(Question):
     base: bool = option(True, "Score the base model without an adapter, too.")
     metric: tuple[str, ...] = metric_option("all that it has")
     examples: int | None = example_option()
+    behaviour: str | None = option(
+        None,
+        "Texts that have nothing to do with the task (.txt with one a line; .jsonl or .csv with a column text): how "
+        "much worse their loss is than the base's (forgetting), KL(base ‖ with the adapter), and calibration on the "
+        "task.",
+    )
     seed: int = option(0, "Seed of the bootstrap.", least=0)
 
     def run(

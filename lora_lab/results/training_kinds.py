@@ -81,6 +81,8 @@ KINDS = (
         parameters={
             "tasks": "the records of the tasks",
             "examples": "of the split; null for all",
+            "behaviour": "file of texts beside the task; null for none",
+            "texts": "how many these are, and a hash of them; only with such a file",
             **METRICS,
         },
     ),

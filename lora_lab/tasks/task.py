@@ -340,6 +340,18 @@ class Task(ABC):
         """Scores of what was said of a batch."""
         return Scores.of(logits.float(), batch["labels"], keep_logits=keep_logits)
 
+    def encode_texts(self, texts: Sequence[str]) -> Split:
+        """Texts without an answer as the model takes them, shortest first, `labels` being the tokens to predict if any.
+
+        TaskError of a task whose model takes no such texts.
+        """
+        raise TaskError(f"task {self.name}: its model takes no texts alone; behaviour on texts cannot be measured")
+
+    def text_logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the model says of such texts, [texts, predictions, choices]; TaskError as of `choices`."""
+        choices = self.choices(model(**batch).logits, batch)
+        return choices.reshape(len(batch["attention_mask"]), -1, choices.shape[-1])
+
     def targets_of(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Targets:
         """What `judge_logits` takes means of, for gradients: here one target an example."""
         labels = batch["labels"]

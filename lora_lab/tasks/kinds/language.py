@@ -15,8 +15,9 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from lora_lab.errors import LoraLabWarning, OptionError, TaskError
-from lora_lab.tasks.file import FileTask
 from lora_lab.tasks.kinds.chat import NO_TARGET, Chat, cut
+from lora_lab.tasks.kinds.tokens import Row as Row
+from lora_lab.tasks.kinds.tokens import TokenTask
 from lora_lab.tasks.settings import COMMON, Column, Settings
 from lora_lab.tasks.splits import by_length
 from lora_lab.tasks.tables import text_of
@@ -100,11 +101,7 @@ _FIELD = re.compile(r"{([^{}]+)}")
 """A column's place in a prompt."""
 
 
-Row = tuple[list[int], list[int]]
-"""Tokens and, for each of them, the label: the token itself where it is a target, else NO_TARGET."""
-
-
-class _Language(FileTask):
+class _Language(TokenTask):
     batch_size = 16
     counts_targets = True
 
@@ -118,16 +115,6 @@ class _Language(FileTask):
 
     def _check_labels(self, name: str, split: Split) -> None:
         """Nothing: targets are tokens, and places of options are checked as they are read."""
-
-    def _tokens(self, text: str) -> list[int]:
-        tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return tokens
-
-    @property
-    def _start(self) -> list[int]:
-        """What the tokenizer puts before a text, if anything."""
-        empty: list[int] = self.tokenizer("")["input_ids"]
-        return [token for token in empty if token == self.tokenizer.bos_token_id]
 
     def _row(self, prompt: str, answer: str, most: int | None = None) -> Row:
         """A prompt with its answer, which alone is the target; a long prompt loses its beginning."""
@@ -153,18 +140,6 @@ class _Language(FileTask):
     def _ending(self) -> list[int]:
         """What a right answer ends with, beyond its text."""
         return []
-
-    def _padded(self, rows: Sequence[Row]) -> dict[str, Tensor]:
-        """Rows as input_ids, attention_mask and labels."""
-        longest = max(len(tokens) for tokens, _ in rows)
-        pad = self.tokenizer.pad_token_id
-        ids = torch.full((len(rows), longest), pad, dtype=torch.long)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, NO_TARGET)
-        for i, (tokens, targets) in enumerate(rows):
-            ids[i, : len(tokens)] = torch.tensor(tokens)
-            mask[i, : len(tokens)] = 1
-            labels[i, : len(tokens)] = torch.tensor(targets)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 class CausalLM(_Language):

@@ -12,10 +12,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from lora_lab.errors import OptionError
+from lora_lab.errors import OptionError, TaskError
 from lora_lab.tasks.kinds.heads import ProbedTask, float_heads
 from lora_lab.tasks.settings import Column, Count, Head, Settings
+from lora_lab.tasks.splits import by_length
 from lora_lab.tasks.tables import text_of
+from lora_lab.tasks.task import Split
 
 POOLED = """\
 # head = "frozen"             # the last layer: frozen as it is, trained along with the adapter, or a probe: fitted
@@ -91,14 +93,18 @@ class PooledText(ProbedTask):
         """The texts of a table as the model takes them."""
         keys = self.settings
         columns = [keys.text, *([keys.text_pair] if keys.text_pair else [])]
-        encoded = self.tokenizer(
-            *([text_of(self, text, name) for text in table[name]] for name in columns),
-            truncation=True,
-            max_length=keys.max_length,
-            padding=True,
-            return_tensors="pt",
-        )
-        return dict(encoded.items())
+        return self._tokenized(*([text_of(self, text, name) for text in table[name]] for name in columns))
+
+    def encode_texts(self, texts: Sequence[str]) -> Split:
+        """TaskError of a task on pairs of texts."""
+        if self.settings.text_pair:
+            raise TaskError(f"task {self.name}: its model takes pairs of texts; behaviour on texts cannot be measured")
+        return by_length(Split(self._tokenized(list(texts))))
+
+    def _tokenized(self, *texts: list[str]) -> dict[str, Tensor]:
+        most = self.settings.max_length
+        found = self.tokenizer(*texts, truncation=True, max_length=most, padding=True, return_tensors="pt")
+        return dict(found.items())
 
 
 class _Outputs(dict[str, Any]):

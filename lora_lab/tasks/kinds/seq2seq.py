@@ -113,6 +113,10 @@ class Seq2Seq(Answering, CausalLM):
         rows = self._decoded([tokens[: keys.max_new_tokens] for tokens in targets], inputs["input_ids"].shape[1])
         return by_length(Split({**inputs, **rows, "reference": as_bytes(texts), "index": torch.arange(len(texts))}))
 
+    def encode_texts(self, texts: Sequence[str]) -> Split:
+        """TaskError: a text alone is a source without a target."""
+        raise TaskError(f"task {self.name}: its model needs a target of every text; behaviour on texts is of others")
+
     def _source(self, cells: Mapping[str, object]) -> str:
         source = filled(self, self.settings.source, cells)
         if not isinstance(source, str):
