@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import labels_of
+from lora_lab.brief import Brief
 from lora_lab.errors import MismatchError, OptionError
 from lora_lab.results.result import Result
 from lora_lab.results.rows import metrics_of
@@ -62,8 +63,8 @@ PREDICTORS: dict[str, Callable[[Row], float | None]] = {
 """Name → a number of a pair, in total; None where it has none."""
 
 
-@dataclass(frozen=True)
-class _Merge:
+@dataclass(frozen=True, repr=False)
+class _Merge(Brief):
     """One merge of one set of adapters, and what it lost."""
 
     members: tuple[int, ...]
