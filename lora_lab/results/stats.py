@@ -23,6 +23,9 @@ LEVEL = 0.95
 Z = 1.959964
 """Half width of a 95 % interval in standard errors, for means over many examples."""
 
+UNDEFINED = 0.05
+"""Share of bootstrap samples without a value from which on there is no interval."""
+
 ADDED = 4
 """Examples added to outcomes that are right or wrong, half of them right (Agresti & Coull 1998)."""
 
@@ -179,16 +182,21 @@ def resampled_means(values: Floats, *, seed: int, resamples: int = RESAMPLES, ad
 
 
 def interval(samples: Floats, level: float = LEVEL) -> tuple[float, float]:
-    """The percentile interval of bootstrap samples; NaN of none."""
-    if not len(samples):
+    """The percentile interval of bootstrap samples; NaN of none, and where more than UNDEFINED of them have no value.
+
+    A correlation of few examples, say, has none in a resample whose targets are all alike: such ones are left out.
+    """
+    known = samples[~np.isnan(samples)]
+    if not len(known) or len(known) < (1 - UNDEFINED) * len(samples):
         return math.nan, math.nan
-    low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def around(value: float, ends: tuple[float, float]) -> tuple[float, float]:
-    """The ends of an interval, moved where they would leave the value out."""
-    return min(value, ends[0]), max(value, ends[1])
+    """The ends of an interval, moved where they would leave the value out; an end that is not known stays so."""
+    low, high = ends
+    return low if math.isnan(low) else min(value, low), high if math.isnan(high) else max(value, high)
 
 
 @dataclass(frozen=True, repr=False)

@@ -177,12 +177,8 @@ def test_what_norm_matching_takes_off_a_barrier(of_factors, of_matched):
     common, own = generator.exponential(1, (80, 1, 60)), generator.exponential(1, (80, 22, 60))
     losses = Sampled.of((truth[:, None] * (0.8 * common + 0.2 * own)).reshape(-1, 60), seed=0, resamples=200)
     for i, wrong in enumerate(simulated(truth, 60, generator, 80)):
-        curves = {}
         for metric, sampled in (("loss", losses[list(range(22 * i, 22 * i + 22))]), ("error", wrong)):
-            curves[(0, 1), "factors", metric] = sampled[list(range(11))]
-            curves[(0, 1), "matched", metric] = sampled[list(range(11, 22))]
-        for metric in ("loss", "error"):
-            cells = _shrinkage(curves, (0, 1), "factors", metric, GRID)
+            cells = _shrinkage(sampled[list(range(11))], sampled[list(range(11, 22))], GRID)
             for name, height in expected.items():
                 inside[metric, name].append(holds(cells[f"{name}_low"], cells[f"{name}_high"], height))
     assert {key: np.mean(each) for key, each in inside.items() if np.mean(each) < 0.88} == {}
