@@ -34,7 +34,6 @@ def test_all_kinds_of_the_paper_are_among_the_published():
         "evaluate",
         "layerwise",
         "plane",
-        "reproduce",
         "sharpness",
     }
 
