@@ -16,10 +16,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from lora_lab.results.stats import LEVEL, Z, holm
+if TYPE_CHECKING:
+    from lora_lab.results.stats import Floats
 
 Unit = tuple[int, ...]
 """The seeds that a value is of: one of a single adapter, two of a pair."""
@@ -50,6 +50,8 @@ class Difference:
         """The ends of its 95 % interval; NaN from fewer than two seeds."""
         from scipy.stats import t
 
+        from lora_lab.results.stats import LEVEL
+
         if not math.isfinite(self.error):
             return math.nan, math.nan
         half = float(t.ppf((1 + LEVEL) / 2, self.freedom)) * self.error
@@ -65,6 +67,10 @@ def difference(treated: Values, control: Values | None, against: float = 0.0) ->
     as if treated and control had been scored on examples of their own, and as if all units had the largest of it,
     which is more than there is. Degrees of freedom: n − 1 of the seeds, joined by Satterthwaite's rule.
     """
+    import numpy as np
+
+    from lora_lab.results.stats import Z
+
     units = [unit for unit in treated if control is None or unit in control]
     units = [u for u in units if math.isfinite(treated[u][0]) and (control is None or math.isfinite(control[u][0]))]
     if not units:
@@ -86,8 +92,10 @@ def difference(treated: Values, control: Values | None, against: float = 0.0) ->
     return Difference(float(ours.mean()), middle, float(each.mean()), error, freedom, len(units), len(seeds))
 
 
-def _without_each(each: np.ndarray, units: Sequence[Unit], seeds: Sequence[int]) -> np.ndarray | None:
+def _without_each(each: Floats, units: Sequence[Unit], seeds: Sequence[int]) -> Floats | None:
     """The mean without the units of each seed; None where that leaves nothing."""
+    import numpy as np
+
     kept = [np.array([seed not in unit for unit in units]) for seed in seeds]
     if not all(mask.any() for mask in kept):
         return None
@@ -122,8 +130,11 @@ def p_values(found: Difference, direction: str, least: float) -> PValues:
     return PValues(above(value), above(least - value))
 
 
-def verdicts(tested: Sequence[PValues], level: float = 1 - LEVEL) -> list[tuple[str, float, float]]:
+def verdicts(tested: Sequence[PValues]) -> list[tuple[str, float, float]]:
     """For every claim the verdict, and both p-values corrected over all of them."""
+    from lora_lab.results.stats import LEVEL, holm
+
+    level = 1 - LEVEL
     holds, fails = holm([each.holds for each in tested]), holm([each.fails for each in tested])
     named = [HOLDS if h < level else FAILS if f < level else OPEN for h, f in zip(holds, fails, strict=True)]
     return list(zip(named, holds, fails, strict=True))
