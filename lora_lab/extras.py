@@ -9,6 +9,8 @@ from lora_lab.errors import OptionError
 
 EXTRAS = {
     "data": "tasks on data of one's own (all kinds but digits), fitted heads, t-SNE (`compare`), the merge lego",
+    "docs": "the site of the documentation (`make docs`)",
+    "lm-eval": "tasks of lm-evaluation-harness (kind lm-eval)",
     "pandas": "results as data frames",
     "ray": "computing on a Ray cluster",
     "rouge": "the metric ROUGE",

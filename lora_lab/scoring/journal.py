@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import sqlite3
+import stat
 import urllib.parse
 import warnings
 import weakref
@@ -249,8 +250,9 @@ def _is_there(path: Path) -> bool:
         if path.exists() and not path.is_file():
             raise FileError(f"{path}: cannot be read (neither a file nor a link to one)")
         for file in _beside(path):
-            if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
-                raise FileError(f"{file}: in the way of what is written beside the journal {path.name}; no file")
+            with contextlib.suppress(FileNotFoundError):  # looked at once: another process may be removing it
+                if not stat.S_ISREG(os.lstat(file).st_mode):
+                    raise FileError(f"{file}: in the way of what is written beside the journal {path.name}; no file")
         rollback = _beside(path)[-1]
         if rollback.exists() and rollback.read_bytes()[-len(_SUPER) :] == _SUPER:
             rollback.unlink()

@@ -302,9 +302,9 @@ class Task(ABC):
         return scores
 
     def require_finite(self, scores: Scores, where: str = "") -> None:
-        """DivergedError where a column that a metric needs is not finite; `where` says of what, with a blank."""
-        needed = dict.fromkeys(column for name in self.metrics for column in self.metric(name).needs)
-        for column in needed.keys() & scores.columns.keys():
+        """DivergedError where a column that a usual metric needs is not finite; `where` says of what, with a blank."""
+        needed = dict.fromkeys(column for metric in self.usual.values() for column in metric.needs)
+        for column in (each for each in needed if each in scores.columns):
             odd = int((~np.isfinite(scores[column])).sum())
             if odd:
                 raise DivergedError(f"task {self.name}: the model's {column} is not finite on {odd} examples{where}")

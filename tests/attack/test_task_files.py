@@ -15,6 +15,9 @@ from lora_lab import tasks
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 KEYS = sorted({field.name for kind in tasks.KINDS.values() for field in dataclasses.fields(kind.build.__self__.Keys)})
+EXAMPLES = [  # but lm-evaluation-harness', which reads the list of all of its tasks, whatever the file says
+    kind.example for kind in tasks.KINDS.values() if not hasattr(kind.build.__self__.Keys, "include")
+]
 SOUND = 'kind = "text-classification"\nbase = "base"\ndata = "table.jsonl"\ntext = "text"\nlabel = "label"\n'
 
 
@@ -34,11 +37,7 @@ def build(path, survived):
         task.split("train")
 
 
-@attack(
-    data=st.one_of(
-        st.binary(max_size=120), *[changed(text.encode()) for text in (kind.example for kind in tasks.KINDS.values())]
-    )
-)
+@attack(data=st.one_of(st.binary(max_size=120), *[changed(text.encode()) for text in EXAMPLES]))
 def test_any_bytes_are_a_task_or_refused(place, survived, data):
     path = place / "bytes.toml"
     path.write_bytes(data)

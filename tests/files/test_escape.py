@@ -265,6 +265,7 @@ def test_a_figure_draws_a_name_as_it_is():
         columns |= {name: [1.0, 2.0], f"{name}_low": [1.0, 2.0], f"{name}_high": [1.0, 2.0]}
     columns["method"] = [NASTY] * 2
     parameters = {"task": {"name": NASTY}, "split": "test", "points": 2, "spaces": ["delta"], "adapters": [{}, {}]}
+    parameters["metrics"] = {name: {"about": name, "unit": "", "higher": True} for name in ("accuracy", "loss")}
     made = plots.figure([Result("interpolate", columns, parameters, {}, {"examples": 3})])
     titles = [ax.get_title() for ax in made.axes]
     assert titles[0].startswith(r" _p\$\frac")

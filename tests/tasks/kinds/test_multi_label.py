@@ -118,7 +118,7 @@ def test_it_trains_is_scored_with_shared_prefixes_and_remembered_by_the_adapter(
     assert f1.value(trained.columns) > max(0.7, f1.value(base.columns))
     again = task_of(adapter)
     assert (score(again, adapter).loss == trained.loss).all()
-    found = Shapley(worth="accuracy").run([adapter], task)
+    found = Shapley(worth="subset_accuracy").run([adapter], task)
     summary = found.summary["adapters"][0]
     assert summary["full"] == trained.accuracy
     assert sum(row["value"] for row in found.rows()) == pytest.approx(summary["full"] - summary["empty"])

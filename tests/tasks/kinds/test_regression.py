@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from lora_lab import tasks
 from lora_lab.analysis.questions import Evaluate, Shapley
-from lora_lab.errors import TaskError
+from lora_lab.errors import OptionError, TaskError
 from lora_lab.merging.merged import merge
 from lora_lab.merging.sources import Sources
 from lora_lab.scoring.evaluate import score
@@ -121,7 +121,7 @@ def test_questions_by_the_loss_are_answered_and_by_the_accuracy_refused(folder):
     assert table.columns["loss"] == pytest.approx([score(task, a).mean_loss for a in (None, *adapters)], abs=1e-6)
     merged = merge(Sources(adapters, tasks=[task, task]), "regmean").adapter
     assert np.isfinite(score(task, merged).loss).all()
-    with pytest.raises(TaskError, match="gives no 'correct'"):
+    with pytest.raises(OptionError, match="unknown worth of task my: 'accuracy'; there are: spearman"):
         Shapley(worth="accuracy").run(adapters[:1], task)
     with pytest.raises(TaskError, match="a regression gives numbers, not chances of labels"):
         merge(Sources(adapters, tasks=[task, task]), "fisher", options={"examples": 2})
