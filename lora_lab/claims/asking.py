@@ -61,10 +61,10 @@ def answer(
     asked = QUESTIONS[verb]
     question, about = asked.made(options), asked.about(tasks)
     question.check(adapters)
-    run = question.run_id(adapters, *about) if hasattr(question, "run_id") else None
+    run = question.run_id(adapters, *about)
     with contextlib.suppress(FileError):
         earlier = Result.load(path)
-        if run is not None and earlier.provenance.get(_ASKED) == run:
+        if earlier.provenance.get(_ASKED) == run:
             return earlier
     result: Result = question.run(adapters, *about, on)
     result = dataclasses.replace(result, provenance={**result.provenance, _ASKED: run})

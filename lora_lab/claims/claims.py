@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 from lora_lab.claims.statistics import STATISTICS
 from lora_lab.claims.verdicts import DIRECTIONS
 from lora_lab.errors import FileError, LoraLabError, OptionError, unknown
+from lora_lab.files.toml import read_toml
 from lora_lab.options import check_options, option
 
 OWN = Path(__file__).parents[1] / "data" / "claims.toml"
@@ -74,12 +74,7 @@ class Testbed:
 
 def read(path: Path = OWN) -> tuple[list[Claim], dict[str, Testbed]]:
     """Claims and testbeds of a file; FileError, which names the row and the field, where it is not as it should be."""
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileError(f"{path}: no such file of claims") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise FileError(f"{path}: not a TOML file ({error})") from error
+    content = read_toml(path, "a file of claims")
     rows, beds = content.pop("claim", []), content.pop("testbed", {})
     if content:
         raise FileError(f"{path}: [{next(iter(content))}]: [[claim]] and [testbed.NAME] are what a file of claims has")

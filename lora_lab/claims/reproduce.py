@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from lora_lab.claims.asking import answer
 from lora_lab.claims.claims import OWN, Claim, Testbed, chosen, read
 from lora_lab.claims.statistics import STATISTICS, Statistic, main_metric
-from lora_lab.claims.verdicts import OPEN, Difference, PValues, Values, difference, p_values, verdicts
+from lora_lab.claims.verdicts import Difference, PValues, Values, difference, p_values, verdicts
 from lora_lab.errors import LoraLabError, OptionError, unknown
 from lora_lab.options import check_options, option
 from lora_lab.results.result import Result, columns, fingerprint, finite, provenance
@@ -74,7 +74,7 @@ class Reproduce:
         judged = [lab.judge(claim, tasks) for claim in plan.claims for tasks in plan.tasks_of(claim)]
         found = verdicts([each.tests for each in judged])
         rows = [
-            {**each.row, "p_holds": holds, "p_fails": fails, "verdict": verdict if each.why is None else OPEN}
+            {**each.row, "p_holds": holds, "p_fails": fails, "verdict": verdict}
             for each, (verdict, holds, fails) in zip(judged, found, strict=True)
         ]
         counts = {
@@ -136,7 +136,7 @@ class _Judged:
 
     row: Mapping[str, Any]
     tests: PValues
-    why: str | None
+    """1 and 1 where there is no number, which cannot be told."""
 
 
 @dataclass
@@ -196,7 +196,7 @@ class _Lab:
         if found is None and why is None:
             why = "the question has no such number of these adapters"
         tested = PValues(1.0, 1.0) if found is None else p_values(found, claim.direction, claim.least)
-        return _Judged({**_described(claim, tasks), "unit": unit, **_numbers(found), "why": why}, tested, why)
+        return _Judged({**_described(claim, tasks), "unit": unit, **_numbers(found), "why": why}, tested)
 
     def result(self, claim: Claim, statistic: Statistic, fields: Mapping[str, Any], tasks: tuple[str, ...]) -> Result:
         """The answer to the claim's question about the adapters of one way of training, computed once."""
@@ -204,11 +204,11 @@ class _Lab:
         jobs = [job for task, recipe in zip(tasks, recipes, strict=True) for job in self.jobs(task, recipe)]
         if statistic.verb is None:
             return _joined([self._logs[job.path] for job in jobs], jobs)
-        adapters = _loaded(jobs)
         name = "-".join([statistic.verb, *map(_slug, tasks[:1]), _named(recipes[0])])
         path = self.folder / "results" / f"{name}-{fingerprint([claim.options, tasks, len(jobs)])[:8]}.json"
         if str(path) not in self._results:
-            with self.stage(f"{statistic.verb} of {len(adapters)} adapters, {_named(recipes[0])}") as report:
+            adapters = _loaded(jobs)
+            with self.stage(f"{statistic.verb} of {len(jobs)} adapters, {_named(recipes[0])}") as report:
                 on = replace(self.on, progress=report)
                 each = [self.task(task) for task in tasks for _ in self.plan.seeds]
                 self._results[str(path)] = answer(path, statistic.verb, claim.options, adapters, each, on)

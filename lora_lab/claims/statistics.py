@@ -55,20 +55,15 @@ def _seeds(result: Result, indices: Iterable[int]) -> Unit:
     return tuple(sorted(adapters[i]["seed"] for i in indices))
 
 
-def _score(result: Result, where: Mapping[str, Any]) -> Found:
-    return _by_seed(result.rows(), main_metric(result))
+def _scored(result: Result, where: Mapping[str, Any]) -> Found:
+    """The main metric of every adapter in the rows that `where` chooses."""
+    return _by_seed(result.rows(**where), main_metric(result))
 
 
-def _along(result: Result, where: Mapping[str, Any]) -> Found:
+def _mixed(result: Result, where: Mapping[str, Any]) -> Found:
+    """The main metric of every mixture of seeds in the rows that `where` chooses."""
     metric = main_metric(result)
-    rows = result.rows(space=where["space"], t=float(where["t"]))
-    return {_seeds(result, row["indices"]): (_value(row[metric]), _half(row, metric)) for row in rows}
-
-
-def _ratio(result: Result, where: Mapping[str, Any]) -> Found:
-    metric = main_metric(result)
-    rows = result.rows(space=where["space"], ratio=where["ratio"])
-    return {_seeds(result, row["indices"]): (_value(row[metric]), _half(row, metric)) for row in rows}
+    return {_seeds(result, row["indices"]): (_value(row[metric]), _half(row, metric)) for row in result.rows(**where)}
 
 
 def _barrier(result: Result, where: Mapping[str, Any]) -> Found:
@@ -77,16 +72,6 @@ def _barrier(result: Result, where: Mapping[str, Any]) -> Found:
     return {
         _seeds(result, r["indices"]): (_value(r["value"]), (_value(r["high"]) - _value(r["low"])) / 2) for r in rows
     }
-
-
-def _pruned(result: Result, where: Mapping[str, Any]) -> Found:
-    rows = result.rows(**{name: where[name] for name in ("kind", "criterion", "label")})
-    return _by_seed(rows, main_metric(result))
-
-
-def _kept(result: Result, where: Mapping[str, Any]) -> Found:
-    rows = result.rows(**{name: where[name] for name in ("family", "label", "rescaled")})
-    return _by_seed(rows, main_metric(result))
 
 
 def _epsilon(result: Result, where: Mapping[str, Any]) -> Found:
@@ -136,16 +121,16 @@ STATISTICS = Registry(
     "lora_lab.statistics",
     Statistic,
     {
-        "task-score": Statistic("the task's main metric", _score, "evaluate"),
+        "task-score": Statistic("the task's main metric", _scored, "evaluate"),
         "on-line": Statistic(
-            "the same at a place of the line between two seeds", _along, "interpolate", ("space", "t")
+            "the same at a place of the line between two seeds", _mixed, "interpolate", ("space", "t")
         ),
-        "of-mixture": Statistic("the same of a mixture of seeds", _ratio, "interpolate", ("space", "ratio")),
+        "of-mixture": Statistic("the same of a mixture of seeds", _mixed, "interpolate", ("space", "ratio")),
         "line-barrier": Statistic(
             "how much worse it gets on the line between two seeds", _barrier, "interpolate", ("space", "barrier")
         ),
         "with-layers": Statistic(
-            "the same with some layers on, mean over keep-sets", _kept, "stability", ("family", "label", "rescaled")
+            "the same with some layers on, mean over keep-sets", _scored, "stability", ("family", "label", "rescaled")
         ),
         "worst-keep-set": Statistic(
             "how much worse the worst keep-set is than the whole", _epsilon, "stability", ("family", "rescaled")
@@ -156,7 +141,7 @@ STATISTICS = Registry(
             "stability",
             unit="nats",
         ),
-        "after-pruning": Statistic("the same after pruning", _pruned, "sweep", ("kind", "criterion", "label")),
+        "after-pruning": Statistic("the same after pruning", _scored, "sweep", ("kind", "criterion", "label")),
         "shapley-variation": Statistic(
             "standard deviation of the Shapley values / |their mean|", _of_adapters("variation"), "shapley", unit=""
         ),

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.utils import logging as transformers_logging
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.attached import base_config, layers
@@ -27,6 +26,7 @@ from lora_lab.adapters.groups import group
 from lora_lab.adapters.lowrank import LowRank, combine
 from lora_lab.errors import LoraLabError, LoraLabWarning, OptionError, TunerError, unknown
 from lora_lab.files.trust import Origin
+from lora_lab.hub import quiet_transformers
 from lora_lab.results.result import Result, fingerprint, finite, provenance
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.examples import examples_of
@@ -319,11 +319,6 @@ def _isolated_randomness() -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the Trainer's and PEFT's own log lines and warnings."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

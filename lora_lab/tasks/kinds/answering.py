@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from lora_lab.errors import LoraLabWarning, OptionError, TaskError
 from lora_lab.extras import needs
+from lora_lab.hub import quiet_transformers
 from lora_lab.tasks.kinds.extracting import EXTRACTORS, check_pattern
 from lora_lab.tasks.settings import Count, Seed, Settings
 from lora_lab.tasks.task import Scores, Task
@@ -125,7 +125,7 @@ class Answering(Task):
         generates: Any = model
         config, asked = self._config(generates), self._asked(batch)
         processors = [_Draws(self.settings, batch["index"].tolist())] if self.settings.temperature else []
-        with _quiet():
+        with quiet_transformers():
             rows = generates.generate(**asked, generation_config=config, logits_processor=processors)
         ends = set(_listed(config.eos_token_id))
         return [_up_to(row[self._given(asked) :].tolist(), ends) for row in rows]
@@ -263,19 +263,6 @@ def require_generating(task: Any, classes: Mapping[str, Any], needed: str) -> No
     others = [name for name in task.config.architectures or [] if name not in names]
     if others and not task.settings.trust_remote_code:
         raise TaskError(f"task {task.name}: its base {task.base!r} is a {others[0]}, {needed}")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' advice on settings of generation."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 def _version(package: str) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from lora_lab import files
 from lora_lab.errors import FileError, LoraLabWarning, TaskError
 from lora_lab.extras import needs
+from lora_lab.hub import quiet_transformers
 from lora_lab.tasks.digests import cache
 from lora_lab.tasks.file import FileTask
 from lora_lab.tasks.task import Split
@@ -122,7 +123,7 @@ class HeadedTask(FileTask):
                 f"task {self.name}: {self.settings.base!r} has {count} outputs and the data {self.labels} labels; "
                 'head = "trained" or "probe" gives it others'
             )
-        with _no_report() if other or not finished else contextlib.nullcontext():
+        with quiet_transformers() if other or not finished else contextlib.nullcontext():
             return self.pretrained_model(cls, num_labels=self.labels, ignore_mismatched_sizes=other, **options)
 
 
@@ -147,16 +148,3 @@ class ProbedTask(HeadedTask):
     @abstractmethod
     def _features(self) -> npt.NDArray[np.float64]:
         """What the base gives of every training example, [n, width]."""
-
-
-@contextlib.contextmanager
-def _no_report() -> Iterator[None]:
-    """Without transformers' table of what a checkpoint lacks, where that is the head and is known."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
