@@ -34,7 +34,7 @@ class Merging:
         "coefficient=0.1..2 (scipy). Repeatable.",
     )
     metric: tuple[str, ...] = option(
-        (), "For --search: metrics, with commas between them; each task is judged by the first that it has."
+        (), "For --search: a metric (repeatable); each task is judged by the first that it has."
     )
     rank: int | str | None = option(
         None,

@@ -103,6 +103,7 @@ class Choosing:
         None,
         "For patterns by values: a metric of the task (by default its main one), or NAMES.",
         names=Later("lora_lab.analysis.game", "WORTHS"),
+        flag="metric worth",
     )
     samples: int = option(200, "For top-shapley: marginal contributions a player.", least=1)
     split: str = option("validation", "For patterns by values: the split to choose on.")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import OptionError
 from ..options import option
 from ..registry import Later
 from ..training.recipe import Recipe
@@ -25,6 +26,9 @@ class Runs:
     seeds: str | None = option(None, "Several runs, e.g. 0-4; -o is then a folder.")
     peft_config: Path | None = option(
         None, "JSON file with fields of PEFT's configuration; they win over other options."
+    )
+    metric: tuple[str, ...] = option(
+        (), "For options with ☰: a metric (repeatable) of which the first chooses; by default the task's main one."
     )
     report_to: str = option("none", "Where the Trainer logs to: tensorboard, wandb … (which must be installed).")
 
@@ -62,10 +66,10 @@ def command(recipe: Grid[Recipe], runs: Runs, workers: SideBySide, output: Train
     three quarters of the steps; the rest is plain training. The adapter carries the record of how it was made. A
     training that is finished already is kept: called again, a call that was cut off goes on where it was.
 
-    Options with ☰ take several values with commas (--lr 1e-3,2e-3,3e-3): each combination is trained, and the one with
-    best by the task's main metric on the validation split, a mean over the seeds, is kept (a classifier's accuracy, a
-    language model's loss). NAME.tuning.json and its
-    figure tell of all of them, and the others lie in tried/.
+    Options with ☰ take several values with commas (--lr 1e-3,2e-3,3e-3): each combination is trained, and the one that
+    is best by the task's main metric (or `--metric`) on the validation split, a mean over the seeds, is kept (a
+    classifier's accuracy, a language model's loss). NAME.tuning.json and its figure tell of all of them, and the others
+    lie in tried/.
 
     Example:  lora-lab train --method coto --seed 0 -o a.safetensors
     """
@@ -117,13 +121,17 @@ def _trained(
     from ..training.runs import Job, train_all
 
     settings = tuning.settings_of(values)
+    if runs.metric and len(settings) < 2:
+        raise OptionError("--metric chooses among settings; no option with ☰ has several values")
     for setting in settings:  # refused before anything is trained
         replace(recipes[0], **setting)
     with open_workers(None, where.ray, where.device) as workers, progress("training") as report:
         how: dict[str, Any] = {"processes": where.jobs, "force": output.force, "progress": report, "workers": workers}
         each = zip(recipes, paths, strict=True)
         jobs = [Job(task, r, path, where.device, runs.report_to, output.format) for r, path in each]
-        return tuning.train_best(jobs, settings, **how) if len(settings) > 1 else (train_all(jobs, **how), None)
+        if len(settings) > 1:
+            return tuning.train_best(jobs, settings, metric=runs.metric, **how)
+        return train_all(jobs, **how), None
 
 
 def _check_test_split(task: Any) -> None:

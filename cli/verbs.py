@@ -43,8 +43,8 @@ class Form:
     """A default as it would be written; what typer cannot have as a default is a text, shown alone."""
 
 
-def _names(text: str, _: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(","))
+def _names(given: list[str] | None, _: str) -> tuple[str, ...] | None:
+    return tuple(part.strip() for text in given for part in text.split(",")) if given else None
 
 
 def _pairs(given: list[str] | None, flag: str) -> dict[str, str]:
@@ -59,7 +59,7 @@ FORMS: dict[Any, Form] = {
     tuple[float, ...]: Form(str, parsing.numbers, lambda values: ",".join(f"{value:g}" for value in values)),
     tuple[int | str, ...]: Form(str, parsing.ranks, lambda ranks: ",".join(map(str, ranks))),
     int | str | None: Form(str, parsing.rank, str),
-    tuple[str, ...]: Form(str, _names, ",".join),
+    tuple[str, ...]: Form(list[str], _names, ",".join),
     tuple[tuple[float, ...], ...]: Form(str, parsing.ratios, lambda ratios: ",".join(map(in_words, ratios))),
     Mapping[str, Any]: Form(list[str], _pairs, lambda _: None),
     Mapping[str, Mapping[str, Any]]: Form(list[str], parsing.method_options, lambda _: None),

@@ -202,6 +202,11 @@ class Sharpness(Question):
 
     iterations: int = option(30, "Lanczos iterations at most; the residual tells whether they were enough.", least=2)
     probes: int = option(16, "Random vectors for the trace.", least=2)
+    metric: tuple[str, ...] = option(
+        (),
+        "A metric of the task (repeatable) by which rates that were tried are told; by default the loss, of which the "
+        "curvature is, and all that the task has.",
+    )
     split: str = option("train", "NAMES.", choices=Later("lora_lab.tasks.splits", "SPLITS"))
     examples: int | None = option(200, "On so many examples of the split, drawn with seed 0.", least=1)
     seed: int = option(0, "Draws the vectors.", least=0)

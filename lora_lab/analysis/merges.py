@@ -92,7 +92,7 @@ class CompareMerges(Question):
         least=1,
     )
     metric: tuple[str, ...] = option(
-        (), "Metrics, with commas between them: each task is judged by the first that it has, by default its main one."
+        (), "A metric (repeatable): each task is judged by the first that it has, by default its main one."
     )
     seed: int = option(0, "Seed of the bootstrap and of the nulls.", least=0)
 

@@ -39,7 +39,7 @@ def example_option() -> Any:
 
 def metric_option(default: str = "the task's main one and its loss") -> Any:
     """What is told of models."""
-    return option((), f"Metrics of the task, with commas between them; by default {default}.")
+    return option((), f"A metric of the task (repeatable; the first is the main one); by default {default}.")
 
 
 def in_words(ratio: Sequence[float]) -> str:
@@ -114,6 +114,7 @@ class Shapley(Question):
         None,
         "A metric of the task (by default its main one), or NAMES; what helps is positive.",
         names=Later("lora_lab.analysis.game", "WORTHS"),
+        flag="metric worth",
     )
     estimator: str | None = option(
         None,

@@ -18,7 +18,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import described
 from lora_lab.analysis.curvature import CurvaturePass, largest_rates
 from lora_lab.analysis.landscape import Sharpness
-from lora_lab.analysis.measured import told
+from lora_lab.analysis.measured import require, told
 from lora_lab.errors import LoraLabError
 from lora_lab.results.result import Result, columns, finite
 from lora_lab.scoring.evaluator import Evaluator
@@ -40,7 +40,8 @@ PRODUCT = 6.0
 def answer(question: Sharpness, adapters: Sequence[Adapter], task: Task, on: Execution) -> Result:
     """A row for every adapter and every set of tensors that it can be measured in."""
     began = time.perf_counter()
-    run = question.run_id(adapters, task)
+    require(task, question.metric)
+    run = dataclasses.replace(question, metric=()).run_id(adapters, task)  # curvature is the same whatever is told
     journal = Journal(on.cache / f"{run}.sqlite", run) if on.cache else None
     places = {i: dict(_places(adapter, task)) for i, adapter in enumerate(adapters)}
     _tell_cost(question, adapters, task, on, sum(map(len, places.values())))
@@ -60,7 +61,7 @@ def answer(question: Sharpness, adapters: Sequence[Adapter], task: Task, on: Exe
             done += 1
             on.report(done, total)
             rows.append({**_who(adapter), "at": at, **found, **_rates(found)})
-    metrics = sorted(task.usual, key=lambda name: name != _OF)
+    metrics = list(question.metric) or sorted(task.usual, key=lambda name: name != _OF)
     evaluator = evaluator or Evaluator(adapters, task, on, split=question.split, examples=question.examples)
     return Result(
         question.kind,

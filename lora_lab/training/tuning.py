@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lora_lab.errors import TaskError
+from lora_lab.errors import TaskError, unknown
 from lora_lab.files.disk import refuse_existing
 from lora_lab.files.trust import recordable
 from lora_lab.results.result import Result, columns, fingerprint, finite, provenance
@@ -33,6 +33,7 @@ def train_best(
     jobs: Sequence[Job],
     settings: Sequence[Setting],
     *,
+    metric: Sequence[str] = (),
     processes: int | None = None,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -40,15 +41,18 @@ def train_best(
 ) -> tuple[list[Result], Result]:
     """Train every job (a seed each, of one task) at every setting and keep the best; its logs, and what all gave.
 
-    Best is the setting that is best by the task's main metric on the validation split, a mean over the jobs (then by
-    its others): the highest accuracy, or of a language model the lowest loss. Its adapters go to the jobs' paths, with
-    all that was tried in their records; the others stay in the folder `tried` beside them, from which a killed run goes
-    on. A setting whose training diverges is kept as a row and never chosen.
+    Best is the setting that is best by the first `metric`, or the task's main one, on the validation split, a mean over
+    the jobs (then by the others): the highest accuracy, or of a language model the lowest loss. Its adapters go to the
+    jobs' paths, with all that was tried in their records; the others stay in the folder `tried` beside them, from which
+    a killed run goes on. A setting whose training diverges is kept as a row and never chosen.
     """
     from lora_lab import tasks
 
     task, paths = jobs[0].task, [job.path for job in jobs]
     built = tasks.from_spec(task)
+    for name in metric:
+        if built.metrics and name not in built.usual:
+            raise unknown(f"metric that trainings on {built.name} are judged by:", name, list(built.usual))
     began = time.perf_counter()
     trials = [_trial(job, setting) for setting in settings for job in jobs]
     seen: Seen = {}
@@ -62,7 +66,7 @@ def train_best(
         known |= dict(zip(left, done, strict=True))
     logs = [[known[k * len(jobs) + i] for i in range(len(jobs))] for k in range(len(settings))]
     there = dict.fromkeys(name for each in logs for log in each for name in _validated(log))
-    metrics = [name for name in dict.fromkeys((*built.metrics, *there)) if name in there]
+    metrics = [name for name in dict.fromkeys((*metric, *built.metrics, *there)) if name in there]
     rows = [{**setting, **_mean(each, metrics)} for setting, each in zip(settings, logs, strict=True)]
     able = [k for k, row in enumerate(rows) if all(row[name] is not None for name in metrics)] if metrics else []
     if not able:

@@ -258,6 +258,11 @@ def test_a_second_run_computes_nothing(trained, tmp_path, monkeypatch):
     question.run([trained], Digits("relabel"), Execution(cache=tmp_path))
     monkeypatch.setattr(CurvaturePass, "__call__", lambda *given: pytest.fail("computed afresh"))
     question.run([trained], Digits("relabel"), Execution(cache=tmp_path))
+    told = replace(question, metric=("accuracy",)).run([trained], Digits("relabel"), Execution(cache=tmp_path))
+    assert list(told.parameters["metrics"]) == ["accuracy"]
+    assert "loss" not in told.summary["rates"][0]
+    with pytest.raises(OptionError, match="metric of task digits/relabel: 'f1'"):
+        replace(question, metric=("f1",)).run([trained], Digits("relabel"), Execution(cache=tmp_path))
 
 
 @pytest.mark.usefixtures("few_digits")

@@ -64,7 +64,7 @@ def test_every_option_of_a_question_is_in_the_help_of_its_verb_with_its_default(
         if said.flag == "":
             continue
         name = flags(field, said)[-1].partition("/")[0]
-        (block,) = [block for block in blocks if block.split()[0] == name]
+        (block,) = [block for block in blocks if name in block.split()[0].split(",")]
         words = " ".join(block.replace("│", " ").split())
         assert help_of(said).replace("`", "").split(".")[0][:40] in words
         default = None if field.default is dataclasses.MISSING else field.default
@@ -101,7 +101,7 @@ def test_a_verb_without_options_asks_with_the_defaults(verb):
             assert (dict(value) if isinstance(value, Mapping) else value) == default
 
 
-OF_ALL_THAT_SCORE = ("label", "group", "examples", "jobs", "split", "task")
+OF_ALL_THAT_SCORE = ("label", "group", "examples", "jobs", "split", "task", "metric")
 
 
 def test_every_verb_that_scores_has_the_options_of_all():
@@ -110,7 +110,7 @@ def test_every_verb_that_scores_has_the_options_of_all():
         groups = groups_of(verb)
         if any(issubclass(group, Question) for group in groups):
             scoring.append(verb)
-            known = {field.name for group in groups for field, _ in shown(group)}
+            known = {name.strip("-") for group in groups for each in shown(group) for name in flags(*each)}
             lacking |= {(verb, name) for name in OF_ALL_THAT_SCORE if name not in known}
     assert {"checkpoints", "plane", "sharpness", "compare-merges", "evaluate"} <= set(scoring)
     assert not lacking
@@ -118,9 +118,14 @@ def test_every_verb_that_scores_has_the_options_of_all():
 
 def test_values_are_read_as_the_types_of_the_fields():
     names = {field.name: None for field, _ in shown(merges.CompareMerges)}
-    given = names | {"methods": "ties, dare", "options": ["ties.density=0.5"], "coefficients": "0.5,1", "split": "test"}
+    given = names | {
+        "methods": ["ties, dare", "knots"],
+        "options": ["ties.density=0.5"],
+        "coefficients": "0.5,1",
+        "split": "test",
+    }
     asked = build(merges.CompareMerges, given | {"ratios": "1:2,1:1:1", "seed": 3, "draws": 20, "ranks": "sum,8"})
-    assert asked.methods == ("ties", "dare")
+    assert asked.methods == ("ties", "dare", "knots")
     assert asked.options == {"ties": {"density": 0.5}}
     assert asked.coefficients == (0.5, 1.0)
     assert asked.ratios == ((1.0, 2.0), (1.0, 1.0, 1.0))
@@ -141,3 +146,23 @@ def test_the_built_in_tasks_are_listed(lora_lab):
     code, out, err = lora_lab("tasks", "--example", "text-classification")
     assert code == 0, err
     assert 'kind = "text-classification"' in out
+
+
+WITH_METRICS = [
+    (verb, group)
+    for verb in VERBS
+    for group in groups_of(verb)
+    if get_type_hints(group).get("metric") == tuple[str, ...]
+]
+
+
+@pytest.mark.parametrize(("verb", "group"), WITH_METRICS, ids=lambda value: str(value)[:20])
+def test_metrics_are_named_one_after_the_other_or_with_commas_and_the_first_is_the_main_one(verb, group):
+    plain = {name: each.default for name, each in inspect.signature(command_of(verb)).parameters.items()}
+    assert build(group, plain | {"metric": ["f1", "accuracy"]}).metric == ("f1", "accuracy")
+    assert build(group, plain | {"metric": ["loss, f1"]}).metric == ("loss", "f1")
+    assert build(group, plain | {"metric": None}).metric == build(group, plain | {"metric": []}).metric == ()
+
+
+def test_all_verbs_that_choose_by_metrics_take_several():
+    assert {verb for verb, _ in WITH_METRICS} >= {"train", "merge", "compare-merges", "sweep", "evaluate", "curve"}

@@ -425,6 +425,7 @@ def test_inspect_of_several_paths_goes_on_after_one_that_is_none(lora_lab, pair)
         (["stability", "x", "--p", "a"], ["--p 'a'", "such as 0.25,0.5,0.75"]),
         (["sweep", "x", "--sparsities", "half"], ["--sparsities 'half'"]),
         (["tasks", "--example", "text"], ["unknown kind of task 'text'"]),
+        (["train", "--metric", "loss"], ["--metric chooses among settings; no option with ☰ has several values"]),
     ],
     ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, list) else None,
 )

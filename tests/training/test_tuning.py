@@ -5,7 +5,7 @@ import math
 import pytest
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.errors import FileError, TaskError
+from lora_lab.errors import FileError, OptionError, TaskError
 from lora_lab.results.result import Result
 from lora_lab.scoring.evaluate import score
 from lora_lab.tasks.kinds.digits import Digits
@@ -79,6 +79,25 @@ def test_the_best_by_mean_validation_accuracy_is_kept_and_the_rest_recorded(tmp_
     kept[1].save(paths[0], force=True)
     with pytest.raises(FileError, match="exists already"):  # of another seed
         trained(recipes(), settings, paths)
+
+
+def test_another_metric_chooses_and_one_that_is_not_measured_is_refused(tmp_path, monkeypatch):
+    logs = {
+        1e-3: {"accuracy": 0.9, "loss": 0.7, "examples": 80},
+        1e-2: {"accuracy": 0.8, "loss": 0.5, "examples": 80},
+    }
+    monkeypatch.setattr(tuning, "_validated", lambda log: {n: v for n, v in log.items() if n != "examples"})
+    monkeypatch.setattr(tuning, "finished", lambda job, seen: logs[job.recipe.learning_rate])
+    monkeypatch.setattr(tuning, "_keep", lambda *given: None)
+    paths, settings = [tmp_path / "lora-s0.safetensors"], settings_of({"learning_rate": [1e-3, 1e-2]})
+    for metric, chosen in (((), 1e-3), (("accuracy",), 1e-3), (("loss",), 1e-2), (("loss", "accuracy"), 1e-2)):
+        _, tried = trained(recipes([0]), settings, paths, metric=metric)
+        assert [row["learning_rate"] for row in tried.summary["settings"] if row["chosen"]] == [chosen]
+        assert tried.parameters["criterion"] == (metric or ("accuracy",))[0]
+    with pytest.raises(
+        OptionError, match=r"metric that trainings on digits/relabel are judged by: 'ece'.*accuracy, loss"
+    ):
+        trained(recipes([0]), settings, paths, metric=("ece",))
 
 
 def test_a_killed_run_trains_only_what_is_left(tmp_path, monkeypatch):
