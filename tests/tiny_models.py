@@ -115,3 +115,22 @@ def write_bert(
     getattr(transformers, f"Bert{kind}")(BertConfig(**{**shape, **config})).save_pretrained(place)
     vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
     BertTokenizerFast(vocab=str(vocabulary)).save_pretrained(place)
+
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz.,"
+
+
+def write_clip(place: Path, *, longest: int = 24) -> None:
+    """A random CLIP of two blocks an encoder for images of 8 × 8 pixels, a tokenizer of letters, an image processor."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
+    vocab = [*LETTERS, *[f"{letter}</w>" for letter in LETTERS], "<|startoftext|>", "<|endoftext|>"]
+    text = {**small, "vocab_size": len(vocab), "max_position_embeddings": longest, "eos_token_id": len(vocab) - 1}
+    vision = {**small, "image_size": 8, "patch_size": 4}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(place)
+    CLIPTokenizer(vocab={token: i for i, token in enumerate(vocab)}, merges=[]).save_pretrained(place)
+    size = {"height": 8, "width": 8}
+    CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size=size).save_pretrained(place)

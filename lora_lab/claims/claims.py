@@ -73,7 +73,11 @@ class Testbed:
 
 
 def read(path: Path = OWN) -> tuple[list[Claim], dict[str, Testbed]]:
-    """Claims and testbeds of a file; FileError, which names the row and the field, where it is not as it should be."""
+    """Claims and testbeds of a file; FileError, which names the row and the field, where it is not as it should be.
+
+    Of a file that lacks claims, or testbeds, they are those that come along. Task files are relative to the file that
+    names them (those of the testbeds that come along, to the current folder).
+    """
     content = read_toml(path, "a file of claims")
     rows, beds = content.pop("claim", []), content.pop("testbed", {})
     if content:
@@ -86,10 +90,23 @@ def read(path: Path = OWN) -> tuple[list[Claim], dict[str, Testbed]]:
         if claim.name in seen:
             raise FileError(f"{path}: two claims are called {claim.name!r}")
         seen.add(claim.name)
-    return claims, {
+    testbeds = {
         name: _made(Testbed, {"name": name, **bed} if isinstance(bed, dict) else bed, f"{path}: testbed {name}")
         for name, bed in beds.items()
     }
+    if path == OWN:
+        return claims, testbeds
+    own_claims, own_testbeds = ([], {}) if claims and testbeds else read()
+    return claims or own_claims, {n: _beside(bed, path.parent) for n, bed in testbeds.items()} or own_testbeds
+
+
+def _beside(bed: Testbed, folder: Path) -> Testbed:
+    """The testbed with the paths of its task files from this folder."""
+    tasks, merged = (
+        tuple(str(folder / name) if name.endswith(".toml") else name for name in names)
+        for names in (bed.tasks, bed.merged)
+    )
+    return dataclasses.replace(bed, tasks=tasks, merged=merged)
 
 
 def chosen(claims: Sequence[Claim], names: Sequence[str], testbed: str) -> list[Claim]:

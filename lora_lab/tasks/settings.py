@@ -20,6 +20,9 @@ from lora_lab.tasks.task import SPLITS
 Count = Annotated[int, Ge(1), "a whole number of at least 1"]
 Seed = Annotated[int, Ge(0), "a whole number of at least 0"]
 Rate = Annotated[float, Gt(0), Lt(float("inf")), "a number above 0"]
+Limits = Annotated[
+    dict[Literal["train", "validation", "test"], Annotated[int, Ge(1)]], "a table of such numbers by split"
+]
 Column = Annotated[str, "the name of a column"]
 Head = Literal["frozen", "trained", "probe"]
 """A classifier: as it is, trained along with the adapter, or fitted to the base's features and then frozen."""
@@ -31,7 +34,7 @@ COMMON = """\
 # trust_remote_code = false   # true runs code that comes with the base: only if you have read it
 # data_config = "default"     # configuration of a dataset from the hub
 # splits = {train = "train", test = "validation"}   # names in the data; by default train, validation, test
-# limit = 2000                # examples used of each split, drawn by split_seed
+# limit = 2000                # examples used of each split, drawn by split_seed; or {validation = 500} of some alone
 # split_seed = 0              # draws 20 % test and 10 % validation from the training data where there is none
 # target_modules = "all-linear"
 # learning_rate = 1e-3
@@ -58,7 +61,7 @@ class Settings:
     trust_remote_code: bool = False
     data_config: str | None = None
     splits: dict[Literal["train", "validation", "test"], str] | None = None
-    limit: Count | None = None
+    limit: Count | Limits | None = None
     split_seed: Seed = 0
     target_modules: str | list[str] = "all-linear"
     learning_rate: Rate = 1e-3
@@ -117,7 +120,7 @@ def _validate(cls: type[Settings], record: Mapping[str, Any], where: str) -> Non
         return
     # first what is easiest to mend: a misspelt key may be the one that is missing
     order = {"extra_forbidden": 0, "invalid_key": 0, "missing": 1}
-    fault = min(faults, key=lambda fault: order.get(fault["type"], 2))
+    fault = min(faults, key=lambda fault: order.get(fault["type"], 2 if fault["loc"][-1] == "[key]" else 3))
     hints = typing.get_type_hints(cls, include_extras=True)
     kind = next(field.default for field in fields(cls) if field.name == "kind")
     key, *within = map(str, fault["loc"])

@@ -34,15 +34,24 @@ class TableTask(Task):
 
     def table(self, split: str) -> dict[str, Sequence[Any]]:
         """The columns of a split that the task needs; where the data has no such split, it is drawn from training."""
-        rows = self._whole(split)
+        rows = self._rows(split)
+        return {name: self._cells(rows, name) for name in self._columns(rows.column_names)}
+
+    def _rows(self, split: str) -> Any:
+        """The examples of a split that `limit` leaves, unread."""
+        rows, limit = self._whole(split), self.settings.limit
         self._check_cells(rows)
-        limit = self.settings.limit
+        if isinstance(limit, dict):
+            limit = limit.get(split)
         if limit is not None and limit < len(rows):
             drawn = np.random.default_rng(self.settings.split_seed).permutation(len(rows))[:limit]
             rows = rows.select(np.sort(drawn))  # not the first of them: tables are often sorted by label
-        columns = self._columns(rows.column_names)
+        return rows
+
+    def _cells(self, rows: Any, column: str) -> list[Any]:
+        """A column of some examples."""
         try:
-            return {name: list(rows[name]) for name in columns}
+            return list(rows[column])
         except Exception as error:  # datasets cannot make Python values of every cell that it took in
             raise TaskError(f"{self._where}: its cells cannot be read ({self._why(error)})") from error
 

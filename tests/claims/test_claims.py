@@ -84,6 +84,22 @@ def test_a_wrong_file_is_named_with_its_row_and_field(tmp_path, text, words):
         assert word in str(error.value)
 
 
+def test_what_a_file_lacks_comes_along_and_its_tasks_lie_beside_it(tmp_path):
+    own, beds = read()
+    (tmp_path / "bed.toml").write_text(
+        "[testbed.x]\nabout = 'y'\ntasks = ['a.toml', 'digits/mod3']\nmerged = ['b.toml']"
+    )
+    claims, found = read(tmp_path / "bed.toml")
+    assert claims == own
+    assert list(found) == ["x"]
+    assert found["x"].tasks == (str(tmp_path / "a.toml"), "digits/mod3")
+    assert found["x"].merged == (str(tmp_path / "b.toml"),)
+    (tmp_path / "claim.toml").write_text(ROW)
+    claims, found = read(tmp_path / "claim.toml")
+    assert [claim.name for claim in claims] == ["a"]
+    assert found == beds
+
+
 def test_names_that_are_not_there():
     with pytest.raises(FileError, match="no such file of claims"):
         read(OWN.with_name("none.toml"))

@@ -27,9 +27,26 @@ SOUND = {
     "seq2seq": {"source": "text", "target": "summary"},
 }
 WRONG = [
-    ("text-classification", "limit", "3", "limit is '3'; a whole number of at least 1 is needed"),
-    ("text-classification", "limit", True, "limit is True; a whole number of at least 1 is needed"),
-    ("text-classification", "limit", 3.0, "limit is 3.0; a whole number of at least 1 is needed"),
+    (
+        "text-classification",
+        "limit",
+        "3",
+        "limit is '3'; a whole number of at least 1 or a table of such numbers by split is needed",
+    ),
+    (
+        "text-classification",
+        "limit",
+        True,
+        "limit is True; a whole number of at least 1 or a table of such numbers by split is needed",
+    ),
+    ("text-classification", "limit", {"train": 0}, "limit is {'train': 0}; a whole number of at least 1 or a table"),
+    ("text-classification", "limit", {"tests": 3}, "unknown split in here.toml: 'tests'"),
+    (
+        "text-classification",
+        "limit",
+        3.0,
+        "limit is 3.0; a whole number of at least 1 or a table of such numbers by split is needed",
+    ),
     ("text-classification", "split_seed", -1, "split_seed is -1; a whole number of at least 0 is needed"),
     ("text-classification", "learning_rate", "1e-3", "learning_rate is '1e-3'; a number above 0 is needed"),
     ("text-classification", "learning_rate", float("inf"), "learning_rate is inf; a number above 0 is needed"),

@@ -40,7 +40,7 @@ from lora_lab.tasks.kinds.harness_tasks import (
 )
 from lora_lab.tasks.kinds.language import CausalLM
 from lora_lab.tasks.metrics import Metric, mean_of
-from lora_lab.tasks.settings import COMMON, Seed, Settings
+from lora_lab.tasks.settings import COMMON, Count, Seed, Settings
 from lora_lab.tasks.splits import by_length
 from lora_lab.tasks.task import Scores, Split, Task
 
@@ -71,6 +71,7 @@ class Keys(Settings):
     metric: str | None = None
     num_fewshot: Annotated[int, Ge(0), "a whole number of at least 0"] | None = None
     fewshot_seed: Seed = 1234
+    limit: Count | None = None
     include: str | None = None
     max_length: Annotated[int, Ge(2), "a whole number of at least 2"] = 512
 

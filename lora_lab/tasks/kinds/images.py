@@ -50,11 +50,12 @@ class ImageTask(LabelledTask):
     """What both kinds share: images as the base's processor makes them, each read once."""
 
     def _load(self, split: str) -> Split:
-        table = self.table(split)
-        labels = self._labels(table)
+        rows = self._rows(split)
+        self._columns(rows.column_names)
+        labels = self._labels({self.settings.label: self._cells(rows, self.settings.label)})
         indices = self._chosen(split, labels)
-        values = table[self.settings.image]
-        return Split({"pixel_values": self._pixels(split, [values[i] for i in indices]), "labels": labels[indices]})
+        values = self._cells(rows.select(indices), self.settings.image)  # alone: a few shots may be of a million images
+        return Split({"pixel_values": self._pixels(split, values), "labels": labels[indices]})
 
     def _chosen(self, split: str, labels: Tensor) -> list[int]:
         """The examples of the split that are used."""

@@ -166,6 +166,11 @@ def test_a_limit_draws_from_all_of_a_sorted_table(folder):
     assert 3 < labels.sum() < 17
     again = tasks.from_name(str(folder / "my.toml"))
     assert (again.split("test").inputs["input_ids"] == built.split("test").inputs["input_ids"]).all()
+    write(folder, "limit = {validation = 20}\n", data='{train = "reviews.csv", validation = "reviews.csv"}')
+    of_one = tasks.from_name(str(folder / "my.toml"))
+    assert len(of_one.split("validation")) == 20
+    assert len(of_one.split("train")) + len(of_one.split("test")) == len(rows)
+    assert of_one.record["limit"] == {"validation": 20}
 
 
 TINY = {"vocab_size": 20, "num_labels": 2, "max_position_embeddings": 20, "pad_token_id": 0}

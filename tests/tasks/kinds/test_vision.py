@@ -8,16 +8,15 @@ import torch
 from making_adapters import random_adapter
 from peft import LoraConfig, PeftModel
 from PIL import Image
+from tiny_models import write_clip
 from transformers import (
     AutoModelForImageClassification,
-    CLIPConfig,
     CLIPModel,
     CLIPTokenizer,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from lora_lab import tasks
@@ -38,7 +37,6 @@ from lora_lab.training.fit import train
 from lora_lab.training.recipe import Recipe
 
 COLOURS = ["blue", "green", "red"]  # in the order in which folders are read
-LETTERS = "abcdefghijklmnopqrstuvwxyz.,"
 RANDOM = LoraConfig(r=2, lora_alpha=4, target_modules=r".*\.(q_proj|v_proj)")
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
 
@@ -47,15 +45,8 @@ SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "
 def bases(tmp_path_factory):
     """Tiny random models: a CLIP with a tokenizer of letters; a ViT with three outputs, without a head, and in grey."""
     folder = tmp_path_factory.mktemp("bases")
-    torch.manual_seed(0)
-    vocab = [*LETTERS, *[f"{letter}</w>" for letter in LETTERS], "<|startoftext|>", "<|endoftext|>"]
-    text = {**SMALL, "vocab_size": len(vocab), "max_position_embeddings": 24, "eos_token_id": len(vocab) - 1}
-    vision = {**SMALL, "image_size": 8, "patch_size": 4}
-    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-    clip.save_pretrained(folder / "clip")
-    CLIPTokenizer(vocab={token: i for i, token in enumerate(vocab)}, merges=[]).save_pretrained(folder / "clip")
-    size = {"height": 8, "width": 8}
-    CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size=size).save_pretrained(folder / "clip")
+    write_clip(folder / "clip")
+    vision, size = {**SMALL, "image_size": 8, "patch_size": 4}, {"height": 8, "width": 8}
     config = ViTConfig(**vision, num_labels=3, initializer_range=0.3)
     ViTForImageClassification(config).save_pretrained(folder / "vit")
     ViTImageProcessorPil(size=size).save_pretrained(folder / "vit")
