@@ -129,7 +129,7 @@ def _validate(cls: type[Settings], record: Mapping[str, Any], where: str) -> Non
     if fault["type"] == "missing":
         raise OptionError(f"{where}: no {key}, which a {kind} task needs")
     if within[-1:] == ["[key]"]:
-        raise unknown(f"split in {where}:", within[0], SPLITS)
+        raise unknown(f"split in {where}:", within[-2], SPLITS)
     value, choices = record[key], typing.get_args(hints[key])
     if typing.get_origin(hints[key]) is Literal and isinstance(value, str):
         raise unknown(f"{key} in {where}:", value, choices)
