@@ -34,10 +34,10 @@ class TableTask(Task):
 
     def table(self, split: str) -> dict[str, Sequence[Any]]:
         """The columns of a split that the task needs; where the data has no such split, it is drawn from training."""
-        rows = self._rows(split)
+        rows = self._limited(split)
         return {name: self._cells(rows, name) for name in self._columns(rows.column_names)}
 
-    def _rows(self, split: str) -> Any:
+    def _limited(self, split: str) -> Any:
         """The examples of a split that `limit` leaves, unread."""
         rows, limit = self._whole(split), self.settings.limit
         self._check_cells(rows)

@@ -50,7 +50,7 @@ class ImageTask(LabelledTask):
     """What both kinds share: images as the base's processor makes them, each read once."""
 
     def _load(self, split: str) -> Split:
-        rows = self._rows(split)
+        rows = self._limited(split)
         self._columns(rows.column_names)
         labels = self._labels({self.settings.label: self._cells(rows, self.settings.label)})
         indices = self._chosen(split, labels)
