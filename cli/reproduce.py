@@ -50,7 +50,7 @@ def command(
     trainings = len(list(plan.trainings())) * len(plan.seeds)
     messages.print(
         f"{len(plan.claims)} claims on {plan.bed.name} ({plan.bed.about}): {trainings} trainings, seeds 0 to "
-        f"{question.seeds - 1}"
+        f"{question.seeds - 1}{_time_of(trainings, plan.bed.training_s)}"
     )
     if side.dry_run:
         show_plan(plan)
@@ -79,6 +79,13 @@ def _refuse(path: Path, *, force: bool) -> None:
         earlier = None
     if earlier is None or earlier.kind != Reproduce.kind:
         refuse_existing(path, force=False)
+
+
+def _time_of(trainings: int, each: float | None) -> str:
+    """How long they take, where the testbed says what one does."""
+    from ..progress import duration
+
+    return "" if each is None else f", about {duration(trainings * each)} of a core, before what is asked of them"
 
 
 def show_plan(plan: Any) -> None:

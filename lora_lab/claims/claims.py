@@ -36,6 +36,9 @@ class Claim:
     where: Mapping[str, Any] = option({}, "Which of the statistic's numbers.")
     options: Mapping[str, Any] = option({}, "Of the question that gives the statistic.")
     published: str = option("", "The number that was published for it.")
+    shared_a: bool = option(
+        False, "Whether adapters that are merged share their initial A over tasks; by default each has one of its own."
+    )
     testbeds: tuple[str, ...] = option((), "Those that it can be put to; all, where none is named.")
 
     def __post_init__(self) -> None:
@@ -47,6 +50,8 @@ class Claim:
         missing = [name for name in needed if name not in given]
         if missing:
             raise OptionError(f"statistic {self.statistic} needs {', '.join(missing)} in `where`")
+        if self.shared_a and not STATISTICS[self.statistic].several:
+            raise OptionError(f"shared_a is of adapters of several tasks; statistic {self.statistic} is of one")
         if self.direction == "equal" and not self.least:
             raise OptionError("equal needs a `least` above 0: nothing is equal to the last digit")
 
@@ -65,6 +70,7 @@ class Testbed:
     tasks: tuple[str, ...] = option(..., "Names or files of tasks; each claim about one task is judged on each.")
     merged: tuple[str, ...] = option((), "Tasks whose adapters are merged with each other.")
     recipe: Mapping[str, Any] = option({}, "Fields of the recipe for all trainings, such as steps.")
+    training_s: float | None = option(None, "CPU seconds of a training here, for an estimate.", above=0)
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -108,20 +108,21 @@ class Plan:
         """(task, fields of the recipe), each once."""
         seen = set()
         for claim in self.claims:
-            several = STATISTICS[claim.statistic].several
             for task, fields in itertools.product(itertools.chain(*self.tasks_of(claim)), claim.trainings):
-                found = self.recipe(task, fields, several)
+                found = self.recipe(claim, task, fields)
                 key = fingerprint([task, found])
                 if key not in seen:
                     seen.add(key)
                     yield task, found
 
-    def recipe(self, task: str, fields: Mapping[str, Any], several: bool) -> dict[str, Any]:
+    def recipe(self, claim: Claim, task: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Fields of the recipe of a training, without its seed.
 
-        Adapters that are merged with those of other tasks get an initial A of their own, as those of strangers have.
+        Adapters that are merged with those of other tasks get an initial A of their own, as those of strangers have,
+        unless the claim is about a shared one: then the seed draws it, for every task the same.
         """
-        own = {"init_seed": 1000 * (1 + self.bed.merged.index(task))} if several else {}
+        strangers = STATISTICS[claim.statistic].several and not claim.shared_a
+        own = {"init_seed": 1000 * (1 + self.bed.merged.index(task))} if strangers else {}
         return {**self.bed.recipe, **fields, **own}
 
 
@@ -200,7 +201,7 @@ class _Lab:
 
     def result(self, claim: Claim, statistic: Statistic, fields: Mapping[str, Any], tasks: tuple[str, ...]) -> Result:
         """The answer to the claim's question about the adapters of one way of training, computed once."""
-        recipes = [self.plan.recipe(task, fields, statistic.several) for task in tasks]
+        recipes = [self.plan.recipe(claim, task, fields) for task in tasks]
         jobs = [job for task, recipe in zip(tasks, recipes, strict=True) for job in self.jobs(task, recipe)]
         if statistic.verb is None:
             return _joined([self._logs[job.path] for job in jobs], jobs)

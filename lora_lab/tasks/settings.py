@@ -76,8 +76,14 @@ class Settings:
 
     @property
     def name(self) -> str:
-        """The kind, and what the data is called in short."""
-        return f"{self.kind}/{_called(self.data)}"
+        """The kind, and what the data is called in short; with it the column of labels, where it is not `label`.
+
+        Tasks that ask something else of the same examples would have one name.
+        """
+        label = getattr(self, "label", "label")
+        return f"{self.kind}/{_called(self.data)}" + (
+            f"/{label}" if isinstance(label, str) and label != "label" else ""
+        )
 
     def check(self, where: str) -> None:
         """OptionError for values that do not go together; kinds add to it."""

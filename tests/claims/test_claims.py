@@ -67,6 +67,8 @@ def test_claims_about_keep_sets_find_numbers_in_a_result_of_stability(request):
         (ROW.replace("0.01", "'x'"), ("least is 'x'", "a number is needed")),
         (ROW.replace("higher", "equal").replace("0.01", "0.0"), ("equal needs a `least` above 0",)),
         (ROW + ROW, ("two claims are called 'a'",)),
+        (ROW + "shared_a = true", ("shared_a is of adapters of several tasks; statistic task-score is of one",)),
+        ("[testbed.x]\nabout = 'y'\ntasks = ['a']\ntraining_s = 0", ("training s is 0", "above 0")),
         ("[testbed.x]\nabout = 'y'", ("testbed x: has no tasks",)),
         ("[testbed.x]\nabout = 'y'\ntasks = []", ("a testbed needs a task",)),
         ("[testbed]\nx = 3", ("testbed x", "a table of fields")),
@@ -120,3 +122,29 @@ def test_a_training_that_several_claims_need_is_planned_once_and_merged_adapters
     merged = Plan(beds["digits"], tuple(chosen(claims, ["ties"], "digits")), (0, 1))
     seeds = {task: fields["init_seed"] for task, fields in merged.trainings()}
     assert len(set(seeds.values())) == len(beds["digits"].merged) == 4
+
+
+def test_adapters_that_share_their_initial_a_are_those_of_their_tasks_own_claims():
+    claims, beds = read()
+    plan = Plan(beds["digits"], tuple(chosen(claims, ["ties-shared"], "digits")), (0, 1))
+    assert {task for task, _ in plan.trainings()} == set(beds["digits"].merged)
+    assert {tuple(fields.items()) for _, fields in plan.trainings()} == {(("method", "coto"),), (("method", "lora"),)}
+
+
+def test_the_trainings_on_fashion_are_every_method_and_tuner_on_two_tasks_and_two_methods_on_all():
+    claims, beds = read()
+    bed = beds["fashion"]
+    planned = list(Plan(bed, tuple(chosen(claims, (), "fashion")), (0,)).trainings())
+    own = {(task, f["method"]) for task, f in planned if "init_seed" in f}
+    shared = {(task, f["method"]) for task, f in planned if set(f) == {"method"}}
+    pairs = {(task, method) for task in bed.merged for method in ("lora", "coto")}
+    assert own == pairs
+    assert pairs <= shared
+    assert len(bed.merged) == 8
+    on_two = {
+        (task, f["method"], f.get("peft", "lora")) for task, f in planned if set(f) in ({"method"}, {"method", "peft"})
+    }
+    rivals = ("coto-h", "coto-l", "dropout", "progressive-dropout", "stochastic-depth")
+    wanted = [(method, "lora") for method in rivals]
+    wanted += [(method, peft) for method in ("lora", "coto") for peft in ("dora", "hira")]
+    assert {(task, *way) for task in bed.tasks for way in wanted} <= on_two

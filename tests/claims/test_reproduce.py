@@ -11,6 +11,7 @@ MINE = """
 [testbed.small]
 about = "digits, a few steps"
 tasks = ["digits/relabel"]
+training_s = 3600
 recipe = { steps = 8, batch_size = 8, target_modules = ["q_proj", "fc1"] }
 
 [[claim]]
@@ -105,6 +106,7 @@ def test_the_verb_says_what_it_would_do(mine, lora_lab, tmp_path):
     assert code == 0, err
     assert "Sixteen steps are better than eight" in out
     assert "10 trainings" in err
+    assert "about 10.0 h of a core" in " ".join(err.split())
     assert not (tmp_path / "out").exists()
     code, _, err = lora_lab("reproduce", "haldway", "--claims", mine, "--testbed", "small")
     assert code == 1
