@@ -1,7 +1,7 @@
 """Fashion-MNIST as a testbed (`make data`): tables of images, eight tasks, and a base that is pre-trained here.
 
-The images are Zalando's (Xiao, Rasul & Vollgraf 2017, arXiv:1708.07747; MIT licence), 70,000 of 28 × 28 grey pixels in
-ten classes, as Debian's package dataset-fashion-mnist carries them. None of them is in this repository. What is written:
+The images are Zalando's (Xiao, Rasul & Vollgraf 2017, arXiv:1708.07747; MIT licence): 70,000 of 28 × 28 grey pixels in
+ten classes, as Debian's package dataset-fashion-mnist carries them. None is in this repository. What is written:
 
 * upright, rotated, inverted, turned: a folder each with a table a split (parquet: PNG images, a column a labelling).
   2,000 training and 500 validation images are drawn from the package's training images, 1,000 test images from its
@@ -26,17 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from corpora import MissingError, from_debian
+from fashion_bases import Images, Labels, vit
 from PIL import Image
-from torch import Tensor, nn
 
 from lora_lab.files.disk import replacing, write_bytes
-
-Images = npt.NDArray[np.uint8]
-"""[n, 28, 28], 0 black."""
-Labels = npt.NDArray[np.int64]
 
 PACKAGE = "dataset-fashion-mnist"
 SIZES = {"train": 2000, "validation": 500, "test": 1000}
@@ -107,7 +101,7 @@ def build(folder: Path, fetch: Callable[[Path], Path], *, steps: int, batch: int
     for name in TASKS:
         write_bytes(folder / f"{name}.toml", task_file(name).encode())
     print(f"{folder}: {len(TASKS)} tasks, {', '.join(f'{size} {split}' for split, size in SIZES.items())} images each")
-    kept(folder / "vit", lambda place: pretrained(train[0], steps, batch).save_pretrained(place))
+    kept(folder / "vit", lambda place: vit(train[0], steps, batch).save_pretrained(place))
     return True
 
 
@@ -193,9 +187,6 @@ def task_file(name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-# The base.
-
-
 def kept(place: Path, make: Callable[[Path], object]) -> None:
     """The folder that `make` fills, whole or not at all; one that is there stays as it is."""
     if place.exists():
@@ -204,89 +195,6 @@ def kept(place: Path, make: Callable[[Path], object]) -> None:
     with replacing(place) as beside:
         make(beside)
     print(f"{place}: made")
-
-
-def config() -> Any:
-    """Of the base: 6 blocks of width 96 on 16 patches of 7 × 7 pixels."""
-    from transformers import ViTConfig
-
-    return ViTConfig(
-        image_size=28,
-        patch_size=7,
-        num_channels=1,
-        hidden_size=96,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        intermediate_size=384,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-
-
-def pixels(images: Images) -> Tensor:
-    """[n, 1, 28, 28] in [−1, 1], as tasks on images without a processor have them."""
-    return torch.from_numpy(np.asarray(images, dtype=np.float32) / 127.5 - 1)[:, None]
-
-
-def pretrained(images: Images, steps: int, batch: int) -> Any:
-    """The base after so many steps of SimCLR: two views of an image are alike, views of different images are not."""
-    from transformers import ViTModel
-
-    torch.manual_seed(0)
-    model = ViTModel(config(), add_pooling_layer=False)
-    width = model.config.hidden_size
-    projection = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, 64))
-
-    def loss(rows: Tensor) -> Tensor:
-        seen = pixels(images[rows.numpy()])
-        first = model(torch.cat([view(seen), view(seen)])).last_hidden_state[:, 0]
-        return contrast(projection(first))
-
-    fitted([*model.parameters(), *projection.parameters()], loss, len(images), steps, batch, "vit")
-    return model.eval()
-
-
-def view(images: Tensor) -> Tensor:
-    """Of every image a random part (three tenths of its area or more), mirrored or not, lighter or darker."""
-    n = len(images)
-    share = torch.empty(n).uniform_(0.3, 1).sqrt()
-    to = torch.zeros(n, 2, 3)
-    to[:, 0, 0] = share * torch.where(torch.rand(n) < 0.5, -1.0, 1.0)
-    to[:, 1, 1] = share
-    to[:, :, 2] = (torch.rand(n, 2) * 2 - 1) * (1 - share)[:, None]
-    grid = nn.functional.affine_grid(to, list(images.shape), align_corners=False)
-    part = nn.functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    gamma = torch.empty(n, 1, 1, 1).uniform_(-0.7, 0.7).exp()
-    return ((part + 1) / 2).clamp(1e-4, 1) ** gamma * 2 - 1
-
-
-def contrast(vectors: Tensor, temperature: float = 0.2) -> Tensor:
-    """SimCLR's loss of [2n, width]: row i and row i + n are views of one image, −log softmax of their cosine."""
-    unit = nn.functional.normalize(vectors, dim=-1)
-    alike = (unit @ unit.T / temperature).fill_diagonal_(float("-inf"))
-    return nn.functional.cross_entropy(alike, torch.arange(len(unit)).roll(len(unit) // 2))
-
-
-def fitted(
-    parameters: list[nn.Parameter],
-    loss: Callable[[Tensor], Tensor],
-    examples: int,
-    steps: int,
-    batch: int,
-    name: str,
-) -> None:
-    """AdamW on `loss` of drawn rows; the rate rises over a twentieth of the steps and falls like a cosine."""
-    optimiser = torch.optim.AdamW(parameters, weight_decay=0.05)
-    for step in range(steps):
-        done = (step + 1) / steps
-        optimiser.param_groups[0]["lr"] = 1e-3 * min(1.0, 20 * done) * 0.5 * (1 + np.cos(np.pi * (done - 1 / steps)))
-        value = loss(torch.randint(examples, (min(batch, examples),)))
-        optimiser.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        if step % 50 == 0 or step == steps - 1:
-            print(f"{name}: step {step + 1} of {steps}, loss {value.item():.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -112,3 +112,36 @@ def test_the_verb_says_what_it_would_do(mine, lora_lab, tmp_path):
     assert code == 1
     assert err.splitlines()[-1].startswith("error: unknown claim 'haldway'")
     assert "did you mean 'halfway'" in err
+
+
+def test_a_run_cut_off_in_its_trainings_or_its_questions_goes_on_to_the_same_end(mine, tmp_path, monkeypatch):
+    from lora_lab.claims import reproduce
+    from lora_lab.training import fit
+
+    asked = {"testbed": "small", "file": mine, "seeds": 2, "processes": 1, "progress": False}
+    asked["claims"] = ("halfway",)
+    whole = ll.reproduce(tmp_path / "whole", **asked)
+    train, answer, left = fit.train, reproduce.answer, {"trainings": 1, "answers": 0}
+
+    def cut(what, function):
+        def called(*given, **more):
+            left[what] -= 1
+            if left[what] < 0:
+                raise KeyboardInterrupt
+            return function(*given, **more)
+
+        return called
+
+    monkeypatch.setattr(fit, "train", cut("trainings", train))
+    with pytest.raises(KeyboardInterrupt):
+        ll.reproduce(tmp_path / "lab", **asked)
+    runs = {path: path.stat().st_mtime_ns for path in (tmp_path / "lab").rglob("*.safetensors")}
+    assert len(runs) == 1
+    monkeypatch.setattr(fit, "train", train)
+    monkeypatch.setattr(reproduce, "answer", cut("answers", answer))
+    with pytest.raises(KeyboardInterrupt):
+        ll.reproduce(tmp_path / "lab", **asked)
+    monkeypatch.setattr(reproduce, "answer", answer)
+    assert ll.reproduce(tmp_path / "lab", **asked).columns == whole.columns
+    for path, stamp in runs.items():
+        assert path.stat().st_mtime_ns == stamp

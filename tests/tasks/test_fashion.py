@@ -5,6 +5,7 @@ import io
 import struct
 
 import fashion
+import fashion_bases
 import numpy as np
 import pytest
 import torch
@@ -107,9 +108,9 @@ def test_a_base_that_is_cut_off_leaves_nothing(tmp_path):
 def test_the_base_hangs_on_the_images_and_steps_alone(package, capsys):
     made, _ = fashion.read(package, "train")
     torch.rand(3)
-    first = fashion.pretrained(made, 2, 16).state_dict()
-    second = fashion.pretrained(made, 2, 16).state_dict()
-    other = fashion.pretrained(made, 3, 16).state_dict()
+    first = fashion_bases.vit(made, 2, 16).state_dict()
+    second = fashion_bases.vit(made, 2, 16).state_dict()
+    other = fashion_bases.vit(made, 3, 16).state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
     assert "vit: step 2 of 2, loss " in capsys.readouterr().out
@@ -119,7 +120,7 @@ def test_the_contrast_is_by_hand():
     vectors = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [0.0, 1.0]])
     # row 0: its pair, row 2, at cosine 1; rows 1 and 3 at cosine 0
     expected = -np.log(np.exp(5) / (np.exp(5) + 2))
-    assert fashion.contrast(vectors).item() == pytest.approx(expected, rel=1e-5)
+    assert fashion_bases.contrast(vectors).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_every_task_file_loads_and_has_a_probe_of_its_own(built, monkeypatch, tmp_path):
@@ -131,7 +132,7 @@ def test_every_task_file_loads_and_has_a_probe_of_its_own(built, monkeypatch, tm
         assert [len(task.split(split)) for split in ("train", "validation", "test")] == [64, 16, 40]
     task = tasks.from_name(str(built / "halves.toml"))
     pixels = task.split("train").inputs["pixel_values"]
-    assert torch.equal(pixels, fashion.pixels(images(built / "upright" / "train.parquet")))
+    assert torch.equal(pixels, fashion_bases.pixels(images(built / "upright" / "train.parquet")))
     model = task.build_model()
     assert model.classifier.out_features == 2
     assert model.classifier.weight.abs().sum() > 0
