@@ -45,10 +45,10 @@ def command(
     """How runs come to be good, mergeable and prunable along their training.
 
     At every step at which all runs have a checkpoint, the task's metrics: of each **alone**; of the **midpoint** of the
-    line between every two runs of one method, as ΔW or factors are averaged; of the **average** of all runs of a
-    method, of three or more; and of each **pruned**, by default to every other layer. How much worse a model is than
-    the mean of its members alone stands beside its main metric. The figure shows that over the optimiser steps, a
-    colour a method, with p(t).
+    line between every two runs of one method, where the factors A and B or the updates ΔW = BA are averaged; of the
+    **average** of all runs of a method, of three or more; and of each **pruned**, by default to every other layer. How
+    much worse a model is than the mean of its members alone stands beside its main metric. The figure shows that over
+    the optimiser steps, a colour a method, with p(t), CoTo's chance that an adapter is on at step t.
 
     A run is any folder that a Trainer has written checkpoint-STEP folders to. Every model costs one pass over the
     split; they are kept, so that a run that was cut off goes on.

@@ -48,10 +48,12 @@ def command(
 ) -> None:
     """How alike adapters are, by their weights alone: no model, no data, and nothing hangs on how ΔW is factored.
 
-    Of every pair: norms, cosine and distance of ΔW; the angles between its column spaces (left) and row spaces (right),
-    and how many times more they overlap than random ones would (overlap / chance); and whether both began from one A.
-    In total, by layer and by type. Duplicates are named, and many adapters are ordered by likeness. With --base, also
-    what ΔW adds to the directions of the base's weights; with --results, whether any of this tells what merges lose.
+    Of every pair: norms, cosine and distance of ΔW = BA, which an adapter adds to the weights; the angles between its
+    column spaces (left) and row spaces (right), and how many times more they overlap than random ones would (overlap /
+    chance); and whether both began from one initial A (the mean cosine of their A, and z, how many standard deviations
+    of chance that is). In total, by layer and by type. Duplicates are named, and many adapters are ordered by likeness.
+    With --base, also what ΔW adds to the directions of the base's weights; with --results, whether any of this tells
+    what merges lose.
 
     Example:  lora-lab compare a.safetensors b.safetensors c.safetensors
     """

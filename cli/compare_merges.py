@@ -28,7 +28,7 @@ def command(
     the first of `--metric` that it has. **normalised** is the share of the adapter's own score, where the metric is
     a share of which more is better; of other metrics **lost** is how much worse it became. Merges come back at
     equal rank, by default that of the adapters; **size** is that of the factors in the file, **cut error** what the
-    cut lost of ΔW. `--rank largest,exact` adds rows without a cut.
+    cut lost of the merged update ΔW. `--rank largest,exact` adds rows without a cut.
 
     For comparison: the base alone, each task's own adapter (**alone**: what routing without errors gives), and the
     ensemble, which averages the adapters' logits: no merge at all, at the cost of all of them. The last column compares

@@ -34,9 +34,10 @@ def command(
 ) -> None:
     """Write an adapter in another format, with the same ΔW in float32; what it cannot carry is told, or refused.
 
-    Files of the diffusion world (kohya, diffusers) hold the models of a whole pipeline, PEFT's one model: of several
-    it gets a folder for each, unet/, text_encoder/ …, and such a folder of folders is read as one adapter. A format
-    with one rank or scale for all modules (mlx) has smaller ranks filled with zeros.
+    ΔW is what the adapter adds to the weights. Files of the diffusion world (kohya, diffusers) hold the models of a
+    whole pipeline, PEFT's one model: of several it gets a folder for each, unet/, text_encoder/ …, and such a folder of
+    folders is read as one adapter. A format with one rank or scale for all modules (mlx) has smaller ranks filled with
+    zeros.
 
     Example:  lora-lab convert adapter/ --to mlx -o adapter-mlx
     """

@@ -25,8 +25,9 @@ def command(
     A **bezier** (quadratic) or a **polychain** (one bend) is trained between the two: its control point starts halfway,
     learns from the task's own training data at a random place of the curve each step, and is chosen on the validation
     split. All is scored on the test split beside the straight line and the **matched line**, which is the straight one
-    with every module's ‖ΔW‖ kept: only what a curve gains over that is a valley. **delta** mixes ΔW itself, **aligned**
-    the factors, b's turned onto a's first.
+    with the size ‖ΔW‖ of every module's update kept (ΔW = BA is what an adapter adds to a weight matrix): only what a
+    curve gains over that is a valley. **delta** mixes ΔW itself, **factors** A and B, and **aligned** A and B once the
+    second adapter's are turned onto the first's.
 
     The control points are saved beside the result as adapters, curve-SHAPE-SPACE.safetensors. A run that was cut off
     goes on from its last check.

@@ -18,7 +18,9 @@ from .terminal import estimates, in_words, say_written, table
 class File(Output):
     """The file that the scores go to."""
 
-    output: Path | None = option(None, "Write the result to this JSON file.", flag="o output")  # type: ignore[assignment]
+    output: Path | None = option(
+        None, "Write the result to this JSON file; by default it is only printed.", flag="o output"
+    )  # type: ignore[assignment]
     force: bool = option(False, "Replace an existing file.")
     latex: bool = option(False, "Also write the table as .tex beside that file (or as evaluate.tex).")
     csv: bool = option(False, "Also write the rows as .csv beside that file (or as evaluate.csv).")

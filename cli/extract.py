@@ -40,8 +40,10 @@ def command(
 ) -> None:
     """Write the adapter that makes one checkpoint of another: the difference of every layer at a low rank.
 
-    What is within the rounding of the tuned weights counts as no difference, so that a base with an adapter fused into
-    it gives the adapter back at its rank. The error of every module is told, and what differs and cannot be an adapter.
+    The difference of a layer's two weights is its ΔW; the adapter's BA is the nearest to that of its rank. What is
+    within the rounding of the tuned weights counts as no difference, so that a base with an adapter fused into it gives
+    the adapter back at its rank. The error of every module is told, and what differs and cannot be an adapter. --rank,
+    --energy or --ratio must say how much is kept.
 
     Example:  lora-lab extract ./llama-3-8b ./tuned -o a --rank 32
     """

@@ -23,7 +23,7 @@ class Fusing:
     coefficients: tuple[float, ...] = option((), "One an adapter (1,0.5), by which its ΔW is multiplied; by default 1.")
     heads: str | None = option(
         None,
-        "Heads and other whole tensors in which the adapters differ: NAMES.",
+        "What becomes of heads and other whole tensors in which adapters differ: NAMES; by default they are refused.",
         names=Later("lora_lab.fusing.changes", "HEADS"),
     )
     max_shard_size: float = option(5.0, "Gigabytes (10⁹ bytes) that a file has at most.", above=0)
@@ -33,7 +33,7 @@ class Fusing:
 class CheckpointOutput:
     """The folder that is written, and what is printed of it."""
 
-    output: Path | None = option(None, "The folder to write.", flag="o output")
+    output: Path | None = option(None, "The folder to write. It has no default.", flag="o output")
     force: bool = option(False, "Replace a checkpoint that was written by this verb.")
     json: bool = option(False, "Print what was done as JSON.")
 
@@ -57,9 +57,10 @@ def command(
 ) -> None:
     """Write the checkpoint base + Σ ΔW: what servers and converters take that know no adapters.
 
-    Every tuner that PEFT can merge; heads and trained tokens are put in place. One tensor at a time is in memory, each
-    keeps the base's dtype, and what rounding to it takes of ΔW is told. A run that was killed goes on where it was.
-    With an adapter on one of two tied embeddings, the two are kept apart from then on, as they were at work.
+    ΔW is what an adapter adds to a weight matrix, Σ the sum over the adapters. Every tuner that PEFT can merge is
+    taken; heads and trained tokens are put in place. One tensor at a time is in memory, each keeps the base's dtype,
+    and what rounding to it takes of ΔW is told. A run that was killed goes on where it was. With an adapter on one of
+    two tied embeddings, the two are kept apart from then on, as they were at work.
 
     Example:  lora-lab fuse ./llama-3-8b a.safetensors -o fused
     """

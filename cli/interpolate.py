@@ -56,11 +56,12 @@ def command(
 ) -> None:
     """The task's metrics along the straight line between adapters, and the barriers on it.
 
-    **factors** averages A and B, as papers on merging LoRA seeds do. Halfway between two independent adapters
+    An adapter adds ΔW = BA to the weight matrix of each module that it changes; ‖ΔW‖ is the size (Frobenius norm) of
+    that. **factors** averages A and B, as papers on merging LoRA seeds do. Halfway between two independent adapters
     that also halves ‖ΔW‖, so a dip may be a barrier or mere shrinkage. **matched** therefore walks the same line with
     every module's ‖ΔW‖ kept at the average of its ends: a dip that stays is a barrier, a dip that goes was shrinkage
-    (the last lines). **delta** averages ΔW = BA itself, exactly (**matched-delta**: at kept norms). **aligned** first
-    rotates b's factors onto a's.
+    (the last lines). **delta** averages ΔW itself, exactly (**matched-delta**: at kept norms). **aligned** first
+    rotates the second adapter's factors onto the first's.
 
     **--layerwise** mixes ΔW in one layer (or group, by --players) at a time instead, and tells the barrier of each.
 

@@ -24,8 +24,8 @@ class Merging:
     options: Mapping[str, Any] = option({}, "An option of the method, e.g. density=0.2 (repeatable).", flag="set")
     weights: list[str] | None = option(
         None,
-        "One an adapter (1,1,0.5); or for each adapter a line over the layers (0:1,11:0.5), --weights given once for "
-        "each; or a .json file of {module regex: weights}.",
+        "One an adapter (1,1,0.5), by default 1 each; or for each adapter a line over the layers (0:1,11:0.5), "
+        "--weights given once for each; or a .json file of {module regex: weights}.",
     )
     coefficient: float = option(1.0, "The merged ΔW is multiplied by it.")
     search: list[str] | None = option(
@@ -47,7 +47,9 @@ class Merging:
         False, "Cut nothing: a merge by single entries is written whole, as large as the weights that it changes."
     )
     heads: str | None = option(
-        None, "Heads that differ: keep-own (each its own, beside it), average (a plain mean), or first."
+        None,
+        "What becomes of heads that differ: keep-own (each its own, beside it), average (a plain mean), or first; by "
+        "default a merge with such heads is refused.",
     )
     dtype: str | None = option(
         None, "float32, bfloat16 or float16 (fp32, bf16, fp16), of the file; by default the adapters' own, the widest."
@@ -74,7 +76,8 @@ class Searching(Computing):
     )
     ray: str | None = option(
         None,
-        "The same on workers of a Ray cluster: auto (the one that runs), HOST:PORT, or local:N workers of its own.",
+        "The same on workers of a Ray cluster: auto (the one that runs), HOST:PORT, or local:N workers of its own; "
+        "by default on none.",
     )
     yes: bool = option(False, "Search without asking, however long it takes.")
 
@@ -137,9 +140,10 @@ def command(
 ) -> None:
     """Merge adapters into one that PEFT loads, with the ΔW that the method says: no base model is needed for it.
 
-    Ranks, alphas and modules may differ between the adapters; where one leaves a module alone, its ΔW there is 0.
-    A sum is exact unless --rank cuts it; what is lost by a cut or by rounding is told. Some methods look at data
-    (`--methods` says which): the training or validation splits of the tasks that the adapters record (or --task).
+    An adapter adds ΔW = BA to the weight matrix of each module that it changes; B and A have few columns and rows, as
+    many as its rank. Ranks, alphas and modules may differ between the adapters; where one leaves a module alone, its ΔW
+    there is 0. A sum is exact unless --rank cuts it; what is lost by a cut or by rounding is told. Some methods look at
+    data (`--methods` says which): the training or validation splits of the tasks that the adapters record (or --task).
 
     Large files are read and merged module by module, and what is done is kept beside the output: a merge that was ended
     goes on from there when it is run again. Of methods that look at data, or that need a base model, it begins anew.

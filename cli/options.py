@@ -150,9 +150,11 @@ class Device:
 class Workers(Device):
     """Where something large is computed, and by whom."""
 
-    jobs: int | None = option(None, "Compute in so many processes of this machine.", least=1)
+    jobs: int | None = option(None, "Compute in so many processes of this machine; by default in one.", least=1)
     ray: str | None = option(
-        None, "Compute on workers of a Ray cluster: auto (the one that runs), HOST:PORT, or local:N workers of its own."
+        None,
+        "Compute on workers of a Ray cluster: auto (the one that runs), HOST:PORT, or local:N workers of its own; by "
+        "default on none.",
     )
 
     def __post_init__(self) -> None:
@@ -260,7 +262,9 @@ class AdapterFile:
 
     help_panel: ClassVar = "Output"
 
-    output: Path | None = option(None, "NAME.safetensors, or a name for a folder.", flag="o output")
+    output: Path | None = option(
+        None, "Where the adapter goes: NAME.safetensors, or a name for a folder. It has no default.", flag="o output"
+    )
     force: bool = option(False, "Replace what is there.")
     json: bool = option(False, "Print what was done as JSON.")
 

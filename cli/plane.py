@@ -22,9 +22,10 @@ def command(
 ) -> None:
     """The task's metrics on the plane through three adapters: one basin, or valleys with a ridge between them.
 
-    Every point is an exact mix of the three ΔW with weights that sum to 1; distances are those of ΔW. The dashed curve
-    of the figure goes through all points whose ‖ΔW‖ is the weighted mean of the adapters' own: inside of it ΔW has
-    shrunk, so that a rise there need not be a barrier. With **--base** the third point is the base model itself.
+    Every point is an exact mix of the three ΔW (what each adapter adds to the weights) with weights that sum to 1;
+    distances are those of ΔW. The dashed curve of the figure goes through all points whose size ‖ΔW‖ is the weighted
+    mean of the adapters' own: inside of it ΔW has shrunk, so that a rise of the loss there need not be a barrier. With
+    **--base** the third point is the base model itself.
 
     Every point costs one pass over the split: 15 × 15 of them by default. They are kept, so that a run that was cut
     off goes on.

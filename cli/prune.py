@@ -151,9 +151,11 @@ def command(
 ) -> None:
     """Write a smaller adapter that PEFT loads: fewer modules (--keep), fewer entries (--sparsity), or a lower rank.
 
-    Or one with smaller intruders (--intruders 0.75 --base model), which restores some of what the base knew.
+    Or one with smaller intruders (--intruders 0.75 --base model), directions that the base's own weights do not have:
+    that restores some of what the base knew. One of these ways must be chosen.
 
-    A label names what is kept. Layers are counted within their encoder; the modules that go do not come back on
+    An adapter adds ΔW = BA to a weight matrix W, B and A of few columns and rows: its ranks. A label such as
+    every-other names what is kept. Layers are counted within their encoder; the modules that go do not come back on
     loading, and the scale of what stays is kept. Entries that became 0 are still stored, so a sparse adapter is a
     smaller file only where whole ranks or modules fell away; the bytes are told.
 

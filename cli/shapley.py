@@ -29,24 +29,27 @@ def command(
 ) -> None:
     """Shapley values: how much of the worth each layer's adapter (or module, type, rank …) contributes.
 
-    A player's value is what it adds on joining, averaged over all orders of joining; together they add up to what the
-    whole adapter is worth above the base. **exact** asks for all 2^n coalitions. **antithetic** walks random orders
-    forth and back: unbiased, with honest standard errors. **regression** fits pairs of coalitions: usually a much
-    smaller error for the same work, with a slight bias that vanishes. **joint** fits what gradients leave over of such
-    pairs: the smallest error from any number of them, and from none at all (--budget 2).
+    A player is what is switched on or off, a layer's adapter unless --players says otherwise; a coalition is a set of
+    players that are on, and its worth is how good the model is then. A player's value is what it adds on joining,
+    averaged over all orders of joining; together they add up to what the whole adapter is worth above the base.
+    **exact** asks for all 2^n coalitions of n players. **antithetic** walks random orders forth and back: unbiased,
+    with honest standard errors. **regression** fits pairs of coalitions: usually a much smaller error for the same
+    work, with a slight bias that vanishes. **joint** fits what gradients leave over of such pairs: the smallest error
+    from any number of them, and from none at all (--budget 2).
 
     **gates** asks for no coalitions but the two ends: a gate from 0 to 1 multiplies each player's update, and gradients
     at a few nodes along equal gates (nodes=3; each costs about three passes, whatever the number of players) give
     Aumann–Shapley values, which differ a little from Shapley's; the efficiency gap tells part of that. **link** makes
     Shapley values of them, usually closer; **antithetic+link** and **permutation+link** draw orders for what these
-    leave over: unbiased, with much smaller errors than orders alone. For accuracy the gates see
-    σ(margin / temperature), which may take more nodes (joint sees every example's margin); batch=8 saves memory.
+    leave over: unbiased, with much smaller errors than orders alone. For accuracy, which has no gradient, the gates see
+    σ(margin / temperature), σ the logistic function; that may take more nodes (joint sees every example's margin).
+    batch=8 saves memory.
 
     Cheaper rankings, which add up to nothing: **taylor** (the slope with everything on), **sensitivity** (its mean size
     over coalitions, passes=16) and **drop** (how large a share of the outputs is, LoRA-drop).
 
-    Every coalition is kept in the output folder, so another
-    question about the same adapter starts from there, and so does a run that was killed.
+    Every coalition is kept in the output folder, so another question about the same adapter starts from there, and so
+    does a run that was killed.
 
     Example:  lora-lab shapley a.safetensors --players type-layer --samples 50 --worth loss
 

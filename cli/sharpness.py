@@ -22,10 +22,11 @@ def command(
 ) -> None:
     """How sharp the loss is around adapters, and the largest learning rates at which training is stable there.
 
-    λ is the largest eigenvalue of the Hessian in A and B: as **trained**, which is what a learning rate sees;
-    **balanced** (one gauge for all), to compare adapters; and at the **initial** adapter, where lora-lab trained it.
-    Gradient descent is stable up to 2/λ, with momentum up to 3.8/λ, and Adam up to 38/λ of the Hessian that its second
-    moment scales. The rates that `train --lr` tried stand beside them (figure sharpness:rates).
+    λ is the largest eigenvalue of the Hessian, the second derivatives of the loss by the factors A and B of the
+    adapter: as **trained**, which is what a learning rate sees; **balanced** (A and B made equally large, which leaves
+    the model as it is), to compare adapters; and at the **initial** adapter, where lora-lab trained it. Gradient
+    descent is stable up to 2/λ, with momentum up to 3.8/λ, and Adam up to 38/λ of the Hessian that its second moment
+    scales. The rates that `train --lr` tried stand beside them (figure sharpness:rates).
 
     Example:  lora-lab sharpness lora.safetensors coto.safetensors --examples 200
     """

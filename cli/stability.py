@@ -22,10 +22,11 @@ def command(
 ) -> None:
     """The task's metrics with only some layers' adapters on: by number, by probability, one left out, fixed patterns.
 
-    θ is ε-stable over a family of keep-sets if the loss (or another metric) gets worse by at most ε whichever of them
-    is kept; ε and the worst keep-set are reported for several families (a working definition after Kuditipudi et al.
-    2019). From the same keep-sets come both sides of CoTo's progressive-optimisation inequality, for masks with at
-    least one layer on, as CoTo draws them, and for independent coins.
+    A keep-set is the set of layers whose adapters stay on. An adapter is ε-stable over a family of keep-sets if the
+    loss (or another metric) gets worse by at most ε whichever of them is kept; ε and the worst keep-set are reported
+    for several families (a working definition after Kuditipudi et al. 2019). From the same keep-sets come both sides of
+    CoTo's progressive-optimisation inequality, for masks with at least one layer on, as CoTo draws them, and for
+    independent coins.
 
     Example:  lora-lab stability lora.safetensors coto.safetensors --samples 30
     """

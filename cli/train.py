@@ -23,7 +23,7 @@ class Runs:
     """On what is trained, and how often."""
 
     task: str = option("digits/relabel", "Built-in task or task file (see `lora-lab tasks`).")
-    seeds: str | None = option(None, "Several runs, e.g. 0-4; -o is then a folder.")
+    seeds: str | None = option(None, "Several runs, e.g. 0-4, in place of --seed; -o is then a folder.")
     peft_config: Path | None = option(
         None, "JSON file with fields of PEFT's configuration; they win over other options."
     )

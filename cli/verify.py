@@ -25,7 +25,7 @@ class Expecting:
     coefficients: tuple[float, ...] = option((), "One an adapter (1,0.5), by which its ΔW is multiplied; by default 1.")
     heads: str | None = option(
         None,
-        "Heads and other whole tensors in which the adapters differ: NAMES.",
+        "What becomes of heads and other whole tensors in which adapters differ: NAMES; by default they are refused.",
         names=Later("lora_lab.fusing.changes", "HEADS"),
     )
 
@@ -44,8 +44,9 @@ def command(
 ) -> None:
     """Is this checkpoint the base with the adapter in it? One verdict, and what became of every weight.
 
-    For each: exact, up to the rounding of its dtype, scaled by a factor (with the mistake that makes it), missing,
-    transposed or other; and which tensors changed that no adapter names. Exit code 0 for yes, 1 for no.
+    The adapter adds ΔW to each weight that it changes. For each: exact, up to the rounding of its dtype, scaled by a
+    factor (with the mistake that makes it), missing, transposed or other; and which tensors changed that no adapter
+    names. Exit code 0 for yes, 1 for no.
 
     Example:  lora-lab verify ./llama-3-8b a.safetensors ./merged
     """

@@ -88,7 +88,7 @@ class CompareMerges(Question):
     examples: int | None = option(
         None,
         "Score on so many examples of the split, and choose coefficients on so many of the validation split, drawn "
-        "with seed 0; methods that look at data have an option of their own.",
+        "with seed 0; by default on all. Methods that look at data have an option of their own.",
         least=1,
     )
     metric: tuple[str, ...] = option(

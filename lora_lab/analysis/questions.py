@@ -34,7 +34,7 @@ def split_option() -> Any:
 
 def example_option() -> Any:
     """How many of its examples."""
-    return option(None, "Score on so many examples of the split, drawn with seed 0.", least=1)
+    return option(None, "Score on so many examples of the split, drawn with seed 0; by default on all.", least=1)
 
 
 def metric_option(default: str = "the task's main one and its loss") -> Any:
@@ -69,7 +69,7 @@ class Interpolate(Question):
         title="space",
     )
     ratios: tuple[tuple[float, ...], ...] = option(
-        (), "Also score weighted mixtures of the adapters, e.g. 0:1,1:2,1:1,1:1:1."
+        (), "Also score weighted mixtures of the adapters, e.g. 0:1,1:2,1:1,1:1:1; by default none."
     )
     metric: tuple[str, ...] = metric_option()
     split: str = split_option()
@@ -124,11 +124,13 @@ class Shapley(Question):
     samples: int = option(200, "Marginal contributions a player; for permutations, orders.", least=1)
     until_se: float | None = option(
         None,
-        "Stop once every standard error is this small (in units of the worth).",
+        "Stop once every standard error is this small (in units of the worth); by default only --samples count.",
         above=0,
         title="standard error to stop at",
     )
-    budget: int | None = option(None, "Ask for at most so many different coalitions.")
+    budget: int | None = option(
+        None, "Ask for at most so many different coalitions; by default as many as the samples take."
+    )
     order: int = option(1, "2 adds pairwise interactions.", least=1, most=2)
     options: Mapping[str, Any] = option({}, "Option of the estimator, e.g. nodes=5.", flag="set")
     split: str = split_option()

@@ -46,14 +46,16 @@ class Reproduce:
     claims: tuple[str, ...] = option((), "Names of claims; by default all that the testbed is for.", flag="")
     testbed: str = option("digits", "The tasks that they are put to.")
     seeds: int = option(5, "Trainings of each kind, seeds 0, 1, …; the intervals are over them.", least=2)
-    file: Path = option(OWN, "TOML file with claims and testbeds; by default those that come along.", flag="claims")
+    file: Path | None = option(
+        None, "TOML file with claims and testbeds; by default those that come along.", flag="claims"
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def plan(self) -> Plan:
         """What has to be trained and asked; errors for names that are not there, before anything is computed."""
-        claims, beds = read(self.file)
+        claims, beds = read(self.file or OWN)
         if self.testbed not in beds:
             raise unknown("testbed", self.testbed, beds)
         bed = beds[self.testbed]
@@ -86,7 +88,7 @@ class Reproduce:
             finite(columns(rows)),
             finite({**told, "seeds": self.seeds, "recipe": plan.bed.recipe}),
             {"verdicts": counts},
-            provenance(inputs=[self.file], elapsed_s=time.perf_counter() - began),
+            provenance(inputs=[self.file or OWN], elapsed_s=time.perf_counter() - began),
         )
 
 

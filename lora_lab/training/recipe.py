@@ -80,7 +80,7 @@ class Recipe:
 
     method: str = option(
         "coto",
-        "NAMES; scaled: each block's update is then multiplied by its survival rate, as the paper scores it.",
+        "NAMES. scaled: trained, each block's update is multiplied by its survival rate, as the paper scores it.",
         choices=lambda: METHODS,
     )
     seed: int = option(0, "Orders the data and draws the masks.", least=0, most=2**32 - 1)
@@ -99,8 +99,10 @@ class Recipe:
         title="tuner",
     )
     peft_config: Mapping[str, Any] = option({}, "Fields of PEFT's configuration; they win over other options.", flag="")
-    rank: int | None = option(None, "r; by default the task's.", above=0, several=True)
-    alpha: float | None = option(None, "lora_alpha; by default twice the rank.", above=0, several=True)
+    rank: int | None = option(None, "r, the rank of every module's BA; by default the task's.", above=0, several=True)
+    alpha: float | None = option(
+        None, "lora_alpha: BA is multiplied by alpha / r; by default twice the rank.", above=0, several=True
+    )
     target_modules: str | Sequence[str] | None = option(
         None, "Names with commas, a regular expression, or all-linear; by default the task's."
     )
@@ -108,7 +110,7 @@ class Recipe:
         None, "Peak learning rate; by default the task's.", flag="lr", above=0, several=True
     )
     lora_plus: float | None = option(
-        None, "LoRA+: the learning rate of B is so many times that of A.", above=0, several=True
+        None, "LoRA+: the learning rate of B is so many times that of A; by default the same.", above=0, several=True
     )
     steps: int | None = option(None, "Optimiser steps; by default the task's.", above=0, several=True)
     batch_size: int | None = option(
@@ -125,11 +127,13 @@ class Recipe:
     optimizer: str = option(
         "adamw_torch_fused", "A name of transformers' TrainingArguments.optim.", choices=_optimizers
     )
-    dropout: float = option(0.25, "(Initial) rate for dropout and progressive-dropout.", least=0, most=1, several=True)
+    dropout: float = option(
+        0.25, "Rate of dropout, or the one that progressive-dropout begins with.", least=0, most=1, several=True
+    )
     ramp: str = option("linear", "Shape of p(t): NAMES.", choices=Later("lora_lab.training.schedule", "RAMPS"))
     p0: float | None = option(
         None,
-        "p at the first step (0.1); for stochastic-depth the last block's survival (0.5).",
+        "p at the first step, by default 0.1; for stochastic-depth the last block's survival rate, by default 0.5.",
         least=0,
         most=1,
         several=True,
@@ -139,7 +143,7 @@ class Recipe:
         "block", "What is switched together: block, module, or NAME=REGEX (repeatable).", flag="group"
     )
     save_every: int | None = option(
-        None, "Keep a Trainer checkpoint every so many steps; a killed run resumes there.", above=0
+        None, "Keep a Trainer checkpoint every so many steps, where a killed run goes on; by default none.", above=0
     )
 
     def __post_init__(self) -> None:

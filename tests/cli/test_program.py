@@ -1,10 +1,13 @@
 """The program around its verbs: version, completion, help in panels, and the doctor."""
 
 import json
-from importlib import metadata
+import re
+from importlib import import_module, metadata
+from pathlib import Path
 
 import pytest
 from lora_lab.cli import _VERBS as VERBS
+from lora_lab.cli.verbs import command_of
 
 from lora_lab import diagnosis
 from lora_lab.diagnosis import Check
@@ -44,6 +47,29 @@ def test_help_says_what_comes_out_then_shows_an_example(lora_lab, verb):
     text, _, example = about.partition("Example:")
     assert len(text.split()) > 8
     assert example.split()[:2] == ["lora-lab", verb]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_explains_what_an_update_is_and_names_no_folder_of_this_machine(lora_lab, verb):
+    _, out, _ = lora_lab(verb, "--help")
+    assert str(Path(diagnosis.__file__).parent) not in re.sub(r"[\s│]", "", out)
+    if "ΔW" in out:
+        about = " ".join(out.partition("╭─")[0].split())
+        assert re.search(
+            r"adds ΔW|ΔW is what|is its ΔW|ΔW \(what|ΔW = BA( is what|, which) an adapter|updates? ΔW", about
+        )
+
+
+@pytest.mark.parametrize("name", ["examples", "jobs", "ray"])
+def test_options_that_verbs_share_tell_their_default(name):
+    found = []
+    for verb in VERBS:
+        function = import_module(f"lora_lab.cli.{verb.replace('-', '_')}").command
+        option = command_of(function).__signature__.parameters.get(name)
+        if option is not None and option.default is None:
+            found.append(option.annotation.__metadata__[0].help)
+    assert found
+    assert all("default" in text for text in found), found
 
 
 def test_the_doctor_ends_with_1_only_where_something_is_broken(lora_lab, monkeypatch):
