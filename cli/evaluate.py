@@ -11,7 +11,7 @@ import typer
 from ..analysis.questions import Evaluate
 from ..options import option
 from .options import Computing, Output, Several, TaskEach
-from .terminal import estimates, in_words, say_written, table
+from .terminal import estimates, in_words, say_not_defined, say_written, table
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ def show(result: Any) -> None:
     metrics = list(result.parameters["metrics"])
     heading = f"Scores on the {result.parameters['split']} split, 95 % intervals"
     table(heading, ("adapter", "task", "n", *map(in_words, metrics)), _rows(result, metrics))
+    say_not_defined(result)
 
 
 def _rows(result: Any, metrics: list[str]) -> list[tuple[object, ...]]:

@@ -15,7 +15,7 @@ from ..options import check_options, option
 from ..registry import Later
 from .options import Computing, OneTask, Output, Several
 from .outputs import answer
-from .terminal import console, estimate, estimates, in_words, table
+from .terminal import console, estimate, estimates, in_words, say_not_defined, table
 
 _SPACES = Later("lora_lab.merging.paths", "SPACES")
 _SETS = {"both": lambda: Interpolate.spaces, "all": lambda: tuple(_SPACES())}
@@ -68,8 +68,8 @@ def command(
     Example:  lora-lab interpolate a.safetensors b.safetensors --ratios 1:2,1:1
     """
     if where.layerwise:
-        if question.ratios or where.space != Where.space:
-            raise OptionError("`layerwise` mixes ΔW between two adapters; leave `space` and `ratios` out")
+        if question.ratios or question.behaviour or where.space != Where.space:
+            raise OptionError("`layerwise` mixes ΔW of two adapters; leave `space`, `ratios` and `behaviour` out")
         each = Layerwise(
             points=question.points,
             players=where.players,
@@ -111,6 +111,7 @@ def show(result: Any) -> None:
     _show_ratios(result)
     _show_barriers(result)
     _show_shrinkage(result)
+    say_not_defined(result)
 
 
 def _show_line(result: Any, indices: list[int], title: str, n: int) -> None:

@@ -128,6 +128,12 @@ def estimates(row: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     return [estimate(row[name], row[f"{name}_low"], row[f"{name}_high"]) for name in names]
 
 
+def say_not_defined(result: Any) -> None:
+    """What of behaviour beside the task a result does not tell, and why."""
+    for line in result.parameters.get("not_defined", ()):
+        console.print(line)
+
+
 def in_words(metric: str) -> str:
     """The name of a metric as a heading has it."""
     return metric.replace("_", " ")

@@ -29,4 +29,4 @@ def measured(columns, *metrics, **more):
     """Metrics of columns, each [models, examples]."""
     count = len(next(iter(columns.values())))
     scores = {place.key: Scores({n: each[i] for n, each in columns.items()}) for i, place in enumerate(places(count))}
-    return Measured(task(*metrics, **more), scores, Split({}), metrics, seed=3)
+    return Measured.of_scores(task(*metrics, **more), scores, Split({}), metrics, seed=3)

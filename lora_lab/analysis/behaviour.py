@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.adapters.attached import attach
-from lora_lab.errors import DivergedError, FileError
+from lora_lab.analysis.measured import Measured
+from lora_lab.analysis.points import LineModels, MixPoint
+from lora_lab.errors import DivergedError, FileError, TaskError
 from lora_lab.files.disk import size_of
 from lora_lab.results.stats import Floats
 from lora_lab.scoring.changes import Change
+from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import Examples
 from lora_lab.scoring.models import TaskModels
 from lora_lab.tasks.metrics import Column, Metric, mean_of
@@ -30,7 +34,7 @@ from lora_lab.tasks.task import Scores, Task
 
 LARGEST = 2**26
 """Bytes of a file of texts."""
-COLUMN = "text"
+COLUMN, TARGET = "text", "target"
 _HELD = 2**30
 """Bytes of the base's logits that are held at once."""
 
@@ -76,14 +80,18 @@ OF_LABELS = {
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts that have nothing to do with a task, and a hash of them."""
+    """Texts that have nothing to do with a task, what is to be written of them if that is said, and a hash of both."""
 
     digest: str
     texts: tuple[str, ...] = field(repr=False)
+    targets: tuple[str, ...] | None = field(default=None, repr=False)
 
     @classmethod
     def read(cls, path: Path) -> Texts:
-        """Of a .txt with a text a line, or a .jsonl or .csv with a column `text`; FileError for any other."""
+        """Of a .txt with a text a line, or a .jsonl or .csv with a column `text`, and maybe one `target`.
+
+        FileError for any other.
+        """
         readers = {".txt": _lines, ".jsonl": _of_json, ".csv": _of_csv}
         if path.suffix not in readers:
             raise FileError(f"{path}: {', '.join(readers)} can be read as texts")
@@ -91,43 +99,88 @@ class Texts:
         if size > LARGEST:
             raise FileError(f"{path}: {size} bytes of texts; at most {LARGEST} are read")
         try:
-            texts = tuple(text for text in readers[path.suffix](path) if text.strip())
+            rows = [row for row in readers[path.suffix](path) if row[0].strip()]
         except UnicodeDecodeError as error:
             raise FileError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
-        if len(texts) < 2:
-            raise FileError(f"{path}: {len(texts)} texts; an interval needs 2 or more")
-        return cls(hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16], texts)
+        if len(rows) < 2:
+            raise FileError(f"{path}: {len(rows)} texts; an interval needs 2 or more")
+        texts, targets = (tuple(each) for each in zip(*rows, strict=True))
+        there = [target for target in targets if target is not None]
+        if there and len(there) < len(rows):
+            raise FileError(f"{path}: {len(there)} of {len(rows)} texts have a {TARGET!r}; all or none are needed")
+        held = [texts, there] if there else texts
+        digest = hashlib.sha256(json.dumps(held).encode()).hexdigest()[:16]
+        return cls(digest, texts, tuple(there) if there else None)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What results tell of them."""
+        return {"count": len(self.texts), "digest": self.digest}
+
+    def batches(self, task: Task, device: torch.device) -> list[dict[str, Tensor]]:
+        """As the task's model takes them, shortest first."""
+        split = task.encode_texts(self.texts, self.targets)
+        return [{n: t.to(device) for n, t in batch.items()} for batch in split.batches(task.batch_size)]
 
 
-def _lines(path: Path) -> Iterator[str]:
-    yield from path.read_text("utf-8").split("\n")
+_Row = tuple[str, str | None]
 
 
-def _of_json(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), 1):
+def _lines(path: Path) -> Iterator[_Row]:
+    for line in path.read_text("utf-8").split("\n"):
+        yield line, None
+
+
+def _of_json(path: Path) -> Iterator[_Row]:
+    for number, (line, _) in enumerate(_lines(path), 1):
         if line.strip():
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise FileError(f"{path}: line {number} is no JSON") from error
-            yield _cell(row, f"{path}: line {number}")
+            yield _cells(row, f"{path}: line {number}")
 
 
-def _of_csv(path: Path) -> Iterator[str]:
+def _of_csv(path: Path) -> Iterator[_Row]:
     with path.open(encoding="utf-8", newline="") as stream:
         rows = csv.DictReader(stream)
         try:
             for row in rows:
-                yield _cell(row, f"{path}: line {rows.line_num}")
+                yield _cells(row, f"{path}: line {rows.line_num}")
         except csv.Error as error:
             raise FileError(f"{path}: line {rows.line_num} is no CSV ({error})") from error
 
 
-def _cell(row: object, where: str) -> str:
-    text = row.get(COLUMN) if isinstance(row, dict) else None
+def _cells(row: object, where: str) -> _Row:
+    found = row if isinstance(row, dict) else {}
+    text, target = found.get(COLUMN), found.get(TARGET)
     if not isinstance(text, str):
         raise FileError(f"{where} has no text in a column {COLUMN!r}")
-    return text
+    return text, target if isinstance(target, str) and target.strip() else None
+
+
+def calibration(task: Task, examples: int) -> list[str]:
+    """Names of the task's metrics of calibration that have a value on so many examples."""
+    metrics = {name: task.metric(name) for name in task.metrics}
+    return [name for name, metric in metrics.items() if metric.on_request and examples >= metric.least]
+
+
+def not_defined(task: Task, examples: int) -> list[str]:
+    """What of behaviour has no meaning on the task, a line each; TaskError where nothing of it has one."""
+    of_chances = [task.metric(name) for name in task.metrics if task.metric(name).on_request]
+    short = [metric for metric in of_chances if examples < metric.least]
+    if task.why_no_texts and not of_chances:
+        raise TaskError(f"task {task.name}: {task.why_no_texts}; its behaviour cannot be measured")
+    lacking = []
+    if task.why_no_texts:
+        lacking.append(f"forgetting and divergence ({task.why_no_texts})")
+    elif not task.writes:
+        lacking.append("forgetting (its model writes no texts)")
+    if short:
+        lacking.append(f"calibration error ({examples} examples, and {short[0].least} are needed)")
+    elif not of_chances:
+        lacking.append("calibration (its answers are not one of some labels)")
+    return [f"task {task.name}: not defined of it: {each}" for each in lacking]
 
 
 @dataclass(frozen=True)
@@ -140,10 +193,9 @@ class OnTexts(Change):
     def apply(self, models: TaskModels, examples: Examples) -> Scores:
         """One value a text, shortest first."""
         task, adapter = models.tasks[self.index], models.adapters[self.index]
-        split = task.encode_texts(self.texts.texts)
         model = task.model_on(models.device).eval()
-        device, parts, held, size = next(model.parameters()).device, [], [], 0
-        batches = [{n: t.to(device) for n, t in batch.items()} for batch in split.batches(task.batch_size)]
+        parts, held, size = [], [], 0
+        batches = self.texts.batches(task, next(model.parameters()).device)
         for place, batch in enumerate(batches, 1):
             with torch.inference_mode():
                 held.append((batch, task.text_logits(model, batch)))
@@ -153,11 +205,48 @@ class OnTexts(Change):
                 with attach(model, adapter) as attached:
                     parts += [_compared(task, attached.model, *each) for each in held]
                 held, size = [], 0
-        scores = Scores.join(parts)
-        for name, values in scores.columns.items():
-            if not np.isfinite(values).all():
-                raise DivergedError(f"task {task.name}: the model's {name} is not finite on unrelated texts")
-        return scores
+        return _joined(task, parts)
+
+
+@dataclass(frozen=True)
+class PointOnTexts(Change):
+    """The same of a mix of adapters of one task, beside a base of its own."""
+
+    point: MixPoint
+    texts: Texts
+
+    @property
+    def key(self) -> str:
+        """Equal for points that are one model."""
+        return f"{self.point.key} on {self.texts!r}"
+
+    def apply(self, models: LineModels, examples: Examples) -> Scores:
+        """One value a text, shortest first."""
+        task, base, parts = models.tasks[0], models.base, []
+        with models.wearing(models.paths.mix(self.point.weights, self.point.space)) as model:
+            model.eval()
+            for batch in self.texts.batches(task, next(base.parameters()).device):
+                with torch.inference_mode():
+                    before = task.text_logits(base, batch)
+                parts.append(_compared(task, model, batch, before))
+        return _joined(task, parts)
+
+
+def along(evaluator: Evaluator, points: Sequence[MixPoint], texts: Texts, seed: int) -> Measured:
+    """What texts tell of points between adapters, each known by its own key."""
+    asked = {point.key: PointOnTexts(point, texts) for point in points}
+    evaluator.total = len(evaluator.known) + len(asked)
+    scores = evaluator.scores(list(asked.values()))
+    columns = {key: each.columns for key, each in zip(asked, scores, strict=True)}
+    return Measured(metrics_of(evaluator.task), columns, seed)
+
+
+def _joined(task: Task, parts: Sequence[Scores]) -> Scores:
+    scores = Scores.join(parts)
+    for name, values in scores.columns.items():
+        if not np.isfinite(values).all():
+            raise DivergedError(f"task {task.name}: the model's {name} is not finite on unrelated texts")
+    return scores
 
 
 @torch.inference_mode()
@@ -184,6 +273,6 @@ def _compared(task: Task, model: nn.Module, batch: dict[str, Tensor], base: Tens
     return Scores(columns)
 
 
-def metrics_of(scores: Scores) -> dict[str, Metric]:
-    """What scores of `OnTexts` tell, by name."""
-    return OF_TOKENS if "tokens" in scores.columns else OF_LABELS
+def metrics_of(task: Task) -> dict[str, Metric]:
+    """What texts beside a task tell of its models, by name."""
+    return OF_TOKENS if task.writes else OF_LABELS

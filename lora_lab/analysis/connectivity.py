@@ -19,13 +19,15 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import described, labels_of, method_of
-from lora_lab.analysis.measured import Measured, require
+from lora_lab.analysis.behaviour import Texts, along, calibration, not_defined
+from lora_lab.analysis.measured import Measured, chosen, require
 from lora_lab.analysis.points import LineModels, MixPoint
 from lora_lab.analysis.questions import Interpolate as Interpolate
 from lora_lab.analysis.questions import in_words
@@ -91,6 +93,7 @@ def answer(question: Interpolate, adapters: Sequence[Adapter], task: Task, on: E
     """Curves, mixtures and barriers."""
     began = time.perf_counter()
     require(task, question.metric)
+    texts = Texts.read(Path(question.behaviour)) if question.behaviour else None
     evaluator = Evaluator(adapters, task, on, split=question.split, examples=question.examples, build=LineModels)
     paths: Paths = evaluator.models.paths
     spaces, grid = _with_matched(paths, question.spaces), np.linspace(0, 1, question.points)
@@ -102,7 +105,8 @@ def answer(question: Interpolate, adapters: Sequence[Adapter], task: Task, on: E
     }
     mixtures = _ratio_points(question.ratios, len(adapters), _mixture_spaces(question))
     points = [*itertools.chain(*lines.values()), *(point for _, point in mixtures)]
-    measured = Measured.of(evaluator, points, question.metric, question.seed)
+    lacking = not_defined(task, evaluator.examples) if texts else []
+    measured = _measured(question, evaluator, points, texts)
     rows = [
         {**_who(adapters, pair), "t": float(t), "ratio": None, **_cells(point, measured, paths)}
         for (pair, _), line in lines.items()
@@ -119,11 +123,23 @@ def answer(question: Interpolate, adapters: Sequence[Adapter], task: Task, on: E
             "spaces": spaces,
             "looks": {name: {"label": SPACES[name].label or name, "place": SPACES[name].place} for name in spaces},
             "metrics": measured.told,
+            **({"texts": texts.record, "not_defined": lacking} if texts else {}),
             "adapters": [described(a) for a in adapters],
         },
         finite(_summary(adapters, spaces, lines, measured, grid)),
         evaluator.provenance(adapters, began=began, run=question.run_id(adapters, task), evaluations=len(measured)),
     )
+
+
+def _measured(question: Interpolate, evaluator: Evaluator, points: Sequence[MixPoint], texts: Texts | None) -> Measured:
+    """The points by the metrics asked for; with texts beside the task also by these, and by the task's calibration."""
+    if texts is None:
+        return Measured.of(evaluator, points, question.metric, question.seed)
+    task, asked = evaluator.task, question.metric
+    if not asked and task.metrics:
+        asked = (*chosen(task, ()), *calibration(task, evaluator.examples))
+    measured = Measured.of(evaluator, points, asked, question.seed)
+    return measured.beside(along(evaluator, points, texts, question.seed)) if task.why_no_texts is None else measured
 
 
 def check(question: Interpolate, adapters: Sequence[Adapter]) -> None:

@@ -12,8 +12,7 @@ from typing import Any
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.attached import attach
-from lora_lab.analysis import behaviour
-from lora_lab.analysis.behaviour import OnTexts, Texts
+from lora_lab.analysis.behaviour import OnTexts, Texts, metrics_of, not_defined
 from lora_lab.analysis.measured import cells, told
 from lora_lab.analysis.questions import Evaluate as Evaluate
 from lora_lab.errors import unknown
@@ -51,12 +50,14 @@ def answer(question: Evaluate, adapters: Sequence[Adapter], task: Task | Sequenc
     tasks = [task] * len(adapters) if isinstance(task, Task) else task
     shared = {fingerprint(task.spec): task for task in reversed(tasks)}  # equal tasks load their data once
     of_adapters = [shared[fingerprint(task.spec)] for task in tasks]
-    changes: list[AsItIs | OnTexts] = [
-        AsItIs(of_adapters.index(task), base=True) for task in shared.values() if question.base
-    ]
-    changes += [AsItIs(index, base=False) for index in range(len(adapters))]
-    changes += [OnTexts(index, texts) for index in range(len(adapters)) if texts]
     evaluator = Evaluator(adapters, of_adapters, on, split=split, examples=question.examples)
+    sizes = [(task, len(evaluator.drawn(split).of_task(task))) for task in shared.values()] if texts else []
+    lacking = [line for each in sizes for line in not_defined(*each)]
+    changes: list[AsItIs | OnTexts] = [
+        OnTexts(index, texts) for index, task in enumerate(of_adapters) if texts and not task.why_no_texts
+    ]
+    changes += [AsItIs(of_adapters.index(task), base=True) for task in shared.values() if question.base]
+    changes += [AsItIs(index, base=False) for index in range(len(adapters))]
     evaluator.total = len(changes)
     if on.workers:
         evaluator.prepare([(functools.partial(_ask, change), [(split, change)]) for change in changes])
@@ -65,13 +66,14 @@ def answer(question: Evaluate, adapters: Sequence[Adapter], task: Task | Sequenc
     for change, scores in found.items():
         if isinstance(change, OnTexts):
             continue
+        on_texts = OnTexts(change.index, texts) if texts and not change.base else None
         adapter, judge = None if change.base else adapters[change.index], of_adapters[change.index]
         rows.append(
             {
                 **_described(adapter, judge),
                 "examples": len(scores),
                 **metrics.of(scores, judge, evaluator.drawn(split).of_task(judge)),
-                **(metrics.beside(found[OnTexts(change.index, texts)]) if texts and adapter else {}),
+                **(metrics.beside(found[on_texts], judge) if on_texts in found else {}),
             }
         )
     metrics.require(of_adapters)
@@ -82,7 +84,7 @@ def answer(question: Evaluate, adapters: Sequence[Adapter], task: Task | Sequenc
             **question.record,
             "tasks": [task.record for task in shared.values()],
             "metrics": metrics.told,
-            **_said_of(texts),
+            **({"texts": texts.record, "not_defined": lacking} if texts else {}),
         },
         {},
         provenance(
@@ -91,10 +93,6 @@ def answer(question: Evaluate, adapters: Sequence[Adapter], task: Task | Sequenc
             examples=rows[-1]["examples"],
         ),
     )
-
-
-def _said_of(texts: Texts | None) -> dict[str, Any]:
-    return {"texts": {"count": len(texts.texts), "digest": texts.digest}} if texts else {}
 
 
 def _ask(change: Change, evaluator: Evaluator) -> None:
@@ -142,9 +140,9 @@ class _Metrics:
                 found |= cells(f"{name}_null", metric.without(given, seed=seed))
         return found
 
-    def beside(self, scores: Scores) -> dict[str, float]:
+    def beside(self, scores: Scores, task: Task) -> dict[str, float]:
         """What texts beside the task tell of an adapter."""
-        metrics = behaviour.metrics_of(scores)
+        metrics = metrics_of(task)
         found: dict[str, float] = {}
         for name, metric in metrics.items():
             found |= cells(name, metric.estimate(scores.columns, seed=self._question.seed))

@@ -88,30 +88,46 @@ def cells(name: str, value: tuple[float, float, float]) -> dict[str, float]:
 
 
 class Measured:
-    """The metrics asked for, of scored models that are known by the keys of changes; TaskError as of `Metric.parts`."""
+    """Metrics of scored models, of the columns of each by the key of its change; TaskError as of `Metric.parts`."""
 
     def __init__(
-        self, task: Task, scores: Mapping[str, Scores], examples: Split, asked: Sequence[str], seed: int
+        self, metrics: Mapping[str, Metric], found_columns: Mapping[str, Mapping[str, Column]], seed: int
     ) -> None:
-        found = [task.columns(each, examples) for each in scores.values()]
-        self.metrics: dict[str, Metric] = {name: task.metric(name) for name in chosen(task, asked)}
+        self.metrics = dict(metrics)
         """By name, the main one (or the first that was asked for) first."""
-        self._index, self._seed = {key: i for i, key in enumerate(scores)}, seed
-        sizes = sorted({len(each) for each in scores.values()})
-        if len(sizes) > 1:
-            raise TaskError(f"task {task.name}: scores of {sizes[0]} and of {sizes[-1]} examples; as many are needed")
+        self._index, self._seed = {key: i for i, key in enumerate(found_columns)}, seed
+        found = list(found_columns.values())
         shared = [name for name in found[0] if all(name in each for each in found)]
         columns = {name: np.stack([each[name] for each in found]) for name in shared}
         self._parts = {name: metric.parts(columns) for name, metric in self.metrics.items()}
         self._sampled: dict[tuple[str, bool], Sampled] = {}
 
     @classmethod
+    def of_scores(
+        cls, task: Task, scores: Mapping[str, Scores], examples: Split, asked: Sequence[str], seed: int
+    ) -> Measured:
+        """Of the metrics asked for, or the task's main one and loss; TaskError for scores of other examples."""
+        found = {key: task.columns(each, examples) for key, each in scores.items()}
+        sizes = sorted({len(each) for each in scores.values()})
+        if len(sizes) > 1:
+            raise TaskError(f"task {task.name}: scores of {sizes[0]} and of {sizes[-1]} examples; as many are needed")
+        return cls({name: task.metric(name) for name in chosen(task, asked)}, found, seed)
+
+    @classmethod
     def of(cls, evaluator: Evaluator, changes: Sequence[Change], asked: Sequence[str], seed: int) -> Measured:
         """Of changes, which are scored first (see `scored`)."""
-        return cls(evaluator.task, scored(evaluator, changes, asked), evaluator.data, asked, seed)
+        return cls.of_scores(evaluator.task, scored(evaluator, changes, asked), evaluator.data, asked, seed)
 
     def __len__(self) -> int:
         return len(self._index)
+
+    def beside(self, other: Measured) -> Measured:
+        """The same models by the other's metrics, too, which may be of other examples."""
+        if list(other._index) != list(self._index):
+            raise ValueError("measures of other models cannot be put beside these")
+        both = copy.copy(self)
+        both.metrics, both._parts, both._sampled = self.metrics | other.metrics, self._parts | other._parts, {}
+        return both
 
     @property
     def size(self) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from torch import nn
+
 from lora_lab.merging.paths import Paths
 from lora_lab.scoring.changes import Change
 from lora_lab.scoring.examples import Examples
@@ -48,3 +50,8 @@ class LineModels(TaskModels):
     def paths(self) -> Paths:
         """What mixes them."""
         return Paths(self.adapters)
+
+    @cached_property
+    def base(self) -> nn.Module:
+        """The first task's base alone, a model of its own, in evaluation mode."""
+        return self.tasks[0].model_on(self.device).eval()

@@ -42,6 +42,16 @@ def metric_option(default: str = "the task's main one and its loss") -> Any:
     return option((), f"A metric of the task (repeatable; the first is the main one); by default {default}.")
 
 
+def behaviour_option() -> Any:
+    """Texts beside the task."""
+    return option(
+        None,
+        "Texts that have nothing to do with the task (.txt with one a line; .jsonl or .csv with a column text, and one "
+        "target for encoders with a decoder): how much worse their loss is than the base's (forgetting), KL(base ‖ "
+        "with the adapter), and calibration on the task.",
+    )
+
+
 def in_words(ratio: Sequence[float]) -> str:
     """(1.0, 2.0) → '1:2'."""
     return ":".join(f"{weight:g}" for weight in ratio)
@@ -72,6 +82,7 @@ class Interpolate(Question):
         (), "Also score weighted mixtures of the adapters, e.g. 0:1,1:2,1:1,1:1:1; by default none."
     )
     metric: tuple[str, ...] = metric_option()
+    behaviour: str | None = behaviour_option()
     split: str = split_option()
     examples: int | None = example_option()
     seed: int = option(0, "Seed of the bootstrap.", least=0)
@@ -280,12 +291,7 @@ class Evaluate(Question):
     base: bool = option(True, "Score the base model without an adapter, too.")
     metric: tuple[str, ...] = metric_option("all that it has")
     examples: int | None = example_option()
-    behaviour: str | None = option(
-        None,
-        "Texts that have nothing to do with the task (.txt with one a line; .jsonl or .csv with a column text): how "
-        "much worse their loss is than the base's (forgetting), KL(base ‖ with the adapter), and calibration on the "
-        "task.",
-    )
+    behaviour: str | None = behaviour_option()
     seed: int = option(0, "Seed of the bootstrap.", least=0)
 
     def run(

@@ -83,6 +83,7 @@ KINDS = (
             "examples": "of the split; null for all",
             "behaviour": "file of texts beside the task; null for none",
             "texts": "how many these are, and a hash of them; only with such a file",
+            "not_defined": "what of behaviour has no meaning on the tasks, a line each; only with such a file",
             **METRICS,
         },
     ),

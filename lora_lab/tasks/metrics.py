@@ -255,6 +255,16 @@ def averaged(metric: Metric, needs: Sequence[Sequence[str]], about: str) -> Metr
 
 
 _PAIR = ("prediction", "target")
+_ECE = Metric(
+    f"calibration error: mean |accuracy − confidence| over {calibration.BINS} bins of equal mass",
+    ("confidence", "correct"),
+    calibration.calibration_error,
+    calibration.gaps,
+    higher=False,
+    least=calibration.BINS,
+    on_request=True,
+    null=calibration.errors_if_calibrated,
+)
 
 METRICS = Registry(
     "metric",
@@ -343,15 +353,9 @@ METRICS = Registry(
         "brier": mean_of(
             "brier", "Brier score, the mean of Σ(p − y)² over the labels, 0 to 2", higher=False, on_request=True
         ),
-        "ece": Metric(
-            f"calibration error: mean |accuracy − confidence| over {calibration.BINS} bins of equal mass",
-            ("confidence", "correct"),
-            calibration.calibration_error,
-            calibration.gaps,
-            higher=False,
-            least=calibration.BINS,
-            on_request=True,
-            null=calibration.errors_if_calibrated,
+        "ece": _ECE,
+        "ece_by_reward": replace(
+            _ECE, about=f"{_ECE.about} of the chance by DPO's rewards", needs=("confidence", "won_by_reward")
         ),
     },
 )

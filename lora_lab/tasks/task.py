@@ -171,6 +171,10 @@ class Task(ABC):
     """Whether the head is trained along with the adapter."""
     rows_are_examples = True
     """Whether the rows that a layer sees are the examples of a batch; not where options or prompts are rows, too."""
+    writes = False
+    """Whether the model predicts tokens of a text, and so has a loss on any text."""
+    why_no_texts: str | None = "its model takes no texts alone"
+    """Why the model says nothing of texts beside the task, if it does not."""
     why_not_shared: str | None = None
     """Why passes that differ in some layers can share none, where the way of scoring is the reason."""
     metrics: Sequence[str] = ("accuracy", "loss")
@@ -340,12 +344,13 @@ class Task(ABC):
         """Scores of what was said of a batch."""
         return Scores.of(logits.float(), batch["labels"], keep_logits=keep_logits)
 
-    def encode_texts(self, texts: Sequence[str]) -> Split:
-        """Texts without an answer as the model takes them, shortest first, `labels` being the tokens to predict if any.
+    def encode_texts(self, texts: Sequence[str], targets: Sequence[str] | None = None) -> Split:
+        """Texts beside the task as the model takes them, shortest first, `labels` being the tokens to predict if any.
 
-        TaskError of a task whose model takes no such texts.
+        `targets` are what is to be written of each, for models that need one. TaskError of a task whose model takes no
+        such texts, which `why_no_texts` tells before.
         """
-        raise TaskError(f"task {self.name}: its model takes no texts alone; behaviour on texts cannot be measured")
+        raise TaskError(f"task {self.name}: {self.why_no_texts}; behaviour on texts cannot be measured")
 
     def text_logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """What the model says of such texts, [texts, predictions, choices]; TaskError as of `choices`."""

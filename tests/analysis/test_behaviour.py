@@ -13,7 +13,8 @@ from torch.distributions import Categorical, kl_divergence
 
 import lora_lab as ll
 from lora_lab.analysis.behaviour import OF_TOKENS, Texts
-from lora_lab.errors import FileError, OptionError, TaskError
+from lora_lab.errors import FileError, TaskError
+from lora_lab.scoring.execution import Execution
 
 TEXTS = ["the sky is blue", "grass", "what is the colour of blood ?", "one plus two equals three and red is a colour"]
 CONFIG = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
@@ -118,6 +119,11 @@ def test_texts_in_tables_are_those_in_lines(texts, tmp_path):
         ("a.txt", b"\xff\xfe\n", "not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "line 2 has no text in a column 'text'"),
         ("a.jsonl", b'{"text": "a"}\n[', "line 2 is no JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "a", "target": "b"}\n{"text": "c"}\n',
+            "1 of 2 texts have a 'target'; all or none are needed",
+        ),
         ("a.csv", b"words\na\nb\n", "line 2 has no text in a column 'text'"),
         ("a.pdf", b"", ".txt, .jsonl, .csv can be read as texts"),
     ],
@@ -130,19 +136,125 @@ def test_files_that_are_no_texts_are_refused_in_a_line(tmp_path, name, content, 
     assert "\n" not in str(caught.value)
 
 
-def test_tasks_whose_models_take_no_texts_are_refused_in_a_line(models, texts, tmp_path, few_digits):
+def test_a_target_of_every_text_is_what_an_encoder_with_a_decoder_is_measured_on(models, tmp_path):
+    rows = [
+        {"text": text, "target": target}
+        for text, target in zip(TEXTS, ["blue", "green is a colour", "red", "three"], strict=True)
+    ]
+    t5 = build(
+        models, rows, {"kind": "seq2seq", "source": "what {text}", "target": "target", "generate": False}, base="t5"
+    )
+    adapter = random_adapter(t5, tmp_path / "a", LoraConfig(r=2, target_modules=["q", "v"]), scale=0.5)
+    path = tmp_path / "other.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (row,) = evaluated(adapter, t5, path, base=False).rows()
+    both = t5.build_model(), PeftModel.from_pretrained(t5.build_model(), tmp_path / "a").eval()
+    losses, divergence, tokens = np.zeros(2), 0.0, 0
+    for each in rows:
+        labels = t5.tokenizer(each["target"], return_tensors="pt")["input_ids"]
+        outs = [model(**t5.tokenizer(each["text"], return_tensors="pt"), labels=labels) for model in both]
+        losses += [float(out.loss) * labels.numel() for out in outs]
+        divergence += float(kl_divergence(*(Categorical(logits=out.logits[0].double()) for out in outs)).sum())
+        tokens += labels.numel()
+    assert row["forgetting"] == pytest.approx((losses[1] - losses[0]) / tokens, rel=1e-4)
+    assert row["kl"] == pytest.approx(divergence / tokens, rel=1e-4)
+    path.write_text("".join(json.dumps({"text": row["text"]}) + "\n" for row in rows))
+    with pytest.raises(
+        TaskError, match=r"writes a target of every text; a \.jsonl or \.csv with the columns text and target"
+    ):
+        evaluated(adapter, t5, path)
+
+
+def test_a_model_of_pairs_writes_texts_like_any_other(models, causal, texts, tmp_path):
+    adapter = random_adapter(causal, tmp_path / "a", CONFIG, scale=0.5)
+    (plain,) = evaluated(adapter, causal, texts, base=False).rows()
+    rows = [{"question": text, "good": "red", "bad": "blue is"} for text in TEXTS] * 4
+    pairs = build(models, rows, {"kind": "preference", "prompt": "question", "chosen": "good", "rejected": "bad"})
+    result = evaluated(adapter, pairs, texts, base=False)
+    (row,) = result.rows()
+    assert {n: row[n] for n in ("forgetting", "kl", "kl_low")} == {n: plain[n] for n in ("forgetting", "kl", "kl_low")}
+    assert {"brier", "ece_by_reward", "ece_by_reward_null"} < set(result.parameters["metrics"])
+    assert result.parameters["not_defined"] == []
+
+
+def test_what_is_not_defined_of_a_task_is_told_in_a_line_each(models, causal, texts, tmp_path, few_digits):
     digits = ll.task("digits/relabel")
-    rows = [{"text": text, "target": "red"} for text in TEXTS]
-    t5 = build(models, rows, {"kind": "seq2seq", "source": "text", "target": "target"}, base="t5")
-    for task, modules in ((digits, ["q_proj"]), (t5, ["q"])):
-        adapter = random_adapter(task, tmp_path / task.base[-3:], LoraConfig(r=2, target_modules=modules), scale=0.1)
-        with pytest.raises((TaskError, OptionError), match="behaviour on texts"):
-            evaluated(adapter, task, texts)
+    adapter = random_adapter(digits, tmp_path / "d", LoraConfig(r=2, target_modules=["q_proj"]), scale=0.1)
+    result = evaluated(adapter, digits, texts)
+    assert result.parameters["not_defined"] == [
+        "task digits/relabel: not defined of it: forgetting and divergence (its model takes no texts alone)"
+    ]
+    assert {"brier", "ece", "ece_null"} < set(result.parameters["metrics"])
+    assert not {"kl", "forgetting"} & set(result.parameters["metrics"])
+    few = evaluated(adapter, digits, texts, examples=10)
+    assert few.parameters["not_defined"][1].endswith("calibration error (10 examples, and 15 are needed)")
+    adapter = random_adapter(causal, tmp_path / "c", CONFIG, scale=0.1)
+    assert evaluated(adapter, causal, texts).parameters["not_defined"] == [
+        "task my: not defined of it: calibration (its answers are not one of some labels)"
+    ]
+
+
+def test_a_task_on_which_nothing_of_behaviour_is_defined_is_refused_in_a_line(texts, causal, tmp_path, monkeypatch):
+    adapter = random_adapter(causal, tmp_path / "a", CONFIG, scale=0.1)
+    monkeypatch.setattr(type(causal), "why_no_texts", "its model takes no texts alone")
+    with pytest.raises(TaskError, match=r"^task my: its model takes no texts alone; its behaviour cannot be measured$"):
+        evaluated(adapter, causal, texts)
+
+
+@pytest.mark.filterwarnings("ignore:.*DoRA")
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_merges_and_prunings_are_adapters_like_others(causal, texts, tmp_path, dora):
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], use_dora=dora)
+    made = [random_adapter(causal, tmp_path / f"a{seed}", config, seed=seed, scale=0.5) for seed in (0, 1)]
+    written = {"pruned": ll.prune(made[0], keep="odd")}
+    written["merged"] = ll.merge(made, weights=[0.7, 0.6], base=causal.base)
+    for name, adapter in written.items():
+        adapter.save(tmp_path / name)
+        (row,) = evaluated(ll.load(tmp_path / name), causal, texts, base=False).rows()
+        both = causal.build_model(), PeftModel.from_pretrained(causal.build_model(), tmp_path / name).eval()
+        divergence, tokens = 0.0, 0
+        for text in TEXTS:
+            ids = causal.tokenizer(text, return_tensors="pt")["input_ids"]
+            chances = [Categorical(logits=model(input_ids=ids).logits[0, :-1].double()) for model in both]
+            divergence += float(kl_divergence(*chances).sum())
+            tokens += ids.shape[1] - 1
+        assert row["kl"] == pytest.approx(divergence / tokens, rel=1e-3), name
+        assert row["kl"] > 1e-4
+
+
+def test_lines_tell_behaviour_at_each_point_and_its_barrier(causal, texts, tmp_path):
+    pair = [random_adapter(causal, tmp_path / f"a{seed}", CONFIG, seed=seed, scale=0.5) for seed in (0, 1)]
+    on = Execution(cache=tmp_path / "cache")
+    asked = {"points": 3, "spaces": ("delta",), "behaviour": str(texts), "progress": False, "on": on}
+    result = ll.interpolate(pair, causal, **asked)
+    middle = ll.merge(pair, weights=[0.5, 0.5])
+    alone = [evaluated(each, causal, texts, base=False).rows()[0] for each in (pair[0], middle, pair[1])]
+    found = result.rows(space="delta")
+    for name in ("forgetting", "kl"):
+        assert [row[name] for row in found] == pytest.approx([row[name] for row in alone], rel=1e-3)
+        first, half, last = (row[name] for row in alone)
+        (height,) = [
+            row["value"] for row in result.summary["barriers"] if (row["metric"], row["barrier"]) == (name, "entezari")
+        ]
+        assert height == pytest.approx(max(0.0, half - (first + last) / 2), rel=1e-2, abs=1e-5)
+    assert all(row["kl_low"] <= row["kl"] <= row["kl_high"] for row in found)
+    assert list(result.parameters["metrics"]) == ["loss", "forgetting", "kl"]
+    assert result.parameters["texts"]["count"] == len(TEXTS)
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr("lora_lab.analysis.behaviour._compared", None)
+        assert ll.interpolate(pair, causal, **asked).rows() == result.rows()
+
+
+def test_lines_on_classifiers_of_images_tell_calibration(tmp_path, texts, few_digits):
+    digits = ll.task("digits/relabel")
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    pair = [random_adapter(digits, tmp_path / str(seed), config, seed=seed, scale=0.1) for seed in (0, 1)]
+    result = ll.interpolate(pair, digits, points=2, spaces=("delta",), behaviour=str(texts), progress=False)
+    assert list(result.parameters["metrics"]) == ["accuracy", "loss", "brier", "ece"]
+    assert len(result.parameters["not_defined"]) == 1
 
 
 def test_scores_of_texts_are_kept(causal, texts, tmp_path, monkeypatch):
-    from lora_lab.scoring.execution import Execution
-
     adapter = random_adapter(causal, tmp_path / "a", CONFIG, scale=0.5)
     on = Execution(cache=tmp_path / "cache")
     first = evaluated(adapter, causal, texts, on=on)

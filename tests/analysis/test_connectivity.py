@@ -594,6 +594,7 @@ def test_too_few_points_or_adapters_are_refused(adapters):
 def test_the_question_is_its_record_and_its_checks(adapters):
     question = Interpolate(points=3, spaces=("factors",), ratios=((1.0, 2.0),), seed=4)
     said = {"points": 3, "spaces": ["factors"], "ratios": ["1:2"], "metric": [], "split": "test", "examples": None}
+    said["behaviour"] = None
     assert question.record == {**said, "seed": 4}
     found = question.run(adapters[:2], Digits("relabel"))
     assert {name: found.parameters[name] for name in ("points", "ratios", "split", "seed")} == {

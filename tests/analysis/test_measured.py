@@ -123,7 +123,7 @@ def test_what_a_metric_lacks_is_said_in_one_line():
         measured(COLUMNS, "half", half=odd)
     scores = {"a": Scores({"loss": np.zeros(3)}), "b": Scores({"loss": np.zeros(4)})}
     with pytest.raises(TaskError, match="task made: scores of 3 and of 4 examples; as many are needed"):
-        Measured(task("loss"), scores, Split({}), ("loss",), seed=0)
+        Measured.of_scores(task("loss"), scores, Split({}), ("loss",), seed=0)
 
 
 def evaluator(made, asked_for):

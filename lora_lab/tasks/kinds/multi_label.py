@@ -69,6 +69,13 @@ class Keys(PooledKeys):
             raise OptionError(f"{where}: label names columns, so that labels says nothing; leave it out")
 
 
+_ABOUT = {
+    "loss": "binary cross-entropy, the mean over labels and examples",
+    "brier": "Brier score, the mean of (p − y)² over labels and examples, 0 to 1",
+}
+"""What metrics are here, where that is not what they are elsewhere."""
+
+
 class MultiLabel(PooledText, ListedTask):
     """A yes or no for every label; the loss of a text is its binary cross-entropy, the mean over the labels."""
 
@@ -78,7 +85,7 @@ class MultiLabel(PooledText, ListedTask):
     instead = ", or label = the names of columns that hold 0 or 1"
     problem = "multi_label_classification"
     classifies = False
-    metrics = ("micro_f1", "macro_f1", "subset_accuracy", "loss")
+    metrics = ("micro_f1", "macro_f1", "subset_accuracy", "loss", "brier")
 
     @property
     def labels(self) -> int:  # type: ignore[override]
@@ -94,8 +101,7 @@ class MultiLabel(PooledText, ListedTask):
     def metric(self, name: str) -> Metric:
         """One of `metrics`."""
         if name in METRICS:
-            about = "binary cross-entropy, the mean over labels and examples"
-            return METRICS[name] if name != self.metrics[-1] else replace(METRICS[name], about=about)
+            return replace(METRICS[name], about=_ABOUT.get(name, METRICS[name].about))
         pairs = [[f"said {label}", f"target {label}"] for label in self.names]
         return averaged(METRICS["f1"], pairs, f"mean over the {self.labels} labels of each one's F1")
 
@@ -120,6 +126,7 @@ class MultiLabel(PooledText, ListedTask):
             "loss": self.losses(logits, labels).double().cpu().numpy(),
             "correct": (said == is_so).all(-1),
             "margin": self._margins(logits, labels).double().cpu().numpy(),
+            "brier": (logits.double().sigmoid() - labels).square().mean(-1).float().double().cpu().numpy(),
             "hits": (said & is_so).sum(-1),
             "false": (said & ~is_so).sum(-1),
             "missed": (~said & is_so).sum(-1),

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from lora_lab.errors import OptionError, TaskError
+from lora_lab.errors import OptionError
 from lora_lab.tasks.kinds.heads import ProbedTask, float_heads
 from lora_lab.tasks.settings import Column, Count, Head, Settings
 from lora_lab.tasks.splits import by_length
@@ -95,10 +95,15 @@ class PooledText(ProbedTask):
         columns = [keys.text, *([keys.text_pair] if keys.text_pair else [])]
         return self._tokenized(*([text_of(self, text, name) for text in table[name]] for name in columns))
 
-    def encode_texts(self, texts: Sequence[str]) -> Split:
+    @property
+    def why_no_texts(self) -> str | None:  # type: ignore[override]
+        """Of a task on pairs of texts."""
+        return "its model takes pairs of texts" if self.settings.text_pair else None
+
+    def encode_texts(self, texts: Sequence[str], targets: Sequence[str] | None = None) -> Split:
         """TaskError of a task on pairs of texts."""
-        if self.settings.text_pair:
-            raise TaskError(f"task {self.name}: its model takes pairs of texts; behaviour on texts cannot be measured")
+        if self.why_no_texts:
+            return super().encode_texts(texts)
         return by_length(Split(self._tokenized(list(texts))))
 
     def _tokenized(self, *texts: list[str]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from lora_lab.errors import TaskError
+from lora_lab.tasks import calibration
 from lora_lab.tasks.kinds.chat import NO_TARGET, Chat
 from lora_lab.tasks.kinds.kept import kept
 from lora_lab.tasks.kinds.language import CausalLM, Row
@@ -62,7 +63,8 @@ class Preference(CausalLM):
 
         −log σ(β ((log p_chosen − log q_chosen) − (log p_rejected − log q_rejected))),
 
-    on which adapters are trained: log 2 of the base itself. Its log-likelihoods are computed once, and kept.
+    on which adapters are trained: log 2 of the base itself. Its log-likelihoods are computed once, and kept. The σ
+    is the chance that the chosen one is preferred, of which `brier` and `ece_by_reward` are.
     """
 
     kind = "preference"
@@ -71,7 +73,10 @@ class Preference(CausalLM):
     classifies = True
     counts_targets = False
     rows_are_examples = False
-    metrics: Sequence[str] = ("won", "loss", "won_per_token", "won_by_reward", "margin", "reward_margin")
+    metrics: Sequence[str] = (
+        *("won", "loss", "won_per_token", "won_by_reward", "margin", "reward_margin"),
+        *("brier", "ece_by_reward"),
+    )
 
     def build_model(self) -> nn.Module:
         """The language model, frozen, whose own loss is that of pairs where it is given such."""
@@ -174,7 +179,8 @@ class Preference(CausalLM):
             name: (each if each.dtype == torch.bool else each.float().double()).cpu().numpy()
             for name, each in columns.items()
         }
-        return Scores(found, logits.float().cpu().numpy() if keep_logits else None)
+        chances = calibration.chances(torch.stack([reward, torch.zeros_like(reward)], -1), batch["labels"])
+        return Scores({**found, **chances}, logits.float().cpu().numpy() if keep_logits else None)
 
     def targets_of(self, logits: Tensor, batch: Mapping[str, Tensor]) -> Targets:
         """DPO's loss and the margin of every pair."""

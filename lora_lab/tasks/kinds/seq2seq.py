@@ -106,16 +106,29 @@ class Seq2Seq(Answering, CausalLM):
         texts = [text_of(self, cell, keys.target) for cell in table[keys.target]]
         if not all(text.strip() for text in texts):
             raise TaskError(f"task {self.name}: an example with an empty text in {keys.target!r}")
-        targets = [self.tokenizer(text_target=text)["input_ids"] for text in texts]
-        self._tell_cut(split, sum(len(tokens) > keys.max_new_tokens for tokens in targets))
-        read = self.tokenizer(sources, truncation=True, max_length=keys.max_length, padding=True, return_tensors="pt")
-        inputs = {name: read[name] for name in ("input_ids", "attention_mask")}
-        rows = self._decoded([tokens[: keys.max_new_tokens] for tokens in targets], inputs["input_ids"].shape[1])
-        return by_length(Split({**inputs, **rows, "reference": as_bytes(texts), "index": torch.arange(len(texts))}))
+        inputs, longer = self._encoded(sources, texts)
+        self._tell_cut(split, longer)
+        return by_length(Split({**inputs, "reference": as_bytes(texts), "index": torch.arange(len(texts))}))
 
-    def encode_texts(self, texts: Sequence[str]) -> Split:
-        """TaskError: a text alone is a source without a target."""
-        raise TaskError(f"task {self.name}: its model needs a target of every text; behaviour on texts is of others")
+    def _encoded(self, sources: Sequence[str], texts: Sequence[str]) -> tuple[dict[str, Tensor], int]:
+        """Sources and targets as the model takes them, and how many targets were too long and are cut."""
+        most = self.settings.max_length, self.settings.max_new_tokens
+        targets = [self.tokenizer(text_target=text)["input_ids"] for text in texts]
+        read = self.tokenizer(list(sources), truncation=True, max_length=most[0], padding=True, return_tensors="pt")
+        inputs = {name: read[name] for name in ("input_ids", "attention_mask")}
+        rows = self._decoded([tokens[: most[1]] for tokens in targets], inputs["input_ids"].shape[1])
+        return {**inputs, **rows}, sum(len(tokens) > most[1] for tokens in targets)
+
+    def encode_texts(self, texts: Sequence[str], targets: Sequence[str] | None = None) -> Split:
+        """The texts as sources, not put into the task's template; TaskError without a target of each."""
+        if targets is None:
+            needed = "a .jsonl or .csv with the columns text and target is needed"
+            raise TaskError(f"task {self.name}: its model writes a target of every text; {needed}")
+        return by_length(Split(self._encoded(texts, targets)[0]))
+
+    def text_logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the model says of every token of the targets, [texts, tokens, vocabulary]."""
+        return self.logits(model, batch)[:, :-1].float()
 
     def _source(self, cells: Mapping[str, object]) -> str:
         source = filled(self, self.settings.source, cells)

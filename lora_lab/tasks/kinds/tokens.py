@@ -20,7 +20,10 @@ Row = tuple[list[int], list[int]]
 class TokenTask(FileTask):
     """A task whose base predicts tokens."""
 
-    def encode_texts(self, texts: Sequence[str]) -> Split:
+    writes = True
+    why_no_texts = None
+
+    def encode_texts(self, texts: Sequence[str], targets: Sequence[str] | None = None) -> Split:
         """All tokens but the first as targets; texts with none are left out, TaskError where all are."""
         cut = [[*self._start, *self._tokens(text)][: self.settings.max_length] for text in texts]
         rows = [(tokens, [NO_TARGET, *tokens[1:]]) for tokens in cut if len(tokens) > 1]

@@ -74,6 +74,9 @@ def test_margins_rewards_and_loss_are_those_of_single_passes(folder, base, size)
         assert scores["reward_margin"][i] == pytest.approx(reward, abs=1e-4)
         assert scores["won_by_reward"][i] == (reward > 0)
         assert scores["loss"][i] == pytest.approx(np.log1p(np.exp(-reward)), abs=1e-4)
+        chance = 1 / (1 + np.exp(-reward))
+        assert scores["brier"][i] == pytest.approx(2 * (1 - chance) ** 2, abs=1e-4)
+        assert scores["confidence"][i] == pytest.approx(max(chance, 1 - chance), abs=1e-4)
     assert scores["margin"].std() > 0.5
     assert scores["reward_margin"].std() > 0.05
 
