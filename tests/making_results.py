@@ -200,6 +200,7 @@ def merges(methods=("lora", "coto"), names=("average", "ties"), seeds=2, ratios=
         for r in ratios
     ]
     parameters = {"merges": list(names), "one_task": ratios != (None,), "task_names": ["t1", "t2"], "split": "test"}
+    parameters["metrics"] = {"accuracy": METRICS["accuracy"]}
     return Result(
         "compare-merges",
         columns(rows),
@@ -295,7 +296,7 @@ def sweep_result(labels=("lora-s0", "coto-s0")):
             accuracy = 0.9 - 0.03 * i + 0.05 * a
             ends = {"accuracy": accuracy, "accuracy_low": accuracy - 0.02, "accuracy_high": accuracy + 0.02}
             rows.append({**who, "kind": kind, "criterion": criterion, "label": place, "draws": draws, **ends})
-    parameters = {"task": {"name": "digits/relabel"}, "split": "test"}
+    parameters = {"task": {"name": "digits/relabel"}, "split": "test", "metrics": METRICS}
     return Result("sweep", columns(rows), parameters, {}, {"examples": 500})
 
 
@@ -422,7 +423,7 @@ def _pruned(view, names, layers):
             ends = {"accuracy": value, "accuracy_low": value - 0.002, "accuracy_high": value + 0.002}
             who = {"adapter": name, "method": name, "seed": a, "kind": kind, "criterion": criterion}
             rows.append({**who, "label": place, "draws": 5 if criterion == "random" else 1, **ends})
-    said = {"task": {"name": "digits/relabel"}, "split": "test"}
+    said = {"task": {"name": "digits/relabel"}, "split": "test", "metrics": METRICS}
     return [Result("sweep", columns(rows), said, {}, {"examples": 500})]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lora_lab.errors import OptionError
 from lora_lab.results.schema import column
 
 MEASURED = "each metric with its interval (accuracy, accuracy_low, accuracy_high …)"
@@ -53,5 +54,8 @@ class Loss:
 
 
 def metrics_of(parameters: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
-    """The metrics that a result is by, the main one first; results that name none are by accuracy."""
-    return parameters.get("metrics") or {"accuracy": {"about": "share right", "unit": "share", "higher": True}}
+    """The metrics that a result is by, the main one first; OptionError of one that names none."""
+    metrics: Mapping[str, Mapping[str, Any]] = parameters.get("metrics") or {}
+    if not metrics:
+        raise OptionError("a result of an early version, whose parameters name no metrics: it has to be made again")
+    return metrics

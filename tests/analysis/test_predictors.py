@@ -43,7 +43,8 @@ def merged(adapters, loss, *, merge="average", ratio="1:1", kind="compare-merges
             rows.append({**where, "merge": merge, "adapter": adapters[k].label, **cells})
             rows.append({**rows[-1], "merge": "ensemble", "category": "reference", "loss": 7.0})
     said = [{"label": adapter.label, "norm": adapter.total_norm} for adapter in adapters]
-    return Result(kind, columns(rows), {"adapters": said}, {}, {})
+    metrics = {"accuracy": {"about": "share right", "unit": "share", "higher": True}}
+    return Result(kind, columns(rows), {"adapters": said, "metrics": metrics}, {}, {})
 
 
 @pytest.mark.parametrize("one_task", [True, False])

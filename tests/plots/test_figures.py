@@ -528,3 +528,11 @@ def test_a_text_is_as_wide_as_it_is_drawn(text):
         figure.draw_without_rendering()
         assert inches(text, 7) == pytest.approx(drawn.get_window_extent().width / 600, abs=0.02)
         assert inches("中", 7) > 0.05  # that the font lacks it is told where it is drawn
+
+
+def test_a_result_that_names_no_metrics_is_refused_in_one_line():
+    result = sweep_result()
+    result.parameters.pop("metrics")
+    with pytest.raises(OptionError, match="a result of an early version, whose parameters name no metrics") as error:
+        plots.figure([result])
+    assert "\n" not in str(error.value)
