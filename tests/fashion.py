@@ -9,6 +9,9 @@ ten classes, as Debian's package dataset-fashion-mnist carries them. None is in 
 * vit: a vision transformer, pre-trained without labels on the training images by SimCLR (Chen et al. 2020,
   arXiv:2002.05709). It is made once, in some minutes of a core, and kept.
 * NAME.toml: a task each, with a head of its own: a probe that is fitted to the base and frozen.
+* clip: a two-tower model, trained on the training images with captions that name the superclass, or the class where it
+  is one of `CAPTIONED`. The other classes' names are words that it has never seen.
+* few-shot.toml: all ten classes by their names in words, from 16 images each.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from typing import Any
 
 import numpy as np
 from corpora import MissingError, from_debian
-from fashion_bases import Images, Labels, vit
+from fashion_bases import Images, Labels, save_two_towers, vit
 from PIL import Image
 
 from lora_lab.files.disk import replacing, write_bytes
@@ -50,6 +53,8 @@ KINDS = ("top", "trousers", "top", "dress", "top", "shoe", "top", "shoe", "bag",
 """The class's superclass."""
 HALVES = (0, 0, 1, 1, 0, 0, 1, 1, 1, 0)
 """An arbitrary halving, across what looks alike."""
+
+CAPTIONED = ("T-shirt", "trousers", "dress", "sandal", "bag")
 
 Column = Callable[[Labels, Labels], list[Any]]
 """(Classes, quarter turns) → a column of labels."""
@@ -88,7 +93,11 @@ TASKS = {
 """Name → folder of images, column of labels, what is asked."""
 
 
-def build(folder: Path, fetch: Callable[[Path], Path], *, steps: int, batch: int = 256) -> bool:
+STEPS = {"vit": 600, "clip": 300}
+"""Of the bases' trainings."""
+
+
+def build(folder: Path, fetch: Callable[[Path], Path], *, steps: Mapping[str, int] = STEPS, batch: int = 256) -> bool:
     """Write tables, base and task files; False, and a line that says why, where the images cannot be had."""
     try:
         with tempfile.TemporaryDirectory() as place:
@@ -100,8 +109,14 @@ def build(folder: Path, fetch: Callable[[Path], Path], *, steps: int, batch: int
     tables(folder, train, test)
     for name in TASKS:
         write_bytes(folder / f"{name}.toml", task_file(name).encode())
-    print(f"{folder}: {len(TASKS)} tasks, {', '.join(f'{size} {split}' for split, size in SIZES.items())} images each")
-    kept(folder / "vit", lambda place: vit(train[0], steps, batch).save_pretrained(place))
+    write_bytes(folder / "few-shot.toml", few_shot().encode())
+    print(
+        f"{folder}: {len(TASKS) + 1} tasks, {', '.join(f'{size} {split}' for split, size in SIZES.items())} images each"
+    )
+    kept(folder / "vit", lambda place: vit(train[0], steps["vit"], batch).save_pretrained(place))
+    names = [{name, kind} if name in CAPTIONED else {kind} for name, kind in zip(CLASSES, KINDS, strict=True)]
+    captions = [sorted(each) for each in names]
+    kept(folder / "clip", lambda place: save_two_towers(place, *train, captions, CLASSES, steps["clip"], batch))
     return True
 
 
@@ -181,6 +196,27 @@ def task_file(name: str) -> str:
         "batch_size": 32,
         "steps": 200,
     }
+    return written(name, about, keys, folder)
+
+
+def few_shot() -> str:
+    """The TOML file of the two-tower model's task: adapters on q, k and v of both encoders, as in the paper of CoTo."""
+    keys = {
+        "kind": "clip",
+        "base": "clip",
+        "label": "class",
+        "prompt": "a photo of a {}",
+        "shots": 16,
+        "rank": 2,
+        "learning_rate": 3e-3,
+        "batch_size": 32,
+        "steps": 200,
+    }
+    return written("few-shot", "which of the ten classes, from 16 images of each", keys, "upright")
+
+
+def written(name: str, about: str, keys: Mapping[str, Any], folder: str) -> str:
+    """A task file of these keys on the tables of a folder."""
     lines = [f"# Fashion-MNIST: {about}. Written by `make data`: lora-lab train --task {name}.toml"]
     lines += [f"{key} = {json.dumps(value)}" for key, value in keys.items()]
     lines += ["[data]", *(f'{split} = "{folder}/{split}.parquet"' for split in SIZES)]
@@ -199,4 +235,4 @@ def kept(place: Path, make: Callable[[Path], object]) -> None:
 
 if __name__ == "__main__":
     target = Path(sys.argv[1] if len(sys.argv) > 1 else "data/fashion")
-    sys.exit(0 if build(target, partial(from_debian, [PACKAGE]), steps=600) else 1)
+    sys.exit(0 if build(target, partial(from_debian, [PACKAGE])) else 1)

@@ -34,7 +34,7 @@ def package(tmp_path):
 @pytest.fixture
 def built(package, tmp_path, capsys):
     folder = tmp_path / "data" / "fashion"
-    assert fashion.build(folder, lambda place: package, steps=2, batch=16)
+    assert fashion.build(folder, lambda place: package, steps={"vit": 2, "clip": 2}, batch=16)
     return folder
 
 
@@ -87,10 +87,10 @@ def test_every_column_says_what_its_task_asks(built):
 
 def test_a_second_run_writes_the_same_and_keeps_the_base(built, package, capsys):
     before = {path: path.read_bytes() for path in built.rglob("*") if path.is_file()}
-    stamp = (built / "vit" / "model.safetensors").stat().st_mtime_ns
-    assert fashion.build(built, lambda place: package, steps=3, batch=16)
+    stamps = [(built / base / "model.safetensors").stat().st_mtime_ns for base in ("vit", "clip")]
+    assert fashion.build(built, lambda place: package, steps={"vit": 3, "clip": 3}, batch=16)
     assert {path: path.read_bytes() for path in built.rglob("*") if path.is_file()} == before
-    assert (built / "vit" / "model.safetensors").stat().st_mtime_ns == stamp
+    assert [(built / base / "model.safetensors").stat().st_mtime_ns for base in ("vit", "clip")] == stamps
     assert "vit: there already, and kept" in capsys.readouterr().out
 
 
@@ -138,15 +138,30 @@ def test_every_task_file_loads_and_has_a_probe_of_its_own(built, monkeypatch, tm
     assert model.classifier.weight.abs().sum() > 0
 
 
+def test_the_two_tower_model_knows_words_but_only_captions_were_trained(built):
+    task = tasks.from_name(str(built / "few-shot.toml"))
+    assert task.classes == sorted(fashion.CLASSES)
+    assert len(task.split("train")) == 64  # there are no 16 of a class here
+    tokens = task.tokenizer(["a photo of a ankle boot", "a photo of a boat"])["input_ids"]
+    assert len(set(tokens[0])) == len(tokens[0]) - 1 == 7  # no unknown word, "a" twice, both ends
+    assert 1 in tokens[1]
+    assert 1 not in tokens[0]
+    model = task.build_model()
+    # the text tower reads a prompt at its end: another class is another vector, the padding after it none
+    logits = model(task.split("test").inputs["pixel_values"]).logits
+    assert logits.shape == (40, 10)
+    assert logits.std(1).min() > 0
+
+
 def test_what_is_no_such_package_is_told_in_a_line(package, tmp_path, capsys):
     (file,) = package.rglob("t10k-labels-*")
     for content in (b"no gzip", gzip.compress(b"\x00\x00\x08\x03\x00"), packed(np.arange(39) % 10)):
         file.write_bytes(content)
-        assert not fashion.build(tmp_path / "out", lambda place: package, steps=1)
+        assert not fashion.build(tmp_path / "out", lambda place: package)
         said = capsys.readouterr().out
         assert said.startswith(f"{tmp_path / 'out'}: not built, dataset-fashion-mnist cannot be had (")
         assert said.count("\n") == 1
     file.unlink()
-    assert not fashion.build(tmp_path / "out", lambda place: package, steps=1)
+    assert not fashion.build(tmp_path / "out", lambda place: package)
     assert "(0 files t10k-labels-idx1-ubyte.gz in it)" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
