@@ -194,7 +194,7 @@ def task_file(name: str) -> str:
         "rank": 4,
         "learning_rate": 3e-3,
         "batch_size": 32,
-        "steps": 200,
+        "steps": 150,
     }
     return written(name, about, keys, folder)
 
