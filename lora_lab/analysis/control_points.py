@@ -11,6 +11,7 @@ was killed goes on from its last checkpoint with the same numbers.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -24,17 +25,17 @@ import torch
 from torch import Tensor
 
 from lora_lab import files
-from lora_lab.adapters.adapter import Adapter, stored
-from lora_lab.adapters.attached import Attached
-from lora_lab.adapters.lowrank import LowRank
+from lora_lab.adapters.adapter import Adapter
+from lora_lab.analysis.control_factors import ControlFactors
 from lora_lab.brief import Brief
 from lora_lab.errors import DivergedError, FileError, LoraLabWarning, TaskError
 from lora_lab.files.trust import Origin
 from lora_lab.merging.paths import SPACES, Paths
 from lora_lab.registry import Registry
 from lora_lab.results.result import fingerprint
-from lora_lab.scoring.examples import Examples, examples_of
+from lora_lab.scoring.examples import Examples, TaskSpec, detached, examples_of
 from lora_lab.scoring.models import TaskModels
+from lora_lab.scoring.worker import report, telling
 from lora_lab.tasks.task import Task
 from lora_lab.training.trainer import Batches, training_mode
 
@@ -106,8 +107,8 @@ class ControlTraining:
         self.ends, self.how, self.task = ends, how, task
         self._start = _midpoint(ends, how)
         self._models = TaskModels([ends[0], self._start, ends[1]], [task] * 3, device)
-        self._shape, self._space = CURVES[how.shape], SPACES[how.space]
-        self._points = _Points(ends, self._start, device)
+        self._shape = CURVES[how.shape]
+        self._points = ControlFactors(ends, self._start, device, summed=SPACES[how.space].needs_factors)
         self._orders: dict[int, list[int]] = {}
 
     @cached_property
@@ -157,9 +158,8 @@ class ControlTraining:
         torch.manual_seed(int(generator.integers(2**63)))  # of the base's own dropout
         weights = self._shape.weights(float(generator.random()))
         optimizer.param_groups[0]["lr"] = how.learning_rate * _rate(step, how.steps)
-        mixed = self._points.mixed(self._space.mix, weights)
-        for tensor, place in zip(mixed, live, strict=True):
-            place.data, place.grad = tensor.detach(), None
+        for tensor, place in zip(self._points.mixed(weights), live, strict=True):
+            place.data, place.grad = tensor, None
             place.requires_grad_(True)
         loss = _loss_of(model(**self._batch(step)), self.task)
         if not torch.isfinite(loss):
@@ -167,9 +167,7 @@ class ControlTraining:
                 f"the control point diverged: loss {loss.item()} at step {step}; lower the learning rate"
             )
         loss.backward()
-        reached = [(tensor, place.grad) for tensor, place in zip(mixed, live, strict=True) if place.grad is not None]
-        optimizer.zero_grad()
-        torch.autograd.backward([tensor for tensor, _ in reached], [gradient for _, gradient in reached])
+        self._points.take_gradients([place.grad for place in live], weights)
         torch.nn.utils.clip_grad_norm_(self._points.leaves, _CLIP)
         optimizer.step()
         return float(loss.detach())
@@ -197,8 +195,7 @@ class ControlTraining:
         found = []
         with torch.no_grad():
             for t in CHECKED:
-                mixed = self._points.mixed(self._space.mix, self._shape.weights(t))
-                for tensor, place in zip(mixed, live, strict=True):
+                for tensor, place in zip(self._points.mixed(self._shape.weights(t)), live, strict=True):
                     place.data = tensor
                     place.requires_grad_(False)
                 found.append(self._models.score(self._models.attached.model, Examples("validation")).mean_loss)
@@ -223,57 +220,6 @@ class ControlTraining:
         }
         source = f"{how.shape}-{how.space}"
         return dataclasses.replace(adapter, record=record, source=source, origin=Origin(own=True))
-
-
-class _Points:
-    """The factors of both ends and of the control point on a device; gradients are taken of the latter."""
-
-    def __init__(self, ends: Sequence[Adapter], start: Adapter, device: torch.device) -> None:
-        self._start = start
-        self._modules = list(start.sites)
-        self._others = [key for key in start.others if start.tensors[key].is_floating_point()]
-        self._fan = bool(start.config.get("fan_in_fan_out"))
-        a, c, b = (
-            {name: _on(each.updates[name], device) for name in self._modules} for each in (ends[0], start, ends[1])
-        )
-        self._factors = [(a[name], c[name], b[name]) for name in self._modules]
-        self._whole = [
-            tuple(each.tensors[key].to(device).clone() for each in (ends[0], start, ends[1])) for key in self._others
-        ]
-        self.leaves = [factor for _, each, _ in self._factors for factor in (each.A, each.B)]
-        self.leaves += [each for _, each, _ in self._whole]
-        for leaf in self.leaves:
-            leaf.requires_grad_(True)
-
-    def mixed(self, mix: Callable[..., LowRank], weights: Sequence[float]) -> list[Tensor]:
-        """What the model is given at these weights, in the order of `live`; gradients go to the leaves."""
-        found: list[Tensor] = []
-        for name, updates in zip(self._modules, self._factors, strict=True):
-            found += stored(mix(updates, weights), self._start.sites[name].kind, self._fan)
-        for tensors in self._whole:
-            found.append(torch.stack([w * tensor for w, tensor in zip(weights, tensors, strict=True)]).sum(0))
-        return found
-
-    def live(self, attached: Attached, start: Adapter) -> list[Tensor]:
-        """The model's own tensors that `mixed` is for, with the control point as it starts in their place."""
-        attached.set(start)
-        keys = [key for name in self._modules for key in start.sites[name].keys.values()]
-        return attached.live([*keys, *self._others])
-
-    def adapter(self, leaves: Sequence[Tensor]) -> Adapter:
-        """The adapter with these values of the leaves."""
-        values = [leaf.detach().cpu() for leaf in leaves]
-        updates = {
-            name: LowRank(values[2 * i], values[2 * i + 1], self._factors[i][1].shape)
-            for i, name in enumerate(self._modules)
-        }
-        made = self._start.with_updates(updates, source=self._start.source)
-        whole = dict(zip(self._others, values[2 * len(self._modules) :], strict=True))
-        return dataclasses.replace(made, tensors={**made.tensors, **whole})
-
-
-def _on(update: LowRank, device: torch.device) -> LowRank:
-    return LowRank(update.A.to(device).clone(), update.B.to(device).clone(), update.shape)
 
 
 @dataclass(repr=False)
@@ -335,6 +281,52 @@ class _State(Brief):
             reason = str(error)
         warnings.warn(f"{path}: not used ({reason}); the training starts again", LoraLabWarning, stacklevel=4)
         return fresh
+
+
+@dataclass(frozen=True, repr=False)
+class ControlTrainings(Brief):
+    """Trains control points in a worker, each by its key; checkpoints lie where they are trained."""
+
+    ends: Mapping[Any, Sequence[Adapter]]
+    how: Mapping[Any, Training]
+    task: TaskSpec
+    examples: Sequence[Examples]
+    """Of the driver's machine."""
+    device: str
+    folder: Path | None
+
+    @classmethod
+    def of(
+        cls,
+        ends: Mapping[Any, Sequence[Adapter]],
+        how: Mapping[Any, Training],
+        task: Task,
+        device: str,
+        folder: Path | None,
+    ) -> ControlTrainings:
+        """OptionError for a task that cannot be built again in a worker."""
+        sent = {key: [detached(end) for end in pair] for key, pair in ends.items()}
+        examples = [Examples.of(task, split) for split in ("train", "validation")]
+        return cls(sent, how, TaskSpec.of(task), examples, device, folder)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What is trained, hashed."""
+        ends = [end.identity for pair in self.ends.values() for end in pair]
+        how = [dataclasses.asdict(each) for each in self.how.values()]
+        return fingerprint(["controls", ends, how, self.task.record, self.device, str(self.folder)])
+
+    def __call__(self) -> Callable[[Any], tuple[Control, list[Warning]]]:
+        """What trains the control point of a key, and has the warnings told by the driver."""
+        task = self.task.task()
+        for examples in self.examples:
+            examples.of_task(task)  # the same ones, or it says so
+
+        def train(key: Any) -> tuple[Control, list[Warning]]:
+            training = ControlTraining(self.ends[key], self.how[key], task, torch.device(self.device))
+            return telling(functools.partial(training.train, self.folder, report))
+
+        return train
 
 
 def _midpoint(ends: Sequence[Adapter], how: Training) -> Adapter:

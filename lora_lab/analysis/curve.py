@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +27,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import described
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.analysis.connectivity import BARRIERS
-from lora_lab.analysis.control_points import CHECKED, CURVES, Control, ControlTraining, Training
+from lora_lab.analysis.control_points import CHECKED, CURVES, Control, ControlTraining, ControlTrainings, Training
 from lora_lab.analysis.landscape import Curve
 from lora_lab.analysis.measured import Measured, require
 from lora_lab.analysis.points import LineModels, MixPoint
@@ -217,18 +218,26 @@ def _trained(
     task: Task,
     on: Execution,
 ) -> dict[tuple[str, str], Control]:
-    """The control point of every curve, each from its checkpoint on where there is one."""
-    total, controls = sum(how.steps for how in trainings.values()), {}
-    behind = 0
-    for (space, shape), how in trainings.items():
-        training = ControlTraining(ends[space], how, task, on.place())
-        controls[space, shape] = training.train(on.cache, partial(_report, on, behind, total))
-        behind += how.steps
-    return controls
+    """The control point of every curve, each from its checkpoint on where there is one; side by side in workers."""
+    done, total = dict.fromkeys(trainings, 0), sum(how.steps for how in trainings.values())
 
+    def hear(key: tuple[str, str], steps: int, _: int) -> None:
+        done[key] = steps
+        on.report(sum(done.values()), total)
 
-def _report(on: Execution, behind: int, total: int, done: int, _: int) -> None:
-    on.report(behind + done, total)
+    device, pairs = on.place(), {key: ends[key[0]] for key in trainings}
+    if on.workers:
+        setup = ControlTrainings.of(pairs, trainings, task, str(device), on.cache)
+        controls = {}
+        for key, (control, told) in zip(trainings, on.workers.map(setup, list(trainings), None, hear), strict=True):
+            controls[key] = control
+            for warning in told:
+                warnings.warn(warning, stacklevel=2)
+        return controls
+    return {
+        key: ControlTraining(pairs[key], how, task, device).train(on.cache, partial(hear, key))
+        for key, how in trainings.items()
+    }
 
 
 class _Given:

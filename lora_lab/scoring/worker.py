@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import pickle
 import traceback
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
-from lora_lab.errors import LoraLabError
+from lora_lab.errors import LoraLabError, LoraLabNote, LoraLabWarning
 from lora_lab.results.result import versions
 
 Item = TypeVar("Item", contravariant=True)
@@ -123,6 +124,15 @@ def listen(listener: Callable[[Reply], None]) -> None:
     """What is reported in this process goes there."""
     global _listener
     _listener = listener
+
+
+def telling(work: Callable[[], Output]) -> tuple[Output, list[Warning]]:
+    """What work in a worker gives, and what the project had to tell meanwhile, for the driver to tell."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = work()
+    messages = [each.message for each in caught if issubclass(each.category, LoraLabWarning | LoraLabNote)]
+    return found, [message for message in messages if isinstance(message, Warning)]
 
 
 def report(done: int, total: int) -> None:

@@ -15,7 +15,7 @@ from lora_lab.errors import DivergedError, FileError, LoraLabError, LoraLabNote,
 from lora_lab.files.disk import refuse_existing
 from lora_lab.files.trust import recordable
 from lora_lab.results.result import Result, fingerprint, finite, provenance
-from lora_lab.scoring.worker import report
+from lora_lab.scoring.worker import report, telling
 from lora_lab.scoring.workers import Workers, open_workers
 
 if TYPE_CHECKING:
@@ -234,11 +234,8 @@ class _Trainer:
         return self._train
 
     def _train(self, job: Job) -> Trained:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            adapter, log = _trained(job, report)
-        told = [each.message for each in caught if issubclass(each.category, LoraLabWarning | LoraLabNote)]
-        return adapter, log, [message for message in told if isinstance(message, Warning)]
+        (adapter, log), told = telling(partial(_trained, job, report))
+        return adapter, log, told
 
 
 def _trained(job: Job, progress: Progress | None) -> tuple[Adapter | None, Result]:

@@ -9,11 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from making_adapters import random_adapter
 from peft import LoraConfig
+from peft_models import quiet_embeddings
+from transformers.pytorch_utils import Conv1D
 
-from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.adapter import Adapter, stored
 from lora_lab.adapters.attached import attach
 from lora_lab.analysis.connectivity import BARRIERS
-from lora_lab.analysis.control_points import CURVES, ControlTraining, Training
+from lora_lab.analysis.control_factors import ControlFactors
+from lora_lab.analysis.control_points import CURVES, ControlTraining, Training, _midpoint
 from lora_lab.analysis.curve import CURVE_SPACES, _ends, _mean_over, arc_shares
 from lora_lab.analysis.landscape import Curve
 from lora_lab.analysis.points import MixPoint
@@ -21,6 +24,8 @@ from lora_lab.errors import FileError, LoraLabWarning, MismatchError, OptionErro
 from lora_lab.merging.paths import SPACES, Paths
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.execution import Execution
+from lora_lab.scoring.workers import open_workers
+from lora_lab.tasks.kinds import digits
 from lora_lab.tasks.kinds.digits import Digits
 
 pytestmark = pytest.mark.usefixtures("few_digits")
@@ -106,6 +111,86 @@ def test_gradients_reach_the_control_point_through_the_mixture(pair, space):
             A, B = weights[1] * A, weights[1] * B
         assert torch.allclose(caught[i], A, atol=1e-6, rtol=1e-4)
         assert torch.allclose(caught[i + 1], B, atol=1e-6, rtol=1e-4)
+
+
+class Mixed(torch.nn.Module):
+    """A layer of every layout that factors are stored in, and one without factors."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = torch.nn.Embedding(7, 5)
+        self.picture = torch.nn.Conv2d(3, 4, 2)
+        self.turned = Conv1D(6, 5)
+        self.head = torch.nn.Linear(6, 2)
+
+    def build_model(self):
+        return Mixed()
+
+
+@pytest.mark.parametrize("space", ["delta", "factors"])
+def test_every_layout_is_mixed_as_the_space_says_and_gives_its_gradients_back(tmp_path, space):
+    config = {"r": 2, "target_modules": ["words", "picture", "turned"], "modules_to_save": ["head"]}
+    config |= {"fan_in_fan_out": True}
+    with quiet_embeddings():
+        ends = [random_adapter(Mixed(), tmp_path / str(i), LoraConfig(**config), seed=i, scale=1.0) for i in (0, 1)]
+    start, weights = _midpoint(ends, how(space=space)), (0.3, 0.6, 0.1)
+    points = ControlFactors(ends, start, CPU, summed=SPACES[space].needs_factors)
+    names, whole = list(start.sites), [key for key in start.others if "head" in key]
+    assert {start.sites[name].kind for name in names} == {"embedding", "conv2d", "linear"}
+    assert len(whole) == 2
+    # the same by the space's own function, which gradients find their way through
+    leaves, expected = [], []
+    for name in names:
+        a, c, b = (each.updates[name] for each in (ends[0], start, ends[1]))
+        c = replace(c, A=c.A.clone().requires_grad_(), B=c.B.clone().requires_grad_())
+        leaves += [c.A, c.B]
+        expected += stored(SPACES[space].mix([a, c, b], weights), start.sites[name].kind, True)
+    for key in whole:
+        a, c, b = (each.tensors[key] for each in (ends[0], start, ends[1]))
+        leaves.append(c.clone().requires_grad_())
+        expected.append(weights[0] * a + weights[1] * leaves[-1] + weights[2] * b)
+    mixed = points.mixed(weights)
+    gradients = [torch.randn_like(tensor) for tensor in mixed]
+    for tensor, wanted in zip(mixed, expected, strict=True):
+        assert torch.allclose(tensor, wanted, atol=1e-6)
+    torch.autograd.backward(expected, gradients)
+    points.take_gradients(gradients, weights)
+    for leaf, wanted in zip(points.leaves, leaves, strict=True):
+        assert torch.allclose(leaf.grad, wanted.grad, atol=1e-6)
+    points.take_gradients([None] * len(gradients), weights)
+    assert all(leaf.grad is None for leaf in points.leaves)
+
+
+@pytest.mark.usefixtures("forked_workers")
+def test_control_points_are_trained_by_workers_bit_for_bit_as_here(pair, few_digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(digits, "images", few_digits)  # which the workers have, too
+    question = Curve(points=3, steps=2, checks=1, batch_size=8, split="validation", spaces=("delta", "factors"))
+    question = replace(question, shapes=("bezier",))
+    steps = []
+    alone = question.run(pair, TASK, folder=tmp_path)
+    monkeypatch.setattr(ControlTraining, "train", lambda *_: pytest.fail("trained in the driver"))
+    (tmp_path / "there").mkdir()
+    with open_workers(2, device="cpu") as workers:
+        on = Execution(workers=workers, progress=lambda done, total: steps.append((done, total)))
+        there = question.run(pair, TASK, on, folder=tmp_path / "there")
+    assert there.summary["controls"] == alone.summary["controls"]
+    assert there.columns == alone.columns
+    assert (4, 4) in steps
+    for name in ("curve-bezier-delta", "curve-bezier-factors"):
+        one, other = (Adapter.load(folder / f"{name}.safetensors") for folder in (tmp_path, tmp_path / "there"))
+        assert all(torch.equal(one.tensors[key], other.tensors[key]) for key in one.tensors)
+
+
+@pytest.mark.usefixtures("forked_workers")
+def test_a_damaged_checkpoint_that_a_worker_finds_is_told_here(pair, few_digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(digits, "images", few_digits)
+    (tmp_path / f"control-{ControlTraining(pair, how(), TASK, CPU).run}.safetensors").write_bytes(b"nothing")
+    question = Curve(points=3, steps=8, checks=4, batch_size=8, learning_rate=1e-2, shapes=("bezier",))
+    with (
+        open_workers(1, device="cpu") as workers,
+        pytest.warns(LoraLabWarning, match="starts again"),
+    ):
+        replace(question, spaces=("factors",)).run(pair, TASK, Execution(workers=workers, cache=tmp_path))
 
 
 @pytest.mark.parametrize(("space", "rank", "expected"), [("delta", None, 4), ("delta", 3, 3), ("factors", None, 2)])
