@@ -12,11 +12,13 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from bench_commands import bench_commands
+from bench_curves import steps_of_a_curve
 from bench_estimators import bench_estimators
 from bench_merging import bench_merging
 from bench_workers import bench_workers
@@ -143,8 +145,7 @@ def report(name: str, wanted: str, found: tuple[float, float, float]) -> None:
 def bench_curves(repeats: int, folder: Any) -> None:
     """An 11-point curve against bare forward passes, and against PEFT's own way."""
     task = Digits("relabel")
-    recipe = Recipe(method="lora", steps=30)
-    adapters = [train(task, Recipe(method="lora", seed=s, steps=recipe.steps))[0] for s in (0, 1)]
+    adapters = [train(task, Recipe(method="lora", seed=s, steps=30))[0] for s in (0, 1)]
     folders = [adapter.save(folder / str(i)) for i, adapter in enumerate(adapters)]
     batches = task.batches("test", torch.device("cpu"))
 
@@ -168,12 +169,14 @@ def bench_curves(repeats: int, folder: Any) -> None:
             return cpu(lambda: scored(Evaluator(given, task, build=LineModels), points, ()))
 
         with attach(task.build_model(), adapters[0]) as attached:
-            # as many columns as most points have
-            attached.set(Paths(given).mix(places[4], space))
+            attached.set(Paths(given).mix(places[4], space))  # as many columns as most points have
             model = attached.model
             bare(model)
             found = side_by_side(ours, lambda model=model: cpu(lambda: bare(model)), repeats)
         report(f"{what} / 11 bare forward passes", "at most 1.15", found)
+    for space in ("factors", "delta"):
+        timed = [functools.partial(cpu, steps) for steps in steps_of_a_curve(adapters, task, space)]
+        report(f"training a curve ({space}) / the same model", "at most 1.15", side_by_side(*timed, repeats))
 
     points = [MixPoint(w, "delta") for w in weights]
     found = side_by_side(
@@ -366,11 +369,12 @@ BENCHES = ("curves", "training", "sharing", "estimators", "merging", "models", "
 def main() -> None:
     """Print the table."""
     import tempfile
-    from pathlib import Path
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", choices=BENCHES)
+    parser.add_argument("--keep", type=Path, help="folder for the large games of `estimators`, half an hour's")
+    parser.add_argument("--data", type=Path, help="what `make data` wrote, for the games of MiniLM")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -381,7 +385,7 @@ def main() -> None:
             "curves": lambda: bench_curves(chosen.repeats, folder),
             "training": lambda: bench_training(chosen.repeats),
             "sharing": lambda: bench_sharing(chosen.repeats, folder),
-            "estimators": bench_estimators,
+            "estimators": lambda: bench_estimators(folder, chosen.keep, chosen.data),
             "merging": bench_merging,
             "models": lambda: bench_models(chosen.repeats, folder),
             "arithmetic": lambda: bench_arithmetic(chosen.repeats, folder),
