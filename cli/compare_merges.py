@@ -32,10 +32,11 @@ def command(
 
     For comparison: the base alone, each task's own adapter (**alone**: what routing without errors gives), and the
     ensemble, which averages the adapters' logits: no merge at all, at the cost of all of them. The last column compares
-    every merge with the first one, by paired differences and Holm's correction; what may be chance cannot be told.
+    every merge with the first one, or the one `--against` names, by paired differences and Holm's correction; what may
+    be chance cannot be told.
     `--nulls spectrum` merges with adapters of the same norms and random directions in the place of the others (does
     what the others learnt help?) and of all (does what was learnt matter?): a p-value from 20 draws on, each of which
-    costs as much as the merge. `lora-lab merge --methods` lists the merges.
+    costs as much as the merge, with `--quick-nulls` a tenth. `lora-lab merge --methods` lists the merges.
 
     Example:  lora-lab compare-merges a.safetensors b.safetensors c.safetensors --methods average,ties --nulls spectrum
     """
@@ -140,6 +141,10 @@ def _show_nulls(result: Any, methods: list[Any]) -> None:
         rows.append(cells)
     console.print()
     table("What is kept with nulls in the place of adapters", headings, rows, texts=3)
+    if result.parameters.get("quick_nulls"):
+        console.print(
+            "nulls at the adapters' coefficients, which favours the adapters: p-values of being above are low"
+        )
     for why in dict.fromkeys(row["why"] for row in nulls if row["why"]):
         console.print(f"no p-value: {why}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -93,7 +93,7 @@ class Trial:
     """What a merge of a set came to."""
 
     curve: Mapping[str, Any]
-    """Means over the tasks at every coefficient, on the validation splits."""
+    """Means over the tasks at every coefficient, on the validation splits (those of the adapters, if it has theirs)."""
     best: float
     """The coefficient that they choose."""
     tested: Mapping[float, SetScores]
@@ -104,8 +104,8 @@ class Trial:
 class CoefficientSearch:
     """A merge of a set at every coefficient on the validation splits, then the best one and 1 on the other split.
 
-    With a draw of nulls it is the same in all but the score at 1. Asks for scores, so that a worker can do it
-    beforehand; raises one of CANNOT where the method cannot merge the set.
+    With a draw of nulls it is the same in all but the score at 1, or takes the adapters' coefficient. Asks for scores,
+    so that a worker can do it beforehand; raises one of CANNOT where the method cannot merge the set.
     """
 
     merge_set: MergeSet
@@ -114,10 +114,14 @@ class CoefficientSearch:
     draw: Draw | None = None
     metric: tuple[str, ...] = ()
     """By which the tasks are judged (see `Judge`)."""
+    quick: bool = False
+    """Whether a draw of nulls takes the coefficient that the adapters choose."""
 
     def evaluations(self, evaluator: Evaluator) -> int:
         """How many scores it asks for at most: all coefficients on validation splits, one or two on the other."""
         count = sum(map(len, self._groups(evaluator)))
+        if self._follows:
+            return count
         return (len(self.coefficients) + (2 if self.draw is None else 1)) * count
 
     def changes(self, evaluator: Evaluator) -> Iterator[tuple[str, Change]]:
@@ -125,9 +129,14 @@ class CoefficientSearch:
         yield from (("validation", Alone(i)) for i in self.merge_set.members)
         for split in ("validation", evaluator.split):
             yield from ((split, change) for change in self._all(evaluator))
+        if self._follows:
+            yield from self._of_adapters.changes(evaluator)
 
     def __call__(self, evaluator: Evaluator) -> Trial:
         """Choose the coefficient, and score it."""
+        if self._follows:
+            trial = self._of_adapters(evaluator)
+            return replace(trial, tested={trial.best: self._scores(evaluator, trial.best, evaluator.split)})
         evaluator.scores(self._all(evaluator), "validation")
         tried = {c: self._scores(evaluator, c, "validation") for c in self.coefficients}
         own = alone(evaluator, self.merge_set, "validation")
@@ -135,6 +144,15 @@ class CoefficientSearch:
         best = _best(curve["coefficient"], judged, curve["loss"])
         tested = dict.fromkeys((best, 1.0) if self.draw is None else (best,))
         return Trial(curve, best, {c: self._scores(evaluator, c, evaluator.split) for c in tested})
+
+    @property
+    def _follows(self) -> bool:
+        """Whether it has the coefficient of the adapters."""
+        return self.quick and self.draw is not None
+
+    @property
+    def _of_adapters(self) -> CoefficientSearch:
+        return replace(self, draw=None)
 
     def _groups(self, evaluator: Evaluator) -> list[list[int]]:
         """For each place, the members on whose tasks a merge of their own is scored."""

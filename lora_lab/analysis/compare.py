@@ -34,7 +34,7 @@ from lora_lab.analysis.coefficients import (
 )
 from lora_lab.analysis.measured import told
 from lora_lab.analysis.merge_rows import by_method, by_task, measured, signed
-from lora_lab.analysis.merge_sets import MergeSet, MergeSpec, joined, merge_sets_of, specs_of, tried
+from lora_lab.analysis.merge_sets import MergeSet, MergeSpec, joined, merge_sets_of, reference_of, specs_of, tried
 from lora_lab.analysis.merge_verdicts import Group, NullScores, Outcomes, null_rows
 from lora_lab.analysis.merges import CompareMerges as CompareMerges
 from lora_lab.errors import LoraLabError, OptionError
@@ -69,7 +69,7 @@ def answer(
     began = time.perf_counter()
     specs, stands_for = joined(specs_of(question.methods, question.options, question.ranks))
     merge_sets = merge_sets_of(adapters, tasks, question.ratios)
-    specs = tried(specs, merge_sets, stands_for)
+    specs, reference = tried(specs, merge_sets, stands_for), reference_of(question.against, specs, stands_for)
     evaluator = Evaluator(
         adapters,
         tasks,
@@ -83,7 +83,7 @@ def answer(
     for rank in question.ranks:
         check_rank(evaluator.models.sources, None if rank == EXACT else rank)
     searches = _searches(question, evaluator, merge_sets, specs)
-    table = _Table(evaluator, question, specs[0].name)
+    table = _Table(evaluator, question, reference)
     for merge_set, of_set in zip(merge_sets, searches, strict=True):
         table.add(merge_set, of_set)
     if not table.merged:
@@ -94,7 +94,7 @@ def answer(
         "one_task": merge_sets[0].ratio is not None,
         "merges": [spec.name for spec in specs],
         "stands_for": stands_for,
-        "reference": specs[0].name,
+        "reference": reference,
         "metrics": table.told,
         **{name: value for name, value in question.record.items() if name != "methods"},
         "adapters": [{**described(a), "name": name} for a, name in zip(adapters, table.names, strict=True)],
@@ -130,7 +130,7 @@ def _searches(
     several = [merge_set for merge_set in merge_sets if len(merge_set.members) > 1]
     grid, draws = [*question.coefficients, 1.0], [None, *_draws(question)]
     searches = [
-        CoefficientSearch(merge_set, spec, spec.coefficients(grid), draw, question.metric)
+        CoefficientSearch(merge_set, spec, spec.coefficients(grid), draw, question.metric, question.quick_nulls)
         for merge_set in several
         for spec in specs
         for draw in draws
@@ -147,9 +147,13 @@ def _searches(
     for of_set in together:
         with contextlib.suppress(*CANNOT):  # told by the table, which asks again
             evaluator.scores(of_set)
-    errors: Sequence[LoraLabError | None] = [None] * len(searches)
-    if evaluator.on.workers:
-        errors = evaluator.prepare([(search, search.changes(evaluator)) for search in searches], CANNOT)
+    errors: list[LoraLabError | None] = [None] * len(searches)
+    drawn = [search.draw is not None for search in searches]
+    for nulls in (False, True) if evaluator.on.workers else ():  # which may hang on what the adapters chose
+        places = [i for i, is_null in enumerate(drawn) if is_null is nulls]
+        works = [(searches[i], searches[i].changes(evaluator)) for i in places]
+        for i, error in zip(places, evaluator.prepare(works, CANNOT), strict=True):
+            errors[i] = error
     told, count = iter(zip(searches, errors, strict=True)), len(specs) * len(draws)
     return [list(itertools.islice(told, count * (merge_set in several))) for merge_set in merge_sets]
 

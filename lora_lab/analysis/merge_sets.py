@@ -13,7 +13,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import labels_of
 from lora_lab.adapters.renames import require_shared_modules
 from lora_lab.analysis.questions import in_words
-from lora_lab.errors import MismatchError, OptionError, shorten
+from lora_lab.errors import MismatchError, OptionError, shorten, unknown
 from lora_lab.merging.budgets import EXACT, Rank
 from lora_lab.merging.methods import MERGES, check
 from lora_lab.results.result import fingerprint
@@ -84,6 +84,19 @@ def joined(specs: Sequence[MergeSpec]) -> tuple[list[MergeSpec], dict[str, list[
             stands_for[same[0].name] = [spec.method for spec in same[1:]]
             left_out += same[1:]
     return [spec for spec in specs if spec not in left_out], stands_for
+
+
+def reference_of(against: str | None, specs: Sequence[MergeSpec], stands_for: Mapping[str, Sequence[str]]) -> str:
+    """The merge that the others are compared with: the first, or the one of that name or that stands for it."""
+    if against is None:
+        return specs[0].name
+    names = {spec.name: spec.name for spec in specs}
+    for name, others in stands_for.items():
+        for other in others:
+            names.setdefault(other, name)  # at the first rank
+    if against not in names:
+        raise unknown("merge to compare with:", against, list(names))
+    return names[against]
 
 
 def tried(

@@ -37,12 +37,13 @@ class CompareMerges(Question):
     summary has the validation curves over the
     coefficients. A method that cannot merge a set is left out, and the summary says why.
 
-    Merges come back at equal rank, so that none is ahead by the size of its file. The first of them is what the others
-    are compared with: paired differences, p-values corrected by Holm. `nulls` are adapters that keep some properties
-    of the real ones and nothing else (see geometry/nulls.py). In the place of the others they ask: does merging with
-    these keep more of an adapter's task than merging with any adapters of their norm, or spectrum? In the place of
-    all: how much of the score has nothing to do with what was learnt? A draw is treated as the real adapters are, its
-    coefficient chosen on the validation splits; 20 and more give a p-value.
+    Merges come back at equal rank, so that none is ahead by the size of its file. The first of them, or the one that
+    `against` names, is what the others are compared with: paired differences, p-values corrected by Holm. `nulls` are
+    adapters that keep some properties of the real ones and nothing else (see geometry/nulls.py). In the place of the
+    others they ask: does merging with these keep more of an adapter's task than merging with any adapters of their
+    norm, or spectrum? In the place of all: how much of the score has nothing to do with what was learnt? A draw is
+    treated as the real adapters are, its coefficient chosen on the validation splits (with `quick_nulls` it takes
+    theirs); 20 and more give a p-value.
     """
 
     kind = "compare-merges"
@@ -83,6 +84,14 @@ class CompareMerges(Question):
         choices=Later("lora_lab.analysis.coefficients", "REPLACED"),
         title="what is replaced",
     )
+    quick_nulls: bool = option(
+        False,
+        "Score draws at the coefficient that the adapters chose, and choose none for each: about a tenth of the work, "
+        "which favours the adapters, so that being below a null is told too rarely and being above it too often.",
+    )
+    against: str | None = option(
+        None, "The merge of the table that all others are compared with, by its name there; by default the first."
+    )
     base_name: str | None = option(None, "Folder or hub id of the base model, for DoRA, HiRA and others.", flag="base")
     split: str = split_option()
     examples: int | None = option(
@@ -114,14 +123,14 @@ class CompareMerges(Question):
 
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise what `run` would raise for these methods and options, before anything is computed."""
-        from lora_lab.analysis.merge_sets import specs_of
+        from lora_lab.analysis.merge_sets import joined, reference_of, specs_of
         from lora_lab.geometry.nulls import require_null
 
         if len(adapters) < 2:
             raise OptionError("a merge needs two adapters or more")
         if not (self.ranks and self.replaced):
             raise OptionError("no rank is given" if not self.ranks else "it is not said what the nulls stand for")
-        specs_of(self.methods, self.options)
+        reference_of(self.against, *joined(specs_of(self.methods, self.options, self.ranks)))
         for adapter in adapters if self.nulls else ():
             for null in self.nulls:
                 require_null(adapter, null)

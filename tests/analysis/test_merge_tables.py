@@ -213,6 +213,50 @@ def test_draws_are_merged_once_for_all_coefficients(adapters, monkeypatch):
     assert len(counted) <= 1 + 2 + 2 * 2 * 2
 
 
+@pytest.mark.parametrize("replaced", ["others", "all"])
+def test_quick_nulls_take_the_coefficient_that_the_adapters_chose(adapters, replaced):
+    """By hand at that coefficient, which the null would not have chosen; and no other one is asked for."""
+    pair, tasks, grid, costs = adapters[:2], tasks_of(adapters[:2]), (0.2, 1.0, 2.0, 30.0), []
+    asked = {"methods": ("ties",), "nulls": ("spectrum",), "draws": 2, "replaced": (replaced,), "coefficients": grid}
+    found = compared(pair, quick_nulls=True, confirm=costs.append, **asked)
+    (curve,) = found.summary["curves"]
+    best = curve["coefficient"][int(np.argmax(curve["normalised"]))]
+    shares = []
+    for draw in range(2):
+        for k, task in enumerate(tasks):
+            given = [
+                a if replaced == "others" and i == k else null_adapter(a, "spectrum", 0, draw, i)
+                for i, a in enumerate(pair)
+            ]
+            merged = merge(Sources(given), "ties", rank="largest").adapter
+            scaled = merged.with_updates({name: best * each for name, each in merged.updates.items()}, source="scaled")
+            shares.append(score(task, scaled).accuracy / score(task, pair[k]).accuracy)
+    (row,) = found.summary["nulls"]
+    assert row["normalised"] == pytest.approx(np.mean(shares))
+    alone = compared(pair, **{**asked, "nulls": ()})
+    assert alone.summary["by_method"] == found.summary["by_method"]
+    assert found.provenance["evaluations"] == alone.provenance["evaluations"] + 2 * 2  # draws × tasks
+    assert costs[0].variants >= found.provenance["evaluations"]
+
+
+def test_all_are_compared_with_the_merge_that_is_named(adapters):
+    methods = {"methods": ("cat", "ties", "average"), "ranks": ("largest", "exact")}
+    first, other = compared(adapters, **methods), compared(adapters, against="ties", **methods)
+    assert (first.parameters["reference"], other.parameters["reference"]) == ("cat", "ties")
+    with_first, with_other = (
+        {row["merge"]: row for row in found.summary["by_method"] if row["category"] != "reference"}
+        for found in (first, other)
+    )
+    assert with_other["cat"]["difference"] == pytest.approx(-with_first["ties"]["difference"])
+    assert with_other["cat"]["p"] == pytest.approx(with_first["ties"]["p"])
+    assert with_other["ties"]["difference"] is None
+    assert with_other["ties (exact)"]["p_holm"] is not None
+    # one that is in the table under another name is found there
+    assert compared(adapters[:2], against="average", **methods).parameters["reference"] == "cat"
+    with pytest.raises(OptionError, match=r"merge to compare with.*'tie'.*did you mean 'ties'"):
+        CompareMerges(against="tie", methods=("cat", "ties")).check(adapters)
+
+
 def test_a_null_that_cannot_be_merged_is_left_out_and_says_why(adapters, monkeypatch):
     def refuse(updates, generator):
         raise MismatchError("not today")
