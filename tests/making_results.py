@@ -112,6 +112,7 @@ def reproduce(names=("midpoint", "barrier", "balance", "time"), tasks=("digits/r
                     "difference_high": value + 0.05,
                     "seeds": 5,
                     "units": 10,
+                    "paired": True,
                     "p_holds": 0.01,
                     "p_fails": 0.9,
                     "verdict": ("holds", "does not hold", "cannot be told")[i % 3],

@@ -33,7 +33,7 @@ from lora_lab.analysis.coefficients import (
     kept_of,
 )
 from lora_lab.analysis.measured import told
-from lora_lab.analysis.merge_rows import by_method, by_task, measured, signed
+from lora_lab.analysis.merge_rows import by_example, by_method, by_task, measured, signed
 from lora_lab.analysis.merge_sets import MergeSet, MergeSpec, joined, merge_sets_of, reference_of, specs_of, tried
 from lora_lab.analysis.merge_verdicts import Group, NullScores, Outcomes, null_rows
 from lora_lab.analysis.merges import CompareMerges as CompareMerges
@@ -43,7 +43,7 @@ from lora_lab.merging.budgets import EXACT, check_rank
 from lora_lab.merging.methods import MERGES
 from lora_lab.merging.task_models import MergeModels
 from lora_lab.results.result import Result, columns, fingerprint, finite
-from lora_lab.results.stats import INTERVALS
+from lora_lab.results.stats import INTERVALS, Floats
 from lora_lab.scoring.changes import Change
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import examples_of
@@ -86,6 +86,7 @@ def answer(
     table = _Table(evaluator, question, reference)
     for merge_set, of_set in zip(merge_sets, searches, strict=True):
         table.add(merge_set, of_set)
+    table.tell(on)
     if not table.merged:
         raise OptionError(f"no method can merge these: {table.skipped[0]['why']}")
     parameters = {
@@ -188,6 +189,7 @@ class _Table:
         """The metrics that the tasks are judged by, each once."""
         self._evaluator, self._question, self._reference = evaluator, question, reference
         self._sets: list[Row] = []
+        self._behind: list[list[Floats]] = []
         self._curves: list[Row] = []
         self._starts: list[Row] = []
         self._outcomes: dict[Group, Outcomes] = {}
@@ -208,6 +210,13 @@ class _Table:
             "skipped": self.skipped,
             "shared_initial_A": self._starts,
         }
+
+    def tell(self, on: Execution) -> None:
+        """What lies behind the rows of the sets, a table for each of their tasks; sets of unlike ones have none."""
+        sizes = {tuple(map(len, each)) for each in self._behind}
+        if on.by_example and len(sizes) == 1:
+            for i, rows in enumerate(zip(*self._behind, strict=True)):
+                on.by_example(f"sets {i}", rows)
 
     def add(self, merge_set: MergeSet, searches: Sequence[tuple[CoefficientSearch, LoraLabError | None]]) -> None:
         """The base, the adapters alone, and of several their ensemble, their merges and those of their nulls."""
@@ -286,6 +295,8 @@ class _Table:
         rows, whole = measured(_head(merge_set, name), who, scores, own, by, self._question.seed)
         self.rows += [{**row, **where} for row in rows]
         self._sets.append({**whole, **where, "at_edge": at_edge})
+        if self._evaluator.on.by_example:
+            self._behind.append(by_example(scores, own, by))
 
 
 def _by_itself(merge_set: MergeSet) -> bool:

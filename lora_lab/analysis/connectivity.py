@@ -63,6 +63,23 @@ class Barrier:
         value, low, high = sampled.largest(lambda L: self(L, t))
         return {"value": value, "low": float(np.maximum(self.least, low)), "high": high}
 
+    def by_example(self, measured: Measured, line: Sequence[MixPoint], metric: str, t: Floats) -> Floats:
+        """Numbers of the examples that vary as its value does: what moving the means towards each of them does to it.
+
+        d/dh P(m + h(x − m)) at h = 0, with P the row of the profile that is the barrier, m the means of the points and
+        x the examples. Ends of the grid, at which a barrier is 0 whatever the examples are, tell nothing of it.
+        """
+        x = measured.influence(line, metric)
+        x = -x if measured.metrics[metric].higher and not self.itself else x
+        m = x.mean(1, keepdims=True)
+        at, rows = self(m, t), (self(m + _STEP * (x - m), t) - self(m, t)) / _STEP
+        varies = np.ptp(rows, axis=1) > _STEP
+        found: Floats = rows[int(np.where(varies, at[:, 0], -np.inf).argmax())]
+        return found
+
+
+_STEP = 1e-6
+"""Of derivatives of profiles, which are linear but for where another end or point becomes the largest."""
 
 BARRIERS = Registry(
     "barrier",
@@ -107,6 +124,9 @@ def answer(question: Interpolate, adapters: Sequence[Adapter], task: Task, on: E
     points = [*itertools.chain(*lines.values()), *(point for _, point in mixtures)]
     lacking = not_defined(task, evaluator.examples) if texts else []
     measured = _measured(question, evaluator, points, texts)
+    if on.by_example:
+        on.by_example("rows", list(measured.influence(points, next(iter(measured.metrics)))))
+        on.by_example("barriers", _behind_barriers(lines, measured, grid))
     rows = [
         {**_who(adapters, pair), "t": float(t), "ratio": None, **_cells(point, measured, paths)}
         for (pair, _), line in lines.items()
@@ -244,6 +264,15 @@ def _summary(
         summary["matrix"] = _matrix(len(adapters), barriers)
         summary["over_pairs"] = _over_pairs(barriers)
     return summary
+
+
+def _behind_barriers(lines: Lines, measured: Measured, grid: Floats) -> list[Floats]:
+    """For each of the summary's barriers, in order."""
+    return [
+        barrier.by_example(measured, line, metric, grid)
+        for line, metric in itertools.product(lines.values(), measured.metrics)
+        for barrier in BARRIERS.values()
+    ]
 
 
 def _shrinkage(factors: Sampled, matched: Sampled, grid: Floats) -> dict[str, float]:

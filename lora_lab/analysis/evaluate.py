@@ -17,6 +17,7 @@ from lora_lab.analysis.measured import cells, told
 from lora_lab.analysis.questions import Evaluate as Evaluate
 from lora_lab.errors import unknown
 from lora_lab.results.result import Result, columns, fingerprint, provenance
+from lora_lab.results.stats import Floats
 from lora_lab.scoring.changes import Change
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import Examples
@@ -61,13 +62,15 @@ def answer(question: Evaluate, adapters: Sequence[Adapter], task: Task | Sequenc
     evaluator.total = len(changes)
     if on.workers:
         evaluator.prepare([(functools.partial(_ask, change), [(split, change)]) for change in changes])
-    rows, metrics = [], _Metrics(question, list(shared.values()))
+    rows, metrics, behind = [], _Metrics(question, list(shared.values())), []
     found = dict(zip(changes, evaluator.scores(changes), strict=True))
     for change, scores in found.items():
         if isinstance(change, OnTexts):
             continue
         on_texts = OnTexts(change.index, texts) if texts and not change.base else None
         adapter, judge = None if change.base else adapters[change.index], of_adapters[change.index]
+        if on.by_example:
+            behind.append(metrics.behind(scores, judge, evaluator.drawn(split).of_task(judge)))
         rows.append(
             {
                 **_described(adapter, judge),
@@ -77,6 +80,8 @@ def answer(question: Evaluate, adapters: Sequence[Adapter], task: Task | Sequenc
             }
         )
     metrics.require(of_adapters)
+    if on.by_example:
+        on.by_example("rows", behind)
     return Result(
         question.kind,
         columns([{**row, **{cell: row.get(cell) for cell in metrics.cells}} for row in rows]),
@@ -139,6 +144,11 @@ class _Metrics:
                 self.told |= told({f"{name}_null": replace(metric, about=about)})
                 found |= cells(f"{name}_null", metric.without(given, seed=seed))
         return found
+
+    def behind(self, scores: Scores, task: Task, examples: Split) -> Floats:
+        """Numbers of the examples behind the first of the metrics."""
+        first = next(iter(self._wanted(task, len(scores)).values()))
+        return first.influence(task.columns(scores, examples))
 
     def beside(self, scores: Scores, task: Task) -> dict[str, float]:
         """What texts beside the task tell of an adapter."""

@@ -55,6 +55,8 @@ class KeepSetScores:
         self._good = np.all([np.isfinite(values).all(1) for values in self._values.values()], axis=0)
         self._full = int(np.flatnonzero(self._size == n)[0])
         self._require()
+        self.by_example: dict[str, list[Floats]] = {"rows": [], "epsilon": []}
+        """Table → for each of its rows numbers of the examples, of rows with several metrics by the first."""
         self._by_size: dict[int, list[int]] = {}
         """Size → the keep-sets with values, without those added to leave each player out once."""
         for i in range(self._sampled):
@@ -218,18 +220,22 @@ class KeepSetScores:
         columns = {each: np.stack([self._columns[i][each] for i in among]) for each in metric.needs}
         bad = sampled(metric, metric.parts(columns), self._seed, worse=True)
         value, low, high = bad.largest(lambda L: L[1:] - L[0])
+        worst = indices[int((bad.means[1:] - bad.means[0]).argmax())]
+        self.by_example["epsilon"].append(self._values[name][worst] - self._values[name][self._full])
         return {
             "family": family,
             "metric": name,
             "value": value,
             "low": low,
             "high": high,
-            "worst_set": self._names[indices[int((bad.means[1:] - bad.means[0]).argmax())]],
+            "worst_set": self._names[worst],
             "sets": len(indices),
             "lower_bound": not whole,
         }
 
     def _interval(self, name: str, values: Floats, by_sets: float) -> dict[str, float]:
+        if name == next(iter(self.metrics)):
+            self.by_example["rows"].append(values)
         first = self.metrics[name].parts(self._columns[self._full])[0]
         return _interval(name, self.metrics[name], first, values, by_sets)
 

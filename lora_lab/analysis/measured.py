@@ -154,6 +154,11 @@ class Measured:
             return None
         return _turned(metric, part)[self._places(changes)].astype(np.float64)
 
+    def influence(self, changes: Sequence[Change], name: str) -> Floats:
+        """Numbers of the examples whose mean is the metric of each model, [models, examples] (`Metric.influence`)."""
+        metric, parts = self.metrics[name], self._parts[name]
+        return np.stack([metric.influence_of([part[i] for part in parts]) for i in self._places(changes)])
+
     def bad(self, changes: Sequence[Change], name: str) -> Floats:
         """How bad these models are, [models], without resamples."""
         metric, parts = self.metrics[name], self._parts[name]

@@ -51,6 +51,21 @@ def measured(
     return [{**dict.fromkeys(names), **row} for row in rows], {**dict.fromkeys(names), **whole}
 
 
+def by_example(scores: SetScores, alone: SetScores, by: Sequence[Judge]) -> list[Floats]:
+    """For each task numbers of its examples that vary as the mean share of the adapters' own does.
+
+    Of a share s/o of a task it is (s(x) − s·o(x)/o) / o, divided by how many tasks there are; nothing of other metrics.
+    """
+    if not all_shares(by):
+        return []
+    found = []
+    for own, scored, judge in zip(alone, scores, by, strict=True):
+        s, o = (judge.outcomes(each).astype(np.float64) for each in (scored, own))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            found.append((s - s.mean() * o / o.mean()) / o.mean() / len(by))
+    return found
+
+
 def _names(name: str) -> tuple[str, str, str]:
     return name, f"{name}_low", f"{name}_high"
 

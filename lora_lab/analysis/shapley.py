@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import described, labels_of, method_of
 from lora_lab.adapters.groups import players
 from lora_lab.adapters.writing import SIGNATURE_KEY
-from lora_lab.analysis import gates
+from lora_lab.analysis import balance, gates
 from lora_lab.analysis.gates import GatedGame
 from lora_lab.analysis.measured import told
 from lora_lab.analysis.questions import Shapley as Shapley
@@ -41,6 +40,7 @@ def answer(question: Shapley, adapters: Sequence[Adapter], task: Task, on: Execu
     began = time.perf_counter()
     rows: list[dict[str, Any]] = []
     summaries: list[dict[str, Any]] = []
+    behind: dict[str, list[Floats]] = {}
     for adapter, label in zip(adapters, labels_of(adapters), strict=True):
         game = _game(question, adapter, task, on)
         if _has_gates(question.estimator):
@@ -50,10 +50,16 @@ def answer(question: Shapley, adapters: Sequence[Adapter], task: Task, on: Execu
             on.confirm(_cost(question, game, estimator) * len(adapters))
         estimate = _estimate(question, game, estimator)
         second = _second_opinion(estimate)
-        rows += _rows(adapter, label, game, estimate, second)
+        of_examples = _of_examples(game, estimate)
+        rows += _rows(adapter, label, game, estimate, second, of_examples)
+        for name, found in balance.behind(estimate.values, of_examples).items() if on.by_example else ():
+            behind.setdefault(name, []).append(found)
         summaries.append(_summary(adapter, label, game, estimate, second))
         if question.order == 2:
             summaries[-1]["interactions"] = _interactions(question, game, whole=_whole(estimator))
+    for name, each in behind.items():
+        if on.by_example and len(each) == len(adapters):
+            on.by_example(name, each)
     return Result(
         question.kind,
         finite(columns(rows)),
@@ -228,19 +234,27 @@ def _second_opinion(estimate: Estimate) -> Estimate | None:
     return fit_pairs(estimate.coalitions, estimate.worths)
 
 
+def _of_examples(game: GatedGame, estimate: Estimate) -> Floats | None:
+    """The value of every player on each example alone, v_i = Σ_S w_iS · worth(S), [players, examples].
+
+    Its spread over the examples is that of the value. None where the estimator does not tell.
+    """
+    if not estimate.weights.any():
+        return game.by_example
+    found: Floats = estimate.weights @ game.per_example(estimate.coalitions)
+    return found if estimate.known_of is None else found + estimate.known_of
+
+
 def _rows(
-    adapter: Adapter, label: str, game: GatedGame, estimate: Estimate, second: Estimate | None
+    adapter: Adapter,
+    label: str,
+    game: GatedGame,
+    estimate: Estimate,
+    second: Estimate | None,
+    of_examples: Floats | None,
 ) -> list[dict[str, Any]]:
-    # v_i = Σ_S w_iS · worth(S) for each example alone, so that its spread over examples is that of the value;
     # the half width joins both sources: √((t·se of the draws)² + (t·se of the examples)²)
-    by_examples = np.full(game.n_players, np.nan)
-    if estimate.weights.any():
-        values_of_examples = estimate.weights @ game.per_example(estimate.coalitions)
-        if estimate.known_of is not None:
-            values_of_examples += estimate.known_of
-        by_examples = mean_and_error(values_of_examples.T)[1]
-    elif game.by_example is not None:
-        by_examples = mean_and_error(game.by_example.T)[1]
+    by_examples = np.full(game.n_players, np.nan) if of_examples is None else mean_and_error(of_examples.T)[1]
     by_draws = (student(estimate.draws) if estimate.draws > 1 else Z) * estimate.se
     half = np.hypot(by_draws, student(game.evaluator.examples) * by_examples)
     rows = []
@@ -289,7 +303,7 @@ def _summary(
         "largest_se": float(np.nanmax(estimate.se)) if np.isfinite(estimate.se).any() else None,
         "trace": estimate.trace,
         "always_on": list(game.players.left_out),
-        **balance(estimate.values),
+        **balance.balance(estimate.values),
         "engine": {
             "block_evaluations": evaluator.effort.computed,
             "naive_block_evaluations": evaluator.evaluated * evaluator.layout.blocks * evaluator.batches,
@@ -307,21 +321,6 @@ def _summary(
             "player": game.player_names[int(difference.argmax())],
         }
     return summary
-
-
-def balance(values: Floats) -> dict[str, float]:
-    """How evenly contributions are spread: coefficient of variation, and the share of the largest third.
-
-    The coefficient is the sample standard deviation over the players (n − 1), over |mean|. The share is of the sum of
-    magnitudes, so that negative contributions count as contributions.
-    """
-    total = float(np.abs(values).sum())
-    mean = float(values.mean())
-    third = max(1, round(len(values) / 3))
-    return {
-        "variation": mean_and_spread(values)[1] / abs(mean) if mean else math.nan,
-        "top_third": float(np.sort(np.abs(values))[::-1][:third].sum()) / total if total else math.nan,
-    }
 
 
 def _by_method(summaries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

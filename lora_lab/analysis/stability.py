@@ -26,7 +26,7 @@ from lora_lab.errors import OptionError, shorten
 from lora_lab.games.coalitions import Bools, all_coalitions
 from lora_lab.pruning import patterns
 from lora_lab.results.result import Result, columns, finite, grouped
-from lora_lab.results.stats import mean_and_spread
+from lora_lab.results.stats import Floats, mean_and_spread
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.task import Task
@@ -42,6 +42,7 @@ def answer(question: Stability, adapters: Sequence[Adapter], task: Task, on: Exe
     scales = [False, True] if question.rescale and all(adapter.scalable for adapter in adapters) else [False]
     rows: list[dict[str, Any]] = []
     summaries = []
+    behind: dict[str, list[Floats]] = {"rows": [], "epsilon": []}
     for adapter, label in zip(adapters, labels_of(adapters), strict=True):
         evaluator = Evaluator([adapter], task, on, split=question.split, examples=question.examples)
         groups = players(adapter, question.players)
@@ -59,6 +60,11 @@ def answer(question: Stability, adapters: Sequence[Adapter], task: Task, on: Exe
             who["rescaled"] = game.rescale
             rows += [{**who, **row} for row in scores.rows(question.grid)]
             summaries.append({**who, **scores.summary(question.grid)})
+            for table, found in scores.by_example.items():
+                behind[table] += found
+    if on.by_example:
+        for table, found in behind.items():
+            on.by_example(table, found)
     return Result(
         question.kind,
         finite(columns(rows)),

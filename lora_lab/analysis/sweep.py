@@ -41,10 +41,11 @@ def answer(question: Sweep, adapters: Sequence[Adapter], task: Task, on: Executi
     """Every way of pruning every adapter; the cost of all is told before anything is computed."""
     began = time.perf_counter()
     rows: list[Row] = []
+    behind: list[Floats] = []
     done = 0
     require(task, question.metric)
     for adapter, label in zip(adapters, labels_of(adapters), strict=True):
-        quiet = replace(on, progress=None, confirm=None)
+        quiet = replace(on, progress=None, confirm=None, by_example=None)
         evaluator = Evaluator([adapter], task, quiet, split=question.split, examples=question.examples)
         choosing = Evaluator([adapter], task, quiet, split=CHOOSING.split, examples=question.examples)
         values = functools.partial(_values_of, choosing, quiet)
@@ -71,6 +72,9 @@ def answer(question: Sweep, adapters: Sequence[Adapter], task: Task, on: Executi
             {**who, **head, "draws": len(scores), **_cells(scores, judges, reach, question.seed)}
             for head, scores in scored
         ]
+        behind += [_values(scores, judges[0]).mean(0) for _, scores in scored if on.by_example]
+    if on.by_example:
+        on.by_example("rows", behind)
     return Result(
         question.kind,
         finite(columns(rows)),

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lora_lab.claims.asking import answer
+from lora_lab.claims.asking import Answer, answer
 from lora_lab.claims.claims import OWN, Claim, Testbed, chosen, read
 from lora_lab.claims.statistics import STATISTICS, Statistic, main_metric
 from lora_lab.claims.verdicts import Difference, PValues, Values, difference, p_values, verdicts
@@ -151,7 +151,7 @@ class _Lab:
     on: Execution
     stage: Stage
     _tasks: dict[str, Task] = field(default_factory=dict)
-    _results: dict[str, Result] = field(default_factory=dict)
+    _answers: dict[str, Answer] = field(default_factory=dict)
     _logs: dict[Path, Result] = field(default_factory=dict)
 
     def task(self, name: str) -> Task:
@@ -190,10 +190,10 @@ class _Lab:
         statistic = STATISTICS[claim.statistic]
         found, why, unit = None, None, statistic.unit
         try:
-            results = [self.result(claim, statistic, fields, tasks) for fields in claim.trainings]
-            values: list[Values] = [statistic.of(result, claim.where) for result in results]
+            answers = [self.answer(claim, statistic, fields, tasks) for fields in claim.trainings]
+            values: list[Values] = [statistic.of(each, claim.where) for each in answers]
             found = difference(values[0], values[1] if claim.control is not None else None, claim.against)
-            unit = main_metric(results[0]) if unit == "metric" else unit
+            unit = main_metric(answers[0].result) if unit == "metric" else unit
         except LoraLabError as error:
             why = str(error)
         if found is None and why is None:
@@ -201,21 +201,21 @@ class _Lab:
         tested = PValues(1.0, 1.0) if found is None else p_values(found, claim.direction, claim.least)
         return _Judged({**_described(claim, tasks), "unit": unit, **_numbers(found), "why": why}, tested)
 
-    def result(self, claim: Claim, statistic: Statistic, fields: Mapping[str, Any], tasks: tuple[str, ...]) -> Result:
+    def answer(self, claim: Claim, statistic: Statistic, fields: Mapping[str, Any], tasks: tuple[str, ...]) -> Answer:
         """The answer to the claim's question about the adapters of one way of training, computed once."""
         recipes = [self.plan.recipe(claim, task, fields) for task in tasks]
         jobs = [job for task, recipe in zip(tasks, recipes, strict=True) for job in self.jobs(task, recipe)]
         if statistic.verb is None:
-            return _joined([self._logs[job.path] for job in jobs], jobs)
+            return Answer(_joined([self._logs[job.path] for job in jobs], jobs))
         name = "-".join([statistic.verb, *map(_slug, tasks[:1]), _named(recipes[0])])
         path = self.folder / "results" / f"{name}-{fingerprint([claim.options, tasks, len(jobs)])[:8]}.json"
-        if str(path) not in self._results:
+        if str(path) not in self._answers:
             adapters = _loaded(jobs)
             with self.stage(f"{statistic.verb} of {len(jobs)} adapters, {_named(recipes[0])}") as report:
                 on = replace(self.on, progress=report)
                 each = [self.task(task) for task in tasks for _ in self.plan.seeds]
-                self._results[str(path)] = answer(path, statistic.verb, claim.options, adapters, each, on)
-        return self._results[str(path)]
+                self._answers[str(path)] = answer(path, statistic.verb, claim.options, adapters, each, on)
+        return self._answers[str(path)]
 
 
 def _recipe(fields: Mapping[str, Any], seed: int) -> Recipe:
@@ -285,7 +285,7 @@ def _numbers(found: Difference | None) -> dict[str, Any]:
     """What was measured; of nothing, nulls."""
     if found is None:
         none = dict.fromkeys(("of_treated", "of_control", "difference", "difference_low", "difference_high"))
-        return {**none, "seeds": 0, "units": 0}
+        return {**none, "seeds": 0, "units": 0, "paired": None}
     low, high = found.interval
     return {
         "of_treated": found.treated,
@@ -295,4 +295,5 @@ def _numbers(found: Difference | None) -> dict[str, Any]:
         "difference_high": high,
         "seeds": found.seeds,
         "units": found.units,
+        "paired": found.paired,
     }

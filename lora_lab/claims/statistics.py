@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lora_lab.claims.verdicts import Unit
+from lora_lab.claims.asking import Answer
+from lora_lab.claims.verdicts import Unit, Value
 from lora_lab.registry import Registry
 from lora_lab.results.result import Result
 
-Found = dict[Unit, tuple[float, float]]
-"""Seeds of the adapters it is of → a value, and half of its interval over the examples."""
+if TYPE_CHECKING:
+    from lora_lab.results.stats import Floats
+
+Found = dict[Unit, Value]
+"""Seeds of the adapters it is of → its value, with what is known of its examples."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class Statistic:
     """A number of one way of training, and the question that gives it."""
 
     about: str
-    of: Callable[[Result, Mapping[str, Any]], Found]
+    of: Callable[[Answer, Mapping[str, Any]], Found]
     verb: str | None
     """The question whose result it is read from; None: the logs of the trainings, joined as one result."""
     where: tuple[str, ...] = ()
@@ -36,84 +40,85 @@ def main_metric(result: Result) -> str:
     return next(iter(result.parameters.get("metrics", ())), "")
 
 
-def _half(row: Mapping[str, Any], name: str) -> float:
-    low, high = row.get(f"{name}_low"), row.get(f"{name}_high")
-    return 0.0 if low is None or high is None else (high - low) / 2
+def _half(row: Mapping[str, Any], low: str, high: str) -> float:
+    start, end = row.get(low), row.get(high)
+    return 0.0 if start is None or end is None else float(end - start) / 2
 
 
-def _value(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+def _value(row: Mapping[str, Any], name: str, examples: tuple[Floats, ...] = ()) -> Value:
+    """What a cell holds; its ends are NAME_low and NAME_high, of a `value` alone low and high."""
+    value, stem = row[name], "" if name == "value" else f"{name}_"
+    return Value(math.nan if value is None else float(value), _half(row, f"{stem}low", f"{stem}high"), examples)
 
 
-def _by_seed(rows: Iterable[Mapping[str, Any]], name: str) -> Found:
-    """The value of each row's adapter; rows of a base alone are none."""
-    return {(row["seed"],): (_value(row[name]), _half(row, name)) for row in rows if row.get("seed") is not None}
-
-
-def _seeds(result: Result, indices: Iterable[int]) -> Unit:
+def _seeds(result: Result, row: Mapping[str, Any]) -> Unit:
+    """Of a row's adapter, or of all that are mixed in it."""
+    if "indices" not in row:
+        return (row["seed"],)
     adapters = result.parameters["adapters"]
-    return tuple(sorted(adapters[i]["seed"] for i in indices))
+    return tuple(sorted(adapters[i]["seed"] for i in row["indices"]))
 
 
-def _scored(result: Result, where: Mapping[str, Any]) -> Found:
-    """The main metric of every adapter in the rows that `where` chooses."""
-    return _by_seed(result.rows(**where), main_metric(result))
-
-
-def _mixed(result: Result, where: Mapping[str, Any]) -> Found:
-    """The main metric of every mixture of seeds in the rows that `where` chooses."""
-    metric = main_metric(result)
-    return {_seeds(result, row["indices"]): (_value(row[metric]), _half(row, metric)) for row in result.rows(**where)}
-
-
-def _barrier(result: Result, where: Mapping[str, Any]) -> Found:
-    wanted = {"space": where["space"], "barrier": where["barrier"], "metric": main_metric(result)}
-    rows = [r for r in result.summary["barriers"] if all(r[name] == value for name, value in wanted.items())]
+def _read(
+    answer: Answer,
+    rows: Iterable[Mapping[str, Any]],
+    name: str,
+    where: Mapping[str, Any],
+    tables: Sequence[str] = (),
+) -> Found:
+    """A cell of the rows that `where` chooses, with what lies behind it in these tables; rows of a base are none."""
     return {
-        _seeds(result, r["indices"]): (_value(r["value"]), (_value(r["high"]) - _value(r["low"])) / 2) for r in rows
+        _seeds(answer.result, row): _value(row, name, answer.behind(tables, i))
+        for i, row in enumerate(rows)
+        if all(row[key] == value for key, value in where.items()) and row.get("seed", 0) is not None
     }
 
 
-def _epsilon(result: Result, where: Mapping[str, Any]) -> Found:
-    metric = main_metric(result)
-    found: Found = {}
-    for row in result.summary["adapters"]:
-        for each in row["epsilon"] if row["rescaled"] == where["rescaled"] else ():
-            if each["family"] == where["family"] and each["metric"] == metric:
-                found[(row["seed"],)] = (_value(each["value"]), (_value(each["high"]) - _value(each["low"])) / 2)
-    return found
+def _scored(answer: Answer, where: Mapping[str, Any]) -> Found:
+    """The main metric of every adapter, or mixture of adapters, in the rows that `where` chooses."""
+    return _read(answer, answer.result.rows(), main_metric(answer.result), where, ["rows"])
 
 
-def _inequality(result: Result, where: Mapping[str, Any]) -> Found:
+def _barrier(answer: Answer, where: Mapping[str, Any]) -> Found:
+    wanted = {**where, "metric": main_metric(answer.result)}
+    return _read(answer, answer.result.summary["barriers"], "value", wanted, ["barriers"])
+
+
+def _epsilon(answer: Answer, where: Mapping[str, Any]) -> Found:
+    rows = [
+        {"seed": of["seed"], "rescaled": of["rescaled"], **each}
+        for of in answer.result.summary["adapters"]
+        for each in of["epsilon"]
+    ]
+    return _read(answer, rows, "value", {**where, "metric": main_metric(answer.result)}, ["epsilon"])
+
+
+def _inequality(answer: Answer, where: Mapping[str, Any]) -> Found:
     """The mean over the probabilities that were tried."""
     found: Found = {}
-    for row in result.summary["adapters"]:
-        gaps = [(_value(each["gap"]), _half(each, "gap")) for each in row["inequality"]]
+    for row in answer.result.summary["adapters"]:
+        gaps = [_value(each, "gap") for each in row["inequality"]]
         if gaps and not row["rescaled"]:
-            value, half = (sum(part) / len(gaps) for part in zip(*gaps, strict=True))
-            found[(row["seed"],)] = value, half
+            value, half = (sum(getattr(gap, name) for gap in gaps) / len(gaps) for name in ("value", "half"))
+            found[(row["seed"],)] = Value(value, half)
     return found
 
 
-def _of_adapters(name: str) -> Callable[[Result, Mapping[str, Any]], Found]:
-    return lambda result, where: _by_seed(result.summary["adapters"], name)
+def _of_adapters(name: str) -> Callable[[Answer, Mapping[str, Any]], Found]:
+    return lambda answer, where: _read(answer, answer.result.summary["adapters"], name, where, [name])
 
 
-def _of_pairs(name: str) -> Callable[[Result, Mapping[str, Any]], Found]:
-    def of(result: Result, where: Mapping[str, Any]) -> Found:
-        rows = result.rows(level="total")
-        return {_seeds(result, row["indices"]): (_value(row[name]), 0.0) for row in rows}
-
-    return of
+def _of_pairs(name: str) -> Callable[[Answer, Mapping[str, Any]], Found]:
+    return lambda answer, where: _read(answer, answer.result.rows(), name, {**where, "level": "total"})
 
 
-def _merged(result: Result, where: Mapping[str, Any]) -> Found:
-    rows = [row for row in result.summary["sets"] if row["merge"] == where["merge"]]
-    return {(row["seed"],): (_value(row["normalised"]), _half(row, "normalised")) for row in rows}
+def _merged(answer: Answer, where: Mapping[str, Any]) -> Found:
+    tables = [f"sets {i}" for i in range(len(answer.result.parameters["tasks"]))]
+    return _read(answer, answer.result.summary["sets"], "normalised", {**where, "chosen": True}, tables)
 
 
-def _sharpness(result: Result, where: Mapping[str, Any]) -> Found:
-    return _by_seed(result.rows(at=where["at"]), "sharpness")
+def _of_rows(name: str) -> Callable[[Answer, Mapping[str, Any]], Found]:
+    return lambda answer, where: _read(answer, answer.result.rows(), name, where)
 
 
 STATISTICS = Registry(
@@ -123,9 +128,9 @@ STATISTICS = Registry(
     {
         "task-score": Statistic("the task's main metric", _scored, "evaluate"),
         "on-line": Statistic(
-            "the same at a place of the line between two seeds", _mixed, "interpolate", ("space", "t")
+            "the same at a place of the line between two seeds", _scored, "interpolate", ("space", "t")
         ),
-        "of-mixture": Statistic("the same of a mixture of seeds", _mixed, "interpolate", ("space", "ratio")),
+        "of-mixture": Statistic("the same of a mixture of seeds", _scored, "interpolate", ("space", "ratio")),
         "line-barrier": Statistic(
             "how much worse it gets on the line between two seeds", _barrier, "interpolate", ("space", "barrier")
         ),
@@ -158,10 +163,10 @@ STATISTICS = Registry(
             several=True,
             unit="share",
         ),
-        "largest-eigenvalue": Statistic("largest eigenvalue of the Hessian", _sharpness, "sharpness", ("at",), unit=""),
-        "training-time": Statistic(
-            "CPU seconds of the training", lambda result, _: _by_seed(result.rows(), "cpu_s"), None, unit="s"
+        "largest-eigenvalue": Statistic(
+            "largest eigenvalue of the Hessian", _of_rows("sharpness"), "sharpness", ("at",), unit=""
         ),
+        "training-time": Statistic("CPU seconds of the training", _of_rows("cpu_s"), None, unit="s"),
     },
 )
 """What a claim can be about, by name."""

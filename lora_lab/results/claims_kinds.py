@@ -31,6 +31,9 @@ class ClaimRow:
     difference_high: float = column("high end of its interval")
     seeds: int = column("seeds")
     units: int = column("adapters, pairs or sets that the mean is over")
+    paired: bool | None = column(
+        "whether the noise of examples is that of differences on the same ones; null where none is known"
+    )
     p_holds: float = column("p-value of the claim's opposite, corrected over all claims (Holm)", form=".2g")
     p_fails: float = column("p-value of the claim, as large as counts, corrected over all claims", form=".2g")
     verdict: str = column("holds, does not hold, or cannot be told")
@@ -43,6 +46,7 @@ KINDS = (
         "claims of papers, put to the test on one testbed",
         {"rows": ClaimRow},
         Paper(("claim", "task", "of_treated", "of_control", "difference", "verdict")),
+        version=2,
         summary={"verdicts": "verdict → how many claims have it"},
         parameters={
             "testbed": "its name",

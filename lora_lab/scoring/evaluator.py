@@ -338,6 +338,7 @@ class Evaluator:
         options = {"split": split, "more_splits": more, "examples": self._count, "build": self._build}
         builds = fingerprint(["evaluator", runs, str(self.device), repr(self._build), repr(self.batching)])
         there = replace(self.on, device=self.device, cache=None, workers=None, progress=None, confirm=None)
+        there = replace(there, by_example=None)  # nor is what is told here
         return _Setup(tuple(map(detached, self.adapters)), specs, here, options, there, builds, digests.of_transforms())
 
 

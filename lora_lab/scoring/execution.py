@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +11,8 @@ from lora_lab.errors import OptionError
 from lora_lab.options import check_type
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
     from lora_lab.scoring.workers import Workers
@@ -83,6 +85,9 @@ class Execution:
     progress: Progress | None = None
     confirm: Callable[[Cost], None] | None = None
     """Told the cost before anything is computed; raises what stops the run."""
+    by_example: Callable[[str, Sequence[npt.NDArray[np.float64]]], None] | None = None
+    """Told what lies behind a table's rows: its name, and for each row numbers of the examples by the task's main
+    metric, whose mean has the variance of the row's value (see `Metric.influence`)."""
 
     coalitions_at_once: int | None = None
     """So many coalitions go through each forward pass; 0: one; None: as many as pay on a GPU, on a CPU one."""
@@ -104,7 +109,7 @@ class Execution:
         if self.workers is not None and not hasattr(self.workers, "map"):
             raise OptionError(f"`workers` is {self.workers!r}; what `open_workers` gives is needed")
         check_type("`cache`", self.cache, Path | None)
-        for name in ("progress", "confirm"):
+        for name in ("progress", "confirm", "by_example"):
             check_type(f"`{name}`", getattr(self, name), Callable | None)
 
     def place(self) -> torch.device:

@@ -107,7 +107,10 @@ class Metric:
         in .87 to .93 of 20; but of F1 of a label that only 5 % of the examples have in .91 of 200, .63 of 50 and .23
         of 20, where often none is found, which says nothing of how many there might be.
         """
-        given = self.parts(columns)
+        return self.influence_of(self.parts(columns))
+
+    def influence_of(self, given: Sequence[Column]) -> Floats:
+        """The same from its sufficient columns."""
         if self.is_mean:
             return given[0].astype(np.float64)
         parts = np.stack([part.astype(np.float64) for part in given])

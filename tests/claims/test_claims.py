@@ -3,7 +3,7 @@
 import pytest
 
 from lora_lab import tasks
-from lora_lab.claims.asking import QUESTIONS
+from lora_lab.claims.asking import QUESTIONS, Answer
 from lora_lab.claims.claims import OWN, chosen, read
 from lora_lab.claims.reproduce import Plan, Reproduce
 from lora_lab.claims.statistics import STATISTICS
@@ -46,12 +46,12 @@ def test_claims_about_keep_sets_find_numbers_in_a_result_of_stability(request):
     asked = [each for each in read()[0] if STATISTICS[each.statistic].verb == "stability"]
     assert len(asked) > 2
     for claim in asked:
-        found = STATISTICS[claim.statistic].of(result, claim.where)
+        found = STATISTICS[claim.statistic].of(Answer(result), claim.where)
         assert set(found) == {(seed,) for seed in range(5)}, claim.name
     layers = {"family": "k-of-G", "label": "3", "rescaled": False}
-    found = STATISTICS["with-layers"].of(result, layers)
+    found = STATISTICS["with-layers"].of(Answer(result), layers)
     last = {(row["seed"],): row["accuracy"] for row in result.rows(**layers)}
-    assert {unit: value for unit, (value, _) in found.items()} == last
+    assert {unit: each.value for unit, each in found.items()} == last
 
 
 @pytest.mark.parametrize(

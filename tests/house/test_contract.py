@@ -25,6 +25,7 @@ from lora_lab.analysis.game import WORTHS
 from lora_lab.analysis.landscape import Curve
 from lora_lab.analysis.questions import Evaluate, Shapley, Sweep
 from lora_lab.claims.statistics import STATISTICS, Statistic
+from lora_lab.claims.verdicts import Value
 from lora_lab.errors import OptionError
 from lora_lab.games.estimators import ESTIMATORS, Estimator, antithetic
 from lora_lab.geometry.nulls import NULLS, Null, in_every_module
@@ -286,8 +287,8 @@ def test_every_registry_has_its_throwaway_entry():
 SHORT = {"steps": 2, "batch_size": 4, "rank": 2, "p0": 0.9, "target_modules": TARGETS}
 
 
-def two_values(result, where):
-    return {(0,): (where["n"], 0.0), (1,): (2.0, 0.0)}
+def two_values(answer, where):
+    return {(0,): Value(where["n"]), (1,): Value(2.0)}
 
 
 def test_a_statistic_of_claims(add, lora_lab, tmp_path):
