@@ -47,12 +47,12 @@ def answer(
     return result
 
 
-def save_tables(result: Result, beside: Sequence[Path]) -> None:
-    """Write the tables that are wanted, and name them."""
+def save_tables(result: Result, beside: Sequence[Path], columns: Sequence[str] | None = None) -> None:
+    """Write the tables that are wanted, and name them; `columns` of the one for LaTeX, if not the usual ones."""
     from ..results import tables
 
     for path in beside:
-        say_written(tables.save(result, path))
+        say_written(tables.save(result, path, columns=columns))
 
 
 class Outputs:

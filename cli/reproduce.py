@@ -8,11 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
+from ..claims.claims import PUBLISHED
 from ..claims.reproduce import Reproduce
 from ..options import option
 from .options import Device, Output
 from .outputs import Outputs, save_tables
 from .terminal import console, estimate, messages, number, progress, say_written, table
+
+TABLE = ("claim", "task", "of_treated", "of_control", "difference", "verdict")
+"""Columns of the table for LaTeX, between the second and third of which stand those of what was published."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,10 @@ class Side(Device):
     """How much runs side by side, and whether it begins."""
 
     jobs: int | None = option(None, "Trainings side by side, a process each; by default one a core.", least=1)
+    published: bool = option(
+        False,
+        "Show the numbers that were published beside ours, here and in the table for LaTeX (CSV has them always).",
+    )
     dry_run: bool = option(False, "Say what would be trained and judged, and by which rule; nothing else.")
 
 
@@ -34,7 +42,7 @@ def command(
     Each claim is about a number of adapters trained in one way, and usually of its difference from another way, seed by
     seed. The rule is stated before the run: a claim **holds** where no difference is rejected; it **does not hold**
     where a difference as large as would count is rejected; else it **cannot be told**. Both p-values are corrected over
-    all claims (Holm), at 0.05. Numbers that were published stand beside ours, without being part of the rule.
+    all claims (Holm), at 0.05. Numbers that were published are no part of the rule; --published shows them beside ours.
 
     -o names a folder for everything: adapters, results, tables. A run that was cut off goes on; more seeds or claims
     compute what is new alone. Claims are rows of a TOML file: --claims FILE brings your own.
@@ -61,8 +69,8 @@ def command(
     device = None if side.device is None else side.resolved()
     result = question.run(output.output, Execution(device=device), processes=side.jobs, stage=progress)
     say_written(outputs.save(result))
-    save_tables(result, beside)
-    output.print(result, show)
+    save_tables(result, beside, TABLE[:2] + PUBLISHED + TABLE[2:] if side.published else None)
+    output.print(result, lambda found: show(found, published=side.published))
 
 
 def _refuse(path: Path, *, force: bool) -> None:
@@ -91,20 +99,32 @@ def _time_of(trainings: int, each: float | None) -> str:
 def show_plan(plan: Any) -> None:
     """What every claim says, and what would show it."""
     rows = [
-        (claim.name, claim.says, f"{claim.statistic}: {claim.direction}", claim.least, claim.published or claim.source)
+        (
+            claim.name,
+            claim.says,
+            f"{claim.statistic}: {claim.direction}",
+            claim.least,
+            "; ".join(map(str, claim.published)) or claim.source,
+        )
         for claim in plan.claims
         if plan.tasks_of(claim)
     ]
     table(f"Claims on {plan.bed.name}", ("claim", "says", "number", "counts from", "published"), rows, texts=3)
 
 
-def show(result: Any) -> None:
+def _shown(value: object) -> str:
+    """A number as it was published, or what it is of."""
+    return f"{value:g}" if isinstance(value, float | int) else str(value or "")
+
+
+def show(result: Any, *, published: bool = False) -> None:
     """A row for every claim, then how many there are of each verdict."""
     said = result.parameters
     rows = [
         (
             row["claim"],
             row["task"],
+            *(_shown(row[name]) for name in PUBLISHED if published),
             number(row["of_treated"]),
             number(row["of_control"]),
             estimate(row["difference"], row["difference_low"], row["difference_high"]),
@@ -112,7 +132,8 @@ def show(result: Any) -> None:
         )
         for row in result.rows()
     ]
-    headings = ("claim", "task", "treated", "control", "difference", "verdict")
+    theirs = [name.replace("_", " ") for name in PUBLISHED if published]
+    headings = ("claim", "task", *theirs, "treated", "control", "difference", "verdict")
     table(f"Claims on {said['testbed']}, {said['seeds']} seeds", headings, rows, texts=2)
     console.print()
     for row in result.rows():

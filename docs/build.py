@@ -233,7 +233,9 @@ def claims(pages: Path) -> str:
     rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for claim in read()[0]:
         told = [verdict(found.get((claim.name, bed))) for bed in beds]
-        rows.append("| " + " | ".join(map(cell, [claim.says, claim.source, claim.published, *told])) + " |")
+        rows.append(
+            "| " + " | ".join(map(cell, [claim.says, claim.source, "; ".join(map(str, claim.published)), *told])) + " |"
+        )
     text = (HERE / "claims.md").read_text() if (HERE / "claims.md").exists() else "# What is true so far"
     (pages / "claims.md").write_text(linked(text).rstrip() + "\n\n" + "\n".join(rows) + "\n")
     return "claims.md"

@@ -17,7 +17,43 @@ from lora_lab.options import check_options, option
 OWN = Path(__file__).parents[1] / "data" / "claims.toml"
 """The claims and testbeds that come with the package."""
 
+PUBLISHED = ("published_of", "published_unit", "published_control", "published_treated", "published_difference")
+"""Cells of a row with the first of the numbers that were published for its claim."""
+
 Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Published:
+    """Numbers that were published for a claim, as they stand there."""
+
+    of: str = option("", "What they are of: data, model, and whether they are read off a figure.")
+    unit: str = option("", "Their unit.")
+    control: float | None = option(None, "The control's.")
+    treated: float | None = option(None, "The treated's.")
+    difference: float | None = option(None, "Their difference, where that alone is told.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        given = self.control is not None or self.treated is not None
+        if given == (self.difference is not None):
+            raise OptionError("`published` needs control, treated or both, or else the difference alone")
+
+    def __str__(self) -> str:
+        if self.difference is not None:
+            numbers = f"{self.difference:+g}".replace("-", "−")
+        else:
+            numbers = " → ".join(f"{each:g}" for each in (self.control, self.treated) if each is not None)
+        return " ".join(
+            filter(None, (self.of + ":" if self.of else "", numbers, f"({self.unit})" if self.unit else ""))
+        )
+
+    @property
+    def cells(self) -> dict[str, Any]:
+        """As rows of results have them."""
+        both = self.control is not None and self.treated is not None
+        difference = self.treated - self.control if both else self.difference  # type: ignore[operator]
+        return dict(zip(PUBLISHED, (self.of, self.unit, self.control, self.treated, difference), strict=True))
 
 
 @dataclass(frozen=True)
@@ -35,7 +71,7 @@ class Claim:
     against: float = option(0.0, "That number.")
     where: Mapping[str, Any] = option({}, "Which of the statistic's numbers.")
     options: Mapping[str, Any] = option({}, "Of the question that gives the statistic.")
-    published: str = option("", "The number that was published for it.")
+    published: tuple[Published, ...] = option((), "Numbers that were published for it, the first of them beside ours.")
     shared_a: bool = option(
         False, "Whether adapters that are merged share their initial A over tasks; by default each has one of its own."
     )
@@ -90,7 +126,7 @@ def read(path: Path = OWN) -> tuple[list[Claim], dict[str, Testbed]]:
         raise FileError(f"{path}: [{next(iter(content))}]: [[claim]] and [testbed.NAME] are what a file of claims has")
     if not isinstance(rows, list) or not isinstance(beds, dict):
         raise FileError(f"{path}: claims are [[claim]] tables, testbeds [testbed.NAME] tables")
-    claims = [_made(Claim, row, f"{path}: claim {i + 1}{_called(row)}") for i, row in enumerate(rows)]
+    claims = [_claim(row, f"{path}: claim {i + 1}{_called(row)}") for i, row in enumerate(rows)]
     seen: set[str] = set()
     for claim in claims:
         if claim.name in seen:
@@ -130,6 +166,17 @@ def chosen(claims: Sequence[Claim], names: Sequence[str], testbed: str) -> list[
 def _called(row: Any) -> str:
     """The name of a row in brackets, where it has one."""
     return f" ({row['name']})" if isinstance(row, dict) and isinstance(row.get("name"), str) else ""
+
+
+def _claim(row: Any, where: str) -> Claim:
+    """A claim with the numbers that were published for it."""
+    if isinstance(row, dict) and isinstance(row.get("published"), list):
+        told = row["published"]
+        row = {
+            **row,
+            "published": [_made(Published, each, f"{where}: published {i + 1}") for i, each in enumerate(told)],
+        }
+    return _made(Claim, row, where)
 
 
 def _made(cls: Callable[..., Made], row: Any, where: str) -> Made:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from lora_lab.claims.asking import Answer, answer
-from lora_lab.claims.claims import OWN, Claim, Testbed, chosen, read
+from lora_lab.claims.claims import OWN, PUBLISHED, Claim, Testbed, chosen, read
 from lora_lab.claims.statistics import STATISTICS, Statistic, main_metric
 from lora_lab.claims.verdicts import Difference, PValues, Values, difference, p_values, verdicts
 from lora_lab.errors import LoraLabError, OptionError, unknown
@@ -270,7 +270,8 @@ def _described(claim: Claim, tasks: Sequence[str]) -> dict[str, Any]:
         "claim": claim.name,
         "says": claim.says,
         "source": claim.source,
-        "published": claim.published,
+        "published": "; ".join(map(str, claim.published)),
+        **(claim.published[0].cells if claim.published else dict.fromkeys(PUBLISHED)),
         "task": ", ".join(tasks),
         "statistic": claim.statistic,
         "where": dict(claim.where),

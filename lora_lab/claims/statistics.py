@@ -155,6 +155,12 @@ STATISTICS = Registry(
         ),
         "seeds-cosine": Statistic("cosine of ΔW of two seeds", _of_pairs("cosine"), "compare", unit=""),
         "seeds-distance": Statistic("‖ΔW₁ − ΔW₂‖ of two seeds", _of_pairs("distance"), "compare", unit=""),
+        "seeds-overlap": Statistic(
+            "overlap of the column spaces of ΔW of two seeds, 1 of the same ones",
+            _of_pairs("left_overlap"),
+            "compare",
+            unit="share",
+        ),
         "after-merging": Statistic(
             "share of the adapters' own metric that a merge keeps, mean over tasks",
             _merged,
@@ -165,6 +171,19 @@ STATISTICS = Registry(
         ),
         "largest-eigenvalue": Statistic(
             "largest eigenvalue of the Hessian", _of_rows("sharpness"), "sharpness", ("at",), unit=""
+        ),
+        "largest-rate": Statistic(
+            "learning rate up to which Adam is stable by the largest eigenvalue",
+            _of_rows("rate_adam"),
+            "sharpness",
+            ("at",),
+            unit="learning rate",
+        ),
+        "forgetting": Statistic(
+            "how much worse the loss of texts beside the task gets", _of_rows("forgetting"), "evaluate", unit="nats"
+        ),
+        "drift": Statistic(
+            "KL(base ‖ with the adapter) on texts beside the task", _of_rows("kl"), "evaluate", unit="nats"
         ),
         "training-time": Statistic("CPU seconds of the training", _of_rows("cpu_s"), None, unit="s"),
     },

@@ -109,11 +109,14 @@ def to_latex(result: Result, name: str | None = None, columns: Sequence[str] | N
     return _booktabs(rows, named + further if paper.further_last else further + named, known)
 
 
-def save(result: Result, *paths: Path, force: bool = False) -> list[Path]:
-    """Write the result's table to each path, as .tex or .csv; what is foreign is not replaced (see `refuse`)."""
+def save(result: Result, *paths: Path, force: bool = False, columns: Sequence[str] | None = None) -> list[Path]:
+    """Write the result's table to each path, as .tex or .csv; what is foreign is not replaced (see `refuse`).
+
+    `columns` of the table for LaTeX, if not those that papers print.
+    """
     refuse(*paths, force=force)
     for path in paths:
-        text = _FORMATS[path.suffix](result)
+        text = _FORMATS[path.suffix](result, columns)
         files.write_bytes(path, text.encode())
     return list(paths)
 
@@ -126,9 +129,9 @@ def refuse(*paths: Path, force: bool = False) -> None:
         files.refuse_existing(path, force=force or foreign(path) is None)
 
 
-_FORMATS: dict[str, Callable[[Any], str]] = {
-    ".tex": lambda result: f"{to_latex(result).rstrip()}\n% {MARK} {result.kind}\n",
-    ".csv": to_csv,
+_FORMATS: dict[str, Callable[[Any, Sequence[str] | None], str]] = {
+    ".tex": lambda result, columns: f"{to_latex(result, columns=columns).rstrip()}\n% {MARK} {result.kind}\n",
+    ".csv": lambda result, columns: to_csv(result),
 }
 
 

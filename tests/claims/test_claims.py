@@ -4,7 +4,7 @@ import pytest
 
 from lora_lab import tasks
 from lora_lab.claims.asking import QUESTIONS, Answer
-from lora_lab.claims.claims import OWN, chosen, read
+from lora_lab.claims.claims import OWN, PUBLISHED, Published, chosen, read
 from lora_lab.claims.reproduce import Plan, Reproduce
 from lora_lab.claims.statistics import STATISTICS
 from lora_lab.errors import FileError, OptionError
@@ -100,6 +100,36 @@ def test_what_a_file_lacks_comes_along_and_its_tasks_lie_beside_it(tmp_path):
     claims, found = read(tmp_path / "claim.toml")
     assert [claim.name for claim in claims] == ["a"]
     assert found == beds
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("{ of = 'DTD' }", ("claim 1 (a): published 1", "needs control, treated or both, or else the difference")),
+        ("{ control = 1.0, difference = 2.0 }", ("published 1", "or else the difference alone")),
+        ("{ treated = '71' }", ("published 1", "treated is '71'", "a number is needed")),
+        ("{ treeted = 71.0 }", ("published 1", "'treeted'", "did you mean 'treated'")),
+        ("3", ("published 1", "a table of fields is needed")),
+    ],
+)
+def test_published_numbers_that_are_none(tmp_path, row, words):
+    path = tmp_path / "mine.toml"
+    path.write_text(ROW + f"published = [{row}]")
+    with pytest.raises(FileError) as error:
+        read(path)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_published_numbers_stand_as_they_do_there_and_the_difference_is_theirs():
+    both = Published("DTD", "accuracy, %", control=71.5, treated=72.75)
+    assert str(both) == "DTD: 71.5 → 72.75 (accuracy, %)"
+    assert both.cells == dict(zip(PUBLISHED, ("DTD", "accuracy, %", 71.5, 72.75, 1.25), strict=True))
+    alone = Published(difference=-7.2, unit="%")
+    assert str(alone) == "−7.2 (%)"
+    assert alone.cells["published_difference"] == -7.2
+    assert alone.cells["published_control"] is None
+    assert Published(treated=73.6).cells["published_difference"] is None
 
 
 def test_names_that_are_not_there():

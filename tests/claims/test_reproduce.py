@@ -1,5 +1,7 @@
 """A small run of claims from trainings to verdicts, and again, and with more seeds."""
 
+import csv
+
 import pytest
 
 import lora_lab as ll
@@ -40,6 +42,7 @@ least = 0.0
 name = "quick"
 says = "Eight steps take less time than sixteen"
 source = "common sense"
+published = [{ of = "elsewhere", control = 8.5, treated = 4.25, unit = "h" }]
 statistic = "training-time"
 direction = "lower"
 treated = { method = "lora" }
@@ -66,7 +69,7 @@ def mine(tmp_path):
     return path
 
 
-def test_from_trainings_to_verdicts_and_nothing_is_computed_twice(mine, tmp_path):
+def test_from_trainings_to_verdicts_and_nothing_is_computed_twice(mine, lora_lab, tmp_path):
     asked = {"testbed": "small", "file": mine, "seeds": 3, "processes": 1, "progress": False}
     result = ll.reproduce(tmp_path / "lab", **asked)
     rows = {row["claim"]: row for row in result.rows()}
@@ -99,6 +102,22 @@ def test_from_trainings_to_verdicts_and_nothing_is_computed_twice(mine, tmp_path
     again = ll.reproduce(tmp_path / "lab", **asked)
     assert again.columns == result.columns
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "lab").rglob("*") if path.is_file()}
+    assert rows["halfway"]["paired"] is True
+    assert [rows[name]["paired"] for name in ("quick", "nothing")] == [None, None]
+
+    words = ("reproduce", "--claims", mine, "--testbed", "small", "--seeds", 3, "--jobs", 1, "-o", tmp_path / "lab")
+    code, out, err = lora_lab(*words, "--latex", "--csv")
+    assert code == 0, err
+    assert "published" not in out + (tmp_path / "lab" / "reproduce.tex").read_text()
+    with (tmp_path / "lab" / "reproduce.csv").open() as file:
+        table = {row["claim"]: row for row in csv.DictReader(file)}
+    assert table["quick"]["published_difference"] == "-4.25"
+    assert (table["halfway"]["published_control"], table["halfway"]["paired"]) == ("", "True")
+    code, out, err = lora_lab(*words, "--latex", "--published")
+    assert code == 0, err
+    for text in (" ".join(out.split()), (tmp_path / "lab" / "reproduce.tex").read_text()):
+        for word in ("published", "elsewhere", "8.5", "4.25", "-4.25"):
+            assert word in text.replace("−", "-"), word
 
 
 def test_the_verb_says_what_it_would_do(mine, lora_lab, tmp_path):
