@@ -1,4 +1,4 @@
-"""Claims of papers put to the test on digits: every difference with its interval, beside its verdict."""
+"""Claims of papers put to the test, a figure a testbed: every difference with its interval, beside its verdict."""
 
 import sys
 from pathlib import Path
@@ -9,5 +9,6 @@ from lora_lab.results.result import Result
 HERE = Path(__file__).parent
 OUT = Path(sys.argv[1]) if len(sys.argv) > 1 else HERE
 
-drawn = plots.figure([Result.load(HERE / "results" / "claims_digits.json")])
-plots.save(drawn, OUT / "claims.pdf", OUT / "claims.png", force=True)
+for path in sorted((HERE / "results").glob("claims_*.json")):
+    drawn = plots.figure([Result.load(path)])
+    plots.save(drawn, OUT / f"{path.stem}.pdf", OUT / f"{path.stem}.png", force=True)
