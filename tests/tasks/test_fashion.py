@@ -116,6 +116,29 @@ def test_the_base_hangs_on_the_images_and_steps_alone(package, capsys):
     assert "vit: step 2 of 2, loss " in capsys.readouterr().out
 
 
+def test_what_sees_all_patches_is_the_model_itself():
+    from transformers import ViTConfig, ViTModel
+
+    model = ViTModel(ViTConfig(**fashion_bases.VISION), add_pooling_layer=False).eval()
+    seen = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        whole = model(seen).last_hidden_state[:, 0]
+        assert torch.allclose(fashion_bases.first_of(model, seen, 16), whole, atol=1e-5)
+        assert not torch.allclose(fashion_bases.first_of(model, seen, 10), whole, atol=1e-2)
+
+
+def test_views_are_parts_of_their_images():
+    left = torch.full((64, 1, 28, 28), -1.0)
+    left[..., :14] = 1
+    parts = fashion_bases.view(left)
+    assert parts.shape == left.shape
+    assert parts.min() >= -1
+    assert parts.max() <= 1
+    assert (parts[..., 0, 0] > parts[..., 0, -1]).any()
+    assert (parts[..., 0, 0] < parts[..., 0, -1]).any()  # mirrored
+    assert torch.allclose(parts[:, :, 0], parts[:, :, -1], atol=1e-4)  # but never turned
+
+
 def test_the_contrast_is_by_hand():
     vectors = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0], [0.0, 1.0]])
     # row 0: its pair, row 2, at cosine 1; rows 1 and 3 at cosine 0
