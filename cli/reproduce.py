@@ -56,8 +56,9 @@ def command(
     question = replace(question, claims=tuple(claims or ()))
     plan = question.plan()
     trainings = len(list(plan.trainings())) * len(plan.seeds)
+    judged = sum(bool(plan.tasks_of(claim)) for claim in plan.claims)
     messages.print(
-        f"{len(plan.claims)} claims on {plan.bed.name} ({plan.bed.about}): {trainings} trainings, seeds 0 to "
+        f"{judged} claims on {plan.bed.name} ({plan.bed.about}): {trainings} trainings, seeds 0 to "
         f"{question.seeds - 1}{_time_of(trainings, plan.bed.training_s)}"
     )
     if side.dry_run:

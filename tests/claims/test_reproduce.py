@@ -121,8 +121,15 @@ def test_from_trainings_to_verdicts_and_nothing_is_computed_twice(mine, lora_lab
 
 
 def test_the_verb_says_what_it_would_do(mine, lora_lab, tmp_path):
+    mine.write_text(
+        MINE + '[[claim]]\nname = "merged"\nsays = "Of tasks that there are none of"\nsource = "nobody"\n'
+        'statistic = "after-merging"\nwhere = { merge = "ties" }\noptions = { methods = ["ties"] }\n'
+        'direction = "higher"\ntreated = { method = "lora" }\nleast = 0.0\n'
+    )
     code, out, err = lora_lab("reproduce", "--claims", mine, "--testbed", "small", "--dry-run")
     assert code == 0, err
+    assert "4 claims on small" in err
+    assert "Of tasks that there are none of" not in out
     assert "Sixteen steps are better than eight" in out
     assert "10 trainings" in err
     assert "about 10.0 h of a core" in " ".join(err.split())
