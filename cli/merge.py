@@ -103,6 +103,8 @@ def _list(as_json: bool) -> None:
         {
             "name": name,
             "about": merge.about,
+            "formula": merge.formula,
+            "works_on": merge.kind.about,
             "options": merge.defaults(),
             "data": merge.data,
             "gauge_free": merge.gauge_free,

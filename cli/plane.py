@@ -53,8 +53,10 @@ def show(result: Any) -> None:
     table(f"The three points ({split} split, {n} examples)", headings, rows)
     console.print()
     for gain in result.summary["gains"]:
-        value = estimate(gain["value"], gain["low"], gain["high"])
+        ends, word = (gain["value"], gain["low"], gain["high"]), "better"
+        if gain["value"] < 0:
+            ends, word = (-gain["value"], -gain["high"], -gain["low"]), "worse"
         console.print(
-            f"The best point by {in_words(gain['metric'])}, at ({gain['x']:.2f}, {gain['y']:.2f}), is better than the "
-            f"best of the three by {value} (chosen on half of the examples, compared on the others)."
+            f"The best point by {in_words(gain['metric'])}, at ({gain['x']:.2f}, {gain['y']:.2f}), is {word} than the "
+            f"best of the three by {estimate(*ends)} (chosen on half of the examples, compared on the others)."
         )

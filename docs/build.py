@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import os
 import re
@@ -191,18 +192,37 @@ def executed(path: Path, *, run: bool) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+MERGES_HEAD = """# Merges
+
+ΔWᵢ = BᵢAᵢ is what adapter i of T adds to the weight of a module (its scale, α/r, is in Bᵢ), wᵢ its weight (1 unless
+`--weights` says otherwise), and λ the option `scale`. The result is multiplied by `--coefficient`, too. ∘ multiplies
+entry by entry, ‖·‖ is the Frobenius norm, U S Vᵀ a singular value decomposition. `inner` is another method that merges
+within: `--set inner=NAME`. *Gauge counts*: other factors (BᵢR, R⁻¹Aᵢ) of the same ΔWᵢ give another merge.
+`lora-lab merge --methods` lists the same, with `--json` for programs."""
+
+
 def merges(pages: Path) -> str:
-    """Every merge, from its registry."""
+    """Every merge, from its registry: a table, then what is said of each."""
     from lora_lab.merging.methods import MERGES
 
-    rows = ["# Merges", "", "What `lora-lab merge --methods` lists.", ""]
-    rows += ["| method | what comes out | variant | looks at | gauge counts | source |", "|---|---|---|---|---|---|"]
+    rows = ["| method | formula | works on | looks at | gauge counts | source |", "|---|---|---|---|---|---|"]
+    parts = []
     for name, entry in MERGES.items():
-        about = (entry.function.__doc__ or "").strip().partition("\n")[0]
-        told = [f"`{name}`", about, entry.variant, entry.data, "no" if entry.gauge_free else "yes", entry.source]
-        rows.append("| " + " | ".join(map(cell, told)) + " |")
-    (pages / "merges.md").write_text("\n".join(rows) + "\n")
+        told = [entry.formula, entry.kind.about, entry.data, "no" if entry.gauge_free else "yes", entry.source]
+        rows.append("| " + " | ".join([f"[{name}](#{name})", *map(cell, told)]) + " |")
+        options = ", ".join(
+            f"`{key}`" if value is None else f"`{key}={value}`" for key, value in entry.defaults().items()
+        )
+        parts += [f"## {name}", prose(inspect.getdoc(entry.function) or "")]
+        parts.append(f"*Which published variant*: {prose(entry.variant)} *Options* (`--set`): {options or 'none'}.")
+    (pages / "merges.md").write_text("\n\n".join([MERGES_HEAD, "\n".join(rows), *parts]) + "\n")
     return "merges.md"
+
+
+def prose(text: str) -> str:
+    """A docstring as Markdown: what would be read as emphasis, a link or a tag is text; names in backticks stay."""
+    parts = text.split("`")
+    return "`".join(part if i % 2 else re.sub(r"([*_\[\]<])", r"\\\1", part) for i, part in enumerate(parts))
 
 
 def results(pages: Path) -> str:

@@ -104,7 +104,8 @@ def _devices() -> Iterator[Check]:
     except Exception as error:  # whatever a half-installed torch raises
         yield Check("device", "torch", "broken", f"{type(error).__name__}: {error}".partition("\n")[0], "a whole torch")
         return
-    yield Check("device", "cpu", "right", f"{torch.get_num_threads()} threads", "")
+    threads = torch.get_num_threads()
+    yield Check("device", "cpu", "right", f"{threads} thread{'s' * (threads > 1)}", "")
     for i in range(torch.cuda.device_count()):
         about = torch.cuda.get_device_properties(i)
         yield Check("device", f"cuda:{i}", "right", f"{about.name}, {size(about.total_memory)}", "")

@@ -39,6 +39,8 @@ def bar(what: str, console: Console | None = None) -> Iterator[Callable[[int, in
 
 _PAUSE = 30.0
 """Seconds between lines."""
+_FEW = 10
+"""Pieces of which the first takes long enough to tell what the others will."""
 
 
 def _lines(what: str, console: Console) -> Callable[[int, int], None]:
@@ -51,7 +53,9 @@ def _lines(what: str, console: Console) -> Callable[[int, int], None]:
         if now - last < _PAUSE:
             return
         last, spent = now, now - began
-        left = f", about {duration(spent * (total - done) / done)} left" if done else ""
+        # what the first piece took says little where it is one of many: until it was done, workers and models began
+        known = done > 1 or (done == 1 and total <= _FEW)
+        left = f", about {duration(spent * (total - done) / done)} left" if known else ""
         console.print(
             f"{visible(what)}: {done} of {total} after {duration(spent)}{left}", markup=False, highlight=False
         )

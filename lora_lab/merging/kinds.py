@@ -201,6 +201,8 @@ class Kind:
 
     method: Callable[[Callable[..., Any]], Method]
     """The function → a method of all modules."""
+    about: str
+    """What it works on, in a few words."""
     rule: Callable[[Callable[..., Any]], Rule] | None = None
     """The function → a rule for matrices, where it can be one inside of a subspace."""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -217,24 +219,35 @@ class Kind:
     """About how many nanoseconds a core of 2024 takes: an entry of each ΔW where it is dense, else of the factors."""
 
 
-SOURCES = Kind(by_sources)
+SOURCES = Kind(by_sources, "all modules, and examples")
 """(sources, options) → (module, merged ΔW) pairs; ΔW is on the CPU, whatever models are run on."""
-UPDATES = Kind(by_updates)
+UPDATES = Kind(by_updates, "factors")
 """(low-rank updates of one module, their weights, options) → low-rank update."""
-SIDED_UPDATES = Kind(functools.partial(by_updates, sided=True))
+SIDED_UPDATES = Kind(functools.partial(by_updates, sided=True), "factors")
 """The same, for what treats inputs and outputs differently: rows of A are directions of inputs in every layer."""
-MATRICES = Kind(lambda function: by_matrices(elementwise.checked(function)), elementwise.checked, dense=True, pace=10)
+MATRICES = Kind(
+    lambda function: by_matrices(elementwise.checked(function)),
+    "matrices ΔW",
+    elementwise.checked,
+    dense=True,
+    pace=10,
+)
 """(matrices of one shape, their weights, options) → matrix."""
 ENTRIES = Kind(
-    lambda function: by_matrices(elementwise.checked_rows(function)), elementwise.checked_rows, dense=True, pace=5
+    lambda function: by_matrices(elementwise.checked_rows(function)),
+    "single entries",
+    elementwise.checked_rows,
+    dense=True,
+    pace=5,
 )
 """The same for what hangs on single entries and their rows alone, so that it takes matrices or their factors."""
-SUM = Kind(by_sums, summed, pace=5)
+SUM = Kind(by_sums, "a weighted sum", summed, pace=5)
 """(what gives the inner products, weights, options) → coefficients of a sum."""
-SUBSPACE = Kind(by_subspace, options={"inner": "ties"}, pace=150)
+SUBSPACE = Kind(by_subspace, "shared bases", options={"inner": "ties"}, pace=150)
 """(low-rank updates of one module, options) → `Subspace`, where the option `inner` names the rule."""
 CALIBRATION = Kind(
     by_calibration,
+    "before another method",
     options={"inner": "task-arithmetic"},
     takes=lambda entry: not entry.reads_data and "inner" not in entry.kind.options,
     without=("scale",),

@@ -50,6 +50,8 @@ class Merge:
     """Where it was published."""
     data: str = "none"
     """What of the tasks' examples it looks at, one of DATA."""
+    formula: str = ""
+    """What comes out of a module's ΔWᵢ = BᵢAᵢ with weights wᵢ, i = 1 … T, λ = scale; `inner` is the method within."""
     gauge_free: bool = True
     """Whether any factors (BR, R⁻¹A) of one ΔW give the same merge, with the options at their defaults."""
     cost: Callable[[Mapping[str, Any], Sequence[Task]], float] | None = None
@@ -154,6 +156,7 @@ MERGES = Registry(
             SUM,
             "the paper's.",
             source="Ilharco et al. 2023, arXiv:2212.04089",
+            formula="λ Σ wᵢΔWᵢ",
             divisor=lambda weights: 1.0,
         ),
         "average": Merge(
@@ -161,6 +164,7 @@ MERGES = Registry(
             SUM,
             "the plain mean, a point on the line of task arithmetic.",
             source="Wortsman et al. 2022, arXiv:2203.05482",
+            formula="λ Σ wᵢΔWᵢ / Σ wᵢ",
             divisor=math.fsum,
         ),
         "cat": Merge(
@@ -168,6 +172,7 @@ MERGES = Registry(
             UPDATES,
             "PEFT's cat, which is task arithmetic by another name.",
             source="PEFT, add_weighted_adapter",
+            formula="Σ wᵢΔWᵢ = [w₁B₁ … w_TB_T][A₁; …; A_T]",
             divisor=lambda weights: 1.0,
         ),
         "factor-average": Merge(
@@ -175,6 +180,7 @@ MERGES = Registry(
             UPDATES,
             "the CoTo paper's fusion of factors.",
             source="Zhuang et al. 2025, arXiv:2506.05713",
+            formula="λ (Σ wᵢBᵢ)(Σ wᵢAᵢ) / (Σ wᵢ)²",
             gauge_free=False,
         ),
         "procrustes-mean": Merge(
@@ -182,12 +188,14 @@ MERGES = Registry(
             replace(UPDATES, pace=1000),  # likewise
             "ours; near to GeoMerge (arXiv:2604.27155), whose metric is another.",
             source="Gower 1975, doi:10.1007/BF02291478",
+            formula="λ Z̄_top Z̄_botᵀ, Z̄ = Σ wᵢZᵢRᵢ / Σ wᵢ, Zᵢ = [Uᵢ√Sᵢ; Vᵢ√Sᵢ], Rᵢ orthogonal",
         ),
         "robustmerge": Merge(
             factors.robustmerge,
             SIDED_UPDATES,
             "the authors' code's; factors=aligned, which hangs on no gauge, is ours.",
             source="Zeng et al. 2025, arXiv:2502.17159",
+            formula="λBA, A = 2 Σ A'ᵢ, each column k of B: Bₖ = 2 Σ cᵢₖwᵢB'ᵢₖ / Σ cᵢₖ",
             gauge_free=False,
         ),
         "slerp": Merge(
@@ -195,93 +203,119 @@ MERGES = Registry(
             SUM,
             "common practice, module by module; of more than two, the Karcher mean is ours.",
             source="Shoemake 1985, doi:10.1145/325165.325242",
+            formula="λ n (sin((1 − t)θ) u₁ + sin(tθ) u₂) / sin θ, uᵢ = ΔWᵢ / ‖ΔWᵢ‖, θ their angle, t = w₂ / Σ wᵢ",
         ),
         "magnitude": Merge(
             elementwise.magnitude,
             ENTRIES,
             "no paper's: the trimming of TIES without its election.",
             source="Yadav et al. 2023, arXiv:2306.01708",
+            formula="λ Σ wᵢTᵢ, Tᵢ the share density of largest entries of ΔWᵢ, else 0",
         ),
         "ties": Merge(
             elementwise.ties,
             ENTRIES,
             "the paper's, trimmed over the whole task vector; on ΔW, where the paper has all trained parameters.",
             source="Yadav et al. 2023, arXiv:2306.01708",
+            formula="λ Σ wᵢTᵢ / Σ |wᵢ| of each entry, over the i with the sign of Σ wᵢTᵢ; Tᵢ as in magnitude",
         ),
         "dare": Merge(
             elementwise.dare,
             ENTRIES,
             "the paper's; on ΔW, where the paper has all trained parameters.",
             source="Yu et al. 2023, arXiv:2311.03099",
+            formula="λ Σ wᵢ mᵢ∘ΔWᵢ / p, entries of mᵢ 1 with chance p = density, else 0",
         ),
         "dare-ties": Merge(
             elementwise.dare_ties,
             ENTRIES,
             "the paper's DARE before TIES; nothing is trimmed.",
             source="Yu et al. 2023, arXiv:2311.03099",
+            formula="as ties, of Tᵢ = mᵢ∘ΔWᵢ / p as in dare",
         ),
         "della": Merge(
             elementwise.della,
             ENTRIES,
             "the paper's (MagPrune by rows, then election and fusion).",
             source="Deep et al. 2024, arXiv:2406.11617",
+            formula="as ties, of Tᵢ = mᵢ∘ΔWᵢ / pᵢ, mᵢ 1 with chance pᵢ, which rises with the size of the entry",
         ),
         "breadcrumbs": Merge(
             elementwise.breadcrumbs,
             ENTRIES,
             "the paper's, layer by layer.",
             source="Davari & Belilovsky 2023, arXiv:2312.06795",
+            formula="λ Σ wᵢTᵢ, Tᵢ the share density of largest entries behind the share gamma of the very largest",
         ),
         "knots": Merge(
             subspaces.knots,
             SUBSPACE,
             "the paper's KnOTS-TIES, trimmed over the whole vector of all S Vᵢᵀ.",
             source="Stoica et al. 2024, arXiv:2410.19735",
+            formula="U inner(UᵀΔW₁, …, UᵀΔW_T), U the left singular vectors of [ΔW₁ … ΔW_T]",
         ),
         "core-space": Merge(
             subspaces.core_space,
             SUBSPACE,
             "with bases=factors the paper's; by default bases that do not hang on the gauge, which are ours.",
             source="Panariello et al. 2025, arXiv:2509.17786",
+            formula="U inner(UᵀΔW₁V, …, UᵀΔW_TV) Vᵀ, U and V bases of all columns and all rows",
         ),
         "ctm": Merge(
             subspaces.ctm,
             replace(SUBSPACE, pace=700),  # by turns, with a dozen rounds or hundreds
             "the authors' code's.",
             source="He et al. 2026, arXiv:2606.03723",
+            formula="UP inner(PᵀM₁Q, …, PᵀM_TQ) (VQ)ᵀ, Mᵢ = UᵀΔWᵢV, P and Q of `rank` columns",
         ),
         "pico": Merge(
             calibrating.pico,
             CALIBRATION,
             "with calibration=raw the paper's; by default of balanced factors, which hang on no gauge: ours.",
             source="Tang & Yang 2026, arXiv:2604.16826",
+            formula="γ inner(C ΔW₁, …, C ΔW_T), C = U diag(α) Uᵀ, [B₁ … B_T] = U diag(σ) Vᵀ",
         ),
         "lego": Merge(
-            subspaces.lego, UPDATES, "the paper's.", source="Zhao et al. 2024, arXiv:2409.16167", gauge_free=False
+            subspaces.lego,
+            UPDATES,
+            "the paper's.",
+            source="Zhao et al. 2024, arXiv:2409.16167",
+            formula="λ √(r/K) Σ bₖaₖᵀ, aₖ and bₖ the means of K clusters of all rank-1 terms",
+            gauge_free=False,
         ),
-        "tsv": Merge(subspaces.tsv, UPDATES, "the paper's TSV-M.", source="Gargiulo et al. 2024, arXiv:2412.00081"),
+        "tsv": Merge(
+            subspaces.tsv,
+            UPDATES,
+            "the paper's TSV-M.",
+            source="Gargiulo et al. 2024, arXiv:2412.00081",
+            formula="λ P(U) diag(w₁S₁, …, w_TS_T) P(V)ᵀ, P(X) = X(XᵀX)^(−½), triplets U, S, V of all ΔWᵢ side by side",
+        ),
         "iso-c": Merge(
             subspaces.iso_c,
             UPDATES,
             "the paper's, within the span of the factors.",
             source="Marczak et al. 2025, arXiv:2502.04959",
+            formula="λ mean(S) UVᵀ, Σ wᵢΔWᵢ = USVᵀ",
         ),
         "iso-cts": Merge(
             subspaces.iso_cts,
             UPDATES,
             "the paper's, within the span of the factors.",
             source="Marczak et al. 2025, arXiv:2502.04959",
+            formula="λ mean(S) P(U) P(V)ᵀ, triplets of Σ wᵢΔWᵢ, and beside them those of each wᵢΔWᵢ; P as in tsv",
         ),
         "wudi": Merge(
             interference.wudi,
             UPDATES,
             "the paper's objective, at its minimum, or after plain gradient steps where it has Adam's.",
             source="Cheng et al. 2025, arXiv:2503.08099",
+            formula="λ argmin over W of Σ ‖(W − wᵢΔWᵢ)ΔWᵢᵀ‖² / ‖ΔWᵢ‖²",
         ),
         "fisher": Merge(
             data_driven.fisher,
             variant="the paper's, on ΔW; its authors' code can normalise, which is normalize=true.",
             source="Matena & Raffel 2021, arXiv:2111.09832",
+            formula="λ Σ wᵢFᵢ∘ΔWᵢ / Σ wᵢFᵢ, Fᵢ = mean of Σ p(y|x) (∂ log p(y|x) / ∂W)²",
             data="inputs",
             cost=data_driven.fisher_cost,
         ),
@@ -289,6 +323,7 @@ MERGES = Registry(
             data_driven.regmean,
             variant="the authors' code's, with means over rows; gram=sum is the paper's formula.",
             source="Jin et al. 2022, arXiv:2212.09849",
+            formula="λ Σ ΔWᵢwᵢGᵢ (Σ wᵢGᵢ)⁻¹, Gᵢ = XᵢᵀXᵢ of the module's inputs on task i",
             data="inputs",
             cost=data_driven.regmean_cost,
         ),
@@ -296,6 +331,7 @@ MERGES = Registry(
             data_driven.lorahub,
             variant="ΔW where the paper mixes factors, and COBYLA where it has Shiwa.",
             source="Huang et al. 2023, arXiv:2307.13269",
+            formula="λ Σ cᵢwᵢΔWᵢ, c = argmin of the validation loss + penalty · mean|cᵢ|",
             data="labels",
             cost=data_driven.lorahub_cost,
         ),
@@ -303,6 +339,7 @@ MERGES = Registry(
             learned.adamerging,
             variant="the paper's, layer-wise, on validation inputs where it takes test inputs.",
             source="Yang et al. 2023, arXiv:2310.02575",
+            formula="λ Σ cᵢwᵢΔWᵢ, cᵢ = argmin of the entropy of predictions, for each module",
             data="inputs",
             cost=learned.learning_cost,
         ),
@@ -310,6 +347,7 @@ MERGES = Registry(
             learned.nsc,
             variant="the authors' code's, on all adapted layers where it has some late ones.",
             source="Lee et al. 2026, arXiv:2603.26317",
+            formula="λ Σ cᵢwᵢΔWᵢ, cᵢ = argmin of ‖(I − Pᵢ)x‖ / ‖x‖, Pᵢ the projection onto the rows of Aᵢ",
             data="inputs",
             cost=learned.learning_cost,
         ),
@@ -317,6 +355,7 @@ MERGES = Registry(
             learned.ziplora,
             variant="the paper's, of logits where it has denoised images, and of any number of adapters.",
             source="Shah et al. 2023, arXiv:2311.13600",
+            formula="λ Σ wᵢΔWᵢ diag(mᵢ), m = argmin of ‖logits − those of the task's adapter‖² + penalty · |mᵢ∘mⱼ|",
             data="inputs",
             cost=learned.ziplora_cost,
         ),
@@ -324,6 +363,7 @@ MERGES = Registry(
             learned.cat_learned,
             variant="the paper's, from equal shares; free=true, without its sum of 1, is ours.",
             source="Prabhakar et al. 2024, arXiv:2410.13025",
+            formula="λ Σ cᵢwᵢΔWᵢ, c = softmax(z), z = argmin of the loss on labelled examples, for each module",
             data="labels",
             cost=learned.learning_cost,
         ),

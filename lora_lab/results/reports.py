@@ -39,6 +39,8 @@ class MergeMethodReport:
 
     name: str = column("name of the method")
     about: str = column("what comes out, in a line")
+    formula: str = column("the same as a formula; empty of a method that tells none")
+    works_on: str = column("what it works on: a weighted sum, factors, single entries, shared bases …")
     options: dict[str, Any] = column("its options, each with its default; null is none")
     data: str = column("what of the tasks' examples it looks at: none, inputs, or labels")
     gauge_free: bool = column(

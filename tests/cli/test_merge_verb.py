@@ -134,6 +134,9 @@ def test_the_methods_are_listed_with_what_they_are_and_no_adapter(lora_lab, tmp_
         assert row["options"] == MERGES[row["name"]].defaults()
     told = {row["name"]: row for row in rows}
     assert told["ties"]["source"] == "Yadav et al. 2023, arXiv:2306.01708"
+    assert told["dare"]["formula"] == "λ Σ wᵢ mᵢ∘ΔWᵢ / p, entries of mᵢ 1 with chance p = density, else 0"
+    assert (told["dare"]["works_on"], told["average"]["works_on"]) == ("single entries", "a weighted sum")
+    assert all(row["formula"] and row["works_on"] for row in rows)
     assert (told["lorahub"]["data"], told["regmean"]["data"], told["ties"]["data"]) == ("labels", "inputs", "none")
     assert not list(tmp_path.iterdir())
     code, out, err = lora_lab("merge")

@@ -37,7 +37,9 @@ def test_every_verb_merge_and_kind_of_result_has_its_place(pages, build):
         assert f"lora-lab {verb}" in text
     assert "| `-o`, `--output` |" in (pages / "verb-interpolate.md").read_text()
     table = (pages / "merges.md").read_text()
-    assert all(f"| `{name}` |" in table for name in MERGES)
+    for name, entry in MERGES.items():
+        assert f"| [{name}](#{name}) | {build.cell(entry.formula)} |" in table
+        assert f"\n## {name}\n" in table
     assert all(f"## {name}\n" in (pages / "results.md").read_text() for name in kinds())
 
 
