@@ -147,7 +147,7 @@ def examples() -> dict[str, str]:
                 words, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "110"}
             )
             if told.returncode:
-                sys.exit(f"{example['run']}: {told.stderr}")
+                sys.exit(f"{example['run']}: {told.stdout}{told.stderr}")
             if "verb" in example:
                 printed[example["verb"]] = f"```console\n$ {example['run']}\n{told.stdout.rstrip()}\n```"
     return printed

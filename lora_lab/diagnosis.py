@@ -83,13 +83,17 @@ def _package(group: str, need: Requirement, missing: str, outside: str) -> Check
         found = metadata.version(need.name)
     except metadata.PackageNotFoundError:
         return Check(group, need.name, missing, "", wanted)
-    if find_spec(_MODULES.get(need.name, need.name.replace("-", "_"))) is None:
+    if not any(find_spec(module) for module in _modules(need.name)):
         return Check(group, need.name, "broken", f"{found}, without its files", wanted)
     return Check(group, need.name, "right" if _fits(wanted, found) else outside, found, wanted)
 
 
-_MODULES = {"pyyaml": "yaml", "pillow": "PIL", "scikit-learn": "sklearn"}
-"""Packages whose modules are called otherwise."""
+def _modules(name: str) -> set[str]:
+    """What a package installs to be imported, by the list of its files; where they are not listed, its own name."""
+    listed = [path for path in metadata.files(name) or () if path.suffix == ".py"]
+    packages = {path.parts[0] for path in listed if len(path.parts) == 2 and path.name == "__init__.py"}
+    alone = {path.stem for path in listed if len(path.parts) == 1 and not path.name.startswith("__editable__")}
+    return packages | alone or {name.replace("-", "_")}
 
 
 def _fits(wanted: str, found: str) -> bool:

@@ -1,5 +1,6 @@
 """What is said of an installation: right where it is, and broken where it cannot work."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -68,6 +69,20 @@ def test_an_extra_may_be_missing_and_says_what_for(installed, version, status):
     check = found("pandas")
     assert (check.group, check.status) == ("extra pandas", status)
     assert check.wanted == ">=2.2 for results as data frames"
+
+
+def test_a_package_may_bring_modules_of_another_name(installed, monkeypatch, tmp_path):
+    brought = tmp_path / "nameless_things-9.8.dist-info"
+    brought.mkdir()
+    (brought / "METADATA").write_text("Metadata-Version: 2.1\nName: nameless-things\nVersion: 9.8\n")
+    (brought / "RECORD").write_text("thing_of_other_name/__init__.py,,\nthing_of_other_name/deep/__init__.py,,\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    installed(["nameless-things>=9.5; extra == 'docs'"])
+    assert (found("nameless-things").status, found("nameless-things").found) == ("broken", "9.8, without its files")
+    (tmp_path / "thing_of_other_name").mkdir()
+    (tmp_path / "thing_of_other_name" / "__init__.py").touch()
+    importlib.invalidate_caches()
+    assert (found("nameless-things").status, found("nameless-things").found) == ("right", "9.8")
 
 
 def test_a_package_without_its_files_is_broken(installed, monkeypatch):
