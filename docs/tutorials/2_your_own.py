@@ -45,7 +45,7 @@ y = torch.sin(x[:, 0]) + 0.5 * x[:, 1]
 
 # %%
 def score(model, batch):
-    """Prediction and truth of every example; the loss is what training goes by."""
+    """Prediction and truth of every example, and the loss, which is told beside the metrics."""
     found = model(batch["x"])
     return {"loss": (found - batch["y"]) ** 2, "prediction": found, "target": batch["y"]}
 
@@ -91,7 +91,8 @@ for row in table.rows():
     print(row["adapter"], f"rmse {row['rmse']:.3f} [{row['rmse_low']:.3f}, {row['rmse_high']:.3f}]")
 
 # %% [markdown]
-# The same questions, the same functions. Each answer goes by your first metric, in its direction: a barrier in RMSE
+# The same questions, the same functions; t goes from 0 at the first adapter to 1 at the second, and `delta` averages
+# what they add to the weights. Each answer goes by your first metric, in its direction: a barrier in RMSE
 # is a rise, one in a correlation would be a fall.
 
 # %%

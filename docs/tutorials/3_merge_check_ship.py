@@ -14,17 +14,18 @@ adapters = [ll.train(f"digits/{name}", method="lora", seed=0, steps=100, progres
 # %% [markdown]
 # ## Which method?
 #
-# `compare_merges` puts every method on every adapter's own task, all at one rank, so that none is ahead because its
-# file is larger. The factor of the merged ΔW (`coefficient`) is chosen on validation data; the table is of test data.
+# An adapter adds ΔW = BA to a weight matrix; its *rank* is the number of columns of B. `compare_merges` puts every
+# method on every adapter's own task, all at one rank, so that none is ahead because its file is larger. The number that
+# the merged ΔW is multiplied by (`coefficient`) is chosen on validation data; the table is of test data.
 
 # %%
 table = ll.compare_merges(adapters, methods=["task-arithmetic", "ties", "tsv"], coefficients=[0.5, 1.0], progress=False)
 for row in table.summary["by_method"]:
-    print(f"{row['merge']:16} keeps {row['normalised']:.3f} of each adapter's score")
+    print(f"{row['merge']:18} keeps {row['normalised']:.3f} of each adapter's score")
 
 # %% [markdown]
-# `alone` is each task's own adapter, `base` none at all. With one set of adapters, many differences cannot be told
-# from chance; the column `verdict` says so.
+# `alone` is each task's own adapter, `base` none at all, and the ensemble runs both adapters and averages their logits.
+# With one set of adapters, many differences cannot be told from chance; the column `verdict` says so.
 #
 # ## The merge
 #

@@ -114,6 +114,20 @@ class Task(tasks.Task):
         """The data as the model takes them."""
         return Split({name: tensor for name, tensor in self.split("train").inputs.items() if name != INDEX})
 
+    def check_trainable(self, model: nn.Module) -> None:
+        """TaskError where the model gives no loss of an example, which training goes by."""
+        device = next(model.parameters()).device
+        batch = {name: tensor[:1].to(device) for name, tensor in self.training_split().inputs.items()}
+        with self._telling("training calls model(**batch).loss"), torch.no_grad():
+            said = model(**batch)
+        if isinstance(said, tuple):  # as Hugging Face's models give it without return_dict
+            return
+        if (said.get("loss") if isinstance(said, Mapping) else getattr(said, "loss", None)) is None:
+            raise TaskError(
+                f"task {self.name}: training goes by model(**batch).loss, and its model gives none of {shorten(batch)}"
+                "; a model whose forward pass returns a loss is needed, or a training loop of your own"
+            )
+
     def _load(self, split: str) -> Split:
         if isinstance(self.data, Mapping):
             given = self.data.get(split)

@@ -340,6 +340,9 @@ class Task(ABC):
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         return self.judge_logits(self.logits(model, batch), batch, keep_logits=keep_logits)
 
+    def check_trainable(self, model: nn.Module) -> None:  # noqa: B027
+        """Raise what training on the task would, before the first step; models of this package have a loss."""
+
     def judge_logits(self, logits: Tensor, batch: Mapping[str, Tensor], *, keep_logits: bool = False) -> Scores:
         """Scores of what was said of a batch."""
         return Scores.of(logits.float(), batch["labels"], keep_logits=keep_logits)

@@ -112,6 +112,7 @@ def _optimise(
     model: nn.Module, task: Task, recipe: Recipe, args: Any, callbacks: Sequence[TrainerCallback], resume: Path | None
 ) -> float:
     """Run the Trainer over the model, from the checkpoint `resume` on if there is one; CPU seconds."""
+    task.check_trainable(model)
     try:
         trainer = LeanTrainer(
             model=model,

@@ -32,6 +32,7 @@ def folder(tmp_path, monkeypatch):
     asked = [("where is the sky", "the red sky in rome", "rome"), ("where is rome", "in the sky", "sky")]
     for split in ("train", "validation", "test"):
         (tmp_path / f"{split}.csv").write_text("text,grade\n" + "".join(f"{text},{n}\n" for text, n in graded))
+        (tmp_path / f"{split}.tsv").write_text("".join(f"{text}\t{n % 2}\n" for text, n in graded))
     monkeypatch.chdir(tmp_path)
 
     def named(number, rows=()):
@@ -47,8 +48,19 @@ def folder(tmp_path, monkeypatch):
     return named
 
 
-def test_a_regression_is_trained_and_scored(folder):
+def test_a_task_of_fifteen_lines_is_trained_and_scored(folder):
+    code = [line for line in BLOCKS[0].splitlines() if line.strip() and not line.startswith(("import", "from"))]
+    assert len(code) <= 15
     task = folder(0)
+    adapter, log = train(task, Recipe("lora", steps=2, batch_size=2, target_modules="all-linear"))
+    assert set(log.summary["validation"]) == {"correct", "examples"}
+    result = Evaluate().run([adapter], task)
+    assert result.columns["examples"] == [4, 4]
+    assert all(4 * value in range(5) for value in result.columns["correct"])
+
+
+def test_a_regression_is_trained_and_scored(folder):
+    task = folder(1)
     adapter, log = train(task, Recipe("lora", steps=2, batch_size=2, target_modules=["query"]))
     assert list(log.summary["validation"]) == ["spearman", "pearson", "rmse", "loss", "examples"]
     result = Evaluate(base=False).run([adapter], task)
@@ -58,7 +70,7 @@ def test_a_regression_is_trained_and_scored(folder):
 
 
 def test_named_entities_have_f1_over_spans(folder):
-    task = folder(1, folder.tagged)
+    task = folder(2, folder.tagged)
     found = score(task, None)
     assert (found["hits"] + found["missed"]).tolist() == [1, 1]  # the entities that there are
     assert 0 <= task.metric("span_f1").value(found.columns) <= 1
@@ -68,7 +80,7 @@ def test_named_entities_have_f1_over_spans(folder):
 
 
 def test_answers_are_spans_of_their_texts(folder):
-    task = folder(2, folder.asked)
+    task = folder(3, folder.asked)
     found = score(task, None)
     assert set(found.columns) == {"exact_match", "word_f1"}
     answer, places = (task.score_batch.__globals__[name] for name in ("answer", "TOKENS"))

@@ -164,6 +164,33 @@ def test_other_mistakes_are_told_too(changes, message):
         score(task(**changes), None)
 
 
+class Silent(Regressor):
+    """A model that gives a prediction and no loss."""
+
+    def forward(self, x, y=None):
+        return super().forward(x)
+
+
+class Bare(Regressor):
+    """A model that does not know the targets at all, and gives a tensor."""
+
+    def forward(self, x):
+        return super().forward(x)["prediction"]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Silent, "training goes by model.*loss, and its model gives none of x, y; .* or a training loop of your own"),
+        (Bare, "training calls model.*loss: .*unexpected keyword argument 'y'"),
+    ],
+)
+def test_a_model_that_gives_no_loss_is_refused_before_it_is_trained(model, message):
+    with pytest.raises(TaskError, match=message) as caught:
+        train(task(model=model), Recipe("lora", seed=0))
+    assert "\n" not in str(caught.value)
+
+
 def test_an_edited_metric_is_asked_again(tmp_path):
     """A number that the score uses, and the data."""
     adapter = train(task(), Recipe("lora", steps=1))[0]
