@@ -35,7 +35,9 @@ GUIDES = {  # section → its pages in this folder, in order; others come behind
         "merge-tables",
         "adapters",
         "real-data",
+        "showing-results",
         "cluster",
+        "coalitions-at-once",
         "speed",
     ),
     "Your own": ("your-own-task", "your-own-loop", "folder-file", "add-a-method"),
@@ -225,14 +227,30 @@ def prose(text: str) -> str:
     return "`".join(part if i % 2 else re.sub(r"([*_\[\]<])", r"\\\1", part) for i, part in enumerate(parts))
 
 
+RESULTS_HEAD = """# Results
+
+A verb leaves its numbers in one JSON file, which figures, tables and reports are made of. `lora-lab schema KIND` prints
+what stands here, and `lora-lab schema KIND --json` a JSON Schema (2020-12) to check files by. At the top of each file are
+
+| key | what it holds |
+|---|---|
+| `format`, `kind`, `schema` | `lora-lab result 1`, the kind (a heading below), the version of its schema |
+| `columns` | the main table, `rows` below: name → a list of values, all lists of one length |
+| `summary` | the other tables of the kind, each a list of objects: name of the table → its rows |
+| `parameters` | what was asked: every option, the task, its metrics |
+| `provenance` | what it hangs on: command, versions, hashes of the inputs, seeds, time |
+| `sha256` | of all the rest; a file that was changed is refused |
+
+Shares are fractions from 0 to 1 and losses are in nats (natural logarithms). For a number x with an interval, x_low and
+x_high are the ends of its 95 % interval. What is not finite is null. In Python, `Result.load(path)` of
+`lora_lab.results.result` reads a file; `.rows()`, `.frame("table")`, `.to_csv("table")` give a table."""
+
+
 def results(pages: Path) -> str:
     """Every kind of result with its tables and columns, from its schema."""
     from lora_lab.results.schema import documented, kinds
 
-    parts = [
-        "# Results",
-        "What the JSON files hold; `lora-lab schema KIND` prints the same, `--json` as a JSON Schema.",
-    ]
+    parts = [RESULTS_HEAD]
     for name, kind in kinds().items():
         rows = [f"## {name}", kind.meaning + ".", "| table | column | type | unit | meaning |\n|---|---|---|---|---|"]
         lines = ["| " + " | ".join(cell(str(value)) for value in each.values()) + " |" for each in documented(name)]

@@ -8,6 +8,7 @@ import pytest
 from lora_lab.cli import _VERBS
 
 from lora_lab.merging.methods import MERGES
+from lora_lab.results.result import Result
 from lora_lab.results.schema import kinds
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +41,11 @@ def test_every_verb_merge_and_kind_of_result_has_its_place(pages, build):
     for name, entry in MERGES.items():
         assert f"| [{name}](#{name}) | {build.cell(entry.formula)} |" in table
         assert f"\n## {name}\n" in table
-    assert all(f"## {name}\n" in (pages / "results.md").read_text() for name in kinds())
+    told = (pages / "results.md").read_text()
+    assert all(f"## {name}\n" in told for name in kinds())
+    keys = Result("evaluate", {}).to_json()
+    assert all(f"`{key}`" in told for key in keys)
+    assert f"`{keys['format']}`" in told
 
 
 def test_every_verb_has_an_example_of_its_own(build):
