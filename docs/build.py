@@ -230,7 +230,7 @@ def prose(text: str) -> str:
 RESULTS_HEAD = """# Results
 
 A verb leaves its numbers in one JSON file, which figures, tables and reports are made of. `lora-lab schema KIND` prints
-what stands here, and `lora-lab schema KIND --json` a JSON Schema (2020-12) to check files by. At the top of each file are
+what stands here, and `lora-lab schema KIND --json` a JSON Schema (2020-12) to check files by. Each file holds
 
 | key | what it holds |
 |---|---|
