@@ -192,7 +192,7 @@ def _tell_cost(
     """Tell what training and scoring would take, in passes over the split; nothing is known of checkpoints here."""
     if not on.confirm:
         return
-    probe = Evaluator(adapters, task, on, split=question.split)
+    probe = Evaluator(adapters, task, on, split=question.split, examples=question.examples)
     points = len(question.spaces) * (len(question.shapes) + 2) * (question.points - 2) + 2
     trained = sum(PASSES * how.steps * how.batch_size for how in trainings.values())
     checked = sum((how.checks + 1) * len(CHECKED) * len(task.split("validation")) for how in trainings.values())

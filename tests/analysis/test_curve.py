@@ -161,6 +161,21 @@ def test_every_layout_is_mixed_as_the_space_says_and_gives_its_gradients_back(tm
     assert all(leaf.grad is None for leaf in points.leaves)
 
 
+def test_the_cost_is_told_in_passes_over_the_examples_that_are_scored(pair, tmp_path):
+    question = Curve(points=5, steps=24, checks=2, batch_size=8, split="validation", examples=20)
+    question, told = replace(question, spaces=("factors",), shapes=("bezier",)), []
+
+    def stop(cost):
+        told.append(cost)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        question.run(pair, TASK, Execution(confirm=stop), folder=tmp_path)
+    # both ends and three points on each of three ways; a step is three passes; three checks at five places of 80
+    assert told[0].variants == round(2 + 3 * 3 + (24 * 8 * 3 + 3 * 5 * 80) / 20)
+    assert told[0].seconds > 0
+
+
 @pytest.mark.usefixtures("forked_workers")
 def test_control_points_are_trained_by_workers_bit_for_bit_as_here(pair, few_digits, tmp_path, monkeypatch):
     monkeypatch.setattr(digits, "images", few_digits)  # which the workers have, too
