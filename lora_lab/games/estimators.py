@@ -227,7 +227,9 @@ def check(
     entry = ESTIMATORS.get(estimator)
     least = entry.least(n) if entry else n + 1
     if budget is not None and budget < least:
-        needed = f"one order of {n} players alone needs {least}" if least > 2 else "nobody and all are 2"
+        needed = (
+            f"one order of {n} players alone needs {least}" if least > 2 else "at least 2 are needed: nobody, and all"
+        )
         raise OptionError(f"a budget of {budget} coalitions; {needed}")
     if entry and entry.whole and budget is not None and budget < 2**n:
         raise OptionError(f"a budget of {budget} coalitions; exact values of {n} players need {2**n}")

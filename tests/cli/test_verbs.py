@@ -526,7 +526,10 @@ def test_adapters_that_do_not_fit_are_refused_before_anything_is_written(lora_la
             ["shapley", "--estimator", "sensitivity", "--set", "passes=1"],
             ["1 passes; a coalition and its complement are 2"],
         ),
-        (["shapley", "--estimator", "joint", "--budget", "1"], ["a budget of 1 coalitions; nobody and all are 2"]),
+        (
+            ["shapley", "--estimator", "joint", "--budget", "1"],
+            ["a budget of 1 coalitions; at least 2 are needed: nobody, and all"],
+        ),
         (["prune", "--keep", "type:gate", "-o", "y"], ["no module of type 'gate'", "fc1"]),
         (["prune", "--sparsity", "1.5", "-o", "y"], ["sparsity is 1.5", "from 0 to 1"]),
         (["prune", "--sparsity", "1", "-o", "y"], ["nothing would be left"]),
