@@ -116,6 +116,18 @@ def test_what_seeds_and_examples_do_together_is_counted_once():
     assert np.mean(errors) == pytest.approx(1 / 1000, rel=0.15)
 
 
+def test_what_all_seeds_have_in_common_is_added_to_what_each_has_of_its_own():
+    # d_se = b_e + ε: the variance of the mean is σ_b²/n + σ_ε²/Sn
+    generator, errors = np.random.default_rng(8), []
+    for _ in range(200):
+        noise = generator.normal(size=(5, 200)) + generator.normal(0, 0.5, size=200)
+        found = difference(
+            {unit: Value(float(row.mean()), 0, (row,)) for unit, row in zip(SEEDS, noise, strict=True)}, None
+        )
+        errors.append(found.error**2)
+    assert np.mean(errors) == pytest.approx(0.25 / 200 + 1 / 1000, rel=0.1)
+
+
 def test_several_tasks_have_examples_of_their_own():
     generator = np.random.default_rng(6)
     tasks = [generator.normal(size=40), 3 * generator.normal(size=60)]
