@@ -3,6 +3,8 @@
 import pytest
 
 from lora_lab import tasks
+from lora_lab.analysis.compare import ALONE, BASE, ENSEMBLE
+from lora_lab.analysis.merge_sets import specs_of
 from lora_lab.claims.asking import QUESTIONS, Answer
 from lora_lab.claims.claims import OWN, PUBLISHED, Published, chosen, read
 from lora_lab.claims.reproduce import Plan, Reproduce
@@ -38,6 +40,14 @@ def test_what_comes_along_can_be_run_as_it_stands():
 
 def test_every_statistic_is_of_a_question_that_can_be_asked():
     assert {each.verb for each in STATISTICS.values()} <= {None, *QUESTIONS}
+
+
+def test_claims_about_merges_are_of_rows_that_a_comparison_has():
+    asked = [each for each in read()[0] if STATISTICS[each.statistic].verb == "compare-merges"]
+    assert len(asked) > 10
+    for claim in asked:
+        there = [BASE, ALONE, ENSEMBLE, *(spec.name for spec in specs_of(claim.options["methods"], {}))]
+        assert claim.where["merge"] in there, claim.name
 
 
 def test_claims_about_keep_sets_find_numbers_in_a_result_of_stability(request):
