@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,12 +24,12 @@ def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
     rows = [row for result in results for row in result.rows() if row["difference"] is not None]
     if not rows:
         raise OptionError("no claim of these results has a number to draw")
-    several = len({row["task"] for row in rows}) > 1
+    often = Counter(row["claim"] for row in rows)
     parts = grouped(rows, "unit")
     lines = [max(2, len(members)) for _, members in parts]
     axes = panels.grid(len(parts), 1, 0.17 * sum(lines) + 0.55 * len(parts) + 0.5, lines)
     for ax, (unit, members) in zip(axes, parts, strict=True):
-        _panel(ax, members, several)
+        _panel(ax, members, often)
         ax.set_xlabel(f"difference ({unit['unit']})" if unit["unit"] else "difference")
     panels.legend(max(axes, key=lambda ax: len(ax.get_legend_handles_labels()[1])), columns=3)
     seeds = " and ".join(str(n) for n in dict.fromkeys(result.parameters["seeds"] for result in results))
@@ -36,8 +37,8 @@ def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
     return axes
 
 
-def _panel(ax: Axes, rows: Sequence[Mapping[str, Any]], several: bool) -> None:
-    names = [f"{row['claim']}, {row['task']}" if several else row["claim"] for row in rows]
+def _panel(ax: Axes, rows: Sequence[Mapping[str, Any]], often: Mapping[str, int]) -> None:
+    names = [f"{row['claim']}, {row['task']}" if often[row["claim"]] > 1 else row["claim"] for row in rows]
     y = np.arange(len(rows))
     least = np.array([row["least"] for row in rows])
     ax.barh(y, 2 * least, 0.8, left=-least, color="0.9", zorder=0)

@@ -268,3 +268,11 @@ def test_planes_of_several_results_have_plain_numbers_beside_all_their_colour_ba
     texts = [label.get_text() for ax in beside for label in ax.get_yticklabels()]
     assert len(beside) == 4
     assert all(math.isfinite(float(text)) for text in texts)  # no 2.47835 × 10⁻¹, and none empty
+
+
+def test_claims_name_their_task_only_where_they_were_put_to_several():
+    once = [reproduce(("midpoint",)), reproduce(("fusion",), ("digits/mod3, digits/mod5",))]
+    (axes, *_) = plots.figure(once).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["midpoint  ›", "fusion  ›"]
+    (axes, *_) = plots.figure([reproduce(("midpoint",), ("a/x", "b/y"))]).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["midpoint, a/x  ›", "midpoint, b/y  ›"]
