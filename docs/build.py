@@ -52,13 +52,19 @@ def main(arguments: list[str]) -> None:
     pages.mkdir(parents=True)
     run = "--no-examples" not in arguments
     nav = {"Start": ["index.md"], "Tutorials": tutorials(pages, run=run), **guides(pages)}
-    nav["Reference"] += [merges(pages), results(pages), claims(pages), api(pages)]
+    nav["Start"].append(claims(pages))
+    nav["Reference"] = [merges(pages), results(pages), api(pages), *nav["Reference"]]
+    (pages / "site.css").write_text("td:first-child code { white-space: nowrap }\n")  # options in one piece
     nav["Commands"] = verbs(pages, run=run)
     configure(nav)
     if "--pages" not in arguments:
         command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "-f", str(OUT / "mkdocs.yml")]
         quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-        sys.exit(subprocess.run(command, check=False, env=quiet).returncode)
+        code = subprocess.run(command, check=False, env=quiet).returncode
+        site = os.path.relpath(OUT / "site")
+        if code == 0:
+            print(f"{site}/index.html; with its search: {Path(sys.executable).name} -m http.server -d {site}")
+        sys.exit(code)
 
 
 def guides(pages: Path) -> dict[str, list[str]]:
@@ -116,11 +122,18 @@ def options(command: types.FunctionType) -> str:
         flags = [flag for flag in flags if isinstance(flag, str)] or [parameter.name]
         default = parameter.default
         default = getattr(said, "show_default", None) if default is None else default
-        empty = default in (None, False, True, "") or default is parameter.empty
         names = ", ".join(f"`{flag}`" for flag in flags)
         meaning = cell((getattr(said, "help", "") or "").replace("VERB", "the verb"))
-        rows.append(f"| {names} | {meaning} | {'' if empty else f'`{cell(str(default))}`'} |")
+        rows.append(f"| {names} | {meaning} | {default_of(default, flags)} |")
     return "\n".join(rows)
+
+
+def default_of(default: object, flags: list[str]) -> str:
+    """A default as it would be written; nothing of an option that is off, or has to be given."""
+    if isinstance(default, bool):
+        both = next((flag.split("/") for flag in flags if "/" in flag), ["", ""])
+        default = both[0] if default else both[1]
+    return "" if default in (None, "") or default is inspect.Parameter.empty else f"`{cell(str(default))}`"
 
 
 def shown(verb: str) -> str:
@@ -199,7 +212,7 @@ MERGES_HEAD = """# Merges
 ΔWᵢ = BᵢAᵢ is what adapter i of T adds to the weight of a module (its scale, α/r, is in Bᵢ), wᵢ its weight (1 unless
 `--weights` says otherwise), and λ the option `scale`. The result is multiplied by `--coefficient`, too. ∘ multiplies
 entry by entry, ‖·‖ is the Frobenius norm, U S Vᵀ a singular value decomposition. `inner` is another method that merges
-within: `--set inner=NAME`. *Gauge counts*: other factors (BᵢR, R⁻¹Aᵢ) of the same ΔWᵢ give another merge.
+within: `--set inner=NAME`. The gauge counts where other factors (BᵢR, R⁻¹Aᵢ) of the same ΔWᵢ give another merge.
 `lora-lab merge --methods` lists the same, with `--json` for programs."""
 
 
@@ -207,16 +220,20 @@ def merges(pages: Path) -> str:
     """Every merge, from its registry: a table, then what is said of each."""
     from lora_lab.merging.methods import MERGES
 
-    rows = ["| method | formula | works on | looks at | gauge counts | source |", "|---|---|---|---|---|---|"]
+    rows = ["| method | formula | works on | looks at |", "|---|---|---|---|"]
     parts = []
     for name, entry in MERGES.items():
-        told = [entry.formula, entry.kind.about, entry.data, "no" if entry.gauge_free else "yes", entry.source]
+        told = [entry.formula, entry.kind.about, entry.data]
+        gauge = "does not count" if entry.gauge_free else "counts"
         rows.append("| " + " | ".join([f"[{name}](#{name})", *map(cell, told)]) + " |")
         options = ", ".join(
             f"`{key}`" if value is None else f"`{key}={value}`" for key, value in entry.defaults().items()
         )
         parts += [f"## {name}", prose(inspect.getdoc(entry.function) or "")]
-        parts.append(f"*Which published variant*: {prose(entry.variant)} *Options* (`--set`): {options or 'none'}.")
+        parts.append(
+            f"*Source*: {prose(entry.source)}. *Variant*: {prose(entry.variant)} The gauge {gauge}. "
+            f"*Options* (`--set`): {options or 'none'}."
+        )
     (pages / "merges.md").write_text("\n\n".join([MERGES_HEAD, "\n".join(rows), *parts]) + "\n")
     return "merges.md"
 

@@ -36,7 +36,13 @@ def test_every_verb_merge_and_kind_of_result_has_its_place(pages, build):
         text = (pages / f"verb-{verb}.md").read_text()
         assert text.startswith(f"# {verb}\n")
         assert f"lora-lab {verb}" in text
-    assert "| `-o`, `--output` |" in (pages / "verb-interpolate.md").read_text()
+    page = (pages / "verb-interpolate.md").read_text()
+    assert "| `-o`, `--output` |" in page
+    assert re.search(r"\| `--seed` \| [^|]* \| `0` \|", page)
+    assert re.search(
+        r"\| `--rescale/--no-rescale` \| [^|]* \| `--rescale` \|", (pages / "verb-stability.md").read_text()
+    )
+    assert re.search(r"\| `--coefficient` \| [^|]* \| `1.0` \|", (pages / "verb-merge.md").read_text())
     table = (pages / "merges.md").read_text()
     for name, entry in MERGES.items():
         assert f"| [{name}](#{name}) | {build.cell(entry.formula)} |" in table
