@@ -84,10 +84,11 @@ def draw_bars(results: Sequence[Result], panels: Panels) -> list[Axes]:
         primitives.bars(ax, values, capsize=1.5)
     ax.axhline(0, color="#333333", linewidth=0.6)
     name_axis(ax.xaxis, shown)
+    ax.set_xlabel(plot_style.players(results))
     ax.set_ylabel(f"Shapley value,\n{_unit(results)}")
     counts = {name: len(adapters) for name, adapters in groups.items()}
     kind = plot_style.bands(counts, "95 % interval (coalitions and examples)", "±1 s.d. over seeds")
-    panels.caption(ax, f"{plot_style.players(results)}; {plot_style.measured_on(results)}; bars: {kind}")
+    panels.caption(ax, f"{plot_style.measured_on(results)}; bars: {kind}")
     if len(groups) > 1:
         panels.legend(ax)
     return [ax]
