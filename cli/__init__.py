@@ -145,6 +145,11 @@ def _run(arguments: list[str], heard: list[int]) -> int:
     except BrokenPipeError:
         streams.drop()
         return 1
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "lora_lab"):
+            raise
+        return _say(f"{package} is needed for this and not installed; `lora-lab doctor` tells all that is missing")
     except (OSError, UnicodeError, ValueError, MemoryError, RuntimeError) as error:
         text = _users(error)
         if text is None:

@@ -35,6 +35,7 @@ GUIDES = {  # section → its pages in this folder, in order; others come behind
         "merge-tables",
         "adapters",
         "real-data",
+        "recipes",
         "showing-results",
         "cluster",
         "coalitions-at-once",
@@ -76,6 +77,8 @@ def guides(pages: Path) -> dict[str, list[str]]:
     found = {path.stem for path in HERE.glob("*.md")}
     for name in found:
         (pages / f"{name}.md").write_text(linked((HERE / f"{name}.md").read_text()))
+    (pages / "recipes.md").write_text(linked((ROOT / "figures" / "recipes" / "README.md").read_text()))
+    found.add("recipes")
     known = ["claims", *(name for names in GUIDES.values() for name in names)]
     sections = {title: [f"{name}.md" for name in names if name in found] for title, names in GUIDES.items()}
     sections["Guides"] += sorted(f"{name}.md" for name in found.difference(known))
@@ -88,6 +91,7 @@ def guides(pages: Path) -> dict[str, list[str]]:
 def linked(text: str) -> str:
     """The page with its links as they are in the site; those to code name it alone."""
     text = re.sub(r"\]\((?:\.\./)?docs/([\w./-]+\.md)", r"](\1", text)
+    text = re.sub(r"\]\((?:\.\./)?figures/recipes/README\.md", "](recipes.md", text)
     text = re.sub(r"\]\(\.\./figures/", "](figures/", text)
     text = re.sub(r"\]\((?:\.\./)?(CONTRIBUTING|CHANGELOG|SECURITY)\.md", lambda m: f"]({m[1].lower()}.md", text)
     return re.sub(r"\[([^\]]+)\]\((?:\.\./)?(?:lora_lab|cli|tests|figures|docs)/[\w./-]+\.(?:py|toml)\)", r"`\1`", text)

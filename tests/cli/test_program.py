@@ -89,3 +89,15 @@ def test_the_doctor_ends_with_1_only_where_something_is_broken(lora_lab, monkeyp
     assert set(report) == set(columns_of(REPORTS["doctor"]))
     assert report["ok"] is False
     assert set(report["checks"][0]) == set(columns_of(columns_of(REPORTS["doctor"])["checks"].rows))
+
+
+def test_a_needed_package_that_is_missing_is_named_in_a_line(lora_lab, monkeypatch):
+    def missing():
+        raise ModuleNotFoundError("No module named 'matplotlib.pyplot'", name="matplotlib.pyplot")
+
+    monkeypatch.setattr(diagnosis, "checks", missing)
+    code, out, err = lora_lab("doctor")
+    assert (code, out) == (1, "")
+    assert err == (
+        "error: matplotlib is needed for this and not installed; `lora-lab doctor` tells all that is missing\n"
+    )
