@@ -101,6 +101,10 @@ def _work(pipe: Connection, threads: int, gpu: str | None) -> None:
     warnings.simplefilter("ignore")  # the driver, which has the same data, tells them
     # threads that wait leave the cores to those of other workers
     os.environ |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
+    if "fork" in multiprocessing.get_all_start_methods():
+        # tqdm and others make locks here, which the system would keep, with a warning, as this process is killed: those
+        # for forked processes have no name to be kept by
+        multiprocessing.set_start_method("fork", force=True)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     import torch

@@ -361,6 +361,13 @@ def test_processes_are_gone_when_the_context_ends(tmp_path):
     assert not psutil.pid_exists(process)
 
 
+def test_locks_that_a_library_makes_in_a_worker_go_with_it(tmp_path):
+    """As those of tqdm's bars: what a killed process leaves in the system is warned of when the command ends."""
+    with open_workers(2) as opened:
+        (name,) = opened.map(Squares(tmp_path), ["lock"])
+    assert name is None  # nothing by which the system would keep it
+
+
 def test_workers_that_cannot_be_started_are_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(local_module, "_work", os._exit)
     with open_workers(2) as opened, pytest.raises(LoraLabError, match="workers cannot be started: exit code 1"):
