@@ -18,6 +18,7 @@ from ..escape import visible, visible_json, visible_stream
 from ..forecast import Forecast
 from ..progress import bar, duration
 from ..progress import size as size
+from ..shortening import told_apart
 
 
 class Visible:
@@ -92,8 +93,30 @@ def print_json(content: object) -> None:
     print(visible_json(json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False)))
 
 
+_LEAST = 40
+"""Characters of a name that a table always has room for."""
+
+
 def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]], *, texts: int = 1) -> None:
-    """A table on standard output; the first column (or so many) is text, the others are set right."""
+    """A table on standard output; the first column (or so many) is text, the others are set right.
+
+    Where it is wider than the terminal, long names among the texts lose their middle before anything is folded.
+    """
+    cells = [[visible(cell) if isinstance(cell, str) else number(cell) for cell in row] for row in rows]
+    shown = _table(title, headings, cells, texts)
+    over = console.measure(shown, options=console.options.update(max_width=_WIDE)).maximum - console.width
+    names = {cell for row in cells for cell in row[:texts] if len(cell) > _LEAST and " " not in cell}
+    if over > 0 and names:
+        room = max(_LEAST, max(map(len, names)) - -(-over // texts))
+        short = dict(zip(names, told_apart(list(names), room), strict=True))
+        shown = _table(title, headings, [[short.get(cell, cell) for cell in row] for row in cells], texts)
+    console.print(shown)
+
+
+_WIDE = 10_000
+
+
+def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> Table:
     shown = Table(
         title=visible(title), title_justify="left", box=None, pad_edge=False, padding=(0, 1), header_style="bold"
     )
@@ -101,8 +124,8 @@ def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]],
         heading = "\n".join(map(visible, heading.split("\n")))
         shown.add_column(heading, justify="left" if i < texts else "right", overflow="fold")
     for row in rows:
-        shown.add_row(*(visible(cell) if isinstance(cell, str) else number(cell) for cell in row))
-    console.print(shown)
+        shown.add_row(*row)
+    return shown
 
 
 _LONG = 1e12

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from lora_lab import tasks
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.naming import named
 from lora_lab.errors import OptionError, unknown
 from lora_lab.progress import bar
 from lora_lab.results.result import Result
@@ -87,6 +88,8 @@ def answered(
 ) -> Result:
     """The answer to a question about these adapters, on the task that they share, or on what `of` makes of theirs."""
     loaded = adapters_of(adapters)
+    if question.of_each and len({adapter.label for adapter in loaded}) < len(loaded):
+        loaded = named(loaded)  # what tells files of one name apart
     question.check(loaded)
     with telling as where:
         return question.run(loaded, (of or one_task_of)(loaded, task, trust_record), where, **more)

@@ -159,6 +159,7 @@ class Checkpoints(Question):
 
     kind = "checkpoints"
     of_transforms = True
+    of_each = False
 
     spaces: tuple[str, ...] = option(
         ("delta", "factors", "matched"),

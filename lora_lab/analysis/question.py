@@ -31,6 +31,9 @@ class Question(ABC):
     of_transforms: ClassVar[bool] = False
     """Whether it is about adapters that this package makes of the given ones: merges, prunings, points between them."""
 
+    of_each: ClassVar[bool] = True
+    """Whether its answer names every adapter; else it names the runs that they are checkpoints of."""
+
     def __post_init__(self) -> None:
         check_options(self)
 

@@ -16,13 +16,12 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, Locator, MaxNLocator
 
-MOST = 28
-"""Characters of a name, by default."""
+from lora_lab.shortening import MOST as MOST
+from lora_lab.shortening import told_apart
 
 _SMALLEST = 5.0  # points: print that is still read
 _STEPS = (1, 2, 4, 5, 10, 20)
 _LINE = 1.25  # height of a line of text, in type sizes
-_WORD = 12  # characters: a common beginning ends before a word that is as short as this
 
 
 def inches(text: str, size: float) -> float:
@@ -59,54 +58,9 @@ def points(size: Any) -> float:
 
 
 def shortened(names: Sequence[str], most: int = MOST) -> list[str]:
-    """The names in so many characters, or as many as leave different ones different.
-
-    Of those that are longer, what all of them have in front and behind is cut first, so that what tells them apart
-    stays; then their middle.
-    """
+    """The names in so many characters, or as many as leave different ones different (see shortening.py)."""
     plain = [name.replace(r"\$", "$") for name in names]  # what is drawn has \$, and half of it would begin a formula
-    while True:
-        longer = {name for name in plain if len(name) > most}
-        front, end = _common(list(longer)) if len(longer) > 1 else (0, 0)
-        cut = {name: _cut(name, most, front, end) for name in plain}
-        if not longer or len(set(cut.values())) == len(cut):
-            return [cut[name].replace("$", r"\$") for name in plain]
-        most += 4
-
-
-def _common(names: Sequence[str]) -> tuple[int, int]:
-    """How many characters all names share in front and behind; numbers and words are not cut in two."""
-    front = _shared(names)
-    words = re.search(r"[^\W_]*$", front)
-    begun = words[0] if words else ""
-    front = front.removesuffix(begun) if begun[-1:].isdigit() or len(begun) <= _WORD else front
-    end = _shared([name[len(front) :][::-1] for name in names])[::-1]
-    words = re.match(r"[^\W_]*", end)
-    ended = words[0] if words else ""
-    end = end.removeprefix(ended) if ended[:1].isdigit() or len(ended) <= _WORD else end
-    return len(front), len(end)
-
-
-def _shared(names: Sequence[str]) -> str:
-    """What all names begin with."""
-    first, last = min(names), max(names)
-    return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
-
-
-def _cut(name: str, most: int, front: int, end: int) -> str:
-    """A name in so many characters, of which so many in front and behind are shared with others."""
-    if len(name) <= most:
-        return name
-    core = name[front : len(name) - end]
-    spare = most - len(core) - (front > 0) - (end > 0)
-    if spare < 0 or not (front and end):  # one cut, and more is kept of the side that tells it apart
-        begin = (most - 1) // 3
-        if front or end:
-            begin = max(0, min(begin, spare)) if front else most - 1 - max(0, min(begin, spare))
-        return f"{name[:begin]}…{name[len(name) - (most - 1 - begin) :]}"
-    head = min(front, max(spare // 2, spare - end))
-    tail = min(end, spare - head)
-    return name[:head] + "…" * (head < front) + core + "…" * (tail < end) + name[len(name) - tail :]
+    return [name.replace("$", r"\$") for name in told_apart(plain, most)]
 
 
 def labels(names: Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Where a verb's result and figure go: found again, drawn again, or refused before any work is done."""
 
 import pytest
+from lora_lab.cli import terminal
 from lora_lab.cli.outputs import Outputs
 
 from lora_lab import plots
@@ -58,3 +59,17 @@ def test_what_is_somebody_elses_is_refused_before_the_work(outputs, name, force)
     with pytest.raises(FileError, match=rf"{name}: .*not written by lora-lab"):
         outputs.earlier("this", force=force)
     assert (outputs.folder / name).read_text() == "mine"
+
+
+def test_long_names_lose_their_middle_once_and_stay_apart_in_a_table_that_is_too_wide(monkeypatch, capsys):
+    names = [f"an-adapter-of-{'a-name-' * 6}that-is-long-{end}" for end in ("one", "two")]
+    rows = [[names[0], names[1], 0.5, "a sentence that says what is the matter"], ["short", names[0], 1.5, "–"]]
+    for width, whole in ((400, True), (80, False)):
+        monkeypatch.setattr(terminal, "console", terminal.Plain(width=width))
+        terminal.table("Pairs", ("first", "second", "number", "why"), rows, texts=2)
+        out = capsys.readouterr().out
+        assert (names[0] in out) == whole
+        assert out.count("…") == (0 if whole else 3)
+    cut = terminal.told_apart(names, 40)
+    assert len(set(cut)) == 2
+    assert all(len(name) == 40 for name in cut)

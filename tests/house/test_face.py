@@ -122,6 +122,18 @@ def test_a_question_has_one_answer_however_adapters_and_tasks_are_given(pair, fu
         assert numbers(function(several, on, **options, **QUIET)) == numbers(wanted)
 
 
+def test_files_of_one_name_are_told_apart_in_every_answer(pair, tmp_path):
+    places = [tmp_path / run / "last.safetensors" for run in ("one", "two")]
+    for adapter, place in zip(pair[0], places, strict=True):
+        place.parent.mkdir()
+        adapter.save(place)
+    own = {"task": "digits/relabel", "examples": 10, "progress": False}
+    rows = ll.evaluate(places, base=False, **own).rows()
+    assert [row["adapter"] for row in rows] == ["one/last", "two/last"]
+    rows = ll.interpolate(places, points=2, spaces=("delta",), **own).rows()
+    assert {tuple(row["members"]) for row in rows} == {("one/last", "two/last")}
+
+
 def test_one_adapter_needs_no_list(pair):
     options = {"samples": 2, "players": "type", "examples": 20, **QUIET}
     assert ll.shapley(pair[1][0], **options).columns == ll.shapley([pair[1][0]], **options).columns
