@@ -152,10 +152,13 @@ class Task(tasks.Task):
         scores = self._asked(model, batch)
         if not self._steady:
             again = self._asked(model, batch)
+            if again.columns.keys() != scores.columns.keys():
+                both = " and then ".join(shorten(each.columns) for each in (scores, again))
+                raise TaskError(f"task {self.name}: its score gave {both} of one batch; the same columns are needed")
             for name, values in scores.columns.items():
                 if not np.allclose(values, again[name], rtol=_STEADY, atol=0, equal_nan=True):
                     raise TaskError(
-                        f"task {self.name}: two scorings of one batch differ in {name!r}; `score` must draw nothing"
+                        f"task {self.name}: two scorings of one batch differ in {name!r}; its score must draw nothing"
                     )
             self._steady = True
         return scores
@@ -169,14 +172,13 @@ class Task(tasks.Task):
         with self._telling("its score"):
             given = self.score_batch(model, batch)
         if not isinstance(given, Mapping) or not given:
-            raise TaskError(
-                f"task {self.name}: `score` gave a {type(given).__name__}; name → one number an example is needed"
-            )
+            what = f"an empty {type(given).__name__}" if isinstance(given, Mapping) else f"a {type(given).__name__}"
+            raise TaskError(f"task {self.name}: its score gave {what}; name → one number an example is needed")
         count = len(batch[INDEX])
         return Scores({str(name): self._column(str(name), values, count) for name, values in given.items()})
 
     def _column(self, name: str, values: Any, count: int) -> npt.NDArray[Any]:
-        what = f"task {self.name}: `score` gave {name!r}"
+        what = f"task {self.name}: its score gave {name!r}"
         array = values.detach().float().cpu().numpy() if _is_float(values) else np.asarray(values)
         if array.dtype != np.bool_:
             try:
@@ -189,6 +191,10 @@ class Task(tasks.Task):
         if not np.isfinite(array).all():
             raise DivergedError(f"{what} with {int((~np.isfinite(array)).sum())} values that are no finite numbers")
         return array
+
+    def pass_through(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        """The passes that a scoring makes."""
+        self._asked(model, batch)
 
     def logits(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """TunerError: what such a task gives has no gradient."""

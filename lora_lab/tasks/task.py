@@ -335,6 +335,10 @@ class Task(ABC):
         logits: Tensor = model(**{name: tensor for name, tensor in batch.items() if name != "labels"}).logits
         return logits
 
+    def pass_through(self, model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        """A forward pass of a batch, for whoever looks at what layers are given and say."""
+        self.logits(model, batch)
+
     def judge(self, model: nn.Module, batch: Mapping[str, Tensor], *, keep_logits: bool = False) -> Scores:
         """Scores of one batch, finite or not; the model must be in evaluation mode."""
         self.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")

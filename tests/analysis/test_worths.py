@@ -196,3 +196,13 @@ def test_a_sweep_is_by_the_metrics_that_are_asked_for(adapter):
     assert figure(other, kind="sweep:unstructured").axes[0].get_ylabel() == "perplexity"
     with pytest.raises(OptionError, match=r"unknown metric of task stack: 'acc'.*; there are: f1, perplexity, loss"):
         Sweep(**asked, metric=("acc",)).run([adapter], own)
+
+
+def test_layers_are_chosen_on_a_task_of_ones_own_by_all_that_takes_no_gradient(adapter):
+    question = Sweep(kinds=("structured",), draws=1, metric=("rmse",))
+    rows = question.run([adapter], task("rmse", "loss")).rows()
+    criteria = {row["criterion"] for row in rows}
+    assert {"all", "top-norm", "random", "top-shapley", "top-drop"} <= criteria
+    assert not {"top-gates", "top-taylor"} & criteria
+    whole = next(row["rmse"] for row in rows if row["criterion"] == "all")
+    assert whole == pytest.approx(-REFERENCES["rmse"](predictions(adapter, np.ones(3, bool))))

@@ -115,9 +115,19 @@ def test_texts_are_found_by_the_places_of_examples():
     assert score(own, None)["exact_match"].dtype == bool
 
 
+CALLS = []
+
+
+def changing(model, batch):
+    """One column more each time."""
+    CALLS.append("xyzuvw"[len(CALLS)])
+    return dict.fromkeys(CALLS, batch["y"])
+
+
 WRONG = {
-    "a list": (lambda m, b: [1.0], "`score` gave a list; name → one number"),
-    "nothing": (lambda m, b: {}, "name → one number an example is needed"),
+    "a list": (lambda m, b: [1.0], "its score gave a list; name → one number"),
+    "nothing": (lambda m, b: {}, "its score gave an empty dict; name → one number an example is needed"),
+    "other columns": (changing, "its score gave x and then x, y of one batch; the same columns are needed"),
     "too few": (lambda m, b: {"loss": b["y"][:-1]}, r"'loss' as the shape \[7\] for 8 examples"),
     "a mean": (lambda m, b: {"loss": b["y"].mean()}, "'loss' as a single number for 8 examples"),
     "a matrix": (lambda m, b: {"x": b["x"]}, r"'x' as the shape \[8, 4\] for 8 examples"),
@@ -139,7 +149,7 @@ def test_what_a_score_must_not_give_is_told_in_one_line(wrong):
 
 
 def test_a_loss_that_is_no_number_has_diverged():
-    with pytest.raises(DivergedError, match="`score` gave 'loss' with 8 values that are no finite numbers"):
+    with pytest.raises(DivergedError, match="its score gave 'loss' with 8 values that are no finite numbers"):
         score(task(score=lambda m, b: {"loss": b["y"] / 0}), None)
 
 
