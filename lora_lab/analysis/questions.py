@@ -135,7 +135,7 @@ class Shapley(Question):
     samples: int = option(200, "Marginal contributions a player; for permutations, orders.", least=1)
     until_se: float | None = option(
         None,
-        "Stop once every standard error is this small (in units of the worth); by default only --samples count.",
+        "Stop once every standard error is this small (in units of the worth); by default only the samples count.",
         above=0,
         title="standard error to stop at",
     )
