@@ -11,7 +11,7 @@ import typer
 from ..errors import OptionError
 from ..options import option
 from ..registry import Later
-from .terminal import say_written
+from .terminal import messages, say_written
 
 if TYPE_CHECKING:
     from ..results.result import Result
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 class Drawing:
     """What is drawn, and how wide."""
 
-    output: list[Path] = option(..., "File to write: .pdf, .png or .svg (repeatable).", flag="o output")
+    output: list[Path] = option(
+        ..., "File to write: .pdf, .png, .svg or .pgf, which needs TeX (repeatable).", flag="o output"
+    )
     kind: list[str] | None = option(
         None,
         "Another view of the results; with --panel once for each of them, or for all. NAMES.",
@@ -67,6 +69,7 @@ def command(
     from .. import plots
     from ..files.disk import refuse_existing
     from ..plots import captions, script
+    from ..plots.panels import PAGE
     from ..results.result import Result
 
     captions.check(beside.caption)
@@ -76,6 +79,8 @@ def command(
     figure, said = _drawn(loaded, drawing, captioned=beside.caption is None)
     refuse_existing(*drawing.output, *more, force=drawing.force)
     plots.save(figure, *drawing.output, force=drawing.force)
+    if (high := figure.get_figheight()) > PAGE:
+        messages.print(f"The figure is {high:.1f} inches high, and a page {PAGE:g}; fewer results or panels fit one")
     if beside.caption is not None:
         captions.save(beside.caption, said, force=drawing.force)
     if beside.notebook is not None:

@@ -42,7 +42,7 @@ _PAGE = re.compile(
     rb'\A<!doctype html>\n<html[^>\n]*>\n<head>\n<meta charset="utf-8">\n<meta name="generator" content="lora-lab">'
 )
 _OF_FIGURE = re.compile(
-    rb'\A(# lora-lab figure script\n|% lora-lab caption\n|\{\s*"metadata":\s*\{\s*"lora-lab": "figure)'
+    rb'\A(# lora-lab figure script\n|% lora-lab (?:caption|figure)\n|\{\s*"metadata":\s*\{\s*"lora-lab": "figure)'
 )
 _PLENTY = 100_000_000  # bytes of a safetensors header, as in safetensors itself
 _PART = 65_536  # bytes from either end of a file, where marks are

@@ -15,32 +15,38 @@ from lora_lab.plots.names import MOST, name_axis, shortened
 from lora_lab.plots.panels import Panels
 from lora_lab.results.result import Result, grouped
 
+_WIDE = 44  # characters of a claim and its task on the width of a page
 _PLACES = ("holds", "does not hold", "cannot be told")
 """Verdicts in the order of their colours."""
 
 
 def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
     """Treated less control, with intervals; shaded is what would be too small to count."""
-    rows = [row for result in results for row in result.rows() if row["difference"] is not None]
+    every = [row for result in results for row in result.rows()]
+    rows = [row for row in every if row["difference"] is not None]
     if not rows:
         raise OptionError("no claim of these results has a number to draw")
     often = Counter(row["claim"] for row in rows)
     parts = grouped(rows, "unit")
     lines = [max(2, len(members)) for _, members in parts]
-    axes = panels.grid(len(parts), 1, 0.17 * sum(lines) + 0.55 * len(parts) + 0.5, lines)
+    rest = 0.55 * len(parts) + 0.5
+    axes = panels.grid(len(parts), 1, panels.line(sum(lines), rest, 0.17) * sum(lines) + rest, lines)
     for ax, (unit, members) in zip(axes, parts, strict=True):
-        _panel(ax, members, often)
+        _panel(ax, members, often, MOST if panels.single else _WIDE)
         ax.set_xlabel(f"difference ({unit['unit']})" if unit["unit"] else "difference")
     panels.legend(max(axes, key=lambda ax: len(ax.get_legend_handles_labels()[1])), columns=3)
     seeds = " and ".join(str(n) for n in dict.fromkeys(result.parameters["seeds"] for result in results))
-    panels.caption(axes[0], f"{seeds} seeds; claimed to be › higher, ‹ lower, = equal; bars: 95 % intervals")
+    said = [f"{seeds} seeds", "claimed to be › higher, ‹ lower, = equal", "bars: 95 % intervals"]
+    left_out = len(every) - len(rows)
+    panels.caption(axes[0], "; ".join([*said, *([f"{left_out} without a number"] if left_out else [])]))
     return axes
 
 
-def _panel(ax: Axes, rows: Sequence[Mapping[str, Any]], often: Mapping[str, int]) -> None:
+def _panel(ax: Axes, rows: Sequence[Mapping[str, Any]], often: Mapping[str, int], most: int) -> None:
     names = [f"{row['claim']}, {row['task']}" if often[row["claim"]] > 1 else row["claim"] for row in rows]
     y = np.arange(len(rows))
     least = np.array([row["least"] for row in rows])
+    ax.use_sticky_edges = False  # what is shaded, and 0, may be outermost
     ax.barh(y, 2 * least, 0.8, left=-least, color="0.9", zorder=0)
     ax.axvline(0, color="0.4", linewidth=0.6)
     for place, verdict in enumerate(_PLACES):
@@ -54,6 +60,6 @@ def _panel(ax: Axes, rows: Sequence[Mapping[str, Any]], often: Mapping[str, int]
     arrows = {"higher": "›", "lower": "‹", "equal": "="}
     name_axis(
         ax.yaxis,
-        shortened([f"{name}  {arrows[row['direction']]}" for name, row in zip(names, rows, strict=True)], MOST),
+        shortened([f"{name}  {arrows[row['direction']]}" for name, row in zip(names, rows, strict=True)], most),
     )
     ax.set_ylim(len(rows) - 0.4, -0.6)

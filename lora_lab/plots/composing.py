@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from matplotlib.figure import Figure
 
@@ -16,8 +15,6 @@ from lora_lab.plots.style import WIDTHS
 from lora_lab.results.result import Result
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
-_SMALL = Path(__file__).with_name("panels.mplstyle")
-"""All text in 7 points."""
 _LETTER = 0.16  # inches above a panel for its letter
 
 
@@ -41,8 +38,8 @@ class Composed:
 def compose(parts: Sequence[Part], *, width: str = "double", columns: int | None = None) -> Composed:
     """The parts as lettered panels in `columns`, by default two on the width of two columns of a page, and one on one.
 
-    All text is of 7 points. Nothing stands below the panels: it is in `captions`. OptionError where a part cannot be
-    drawn, or for more of them than there are letters.
+    Each is as high as a figure of its own. Nothing stands below the panels: it is in `captions`. OptionError where a
+    part cannot be drawn, or for more of them than there are letters.
     """
     if not 0 < len(parts) <= len(_LETTERS):
         raise OptionError(f"{len(parts)} panels; a figure has from 1 to {len(_LETTERS)}")
@@ -53,24 +50,26 @@ def compose(parts: Sequence[Part], *, width: str = "double", columns: int | None
         raise OptionError(f"{columns} columns of panels; on the width {width} there is room for 1 or 2")
     inner = "single" if columns > 1 else width
     chosen = [registry.view_of(part.results, part.view) for part in parts]
-    with plot_style.use(*plot_style.in_use(), _SMALL):
-        heights = [_height(part, view, inner) for part, (_, view) in zip(parts, chosen, strict=True)]
-        lines = [max(heights[i : i + columns]) + _LETTER for i in range(0, len(parts), columns)]
-        with plot_style.styled():
-            figure = Figure(figsize=(WIDTHS[width], sum(lines)), layout="constrained")
-            places = figure.subfigures(len(lines), columns, squeeze=False, height_ratios=lines).ravel()
-            captions = []
-            for part, (_, view), place, letter in zip(parts, chosen, places, _LETTERS, strict=False):
-                panels = Panels(None, inner, place)
-                view.on(part.results, panels, part.metric)
-                place.suptitle(f"({letter})", x=0.01, ha="left", fontweight="bold")
-                captions.append((view.title, panels.said))
-            identity = [
-                [registry.identity(part.results, name, inner, part.metric)]
-                for part, (name, _) in zip(parts, chosen, strict=True)
-            ]
-            figure.set_gid(registry.marked([identity, width, columns]))
-            registry.lay_out(figure)
+    heights = [_height(part, view, inner) + _LETTER for part, (_, view) in zip(parts, chosen, strict=True)]
+    lines = [max(heights[i : i + columns]) for i in range(0, len(parts), columns)]
+    with plot_style.styled():
+        figure = Figure(figsize=(WIDTHS[width], sum(lines)), layout="constrained")
+        places = figure.subfigures(len(lines), columns, squeeze=False, height_ratios=lines).ravel()
+        captions = []
+        for i, (part, (_, view)) in enumerate(zip(parts, chosen, strict=True)):
+            place, line = places[i], lines[i // columns]
+            if line - heights[i] > _LETTER:  # as high as it is by itself, beside a panel that is higher
+                place = place.subfigures(2, 1, height_ratios=[heights[i], line - heights[i]])[0]
+            panels = Panels(None, inner, place)
+            view.on(part.results, panels, part.metric)
+            place.suptitle(f"({_LETTERS[i]})", x=0.01, ha="left", fontweight="bold")
+            captions.append((view.title, panels.said))
+        identity = [
+            [registry.identity(part.results, name, inner, part.metric)]
+            for part, (name, _) in zip(parts, chosen, strict=True)
+        ]
+        figure.set_gid(registry.marked([identity, width, columns]))
+        registry.lay_out(figure)
     return Composed(figure, captions)
 
 

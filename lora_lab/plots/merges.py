@@ -31,7 +31,8 @@ def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
         return draw_ratios(results, panels)
     compared = list(dict.fromkeys(name for result in results for name in result.parameters["merges"]))
     names = ([name for name in _CURVES if name in compared] or compared)[: 2 if panels.single else 4]
-    height, below = _bars_height(compared, panels), 2.0
+    below = 2.0
+    height = _bars_height(compared, panels, below)
     axes = panels.stack((1, len(names)), height + below, [height, below], sharey=True)
     _bars(axes[0], results, horizontal=panels.single)
     for i, (ax, name) in enumerate(zip(axes[1:], names, strict=True)):
@@ -60,9 +61,10 @@ def draw_tasks(results: Sequence[Result], panels: Panels) -> list[Axes]:
     rows = [row for result in results for row in result.rows() if row["chosen"]]
     tasks, names = list(dict.fromkeys(row["task"] for row in rows)), _in_classes(results)
     labels = {method: label for method, (label, _) in _looks(results).items()}
-    columns = 1 if panels.single else min(2, len(tasks))
-    height = 1.2 + 0.2 * len(names)
-    axes = panels.grid(len(tasks), columns, height * -(-len(tasks) // columns))
+    lines = -(-len(tasks) // (2 if panels.single else 4))
+    columns, rest = -(-len(tasks) // lines), 0.7 + 0.6 * lines
+    height = rest + panels.line(lines * len(names), rest) * lines * len(names)
+    axes = panels.grid(len(tasks), columns, height, sharey=True)
     for ax, task in zip(axes, tasks, strict=True):
         of_task = [row for row in rows if row["task"] == task]
         metric = next(name for name in _metrics(results) if any(row.get(name) is not None for row in of_task))
@@ -71,6 +73,7 @@ def draw_tasks(results: Sequence[Result], panels: Panels) -> list[Axes]:
             places = [[r for r in of_task if (r["method"], r["merge"]) == (method, name)] for name in names]
             values[label] = primitives.band(places, metric)
         primitives.named_bars(ax, values, _with_sizes(results, names), _named([metric]), horizontal=True)
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))  # short: panels stand close
         panels.title(ax, task)
     panels.legend(axes[0])
     panels.caption(axes[0], _caption(results, _CHOSEN))
@@ -219,8 +222,11 @@ def _common_size(results: Sequence[Result]) -> int | None:
     return max(sizes, key=sizes.count) if sizes else None
 
 
-def _bars_height(merges: Sequence[str], panels: Panels) -> float:
-    return 1.4 + 0.2 * len(merges) if panels.single else 2.6 + more_for(merges)
+def _bars_height(merges: Sequence[str], panels: Panels, below: float = 0.0) -> float:
+    """Inches; `below` of them the page has for others."""
+    if not panels.single:
+        return 2.6 + more_for(merges)
+    return 1.4 + panels.line(len(merges), 1.4 + below) * len(merges)
 
 
 def _looks(results: Sequence[Result]) -> dict[str | None, tuple[str, dict[str, Any]]]:

@@ -15,7 +15,9 @@ from lora_lab.plots.names import MOST, Numbers, extent, fit_names, folded, inche
 
 _CAPTION = 7
 _GREY = "#555555"
-_PAGE = 9.0  # inches: the height of a page, for which many panels are laid out
+PAGE = 9.0
+"""Inches: the height of a page, for which many panels are laid out."""
+_LINE = 0.125  # inches from a name to the next below it, at least
 _LEGEND = 0.6  # inches that figures have for their legend
 _LETTER = 0.25  # inches beside a legend for the letter of a panel
 _SMALLEST = 5.0  # points: print that is still read
@@ -81,9 +83,16 @@ class Panels:
         These are at most `most`, or up to twice as many (or 3) where the lines would be more than a page has.
         """
         columns = min(most, count)
-        while -(-count // columns) * height > _PAGE and columns < max(3, 2 * most):
+        while -(-count // columns) * height > PAGE and columns < max(3, 2 * most):
             columns += 1
         return columns
+
+    def line(self, count: int, rest: float, most: float = 0.2) -> float:
+        """Inches for each of `count` names that stand below one another: less than `most`, where the page is full.
+
+        `rest` is what else stands on it.
+        """
+        return max(_LINE, min(most, (PAGE - rest) / max(1, count)))
 
     def stack(self, below: tuple[int, int], height: float, ratios: Sequence[float], *, sharey: bool) -> list[Axes]:
         """A panel over the whole width, and below it (lines, columns) of others, which may share their y axis."""
@@ -138,15 +147,17 @@ class Panels:
             return
         figure = figure_of(axes[0])
         most = columns or (2 if self.single else 4)
-        room = figure.bbox.width - 2 * _LETTER * figure.dpi * (self._host is not None)
+        room = figure.bbox.width / figure.dpi - 2 * _LETTER * (self._host is not None)
         for count in range(min(most, len(names)), 0, -1):
             made = figure.legend(handles, names, loc="outside upper center", ncols=count)
-            if count == 1 or made.get_window_extent().width <= room:
+            with plot_style.printed(figure):
+                box = made.get_window_extent()
+                wide, height = box.width / figure.dpi, box.height / figure.dpi
+            if count == 1 or wide <= room:
                 break
             made.remove()
         if self._host is not None:
             return
-        height = made.get_window_extent().height / figure.dpi
         figure.set_figheight(figure.get_figheight() + max(0.0, height - _LEGEND))
 
     def colour_bar(self, axes: Sequence[Axes], image: Any, label: str, shrink: float = 0.9) -> Any:
@@ -181,12 +192,14 @@ class Panels:
 
     def lay_out(self, axes: Sequence[Axes]) -> None:
         """Fit titles and the names on axes to the size that the panels have once they are laid out."""
-        if self._given is None:
-            axes[0].get_figure(root=True).draw_without_rendering()  # type: ignore[union-attr]
-        for axis in (axis for ax in axes for axis in (ax.xaxis, ax.yaxis)):
-            fit_names(axis)
-        if self._titles:
-            self._fit_titles()
+        figure = axes[0].get_figure(root=True)
+        with plot_style.printed(figure):
+            if self._given is None:
+                figure.draw_without_rendering()  # type: ignore[union-attr]
+            for axis in (axis for ax in axes for axis in (ax.xaxis, ax.yaxis)):
+                fit_names(axis)
+            if self._titles:
+                self._fit_titles()
 
     def _fit_titles(self) -> None:
         size, room = type_size("axes.titlesize"), min(extent(ax.xaxis) for ax in self._titles)

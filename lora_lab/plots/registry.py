@@ -25,6 +25,7 @@ from lora_lab.plots import layerwise as plot_layerwise
 from lora_lab.plots import line as plot_line
 from lora_lab.plots import merges as plot_merges
 from lora_lab.plots import metrics as plot_metrics
+from lora_lab.plots import pgf as plot_pgf
 from lora_lab.plots import places as plot_places
 from lora_lab.plots import plane as plot_plane
 from lora_lab.plots import shapley as plot_shapley
@@ -39,8 +40,8 @@ from lora_lab.plots.style import WIDTHS
 from lora_lab.registry import Registry
 from lora_lab.results.result import Result, fingerprint
 
-_FORMATS = (".pdf", ".png", ".svg")
-_ENDS = {".pdf": b"%%EOF", ".png": b"IEND\xaeB`\x82", ".svg": b"</svg>"}
+_ENDS = {".pdf": b"%%EOF", ".png": b"IEND\xaeB`\x82", ".svg": b"</svg>", ".pgf": b"\\endgroup%"}
+"""What files of figures end with, by what they are called."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,10 @@ def lay_out(made: Figure) -> None:
             for axis in (ax.xaxis, ax.yaxis):
                 if axis.get_scale() != "log":  # whose minor ticks carry labels of their own
                     axis.set_tick_params(labelsize=tick_size(axis))
-        made.draw_without_rendering()
+        with plot_style.printed(made):
+            made.draw_without_rendering()
         made.set_layout_engine("none")
+        made.draw_without_rendering()  # whoever asks where things are means the screen
 
 
 def view_of(results: Sequence[Result], kind: str | None) -> tuple[str, View]:
@@ -206,17 +209,26 @@ def _drawn(result: Result) -> Result:
 
 
 def save(made: Figure, *paths: Path, force: bool = False) -> None:
-    """Write a figure as .pdf, .png or .svg; equal figures give equal bytes."""
+    """Write a figure as .pdf, .png, .svg or .pgf (see pgf.py); equal figures give equal bytes."""
     for path in paths:
-        if path.suffix not in _FORMATS:
-            raise OptionError(f"{path}: figures are written as {', '.join(_FORMATS)}")
+        if path.suffix not in _ENDS:
+            raise OptionError(f"{path}: figures are written as {', '.join(_ENDS)}")
     files.refuse_existing(*paths, force=force)
     with plot_style.styled(), _one_line("a figure that cannot be drawn"):
         lay_out(made)
-        for path in paths:
-            buffer = io.BytesIO()
-            made.savefig(buffer, format=path.suffix[1:], metadata=_metadata(path.suffix, made.get_gid() or MARK))
-            files.write_bytes(path, buffer.getvalue())
+        made_of = {path: _content(made, path) for path in paths}  # all of them, or none
+    for path, content in made_of.items():
+        files.write_bytes(path, content)
+
+
+def _content(made: Figure, path: Path) -> bytes:
+    """The figure in the format that the path is called by."""
+    identity = made.get_gid() or MARK
+    if path.suffix == ".pgf":
+        return plot_pgf.content(made, identity, path)
+    buffer = io.BytesIO()
+    made.savefig(buffer, format=path.suffix[1:], metadata=_metadata(path.suffix, identity))
+    return buffer.getvalue()
 
 
 def _metadata(ending: str, identity: str) -> dict[str, str | None]:
@@ -249,7 +261,7 @@ PLOTS = Registry(
         "checkpoints": View(
             plot_checkpoints.draw, "checkpoints", "the main metric along training, and p(t)", _ALONG_TRAINING
         ),
-        "shapley": View(plot_shapley.draw, "shapley", "a heat map of types and layers, or bars", _IN_GAMES),
+        "shapley": View(plot_shapley.draw, "shapley", "Shapley values", _IN_GAMES),
         "shapley:bars": View(plot_shapley.draw_bars, "shapley", "values with their intervals", _IN_GAMES),
         "shapley:heatmap": View(plot_shapley.draw_heatmap, "shapley", "values by type and layer", _IN_GAMES),
         "shapley:convergence": View(
@@ -269,7 +281,7 @@ PLOTS = Registry(
         "sweep:structured": View(plot_sweep.draw_structured, "sweep", "accuracy of patterns"),
         "sweep:unstructured": View(plot_sweep.draw_unstructured, "sweep", "accuracy over sparsity"),
         "sweep:rank": View(plot_sweep.draw_rank, "sweep", "accuracy over the rank kept"),
-        "compare": View(plot_compare.draw, "compare", "angles by layer of one pair, or cosines of all pairs", ()),
+        "compare": View(plot_compare.draw, "compare", "how alike the adapters are", ()),
         "compare:matrix": View(plot_compare.draw_matrix, "compare", "cosines of ΔW between all adapters", ()),
         "compare:overlap": View(plot_compare.draw_overlaps, "compare", "overlap of subspaces of all adapters", ()),
         "compare:angles": View(plot_compare.draw_angles, "compare", "angles between subspaces of all adapters", ()),

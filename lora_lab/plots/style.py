@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path, PurePath
 from typing import Any
@@ -16,6 +17,9 @@ from lora_lab.plots.names import MOST, shortened
 
 WIDTHS = {"single": 3.25, "double": 6.75}
 """Inches: one and two columns of the usual conference templates."""
+
+_PRINT = 300
+"""Dots per inch of what is measured."""
 
 DEFAULT = "lora-lab"
 """The style sheet of this package (lora-lab.mplstyle)."""
@@ -79,6 +83,18 @@ def new(width: str, height: float) -> Figure:
     if width not in WIDTHS:
         raise unknown("width", width, WIDTHS)
     return Figure(figsize=(WIDTHS[width], height), layout="constrained")
+
+
+@contextlib.contextmanager
+def printed(figure: Any) -> Iterator[None]:
+    """Measure what is on the figure as it is printed: on a screen, letters are whole pixels wide, up to a tenth off."""
+    root = figure.get_figure(root=True)
+    screen = root.dpi
+    root.set_dpi(_PRINT)
+    try:
+        yield
+    finally:
+        root.set_dpi(screen)
 
 
 def look(place: int) -> dict[str, Any]:

@@ -233,7 +233,7 @@ def test_what_cannot_be_drawn_is_said_in_one_line(tmp_path):
         plots.figure([Result("evaluate", {})])
     with pytest.raises(OptionError, match="no results"):
         plots.figure([])
-    with pytest.raises(OptionError, match=r"x.gif: figures are written as .pdf, .png, .svg"):
+    with pytest.raises(OptionError, match=r"x.gif: figures are written as .pdf, .png, .svg, .pgf"):
         plots.save(plots.figure([line()]), tmp_path / "x.gif")
     (tmp_path / "x.pdf").write_text("old")
     with pytest.raises(FileError, match=r"x.pdf: exists already"):

@@ -37,7 +37,8 @@ def drawn(figure):
 
 
 def faults(figure):
-    """What a reader would see at once."""
+    """What a reader would see at once, in print: on a screen letters are whole pixels wide."""
+    figure.set_dpi(300)
     on_axes, others = drawn(figure)
     found = []
     for labels in on_axes:
