@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from making_results import compared, line, of_real_size, run, shapley_result
+from making_results import compared, line, merges, of_real_size, run, shapley_result
+from matplotlib.text import Text
 from test_sizes import faults
 
 from lora_lab import plots
@@ -25,7 +26,7 @@ def test_panels_have_letters_and_all_text_has_seven_points():
     made = compose(parts())
     figure = made.figure
     assert figure.get_figwidth() == plots.WIDTHS["double"]
-    letters = [part._suptitle for part in figure.subfigs if part._suptitle]
+    letters = figure.findobj(lambda each: isinstance(each, Text) and re.fullmatch(r"\(.\)", each.get_text()))
     assert [text.get_text() for text in letters] == ["(a)", "(b)", "(c)"]
     texts = [text for text in figure.findobj(lambda each: hasattr(each, "get_fontsize")) if text.get_text()]
     assert {text.get_fontsize() for text in texts} == {7.0}
@@ -44,11 +45,24 @@ def test_panels_of_real_sizes_keep_their_texts_apart(width):
 
 
 def test_panels_show_what_the_views_show_alone():
-    for axes, part in ((compose(parts()).figure.subfigs[i].axes, part) for i, part in enumerate(parts())):
+    axes = iter(compose(parts()).figure.axes)
+    for part in parts():
         alone = plots.figure(part.results, kind=part.view, width="single")
-        for ax, other in zip(axes, alone.axes, strict=True):
+        for other in alone.axes:
+            ax = next(axes)
             heights = [[list(map(float, drawn.get_ydata())) for drawn in each.lines] for each in (ax, other)]
             np.testing.assert_equal(*heights)
+
+
+def test_a_low_panel_beside_a_high_one_stays_as_low_as_it_is_alone():
+    high, low = Part([merges(names=[f"merge {i}" for i in range(30)])], "compare-merges:bars"), Part([line()])
+    tall, *flat = (inches_high(ax) for ax in compose([high, low]).figure.axes)
+    assert tall > 4
+    assert max(flat) < 1.3 * max(inches_high(ax) for ax in plots.figure([line()], width="single").axes)
+
+
+def inches_high(ax):
+    return ax.bbox.height / ax.get_figure(root=True).dpi
 
 
 def test_equal_panels_give_equal_bytes_and_are_known_as_ours(tmp_path):

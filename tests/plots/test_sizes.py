@@ -39,6 +39,7 @@ def drawn(figure):
 def faults(figure):
     """What a reader would see at once, in print: on a screen letters are whole pixels wide."""
     figure.set_dpi(300)
+    figure.draw_without_rendering()
     on_axes, others = drawn(figure)
     found = []
     for labels in on_axes:
@@ -79,6 +80,12 @@ def test_texts_keep_apart_and_on_the_page(view, width):
     figure = plots.figure(of_real_size(view, *SIZES[width]), kind=view, width=width)
     assert figure.get_figwidth() == plots.WIDTHS[width]
     assert not faults(figure)
+
+
+def test_a_legend_is_measured_as_it_is_printed():
+    """On a screen this one seems to fit in four columns; its letters are wider in print."""
+    view = "shapley:convergence"
+    assert not faults(plots.figure(of_real_size(view, 9, 80), kind=view))
 
 
 def test_a_figure_stays_as_it_was_laid_out_whoever_saves_it(tmp_path):
