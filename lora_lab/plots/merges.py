@@ -63,7 +63,7 @@ def draw_tasks(results: Sequence[Result], panels: Panels) -> list[Axes]:
     labels = {method: label for method, (label, _) in _looks(results).items()}
     lines = -(-len(tasks) // (2 if panels.single else 4))
     columns, rest = -(-len(tasks) // lines), 0.7 + 0.6 * lines
-    height = rest + panels.line(lines * len(names), rest) * lines * len(names)
+    height = rest + panels.line(lines * len(names), rest, max(0.2, 0.07 * len(labels))) * lines * len(names)
     axes = panels.grid(len(tasks), columns, height, sharey=True)
     for ax, task in zip(axes, tasks, strict=True):
         of_task = [row for row in rows if row["task"] == task]

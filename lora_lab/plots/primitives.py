@@ -57,9 +57,13 @@ def curve(ax: Axes, x: Any, values: Band, alpha: float = 0.16, **look: Any) -> N
 
 def too_thin(ax: Axes, groups: Mapping[str, Band], *, horizontal: bool = False) -> bool:
     """Whether so many groups of bars would be too thin to be seen, or more than there are colours."""
+    return len(groups) > plot_style.FEW or _thickness(ax, groups, horizontal=horizontal) < _THINNEST
+
+
+def _thickness(ax: Axes, groups: Mapping[str, Band], *, horizontal: bool) -> float:
+    """Points that each bar has for itself."""
     count = sum(len(value) for value, _, _ in groups.values())
-    thickness = 72 * 0.8 * extent(ax.yaxis if horizontal else ax.xaxis) / max(1, count)
-    return len(groups) > plot_style.FEW or thickness < _THINNEST
+    return 72 * 0.8 * extent(ax.yaxis if horizontal else ax.xaxis) / max(1, count)
 
 
 def bars(ax: Axes, groups: Mapping[str, Band], *, horizontal: bool = False, capsize: float = 1.2) -> None:
@@ -75,6 +79,7 @@ def bars(ax: Axes, groups: Mapping[str, Band], *, horizontal: bool = False, caps
             look = plot_style.look(place)
             ends |= {"fmt": look["marker"], "color": look["color"], "ecolor": look["color"], "capsize": 0}
             ends |= {"markersize": 3, "label": label}
+            ends["elinewidth"] = min(0.7, 0.4 * _thickness(ax, groups, horizontal=horizontal))  # else they were a block
         else:
             (ax.barh if horizontal else ax.bar)(at, value, share, **plot_style.bar_look(place), label=label)
         if known.any():
