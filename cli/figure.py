@@ -31,7 +31,7 @@ class Drawing:
     )
     metric: str | None = option(None, "Another metric of the results than their main one.")
     width: str = option("double", "single or double: the width of one or two conference columns.")
-    panel: bool = option(False, "A panel (a), (b), … for each result, of any kinds, all text in 7 points.")
+    panel: bool = option(False, "A panel (a), (b), … for each result, of any kinds.")
     columns: int | None = option(
         None, "Panels side by side; by default 2 on the width double, 1 on single.", least=1, most=2
     )
