@@ -158,7 +158,7 @@ def test_bars_and_cells_tell_their_names_and_values():
 def test_every_view_that_shows_something_is_drawn_once():
     titles = [drawn.title for drawn in page_drawing.drawings(shapley_result(interactions=True), "r1")]
     assert titles == [
-        "A heat map of types and layers, or bars",  # and no second time as a heat map
+        "Shapley values",  # and no second time as a heat map
         "Values with their intervals",
         "Standard errors over the coalitions",
         "Pairwise interactions",
