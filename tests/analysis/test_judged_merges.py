@@ -10,7 +10,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.analysis.compare import ALONE, ENSEMBLE, CompareMerges
 from lora_lab.errors import OptionError
 from lora_lab.merging.merged import merge
-from lora_lab.merging.search import Grid, search
+from lora_lab.merging.search import Grid, Interval, search
 from lora_lab.merging.sources import Sources
 from lora_lab.plots.registry import figure
 from lora_lab.results.schema import why_not
@@ -179,3 +179,15 @@ def test_a_search_goes_by_the_metric_too(adapters):
     ranked = search(mixed, "average", {"coefficient": Grid(GRID)})
     assert {"rmse", "f1", "place"} <= ranked.trials[0].keys()
     assert "loss" not in ranked.trials[0]
+
+
+def test_an_interval_is_searched_by_the_metric_where_there_is_no_loss(adapters):
+    """c (x₁ + x₂) / 2 of the target x₁: its error, (1 − c/2)² + (c/2)², is least at c = 1."""
+
+    def without(model, batch):
+        return {name: values for name, values in told(model, batch).items() if name != "loss"}
+
+    sources = Sources(adapters, tasks=[task("first", 0, score=without), task("second", 1, score=without)])
+    found = search(sources, "average", {"coefficient": Interval(0.2, 4.0)})
+    assert "loss" not in found.trials[0]
+    assert found.coefficient == pytest.approx(1.0, abs=0.2)
