@@ -283,9 +283,14 @@ def _kind(update: LowRank, old: Site | None) -> str:
     return "embedding" if old and old.kind == "embedding" else "linear"
 
 
+def stored_transposed(kind: str, fan_in_fan_out: bool) -> bool:
+    """Whether PEFT keeps Bᵀ and Aᵀ in the places of A and B for this kind of layer."""
+    return kind == "embedding" or (kind == "linear" and fan_in_fan_out)
+
+
 def stored(update: LowRank, kind: str, fan_in_fan_out: bool) -> tuple[Tensor, Tensor]:
     """A and B as PEFT keeps them for this kind of layer."""
-    if kind == "embedding" or (kind == "linear" and fan_in_fan_out):
+    if stored_transposed(kind, fan_in_fan_out):
         return update.B.T.contiguous(), update.A.T.contiguous()
     if kind == "linear":
         return update.A, update.B

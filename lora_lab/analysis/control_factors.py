@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lora_lab.adapters.adapter import Adapter, stored
+from lora_lab.adapters.adapter import Adapter, stored, stored_transposed
 from lora_lab.adapters.attached import Attached
 from lora_lab.adapters.lowrank import LowRank
 
@@ -60,7 +60,7 @@ class ControlFactors:
     def _of_factors(self, pair: Sequence[Tensor | None], kind: str) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of A and B from those of what `stored` made of them."""
         first, second = (None if each is None else each.flatten(1) for each in pair)
-        if kind == "embedding" or (kind == "linear" and self._fan):
+        if stored_transposed(kind, self._fan):
             return (None if second is None else second.T), (None if first is None else first.T)
         return first, second
 
