@@ -42,6 +42,7 @@ def test_every_verb_merge_and_kind_of_result_has_its_place(pages, build):
     assert re.search(
         r"\| `--rescale/--no-rescale` \| [^|]* \| `--rescale` \|", (pages / "verb-stability.md").read_text()
     )
+    assert re.search(r"\| `--every/--no-every` \| [^|]* \|  \|", (pages / "verb-stability.md").read_text())  # either
     assert re.search(r"\| `--coefficient` \| [^|]* \| `1.0` \|", (pages / "verb-merge.md").read_text())
     table = (pages / "merges.md").read_text()
     for name, entry in MERGES.items():
