@@ -1,6 +1,7 @@
 """What the README says, done."""
 
 import re
+import shlex
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
+from lora_lab import cli
 from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.training.coto import CoToCallback
 
@@ -92,6 +94,14 @@ def test_every_picture_and_every_page_that_is_named_is_there(page):
         if not path.startswith("http"):
             assert (page.parent / path).exists(), path
             assert not path.endswith(".png") or (page.parent / path).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_is_one_that_the_program_takes(page):
+    for line in re.findall(r"^    (lora-lab [^\n]*)$", page.read_text(), flags=re.M):
+        words = shlex.split(line, comments=True)[1:]
+        if not {"--help", "--install-completion"} & {*words} and "…" not in line:
+            cli.check(words)  # OptionError names what is wrong
 
 
 def test_the_uses_that_always_work_are_named():
