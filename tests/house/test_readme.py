@@ -98,7 +98,8 @@ def test_every_picture_and_every_page_that_is_named_is_there(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_command_of_a_page_is_one_that_the_program_takes(page):
-    for line in re.findall(r"^    (lora-lab [^\n]*)$", page.read_text(), flags=re.M):
+    text = re.sub(r"\\\n\s*", "", page.read_text())  # a line that goes on in the next
+    for line in re.findall(r"^    (lora-lab [^\n]*)$", text, flags=re.M):
         words = shlex.split(line, comments=True)[1:]
         if not {"--help", "--install-completion"} & {*words} and "…" not in line:
             cli.check(words)  # OptionError names what is wrong
