@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..analysis.landscape import Checkpoints
+from ..analysis.lines.landscape import Checkpoints
 from ..options import option
 from . import parsing
 from .options import Computing, Loading, OneTask, Output, Several
@@ -29,7 +29,7 @@ class Runs(Several):
 
     def load(self, paths: Sequence[str]) -> list[Adapter]:
         """The checkpoints, those of a run by its name and method."""
-        from ..analysis.along import named_runs
+        from ..analysis.lines.along import named_runs
 
         return named_runs(Loading.load(self, paths), self.label or [], parsing.methods(self.group or []))
 
@@ -55,7 +55,7 @@ def command(
 
     Example:  lora-lab checkpoints runs/coto-s0.checkpoints runs/coto-s1.checkpoints --examples 200
     """
-    from ..analysis.along import common_checkpoints
+    from ..analysis.lines.along import common_checkpoints
 
     paths = [str(path) for path in common_checkpoints(runs)]
     output.print(answer(question, paths, loading, task, computing, output, doing="scoring checkpoints"), show)

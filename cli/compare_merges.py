@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..analysis.merges import CompareMerges
+from ..analysis.merge_tables.question import CompareMerges
 from .options import Computing, Output, Several, TaskEach
 from .outputs import answer
 from .terminal import console, estimate, number, size, table

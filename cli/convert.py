@@ -41,7 +41,7 @@ def command(
 
     Example:  lora-lab convert adapter/ --to mlx -o adapter-mlx
     """
-    from ..adapters.converting import converted, save
+    from ..adapters.files.converting import converted, save
     from ..files.disk import refuse_existing
 
     output = output.at(adapter)

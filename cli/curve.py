@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..analysis.landscape import Curve
+from ..analysis.lines.landscape import Curve
 from .options import Computing, OneTask, Output, Several
 from .outputs import answer
 from .terminal import console, estimate, in_words, table
@@ -59,7 +59,7 @@ def show(result: Any) -> None:
 
 
 def _show_barriers(result: Any, title: str) -> None:
-    from ..results.analysis_kinds import MAIN_BARRIER
+    from ..results.kinds.analysis import MAIN_BARRIER
 
     means = {(row["space"], row["path"], row["metric"], row["by"]): row for row in result.summary["means"]}
     rows = []

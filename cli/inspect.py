@@ -26,7 +26,7 @@ def command(
 
     Example:  lora-lab inspect a.safetensors --json
     """
-    from ..adapters.reading import inspect
+    from ..adapters.files.reading import inspect
     from ..errors import LoraLabError
 
     reports = []
@@ -99,7 +99,8 @@ def _show(path: str, content: dict[str, Any]) -> None:
 
 def describe(listing: Any) -> dict[str, Any]:
     """The report as JSON types; what has no ΔW gets no norm, and the warnings say why."""
-    from ..adapters.formats import keys, peft_format, products
+    from ..adapters.formats import keys, products
+    from ..adapters.formats.peft import peft_format
     from ..errors import LoraLabError
     from ..geometry.canonical import Canonical, hash_of
 

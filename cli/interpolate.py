@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..analysis.landscape import Layerwise
+from ..analysis.lines.landscape import Layerwise
 from ..analysis.questions import Interpolate, player_option
 from ..errors import OptionError
 from ..options import check_options, option
@@ -148,7 +148,7 @@ _HEADINGS = {
 
 
 def _show_barriers(result: Any) -> None:
-    from ..results.analysis_kinds import MAIN_BARRIER
+    from ..results.kinds.analysis import MAIN_BARRIER
 
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row in result.summary["barriers"]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..adapters.adapter import Adapter
-    from ..adapters.serving import Fitted
+    from ..adapters.files.serving import Fitted
     from ..results.result import Result
     from ..tasks.task import Task
 
@@ -172,7 +172,7 @@ class Computing(Workers):
         """Workers, where they are asked for, and a bar while the context lasts."""
         import torch
 
-        from ..scoring.workers import open_workers
+        from ..scoring.sharing.workers import open_workers
 
         with open_workers(self.jobs, self.ray, self.device) as workers, progress(doing) as report:
             device = torch.device(workers.device) if workers else self.resolved()
@@ -288,7 +288,7 @@ class AdapterOutput(AdapterFile):
         None,
         "NAMES: write what that server or tool takes (one rank, its format, a list of modules …); what is changed is "
         "told, and what it cannot take is refused.",
-        names=Later("lora_lab.adapters.serving", "SERVERS"),
+        names=Later("lora_lab.adapters.files.serving", "SERVERS"),
         flag="for",
     )
     uniform_rank: bool = option(False, "One rank and one scale in all modules: smaller ranks are filled with zeros.")
@@ -297,7 +297,7 @@ class AdapterOutput(AdapterFile):
         """Where the adapter goes; OptionError without, or where no such file is in the format or for the server."""
         path = super().path()
         if self.server is not None:
-            from ..adapters.serving import server
+            from ..adapters.files.serving import server
 
             facts = server(self.server)
             if self.format not in (None, facts.format):
@@ -311,14 +311,14 @@ class AdapterOutput(AdapterFile):
     def check(self, read: str) -> None:
         """Refuse a path that is none for the format, by default the one that was `read`; before anything is done."""
         if self.server is None:
-            from ..adapters.writing import check_place
+            from ..adapters.files.writing import check_place
 
             check_place(super().path(), self.format or read)
 
     def fit(self, adapter: Adapter) -> Fitted:
         """The adapter as it is to be written, with the recipe that makes it again, and what a server changed in it."""
-        from ..adapters.converting import converted
-        from ..adapters.serving import Fitted, fitted, uniform
+        from ..adapters.files.converting import converted
+        from ..adapters.files.serving import Fitted, fitted, uniform
         from .verbs import step
 
         made = replace(adapter, record={**adapter.record, "recipe": {"steps": [step()]}})

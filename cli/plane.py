@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..analysis.landscape import Plane
+from ..analysis.lines.landscape import Plane
 from .options import Computing, OneTask, Output, Several
 from .outputs import answer
 from .terminal import console, estimate, estimates, in_words, table

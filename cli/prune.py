@@ -102,7 +102,7 @@ class Choosing:
     worth: str | None = option(
         None,
         "For patterns by values: a metric of the task (by default its main one), or NAMES.",
-        names=Later("lora_lab.analysis.game", "WORTHS"),
+        names=Later("lora_lab.analysis.coalitions.game", "WORTHS"),
         flag="metric worth",
     )
     samples: int = option(200, "For top-shapley: marginal contributions a player.", least=1)

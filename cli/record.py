@@ -40,7 +40,7 @@ def command(
     """
     from .. import tasks
     from ..adapters.adapter import Adapter
-    from ..adapters.recording import Recorded, put_record
+    from ..adapters.files.recording import Recorded, put_record
 
     given: dict[str, Any] = {name: value for name, value in vars(facts).items() if value is not None}
     if facts.task is not None:

@@ -149,7 +149,7 @@ def _show_interactions(result: Any) -> None:
 def _found_or_trained() -> str:
     """The newest of the user's own adapters below this folder, or one trained on the embedded digits."""
     from .. import tasks
-    from ..analysis import shapley
+    from ..analysis.coalitions import shapley
     from ..training.recipe import Recipe
     from ..training.runs import Job, train_all
 

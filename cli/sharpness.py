@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..analysis.landscape import Sharpness
+from ..analysis.lines.landscape import Sharpness
 from .options import Computing, OneTask, Output, Several
 from .outputs import answer
 from .terminal import console, estimate, in_words, table

@@ -53,7 +53,7 @@ class Trained(AdapterFile):
     def check(self, paths: Sequence[Path]) -> None:
         """Refuse paths that are none for the format, before anything is trained."""
         if self.format is not None:
-            from ..adapters.writing import check_place
+            from ..adapters.files.writing import check_place
 
             for path in paths:
                 check_place(path, self.format)
@@ -116,7 +116,7 @@ def _trained(
     output: Trained,
 ) -> tuple[list[Any], Any | None]:
     """The log of each run, and where options had several values, what every setting of them gave."""
-    from ..scoring.workers import open_workers
+    from ..scoring.sharing.workers import open_workers
     from ..training import tuning
     from ..training.runs import Job, train_all
 

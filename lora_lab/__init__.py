@@ -15,8 +15,8 @@ from lora_lab.lazy import face
 
 if TYPE_CHECKING:
     from lora_lab.adapters.adapter import Adapter as Adapter
+    from lora_lab.adapters.files.reading import inspect as inspect
     from lora_lab.adapters.lowrank import LowRank as LowRank
-    from lora_lab.adapters.reading import inspect as inspect
     from lora_lab.api import compare as compare
     from lora_lab.api import compare_merges as compare_merges
     from lora_lab.api import convert as convert
@@ -56,7 +56,7 @@ __getattr__, __dir__, __all__ = face(
     {
         "adapters.adapter": ("Adapter",),
         "adapters.lowrank": ("LowRank",),
-        "adapters.reading": ("inspect",),
+        "adapters.files.reading": ("inspect",),
         "api": (
             "compare",
             "compare_merges",

@@ -63,7 +63,7 @@ def record(path: Path_, task: TaskLike = None, method: str | None = None, seed: 
 
     Nothing else in the file is changed; without any of the three nothing is. See `lora_lab.adapters.put_record`.
     """
-    from lora_lab.adapters.recording import put_record
+    from lora_lab.adapters.files.recording import put_record
 
     about = None if task is None else task_of_given(task).record
     given = {"task": about, "method": method, "seed": seed}
@@ -257,7 +257,7 @@ def convert(adapter: Adapter | Path_, to: str, *, dtype: str | None = None) -> A
     `dtype` (float32, bfloat16 or float16) is the type of its factors, by default their own. What the format has no
     place for is left out with a warning where it changes no weight, and refused when it is saved where it does.
     """
-    from lora_lab.adapters.converting import converted
+    from lora_lab.adapters.files.converting import converted
 
     (loaded,) = adapters_of(adapter)
     made = converted(loaded, to, dtype)
@@ -380,7 +380,7 @@ def compare_merges(
     **options: Any,
 ) -> Result:
     """Accuracy of every merge on the tasks of its adapters; `options` are the fields of `CompareMerges`."""
-    from lora_lab.analysis.merges import CompareMerges
+    from lora_lab.analysis.merge_tables.question import CompareMerges
     from lora_lab.merging.sources import base_of
 
     question, loaded = from_options(CompareMerges, options), adapters_of(adapters)

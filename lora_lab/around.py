@@ -24,7 +24,7 @@ def plane(
     **options: Any,
 ) -> Result:
     """Loss and accuracy on the plane through three adapters; `options` are the fields of `Plane`."""
-    from lora_lab.analysis.landscape import Plane
+    from lora_lab.analysis.lines.landscape import Plane
 
     telling = shown(on, "scoring a plane", progress)
     return answered(from_options(Plane, options), adapters, task, trust_record, telling)
@@ -45,7 +45,7 @@ def curve(
 
     The control points are saved as adapters in `folder`.
     """
-    from lora_lab.analysis.landscape import Curve
+    from lora_lab.analysis.lines.landscape import Curve
 
     telling = shown(on, "training and scoring curves", progress)
     place = None if folder is None else Path(folder)
@@ -66,8 +66,8 @@ def checkpoints(
 
     A run is a folder that a Trainer wrote checkpoint-STEP folders to, such as NAME.checkpoints of `train`.
     """
-    from lora_lab.analysis.along import common_checkpoints
-    from lora_lab.analysis.landscape import Checkpoints
+    from lora_lab.analysis.lines.along import common_checkpoints
+    from lora_lab.analysis.lines.landscape import Checkpoints
 
     telling = shown(on, "scoring checkpoints", progress)
     paths: list[Path_] = [*common_checkpoints([runs] if isinstance(runs, str | os.PathLike) else runs)]
@@ -85,7 +85,7 @@ def sharpness(
     **options: Any,
 ) -> Result:
     """Curvature of the loss around adapters, and the rates it allows; `options` are the fields of `Sharpness`."""
-    from lora_lab.analysis.landscape import Sharpness
+    from lora_lab.analysis.lines.landscape import Sharpness
 
     telling = shown(on, "measuring curvature", progress)
     return answered(from_options(Sharpness, options), adapters, task, trust_record, telling)
@@ -102,7 +102,7 @@ def layerwise(
     **options: Any,
 ) -> Result:
     """Two adapters mixed in one layer at a time, a barrier each; `options` are the fields of `Layerwise`."""
-    from lora_lab.analysis.landscape import Layerwise
+    from lora_lab.analysis.lines.landscape import Layerwise
 
     telling = shown(on, "mixing layers", progress)
     return answered(from_options(Layerwise, options), adapters, task, trust_record, telling)

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.attached import put_on
 from lora_lab.adapters.groups import block
+from lora_lab.adapters.models.attached import put_on
 from lora_lab.tasks.task import Scores
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}

@@ -35,11 +35,11 @@ from transformers import (
 )
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.attached import attach
 from lora_lab.adapters.groups import players
-from lora_lab.analysis.game import Game
+from lora_lab.adapters.models.attached import attach
+from lora_lab.analysis.coalitions.game import Game
+from lora_lab.analysis.lines.points import LineModels, MixPoint
 from lora_lab.analysis.measured import scored
-from lora_lab.analysis.points import LineModels, MixPoint
 from lora_lab.analysis.questions import Shapley
 from lora_lab.games.coalitions import all_coalitions
 from lora_lab.merging.paths import Paths

@@ -20,7 +20,7 @@ from making_games import saturating, table_game
 from lora_lab import tasks
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.groups import players
-from lora_lab.analysis.gates import GatedGame
+from lora_lab.analysis.coalitions.gates import GatedGame
 from lora_lab.errors import OptionError
 from lora_lab.games import estimators
 from lora_lab.games.coalitions import all_coalitions

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from lora_lab.adapters.adapter import Adapter, from_updates
 from lora_lab.adapters.cutting import factored
 from lora_lab.adapters.lowrank import LowRank, combine
-from lora_lab.merging.elementwise import magnitude, ties
 from lora_lab.merging.merged import merge
 from lora_lab.merging.methods import rule_of
+from lora_lab.merging.rules.elementwise import magnitude, ties
+from lora_lab.merging.rules.subspaces import knots
 from lora_lab.merging.sources import Sources
-from lora_lab.merging.subspaces import knots
 
 LARGE = (4096, 14336)
 

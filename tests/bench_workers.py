@@ -13,10 +13,10 @@ from making_adapters import random_adapter
 from peft import LoraConfig
 
 from lora_lab.adapters.groups import players
-from lora_lab.analysis.game import Game
+from lora_lab.analysis.coalitions.game import Game
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.execution import Execution
-from lora_lab.scoring.workers import Workers, open_workers
+from lora_lab.scoring.sharing.workers import Workers, open_workers
 from lora_lab.tasks.kinds.digits import Digits
 
 COALITIONS = 1000

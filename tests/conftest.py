@@ -126,7 +126,7 @@ def forked_workers():
     from making_processes import server
 
     with pytest.MonkeyPatch.context() as changed:
-        changed.setattr("lora_lab.scoring.local._CONTEXT", server())
+        changed.setattr("lora_lab.scoring.sharing.local._CONTEXT", server())
         yield
 
 

@@ -27,7 +27,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from lora_lab.adapters.adapter import Adapter, from_updates
 from lora_lab.adapters.groups import players
 from lora_lab.adapters.lowrank import LowRank
-from lora_lab.analysis.game import Game
+from lora_lab.analysis.coalitions.game import Game
 from lora_lab.merging.merged import merge
 from lora_lab.merging.sources import Sources
 from lora_lab.results.result import versions

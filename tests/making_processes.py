@@ -21,8 +21,8 @@ def server() -> ForkServerContext:
     context.set_forkserver_preload(
         [
             "lora_lab.cli",
-            "lora_lab.analysis.compare",
-            "lora_lab.analysis.sweep",
+            "lora_lab.analysis.merge_tables.table",
+            "lora_lab.analysis.coalitions.sweep",
             "lora_lab.plots.registry",
             "lora_lab.training.fit",
             "accelerate",
@@ -50,7 +50,7 @@ def _run(
 ) -> None:
     from lora_lab.cli import main
 
-    from lora_lab.scoring import local
+    from lora_lab.scoring.sharing import local
 
     local._CONTEXT = multiprocessing.get_context("fork")  # this process has no threads yet
     os.environ.update(environment)

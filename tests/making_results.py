@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from lora_lab.analysis.predictors import PREDICTORS
+from lora_lab.analysis.merge_tables.predictors import PREDICTORS
 from lora_lab.results.result import Result, columns
 from lora_lab.training.schedule import Schedule
 

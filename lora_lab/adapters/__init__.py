@@ -10,25 +10,25 @@ from lora_lab.lazy import face
 
 if TYPE_CHECKING:
     from lora_lab.adapters.adapter import Adapter as Adapter
-    from lora_lab.adapters.attached import attach as attach
-    from lora_lab.adapters.attached import put_on as put_on
-    from lora_lab.adapters.attached import weight_deltas as weight_deltas
     from lora_lab.adapters.cutting import factored as factored
+    from lora_lab.adapters.files.reading import inspect as inspect
+    from lora_lab.adapters.files.recording import put_record as put_record
     from lora_lab.adapters.groups import blocks as blocks
     from lora_lab.adapters.groups import locate as locate
     from lora_lab.adapters.groups import players as players
     from lora_lab.adapters.lowrank import LowRank as LowRank
     from lora_lab.adapters.lowrank import combine as combine
     from lora_lab.adapters.lowrank import combine_factors as combine_factors
+    from lora_lab.adapters.models.attached import attach as attach
+    from lora_lab.adapters.models.attached import put_on as put_on
+    from lora_lab.adapters.models.attached import weight_deltas as weight_deltas
     from lora_lab.adapters.naming import named as named
-    from lora_lab.adapters.reading import inspect as inspect
-    from lora_lab.adapters.recording import put_record as put_record
 
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
         "adapter": ("Adapter",),
-        "attached": (
+        "models.attached": (
             "attach",
             "put_on",
             "weight_deltas",
@@ -45,7 +45,7 @@ __getattr__, __dir__, __all__ = face(
             "combine_factors",
         ),
         "naming": ("named",),
-        "reading": ("inspect",),
-        "recording": ("put_record",),
+        "files.reading": ("inspect",),
+        "files.recording": ("put_record",),
     },
 )

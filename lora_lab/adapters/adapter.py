@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from lora_lab import files
-from lora_lab.adapters.formats import peft_config, peft_format, products
+from lora_lab.adapters.files.writing import write_adapter
+from lora_lab.adapters.formats import products
 from lora_lab.adapters.formats.keys import PREFIX, anchored
 from lora_lab.adapters.formats.layout import Layout
+from lora_lab.adapters.formats.peft import peft_config, peft_format
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank
-from lora_lab.adapters.writing import write_adapter
 from lora_lab.errors import AdapterError, LoraLabWarning, TunerError
 from lora_lab.files import trust
 from lora_lab.options import checked
@@ -66,7 +67,7 @@ class Adapter:
         lora_alpha where no configuration is to be had, `adapter_name` chooses one of several in the keys.
         Raises FileError (missing, broken, foreign) or AdapterError (readable, but unusable: names every module).
         """
-        from lora_lab.adapters.reading import inspect
+        from lora_lab.adapters.files.reading import inspect
 
         listing = inspect(path, config=config, alpha=alpha, adapter_name=adapter_name)
         if listing.problems:

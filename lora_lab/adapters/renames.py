@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.bases import difference
 from lora_lab.adapters.formats.keys import PREFIX, anchored, natural_key
-from lora_lab.adapters.formats.peft_config import exact_targets, pattern_values
+from lora_lab.adapters.formats.peft.peft_config import exact_targets, pattern_values
 from lora_lab.adapters.formats.sites import Site
+from lora_lab.adapters.models.bases import difference
 from lora_lab.errors import MismatchError, OptionError
 
 # What names modules in a configuration, beside target_modules, which lists exactly those that there are.

@@ -19,9 +19,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from lora_lab.adapters.attached import attach
+from lora_lab.adapters.models.attached import attach
+from lora_lab.analysis.lines.points import LineModels, MixPoint
 from lora_lab.analysis.measured import Measured
-from lora_lab.analysis.points import LineModels, MixPoint
 from lora_lab.errors import DivergedError, FileError, TaskError
 from lora_lab.files.disk import size_of
 from lora_lab.results.stats import Floats

@@ -70,9 +70,9 @@ class Compare:
 
     def check(self, adapters: Sequence[Adapter], base: Path | None = None, merges: Sequence[Result] = ()) -> None:
         """Raise what `run` would raise for these adapters, before anything is computed."""
-        from lora_lab.adapters.bases import same_base
+        from lora_lab.adapters.models.bases import same_base
         from lora_lab.adapters.renames import require_shared_modules
-        from lora_lab.analysis.predictors import collected
+        from lora_lab.analysis.merge_tables.predictors import collected
         from lora_lab.geometry.placing import require_enough
 
         if len(adapters) < (1 if base else 2):
@@ -120,7 +120,7 @@ class Compare:
         beside which the numbers of pairs are put as predictors.
         """
         from lora_lab.adapters.describe import labels_of
-        from lora_lab.analysis.predictors import forecast
+        from lora_lab.analysis.merge_tables.predictors import forecast
         from lora_lab.geometry import comparing
         from lora_lab.geometry.intruders import rows_of
         from lora_lab.results.result import Result, columns, provenance
@@ -164,7 +164,7 @@ class Compare:
 
 def _shape(adapter: Adapter, name: str) -> tuple[int, ...]:
     """Of ΔW; of a LoRA from the header of its file alone."""
-    from lora_lab.adapters.formats.peft_format import shape_of
+    from lora_lab.adapters.formats.peft.peft_format import shape_of
 
     if adapter.why_not_additive:
         return adapter.updates[name].shape

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lora_lab.adapters.adapter import Adapter, stored, stored_transposed
-from lora_lab.adapters.attached import Attached
 from lora_lab.adapters.lowrank import LowRank
+from lora_lab.adapters.models.attached import Attached
 
 
 class ControlFactors:

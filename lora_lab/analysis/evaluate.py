@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.attached import attach
+from lora_lab.adapters.models.attached import attach
 from lora_lab.analysis.behaviour import OnTexts, Texts, metrics_of, not_defined
 from lora_lab.analysis.measured import cells, told
 from lora_lab.analysis.questions import Evaluate as Evaluate

@@ -94,13 +94,13 @@ class Interpolate(Question):
 
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise what `run` would raise for these adapters, before anything is computed."""
-        from lora_lab.analysis import connectivity
+        from lora_lab.analysis.lines import connectivity
 
         connectivity.check(self, adapters)
 
     def run(self, adapters: Sequence[Adapter], task: Task, on: Execution = Execution()) -> Result:
         """Curves, mixtures and barriers."""
-        from lora_lab.analysis import connectivity
+        from lora_lab.analysis.lines import connectivity
 
         self.check(adapters)
         return connectivity.answer(self, adapters, task, on)
@@ -124,7 +124,7 @@ class Shapley(Question):
     worth: str | None = option(
         None,
         "A metric of the task (by default its main one), or NAMES; what helps is positive.",
-        names=Later("lora_lab.analysis.game", "WORTHS"),
+        names=Later("lora_lab.analysis.coalitions.game", "WORTHS"),
         flag="metric worth",
     )
     estimator: str | None = option(
@@ -150,27 +150,27 @@ class Shapley(Question):
 
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise what `run` would raise for these adapters, before anything is computed."""
-        from lora_lab.analysis import shapley
+        from lora_lab.analysis.coalitions import shapley
 
         super().check(adapters)
         shapley.check(self, adapters)
 
     def run(self, adapters: Sequence[Adapter], task: Task, on: Execution = Execution()) -> Result:
         """A row for every player of every adapter."""
-        from lora_lab.analysis import shapley
+        from lora_lab.analysis.coalitions import shapley
 
         self.check(adapters)
         return shapley.answer(self, adapters, task, on)
 
     def values(self, adapter: Adapter, task: Task, on: Execution = Execution()) -> dict[str, float]:
         """Player → Shapley value, without intervals."""
-        from lora_lab.analysis import shapley
+        from lora_lab.analysis.coalitions import shapley
 
         return shapley.values(self, adapter, task, on)
 
     def cost(self, adapter: Adapter, task: Task, on: Execution = Execution()) -> Cost:
         """What the values of one adapter would cost."""
-        from lora_lab.analysis import shapley
+        from lora_lab.analysis.coalitions import shapley
 
         return shapley.cost(self, adapter, task, on)
 
@@ -206,14 +206,14 @@ class Stability(Question):
 
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise what `run` would raise for these adapters, before anything is computed."""
-        from lora_lab.analysis import stability
+        from lora_lab.analysis.coalitions import stability
 
         super().check(adapters)
         stability.check(self, adapters)
 
     def run(self, adapters: Sequence[Adapter], task: Task, on: Execution = Execution()) -> Result:
         """A row for every family of keep-sets of every adapter."""
-        from lora_lab.analysis import stability
+        from lora_lab.analysis.coalitions import stability
 
         self.check(adapters)
         return stability.answer(self, adapters, task, on)
@@ -236,7 +236,7 @@ class Sweep(Question):
         ("structured", "unstructured", "rank"),
         "What is pruned: patterns of modules, single entries, ranks.",
         flag="",
-        choices=Later("lora_lab.analysis.sweep", "KINDS"),
+        choices=Later("lora_lab.analysis.coalitions.sweep", "KINDS"),
         title="kind of pruning",
     )
     sparsities: tuple[float, ...] = option(
@@ -268,14 +268,14 @@ class Sweep(Question):
 
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise what `run` would raise for these adapters, before anything is computed."""
-        from lora_lab.analysis import sweep
+        from lora_lab.analysis.coalitions import sweep
 
         super().check(adapters)
         sweep.check(self, adapters)
 
     def run(self, adapters: Sequence[Adapter], task: Task, on: Execution = Execution()) -> Result:
         """A row for every way of pruning every adapter."""
-        from lora_lab.analysis import sweep
+        from lora_lab.analysis.coalitions import sweep
 
         self.check(adapters)
         return sweep.answer(self, adapters, task, on)

@@ -17,7 +17,7 @@ from typing import Any
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import described
 from lora_lab.analysis.curvature import CurvaturePass, largest_rates
-from lora_lab.analysis.landscape import Sharpness
+from lora_lab.analysis.lines.landscape import Sharpness
 from lora_lab.analysis.measured import require, told
 from lora_lab.errors import LoraLabError
 from lora_lab.results.result import Result, columns, finite

@@ -49,8 +49,8 @@ QUESTIONS = {
     "stability": Asked("questions", "Stability"),
     "shapley": Asked("questions", "Shapley"),
     "sweep": Asked("questions", "Sweep"),
-    "sharpness": Asked("landscape", "Sharpness", tells=False),
-    "compare-merges": Asked("merges", "CompareMerges", lambda tasks: (list(tasks),)),
+    "sharpness": Asked("lines.landscape", "Sharpness", tells=False),
+    "compare-merges": Asked("merge_tables.question", "CompareMerges", lambda tasks: (list(tasks),)),
     "compare": Asked("comparing", "Compare", lambda tasks: (), tells=False),
 }
 """Verb → what is asked."""

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.attached import layers, wrapped
 from lora_lab.adapters.describe import labels_of
 from lora_lab.adapters.formats.keys import PREFIX
-from lora_lab.adapters.formats.peft_config import not_placed
-from lora_lab.adapters.formats.peft_format import update
+from lora_lab.adapters.formats.peft.peft_config import not_placed
+from lora_lab.adapters.formats.peft.peft_format import update
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank, combine
+from lora_lab.adapters.models.attached import layers, wrapped
 from lora_lab.adapters.whole import TOKENS, merge_heads
 from lora_lab.brief import Brief
 from lora_lab.errors import MismatchError, TunerError

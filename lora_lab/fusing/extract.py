@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lora_lab.adapters.adapter import Adapter, from_updates
-from lora_lab.adapters.converting import DTYPES
 from lora_lab.adapters.cutting import factored
+from lora_lab.adapters.files.converting import DTYPES
 from lora_lab.adapters.formats.keys import PREFIX
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank, all_finite

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lora_lab import files
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.bases import same_base
 from lora_lab.adapters.describe import labels_of
+from lora_lab.adapters.models.bases import same_base
 from lora_lab.brief import Brief
 from lora_lab.errors import FileError, MismatchError, OptionError, shorten
 from lora_lab.files.ownership import FUSED, METADATA

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.bases import same_base
+from lora_lab.adapters.models.bases import same_base
 from lora_lab.brief import Brief
 from lora_lab.errors import OptionError
 from lora_lab.fusing.adding import same_bits

@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_lab import escape, files
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.converting import same_bits, verify
+from lora_lab.adapters.files.converting import same_bits, verify
 from lora_lab.errors import OptionError
 from lora_lab.files.ownership import METADATA
 from lora_lab.merging.merged import Merged

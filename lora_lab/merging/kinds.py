@@ -20,8 +20,8 @@ from torch import Tensor
 
 from lora_lab.adapters.lowrank import LowRank, combine
 from lora_lab.errors import MismatchError
-from lora_lab.merging import elementwise, subspaces, trimming
-from lora_lab.merging.rows import Matrices, Matrix, dense
+from lora_lab.merging.rules import elementwise, subspaces, trimming
+from lora_lab.merging.rules.rows import Matrices, Matrix, dense
 from lora_lab.merging.sources import Sources
 
 Delta = LowRank | Tensor

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lora_lab import escape
 from lora_lab.adapters.adapter import Adapter, of_sites, plain_site
-from lora_lab.adapters.converting import DTYPES
 from lora_lab.adapters.cutting import factored, norm_of
 from lora_lab.adapters.describe import labels_of
-from lora_lab.adapters.formats import peft_format
+from lora_lab.adapters.files.converting import DTYPES
+from lora_lab.adapters.formats.peft import peft_format
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank, is_finite
 from lora_lab.adapters.renames import require_shared_modules

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lora_lab.errors import OptionError, unknown
-from lora_lab.merging import calibrating, data_driven, elementwise, factors, interference, learned, subspaces, sums
 from lora_lab.merging.kinds import (
     CALIBRATION,
     ENTRIES,
@@ -27,6 +26,16 @@ from lora_lab.merging.kinds import (
     Kind,
     Rule,
     keywords,
+)
+from lora_lab.merging.rules import (
+    calibrating,
+    data_driven,
+    elementwise,
+    factors,
+    interference,
+    learned,
+    subspaces,
+    sums,
 )
 from lora_lab.merging.sources import Sources
 from lora_lab.options import check_type

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.bases import same_modules
 from lora_lab.adapters.formats.keys import PREFIX
 from lora_lab.adapters.lowrank import LowRank, combine, combine_factors
+from lora_lab.adapters.models.bases import same_modules
 from lora_lab.adapters.renames import require_shared_modules
 from lora_lab.adapters.whole import with_rows_of_the_first
 from lora_lab.errors import MismatchError, shorten

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.attached import weight_deltas
-from lora_lab.adapters.bases import check_shapes, same_base
-from lora_lab.adapters.codes import require_weights
 from lora_lab.adapters.cutting import factored
 from lora_lab.adapters.formats.keys import natural_key
-from lora_lab.adapters.formats.peft_format import shape_of, update
+from lora_lab.adapters.formats.peft.peft_format import shape_of, update
 from lora_lab.adapters.groups import locate
 from lora_lab.adapters.lowrank import LowRank, is_finite
+from lora_lab.adapters.models.attached import weight_deltas
+from lora_lab.adapters.models.bases import check_shapes, same_base
+from lora_lab.adapters.models.codes import require_weights
 from lora_lab.errors import MismatchError, OptionError, TunerError, shorten
 from lora_lab.hub import base_model
 from lora_lab.options import checked

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from lora_lab.adapters.adapter import Adapter, from_updates
-from lora_lab.adapters.attached import Attached, put_on
 from lora_lab.adapters.formats.keys import PREFIX
 from lora_lab.adapters.lowrank import LowRank
+from lora_lab.adapters.models.attached import Attached, put_on
 from lora_lab.errors import OptionError, TunerError
 from lora_lab.merging.sources import Sources
 from lora_lab.results.result import fingerprint

@@ -9,8 +9,8 @@ from typing import Any
 
 from lora_lab.adapters.adapter import Adapter, other_tensors
 from lora_lab.adapters.formats.keys import PREFIX, anchored
-from lora_lab.adapters.formats.matching import by_whole
-from lora_lab.adapters.formats.peft_config import exact_targets, pattern_values
+from lora_lab.adapters.formats.peft.matching import by_whole
+from lora_lab.adapters.formats.peft.peft_config import exact_targets, pattern_values
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.errors import OptionError, TunerError, shorten
 from lora_lab.pruning.cost import Pruned, measured

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_lab.adapters.adapter import Adapter, stored
 from lora_lab.adapters.formats.keys import anchored
-from lora_lab.adapters.formats.peft_config import pattern_values
+from lora_lab.adapters.formats.peft.peft_config import pattern_values
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.brief import Brief

@@ -122,7 +122,7 @@ class Kind:
 
 def kinds() -> Mapping[str, Kind]:
     """Name → kind of result, of all that have a schema."""
-    from lora_lab.results.kinds import KINDS
+    from lora_lab.results.kinds.registry import KINDS
 
     return KINDS
 

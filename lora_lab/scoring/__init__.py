@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from lora_lab.scoring.execution import Cost as Cost
     from lora_lab.scoring.execution import Execution as Execution
     from lora_lab.scoring.journal import Journal as Journal
-    from lora_lab.scoring.workers import Workers as Workers
-    from lora_lab.scoring.workers import open_workers as open_workers
+    from lora_lab.scoring.sharing.workers import Workers as Workers
+    from lora_lab.scoring.sharing.workers import open_workers as open_workers
 
 __getattr__, __dir__, __all__ = face(
     __name__,
@@ -27,6 +27,6 @@ __getattr__, __dir__, __all__ = face(
         "evaluator": ("Evaluator",),
         "execution": ("Cost", "Execution"),
         "journal": ("Journal",),
-        "workers": ("Workers", "open_workers"),
+        "sharing.workers": ("Workers", "open_workers"),
     },
 )

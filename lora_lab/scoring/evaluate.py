@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.attached import attach
+from lora_lab.adapters.models.attached import attach
 from lora_lab.tasks.task import Scores, Task, resolve_device
 
 

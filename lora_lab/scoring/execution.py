@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-    from lora_lab.scoring.workers import Workers
+    from lora_lab.scoring.sharing.workers import Workers
 
 Progress = Callable[[int, int], None]
 """Called with (pieces done, pieces in all)."""
@@ -41,7 +41,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Batching:
-    """How many coalitions go through a forward pass together; see scoring/batched.py."""
+    """How many coalitions go through a forward pass together; see scoring/together/batched.py."""
 
     at_once: int | None = 0
     """0: one after another; None: as many as pay and as there is memory for."""

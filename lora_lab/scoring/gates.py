@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lora_lab.adapters.gates import Gates, gated, measured
 from lora_lab.adapters.groups import Unit
+from lora_lab.adapters.models.gates import Gates, gated, measured
 from lora_lab.brief import Brief
 from lora_lab.errors import LoraLabWarning, TaskError, TunerError
 from lora_lab.results.result import fingerprint

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.attached import Attached, put_on
+from lora_lab.adapters.models.attached import Attached, put_on
 from lora_lab.scoring.examples import Examples
 from lora_lab.scoring.execution import ONE_BY_ONE, Batching
 from lora_lab.scoring.layout import Layout, Variant

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lab.adapters.attached import NAME, Attached
 from lora_lab.adapters.groups import block
+from lora_lab.adapters.models.attached import NAME, Attached
 from lora_lab.errors import TunerError
-from lora_lab.scoring.batched import Together
 from lora_lab.scoring.execution import ONE_BY_ONE, Batching
 from lora_lab.scoring.layout import Judge, Layout, State, Variant
 from lora_lab.scoring.remembering import Memory, calling
-from lora_lab.scoring.rows import ApartError
+from lora_lab.scoring.together.batched import Together
+from lora_lab.scoring.together.rows import ApartError
 from lora_lab.tasks.task import Scores
 
 _LOG = logging.getLogger(__name__)

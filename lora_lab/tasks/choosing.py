@@ -10,7 +10,7 @@ from typing import Any
 
 from lora_lab import tasks
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.bases import difference_of, folder_of
+from lora_lab.adapters.models.bases import difference_of, folder_of
 from lora_lab.errors import LoraLabNote, MismatchError, OptionError, shorten
 from lora_lab.files.trust import judged
 from lora_lab.results.result import fingerprint

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from lora_lab import tasks
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.bases import configuration_of
+from lora_lab.adapters.models.bases import configuration_of
 
 _CLASSES = {
     "SEQ_CLS": "ForSequenceClassification",

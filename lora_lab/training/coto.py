@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import TrainerCallback
 
-from lora_lab.adapters.attached import layers
 from lora_lab.adapters.groups import group
+from lora_lab.adapters.models.attached import layers
 from lora_lab.errors import LoraLabWarning, OptionError, TunerError, shorten
 from lora_lab.training.recipe import METHODS
 from lora_lab.training.schedule import Mask, Schedule

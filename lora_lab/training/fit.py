@@ -19,11 +19,11 @@ from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.attached import base_config, layers
-from lora_lab.adapters.converting import require_writable
-from lora_lab.adapters.formats import peft_format
+from lora_lab.adapters.files.converting import require_writable
+from lora_lab.adapters.formats.peft import peft_format
 from lora_lab.adapters.groups import group
 from lora_lab.adapters.lowrank import LowRank, combine
+from lora_lab.adapters.models.attached import base_config, layers
 from lora_lab.errors import LoraLabError, LoraLabWarning, OptionError, TunerError, unknown
 from lora_lab.files.trust import Origin
 from lora_lab.hub import quiet_transformers

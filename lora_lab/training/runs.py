@@ -15,8 +15,8 @@ from lora_lab.errors import DivergedError, FileError, LoraLabError, LoraLabNote,
 from lora_lab.files.disk import refuse_existing
 from lora_lab.files.trust import recordable
 from lora_lab.results.result import Result, fingerprint, finite, provenance
-from lora_lab.scoring.worker import report, telling
-from lora_lab.scoring.workers import Workers, open_workers
+from lora_lab.scoring.sharing.worker import report, telling
+from lora_lab.scoring.sharing.workers import Workers, open_workers
 
 if TYPE_CHECKING:
     from lora_lab.adapters.adapter import Adapter
@@ -269,7 +269,7 @@ def _trained(job: Job, progress: Progress | None) -> tuple[Adapter | None, Resul
 
 def _save(job: Job, adapter: Adapter | None, log: Result, force: bool) -> None:
     from lora_lab import plots
-    from lora_lab.adapters.converting import converted
+    from lora_lab.adapters.files.converting import converted
 
     if adapter is None:
         return

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from lora_lab.adapters.recording import put_record
+from lora_lab.adapters.files.recording import put_record
 from lora_lab.errors import LoraLabError, LoraLabWarning
 
 

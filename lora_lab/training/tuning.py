@@ -15,7 +15,7 @@ from lora_lab.errors import TaskError, unknown
 from lora_lab.files.disk import refuse_existing
 from lora_lab.files.trust import recordable
 from lora_lab.results.result import Result, columns, fingerprint, finite, provenance
-from lora_lab.scoring.workers import Workers
+from lora_lab.scoring.sharing.workers import Workers
 from lora_lab.tasks.metrics import Metric
 from lora_lab.training.runs import Job, Seen, finished, is_first, there, train_all
 

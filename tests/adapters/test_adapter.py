@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from lora_lab import hub
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.bases import same_modules
+from lora_lab.adapters.files.reading import inspect
+from lora_lab.adapters.files.writing import CONFIG_KEY, RECORD_KEY
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank
-from lora_lab.adapters.reading import inspect
-from lora_lab.adapters.writing import CONFIG_KEY, RECORD_KEY
+from lora_lab.adapters.models.bases import same_modules
 from lora_lab.errors import AdapterError, FileError, LoraLabWarning, MismatchError, OptionError, TaskError
 from lora_lab.hub import base_model
 

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.attached import attach, load_peft, peft_config, weight_deltas
+from lora_lab.adapters.models.attached import attach, load_peft, peft_config, weight_deltas
 from lora_lab.errors import MismatchError, TunerError
 from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.training.coto import Switches

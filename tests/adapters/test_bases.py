@@ -11,7 +11,7 @@ from making_adapters import lora, write
 from safetensors.torch import load_file, save_file
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.bases import check_shapes, difference, same_base
+from lora_lab.adapters.models.bases import check_shapes, difference, same_base
 from lora_lab.adapters.renames import require_shared_modules
 from lora_lab.errors import LoraLabNote, LoraLabWarning, MismatchError
 from lora_lab.files.trust import Origin

@@ -8,7 +8,7 @@ from making_adapters import PREFIX, lora, product, write
 from safetensors.torch import save_file
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.reading import inspect
+from lora_lab.adapters.files.reading import inspect
 from lora_lab.errors import AdapterError, LoraLabWarning
 
 Q, K = "layers.0.q_proj", "layers.0.k_proj"

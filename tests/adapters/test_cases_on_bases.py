@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.attached import attach
+from lora_lab.adapters.models.attached import attach
 from lora_lab.errors import LoraLabWarning, MismatchError, TunerError
 from lora_lab.hub import base_model
 from lora_lab.merging.export import save

@@ -13,7 +13,7 @@ from making_adapters import PREFIX, lora, write
 from torch import nn
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.reading import inspect
+from lora_lab.adapters.files.reading import inspect
 from lora_lab.errors import AdapterError
 
 MODULES = [

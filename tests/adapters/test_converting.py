@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import lora_lab as ll
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.converting import converted, save
-from lora_lab.adapters.formats.components import numbers_for
+from lora_lab.adapters.files.converting import converted, save
+from lora_lab.adapters.formats.diffusion.components import numbers_for
 from lora_lab.adapters.formats.registry import FORMATS, WRITTEN
 from lora_lab.errors import AdapterError, FileError, LoraLabWarning, OptionError, TunerError
 from lora_lab.files.trust import Origin

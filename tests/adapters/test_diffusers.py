@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.formats.components import by_component
-from lora_lab.adapters.reading import inspect
+from lora_lab.adapters.files.reading import inspect
+from lora_lab.adapters.formats.diffusion.components import by_component
 from lora_lab.errors import AdapterError, LoraLabWarning, OptionError, TunerError
 from lora_lab.merging.merged import merge
 from lora_lab.merging.sources import Sources
@@ -522,7 +522,7 @@ def test_a_header_that_was_changed_is_not_the_users_own(tmp_path):
 
 
 def test_diffusers_reads_a_kohya_file_of_flux_as_what_it_is_converted_to(tmp_path, pipelines):
-    from lora_lab.adapters.converting import converted
+    from lora_lab.adapters.files.converting import converted
 
     shapes = {"img_attn.qkv": (24, 8), "txt_attn.qkv": (24, 8), "img_attn.proj": (8, 8), "txt_mlp.2": (8, 32)}
     shapes |= {"img_mod.lin": (48, 8), "txt_mod.lin": (48, 8)}

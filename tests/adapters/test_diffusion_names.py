@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lora_lab.adapters.formats.diffusion_names import (
+from lora_lab.adapters.formats.diffusion.diffusion_names import (
     Scheme,
     dotted,
     from_sgm,

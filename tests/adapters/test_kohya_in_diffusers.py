@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from test_diffusers import BLOCK, CLIP, assert_gives, pipelines, random_adapter
 
-from lora_lab.adapters.converting import converted
+from lora_lab.adapters.files.converting import converted
 
 __all__ = ["pipelines"]  # a fixture
 

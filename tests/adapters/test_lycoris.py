@@ -340,7 +340,7 @@ def test_loha_and_lokr_are_merged_and_pruned_without_a_base(tmp_path):
 
 @pytest.mark.parametrize("form", ["kohya", "comfy", "diffusers"])
 def test_formats_of_loras_get_the_same_delta_as_a_lora(tmp_path, form):
-    from lora_lab.adapters.converting import converted, save
+    from lora_lab.adapters.files.converting import converted, save
 
     adapter = load(tmp_path, {**loha(UNET), **loha(CONV, kernel=(3, 3))})
     made = converted(adapter, form)

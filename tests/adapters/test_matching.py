@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_lab.adapters.formats.matching import by_ending, by_path, by_whole, first_match, numbered
+from lora_lab.adapters.formats.peft.matching import by_ending, by_path, by_whole, first_match, numbered
 from lora_lab.errors import AdapterError
 
 NAMES = [

@@ -8,7 +8,7 @@ from making_adapters import PREFIX, lora, write
 from safetensors.torch import load_file, save_file
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.reading import inspect
+from lora_lab.adapters.files.reading import inspect
 from lora_lab.errors import AdapterError, LoraLabWarning, TunerError
 
 Q, V, EMBED = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj", "model.embed_tokens"

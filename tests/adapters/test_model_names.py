@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lora_lab import Adapter
-from lora_lab.adapters.converting import converted, save
-from lora_lab.adapters.formats.model_names import FLUX, to_authors, to_diffusers
+from lora_lab.adapters.files.converting import converted, save
+from lora_lab.adapters.formats.diffusion.model_names import FLUX, to_authors, to_diffusers
 from lora_lab.errors import AdapterError, TunerError
 from tests.adapters.test_comfy import dotted
 from tests.adapters.test_kohya import load, pair, random

@@ -7,8 +7,8 @@ import torch
 from making_adapters import PREFIX, lora, product, write
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.formats import peft_config
-from lora_lab.adapters.reading import inspect
+from lora_lab.adapters.files.reading import inspect
+from lora_lab.adapters.formats.peft import peft_config
 from lora_lab.errors import AdapterError, LoraLabWarning, TunerError
 
 Q, K = "layers.0.q_proj", "layers.0.k_proj"

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.recording import put_record
-from lora_lab.adapters.writing import RECORD_KEY
+from lora_lab.adapters.files.recording import put_record
+from lora_lab.adapters.files.writing import RECORD_KEY
 from lora_lab.errors import AdapterError, FileError, OptionError
 from lora_lab.files.ownership import foreign
 

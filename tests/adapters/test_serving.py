@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.serving import SERVERS, fitted, server, servers, uniform
+from lora_lab.adapters.files.serving import SERVERS, fitted, server, servers, uniform
 from lora_lab.errors import AdapterError, LoraLabError, OptionError, TunerError
 
 Q, K, V = (f"model.layers.{i}.self_attn.{p}_proj" for i, p in ((0, "q"), (0, "k"), (1, "v")))

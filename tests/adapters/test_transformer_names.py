@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lora_lab import Adapter
-from lora_lab.adapters.converting import converted
-from lora_lab.adapters.formats.model_names import to_diffusers
-from lora_lab.adapters.formats.transformer_names import FLUX_2, HUNYUAN_VIDEO, SD_3
+from lora_lab.adapters.files.converting import converted
+from lora_lab.adapters.formats.diffusion.model_names import to_diffusers
+from lora_lab.adapters.formats.diffusion.transformer_names import FLUX_2, HUNYUAN_VIDEO, SD_3
 from tests.adapters.test_comfy import dotted
 from tests.adapters.test_kohya import load
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from making_adapters import lora, write
 
-from lora_lab.adapters import reading
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.converting import converted, save
+from lora_lab.adapters.files import reading
+from lora_lab.adapters.files.converting import converted, save
 from lora_lab.adapters.formats.registry import WRITTEN
 from lora_lab.errors import AdapterError, FileError
 from lora_lab.files import LazyTensors, Unread

@@ -10,8 +10,8 @@ from torch import nn
 
 import lora_lab as ll
 from lora_lab import plots
-from lora_lab.analysis.connectivity import BARRIERS
-from lora_lab.analysis.landscape import Curve, Layerwise, Plane
+from lora_lab.analysis.lines.connectivity import BARRIERS
+from lora_lab.analysis.lines.landscape import Curve, Layerwise, Plane
 from lora_lab.analysis.questions import Interpolate
 from lora_lab.errors import OptionError, TaskError
 from lora_lab.merging.paths import Paths
@@ -142,7 +142,7 @@ def test_a_plane_is_drawn_by_the_metrics_of_the_task(three):
 def test_a_gain_of_a_statistic_is_that_of_the_half_that_did_not_choose():
     from making_measured import measured, places
 
-    from lora_lab.analysis.plane import _gain
+    from lora_lab.analysis.lines.plane import _gain
 
     generator = np.random.default_rng(0)
     target = np.tile(generator.normal(size=200), (7, 1))

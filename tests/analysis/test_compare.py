@@ -12,10 +12,10 @@ from tiny_models import update
 
 from lora_lab.adapters.initial import shared_start
 from lora_lab.adapters.lowrank import LowRank
-from lora_lab.analysis.coefficients import _best
-from lora_lab.analysis.compare import ALONE, BASE, ENSEMBLE, CompareMerges
-from lora_lab.analysis.merge_rows import measured
-from lora_lab.analysis.merge_sets import joined, merge_sets_of, specs_of, tried
+from lora_lab.analysis.merge_tables.coefficients import _best
+from lora_lab.analysis.merge_tables.rows import measured
+from lora_lab.analysis.merge_tables.sets import joined, merge_sets_of, specs_of, tried
+from lora_lab.analysis.merge_tables.table import ALONE, BASE, ENSEMBLE, CompareMerges
 from lora_lab.errors import MismatchError, OptionError
 from lora_lab.merging.merged import merge
 from lora_lab.merging.methods import MERGES
@@ -164,7 +164,7 @@ def test_the_ensemble_averages_logits_under_each_head(sets, result):
 def _logits(task, adapter):
     import torch
 
-    from lora_lab.adapters.attached import attach
+    from lora_lab.adapters.models.attached import attach
 
     with attach(task.build_model(), adapter) as attached, torch.inference_mode():
         return attached.model(pixel_values=task.split("test").inputs["pixel_values"]).logits

@@ -13,10 +13,10 @@ from peft import HiraConfig, LoraConfig
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.lowrank import LowRank, combine
-from lora_lab.analysis import connectivity
-from lora_lab.analysis.connectivity import BARRIERS, Interpolate
+from lora_lab.analysis.lines import connectivity
+from lora_lab.analysis.lines.connectivity import BARRIERS, Interpolate
+from lora_lab.analysis.lines.points import LineModels, MixPoint
 from lora_lab.analysis.measured import scored
-from lora_lab.analysis.points import LineModels, MixPoint
 from lora_lab.errors import MismatchError, OptionError, TunerError
 from lora_lab.merging.paths import SPACES, Paths, Space
 from lora_lab.results.stats import Sampled

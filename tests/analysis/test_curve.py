@@ -13,18 +13,18 @@ from peft_models import quiet_embeddings
 from transformers.pytorch_utils import Conv1D
 
 from lora_lab.adapters.adapter import Adapter, stored
-from lora_lab.adapters.attached import attach
-from lora_lab.analysis.connectivity import BARRIERS
+from lora_lab.adapters.models.attached import attach
 from lora_lab.analysis.control_factors import ControlFactors
-from lora_lab.analysis.control_points import CURVES, ControlTraining, Training, _midpoint
-from lora_lab.analysis.curve import CURVE_SPACES, _ends, _mean_over, arc_shares
-from lora_lab.analysis.landscape import Curve
-from lora_lab.analysis.points import MixPoint
+from lora_lab.analysis.lines.connectivity import BARRIERS
+from lora_lab.analysis.lines.control_points import CURVES, ControlTraining, Training, _midpoint
+from lora_lab.analysis.lines.curve import CURVE_SPACES, _ends, _mean_over, arc_shares
+from lora_lab.analysis.lines.landscape import Curve
+from lora_lab.analysis.lines.points import MixPoint
 from lora_lab.errors import FileError, LoraLabWarning, MismatchError, OptionError, TunerError
 from lora_lab.merging.paths import SPACES, Paths
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.execution import Execution
-from lora_lab.scoring.workers import open_workers
+from lora_lab.scoring.sharing.workers import open_workers
 from lora_lab.tasks.kinds import digits
 from lora_lab.tasks.kinds.digits import Digits
 
@@ -181,13 +181,13 @@ def test_control_points_are_trained_by_workers_bit_for_bit_as_here(pair, few_dig
     monkeypatch.setattr(digits, "images", few_digits)  # which the workers have, too
     question = Curve(points=3, steps=2, checks=1, batch_size=8, split="validation", spaces=("delta", "factors"))
     question = replace(question, shapes=("bezier",))
-    steps = []
-    alone = question.run(pair, TASK, folder=tmp_path)
+    steps, task = [], Digits("relabel")  # of whose splits nothing is kept yet
+    alone = question.run(pair, task, folder=tmp_path)
     monkeypatch.setattr(ControlTraining, "train", lambda *_: pytest.fail("trained in the driver"))
     (tmp_path / "there").mkdir()
     with open_workers(2, device="cpu") as workers:
         on = Execution(workers=workers, progress=lambda done, total: steps.append((done, total)))
-        there = question.run(pair, TASK, on, folder=tmp_path / "there")
+        there = question.run(pair, task, on, folder=tmp_path / "there")
     assert there.summary["controls"] == alone.summary["controls"]
     assert there.columns == alone.columns
     assert (4, 4) in steps

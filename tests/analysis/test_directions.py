@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from making_measured import task
 
-from lora_lab.analysis.coefficients import _best, _curve, kept_of
-from lora_lab.analysis.merge_rows import measured, signed
-from lora_lab.analysis.merge_verdicts import UNTOLD, NullScores, Outcomes, null_rows
+from lora_lab.analysis.merge_tables.coefficients import _best, _curve, kept_of
+from lora_lab.analysis.merge_tables.rows import measured, signed
+from lora_lab.analysis.merge_tables.verdicts import UNTOLD, NullScores, Outcomes, null_rows
 from lora_lab.merging.search import _order
 from lora_lab.tasks.judging import Judge, all_shares, kept
 from lora_lab.tasks.task import Scores, Split

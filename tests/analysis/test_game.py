@@ -8,7 +8,7 @@ from peft import LoHaConfig, LoraConfig
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.groups import players
-from lora_lab.analysis.game import WORTHS, Game
+from lora_lab.analysis.coalitions.game import WORTHS, Game
 from lora_lab.errors import LoraLabWarning, OptionError, TunerError
 from lora_lab.files.ownership import JOURNAL
 from lora_lab.games.coalitions import all_coalitions

@@ -7,9 +7,9 @@ from peft import LoHaConfig, LoraConfig
 from test_game import TARGETS, evaluator_of, random_adapter
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.gates import Gates
 from lora_lab.adapters.groups import players
-from lora_lab.analysis.gates import GatedGame
+from lora_lab.adapters.models.gates import Gates
+from lora_lab.analysis.coalitions.gates import GatedGame
 from lora_lab.analysis.questions import Shapley
 from lora_lab.errors import LoraLabWarning, OptionError, TunerError
 from lora_lab.games import estimators
@@ -18,10 +18,10 @@ from lora_lab.results.stats import mean_and_error, student
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.execution import Execution
 from lora_lab.scoring.gates import GatedPass, Passed
-from lora_lab.scoring.workers import open_workers
+from lora_lab.scoring.sharing.workers import open_workers
 from lora_lab.tasks.kinds import digits
 from lora_lab.tasks.kinds.digits import Digits
-from lora_lab.tasks.kinds.language import NO_TARGET, CausalLM
+from lora_lab.tasks.kinds.language.language import NO_TARGET, CausalLM
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 

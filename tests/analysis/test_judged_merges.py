@@ -7,7 +7,7 @@ from making_adapters import lora, write
 from torch import nn
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.analysis.compare import ALONE, ENSEMBLE, CompareMerges
+from lora_lab.analysis.merge_tables.table import ALONE, ENSEMBLE, CompareMerges
 from lora_lab.errors import OptionError
 from lora_lab.merging.merged import merge
 from lora_lab.merging.search import Grid, Interval, search

@@ -9,9 +9,9 @@ from making_adapters import random_adapter
 from peft import LoraConfig
 
 from lora_lab.adapters.lowrank import combine
-from lora_lab.analysis.connectivity import BARRIERS
-from lora_lab.analysis.landscape import Layerwise
-from lora_lab.analysis.layerwise import RankFactors
+from lora_lab.analysis.lines.connectivity import BARRIERS
+from lora_lab.analysis.lines.landscape import Layerwise
+from lora_lab.analysis.lines.layerwise import RankFactors
 from lora_lab.errors import MismatchError, OptionError
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.execution import Execution

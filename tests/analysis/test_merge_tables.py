@@ -9,9 +9,9 @@ from making_adapters import random_adapter
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from lora_lab.analysis.compare import ALONE, BASE, ENSEMBLE, CompareMerges
-from lora_lab.analysis.merge_sets import specs_of
-from lora_lab.analysis.merge_verdicts import UNTOLD, NullScores, Outcomes, null_rows
+from lora_lab.analysis.merge_tables.sets import specs_of
+from lora_lab.analysis.merge_tables.table import ALONE, BASE, ENSEMBLE, CompareMerges
+from lora_lab.analysis.merge_tables.verdicts import UNTOLD, NullScores, Outcomes, null_rows
 from lora_lab.errors import MismatchError, OptionError, TunerError
 from lora_lab.geometry.nulls import NULLS, null_adapter
 from lora_lab.merging.export import save

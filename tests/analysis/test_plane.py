@@ -12,8 +12,8 @@ from making_measured import measured, places
 from peft import LoraConfig
 
 from lora_lab.adapters.lowrank import combine
-from lora_lab.analysis.landscape import Plane
-from lora_lab.analysis.plane import Axes, _gain
+from lora_lab.analysis.lines.landscape import Plane
+from lora_lab.analysis.lines.plane import Axes, _gain
 from lora_lab.errors import DivergedError, MismatchError, OptionError
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.execution import Execution
@@ -140,7 +140,7 @@ def test_a_gain_is_found_with_its_interval():
 
 
 def test_a_second_run_finds_every_point_in_the_journal(three, result, tmp_path, monkeypatch):
-    from lora_lab.analysis.points import MixPoint
+    from lora_lab.analysis.lines.points import MixPoint
 
     question = Plane(points=2, split="validation", examples=30)
     first = question.run(three, TASK, Execution(cache=tmp_path))

@@ -9,9 +9,9 @@ import scipy.stats
 from making_adapters import lora, write
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.analysis.compare import ALONE
 from lora_lab.analysis.comparing import Compare
-from lora_lab.analysis.predictors import forecast, rank_correlation
+from lora_lab.analysis.merge_tables.predictors import forecast, rank_correlation
+from lora_lab.analysis.merge_tables.table import ALONE
 from lora_lab.errors import MismatchError, OptionError
 from lora_lab.results import schema
 from lora_lab.results.result import Result, columns

@@ -6,7 +6,7 @@ import pytest
 from making_adapters import random_adapter
 from peft import LoraConfig
 
-from lora_lab.analysis.merges import CompareMerges
+from lora_lab.analysis.merge_tables.question import CompareMerges
 from lora_lab.analysis.questions import Interpolate, Stability, Sweep
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.execution import Execution

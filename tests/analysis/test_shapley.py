@@ -10,10 +10,10 @@ from test_game import TARGETS, random_adapter
 
 from lora_lab.adapters.groups import players
 from lora_lab.analysis.balance import balance
-from lora_lab.analysis.game import Game
-from lora_lab.analysis.gates import GatedGame
+from lora_lab.analysis.coalitions.game import Game
+from lora_lab.analysis.coalitions.gates import GatedGame
+from lora_lab.analysis.coalitions.shapley import choose, newest_adapter
 from lora_lab.analysis.questions import Shapley
-from lora_lab.analysis.shapley import choose, newest_adapter
 from lora_lab.errors import LoraLabWarning, OptionError
 from lora_lab.files.trust import Origin
 from lora_lab.games import estimators

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_lab.adapters.attached import attach
+from lora_lab.adapters.models.attached import attach
 from lora_lab.analysis.curvature import (
     Curvature,
     CurvaturePass,
@@ -21,7 +21,7 @@ from lora_lab.analysis.curvature import (
     largest_rates,
     measured,
 )
-from lora_lab.analysis.landscape import Sharpness
+from lora_lab.analysis.lines.landscape import Sharpness
 from lora_lab.analysis.sharpness import tried
 from lora_lab.errors import OptionError, TaskError
 from lora_lab.scoring.evaluator import Evaluator

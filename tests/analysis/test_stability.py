@@ -9,10 +9,10 @@ from scipy import stats
 from test_game import TARGETS, random_adapter
 
 from lora_lab.adapters.groups import players
-from lora_lab.analysis.game import Game
-from lora_lab.analysis.keep_sets import KeepSetScores, _interval
+from lora_lab.analysis.coalitions.game import Game
+from lora_lab.analysis.coalitions.keep_sets import KeepSetScores, _interval
+from lora_lab.analysis.coalitions.stability import keep_sets
 from lora_lab.analysis.questions import Stability
-from lora_lab.analysis.stability import keep_sets
 from lora_lab.errors import LoraLabWarning, OptionError
 from lora_lab.games.coalitions import all_coalitions
 from lora_lab.games.progressive import binomial, inequality, stratum

@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.groups import players
-from lora_lab.analysis.game import Game
+from lora_lab.analysis.coalitions.game import Game
 from lora_lab.analysis.questions import Shapley, Sweep
 from lora_lab.errors import LoraLabWarning, OptionError
 from lora_lab.games.coalitions import all_coalitions

@@ -15,8 +15,8 @@ from strategies import attack, changed, dumps, safetensors_of, scalars, texts, v
 
 from lora_lab import tasks
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.formats.peft_config import LORA_FIELDS
-from lora_lab.adapters.writing import CONFIG_KEY, RECORD_KEY
+from lora_lab.adapters.files.writing import CONFIG_KEY, RECORD_KEY
+from lora_lab.adapters.formats.peft.peft_config import LORA_FIELDS
 from lora_lab.tasks.choosing import task_of
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")

@@ -10,8 +10,8 @@ from making_measured import measured, places
 from peft import LoraConfig
 
 from lora_lab.analysis import balance
-from lora_lab.analysis.connectivity import BARRIERS
-from lora_lab.analysis.merge_rows import by_example
+from lora_lab.analysis.lines.connectivity import BARRIERS
+from lora_lab.analysis.merge_tables.rows import by_example
 from lora_lab.claims import asking
 from lora_lab.claims.asking import QUESTIONS, answer
 from lora_lab.claims.statistics import STATISTICS

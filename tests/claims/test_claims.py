@@ -3,8 +3,8 @@
 import pytest
 
 from lora_lab import tasks
-from lora_lab.analysis.compare import ALONE, BASE, ENSEMBLE
-from lora_lab.analysis.merge_sets import specs_of
+from lora_lab.analysis.merge_tables.sets import specs_of
+from lora_lab.analysis.merge_tables.table import ALONE, BASE, ENSEMBLE
 from lora_lab.claims.asking import QUESTIONS, Answer
 from lora_lab.claims.claims import OWN, PUBLISHED, Published, chosen, read
 from lora_lab.claims.reproduce import Plan, Reproduce

@@ -13,7 +13,8 @@ from lora_lab.cli import _VERBS as VERBS
 from lora_lab.cli import verbs
 from lora_lab.cli.verbs import Grid, build, flags, shown
 
-from lora_lab.analysis import merges, questions
+from lora_lab.analysis import questions
+from lora_lab.analysis.merge_tables import question as merges
 from lora_lab.analysis.question import Question
 from lora_lab.options import help_of, options_of
 from lora_lab.training.recipe import Recipe
@@ -121,6 +122,7 @@ def test_values_are_read_as_the_types_of_the_fields():
     given = names | {
         "methods": ["ties, dare", "knots"],
         "options": ["ties.density=0.5"],
+        "quick_nulls": False,
         "coefficients": "0.5,1",
         "split": "test",
     }

@@ -6,7 +6,7 @@ import pytest
 from making_adapters import lora, write
 
 from lora_lab.results import schema
-from lora_lab.results.kinds import KINDS
+from lora_lab.results.kinds.registry import KINDS
 from lora_lab.results.reports import REPORTS
 
 

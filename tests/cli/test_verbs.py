@@ -105,7 +105,7 @@ def test_layers_are_mixed_one_at_a_time_from_the_shell(lora_lab, pair, tmp_path)
     assert code == 0, err
     assert "q_proj, others of coto-s1" in out
     assert (tmp_path / "out" / "layerwise.png").exists()
-    one_line(lora_lab("interpolate", *pair, *few, "--ratios", "1:1"), "--layerwise mixes ΔW", "leave --space and")
+    one_line(lora_lab("interpolate", *pair, *few, "--ratios", "1:1"), "--layerwise mixes ΔW", "leave --space, --ratios")
     one_line(lora_lab("interpolate", *pair, "--players", "type"), "--players are mixed one at a time with --layerwise")
 
 
@@ -573,7 +573,7 @@ def test_a_configuration_of_another_tuner_than_the_one_asked_for_is_refused(lora
 
 
 def test_a_bug_shows_its_traceback(lora_lab, monkeypatch, pair):
-    import lora_lab.analysis.connectivity as connect
+    import lora_lab.analysis.lines.connectivity as connect
 
     def broken(*args, **kwargs):
         raise ZeroDivisionError("a bug")

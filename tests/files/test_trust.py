@@ -19,9 +19,9 @@ from transformers import AutoModelForSequenceClassification
 
 from lora_lab import files, tasks
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.attached import peft_config
-from lora_lab.adapters.writing import RECORD_KEY, SIGNATURE_KEY
-from lora_lab.analysis import shapley
+from lora_lab.adapters.files.writing import RECORD_KEY, SIGNATURE_KEY
+from lora_lab.adapters.models.attached import peft_config
+from lora_lab.analysis.coalitions import shapley
 from lora_lab.errors import FileError, LoraLabError, LoraLabNote, TaskError, TrustError, TunerError
 from lora_lab.files import trust
 from lora_lab.hub import base_model

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_lab import hub
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.converting import DTYPES
+from lora_lab.adapters.files.converting import DTYPES
 from lora_lab.errors import LoraLabWarning, MismatchError, OptionError
 from lora_lab.fusing.extract import ExtractOptions, cut, extract, noise_of
 from lora_lab.fusing.fuse import Fusion

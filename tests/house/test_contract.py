@@ -18,11 +18,11 @@ from lora_lab.adapters.formats.layout import Content, Format, Layout, Part
 from lora_lab.adapters.formats.registry import FORMATS
 from lora_lab.adapters.groups import PLAYERS, by_label
 from lora_lab.adapters.lowrank import combine
-from lora_lab.analysis.compare import CompareMerges
-from lora_lab.analysis.connectivity import BARRIERS, Barrier, Interpolate
-from lora_lab.analysis.control_points import CURVES, CurveShape
-from lora_lab.analysis.game import WORTHS
-from lora_lab.analysis.landscape import Curve
+from lora_lab.analysis.coalitions.game import WORTHS
+from lora_lab.analysis.lines.connectivity import BARRIERS, Barrier, Interpolate
+from lora_lab.analysis.lines.control_points import CURVES, CurveShape
+from lora_lab.analysis.lines.landscape import Curve
+from lora_lab.analysis.merge_tables.table import CompareMerges
 from lora_lab.analysis.questions import Evaluate, Shapley, Sweep
 from lora_lab.claims.statistics import STATISTICS, Statistic
 from lora_lab.claims.verdicts import Value
@@ -357,32 +357,36 @@ OTHER_WORDS = {
     ("linear",): (
         "a kind of layer; mergekit's word for a method; matplotlib's for a scale",
         "adapters/adapter.py",
-        "adapters/formats/peft_format.py",
+        "adapters/formats/peft/peft_format.py",
         "cli/mergekit.py",
         "fusing/extract.py",
         "plots/decompiling.py",
         "pruning/intruders.py",
     ),
-    ("layer", "module"): ("parts of adapters, as rows name them", "geometry/intruders.py", "plots/places.py"),
+    ("layer", "module"): ("parts of adapters, as rows name them", "geometry/intruders.py", "plots/views/places.py"),
     ("ties", "della", "breadcrumbs", "task_arithmetic"): ("mergekit's names of methods", "cli/mergekit.py"),
     ("exact",): ("a finding on a checkpoint", "fusing/verify.py"),
     ("lora",): ("a kind of LyCORIS' updates", "adapters/formats/lycoris.py"),
-    ("all",): ("a value of PEFT's bias; every merge", "adapters/formats/peft_config.py", "analysis/merge_sets.py"),
-    ("aligned",): ("the gauge in which factors are merged", "merging/factors.py"),
+    ("all",): (
+        "a value of PEFT's bias; every merge",
+        "adapters/formats/peft/peft_config.py",
+        "analysis/merge_tables/sets.py",
+    ),
+    ("aligned",): ("the gauge in which factors are merged", "merging/rules/factors.py"),
     ("average",): ("how heads are merged", "adapters/whole.py"),
     ("accuracy", "loss"): (
         "metrics, as columns of results and keys of logs have them",
-        "analysis/coefficients.py",
-        "analysis/sweep.py",
+        "analysis/merge_tables/coefficients.py",
+        "analysis/coalitions/sweep.py",
         "merging/search.py",
-        "plots/places.py",
-        "plots/train.py",
+        "plots/views/places.py",
+        "plots/views/train.py",
         "training/trainer.py",
     ),
-    ("rank",): ("a kind of pruning; an option of methods", "analysis/sweep.py", "merging/merged.py"),
-    ("module", "layer"): ("a level of tables", "geometry/intruders.py", "plots/places.py"),
-    ("clip",): ("a model type of transformers", "tasks/kinds/clip.py"),
-    ("train",): ("a split", "tasks/kinds/clip.py", "tasks/tables.py"),
+    ("rank",): ("a kind of pruning; an option of methods", "analysis/coalitions/sweep.py", "merging/merged.py"),
+    ("module", "layer"): ("a level of tables", "geometry/intruders.py", "plots/views/places.py"),
+    ("clip",): ("a model type of transformers", "tasks/kinds/images/clip.py"),
+    ("train",): ("a split", "tasks/kinds/images/clip.py", "tasks/tables.py"),
     ("tuning",): ("a key of a record", "training/tuning.py"),
 }
 """Words that are names of entries and mean something else in these files: what."""

@@ -10,9 +10,9 @@ from making_updates import gauged, random_update
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import OptionError
-from lora_lab.merging.calibrating import pico
 from lora_lab.merging.merged import merge
 from lora_lab.merging.methods import MERGES, check
+from lora_lab.merging.rules.calibrating import pico
 from lora_lab.merging.sources import Sources
 
 F64 = torch.float64

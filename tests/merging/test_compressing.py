@@ -12,8 +12,8 @@ from lora_lab.adapters.lowrank import LowRank, combine
 from lora_lab.errors import OptionError
 from lora_lab.merging.merged import merge
 from lora_lab.merging.methods import rule_of, rules
+from lora_lab.merging.rules.subspaces import ctm
 from lora_lab.merging.sources import Sources
-from lora_lab.merging.subspaces import ctm
 
 F64 = torch.float64
 FEW = settings(max_examples=15, deadline=None)

@@ -28,10 +28,10 @@ from torch.nn.functional import cross_entropy
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.errors import MismatchError, OptionError, TunerError
-from lora_lab.merging import layer_inputs
 from lora_lab.merging import search as searching
 from lora_lab.merging.merged import merge
 from lora_lab.merging.methods import MERGES
+from lora_lab.merging.rules import layer_inputs
 from lora_lab.merging.sources import Sources, Weights
 from lora_lab.merging.task_models import MergeModels
 from lora_lab.scoring.evaluate import score

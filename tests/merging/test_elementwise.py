@@ -12,10 +12,10 @@ from torch import Tensor
 
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import MismatchError, OptionError
-from lora_lab.merging import elementwise, rows, trimming
 from lora_lab.merging.kinds import ENTRIES
 from lora_lab.merging.methods import MERGES, rules
-from lora_lab.merging.trimming import cuts_of
+from lora_lab.merging.rules import elementwise, rows, trimming
+from lora_lab.merging.rules.trimming import cuts_of
 
 RULES = rules()
 

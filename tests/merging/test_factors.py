@@ -11,8 +11,8 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import MismatchError, OptionError
 from lora_lab.geometry import procrustes_mean as mean_of
-from lora_lab.merging.factors import procrustes_mean, robustmerge
 from lora_lab.merging.merged import merge
+from lora_lab.merging.rules.factors import procrustes_mean, robustmerge
 from lora_lab.merging.sources import Sources
 
 F64 = torch.float64

@@ -5,8 +5,8 @@ import torch
 from making_adapters import lora, write
 from planted_tasks import Tiny
 
-from lora_lab.adapters import reading
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.files import reading
 from lora_lab.forecast import Forecast
 from lora_lab.merging.forecast import forecast
 from lora_lab.merging.merged import merge

@@ -8,7 +8,7 @@ from making_updates import gauged, random_update
 
 from lora_lab.adapters.lowrank import LowRank, combine
 from lora_lab.errors import OptionError
-from lora_lab.merging.interference import wudi
+from lora_lab.merging.rules.interference import wudi
 
 F64 = torch.float64
 FEW = settings(max_examples=15, deadline=None)

@@ -198,7 +198,7 @@ def test_pefts_cat_is_the_sum_where_it_can_be_trusted(base_model):
 
 
 def made_of(tensors, config, source) -> Adapter:
-    from lora_lab.adapters.formats.peft_format import parse
+    from lora_lab.adapters.formats.peft.peft_format import parse
 
     settings = {"peft_type": "LORA", "r": config.r, "lora_alpha": config.lora_alpha}
     parsed = parse(tensors, settings, source)

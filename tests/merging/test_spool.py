@@ -12,8 +12,8 @@ import torch
 from making_adapters import PREFIX, lora, write
 from making_processes import server
 
-from lora_lab.adapters import reading
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.adapters.files import reading
 from lora_lab.errors import FileError, LoraLabNote
 from lora_lab.files.resuming import place_of
 from lora_lab.merging import merged as merging
@@ -171,7 +171,7 @@ def test_an_adapter_that_is_cut_short_meanwhile_is_one_line(tmp_path):
 LARGE = """
 import resource, sys, torch
 from pathlib import Path
-from lora_lab.adapters import reading
+from lora_lab.adapters.files import reading
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.merging import merged, spool
 from lora_lab.merging.export import save

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import OptionError
-from lora_lab.merging import subspaces
 from lora_lab.merging.kinds import keywords
 from lora_lab.merging.methods import rule_of, rules
+from lora_lab.merging.rules import subspaces
 
 RULES = rules()
 

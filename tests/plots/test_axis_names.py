@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_lab.plots.shapley import _unit
+from lora_lab.plots.views.shapley import _unit
 from lora_lab.results.result import Result
 
 

@@ -33,7 +33,7 @@ def test_panels_have_letters_and_all_text_has_seven_points():
     places = [text.get_window_extent().extents[:2] for text in letters]
     assert abs(places[0][1] - places[1][1]) < 1  # (a) and (b) side by side, (c) below (a)
     assert abs(places[0][0] - places[2][0]) < 1 < places[0][1] - places[2][1]
-    assert figure.subfigs[1].axes[0].get_xlabel() == "layer"  # a panel has no caption that would say it
+    assert "layer" in {ax.get_xlabel() for ax in figure.axes}  # a panel has no caption that would say it
     assert not faults(figure)
 
 

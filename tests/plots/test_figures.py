@@ -13,10 +13,10 @@ from making_results import line, merges, run, shapley_result, stability_result, 
 
 from lora_lab import escape, plots
 from lora_lab.errors import FileError, OptionError
-from lora_lab.plots import line as plot_line
 from lora_lab.plots import style as plot_style
-from lora_lab.plots import train as plot_train
 from lora_lab.plots.names import inches, shortened
+from lora_lab.plots.views import line as plot_line
+from lora_lab.plots.views import train as plot_train
 from lora_lab.results.result import Result, columns
 from lora_lab.training.schedule import Schedule
 

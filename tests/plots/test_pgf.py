@@ -21,7 +21,7 @@ for line in sys.stdin:
         print(f"{{5.0 * letters}}pt,5.0pt,1.0pt", flush=True)
         print("", flush=True)
         print("*", end="", flush=True)
-    elif "@@end" in line:
+    elif "end{{document}}" in line:
         break
 """
 

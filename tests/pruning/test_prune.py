@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.attached import layers
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank
+from lora_lab.adapters.models.attached import layers
 from lora_lab.errors import AdapterError, OptionError, TunerError
 from lora_lab.pruning.entries import CRITERIA, Criterion, nth_smallest, prune_weights
 from lora_lab.pruning.modules import keep_modules, structured

@@ -22,9 +22,9 @@ import pytest
 from making_games import saturating, table_game
 from scipy.stats import binom
 
-from lora_lab.analysis.connectivity import BARRIERS, _shrinkage
-from lora_lab.analysis.merge_rows import measured
-from lora_lab.analysis.sweep import _cells, _reach
+from lora_lab.analysis.coalitions.sweep import _cells, _reach
+from lora_lab.analysis.lines.connectivity import BARRIERS, _shrinkage
+from lora_lab.analysis.merge_tables.rows import measured
 from lora_lab.games.coalitions import all_coalitions
 from lora_lab.games.estimators import estimate, exact, plan
 from lora_lab.games.interactions import interactions

@@ -9,7 +9,7 @@ import pytest
 
 from lora_lab.errors import FileError, OptionError
 from lora_lab.results import schema
-from lora_lab.results.kinds import KINDS
+from lora_lab.results.kinds.registry import KINDS
 from lora_lab.results.result import Result, _checksum
 from lora_lab.results.rows import Adapted
 from lora_lab.results.schema import Kind, Paper, column

@@ -6,7 +6,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora_lab.scoring.worker import report
+from lora_lab.scoring.sharing.worker import report
 
 LOCKS = []
 """Made by this process, which holds them to its end."""

@@ -13,10 +13,10 @@ from torch import nn
 from transformers import ConvNextConfig, ConvNextForImageClassification
 
 from lora_lab.errors import LoraLabWarning, OptionError
-from lora_lab.scoring.batched import Size
 from lora_lab.scoring.execution import Batching, Execution
 from lora_lab.scoring.prefixes import Variants
-from lora_lab.scoring.rows import ApartError
+from lora_lab.scoring.together.batched import Size
+from lora_lab.scoring.together.rows import ApartError
 
 FIVE = Batching(5)
 

@@ -8,7 +8,7 @@ from making_adapters import random_adapter
 from peft import LoraConfig
 
 from lora_lab.adapters.groups import players
-from lora_lab.analysis.game import Game
+from lora_lab.analysis.coalitions.game import Game
 from lora_lab.games.coalitions import all_coalitions
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.execution import Execution

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from lora_lab import tasks
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.attached import attach
+from lora_lab.adapters.models.attached import attach
 from lora_lab.analysis.questions import Evaluate, Shapley
 from lora_lab.errors import LoraLabError, MismatchError, TaskError
 from lora_lab.fusing.fuse import Fusion

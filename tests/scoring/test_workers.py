@@ -22,9 +22,9 @@ from squaring import Squares
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.groups import players
-from lora_lab.analysis.compare import CompareMerges
-from lora_lab.analysis.connectivity import Interpolate
-from lora_lab.analysis.game import Game
+from lora_lab.analysis.coalitions.game import Game
+from lora_lab.analysis.lines.connectivity import Interpolate
+from lora_lab.analysis.merge_tables.table import CompareMerges
 from lora_lab.analysis.questions import Evaluate, Shapley, Stability, Sweep
 from lora_lab.errors import FileError, LoraLabError, LoraLabWarning, MismatchError, OptionError, TaskError
 from lora_lab.games.coalitions import all_coalitions
@@ -32,13 +32,13 @@ from lora_lab.merging.search import Grid, Interval, search
 from lora_lab.merging.sources import Sources
 from lora_lab.merging.task_models import MergeModels
 from lora_lab.results.result import Result
-from lora_lab.scoring import local as local_module
-from lora_lab.scoring import ray as module
-from lora_lab.scoring import workers as opening
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import Examples
 from lora_lab.scoring.execution import Execution
-from lora_lab.scoring.workers import open_workers
+from lora_lab.scoring.sharing import local as local_module
+from lora_lab.scoring.sharing import ray as module
+from lora_lab.scoring.sharing import workers as opening
+from lora_lab.scoring.sharing.workers import open_workers
 from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.training.recipe import Recipe
 from lora_lab.training.runs import Job, train_all
@@ -531,7 +531,7 @@ def test_gpus_that_are_not_there_are_refused(spec, device, text):
 
 
 def test_the_module_itself_loads_neither_torch_nor_ray():
-    code = "import sys, lora_lab.scoring.workers; assert not {'torch', 'ray'} & set(sys.modules)"
+    code = "import sys, lora_lab.scoring.sharing.workers; assert not {'torch', 'ray'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

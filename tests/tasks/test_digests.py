@@ -279,13 +279,13 @@ def test_what_scores_hang_on_changes_with_the_code_of_a_registered_entry(monkeyp
 @pytest.mark.parametrize(
     ("changed", "counts"),
     [
-        ("merging/elementwise.py", True),
+        ("merging/rules/elementwise.py", True),
         ("merging/deeper/new.py", True),
         ("pruning/ranks.py", True),
         ("adapters/lowrank.py", True),
         ("geometry/aligning.py", True),
-        ("adapters/reading.py", False),
-        ("plots/line.py", False),
+        ("adapters/files/reading.py", False),
+        ("plots/views/line.py", False),
     ],
 )
 def test_the_code_of_merges_and_prunings_is_every_file_that_makes_them(tmp_path, changed, counts):

@@ -8,7 +8,7 @@ import torch
 from making_adapters import write
 from torch import nn
 
-from lora_lab.analysis.connectivity import Interpolate
+from lora_lab.analysis.lines.connectivity import Interpolate
 from lora_lab.analysis.questions import Evaluate, Shapley
 from lora_lab.errors import DivergedError, OptionError, TaskError, TrustError
 from lora_lab.scoring.evaluate import score

@@ -15,8 +15,8 @@ from filelock import FileLock
 
 from lora_lab import tasks
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.attached import attach
-from lora_lab.analysis import connectivity
+from lora_lab.adapters.models.attached import attach
+from lora_lab.analysis.lines import connectivity
 from lora_lab.analysis.questions import Shapley, Stability
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.prefixes import Variants

@@ -8,8 +8,8 @@ import torch
 from peft import HiraConfig, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from lora_lab.adapters.attached import layers
 from lora_lab.adapters.groups import block, group
+from lora_lab.adapters.models.attached import layers
 from lora_lab.errors import OptionError, TunerError
 from lora_lab.training.coto import CoToCallback, Switches
 from lora_lab.training.schedule import Schedule

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.attached import attach, weight_deltas
-from lora_lab.analysis.connectivity import Interpolate
+from lora_lab.adapters.models.attached import attach, weight_deltas
+from lora_lab.analysis.lines.connectivity import Interpolate
 from lora_lab.analysis.questions import Evaluate
 from lora_lab.errors import FileError, LoraLabError, LoraLabNote, OptionError, TaskError, TunerError
 from lora_lab.scoring.evaluate import score

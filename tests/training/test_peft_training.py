@@ -9,7 +9,7 @@ from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 
 from lora_lab import tasks
-from lora_lab.adapters.attached import attach
+from lora_lab.adapters.models.attached import attach
 from lora_lab.errors import OptionError
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import Recipe

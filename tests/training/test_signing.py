@@ -68,7 +68,7 @@ def test_a_copy_of_the_model_saves_itself_and_a_pickled_one_too(tmp_path):
 def test_an_adapter_without_a_place_for_a_record_is_saved_all_the_same(tmp_path, monkeypatch):
     model = llama()
     trainer(model, tmp_path / "run", CoToCallback(), max_steps=1).train()
-    monkeypatch.setattr("lora_lab.adapters.recording.write_safetensors", _full)
+    monkeypatch.setattr("lora_lab.adapters.files.recording.write_safetensors", _full)
     with pytest.warns(LoraLabWarning, match="saved without a record of its training: no space"):
         model.save_pretrained(tmp_path / "w")
     assert Adapter.load(tmp_path / "w").record == {}

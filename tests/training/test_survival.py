@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.adapters.attached import attach, layers
 from lora_lab.adapters.groups import block
+from lora_lab.adapters.models.attached import attach, layers
 from lora_lab.errors import OptionError, TunerError
 from lora_lab.scoring.evaluate import score
 from lora_lab.tasks.kinds.digits import Digits

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from lora_lab.adapters.formats.keys import PREFIX as PREFIX
     from lora_lab.adapters.formats.keys import natural_key as natural_key
     from lora_lab.adapters.formats.lookup import locate as locate
-    from lora_lab.adapters.formats.peft_format import parse as parse
-    from lora_lab.adapters.formats.peft_format import update as update
-    from lora_lab.adapters.formats.peft_format import why_not_additive as why_not_additive
+    from lora_lab.adapters.formats.peft.peft_format import parse as parse
+    from lora_lab.adapters.formats.peft.peft_format import update as update
+    from lora_lab.adapters.formats.peft.peft_format import why_not_additive as why_not_additive
 
 __getattr__, __dir__, __all__ = face(
     __name__,
@@ -24,7 +24,7 @@ __getattr__, __dir__, __all__ = face(
             "natural_key",
         ),
         "lookup": ("locate",),
-        "peft_format": (
+        "peft.peft_format": (
             "parse",
             "update",
             "why_not_additive",

@@ -8,8 +8,8 @@ from typing import Any
 
 from lora_lab.adapters.formats.keys import PREFIX
 from lora_lab.adapters.formats.layout import Writable
-from lora_lab.adapters.formats.peft_config import changes_base, tuner_of
-from lora_lab.adapters.formats.peft_format import why_not_additive
+from lora_lab.adapters.formats.peft.peft_config import changes_base, tuner_of
+from lora_lab.adapters.formats.peft.peft_format import why_not_additive
 from lora_lab.errors import TunerError, shorten
 
 _WAY = "; a LoRA that is extracted from its base and the base with it fused in comes near to it"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lora_lab.adapters.formats.keys import PREFIX
-from lora_lab.adapters.formats.matching import by_ending, shown
-from lora_lab.adapters.formats.peft_config import (
+from lora_lab.adapters.formats.peft.matching import by_ending, shown
+from lora_lab.adapters.formats.peft.peft_config import (
     field_notes,
     field_problems,
     missing_saved,

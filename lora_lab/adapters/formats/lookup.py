@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from lora_lab.adapters.formats.components import PARTS
+from lora_lab.adapters.formats.diffusion.components import PARTS
 from lora_lab.adapters.formats.keys import PREFIX
 from lora_lab.errors import FileError, shorten
 from lora_lab.files.disk import read_header

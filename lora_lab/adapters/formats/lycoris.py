@@ -12,12 +12,13 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from lora_lab.adapters.cutting import factored
-from lora_lab.adapters.formats import comfy, kohya, products
-from lora_lab.adapters.formats.components import numbers_for
-from lora_lab.adapters.formats.diffusion_names import kernel_of, modules_of
+from lora_lab.adapters.formats import products
+from lora_lab.adapters.formats.diffusion import comfy, kohya
+from lora_lab.adapters.formats.diffusion.components import numbers_for
+from lora_lab.adapters.formats.diffusion.diffusion_names import kernel_of, modules_of
 from lora_lab.adapters.formats.keys import PREFIX
 from lora_lab.adapters.formats.layout import Content, Layout, Raw
-from lora_lab.adapters.formats.peft_config import exact_targets
+from lora_lab.adapters.formats.peft.peft_config import exact_targets
 from lora_lab.adapters.formats.pieces import (
     LORA,
     Module,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lora_lab.adapters.formats import carried
 from lora_lab.adapters.formats.keys import PREFIX
 from lora_lab.adapters.formats.layout import Content, Layout, Part, Raw, Writable
-from lora_lab.adapters.formats.peft_config import brief, count, exact_targets, number
+from lora_lab.adapters.formats.peft.peft_config import brief, count, exact_targets, number
 from lora_lab.errors import TunerError, shorten
 from lora_lab.files import later
 

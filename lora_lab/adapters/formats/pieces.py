@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from lora_lab.adapters.formats.carried import require
-from lora_lab.adapters.formats.components import numbers_for
+from lora_lab.adapters.formats.diffusion.components import numbers_for
 from lora_lab.adapters.formats.keys import PREFIX, odd_content, unusable
 from lora_lab.adapters.formats.layout import Content, Layout, Writable
-from lora_lab.adapters.formats.peft_config import exact_targets
+from lora_lab.adapters.formats.peft.peft_config import exact_targets
 from lora_lab.brief import Brief
 from lora_lab.errors import AdapterError, shorten
 

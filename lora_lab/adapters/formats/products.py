@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from lora_lab.adapters.cutting import factored
-from lora_lab.adapters.formats.diffusion_names import kernel_of
-from lora_lab.adapters.formats.peft_config import count, number, pattern_values, patterns_of, too_large, tuner_of
-from lora_lab.adapters.formats.peft_format import update, why_not_additive
+from lora_lab.adapters.formats.diffusion.diffusion_names import kernel_of
+from lora_lab.adapters.formats.peft.peft_config import count, number, pattern_values, patterns_of, too_large, tuner_of
+from lora_lab.adapters.formats.peft.peft_format import update, why_not_additive
 from lora_lab.adapters.formats.sites import Site
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import AdapterError, shorten

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from lora_lab.adapters.formats import comfy, diffusers, kohya, lycoris, mlx, model_names, peft_files
+from lora_lab.adapters.formats import lycoris, mlx
+from lora_lab.adapters.formats.diffusion import comfy, diffusers, kohya, model_names
 from lora_lab.adapters.formats.layout import Format, Raw
+from lora_lab.adapters.formats.peft import peft_files
 from lora_lab.registry import Registry
 
 _PEFT = Format(

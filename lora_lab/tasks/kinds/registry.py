@@ -13,32 +13,23 @@ from lora_lab.errors import OptionError, TrustError, unknown
 from lora_lab.files.toml import read_toml
 from lora_lab.files.trust import ANYWHERE, Reach
 from lora_lab.registry import Registry
-from lora_lab.tasks.kinds import (
-    clip,
-    generation,
-    harness,
-    multi_label,
-    preference,
-    reading,
-    regression,
-    seq2seq,
-    tagging,
-    text,
-    vision,
-)
-from lora_lab.tasks.kinds.clip import Clip
+from lora_lab.tasks.kinds import harness
 from lora_lab.tasks.kinds.digits import LABELLINGS, Digits
-from lora_lab.tasks.kinds.generation import Generation
 from lora_lab.tasks.kinds.harness import Harness
-from lora_lab.tasks.kinds.language import CAUSAL_EXAMPLE, CHOICE_EXAMPLE, CausalLM, MultipleChoice
-from lora_lab.tasks.kinds.multi_label import MultiLabel
-from lora_lab.tasks.kinds.preference import Preference
-from lora_lab.tasks.kinds.reading import QuestionAnswering
-from lora_lab.tasks.kinds.regression import Regression
-from lora_lab.tasks.kinds.seq2seq import Seq2Seq
-from lora_lab.tasks.kinds.tagging import TokenClassification
-from lora_lab.tasks.kinds.text import TextClassification
-from lora_lab.tasks.kinds.vision import ImageClassification
+from lora_lab.tasks.kinds.images import clip, vision
+from lora_lab.tasks.kinds.images.clip import Clip
+from lora_lab.tasks.kinds.images.vision import ImageClassification
+from lora_lab.tasks.kinds.language import generation, preference, seq2seq
+from lora_lab.tasks.kinds.language.generation import Generation
+from lora_lab.tasks.kinds.language.language import CAUSAL_EXAMPLE, CHOICE_EXAMPLE, CausalLM, MultipleChoice
+from lora_lab.tasks.kinds.language.preference import Preference
+from lora_lab.tasks.kinds.language.seq2seq import Seq2Seq
+from lora_lab.tasks.kinds.texts import multi_label, reading, regression, tagging, text
+from lora_lab.tasks.kinds.texts.multi_label import MultiLabel
+from lora_lab.tasks.kinds.texts.reading import QuestionAnswering
+from lora_lab.tasks.kinds.texts.regression import Regression
+from lora_lab.tasks.kinds.texts.tagging import TokenClassification
+from lora_lab.tasks.kinds.texts.text import TextClassification
 from lora_lab.tasks.own import PYTHON
 from lora_lab.tasks.python_file import from_python, is_python
 from lora_lab.tasks.task import Task

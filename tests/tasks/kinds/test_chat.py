@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from lora_lab import tasks
 from lora_lab.errors import TaskError
-from lora_lab.tasks.kinds.chat import NO_TARGET, cut
+from lora_lab.tasks.kinds.language.chat import NO_TARGET, cut
 from lora_lab.tasks.tables import text_of
 
 CASES = Path(__file__).parents[2] / "cases"

@@ -5,8 +5,8 @@ import time
 import pytest
 
 from lora_lab.errors import OptionError, TaskError
-from lora_lab.tasks.kinds import extracting
-from lora_lab.tasks.kinds.extracting import EXTRACTORS, check_pattern
+from lora_lab.tasks.kinds.language import extracting
+from lora_lab.tasks.kinds.language.extracting import EXTRACTORS, check_pattern
 
 
 @pytest.mark.parametrize(

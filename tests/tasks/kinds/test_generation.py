@@ -137,7 +137,7 @@ def test_draws_have_the_models_distribution(folder, top_p):
 
 
 def _draws(task, batch):
-    from lora_lab.tasks.kinds.answering import _Draws
+    from lora_lab.tasks.kinds.language.answering import _Draws
 
     return _Draws(task.settings, batch["index"].tolist())
 

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from tiny_language import tokenizer, write_causal
 
 from lora_lab import tasks
-from lora_lab.adapters.attached import put_on
+from lora_lab.adapters.models.attached import put_on
 from lora_lab.analysis.questions import Evaluate
 from lora_lab.errors import LoraLabWarning, OptionError, TaskError, TrustError
 from lora_lab.files.trust import Origin, Reach, judged

@@ -12,8 +12,9 @@ from tokenizers.pre_tokenizers import Metaspace
 from transformers import PreTrainedTokenizerFast
 
 from lora_lab import tasks
-from lora_lab.adapters.attached import attach
-from lora_lab.analysis import compare, connectivity
+from lora_lab.adapters.models.attached import attach
+from lora_lab.analysis.lines import connectivity
+from lora_lab.analysis.merge_tables import table
 from lora_lab.analysis.questions import Evaluate, Shapley, Stability
 from lora_lab.errors import LoraLabWarning, OptionError, TaskError
 from lora_lab.merging.merged import merge
@@ -479,7 +480,7 @@ def test_merges_of_language_models_are_compared_beside_their_ensemble(folder):
         toml = (folder / "my.toml").read_text().replace("rows.jsonl", f"rows{i}.jsonl")
         (folder / f"t{i}.toml").write_text(toml)
         adapters.append(train(tasks.from_name(str(folder / f"t{i}.toml")), Recipe(seed=0, **RECIPE))[0])
-    found = compare.CompareMerges(methods=("average",), coefficients=(0.5, 1.0)).run(adapters, tasks_of(adapters))
-    assert {row["merge"] for row in found.rows()} == {compare.BASE, compare.ALONE, compare.ENSEMBLE, "average"}
-    alone = [row["loss"] for row in found.rows(merge=compare.ALONE)]
-    assert [row["loss"] for row in found.rows(merge=compare.ENSEMBLE)] != alone
+    found = table.CompareMerges(methods=("average",), coefficients=(0.5, 1.0)).run(adapters, tasks_of(adapters))
+    assert {row["merge"] for row in found.rows()} == {table.BASE, table.ALONE, table.ENSEMBLE, "average"}
+    alone = [row["loss"] for row in found.rows(merge=table.ALONE)]
+    assert [row["loss"] for row in found.rows(merge=table.ENSEMBLE)] != alone

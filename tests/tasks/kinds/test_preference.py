@@ -8,7 +8,7 @@ from peft import LoraConfig
 from tiny_language import build, tokenizer, write_causal
 from transformers import AutoModelForCausalLM
 
-from lora_lab.adapters.attached import put_on
+from lora_lab.adapters.models.attached import put_on
 from lora_lab.analysis.questions import Evaluate, Shapley
 from lora_lab.errors import LoraLabWarning, OptionError, TaskError
 from lora_lab.merging.merged import merge
@@ -17,7 +17,7 @@ from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import TaskSpec
 from lora_lab.scoring.execution import Execution
-from lora_lab.tasks.kinds import preference
+from lora_lab.tasks.kinds.language import preference
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import Recipe
 

@@ -15,7 +15,7 @@ from lora_lab.merging.merged import merge
 from lora_lab.merging.sources import Sources
 from lora_lab.scoring.evaluate import score
 from lora_lab.tasks.choosing import task_of
-from lora_lab.tasks.kinds import squad
+from lora_lab.tasks.kinds.texts import squad
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import Recipe
 

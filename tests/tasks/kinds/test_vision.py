@@ -20,9 +20,9 @@ from transformers import (
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from lora_lab import tasks
-from lora_lab.adapters.attached import attach, put_on
-from lora_lab.analysis import compare
-from lora_lab.analysis.connectivity import Interpolate
+from lora_lab.adapters.models.attached import attach, put_on
+from lora_lab.analysis.lines.connectivity import Interpolate
+from lora_lab.analysis.merge_tables import table
 from lora_lab.analysis.questions import Shapley, Stability, Sweep
 from lora_lab.errors import FileError, OptionError, TaskError
 from lora_lab.files.trust import Origin
@@ -270,14 +270,14 @@ def test_adapters_of_two_clip_tasks_are_merged_and_compared(built, bases, pictur
         adapters.append(dataclasses.replace(adapter, record=record, origin=Origin(own=True)))
     recorded = tasks_of(adapters)
     assert [each.name for each in recorded] == ["clip/pictures", "clip/warm"]
-    found = compare.CompareMerges(methods=("average", "ties", "regmean"), coefficients=(0.5,)).run(adapters, recorded)
+    found = table.CompareMerges(methods=("average", "ties", "regmean"), coefficients=(0.5,)).run(adapters, recorded)
     assert found.summary["skipped"] == []
-    alone = {row["task"]: row["accuracy"] for row in found.rows(merge=compare.ALONE)}
+    alone = {row["task"]: row["accuracy"] for row in found.rows(merge=table.ALONE)}
     assert alone == {each.name: score(each, a).accuracy for each, a in zip(recorded, adapters, strict=True)}
     assert {row["merge"] for row in found.rows()} == {
-        compare.BASE,
-        compare.ALONE,
-        compare.ENSEMBLE,
+        table.BASE,
+        table.ALONE,
+        table.ENSEMBLE,
         "average",
         "ties",
         "regmean",
