@@ -58,8 +58,8 @@ def command(
     trainings = len(list(plan.trainings())) * len(plan.seeds)
     judged = sum(bool(plan.tasks_of(claim)) for claim in plan.claims)
     messages.print(
-        f"{judged} {'claim' if judged == 1 else 'claims'} on {plan.bed.name} ({plan.bed.about}): {trainings} trainings, seeds 0 to "
-        f"{question.seeds - 1}{_time_of(trainings, plan.bed.training_s)}"
+        f"{judged} {'claim' if judged == 1 else 'claims'} on {plan.bed.name} ({plan.bed.about}): "
+        f"{trainings} trainings, seeds 0 to {question.seeds - 1}{_time_of(trainings, plan.bed.training_s)}"
     )
     if side.dry_run:
         show_plan(plan)
