@@ -275,4 +275,6 @@ def test_claims_name_their_task_only_where_they_were_put_to_several():
     (axes, *_) = plots.figure(once).axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["midpoint  ›", "fusion  ›"]
     (axes, *_) = plots.figure([reproduce(("midpoint",), ("a/x", "b/y"))]).axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["midpoint, a/x  ›", "midpoint, b/y  ›"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["midpoint, x  ›", "midpoint, y  ›"]
+    (axes, *_) = plots.figure([reproduce(("midpoint",), ("a/x.toml", "b/x.toml"))]).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["midpoint, a/x.toml  ›", "midpoint, b/x.toml  ›"]

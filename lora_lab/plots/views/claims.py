@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -26,13 +27,15 @@ def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
     rows = [row for row in every if row["difference"] is not None]
     if not rows:
         raise OptionError("no claim of these results has a number to draw")
-    often = Counter(row["claim"] for row in rows)
+    often, tasks = Counter(row["claim"] for row in rows), _short({row["task"] for row in rows})
+    names = [f"{row['claim']}, {tasks[row['task']]}" if often[row["claim"]] > 1 else row["claim"] for row in rows]
+    rows = [{**row, "name": name} for row, name in zip(rows, names, strict=True)]
     parts = grouped(rows, "unit")
     lines = [max(2, len(members)) for _, members in parts]
     rest = 0.55 * len(parts) + 0.5
     axes = panels.grid(len(parts), 1, panels.line(sum(lines), rest, 0.17) * sum(lines) + rest, lines)
     for ax, (unit, members) in zip(axes, parts, strict=True):
-        _panel(ax, members, often, MOST if panels.single else _WIDE)
+        _panel(ax, members, MOST if panels.single else _WIDE)
         ax.set_xlabel(f"difference ({unit['unit']})" if unit["unit"] else "difference")
     panels.legend(max(axes, key=lambda ax: len(ax.get_legend_handles_labels()[1])), columns=3)
     seeds = " and ".join(str(n) for n in dict.fromkeys(result.parameters["seeds"] for result in results))
@@ -42,8 +45,13 @@ def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
     return axes
 
 
-def _panel(ax: Axes, rows: Sequence[Mapping[str, Any]], often: Mapping[str, int], most: int) -> None:
-    names = [f"{row['claim']}, {row['task']}" if often[row["claim"]] > 1 else row["claim"] for row in rows]
+def _short(tasks: set[str]) -> dict[str, str]:
+    """Tasks by their last part, without the folder and the end of a file, where that tells them apart."""
+    last = {task: PurePosixPath(task).name.removesuffix(".toml") for task in tasks}
+    return last if len(set(last.values())) == len(last) else {task: task for task in tasks}
+
+
+def _panel(ax: Axes, rows: Sequence[Mapping[str, Any]], most: int) -> None:
     y = np.arange(len(rows))
     least = np.array([row["least"] for row in rows])
     ax.use_sticky_edges = False  # what is shaded, and 0, may be outermost
@@ -60,6 +68,6 @@ def _panel(ax: Axes, rows: Sequence[Mapping[str, Any]], often: Mapping[str, int]
     arrows = {"higher": "›", "lower": "‹", "equal": "="}
     name_axis(
         ax.yaxis,
-        shortened([f"{name}  {arrows[row['direction']]}" for name, row in zip(names, rows, strict=True)], most),
+        shortened([f"{row['name']}  {arrows[row['direction']]}" for row in rows], most),
     )
     ax.set_ylim(len(rows) - 0.4, -0.6)
