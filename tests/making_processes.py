@@ -39,6 +39,7 @@ def _enter(folder: Path) -> None:
     gc.freeze()  # a training looks for garbage, and would touch every page that is shared with the server
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell in the background has ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup has
     for stream, name in ((sys.stdout, "out.txt"), (sys.stderr, "err.txt")):
         stream.flush()
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1 if name == "out.txt" else 2)
