@@ -9,7 +9,7 @@ from peft import LoHaConfig, LoraConfig
 from test_game import TARGETS, random_adapter
 
 from lora_lab.adapters.groups import players
-from lora_lab.analysis.balance import balance
+from lora_lab.analysis.coalitions.balance import balance
 from lora_lab.analysis.coalitions.game import Game
 from lora_lab.analysis.coalitions.gates import GatedGame
 from lora_lab.analysis.coalitions.shapley import choose, newest_adapter

@@ -9,7 +9,7 @@ from making_adapters import random_adapter
 from making_measured import measured, places
 from peft import LoraConfig
 
-from lora_lab.analysis import balance
+from lora_lab.analysis.coalitions import balance
 from lora_lab.analysis.lines.connectivity import BARRIERS
 from lora_lab.analysis.merge_tables.rows import by_example
 from lora_lab.claims import asking

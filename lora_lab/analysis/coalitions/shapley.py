@@ -16,8 +16,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import described, labels_of, method_of
 from lora_lab.adapters.files.writing import SIGNATURE_KEY
 from lora_lab.adapters.groups import players
-from lora_lab.analysis import balance
-from lora_lab.analysis.coalitions import gates
+from lora_lab.analysis.coalitions import balance, gates
 from lora_lab.analysis.coalitions.gates import GatedGame
 from lora_lab.analysis.measured import told
 from lora_lab.analysis.questions import Shapley as Shapley
