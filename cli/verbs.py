@@ -196,8 +196,8 @@ def _parameter(field: dataclasses.Field[Any], said: Option, group: Any, verb_nam
     if form:
         default = form.show(default) if default not in (None, ()) else None
         hint = form.kind | None
-        if form.kind == list[str]:  # typer would add what is given to a default
-            more, default = {"show_default": default or False}, None
+        if form.kind == list[str] and default is not None:
+            default = [default]  # one word, as it would be typed
     elif hint in (bool, bool | None) and default is not False and "/" not in names[0]:
         names = [f"{names[0]}/--no-{names[0][2:]}"]
     more["rich_help_panel"] = getattr(group, "help_panel", None)

@@ -124,8 +124,7 @@ def options(command: types.FunctionType) -> str:
         ]
         flags = [getattr(said, "default", None), *(getattr(said, "param_decls", None) or ())]
         flags = [flag for flag in flags if isinstance(flag, str)] or [parameter.name]
-        told, default = getattr(said, "show_default", None), parameter.default
-        default = told if default is None and isinstance(told, str) else default
+        default = ",".join(parameter.default) if isinstance(parameter.default, list) else parameter.default
         names = ", ".join(f"`{flag}`" for flag in flags)
         meaning = cell((getattr(said, "help", "") or "").replace("VERB", "the verb"))
         rows.append(f"| {names} | {meaning} | {default_of(default, flags)} |")
