@@ -23,7 +23,9 @@ TABLE = ("claim", "task", "of_treated", "of_control", "difference", "verdict")
 class Side(Device):
     """How much runs side by side, and whether it begins."""
 
-    jobs: int | None = option(None, "Trainings side by side, a process each; by default one a core.", least=1)
+    jobs: int | None = option(
+        None, "Trainings, and then questions, side by side, a process each; by default one a core.", least=1
+    )
     published: bool = option(
         False,
         "Show the numbers that were published beside ours, here and in the table for LaTeX (CSV has them always).",

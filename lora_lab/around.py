@@ -120,7 +120,8 @@ def reproduce(
 ) -> Result:
     """Claims of papers put to the test in a folder: trained, measured, judged; `options` are those of `Reproduce`.
 
-    What the folder holds already is kept. `processes` train side by side, by default one a core.
+    What the folder holds already is kept. `processes` train, and then answer questions, side by side, by default one a
+    core.
     """
     from lora_lab.claims.reproduce import Reproduce
     from lora_lab.progress import bar

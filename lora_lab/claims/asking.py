@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_lab import files
 from lora_lab.brief import Brief
-from lora_lab.errors import FileError, unknown
-from lora_lab.results.result import Result
+from lora_lab.errors import FileError, LoraLabError, unknown
+from lora_lab.results.result import Result, fingerprint
 from lora_lab.scoring.execution import Execution
+from lora_lab.scoring.sharing.worker import report, telling
 
 if TYPE_CHECKING:
-    from lora_lab.adapters.adapter import Adapter
     from lora_lab.results.stats import Floats
+    from lora_lab.scoring.sharing.workers import Workers
     from lora_lab.tasks.task import Task
 
 
@@ -73,15 +76,34 @@ class Answer(Brief):
         return tuple(self.by_example[name][row] for name in tables) if there else ()
 
 
-def answer(
-    path: Path, verb: str, options: Mapping[str, Any], adapters: Sequence[Adapter], tasks: Sequence[Task], on: Execution
-) -> Answer:
+@dataclass(frozen=True)
+class Asking:
+    """A question about adapters that lie on disk, and where its answer goes; it can be sent to a worker."""
+
+    path: Path
+    verb: str
+    options: Mapping[str, Any]
+    adapters: Sequence[Path]
+    tasks: Sequence[Mapping[str, Any]]
+    """The records of their tasks, one each."""
+    about: str = ""
+    """How progress calls it."""
+
+    @property
+    def lost(self) -> int:
+        """How many of the adapters are not there, since their trainings diverged."""
+        return sum(not path.exists() for path in self.adapters)
+
+
+def answer(asking: Asking, tasks: Sequence[Task], on: Execution) -> Answer:
     """The answer that lies at the path, if it is to this very question; else computed, and written there.
 
-    Numbers of the examples lie beside it, in a file of tensors.
+    `tasks` are the adapters' own, one each. Numbers of the examples lie beside the answer, in a file of tensors.
     """
-    asked = QUESTIONS[verb]
-    question, about = asked.made(options), asked.about(tasks)
+    from lora_lab.adapters.adapter import Adapter
+
+    path, asked, adapters = asking.path, QUESTIONS[asking.verb], [Adapter.load(each) for each in asking.adapters]
+    question, about = asked.made(asking.options), asked.about(tasks)
     question.check(adapters)
     run, beside = question.run_id(adapters, *about), path.with_suffix(".examples.safetensors")
     with contextlib.suppress(FileError):
@@ -96,6 +118,57 @@ def answer(
         _write(beside, run, found)
     result.save(path)
     return Answer(result, found)
+
+
+def ask_all(questions: Sequence[Asking], workers: Workers, on: Execution) -> dict[Path, str]:
+    """Have the workers write every answer; path → why, of those questions that have none.
+
+    `on.progress` gets hundredths of the questions.
+    """
+    done: dict[Path, float] = {}
+    why: dict[Path, str] = {}
+
+    def hear(asking: Asking, pieces: int, total: int) -> None:
+        done[asking.path] = pieces / max(1, total)
+        on.report(int(100 * sum(done.values())), 100 * len(questions))
+
+    def keep(asking: Asking, answered: tuple[str | None, Sequence[Warning]]) -> None:
+        failed, told = answered
+        for warning in told:
+            warnings.warn(warning, stacklevel=2)
+        if failed is not None:
+            why[asking.path] = failed
+        hear(asking, 1, 1)
+
+    workers.map(_Asker(workers.device, on.cache), questions, keep, hear)
+    return why
+
+
+@dataclass(frozen=True)
+class _Asker:
+    """Answers questions in a worker."""
+
+    device: str
+    cache: Path | None
+    fingerprint: str = "ask"
+
+    def __call__(self) -> Callable[[Asking], tuple[str | None, Sequence[Warning]]]:
+        return partial(self._ask, {})
+
+    def _ask(self, built: dict[str, Task], asking: Asking) -> tuple[str | None, Sequence[Warning]]:
+        """Why there is no answer, and what there was to be told meanwhile."""
+        from lora_lab import tasks
+
+        keys = [fingerprint(spec) for spec in asking.tasks]
+        for key, spec in zip(keys, asking.tasks, strict=True):
+            if key not in built:
+                built[key] = tasks.from_spec(spec)
+        each = [built[key] for key in keys]
+        on = Execution(device=self.device, cache=self.cache, progress=report)
+        try:
+            return None, telling(partial(answer, asking, each, on))[1]
+        except LoraLabError as error:
+            return str(error), ()
 
 
 def _keep(found: dict[str, Floats], table: str, rows: Sequence[Floats]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import os
 import re
 import time
 import warnings
@@ -18,17 +19,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from lora_lab.claims.asking import Answer, answer
+from lora_lab.claims.asking import Answer, Asking, answer, ask_all
 from lora_lab.claims.claims import OWN, PUBLISHED, Claim, Testbed, chosen, read
-from lora_lab.claims.statistics import STATISTICS, Statistic, main_metric
+from lora_lab.claims.statistics import STATISTICS, main_metric
 from lora_lab.claims.verdicts import Difference, PValues, Values, difference, p_values, verdicts
 from lora_lab.errors import LoraLabError, OptionError, unknown
 from lora_lab.options import check_options, option
 from lora_lab.results.result import Result, columns, fingerprint, finite, provenance
 from lora_lab.scoring.execution import Execution, Progress
+from lora_lab.scoring.sharing.workers import open_workers
 
 if TYPE_CHECKING:
-    from lora_lab.adapters.adapter import Adapter
+    from lora_lab.scoring.sharing.workers import Workers
     from lora_lab.tasks.task import Task
     from lora_lab.training.recipe import Recipe
     from lora_lab.training.runs import Job
@@ -69,10 +71,13 @@ class Reproduce:
         processes: int | None = None,
         stage: Stage | None = None,
     ) -> Result:
-        """A row for every claim on every task; `processes` train side by side."""
+        """A row for every claim on every task; `processes` train, and answer questions, side by side."""
         began, plan = time.perf_counter(), self.plan()
         lab = _Lab(folder, plan, replace(on, cache=folder / ".outcomes"), stage or _silent)
-        lab.train(processes)
+        device = None if on.device is None else str(on.device)
+        with open_workers(processes or os.cpu_count() or 1, device=device, threads=1) as workers:
+            lab.train(workers)
+            lab.ask(workers)
         judged = [lab.judge(claim, tasks) for claim in plan.claims for tasks in plan.tasks_of(claim)]
         found = verdicts([each.tests for each in judged])
         rows = [
@@ -151,7 +156,9 @@ class _Lab:
     on: Execution
     stage: Stage
     _tasks: dict[str, Task] = field(default_factory=dict)
-    _answers: dict[str, Answer] = field(default_factory=dict)
+    _answers: dict[Path, Answer] = field(default_factory=dict)
+    _why: dict[Path, str] = field(default_factory=dict)
+    """Why a question that was asked has no answer."""
     _logs: dict[Path, Result] = field(default_factory=dict)
 
     def task(self, name: str) -> Task:
@@ -174,23 +181,42 @@ class _Lab:
             for seed, each in made
         ]
 
-    def train(self, processes: int | None) -> None:
-        """Everything that is not there yet, side by side."""
+    def train(self, workers: Workers | None) -> None:
+        """Everything that is not there yet, by the workers, or here without any."""
         from lora_lab.errors import LoraLabNote
         from lora_lab.training.runs import train_all
 
         jobs = [job for task, recipe in self.plan.trainings() for job in self.jobs(task, recipe)]
         with self.stage(f"training {len(jobs)} adapters") as report, warnings.catch_warnings():
             warnings.simplefilter("ignore", LoraLabNote)  # that one is there already
-            logs = train_all(jobs, processes=processes, progress=report)
+            logs = train_all(jobs, processes=None if workers else 1, workers=workers, progress=report)
         self._logs = {job.path: log for job, log in zip(jobs, logs, strict=True)}
+
+    def ask(self, workers: Workers | None) -> None:
+        """Every question that has no answer yet, by the workers, those about several tasks first: they take longest.
+
+        Without workers, nothing: each is asked when its answer is needed.
+        """
+        if workers is None:
+            return
+        claims = sorted(self.plan.claims, key=lambda claim: not STATISTICS[claim.statistic].several)
+        wanted = {
+            asking.path: asking
+            for claim in claims
+            for tasks in self.plan.tasks_of(claim)
+            for fields in claim.trainings
+            if (asking := self.asking(claim, fields, tasks)) and not asking.path.exists() and not asking.lost
+        }
+        if wanted:
+            with self.stage(f"{len(wanted)} questions, in hundredths") as report:
+                self._why = ask_all(list(wanted.values()), workers, replace(self.on, progress=report))
 
     def judge(self, claim: Claim, tasks: tuple[str, ...]) -> _Judged:
         """The difference that a claim is about, and its p-values; why there is none, where that is so."""
         statistic = STATISTICS[claim.statistic]
         found, why, unit = None, None, statistic.unit
         try:
-            answers = [self.answer(claim, statistic, fields, tasks) for fields in claim.trainings]
+            answers = [self.answer(claim, fields, tasks) for fields in claim.trainings]
             values: list[Values] = [statistic.of(each, claim.where) for each in answers]
             found = difference(values[0], values[1] if claim.control is not None else None, claim.against)
             unit = main_metric(answers[0].result) if unit == "metric" else unit
@@ -201,21 +227,37 @@ class _Lab:
         tested = PValues(1.0, 1.0) if found is None else p_values(found, claim.direction, claim.least)
         return _Judged({**_described(claim, tasks), "unit": unit, **_numbers(found), "why": why}, tested)
 
-    def answer(self, claim: Claim, statistic: Statistic, fields: Mapping[str, Any], tasks: tuple[str, ...]) -> Answer:
-        """The answer to the claim's question about the adapters of one way of training, computed once."""
-        recipes = [self.plan.recipe(claim, task, fields) for task in tasks]
-        jobs = [job for task, recipe in zip(tasks, recipes, strict=True) for job in self.jobs(task, recipe)]
-        if statistic.verb is None:
-            return Answer(_joined([self._logs[job.path] for job in jobs], jobs))
-        name = "-".join([statistic.verb, *map(_slug, tasks[:1]), _named(recipes[0])])
+    def trained(self, claim: Claim, fields: Mapping[str, Any], tasks: tuple[str, ...]) -> list[Job]:
+        """The trainings of one way, of every task and seed."""
+        return [job for task in tasks for job in self.jobs(task, self.plan.recipe(claim, task, fields))]
+
+    def asking(self, claim: Claim, fields: Mapping[str, Any], tasks: tuple[str, ...]) -> Asking | None:
+        """What the claim asks of the adapters of one way of training; None where their trainings' logs tell it."""
+        verb, jobs = STATISTICS[claim.statistic].verb, self.trained(claim, fields, tasks)
+        if verb is None:
+            return None
+        way = _named(self.plan.recipe(claim, tasks[0], fields))
+        name = "-".join([verb, *map(_slug, tasks[:1]), way])
         path = self.folder / "results" / f"{name}-{fingerprint([claim.options, tasks, len(jobs)])[:8]}.json"
-        if str(path) not in self._answers:
-            adapters = _loaded(jobs)
-            with self.stage(f"{statistic.verb} of {len(jobs)} adapters, {_named(recipes[0])}") as report:
-                on = replace(self.on, progress=report)
+        about = f"{verb} of {len(jobs)} adapters, {way}"
+        return Asking(path, verb, claim.options, [job.path for job in jobs], [job.task for job in jobs], about)
+
+    def answer(self, claim: Claim, fields: Mapping[str, Any], tasks: tuple[str, ...]) -> Answer:
+        """The answer to the claim's question about the adapters of one way of training, computed once."""
+        asking = self.asking(claim, fields, tasks)
+        if asking is None:
+            jobs = self.trained(claim, fields, tasks)
+            return Answer(_joined([self._logs[job.path] for job in jobs], jobs))
+        if asking.path in self._why:
+            raise LoraLabError(self._why[asking.path])
+        if asking.path not in self._answers:
+            if asking.lost:
+                where = f"{asking.lost} of {len(asking.adapters)} trainings diverged ({asking.adapters[0].parent.name})"
+                raise OptionError(f"{where}: no number of them")
+            with self.stage(asking.about) as report:
                 each = [self.task(task) for task in tasks for _ in self.plan.seeds]
-                self._answers[str(path)] = answer(path, statistic.verb, claim.options, adapters, each, on)
-        return self._answers[str(path)]
+                self._answers[asking.path] = answer(asking, each, replace(self.on, progress=report))
+        return self._answers[asking.path]
 
 
 def _recipe(fields: Mapping[str, Any], seed: int) -> Recipe:
@@ -230,17 +272,6 @@ def _recipe(fields: Mapping[str, Any], seed: int) -> Recipe:
     except TypeError as error:
         known = [each.name for each in dataclasses.fields(Recipe)]
         raise unknown("field of a recipe", next(name for name in given if name not in known), known) from error
-
-
-def _loaded(jobs: Sequence[Job]) -> list[Adapter]:
-    """The adapters that were trained; OptionError where fewer than two of the trainings came to an end."""
-    from lora_lab.adapters.adapter import Adapter
-
-    there = [job for job in jobs if job.path.exists()]
-    if len(there) < len(jobs):
-        lost = len(jobs) - len(there)
-        raise OptionError(f"{lost} of {len(jobs)} trainings diverged ({jobs[0].path.parent.name}): no number of them")
-    return [Adapter.load(job.path) for job in there]
 
 
 def _joined(logs: Sequence[Result], jobs: Sequence[Job]) -> Result:

@@ -13,7 +13,7 @@ from lora_lab.analysis.coalitions import balance
 from lora_lab.analysis.lines.connectivity import BARRIERS
 from lora_lab.analysis.merge_tables.rows import by_example
 from lora_lab.claims import asking
-from lora_lab.claims.asking import QUESTIONS, answer
+from lora_lab.claims.asking import QUESTIONS, Asking, answer
 from lora_lab.claims.statistics import STATISTICS
 from lora_lab.claims.verdicts import difference
 from lora_lab.errors import FileError
@@ -37,15 +37,19 @@ def adapters(tmp_path_factory):
     task, folder = Digits("relabel"), tmp_path_factory.mktemp("adapters")
     config = LoraConfig(r=2, lora_alpha=4, target_modules=r"vit\.layers\.[0-2]\..*(q_proj|fc1)")
     made = [random_adapter(task, folder / str(seed), config, seed=seed, scale=0.28) for seed in range(2)]
-    return [replace(each, record={"task": task.record, "method": "lora", "seed": i}) for i, each in enumerate(made)]
+    paths = [folder / f"s{seed}.safetensors" for seed in range(2)]
+    for i, (each, path) in enumerate(zip(made, paths, strict=True)):
+        replace(each, record={"task": task.record, "method": "lora", "seed": i}).save(path)
+    return paths
 
 
 @pytest.fixture(scope="module")
 def ask(adapters, tmp_path_factory):
     """Verb → its answer about the adapters; the second time the one that lies there."""
     folder = tmp_path_factory.mktemp("answers")
+    task = Digits("relabel")
     return lambda verb: answer(
-        folder / f"{verb}.json", verb, OPTIONS[verb], adapters, [Digits("relabel")] * 2, Execution()
+        Asking(folder / f"{verb}.json", verb, OPTIONS[verb], adapters, [task.spec] * 2), [task] * 2, Execution()
     )
 
 
@@ -66,7 +70,9 @@ def test_behind_every_row_lie_numbers_of_the_examples_whose_mean_it_is(ask, verb
 
 
 def test_numbers_of_examples_that_are_not_there_or_of_another_run_are_made_again(adapters, tmp_path, monkeypatch):
-    asked = tmp_path / "a.json", "evaluate", {}, adapters, [Digits("relabel")] * 2, Execution(cache=tmp_path / "kept")
+    task = Digits("relabel")
+    asking_of = Asking(tmp_path / "a.json", "evaluate", {}, adapters, [task.spec] * 2)
+    asked = asking_of, [task] * 2, Execution(cache=tmp_path / "kept")
     first, beside = answer(*asked), tmp_path / "a.examples.safetensors"
     kept = beside.read_bytes()
     beside.unlink()
