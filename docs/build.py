@@ -108,9 +108,11 @@ def verbs(pages: Path, *, run: bool) -> list[str]:
         function = import_module(f"lora_lab.cli.{verb.replace('-', '_')}").command
         told = (function.__doc__ or "").partition("Example:")[0]
         parts = [f"# {verb}", re.sub(r"\n {4}", "\n", told).strip(), "## Example"]
-        parts.append(printed.get(verb) or f"```console\n$ {shown(verb)}\n```")
+        (example,) = (each for each in listed() if each.get("verb") == verb)
+        parts.append(introduced(example))
+        parts.append(printed.get(verb) or "\n".join(["```console", *(f"$ {line}" for line in lines(example)), "```"]))
         parts += ["## Options", options(command_of(function))]
-        (pages / f"verb-{verb}.md").write_text("\n\n".join(parts) + "\n")
+        (pages / f"verb-{verb}.md").write_text("\n\n".join(filter(None, parts)) + "\n")
         names.append(f"verb-{verb}.md")
     return names
 
@@ -139,36 +141,56 @@ def default_of(default: object, flags: list[str]) -> str:
     return "" if default in (None, "") or default is inspect.Parameter.empty else f"`{cell(str(default))}`"
 
 
-def shown(verb: str) -> str:
-    """The example of a verb that is not run."""
-    return next(
-        (each["shown"] for each in listed() if each.get("verb") == verb and "shown" in each), f"lora-lab {verb}"
-    )
-
-
 def listed() -> list[dict[str, str]]:
     """All examples."""
     found: list[dict[str, str]] = tomllib.loads((HERE / "examples.toml").read_text())["example"]
     return found
 
 
+def needed(example: dict[str, str]) -> dict[str, str] | None:
+    """The file that an example needs: its name, what is told of it, and its text."""
+    files: dict[str, dict[str, str]] = tomllib.loads((HERE / "examples.toml").read_text())["file"]
+    return files[example["needs"]] if "needs" in example else None
+
+
+def introduced(example: dict[str, str]) -> str:
+    """What stands before an example: the file that it needs, and what is said of it."""
+    file = needed(example)
+    shown = [file["told"].strip(), f"```{Path(file['name']).suffix[1:]}\n{file['text'].strip()}\n```"] if file else []
+    return "\n\n".join([*shown, *filter(None, [example.get("before")])])
+
+
+def lines(example: dict[str, str]) -> list[str]:
+    """The command lines of an example."""
+    return example["run"].strip().splitlines()
+
+
 def examples() -> dict[str, str]:
     """Verb → its example with what it printed; an example that fails is an error."""
     printed = {}
+    program = ["-c", "from lora_lab.cli import main; main()"]
     with tempfile.TemporaryDirectory() as folder:
         for example in listed():
-            if "run" not in example:
-                continue
-            print("running", example["run"], file=sys.stderr)
-            words = [sys.executable, "-c", "from lora_lab.cli import main; main()", *example["run"].split()[1:]]
-            told = subprocess.run(
-                words, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "110"}
-            )
-            if told.returncode:
-                sys.exit(f"{example['run']}: {told.stdout}{told.stderr}")
+            file, parts = needed(example), []
+            if file and not (Path(folder) / file["name"]).exists():
+                (Path(folder) / file["name"]).write_text(file["text"].lstrip())
+                if file["name"].endswith(".py"):
+                    output_of([file["name"]], folder)
+            for line in lines(example):
+                print("running", line, file=sys.stderr)
+                parts.append(f"$ {line}\n{output_of([*program, *line.split()[1:]], folder)}")
             if "verb" in example:
-                printed[example["verb"]] = f"```console\n$ {example['run']}\n{told.stdout.rstrip()}\n```"
+                printed[example["verb"]] = "\n".join(["```console", *parts, "```"])
     return printed
+
+
+def output_of(words: list[str], folder: str) -> str:
+    """What Python prints with these arguments, run in the folder."""
+    quiet = {**os.environ, "COLUMNS": "110"}
+    told = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, check=False, env=quiet)
+    if told.returncode:
+        sys.exit(f"{' '.join(words)}: {told.stdout}{told.stderr}")
+    return told.stdout.rstrip()
 
 
 def tutorials(pages: Path, *, run: bool) -> list[str]:

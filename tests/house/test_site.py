@@ -2,16 +2,20 @@
 
 import importlib.util
 import re
+import shlex
 from pathlib import Path
 
 import pytest
-from lora_lab.cli import _VERBS
+import torch
+from lora_lab.cli import _VERBS, recipes
 
+from lora_lab.adapters.adapter import Adapter
 from lora_lab.merging.methods import MERGES
 from lora_lab.results.result import Result
 from lora_lab.results.schema import kinds
 
 ROOT = Path(__file__).parents[2]
+CODE = re.compile(r"```(?:py|python)\n(.*?)```", re.DOTALL)
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.py"))
 
 
@@ -55,10 +59,31 @@ def test_every_verb_merge_and_kind_of_result_has_its_place(pages, build):
     assert f"`{keys['format']}`" in told
 
 
-def test_every_verb_has_an_example_of_its_own(build):
+def test_every_verb_has_an_example_of_its_own_that_is_run(build):
     assert {each["verb"] for each in build.listed() if "verb" in each} == set(_VERBS)
     for each in build.listed():
-        assert each.get("run", each.get("shown")).startswith(f"lora-lab {each.get('verb', '')}")
+        assert build.lines(each)
+        assert all(line.startswith(f"lora-lab {each.get('verb', '')}") for line in build.lines(each))
+
+
+def test_the_checkpoints_examples_give_the_adapter_back(pages, build, lora_lab, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    verbs = ("fuse", "verify", "extract")
+    (script,) = {block for verb in verbs for block in CODE.findall((pages / f"verb-{verb}.md").read_text())}
+    exec(compile(script, "make_model.py", "exec"), {})
+    for verb in verbs:
+        (example,) = [each for each in build.listed() if each.get("verb") == verb]
+        for line in build.lines(example):
+            assert lora_lab(*shlex.split(line)[1:])[0] == 0
+    given, back = (Adapter.load(name).updates for name in ("adapter", "back"))
+    assert given.keys() == back.keys()
+    assert all(torch.allclose(given[name].delta(), back[name].delta(), atol=1e-5) for name in given)
+
+
+def test_the_recipe_of_its_page_is_one_that_can_be_run(pages, build, tmp_path):
+    (text,) = re.findall(r"```yaml\n(.*?)```", (pages / "verb-run.md").read_text(), flags=re.DOTALL)
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert [step.verb for step in recipes.read(tmp_path / "recipe.yaml")] == ["merge", "prune", "evaluate"]
 
 
 def test_all_links_between_pages_lead_to_a_page(pages):
