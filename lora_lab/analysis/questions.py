@@ -223,7 +223,7 @@ class Stability(Question):
 class Sweep(Question):
     """Metrics of every adapter pruned in every way; several adapters are summed up by method.
 
-    structured: patterns of modules kept (fixed ones; half of the layers by norm, and by Shapley values and cheaper
+    structured: `patterns` of modules kept (fixed ones; half of the layers by norm, and by Shapley values and cheaper
     rankings computed on the validation split; as many random layers). unstructured: `criteria` at `sparsities`. rank:
     each lower rank by SVD, by the largest units, and random units. Random rows are means over `draws`; every number has
     a 95 % interval.
@@ -238,6 +238,12 @@ class Sweep(Question):
         flag="",
         choices=Later("lora_lab.analysis.coalitions.sweep", "KINDS"),
         title="kind of pruning",
+    )
+    patterns: tuple[str, ...] = option(
+        (),
+        "NAMES, with commas; by default all that the adapter has layers for.",
+        choices=Later("lora_lab.pruning.patterns", "KEEPS"),
+        title="pattern",
     )
     sparsities: tuple[float, ...] = option(
         (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99),

@@ -61,6 +61,22 @@ def test_patterns_are_the_adapter_without_the_others(adapters, result):
         assert row["kept"] == pytest.approx(len(kept.sites) / 12)
 
 
+def test_named_patterns_alone_are_the_rows_of_all_with_these_names(adapters, cache, result):
+    few = Sweep(**OPTIONS, kinds=("structured",), patterns=("every-other", "random"))
+    rows = few.run(adapters, Digits("relabel"), Execution(cache=cache)).rows()
+    labels = ("even", "random:2", "random:1")
+    assert [row["label"] for row in rows] == [*labels, *labels]
+    assert rows == [row for row in result.rows(kind="structured") if row["label"] in labels]
+    with pytest.raises(OptionError, match="unknown pattern of s0 'high'; there are: all, even, odd, type, top-norm"):
+        replace(few, patterns=("high",)).run([keep_low(adapters[0])], Digits("relabel"))
+
+
+def keep_low(adapter):
+    """Its first two layers, which have no thirds."""
+    kept = [name for name in adapter.sites if ".0." in name or ".1." in name]
+    return keep_modules(adapter, kept, source="s0")
+
+
 def test_layers_by_values_are_those_of_the_validation_split(adapters, result):
     question = Shapley(split="validation", examples=80, estimator="drop")
     values = question.values(adapters[0], Digits("relabel"))

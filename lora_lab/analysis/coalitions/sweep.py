@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from lora_lab.analysis.coalitions import shapley
 from lora_lab.analysis.measured import cells, chosen, of_logits, require, told
 from lora_lab.analysis.questions import Shapley
 from lora_lab.analysis.questions import Sweep as Sweep
-from lora_lab.errors import AdapterError, OptionError, TunerError
+from lora_lab.errors import AdapterError, OptionError, TunerError, unknown
 from lora_lab.pruning import patterns
 from lora_lab.pruning.entries import CRITERIA, prune_weights
 from lora_lab.pruning.patterns import Choice
@@ -152,16 +152,19 @@ def _scored(
 
 
 def _structured(question: Sweep, evaluator: Evaluator, choice: Choice) -> list[Piece]:
-    fixed = patterns.fixed(choice)
     count, total = len(choice.players), len(evaluator.names)
-    picks = {name: [modules] for name, modules in fixed.items()}
+    half, third = count // 2, max(1, count // 3)
+    picks = {name: [modules] for name, modules in patterns.fixed(choice).items()}
     if count > 1:
-        half, third = count // 2, max(1, count // 3)
         if choice.adapter.why_not_additive is None:
             picks[f"top-norm:{half}"] = [patterns.keep(choice, f"top-norm:{half}")]
         for size in dict.fromkeys((half, third)):
             others = [replace(choice, seed=choice.seed + i) for i in range(question.draws)]
             picks[f"random:{size}"] = [patterns.keep(other, f"random:{size}") for other in others]
+    by_values = sorted(_valued()) if count > 1 else []
+    there = list(dict.fromkeys([*map(_criterion, picks), *by_values]))
+    wanted = _wanted(question, choice, there)
+    picks = {name: made for name, made in picks.items() if _criterion(name) in wanted}
 
     @functools.cache
     def together() -> dict[str, Scores]:
@@ -179,10 +182,26 @@ def _structured(question: Sweep, evaluator: Evaluator, choice: Choice) -> list[P
     pieces: list[Piece] = []
     for name, made in picks.items():
         share = float(np.mean([len(modules) for modules in made])) / total
-        pieces.append((_head("structured", name.partition(":")[0], name, share), [scored(m) for m in made]))
-    for name in sorted(_valued()) if count > 1 else []:
+        pieces.append((_head("structured", _criterion(name), name, share), [scored(m) for m in made]))
+    for name in filter(wanted.__contains__, by_values):
         pieces.append(_by_values(question, name, f"{name}:{half}", evaluator, choice))
     return pieces
+
+
+def _criterion(label: str) -> str:
+    """The pattern's name: what stands before the colon."""
+    return label.partition(":")[0]
+
+
+def _wanted(question: Sweep, choice: Choice, there: Sequence[str]) -> Collection[str]:
+    """Those of the patterns that are there which the question names, by any of their names; all if it names none."""
+    if not question.patterns:
+        return there
+    named = [patterns.KEEPS[name] for name in question.patterns]
+    for name, keep in zip(question.patterns, named, strict=True):
+        if keep not in [patterns.KEEPS[each] for each in there]:
+            raise unknown(f"pattern of {choice.adapter.label}", name, there)
+    return [name for name in there if patterns.KEEPS[name] in named]
 
 
 def _by_values(question: Sweep, name: str, label: str, evaluator: Evaluator, choice: Choice) -> Piece:
