@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -133,3 +133,10 @@ class Execution:
         """Tell whoever wants to know."""
         if self.progress:
             self.progress(done, total)
+
+    def part(self, place: int, parts: int) -> Execution:
+        """The same for part `place` (from 0) of so many alike: whoever wants to know is told of all of them."""
+        tell = self.progress
+        if tell is None:
+            return self
+        return replace(self, progress=lambda done, total: tell(place * total + done, parts * total))

@@ -53,6 +53,13 @@ def test_exact_values_are_those_of_the_game(adapters, exact):
         assert np.array(exact.summary["adapters"][i]["interactions"]["values"]) == pytest.approx(pairs)
 
 
+def test_progress_is_of_all_adapters(adapters):
+    told = []
+    on = Execution(progress=lambda *pieces: told.append(pieces))
+    Shapley(estimator="exact", examples=8).run(adapters, Digits("relabel"), on)
+    assert told == [(done, 32) for done in range(1, 33)]  # 2⁴ coalitions of each
+
+
 def test_intervals_over_examples_are_those_of_per_example_values(adapters, exact):
     game = Game(Evaluator([adapters[0]], Digits("relabel"), split="validation"), players(adapters[0]), worth="loss")
     each = game.per_example(all_coalitions(4))

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from math import comb
 from types import SimpleNamespace
 
@@ -160,6 +161,16 @@ def test_fixed_patterns_are_rescaled_too(adapter, result):
     low = [name for name in evaluator.names if ".0." in name or ".1." in name]
     (row,) = result.rows(family="fixed", label="low", rescaled=True)
     assert row["loss"] == pytest.approx(evaluator.scores([evaluator.keeping(low, 2.0)])[0].mean_loss, abs=1e-6)
+
+
+def test_progress_is_of_all_adapters_and_of_both_scalings(adapter):
+    told = []
+    on = Execution(progress=lambda done, total: told.append((done, total)))
+    asked = Stability(examples=8, samples=4, grid=(0.5,), rescale=True)
+    result = asked.run([adapter, replace(adapter, source="another")], Digits("relabel"), on)
+    assert [done for done, _ in told] == list(range(1, len(told) + 1))
+    assert {total for _, total in told} == {len(told)}
+    assert len(told) > 2 * result.summary["adapters"][0]["keep_sets"]
 
 
 def test_adapters_of_one_parity_and_of_different_players(adapter):

@@ -19,8 +19,29 @@ from lora_lab.errors import TaskError
 from lora_lab.games.coalitions import Bools
 from lora_lab.games.progressive import Stratum, binomial, inequality, stratum
 from lora_lab.results.stats import Floats, half_of_strata, half_width, mean_and_error, proportion
+from lora_lab.scoring.changes import LayerMask
 from lora_lab.tasks.metrics import Column, Metric
 from lora_lab.tasks.task import Scores
+
+
+def masks_of(game: Game, sets: Bools, fixed: Mapping[str, list[str]]) -> list[LayerMask]:
+    """Everything that `KeepSetScores` scores."""
+    return [*map(game.mask, _with_ends(sets)), *_pattern_masks(game, fixed)]
+
+
+def _with_ends(sets: Bools) -> Bools:
+    """The keep-sets, and those that leave one player out or keep one alone where they are not among them."""
+    n, drawn = sets.shape[1], {row.tobytes() for row in sets}
+    ends = np.concatenate([~np.eye(n, dtype=np.bool_), np.eye(n, dtype=np.bool_)])
+    added = np.array([row for row in ends if row.tobytes() not in drawn]).reshape(-1, n)
+    return np.concatenate([sets, added])
+
+
+def _pattern_masks(game: Game, fixed: Mapping[str, list[str]]) -> list[LayerMask]:
+    """The modules that each pattern keeps; where the game rescales, times that of all over that of these."""
+    evaluator = game.evaluator
+    shares = {name: len(kept) / len(evaluator.names) for name, kept in fixed.items()}
+    return [evaluator.keeping(kept, 1 / shares[name] if game.rescale else 1.0) for name, kept in fixed.items()]
 
 
 class KeepSetScores:
@@ -34,12 +55,8 @@ class KeepSetScores:
         self, game: Game, sets: Bools, fixed: Mapping[str, list[str]], *, metric: Sequence[str] = (), seed: int
     ) -> None:
         n, task = game.n_players, game.evaluator.task
-        ends = np.concatenate([~np.eye(n, dtype=np.bool_), np.eye(n, dtype=np.bool_)])
-        drawn = {row.tobytes() for row in sets}
         self._game, self._seed = game, seed
-        self._sampled = len(sets)
-        added = np.array([row for row in ends if row.tobytes() not in drawn]).reshape(-1, n)
-        self._sets = np.concatenate([sets, added])
+        self._sampled, self._sets = len(sets), _with_ends(sets)
         self.metrics = known(game.evaluator, [game.mask(np.ones(n, np.bool_))], metric)
         """By name, the main one (or the first that was asked for) first."""
         logits = of_logits(task, metric)
@@ -113,10 +130,7 @@ class KeepSetScores:
         """Pattern → share of the modules kept, which is k/G here; and the scores of each."""
         evaluator = self._game.evaluator
         shares = {name: len(kept) / len(evaluator.names) for name, kept in fixed.items()}
-        masks = [
-            evaluator.keeping(kept, 1 / shares[name] if self._game.rescale else 1.0) for name, kept in fixed.items()
-        ]
-        scores = evaluator.scores(masks, logits=logits)
+        scores = evaluator.scores(_pattern_masks(self._game, fixed), logits=logits)
         bad = [name for name, each in zip(fixed, scores, strict=True) if not loss_is_finite(each).all()]
         self._game.warn("the loss is not finite", bad, len(scores))
         return shares, scores

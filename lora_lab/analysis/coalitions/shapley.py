@@ -41,8 +41,8 @@ def answer(question: Shapley, adapters: Sequence[Adapter], task: Task, on: Execu
     rows: list[dict[str, Any]] = []
     summaries: list[dict[str, Any]] = []
     behind: dict[str, list[Floats]] = {}
-    for adapter, label in zip(adapters, labels_of(adapters), strict=True):
-        game = _game(question, adapter, task, on)
+    for i, (adapter, label) in enumerate(zip(adapters, labels_of(adapters), strict=True)):
+        game = _game(question, adapter, task, on.part(i, len(adapters)))
         if _has_gates(question.estimator):
             gates.check(adapter, game.worth)
         estimator = choose(question, game)

@@ -19,7 +19,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import described, labels_of, method_of
 from lora_lab.adapters.groups import players
 from lora_lab.analysis.coalitions.game import Game
-from lora_lab.analysis.coalitions.keep_sets import KeepSetScores
+from lora_lab.analysis.coalitions.keep_sets import KeepSetScores, masks_of
 from lora_lab.analysis.measured import of_logits, require, told
 from lora_lab.analysis.questions import Stability as Stability
 from lora_lab.errors import OptionError, shorten
@@ -43,8 +43,10 @@ def answer(question: Stability, adapters: Sequence[Adapter], task: Task, on: Exe
     rows: list[dict[str, Any]] = []
     summaries = []
     behind: dict[str, list[Floats]] = {"rows": [], "epsilon": []}
-    for adapter, label in zip(adapters, labels_of(adapters), strict=True):
-        evaluator = Evaluator([adapter], task, on, split=question.split, examples=question.examples)
+    for i, (adapter, label) in enumerate(zip(adapters, labels_of(adapters), strict=True)):
+        evaluator = Evaluator(
+            [adapter], task, on.part(i, len(adapters)), split=question.split, examples=question.examples
+        )
         groups = players(adapter, question.players)
         games = [Game(evaluator, groups, worth="loss", rescale=rescale) for rescale in scales]
         sets = _sets(question, games[0])
@@ -54,6 +56,7 @@ def answer(question: Stability, adapters: Sequence[Adapter], task: Task, on: Exe
             on.confirm(sum(costs[1:], costs[0]))
         fixed = patterns.fixed(patterns.choice_of(adapter))
         del fixed["all"]
+        evaluator.total = len({mask.key for game in games for mask in masks_of(game, sets, fixed)})
         for game in games:
             scores = KeepSetScores(game, sets, fixed, metric=question.metric, seed=question.seed)
             who = {"adapter": label, "method": method_of(adapter, label), "seed": adapter.record.get("seed")}
