@@ -21,6 +21,10 @@ from importlib import import_module
 from pathlib import Path
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+import site_tables  # noqa: E402 (it lies beside this file)
+from site_tables import cell  # noqa: E402
+
 ROOT = HERE.parent
 OUT = ROOT / "build" / "docs"
 
@@ -54,7 +58,7 @@ def main(arguments: list[str]) -> None:
     run = "--no-examples" not in arguments
     nav = {"Start": ["index.md"], "Tutorials": tutorials(pages, run=run), **guides(pages)}
     nav["Start"].append(claims(pages))
-    nav["Reference"] = [merges(pages), results(pages), api(pages), *nav["Reference"]]
+    nav["Reference"] = [*site_tables.written(pages), *nav["Reference"]]
     (pages / "site.css").write_text("td:first-child code { white-space: nowrap }\n")  # options in one piece
     nav["Commands"] = verbs(pages, run=run)
     configure(nav)
@@ -232,75 +236,6 @@ def executed(path: Path, *, run: bool) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-MERGES_HEAD = """# Merges
-
-ΔWᵢ = BᵢAᵢ is what adapter i of T adds to the weight of a module (its scale, α/r, is in Bᵢ), wᵢ its weight (1 unless
-`--weights` says otherwise), and λ the option `scale`. The result is multiplied by `--coefficient`, too. ∘ multiplies
-entry by entry, ‖·‖ is the Frobenius norm, U S Vᵀ a singular value decomposition. `inner` is another method that merges
-within: `--set inner=NAME`. The gauge counts where other factors (BᵢR, R⁻¹Aᵢ) of the same ΔWᵢ give another merge.
-`lora-lab merge --methods` lists the same, with `--json` for programs."""
-
-
-def merges(pages: Path) -> str:
-    """Every merge, from its registry: a table, then what is said of each."""
-    from lora_lab.merging.methods import MERGES
-
-    rows = ["| method | formula | works on | looks at |", "|---|---|---|---|"]
-    parts = []
-    for name, entry in MERGES.items():
-        told = [entry.formula, entry.kind.about, entry.data]
-        gauge = "does not count" if entry.gauge_free else "counts"
-        rows.append("| " + " | ".join([f"[{name}](#{name})", *map(cell, told)]) + " |")
-        options = ", ".join(
-            f"`{key}`" if value is None else f"`{key}={value}`" for key, value in entry.defaults().items()
-        )
-        parts += [f"## {name}", prose(inspect.getdoc(entry.function) or "")]
-        parts.append(
-            f"*Source*: {prose(entry.source)}. *Variant*: {prose(entry.variant)} The gauge {gauge}. "
-            f"*Options* (`--set`): {options or 'none'}."
-        )
-    (pages / "merges.md").write_text("\n\n".join([MERGES_HEAD, "\n".join(rows), *parts]) + "\n")
-    return "merges.md"
-
-
-def prose(text: str) -> str:
-    """A docstring as Markdown: what would be read as emphasis, a link or a tag is text; names in backticks stay."""
-    parts = text.split("`")
-    return "`".join(part if i % 2 else re.sub(r"([*_\[\]<])", r"\\\1", part) for i, part in enumerate(parts))
-
-
-RESULTS_HEAD = """# Results
-
-A verb leaves its numbers in one JSON file, which figures, tables and reports are made of. `lora-lab schema KIND` prints
-what stands here, and `lora-lab schema KIND --json` a JSON Schema (2020-12) to check files by. Each file holds
-
-| key | what it holds |
-|---|---|
-| `format`, `kind`, `schema` | `lora-lab result 1`, the kind (a heading below), the version of its schema |
-| `columns` | the main table, `rows` below: name → a list of values, all lists of one length |
-| `summary` | the other tables of the kind, each a list of objects: name of the table → its rows |
-| `parameters` | what was asked: every option, the task, its metrics |
-| `provenance` | what it hangs on: command, versions, hashes of the inputs, seeds, time |
-| `sha256` | of all the rest; a file that was changed is refused |
-
-Shares are fractions from 0 to 1 and losses are in nats (natural logarithms). For a number x with an interval, x_low and
-x_high are the ends of its 95 % interval. What is not finite is null. In Python, `Result.load(path)` of
-`lora_lab.results.result` reads a file; `.rows()`, `.frame("table")`, `.to_csv("table")` give a table."""
-
-
-def results(pages: Path) -> str:
-    """Every kind of result with its tables and columns, from its schema."""
-    from lora_lab.results.schema import documented, kinds
-
-    parts = [RESULTS_HEAD]
-    for name, kind in kinds().items():
-        rows = [f"## {name}", kind.meaning + ".", "| table | column | type | unit | meaning |\n|---|---|---|---|---|"]
-        lines = ["| " + " | ".join(cell(str(value)) for value in each.values()) + " |" for each in documented(name)]
-        parts += [*rows[:2], "\n".join([rows[2], *lines])]
-    (pages / "results.md").write_text("\n\n".join(parts) + "\n")
-    return "results.md"
-
-
 def claims(pages: Path) -> str:
     """What papers claim, with what was published, and what was found where that was measured."""
     from lora_lab.claims.claims import read
@@ -330,18 +265,6 @@ def verdict(row: dict[str, object] | None) -> str:
     return f"**{row['verdict']}**: {row['difference']:.3g} [{row['difference_low']:.3g}, {row['difference_high']:.3g}]"
 
 
-def api(pages: Path) -> str:
-    """The functions of `import lora_lab as ll`, from their docstrings."""
-    import lora_lab
-
-    parts = ["# Python", "What `import lora_lab as ll` gives."]
-    for name in lora_lab.__all__:
-        module = getattr(lora_lab, name).__module__
-        parts.append(f"::: {module}.{name}")
-    (pages / "python.md").write_text("\n\n".join(parts) + "\n")
-    return "python.md"
-
-
 def configure(nav: dict[str, list[str]]) -> None:
     """mkdocs.yml beside the pages: that of this folder with the order of the pages."""
     lines = [f"INHERIT: {os.path.relpath(HERE / 'mkdocs.yml', OUT)}", "nav:"]
@@ -353,11 +276,6 @@ def configure(nav: dict[str, list[str]]) -> None:
 def title_of(name: str) -> str:
     """The name of a verb's page; all others have a heading that says it."""
     return f"{name.removeprefix('verb-').removesuffix('.md')}: " if name.startswith("verb-") else ""
-
-
-def cell(text: str) -> str:
-    """A text in a table."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 if __name__ == "__main__":

@@ -65,8 +65,13 @@ def players(adapter: Adapter, by: str | Mapping[str, str] = "layer") -> Players:
     return PLAYERS[by](adapter, names)
 
 
-def by_label(kind: str, label: Callable[[str, Place, str], str]) -> Callable[[Adapter, Sequence[str]], Players]:
-    """Players of whole modules by a label of each: function (module, its place, its block) → player."""
+def by_label(
+    kind: str, label: Callable[[str, Place, str], str], about: str = ""
+) -> Callable[[Adapter, Sequence[str]], Players]:
+    """Players of whole modules by a label of each: function (module, its place, its block) → player.
+
+    `about` says what a player is, and becomes the docstring of what comes out.
+    """
 
     def divide(adapter: Adapter, names: Sequence[str]) -> Players:
         places, block_of = locate(names), blocks(names)
@@ -77,6 +82,7 @@ def by_label(kind: str, label: Callable[[str, Place, str], str]) -> Callable[[Ad
         common = {player: _common([places[name] for name, _ in switched]) for player, switched in units.items()}
         return Players(kind, units, common)
 
+    divide.__doc__ = about
     return divide
 
 
@@ -200,6 +206,7 @@ def _by_pattern(names: Sequence[str], by: Mapping[str, str]) -> Players:
 
 
 def _by_rank(adapter: Adapter, names: Sequence[str]) -> Players:
+    """A rank-1 term bᵢaᵢᵀ of a module of plain LoRA."""
     if adapter.tuner != "LORA" or any(adapter.sites[name].kind == "parameter" for name in names):
         raise TunerError(f"{adapter.source}: {adapter.tuner} has no rank-1 components; `players` module can be asked")
     places = locate(names)
@@ -212,13 +219,16 @@ PLAYERS: Registry[Callable[[Adapter, Sequence[str]], Players]] = Registry(
     "lora_lab.players",
     None,
     {
-        "layer": by_label("layer", lambda name, place, block: block),
-        "module": by_label("module", lambda name, place, block: name),
-        "type": by_label("type", lambda name, place, block: str(place.type)),
-        "type-layer": by_label("type-layer", _type_layer),
+        "layer": by_label("layer", lambda name, place, block: block, "All modules of a layer (block)."),
+        "module": by_label("module", lambda name, place, block: name, "A single module."),
+        "type": by_label(
+            "type", lambda name, place, block: str(place.type), "All modules of one type, such as q_proj."
+        ),
+        "type-layer": by_label("type-layer", _type_layer, "All modules of a type in the layers of one number."),
         "encoder-type-layer": by_label(
             "encoder-type-layer",
             lambda name, place, block: f"{place.encoder}.{_type_layer(name, place, block)}".removeprefix("."),
+            "The same, each encoder of a model with several for itself.",
         ),
         "rank": _by_rank,
     },

@@ -135,7 +135,10 @@ STATISTICS = Registry(
             "how much worse it gets on the line between two seeds", _barrier, "interpolate", ("space", "barrier")
         ),
         "with-layers": Statistic(
-            "the same with some layers on, mean over keep-sets", _scored, "stability", ("family", "label", "rescaled")
+            "the main metric with some layers on, mean over keep-sets",
+            _scored,
+            "stability",
+            ("family", "label", "rescaled"),
         ),
         "worst-keep-set": Statistic(
             "how much worse the worst keep-set is than the whole", _epsilon, "stability", ("family", "rescaled")
@@ -146,7 +149,7 @@ STATISTICS = Registry(
             "stability",
             unit="nats",
         ),
-        "after-pruning": Statistic("the same after pruning", _scored, "sweep", ("kind", "criterion", "label")),
+        "after-pruning": Statistic("the main metric after pruning", _scored, "sweep", ("kind", "criterion", "label")),
         "shapley-variation": Statistic(
             "standard deviation of the Shapley values / |their mean|", _of_adapters("variation"), "shapley", unit=""
         ),

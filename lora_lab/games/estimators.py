@@ -53,6 +53,8 @@ class Estimator:
 
     ranking: Callable[..., tuple[Floats, Floats]] | None = None
     """(game, n, generator, *, options) → numbers that rank the players, but are no values, and their errors."""
+    about: str = ""
+    """What it does, and its source."""
 
     @property
     def whole(self) -> bool:
@@ -319,20 +321,60 @@ ESTIMATORS = Registry(
     "lora_lab.estimators",
     Estimator,
     {
-        "exact": Estimator(None),
-        "permutation": Estimator(permutation),
-        "antithetic": Estimator(antithetic),
-        "stratified": Estimator(stratified),
-        "owen": Estimator(owen, bias=owen_bias),
-        "regression": Estimator(regression, fit_pairs, _regression_bias),
-        "gates": Estimator(gates.nothing, bias=_gates_bias, control=gates.additive),
-        "link": Estimator(gates.nothing, bias=_link_bias, control=gates.link),
-        "permutation+link": Estimator(permutation, control=gates.link),
-        "antithetic+link": Estimator(antithetic, control=gates.link),
-        "taylor": Estimator(gates.nothing, ranking=rankings.taylor),
-        "sensitivity": Estimator(gates.nothing, ranking=rankings.sensitivity),
-        "drop": Estimator(gates.nothing, ranking=rankings.drop),
-        "joint": Estimator(balanced, bias=_joint_bias, control=joint),
+        "exact": Estimator(None, about="the definition: all 2ⁿ coalitions of n players"),
+        "permutation": Estimator(
+            permutation, about="marginal contributions along random orders (Castro et al. 2009); unbiased"
+        ),
+        "antithetic": Estimator(antithetic, about="the same of each order and its reverse; unbiased"),
+        "stratified": Estimator(stratified, about="the same of each order and all its rotations; unbiased"),
+        "owen": Estimator(
+            owen, bias=owen_bias, about="∫₀¹ E[v(R_p ∪ i) − v(R_p)] dp over a grid of p (Okhrati & Lipani 2020)"
+        ),
+        "regression": Estimator(
+            regression,
+            fit_pairs,
+            _regression_bias,
+            about="a fit to the worths of pairs of complements, sizes by leverage (Musco & Witter 2025)",
+        ),
+        "gates": Estimator(
+            gates.nothing,
+            bias=_gates_bias,
+            control=gates.additive,
+            about="Aumann–Shapley: ∫₀¹ ∂f/∂gᵢ dt with all gates at t, from gradients at a few t and no coalition",
+        ),
+        "link": Estimator(
+            gates.nothing,
+            bias=_link_bias,
+            control=gates.link,
+            about="Shapley values of h(S) = ψ(Σ_{i∈S} ASᵢ / Σ AS): AS those of gates, ψ the worth at equal gates",
+        ),
+        "permutation+link": Estimator(
+            permutation, control=gates.link, about="values of link, and permutation of what link leaves; unbiased"
+        ),
+        "antithetic+link": Estimator(
+            antithetic, control=gates.link, about="values of link, and antithetic of what link leaves; unbiased"
+        ),
+        "taylor": Estimator(
+            gates.nothing,
+            ranking=rankings.taylor,
+            about="∂f/∂gᵢ with all gates at 1 (Molchanov et al. 2017); ranks, no values",
+        ),
+        "sensitivity": Estimator(
+            gates.nothing,
+            ranking=rankings.sensitivity,
+            about="E |∂f/∂gᵢ| over coalitions with i (after ShapLoRA, arXiv:2601.17921); ranks, no values",
+        ),
+        "drop": Estimator(
+            gates.nothing,
+            ranking=rankings.drop,
+            about="share of Σ_x ‖ΔW x‖² (LoRA-drop, arXiv:2402.07721); ranks, no values",
+        ),
+        "joint": Estimator(
+            balanced,
+            bias=_joint_bias,
+            control=joint,
+            about="what gradients tell of every coalition, mended by a Gaussian process fitted to worths of pairs",
+        ),
     },
 )
 """Estimators of Shapley values by name."""

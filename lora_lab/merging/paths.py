@@ -81,6 +81,8 @@ class Space:
     """What figures call it; its name by default."""
     place: int | None = None
     """Its place among the colours of all figures; None: one that is free, in each."""
+    about: str = ""
+    """What it mixes, as a formula: wᵢ is the weight of adapter i."""
 
 
 class Paths:
@@ -312,10 +314,24 @@ SPACES = Registry(
             shrinks=True,
             label="factors A, B averaged",
             place=1,
+            about="ΔW = (Σ wᵢBᵢ)(Σ wᵢAᵢ)",
         ),
-        "matched": Space(matched, matched_norms, mixtures=False, label="factors, ‖ΔW‖ matched", place=4),
+        "matched": Space(
+            matched,
+            matched_norms,
+            mixtures=False,
+            label="factors, ‖ΔW‖ matched",
+            place=4,
+            about="that of factors, rescaled in every module to ‖ΔW‖ = Σ wᵢ‖ΔWᵢ‖",
+        ),
         "delta": Space(
-            combine, delta_norms, needs_factors=False, rescaled="matched-delta", label="ΔW averaged", place=0
+            combine,
+            delta_norms,
+            needs_factors=False,
+            rescaled="matched-delta",
+            label="ΔW averaged",
+            place=0,
+            about="ΔW = Σ wᵢΔWᵢ, without error",
         ),
         "matched-delta": Space(
             matched_delta,
@@ -324,9 +340,16 @@ SPACES = Registry(
             mixtures=False,
             label="ΔW averaged, ‖ΔW‖ matched",
             place=3,
+            about="that of delta, rescaled in every module to ‖ΔW‖ = Σ wᵢ‖ΔWᵢ‖",
         ),
         "aligned": Space(
-            combine_factors, factor_norms, aligned, mixtures=False, label="factors aligned first", place=2
+            combine_factors,
+            factor_norms,
+            aligned,
+            mixtures=False,
+            label="factors aligned first",
+            place=2,
+            about="that of factors, of factors that are balanced and rotated onto the first adapter's (Procrustes)",
         ),
     },
 )

@@ -85,6 +85,8 @@ class Criterion:
     """Whether entries of ΔW are chosen, which only plain LoRA has, rather than those of the tuner's own tensors."""
     random: bool = False
     """Whether the seed decides, so that a mean over draws is wanted."""
+    about: str = ""
+    """Which entries go, in a few words."""
 
 
 Masks = Callable[[Callable[[], Iterable[Tensor]]], Iterator[Tensor]]
@@ -245,9 +247,9 @@ CRITERIA = Registry(
     "lora_lab.criteria",
     Criterion,
     {
-        "magnitude": Criterion(magnitude),
-        "random": Criterion(random, random=True),
-        "delta-magnitude": Criterion(magnitude, of_delta=True),
+        "magnitude": Criterion(magnitude, about="the smallest |entries| of A and B"),
+        "random": Criterion(random, random=True, about="entries of A and B drawn by the seed: a control"),
+        "delta-magnitude": Criterion(magnitude, of_delta=True, about="the smallest |entries| of ΔW itself"),
     },
 )
 """How entries are chosen, by name."""

@@ -55,6 +55,8 @@ class Keep:
     """Whether it chooses by values that are computed on a task."""
     estimator: str | None = None
     """What computes them (see games.estimators); None: what does by default."""
+    about: str = ""
+    """Which modules it keeps, in a few words."""
 
 
 def keep(choice: Choice, spec: str) -> list[str]:
@@ -142,7 +144,7 @@ def _top_norm(choice: Choice, argument: str) -> list[str]:
     return _largest(choice, argument, norms)
 
 
-def _top_valued(pattern: str, estimator: str | None, *, by_size: bool = False) -> Keep:
+def _top_valued(pattern: str, estimator: str | None, about: str, *, by_size: bool = False) -> Keep:
     """The largest values of a task; those of a slope by their size, whichever way it goes."""
 
     def chosen(choice: Choice, argument: str) -> list[str]:
@@ -152,7 +154,7 @@ def _top_valued(pattern: str, estimator: str | None, *, by_size: bool = False) -
         values = choice.values(estimator)
         return _largest(choice, argument, {name: abs(x) for name, x in values.items()} if by_size else values)
 
-    return Keep(chosen, "K", valued=True, estimator=estimator)
+    return Keep(chosen, "K", valued=True, estimator=estimator, about=about)
 
 
 def _random(choice: Choice, argument: str) -> list[str]:
@@ -188,20 +190,22 @@ KEEPS = Registry(
     "lora_lab.keeps",
     Keep,
     {
-        "all": Keep(lambda choice, argument: list(choice.adapter.sites)),
-        "every-other": Keep(_even),
-        "even": Keep(_even),
-        "odd": Keep(_by_layer(lambda layer, layers: layer % 2 == 1)),
-        "low": Keep(_by_layer(_third(0))),
-        "middle": Keep(_by_layer(_third(1))),
-        "high": Keep(_by_layer(_third(2))),
-        "type": Keep(_type, "NAME,…"),
-        "top-norm": Keep(_top_norm, "K"),
-        "top-shapley": _top_valued("top-shapley", None),
-        "top-gates": _top_valued("top-gates", "gates"),
-        "top-taylor": _top_valued("top-taylor", "taylor", by_size=True),
-        "top-drop": _top_valued("top-drop", "drop"),
-        "random": Keep(_random, "K"),
+        "all": Keep(lambda choice, argument: list(choice.adapter.sites), about="every module"),
+        "every-other": Keep(_even, about="layers 0, 2, 4 …, as even does"),
+        "even": Keep(_even, about="layers 0, 2, 4 …"),
+        "odd": Keep(_by_layer(lambda layer, layers: layer % 2 == 1), about="layers 1, 3, 5 …"),
+        "low": Keep(_by_layer(_third(0)), about="the lowest third of the layers"),
+        "middle": Keep(_by_layer(_third(1)), about="the middle third of the layers"),
+        "high": Keep(_by_layer(_third(2)), about="the highest third of the layers"),
+        "type": Keep(_type, "NAME,…", about="modules of these types in all layers: q, k, v, o, up, down, gate …"),
+        "top-norm": Keep(_top_norm, "K", about="the K players of the largest ‖ΔW‖"),
+        "top-shapley": _top_valued("top-shapley", None, "the K of the largest Shapley values"),
+        "top-gates": _top_valued("top-gates", "gates", "the K of the largest Aumann–Shapley values, from gradients"),
+        "top-taylor": _top_valued(
+            "top-taylor", "taylor", "the K of the largest |∂worth/∂gate| (Molchanov et al. 2017)", by_size=True
+        ),
+        "top-drop": _top_valued("top-drop", "drop", "the K with the largest share of Σ ‖ΔW x‖² (arXiv:2402.07721)"),
+        "random": Keep(_random, "K", about="K players drawn by the seed"),
     },
 )
 """Patterns by name."""

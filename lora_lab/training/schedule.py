@@ -19,14 +19,30 @@ from lora_lab.registry import Registry
 Mask = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 
+
+def linear(s: float) -> float:
+    """s."""
+    return s
+
+
+def exponential(s: float) -> float:
+    """(eˢ − 1) / (e − 1)."""
+    return math.expm1(s) / math.expm1(1.0)
+
+
+def sine(s: float) -> float:
+    """sin(πs/2)."""
+    return math.sin(math.pi * s / 2)
+
+
 RAMPS: Registry[Callable[[float], float]] = Registry(
     "ramp",
     "lora_lab.ramps",
     None,
     {
-        "linear": lambda s: s,
-        "exponential": lambda s: math.expm1(s) / math.expm1(1.0),
-        "sine": lambda s: math.sin(math.pi * s / 2),
+        "linear": linear,
+        "exponential": exponential,
+        "sine": sine,
     },
 )
 """How far the ramp has come at the share s of its length; each goes from 0 to 1."""

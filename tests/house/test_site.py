@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ from lora_lab.cli import _VERBS, recipes
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.merging.methods import MERGES
+from lora_lab.registry import Registry
 from lora_lab.results.result import Result
 from lora_lab.results.schema import kinds
 
 ROOT = Path(__file__).parents[2]
+ROOMS = {path.name for path in (ROOT / "lora_lab").iterdir() if path.is_dir()}
 CODE = re.compile(r"```(?:py|python)\n(.*?)```", re.DOTALL)
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.py"))
 
@@ -57,6 +60,22 @@ def test_every_verb_merge_and_kind_of_result_has_its_place(pages, build):
     keys = Result("evaluate", {}).to_json()
     assert all(f"`{key}`" in told for key in keys)
     assert f"`{keys['format']}`" in told
+
+
+def test_every_registry_is_a_table_of_all_its_names_with_what_each_is(pages, build):
+    import lora_lab
+
+    source = "".join(path.read_text() for path in Path(lora_lab.__file__).parent.rglob("*.py"))
+    groups = set(re.findall(r'Registry\(\s*"[^"]+",\s*"(lora_lab\.\w+)"', source))
+    listed = [getattr(import_module(each.module), each.name) for each in build.site_tables.LISTED]
+    assert {each.group for each in listed if isinstance(each, Registry)} == groups - {"lora_lab.merges"}
+    sections = (pages / "names.md").read_text().split("\n## ")[1:]
+    for section, registry in zip(sections, listed, strict=True):
+        rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in section.splitlines() if line.startswith("| `")]
+        assert [row[0].strip(" `") for row in rows] == list(registry)
+        for row in rows:
+            assert row[1].strip()
+            assert row[-1].strip(" `").split(".")[0] in ROOMS
 
 
 def test_every_verb_has_an_example_of_its_own_that_is_run(build):

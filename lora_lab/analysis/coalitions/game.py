@@ -25,20 +25,28 @@ from lora_lab.scoring.layout import State
 from lora_lab.tasks.metrics import Metric
 from lora_lab.tasks.task import Scores
 
+
+def less_loss(scores: Scores) -> Floats:
+    """Minus the loss of each example; in classification the log-likelihood of the right label."""
+    return -scores.loss
+
+
+def margin(scores: Scores) -> Floats:
+    """How far each example's right answer is ahead of the best other one, in nats."""
+    return scores.margin
+
+
 WORTHS: Registry[Callable[[Scores], Floats]] = Registry(
     "worth",
     "lora_lab.worths",
     None,
     {
-        "loss": lambda scores: -scores.loss,
-        "log-likelihood": lambda scores: -scores.loss,
-        "margin": lambda scores: scores.margin,
+        "loss": less_loss,
+        "log-likelihood": less_loss,
+        "margin": margin,
     },
 )
-"""Name → worth of each example, signed so that what helps is positive; every metric of a task is a worth besides.
-
-In classification the loss is the negative log-likelihood of the right label, so that the two are one number here.
-"""
+"""Name → worth of each example, signed so that what helps is positive; every metric of a task is a worth besides."""
 
 
 class Game:

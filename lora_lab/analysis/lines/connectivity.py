@@ -52,6 +52,8 @@ class Barrier:
     """Below which it cannot be, as the ends are points of the grid."""
     itself: bool = False
     """Whether it is a value of the metric itself, and not how much worse that becomes."""
+    about: str = ""
+    """Its formula and source; L(t) is how bad the point at t is."""
 
     def __call__(self, L: Floats, t: Floats) -> Floats:
         """The profile."""
@@ -86,23 +88,28 @@ BARRIERS = Registry(
     "lora_lab.barriers",
     Barrier,
     {
-        "frankle": Barrier(lambda L, t: L - (L[0] + L[-1]) / 2),
-        "entezari": Barrier(lambda L, t: L - (1 - t)[:, None] * L[0] - t[:, None] * L[-1]),
-        "max_end": Barrier(lambda L, t: L - np.maximum(L[0], L[-1])),
+        "frankle": Barrier(
+            lambda L, t: L - (L[0] + L[-1]) / 2,
+            about="max L(t) − ½(L(0) + L(1)): Frankle et al. 2020, arXiv:1912.05671",
+        ),
+        "entezari": Barrier(
+            lambda L, t: L - (1 - t)[:, None] * L[0] - t[:, None] * L[-1],
+            about="max [L(t) − (1−t)L(0) − tL(1)], above the chord: Entezari et al. 2022, arXiv:2110.06296",
+        ),
+        "max_end": Barrier(lambda L, t: L - np.maximum(L[0], L[-1]), about="max L(t) − max(L(0), L(1))"),
         "midpoint": Barrier(
             lambda L, t: L[[len(t) // 2]] if len(t) % 2 else np.full((1, L.shape[1]), np.nan),
             least=-math.inf,
             itself=True,
+            about="the metric itself at t = ½; of an even number of points none",
         ),
     },
 )
 """Barriers of a curve, as profiles whose largest row is the barrier: how bad L each point is over t → [rows, k].
 
 L is the metric where less is better, else its negative (of a share, what is left to 1), so that a barrier in accuracy
-is accuracy lost. frankle: sup L − ½(L(0) + L(1)) (arXiv:1912.05671). entezari: sup [L − linear] (arXiv:2110.06296).
-max_end: sup L − max(L(0), L(1)). midpoint: the metric itself at ½. The supremum is over the grid, ends included, so
-that the first three are never negative; with noise it is above 0 even where there is no barrier, and the interval
-tells.
+is accuracy lost. The maximum is over the grid, ends included, so that the first three are never negative; with noise
+it is above 0 even where there is no barrier, and the interval tells.
 """
 
 

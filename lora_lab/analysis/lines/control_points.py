@@ -55,6 +55,8 @@ class CurveShape:
     label: str = ""
     place: int | None = None
     """Its place among the colours of all figures; None: one that is free, in each."""
+    about: str = ""
+    """Its formula; a and b are the adapters, c is the control point."""
 
 
 CURVES = Registry(
@@ -63,10 +65,16 @@ CURVES = Registry(
     CurveShape,
     {
         "bezier": CurveShape(
-            lambda t: ((1 - t) ** 2, 2 * t * (1 - t), t**2), "quadratic Bézier, control point trained", 1
+            lambda t: ((1 - t) ** 2, 2 * t * (1 - t), t**2),
+            "quadratic Bézier, control point trained",
+            1,
+            "(1−t)²a + 2t(1−t)c + t²b (Garipov et al. 2018, arXiv:1802.10026)",
         ),
         "polychain": CurveShape(
-            lambda t: (max(0.0, 1 - 2 * t), 1 - abs(2 * t - 1), max(0.0, 2 * t - 1)), "one bend, trained", 2
+            lambda t: (max(0.0, 1 - 2 * t), 1 - abs(2 * t - 1), max(0.0, 2 * t - 1)),
+            "one bend, trained",
+            2,
+            "straight from a to c for t up to ½, then straight to b (the same)",
         ),
     },
 )
