@@ -88,6 +88,8 @@ class Claim:
             raise OptionError(f"statistic {self.statistic} needs {', '.join(missing)} in `where`")
         if self.shared_a and not STATISTICS[self.statistic].several:
             raise OptionError(f"shared_a is of adapters of several tasks; statistic {self.statistic} is of one")
+        if STATISTICS[self.statistic].of_control and self.control is None:
+            raise OptionError(f"statistic {self.statistic} is of two ways of training; a control is needed")
         if self.direction == "equal" and not self.least:
             raise OptionError("equal needs a `least` above 0: nothing is equal to the last digit")
 
@@ -95,6 +97,11 @@ class Claim:
     def trainings(self) -> list[Mapping[str, Any]]:
         """The ways of training that it needs."""
         return [self.treated] if self.control is None else [self.treated, self.control]
+
+    @property
+    def asked(self) -> list[list[Mapping[str, Any]]]:
+        """The ways whose adapters its question is about, a list for every time that it is asked."""
+        return [self.trainings] if STATISTICS[self.statistic].of_control else [[way] for way in self.trainings]
 
 
 @dataclass(frozen=True)

@@ -204,8 +204,8 @@ class _Lab:
             asking.path: asking
             for claim in claims
             for tasks in self.plan.tasks_of(claim)
-            for fields in claim.trainings
-            if (asking := self.asking(claim, fields, tasks)) and not asking.path.exists() and not asking.lost
+            for ways in claim.asked
+            if (asking := self.asking(claim, ways, tasks)) and not asking.path.exists() and not asking.lost
         }
         if wanted:
             with self.stage(f"{len(wanted)} questions, in hundredths") as report:
@@ -216,8 +216,10 @@ class _Lab:
         statistic = STATISTICS[claim.statistic]
         found, why, unit = None, None, statistic.unit
         try:
-            answers = [self.answer(claim, fields, tasks) for fields in claim.trainings]
+            answers = [self.answer(claim, ways, tasks) for ways in claim.asked]
             values: list[Values] = [statistic.of(each, claim.where) for each in answers]
+            if statistic.of_control:
+                values.append(statistic.of_control(answers[0], claim.where))
             found = difference(values[0], values[1] if claim.control is not None else None, claim.against)
             unit = main_metric(answers[0].result) if unit == "metric" else unit
         except LoraLabError as error:
@@ -227,26 +229,26 @@ class _Lab:
         tested = PValues(1.0, 1.0) if found is None else p_values(found, claim.direction, claim.least)
         return _Judged({**_described(claim, tasks), "unit": unit, **_numbers(found), "why": why}, tested)
 
-    def trained(self, claim: Claim, fields: Mapping[str, Any], tasks: tuple[str, ...]) -> list[Job]:
-        """The trainings of one way, of every task and seed."""
-        return [job for task in tasks for job in self.jobs(task, self.plan.recipe(claim, task, fields))]
+    def trained(self, claim: Claim, ways: Sequence[Mapping[str, Any]], tasks: tuple[str, ...]) -> list[Job]:
+        """The trainings of these ways, of every task and seed."""
+        return [job for way in ways for task in tasks for job in self.jobs(task, self.plan.recipe(claim, task, way))]
 
-    def asking(self, claim: Claim, fields: Mapping[str, Any], tasks: tuple[str, ...]) -> Asking | None:
-        """What the claim asks of the adapters of one way of training; None where their trainings' logs tell it."""
-        verb, jobs = STATISTICS[claim.statistic].verb, self.trained(claim, fields, tasks)
+    def asking(self, claim: Claim, ways: Sequence[Mapping[str, Any]], tasks: tuple[str, ...]) -> Asking | None:
+        """What the claim asks of the adapters of these ways of training; None where their trainings' logs tell it."""
+        verb, jobs = STATISTICS[claim.statistic].verb, self.trained(claim, ways, tasks)
         if verb is None:
             return None
-        way = _named(self.plan.recipe(claim, tasks[0], fields))
-        name = "-".join([verb, *map(_slug, tasks[:1]), way])
+        named = "-and-".join(_named(self.plan.recipe(claim, tasks[0], way)) for way in ways)
+        name = "-".join([verb, *map(_slug, tasks[:1]), named])
         path = self.folder / "results" / f"{name}-{fingerprint([claim.options, tasks, len(jobs)])[:8]}.json"
-        about = f"{verb} of {len(jobs)} adapters, {way}"
+        about = f"{verb} of {len(jobs)} adapters, {named}"
         return Asking(path, verb, claim.options, [job.path for job in jobs], [job.task for job in jobs], about)
 
-    def answer(self, claim: Claim, fields: Mapping[str, Any], tasks: tuple[str, ...]) -> Answer:
-        """The answer to the claim's question about the adapters of one way of training, computed once."""
-        asking = self.asking(claim, fields, tasks)
+    def answer(self, claim: Claim, ways: Sequence[Mapping[str, Any]], tasks: tuple[str, ...]) -> Answer:
+        """The answer to the claim's question about the adapters of these ways of training, computed once."""
+        asking = self.asking(claim, ways, tasks)
         if asking is None:
-            jobs = self.trained(claim, fields, tasks)
+            jobs = self.trained(claim, ways, tasks)
             return Answer(_joined([self._logs[job.path] for job in jobs], jobs))
         if asking.path in self._why:
             raise LoraLabError(self._why[asking.path])
@@ -255,7 +257,7 @@ class _Lab:
                 where = f"{asking.lost} of {len(asking.adapters)} trainings diverged ({asking.adapters[0].parent.name})"
                 raise OptionError(f"{where}: no number of them")
             with self.stage(asking.about) as report:
-                each = [self.task(task) for task in tasks for _ in self.plan.seeds]
+                each = [self.task(task) for _ in ways for task in tasks for _ in self.plan.seeds]
                 self._answers[asking.path] = answer(asking, each, replace(self.on, progress=report))
         return self._answers[asking.path]
 

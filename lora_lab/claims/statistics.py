@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class Statistic:
     """Whether it is of one adapter a task, merged, rather than of adapters of one task."""
     unit: str = "metric"
     """metric: the unit of the task's main metric; else its own."""
+    of_control: Callable[[Answer, Mapping[str, Any]], Found] | None = None
+    """Where it is of the adapters of both ways of training together, treated ones first: what it is compared with."""
 
 
 def main_metric(result: Result) -> str:
@@ -112,6 +115,30 @@ def _of_pairs(name: str) -> Callable[[Answer, Mapping[str, Any]], Found]:
     return lambda answer, where: _read(answer, answer.result.rows(), name, {**where, "level": "total"})
 
 
+def _twins(answer: Answer, where: Mapping[str, Any]) -> Found:
+    """For two seeds s, t of the treated: the mean cosine of each with the control's adapter of its own seed."""
+    seeds = [adapter["seed"] for adapter in answer.result.parameters["adapters"]]
+    half = len(seeds) // 2
+    alike = {
+        seeds[i]: row["cosine"]
+        for row in _totals(answer)
+        for i, j in [row["indices"]]
+        if i < half <= j and seeds[i] == seeds[j]
+    }
+    return {(s, t): Value((alike[s] + alike[t]) / 2) for s, t in itertools.combinations(sorted(alike), 2)}
+
+
+def _strangers(answer: Answer, where: Mapping[str, Any]) -> Found:
+    """For two seeds s, t of the treated: their cosine."""
+    half = len(answer.result.parameters["adapters"]) // 2
+    return {_seeds(answer.result, row): _value(row, "cosine") for row in _totals(answer) if max(row["indices"]) < half}
+
+
+def _totals(answer: Answer) -> list[dict[str, Any]]:
+    """The rows of pairs of adapters, over all modules."""
+    return [row for row in answer.result.rows() if row["level"] == "total"]
+
+
 def _merged(answer: Answer, where: Mapping[str, Any]) -> Found:
     tables = [f"sets {i}" for i in range(len(answer.result.parameters["tasks"]))]
     return _read(answer, answer.result.summary["sets"], "normalised", {**where, "chosen": True}, tables)
@@ -163,6 +190,13 @@ STATISTICS = Registry(
             _of_pairs("left_overlap"),
             "compare",
             unit="share",
+        ),
+        "twins-cosine": Statistic(
+            "cosine of ΔW with that of the other way's adapter of the same seed, against that of two seeds of one way",
+            _twins,
+            "compare",
+            unit="",
+            of_control=_strangers,
         ),
         "after-merging": Statistic(
             "share of the adapters' own metric that a merge keeps, mean over tasks",

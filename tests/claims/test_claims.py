@@ -78,6 +78,10 @@ def test_claims_about_keep_sets_find_numbers_in_a_result_of_stability(request):
         (ROW.replace("higher", "equal").replace("0.01", "0.0"), ("equal needs a `least` above 0",)),
         (ROW + ROW, ("two claims are called 'a'",)),
         (ROW + "shared_a = true", ("shared_a is of adapters of several tasks; statistic task-score is of one",)),
+        (
+            ROW.replace("task-score", "twins-cosine"),
+            ("statistic twins-cosine is of two ways of training; a control is needed",),
+        ),
         ("[testbed.x]\nabout = 'y'\ntasks = ['a']\ntraining_s = 0", ("training s is 0", "above 0")),
         ("[testbed.x]\nabout = 'y'", ("testbed x: has no tasks",)),
         ("[testbed.x]\nabout = 'y'\ntasks = []", ("a testbed needs a task",)),

@@ -50,6 +50,16 @@ control = { method = "lora", steps = 16 }
 least = 0.0
 
 [[claim]]
+name = "twins"
+says = "Eight steps end nearer to sixteen of the same seed than to eight of another"
+source = "common sense"
+statistic = "twins-cosine"
+direction = "higher"
+treated = { method = "lora" }
+control = { method = "lora", steps = 16 }
+least = 0.1
+
+[[claim]]
 name = "nothing"
 says = "A family that there is none of"
 source = "nobody"
@@ -73,7 +83,7 @@ def test_from_trainings_to_verdicts_and_nothing_is_computed_twice(mine, lora_lab
     asked = {"testbed": "small", "file": mine, "seeds": 3, "processes": 1, "progress": False}
     result = ll.reproduce(tmp_path / "lab", **asked)
     rows = {row["claim"]: row for row in result.rows()}
-    assert list(rows) == ["more-steps", "halfway", "quick", "nothing"]
+    assert list(rows) == ["more-steps", "halfway", "quick", "twins", "nothing"]
     adapters = sorted(path.name for path in (tmp_path / "lab" / "runs" / "digits-relabel").glob("*.safetensors"))
     assert len(adapters) == 6
     scores = {}
@@ -90,6 +100,15 @@ def test_from_trainings_to_verdicts_and_nothing_is_computed_twice(mine, lora_lab
     assert rows["halfway"]["units"] == 3
     assert rows["halfway"]["of_control"] is None
     assert rows["halfway"]["difference"] == pytest.approx(rows["halfway"]["of_treated"] - 0.05)
+    runs = tmp_path / "lab" / "runs" / "digits-relabel"
+    steps = {way: Result.load(runs / f"{way}-s0.train.json").parameters["record"]["recipe"]["steps"] for way in groups}
+    eight, sixteen = sorted(groups, key=steps.get)
+    pairs = ll.compare([runs / f"{way}-s{seed}.safetensors" for way in (eight, sixteen) for seed in range(3)])
+    found = {tuple(row["indices"]): row["cosine"] for row in pairs.rows(level="total")}
+    twins = sum(found[seed, seed + 3] for seed in range(3)) / 3
+    strangers = sum(found[pair] for pair in ((0, 1), (0, 2), (1, 2))) / 3
+    assert (rows["twins"]["of_treated"], rows["twins"]["of_control"]) == pytest.approx((twins, strangers))
+    assert (rows["twins"]["units"], rows["twins"]["verdict"]) == (3, "holds")
     assert rows["quick"]["unit"] == "s"
     assert rows["quick"]["difference"] < 0
     assert rows["nothing"]["verdict"] == "cannot be told"
@@ -128,7 +147,7 @@ def test_the_verb_says_what_it_would_do(mine, lora_lab, tmp_path):
     )
     code, out, err = lora_lab("reproduce", "--claims", mine, "--testbed", "small", "--dry-run")
     assert code == 0, err
-    assert "4 claims on small" in err
+    assert "5 claims on small" in err
     assert "Of tasks that there are none of" not in out
     assert "Sixteen steps are better than eight" in out
     assert "10 trainings" in err
