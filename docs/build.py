@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> None:
     pages.mkdir(parents=True)
     run = "--no-examples" not in arguments
     nav = {"Start": ["index.md"], "Tutorials": tutorials(pages, run=run), **guides(pages)}
-    nav["Start"].append(claims(pages))
+    nav["Start"] += ["start.md", claims(pages)]
     nav["Reference"] = [*site_tables.written(pages), *nav["Reference"]]
     (pages / "site.css").write_text("td:first-child code { white-space: nowrap }\n")  # options in one piece
     nav["Commands"] = verbs(pages, run=run)
@@ -83,7 +83,7 @@ def guides(pages: Path) -> dict[str, list[str]]:
         (pages / f"{name}.md").write_text(linked((HERE / f"{name}.md").read_text()))
     (pages / "recipes.md").write_text(linked((ROOT / "figures" / "recipes" / "README.md").read_text()))
     found.add("recipes")
-    known = ["claims", *(name for names in GUIDES.values() for name in names)]
+    known = ["start", "claims", *(name for names in GUIDES.values() for name in names)]
     sections = {title: [f"{name}.md" for name in names if name in found] for title, names in GUIDES.items()}
     sections["Guides"] += sorted(f"{name}.md" for name in found.difference(known))
     for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY"):
@@ -97,6 +97,7 @@ def linked(text: str) -> str:
     text = re.sub(r"\]\((?:\.\./)?docs/([\w./-]+\.md)", r"](\1", text)
     text = re.sub(r"\]\((?:\.\./)?figures/recipes/README\.md", "](recipes.md", text)
     text = re.sub(r"\]\(\.\./figures/", "](figures/", text)
+    text = re.sub(r"\]\((?:docs/)?tutorials/\d_(\w+)\.py\)", lambda m: f"](tutorial-{m[1].replace('_', '-')}.md)", text)
     text = re.sub(r"\]\((?:\.\./)?(CONTRIBUTING|CHANGELOG|SECURITY)\.md", lambda m: f"]({m[1].lower()}.md", text)
     return re.sub(r"\[([^\]]+)\]\((?:\.\./)?(?:lora_lab|cli|tests|figures|docs)/[\w./-]+\.(?:py|toml)\)", r"`\1`", text)
 

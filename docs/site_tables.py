@@ -18,6 +18,8 @@ def written(pages: Path) -> list[str]:
 
 MERGES_HEAD = """# Merges
 
+**What this page answers:** what does each merge compute, who published it, and which of its variants is this?
+
 ΔWᵢ = BᵢAᵢ is what adapter i of T adds to the weight of a module (its scale, α/r, is in Bᵢ), wᵢ its weight (1 unless
 `--weights` says otherwise), and λ the option `scale`. The result is multiplied by `--coefficient`, too. ∘ multiplies
 entry by entry, ‖·‖ is the Frobenius norm, U S Vᵀ a singular value decomposition. `inner` is another method that merges
@@ -55,10 +57,11 @@ def prose(text: str) -> str:
 
 NAMES_HEAD = """# What can be chosen by name
 
-Which patterns, metrics, estimators … are there, what is each, and where does it stand in the code? Every table below
-is made from a registry of lora-lab, so that it has all of them; [merges](merges.md) have a page of their own. A package
-of yours can add to each ([add a method](add-a-method.md)). ΔW = BA is what an adapter adds to a weight matrix, and ‖·‖
-the Frobenius norm."""
+**What this page answers:** which patterns, metrics, estimators … are there, what is each, and where in the code?
+
+Every table below is made from a registry of lora-lab, so that it has all of them; [merges](merges.md) have a page of
+their own. A package of yours can add to each ([add a method](add-a-method.md)). ΔW = BA is what an adapter adds to a
+weight matrix, and ‖·‖ the Frobenius norm."""
 
 
 @dataclass(frozen=True)
@@ -256,6 +259,8 @@ def _maker(entry: Any) -> Any:
 
 RESULTS_HEAD = """# Results
 
+**What this page answers:** what is in the JSON file that a command leaves, and what does each column mean?
+
 A verb leaves its numbers in one JSON file, which figures, tables and reports are made of. `lora-lab schema KIND` prints
 what stands here, and `lora-lab schema KIND --json` a JSON Schema (2020-12) to check files by. Each file holds
 
@@ -290,7 +295,7 @@ def api(pages: Path) -> str:
     """The functions of `import lora_lab as ll`, from their docstrings."""
     import lora_lab
 
-    parts = ["# Python", "What `import lora_lab as ll` gives."]
+    parts = ["# Python", "**What this page answers:** which functions are there after `import lora_lab as ll`?"]
     for name in lora_lab.__all__:
         module = getattr(lora_lab, name).__module__
         parts.append(f"::: {module}.{name}")

@@ -113,6 +113,13 @@ def test_all_links_between_pages_lead_to_a_page(pages):
                 assert (pages / target.partition("#")[0]).exists(), f"{path.name}: {target}"
 
 
+def test_every_page_begins_with_what_it_answers(pages):
+    told = re.compile(r"# .*\n\n\*\*What this page answers:\*\* ")
+    others = ("verb-", "tutorial-", "index", "contributing", "changelog", "security")
+    for path in pages.glob("*.md"):
+        assert path.name.startswith(others) or told.match(path.read_text()), path.name
+
+
 def test_every_page_is_in_the_order_of_the_site(pages):
     nav = (pages.parent / "mkdocs.yml").read_text()
     for path in pages.glob("*.md"):
