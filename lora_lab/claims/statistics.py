@@ -139,9 +139,13 @@ def _totals(answer: Answer) -> list[dict[str, Any]]:
     return [row for row in answer.result.rows() if row["level"] == "total"]
 
 
-def _merged(answer: Answer, where: Mapping[str, Any]) -> Found:
-    tables = [f"sets {i}" for i in range(len(answer.result.parameters["tasks"]))]
-    return _read(answer, answer.result.summary["sets"], "normalised", {**where, "chosen": True}, tables)
+def _merged(answer: Answer, where: Mapping[str, Any], name: str = "normalised", table: str = "sets") -> Found:
+    tables = [f"{table} {i}" for i in range(len(answer.result.parameters["tasks"]))]
+    return _read(answer, answer.result.summary["sets"], name, {**where, "chosen": True}, tables)
+
+
+def _merged_score(answer: Answer, where: Mapping[str, Any]) -> Found:
+    return _merged(answer, where, main_metric(answer.result), "scores")
 
 
 def _of_rows(name: str) -> Callable[[Answer, Mapping[str, Any]], Found]:
@@ -205,6 +209,9 @@ STATISTICS = Registry(
             ("merge",),
             several=True,
             unit="share",
+        ),
+        "merged-score": Statistic(
+            "the main metric of a merge, mean over tasks", _merged_score, "compare-merges", ("merge",), several=True
         ),
         "largest-eigenvalue": Statistic(
             "largest eigenvalue of the Hessian", _of_rows("sharpness"), "sharpness", ("at",), unit=""

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from lora_lab.analysis.merge_tables.sets import specs_of
 from lora_lab.analysis.merge_tables.table import ALONE, BASE, ENSEMBLE, CompareMerges
 from lora_lab.analysis.merge_tables.verdicts import UNTOLD, NullScores, Outcomes, null_rows
+from lora_lab.claims.asking import Answer
+from lora_lab.claims.statistics import STATISTICS
 from lora_lab.errors import MismatchError, OptionError, TunerError
 from lora_lab.geometry.nulls import NULLS, null_adapter
 from lora_lab.merging.export import save
@@ -77,6 +79,25 @@ def test_every_merge_is_of_the_rank_that_was_asked_for(ranks):
     assert found["task-arithmetic (exact)"] == {("exact", 4)}
     assert found["ties (exact)"] == {("exact", 64)}
     assert found[BASE] == found[ALONE] == found[ENSEMBLE] == {("reference", None)}
+
+
+def test_claims_read_the_shares_and_scores_of_merges_with_numbers_of_their_examples(adapters):
+    """Those of a score have its mean, over the tasks."""
+    behind = {}
+    on = Execution(by_example=lambda name, rows: behind.update({name: np.stack(rows)}))
+    asked = CompareMerges(methods=("task-arithmetic",), coefficients=(1.0,))
+    result = asked.run(adapters, tasks_of(adapters), on)
+    sets = result.summary["sets"]
+    assert sorted(behind) == ["scores 0", "scores 1", "sets 0", "sets 1"]
+    means = behind["scores 0"].mean(1) + behind["scores 1"].mean(1)
+    assert means == pytest.approx([row["accuracy"] for row in sets])
+    answer, where = Answer(result, behind), {"merge": "task-arithmetic"}
+    for name, cell in (("merged-score", "accuracy"), ("after-merging", "normalised")):
+        values = STATISTICS[name].of(answer, where)
+        wanted = {(row["seed"],): row[cell] for row in sets if row["merge"] == "task-arithmetic"}
+        assert {unit: value.value for unit, value in values.items()} == wanted
+        assert sorted(wanted) == [(0,), (1,)]
+        assert {len(value.examples) for value in values.values()} == {2}
 
 
 @pytest.mark.parametrize("name", ["ties", "ties (exact)", "tsv (rank 1)", "task-arithmetic (sum)"])

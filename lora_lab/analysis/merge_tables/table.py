@@ -197,7 +197,7 @@ class _Table:
         """The metrics that the tasks are judged by, each once."""
         self._evaluator, self._question, self._reference = evaluator, question, reference
         self._sets: list[Row] = []
-        self._behind: list[list[Floats]] = []
+        self._behind: dict[str, list[list[Floats]]] = {"sets": [], "scores": []}
         self._curves: list[Row] = []
         self._starts: list[Row] = []
         self._outcomes: dict[Group, Outcomes] = {}
@@ -220,11 +220,11 @@ class _Table:
         }
 
     def tell(self, on: Execution) -> None:
-        """What lies behind the rows of the sets, a table for each of their tasks; sets of unlike ones have none."""
-        sizes = {tuple(map(len, each)) for each in self._behind}
-        if on.by_example and len(sizes) == 1:
-            for i, rows in enumerate(zip(*self._behind, strict=True)):
-                on.by_example(f"sets {i}", rows)
+        """What lies behind the shares and scores of the sets, a table for each task; sets of unlike ones have none."""
+        for name, behind in self._behind.items():
+            if on.by_example and len({tuple(map(len, each)) for each in behind}) == 1:
+                for i, rows in enumerate(zip(*behind, strict=True)):
+                    on.by_example(f"{name} {i}", rows)
 
     def add(self, merge_set: MergeSet, searches: Sequence[tuple[CoefficientSearch, LoraLabError | None]]) -> None:
         """The base, the adapters alone, and of several their ensemble, their merges and those of their nulls."""
@@ -304,7 +304,10 @@ class _Table:
         self.rows += [{**row, **where} for row in rows]
         self._sets.append({**whole, **where, "at_edge": at_edge})
         if self._evaluator.on.by_example:
-            self._behind.append(by_example(scores, own, by))
+            self._behind["sets"].append(by_example(scores, own, by))
+            self._behind["scores"].append(
+                [judge.outcomes(each) / len(by) for each, judge in zip(scores, by, strict=True)]
+            )
 
 
 def _by_itself(merge_set: MergeSet) -> bool:
