@@ -6,17 +6,16 @@ import inspect
 import os
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from importlib import import_module
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin
 
 import typer
 
-from ..errors import OptionError, TrustError, unknown
-from ..files.toml import FOLDER_FILE, read_toml
-from .terminal import messages
-from .verbs import checking, command_of
+from lora_lab.cli.terminal import messages
+from lora_lab.cli.verbs import VERBS, checking, command_of, function_of
+from lora_lab.errors import OptionError, TrustError, unknown
+from lora_lab.files.toml import FOLDER_FILE, read_toml
 
 TYPED_ONLY = ("force", "yes", "trust-record", "in-place", "ray")
 """Options that let something happen which a file found in a folder must not: these are typed."""
@@ -26,7 +25,7 @@ _SHARED = "defaults"
 """The table for every verb that has its options."""
 
 
-def defaults(arguments: list[str], verbs: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+def defaults(arguments: list[str]) -> dict[str, dict[str, Any]]:
     """Verb → option → value, for the verb that is called; empty without a file.
 
     OptionError, naming the file, the key and what is allowed, for what is no verb, no option of it or no value for it.
@@ -34,10 +33,10 @@ def defaults(arguments: list[str], verbs: tuple[str, ...]) -> dict[str, dict[str
     if not os.path.lexists(FOLDER_FILE) or not arguments or {"--help", "-h"} & {*arguments}:
         return {}
     verb = arguments[0]
-    if verb not in verbs or verb in _WITHOUT:
+    if verb not in VERBS or verb in _WITHOUT:
         return {}
     content = read_toml(Path(FOLDER_FILE), "a file of defaults")
-    known = ("task", _SHARED, *(each for each in verbs if each not in _WITHOUT))
+    known = ("task", _SHARED, *(each for each in VERBS if each not in _WITHOUT))
     for key, table in content.items():
         if key not in known:
             raise unknown(f"key in {FOLDER_FILE}", key, known)
@@ -77,7 +76,7 @@ def told(command: Callable[..., None]) -> Callable[..., None]:
         if not taken:
             command(**given)
             return
-        from ..results.result import ALSO
+        from lora_lab.results.result import ALSO
 
         flags = {parameter.name: parameter.opts[-1] for parameter in context.command.params}
         said = {flags[name]: _shown(value) for name, value in taken.items()}
@@ -126,10 +125,9 @@ def _shown(value: Any) -> str:
 
 def _options(verb: str) -> dict[str, inspect.Parameter]:
     """Name of an option without dashes → the parameter of the verb's command."""
-    function = import_module(f".{verb.replace('-', '_')}", __package__).command
     return {
         name.removeprefix("--"): parameter
-        for parameter in inspect.signature(command_of(function)).parameters.values()
+        for parameter in inspect.signature(command_of(function_of(verb))).parameters.values()
         for said in parameter.annotation.__metadata__
         for names in (
             () if said.is_eager else (said.default, *(said.param_decls or ()))
@@ -181,7 +179,7 @@ def _text(value: Any, where: str, needed: str) -> str:
 
 def _refuse_code(named: str | list[str], where: str) -> None:
     """TrustError for a task whose code would run, which only the user who types its name can allow."""
-    from ..tasks.python_file import is_python
+    from lora_lab.tasks.python_file import is_python
 
     for name in [named] if isinstance(named, str) else named:
         way = f"it runs only where you type it: --task {name}"

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import typer
 
-from ..errors import OptionError
-from ..options import check_options, option
-from ..progress import duration
-from ..registry import Later
-from ..scoring.execution import Cost, Execution
-from . import parsing
-from .terminal import messages, print_json, progress
+from lora_lab.cli import parsing
+from lora_lab.cli.terminal import messages, print_json, progress
+from lora_lab.errors import OptionError
+from lora_lab.options import check_options, option
+from lora_lab.progress import duration
+from lora_lab.registry import Later
+from lora_lab.scoring.execution import Cost, Execution
 
 if TYPE_CHECKING:
     import torch
 
-    from ..adapters.adapter import Adapter
-    from ..adapters.files.serving import Fitted
-    from ..results.result import Result
-    from ..tasks.task import Task
+    from lora_lab.adapters.adapter import Adapter
+    from lora_lab.adapters.files.serving import Fitted
+    from lora_lab.results.result import Result
+    from lora_lab.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Reading:
 
     def load(self, paths: Sequence[str]) -> list[Adapter]:
         """The adapters."""
-        from ..adapters.adapter import Adapter
+        from lora_lab.adapters.adapter import Adapter
 
         options: dict[str, Any] = {"config": self.config, "alpha": self.alpha, "adapter_name": self.adapter_name}
         return [Adapter.load(path, **options) for path in paths]
@@ -58,7 +58,7 @@ class Loading(Reading):
 
     def load(self, paths: Sequence[str]) -> list[Adapter]:
         """The adapters, renamed."""
-        from ..adapters.renames import rename_all
+        from lora_lab.adapters.renames import rename_all
 
         return rename_all(super().load(paths), parsing.renames(self.rename or []))
 
@@ -79,7 +79,7 @@ class Several(Loading):
 
     def load(self, paths: Sequence[str]) -> list[Adapter]:
         """The adapters, renamed, each with a name of its own."""
-        from ..adapters.naming import named
+        from lora_lab.adapters.naming import named
 
         return named(super().load(paths), self.label or [], parsing.methods(self.group or []))
 
@@ -104,7 +104,7 @@ class OneTask:
 
     def of(self, adapters: Sequence[Adapter]) -> Task:
         """The task."""
-        from ..tasks.choosing import task_of
+        from lora_lab.tasks.choosing import task_of
 
         return task_of(*adapters, given=self.task, trust_record=self.trust_record)
 
@@ -122,7 +122,7 @@ class TaskEach:
 
     def of(self, adapters: Sequence[Adapter]) -> list[Task]:
         """A task for each adapter."""
-        from ..tasks.choosing import tasks_of
+        from lora_lab.tasks.choosing import tasks_of
 
         return tasks_of(adapters, self.task or [], trust_record=self.trust_record)
 
@@ -137,7 +137,7 @@ class Device:
 
     def resolved(self) -> torch.device:
         """The device."""
-        from ..tasks.task import resolve_device
+        from lora_lab.tasks.task import resolve_device
 
         return resolve_device(self.device)
 
@@ -172,7 +172,7 @@ class Computing(Workers):
         """Workers, where they are asked for, and a bar while the context lasts."""
         import torch
 
-        from ..scoring.sharing.workers import open_workers
+        from lora_lab.scoring.sharing.workers import open_workers
 
         with open_workers(self.jobs, self.ray, self.device) as workers, progress(doing) as report:
             device = torch.device(workers.device) if workers else self.resolved()
@@ -297,7 +297,7 @@ class AdapterOutput(AdapterFile):
         """Where the adapter goes; OptionError without, or where no such file is in the format or for the server."""
         path = super().path()
         if self.server is not None:
-            from ..adapters.files.serving import server
+            from lora_lab.adapters.files.serving import server
 
             facts = server(self.server)
             if self.format not in (None, facts.format):
@@ -311,15 +311,15 @@ class AdapterOutput(AdapterFile):
     def check(self, read: str) -> None:
         """Refuse a path that is none for the format, by default the one that was `read`; before anything is done."""
         if self.server is None:
-            from ..adapters.files.writing import check_place
+            from lora_lab.adapters.files.writing import check_place
 
             check_place(super().path(), self.format or read)
 
     def fit(self, adapter: Adapter) -> Fitted:
         """The adapter as it is to be written, with the recipe that makes it again, and what a server changed in it."""
-        from ..adapters.files.converting import converted
-        from ..adapters.files.serving import Fitted, fitted, uniform
-        from .verbs import step
+        from lora_lab.adapters.files.converting import converted
+        from lora_lab.adapters.files.serving import Fitted, fitted, uniform
+        from lora_lab.cli.verbs import step
 
         made = replace(adapter, record={**adapter.record, "recipe": {"steps": [step()]}})
         if self.server is not None:
@@ -330,7 +330,7 @@ class AdapterOutput(AdapterFile):
 
     def _hints(self, adapter: Adapter) -> list[str]:
         """What is to be known of a lone file whose configuration other programs look for beside it."""
-        from ..adapters.formats.registry import FORMATS
+        from lora_lab.adapters.formats.registry import FORMATS
 
         if self.output is None or self.output.suffix != ".safetensors" or not FORMATS[adapter.layout.format].settings:
             return []

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..analysis.question import Question
-from ..errors import FileError, LoraLabWarning
-from .options import Computing, OneTask, Output, Reading, TaskEach
-from .terminal import messages, say_written
+from lora_lab.analysis.question import Question
+from lora_lab.cli.options import Computing, OneTask, Output, Reading, TaskEach
+from lora_lab.cli.terminal import messages, say_written
+from lora_lab.errors import FileError, LoraLabWarning
 
 if TYPE_CHECKING:
-    from ..results.result import Result
+    from lora_lab.results.result import Result
 
 
 def answer(
@@ -49,7 +49,7 @@ def answer(
 
 def save_tables(result: Result, beside: Sequence[Path], columns: Sequence[str] | None = None) -> None:
     """Write the tables that are wanted, and name them; `columns` of the one for LaTeX, if not the usual ones."""
-    from ..results import tables
+    from lora_lab.results import tables
 
     for path in beside:
         say_written(tables.save(result, path, columns=columns))
@@ -72,7 +72,7 @@ class Outputs:
 
     def beside(self, output: Output) -> list[Path]:
         """Where the tables go that are wanted; refused where other files are in the way."""
-        from ..results import tables
+        from lora_lab.results import tables
 
         paths = [self.folder / f"{self._verb}.{ending}" for ending in output.tables]
         for path in paths:
@@ -84,9 +84,9 @@ class Outputs:
 
         Another run's result is in the way unless forced; one that is damaged counts as none, which is told.
         """
-        from ..files.disk import refuse_existing
-        from ..files.ownership import foreign
-        from ..results.result import Result
+        from lora_lab.files.disk import refuse_existing
+        from lora_lab.files.ownership import foreign
+        from lora_lab.results.result import Result
 
         refuse_existing(*(path for path in (self.pdf, self.png) if path.exists()), force=True)
         if force or not os.path.lexists(self.json):
@@ -113,7 +113,7 @@ class Outputs:
                 path.unlink(missing_ok=True)
             result.save(self.json)
             return [self.json]
-        from .. import plots
+        from lora_lab import plots
 
         drawn = plots.figure([result])  # first: a result that cannot be drawn is not left behind alone
         result.save(self.json)
@@ -123,7 +123,7 @@ class Outputs:
     def _draw_missing(self, result: Result) -> None:
         if not self._drawn:
             return
-        from .. import plots
+        from lora_lab import plots
 
         missing = [path for path in (self.pdf, self.png) if not plots.shows(path, [result])]
         if missing:

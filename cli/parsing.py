@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import OptionError, unknown
+from lora_lab.errors import OptionError, unknown
 
 if TYPE_CHECKING:
-    from ..merging.search import Grid, Interval
-    from ..merging.sources import Weights
+    from lora_lab.merging.search import Grid, Interval
+    from lora_lab.merging.sources import Weights
 
 
 def numbers(text: str, flag: str) -> tuple[float, ...]:
@@ -160,7 +160,7 @@ def typed(given: Mapping[str, str], defaults: Mapping[str, object], what: str) -
 
 def method_options(given: Sequence[str], flag: str) -> dict[str, dict[str, Any]]:
     """['ties.density=0.3'] → {'ties': {'density': 0.3}}."""
-    from ..merging.methods import MERGES
+    from lora_lab.merging.methods import MERGES
 
     options: dict[str, dict[str, Any]] = {}
     for place, value in pairs(given, flag).items():
@@ -179,7 +179,7 @@ def weights(given: Sequence[str], count: int) -> Weights:
     ['1,1,0.5']: one an adapter. ['0:1,11:0', '0:0,11:1']: for each adapter, its weight at some layers. ['w.json']: an
     object of {regular expression of modules: weights, …, "default": weights}.
     """
-    from ..merging.sources import Weights
+    from lora_lab.merging.sources import Weights
 
     plain = (1.0,) * count
     if not given:
@@ -217,8 +217,8 @@ def _line(text: str) -> dict[int, float]:
 
 
 def _weights_of_file(path: Path, count: int) -> Weights:
-    from ..files.disk import read_json
-    from ..merging.sources import Weights
+    from lora_lab.files.disk import read_json
+    from lora_lab.merging.sources import Weights
 
     patterns: dict[str, tuple[float, ...]] = {}
     for pattern, listed in read_json(path).items():
@@ -239,8 +239,8 @@ def _weights_of_file(path: Path, count: int) -> Weights:
 
 def searches(given: Sequence[str], method: str, fixed: Mapping[str, Any]) -> dict[str, Grid | Interval]:
     """['density=0.1,0.2', 'coefficient=0.1..2'] → what is to be tried of each; `fixed` options are set."""
-    from ..merging.methods import MERGES
-    from ..merging.search import COEFFICIENT, Grid, Interval
+    from lora_lab.merging.methods import MERGES
+    from lora_lab.merging.search import COEFFICIENT, Grid, Interval
 
     defaults: dict[str, Any] = {COEFFICIENT: 1.0, **MERGES[method].defaults(fixed)}
     spaces: dict[str, Grid | Interval] = {}

@@ -14,11 +14,11 @@ from typing import IO, Any
 from rich.console import Console
 from rich.table import Table
 
-from ..escape import visible, visible_json, visible_stream
-from ..forecast import Forecast
-from ..progress import bar, duration
-from ..progress import size as size
-from ..shortening import told_apart
+from lora_lab.escape import visible, visible_json, visible_stream
+from lora_lab.forecast import Forecast
+from lora_lab.progress import bar, duration
+from lora_lab.progress import size as size
+from lora_lab.shortening import told_apart
 
 
 class Visible:
@@ -88,7 +88,7 @@ def say_written(paths: Iterable[Path]) -> None:
 
 def print_json(content: object) -> None:
     """Strict JSON on standard output."""
-    from ..results.result import finite
+    from lora_lab.results.result import finite
 
     print(visible_json(json.dumps(finite(content), indent=1, ensure_ascii=False, allow_nan=False)))
 

@@ -9,14 +9,54 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 
-from ..analysis.questions import in_words
-from ..options import Option, check_bounds, help_of, options_of
-from . import parsing
+from lora_lab.analysis.questions import in_words
+from lora_lab.cli import parsing
+from lora_lab.options import Option, check_bounds, help_of, options_of
+
+VERBS = {
+    "quickstart": "start",
+    "train": "training",
+    "interpolate": "lines",
+    "plane": "lines",
+    "curve": "lines",
+    "checkpoints": "lines",
+    "sharpness": "lines",
+    "stability": "parts",
+    "shapley": "parts",
+    "compare": "merging",
+    "merge": "merging",
+    "compare-merges": "merging",
+    "prune": "parts",
+    "convert": "files",
+    "fuse": "files",
+    "verify": "files",
+    "extract": "files",
+    "sweep": "parts",
+    "evaluate": "results",
+    "inspect": "files",
+    "record": "training",
+    "tasks": "training",
+    "figure": "results",
+    "report": "results",
+    "schema": "results",
+    "doctor": "start",
+    "run": "studies",
+    "reproduce": "studies",
+}
+"""Verb → the folder that its file lies in, in the order in which --help lists them."""
+
+
+def function_of(verb: str) -> Callable[..., None]:
+    """The function that a verb is made from; its file is loaded."""
+    function: Callable[..., None] = import_module(f"lora_lab.cli.{VERBS[verb]}.{verb.replace('-', '_')}").command
+    return function
+
 
 Asked = TypeVar("Asked")
 

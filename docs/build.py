@@ -17,7 +17,6 @@ import sys
 import tempfile
 import tomllib
 import types
-from importlib import import_module
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -104,13 +103,12 @@ def linked(text: str) -> str:
 
 def verbs(pages: Path, *, run: bool) -> list[str]:
     """A page a verb: what it says of itself, an example with what it printed, its options."""
-    from lora_lab.cli import _VERBS
-    from lora_lab.cli.verbs import command_of
+    from lora_lab.cli.verbs import VERBS, command_of, function_of
 
     printed = examples() if run else {}
     names = []
-    for verb in _VERBS:
-        function = import_module(f"lora_lab.cli.{verb.replace('-', '_')}").command
+    for verb in VERBS:
+        function = function_of(verb)
         told = (function.__doc__ or "").partition("Example:")[0]
         parts = [f"# {verb}", re.sub(r"\n {4}", "\n", told).strip(), "## Example"]
         (example,) = (each for each in listed() if each.get("verb") == verb)

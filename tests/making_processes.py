@@ -50,7 +50,6 @@ def _run(
     arguments: list[str], folder: Path, environment: Mapping[str, str], session: bool, fatal: tuple[str, str] | None
 ) -> None:
     from lora_lab.cli import main
-
     from lora_lab.scoring.sharing import local
 
     local._CONTEXT = multiprocessing.get_context("fork")  # this process has no threads yet

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lora_lab.cli import parsing
 from making_adapters import random_adapter as from_noise
 from making_measured import measured, places
 from peft import HiraConfig, LoraConfig
@@ -17,6 +16,7 @@ from lora_lab.analysis.lines import connectivity
 from lora_lab.analysis.lines.connectivity import BARRIERS, Interpolate
 from lora_lab.analysis.lines.points import LineModels, MixPoint
 from lora_lab.analysis.measured import scored
+from lora_lab.cli import parsing
 from lora_lab.errors import MismatchError, OptionError, TunerError
 from lora_lab.merging.paths import SPACES, Paths, Space
 from lora_lab.results.stats import Sampled

@@ -56,7 +56,7 @@ def _survived():
         "peft.tuners.tuners_utils",
         "transformers",
         "lora_lab.tasks.kinds.registry",
-        "lora_lab.cli.inspect",
+        "lora_lab.cli.files.inspect",
     ):
         importlib.import_module(name)
     return survived

@@ -11,7 +11,6 @@ import psutil
 import pytest
 import torch
 from journals import entries
-from lora_lab.cli import _VERBS as VERBS
 from making_adapters import random_adapter
 from making_checkpoints import QV, train, write_base
 from making_processes import finished, started
@@ -19,6 +18,7 @@ from peft import LoraConfig
 from safetensors import safe_open
 
 import lora_lab as ll
+from lora_lab.cli.verbs import VERBS
 from lora_lab.results.result import Result, fingerprint
 from lora_lab.tasks.kinds.digits import Digits
 

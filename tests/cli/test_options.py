@@ -4,18 +4,16 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Mapping
-from importlib import import_module
 from typing import get_args, get_origin, get_type_hints
 
 import pytest
 import typer
-from lora_lab.cli import _VERBS as VERBS
-from lora_lab.cli import verbs
-from lora_lab.cli.verbs import Grid, build, flags, shown
 
 from lora_lab.analysis import questions
 from lora_lab.analysis.merge_tables import question as merges
 from lora_lab.analysis.question import Question
+from lora_lab.cli import verbs
+from lora_lab.cli.verbs import VERBS, Grid, build, flags, shown
 from lora_lab.options import help_of, options_of
 from lora_lab.training.recipe import Recipe
 
@@ -27,7 +25,7 @@ TOLD = {"train": Recipe} | {each.kind: each for each in QUESTIONS if each is not
 
 
 def command_of(verb):
-    return verbs.command_of(import_module(f"lora_lab.cli.{verb.replace('-', '_')}").command)
+    return verbs.command_of(verbs.function_of(verb))
 
 
 def groups_of(verb):

@@ -1,10 +1,10 @@
 """Where a verb's result and figure go: found again, drawn again, or refused before any work is done."""
 
 import pytest
-from lora_lab.cli import terminal
-from lora_lab.cli.outputs import Outputs
 
 from lora_lab import plots
+from lora_lab.cli import terminal
+from lora_lab.cli.outputs import Outputs
 from lora_lab.errors import FileError, LoraLabWarning
 from lora_lab.results.result import Result
 

@@ -3,8 +3,8 @@
 import re
 
 import pytest
-from lora_lab.cli import parsing
 
+from lora_lab.cli import parsing
 from lora_lab.errors import FileError, OptionError
 from lora_lab.merging.search import Grid, Interval
 from lora_lab.merging.sources import Weights

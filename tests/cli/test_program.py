@@ -2,14 +2,13 @@
 
 import json
 import re
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 
 import pytest
-from lora_lab.cli import _VERBS as VERBS
-from lora_lab.cli.verbs import command_of
 
 from lora_lab import diagnosis
+from lora_lab.cli.verbs import VERBS, command_of, function_of
 from lora_lab.diagnosis import Check
 from lora_lab.results.reports import REPORTS
 from lora_lab.results.schema import columns_of
@@ -64,7 +63,7 @@ def test_help_explains_what_an_update_is_and_names_no_folder_of_this_machine(lor
 def test_options_that_verbs_share_tell_their_default(name):
     found = []
     for verb in VERBS:
-        function = import_module(f"lora_lab.cli.{verb.replace('-', '_')}").command
+        function = function_of(verb)
         option = command_of(function).__signature__.parameters.get(name)
         if option is not None and option.default is None:
             found.append(option.annotation.__metadata__[0].help)

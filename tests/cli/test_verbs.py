@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_lab.cli import main
 
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.cli import main
 
 pytestmark = pytest.mark.usefixtures("few_digits", "quick_figures")
 
@@ -607,7 +607,7 @@ def test_the_installed_command_leaves_nothing_to_be_collected_and_main_leaves_al
     import gc
     from importlib.metadata import entry_points
 
-    import lora_lab.cli as command
+    from lora_lab.cli import program as command
 
     (installed,) = entry_points(group="console_scripts", name="lora-lab")
     assert installed.load() is command.script

@@ -358,13 +358,13 @@ OTHER_WORDS = {
         "a kind of layer; mergekit's word for a method; matplotlib's for a scale",
         "adapters/adapter.py",
         "adapters/formats/peft/peft_format.py",
-        "cli/mergekit.py",
+        "cli/studies/mergekit.py",
         "fusing/extract.py",
         "plots/decompiling.py",
         "pruning/intruders.py",
     ),
     ("layer", "module"): ("parts of adapters, as rows name them", "geometry/intruders.py", "plots/views/places.py"),
-    ("ties", "della", "breadcrumbs", "task_arithmetic"): ("mergekit's names of methods", "cli/mergekit.py"),
+    ("ties", "della", "breadcrumbs", "task_arithmetic"): ("mergekit's names of methods", "cli/studies/mergekit.py"),
     ("exact",): ("a finding on a checkpoint", "fusing/verify.py"),
     ("lora",): ("a kind of LyCORIS' updates", "adapters/formats/lycoris.py"),
     ("all",): (
@@ -424,7 +424,7 @@ def test_nothing_outside_of_a_registry_compares_with_the_name_of_an_entry():
             homes.setdefault(name, set()).add(path)
     allowed = {(file, word) for words, (_, *files) in OTHER_WORDS.items() for word in words for file in files}
     used = set()
-    for path in [*(ROOT / "lora_lab").rglob("*.py"), *(ROOT / "cli").glob("*.py")]:
+    for path in [*(ROOT / "lora_lab").rglob("*.py"), *(ROOT / "cli").rglob("*.py")]:
         file = str(path.relative_to(ROOT)).removeprefix("lora_lab/")
         for word in compared(path):
             if word in homes and path not in homes[word]:

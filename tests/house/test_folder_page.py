@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from lora_lab.cli import _VERBS, folder_file
+from lora_lab.cli import folder_file
 
 PAGE = (Path(__file__).parents[2] / "docs/folder-file.md").read_text()
 
@@ -13,7 +13,7 @@ def test_the_pages_file_is_taken_and_its_bounds_are_those_of_the_program(tmp_pat
     (block,) = re.findall(r"```toml\n(.*?)```", PAGE, flags=re.DOTALL)
     Path("lora-lab.toml").write_text(block)
     shared = {"task": "my-task.toml", "examples": 200, "device": "cpu"}
-    assert folder_file.defaults(["shapley", "a"], _VERBS) == {"shapley": {**shared, "worth": "loss", "samples": 100}}
-    assert folder_file.defaults(["stability", "a"], _VERBS) == {"stability": shared}
-    assert folder_file.defaults(["convert", "a"], _VERBS) == {"convert": {}}
+    assert folder_file.defaults(["shapley", "a"]) == {"shapley": {**shared, "worth": "loss", "samples": 100}}
+    assert folder_file.defaults(["stability", "a"]) == {"stability": shared}
+    assert folder_file.defaults(["convert", "a"]) == {"convert": {}}
     assert all(f"`{name}`" in PAGE for name in folder_file.TYPED_ONLY)

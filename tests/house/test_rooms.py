@@ -15,6 +15,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lora_lab"
 MODULES = sorted(PACKAGE.rglob("*.py"))
+COMMANDS = sorted((ROOT / "cli").rglob("*.py"))
+FACES = [path for path in (*MODULES, *COMMANDS) if path.name == "__init__.py"]
 
 ROOMS = [  # from the ground up; a room may import from itself and from those before it
     "ground",  # single files: brief, errors, escape, hub, lazy, options, progress, registry
@@ -40,6 +42,7 @@ ROOMS = [  # from the ground up; a room may import from itself and from those be
 
 def name_of(path):
     parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = ("lora_lab", *parts) if parts[0] == "cli" else parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -96,14 +99,14 @@ def test_no_module_imports_itself_by_a_detour():
 
 
 def test_every_room_says_what_it_is_for_and_what_it_does_not_know():
-    for path in PACKAGE.rglob("__init__.py"):
+    for path in FACES:
         text = ast.get_docstring(ast.parse(path.read_text()))
         assert text, path
         if path.parent != PACKAGE and path.parent.name != "plots":
             assert "nows" in text, path
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("__init__.py")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("path", FACES, ids=lambda path: path.parent.name)
 def test_a_face_gives_away_what_it_declares(path):
     tree = ast.parse(path.read_text())
     blocks = [node for node in tree.body if isinstance(node, ast.If)]
@@ -145,24 +148,24 @@ def test_dataclasses_that_hold_tensors_print_in_one_line():
                     assert made.__repr__ is not object.__repr__, f"{path}: {node.name}"
 
 
-FACES = {path.parent.name: path for path in PACKAGE.glob("*/__init__.py")}
+OUTER = {path.parent.name: path for path in PACKAGE.glob("*/__init__.py")}
 
 
-@pytest.mark.parametrize("path", [*MODULES, *sorted((ROOT / "cli").glob("*.py"))], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*MODULES, *COMMANDS], ids=lambda path: path.stem)
 def test_what_is_taken_from_a_room_by_its_name_is_given_away_there(path):
     tree = ast.parse(path.read_text())
     rooms = {
         alias.asname or alias.name: alias.name
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and (node.module == "lora_lab" or (node.level == 2 and not node.module))
+        if isinstance(node, ast.ImportFrom) and node.module == "lora_lab"
         for alias in node.names
-        if alias.name in FACES
+        if alias.name in OUTER
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in rooms:
             room = rooms[node.value.id]
             given = __import__(f"lora_lab.{room}", fromlist=["*"]).__all__
-            below = {other.stem for other in FACES[room].parent.glob("*.py")}
+            below = {other.stem for other in OUTER[room].parent.glob("*.py")}
             assert node.attr in {*given, *below}, f"{room}.{node.attr}"
 
 
@@ -171,7 +174,7 @@ def test_nothing_imports_the_command_line_or_the_figures():
         assert "lora_lab.cli" not in path.read_text()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "cli").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
 def test_verbs_import_nothing_heavy_at_the_top(path):
     heavy = {"torch", "transformers", "peft", "datasets", "sklearn", "scipy", "matplotlib", "numpy", "ray"}
     for node in ast.parse(path.read_text()).body:
@@ -198,7 +201,7 @@ def source(tmp_path_factory):
 def wanted():
     """Every file of the package as it is installed."""
     packed = {str(path.relative_to(ROOT)) for path in MODULES}
-    packed |= {f"lora_lab/cli/{path.name}" for path in (ROOT / "cli").glob("*.py")}
+    packed |= {f"lora_lab/{path.relative_to(ROOT)}" for path in COMMANDS}
     packed |= {f"lora_lab/pages/page.{ending}" for ending in ("html", "css", "js")}
     return packed | {"lora_lab/data/digits_vit.safetensors", "lora_lab/plots/lora-lab.mplstyle", "lora_lab/py.typed"}
 

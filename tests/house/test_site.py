@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora_lab.cli import _VERBS, recipes
 
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.cli.studies import recipes
+from lora_lab.cli.verbs import VERBS
 from lora_lab.merging.methods import MERGES
 from lora_lab.registry import Registry
 from lora_lab.results.result import Result
@@ -39,7 +40,7 @@ def pages(build, tmp_path_factory):
 
 
 def test_every_verb_merge_and_kind_of_result_has_its_place(pages, build):
-    for verb in _VERBS:
+    for verb in VERBS:
         text = (pages / f"verb-{verb}.md").read_text()
         assert text.startswith(f"# {verb}\n")
         assert f"lora-lab {verb}" in text
@@ -79,7 +80,7 @@ def test_every_registry_is_a_table_of_all_its_names_with_what_each_is(pages, bui
 
 
 def test_every_verb_has_an_example_of_its_own_that_is_run(build):
-    assert {each["verb"] for each in build.listed() if "verb" in each} == set(_VERBS)
+    assert {each["verb"] for each in build.listed() if "verb" in each} == set(VERBS)
     for each in build.listed():
         assert build.lines(each)
         assert all(line.startswith(f"lora-lab {each.get('verb', '')}") for line in build.lines(each))

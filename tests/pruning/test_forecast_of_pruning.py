@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from lora_lab.cli.terminal import foretell
 from making_adapters import lora, write
 
 from lora_lab.adapters.adapter import Adapter
+from lora_lab.cli.terminal import foretell
 from lora_lab.forecast import Forecast
 from lora_lab.pruning import prune_rank, prune_weights
 from lora_lab.pruning.forecast import forecast

@@ -183,7 +183,7 @@ def test_force_trains_again(folder, trained):
 
 
 def test_quickstart_called_again_trains_only_what_is_missing_and_draws(lora_lab, monkeypatch, tmp_path):
-    importlib.import_module("lora_lab.cli.interpolate")  # or it would keep the stand-in
+    importlib.import_module("lora_lab.cli.lines.interpolate")  # or it would keep the stand-in
     monkeypatch.setattr(Digits, "steps", 4)
     monkeypatch.setattr(
         questions, "Interpolate", functools.partial(questions.Interpolate, points=3, spaces=("factors",))
