@@ -69,11 +69,14 @@ def _read(
     where: Mapping[str, Any],
     tables: Sequence[str] = (),
 ) -> Found:
-    """A cell of the rows that `where` chooses, with what lies behind it in these tables; rows of a base are none."""
+    """A cell of the rows that `where` chooses, with what lies behind it in these tables; rows of a base are none.
+
+    Nothing of rows without such a cell: an encoder, say, has no loss on texts beside its task.
+    """
     return {
         _seeds(answer.result, row): _value(row, name, answer.behind(tables, i))
         for i, row in enumerate(rows)
-        if all(row[key] == value for key, value in where.items()) and row.get("seed", 0) is not None
+        if name in row and all(row[key] == value for key, value in where.items()) and row.get("seed", 0) is not None
     }
 
 

@@ -109,6 +109,12 @@ def test_claims_about_scores_barriers_and_keep_sets_are_paired(ask):
                 assert student(100) * column.std(ddof=1) / 10 == pytest.approx(each.half, rel=0.1)
 
 
+def test_a_number_that_an_answer_does_not_have_is_none(ask):
+    """As of an encoder, which has no loss on texts beside its task."""
+    for name in ("forgetting", "drift"):
+        assert STATISTICS[name].of(ask("evaluate"), {}) == {}
+
+
 def without_each(statistic, columns):
     """Jackknife: statistic of columns [rows, n] without each example → its variance."""
     n = columns.shape[1]

