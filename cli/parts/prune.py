@@ -29,7 +29,7 @@ class Pruning:
     )
     method: str | None = option(
         None,
-        "NAMES: which entries go, with --sparsity.",
+        "Which entries go, with --sparsity, of A and B or (delta-…) of ΔW: NAMES.",
         names=Later("lora_lab.pruning.entries", "CRITERIA"),
         title="criterion",
     )

@@ -132,7 +132,7 @@ class Shapley(Question):
         "NAMES, or shapiq:NAME; by default exact where that is cheaper, else joint (antithetic without gates).",
         names=Later("lora_lab.games.estimators", "ESTIMATORS"),
     )
-    samples: int = option(200, "Marginal contributions a player; for permutations, orders.", least=1)
+    samples: int = option(200, "How often each player is seen joining a coalition; for permutations, orders.", least=1)
     until_se: float | None = option(
         None,
         "Stop once every standard error is this small (in units of the worth); by default only the samples count.",
@@ -191,7 +191,7 @@ class Stability(Question):
     samples: int = option(50, "Keep-sets of each size, where there are more.", least=2)
     grid: tuple[float, ...] = option(
         (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
-        "Probabilities of the p-curve, with commas.",
+        "Chances of each player to be on, at which the mean metric is estimated, with commas.",
         flag="p",
         least=0,
         most=1,
@@ -254,7 +254,7 @@ class Sweep(Question):
     )
     criteria: tuple[str, ...] = option(
         ("magnitude", "random"),
-        "NAMES, with commas.",
+        "Which entries are set to 0, of A and B or (delta-…) of ΔW: NAMES, with commas.",
         choices=Later("lora_lab.pruning.entries", "CRITERIA"),
         title="criterion",
     )

@@ -46,7 +46,10 @@ class Reproduce:
     kind: ClassVar[str] = "reproduce"
 
     claims: tuple[str, ...] = option((), "Names of claims; by default all that the testbed is for.", flag="")
-    testbed: str = option("digits", "The tasks that they are put to.")
+    testbed: str = option(
+        "digits",
+        "The base and its tasks that they are put to: digits, text, fashion, fashion-clip, or one of the file's.",
+    )
     seeds: int = option(5, "Trainings of each kind, seeds 0, 1, …; the intervals are over them.", least=2)
     file: Path | None = option(
         None, "TOML file with claims and testbeds; by default those that come along.", flag="claims"

@@ -2,12 +2,13 @@
 
 import json
 import re
+import shlex
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
-from lora_lab import diagnosis
+from lora_lab import cli, diagnosis
 from lora_lab.cli.verbs import VERBS, command_of, function_of
 from lora_lab.diagnosis import Check
 from lora_lab.results.reports import REPORTS
@@ -46,6 +47,15 @@ def test_help_says_what_comes_out_then_shows_an_example(lora_lab, verb):
     text, _, example = about.partition("Example:")
     assert len(text.split()) > 8
     assert example.split()[:2] == ["lora-lab", verb]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_examples_of_a_help_are_commands_that_the_program_takes(verb):
+    told = function_of(verb).__doc__
+    examples = re.findall(r"Example:\s+(lora-lab .*?)(?:\n\n|\Z)", told, flags=re.DOTALL)
+    assert examples
+    for example in examples:
+        cli.check(shlex.split(example.partition(" > ")[0])[1:])  # OptionError names what is wrong
 
 
 @pytest.mark.parametrize("verb", VERBS)

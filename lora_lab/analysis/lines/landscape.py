@@ -102,7 +102,7 @@ class Curve(Question):
 
     shapes: tuple[str, ...] = option(
         ("bezier", "polychain"),
-        "NAMES, with commas.",
+        "The curves that are trained: NAMES, with commas.",
         choices=Later("lora_lab.analysis.lines.control_points", "CURVES"),
         title="curve",
     )
@@ -163,7 +163,7 @@ class Checkpoints(Question):
 
     spaces: tuple[str, ...] = option(
         ("delta", "factors", "matched"),
-        "In which the midpoint of every two runs is taken: NAMES, with commas.",
+        "What is averaged for the midpoint of two runs, see lora-lab interpolate --help: NAMES, with commas.",
         choices=Later("lora_lab.merging.paths", "SPACES"),
         title="space",
     )
