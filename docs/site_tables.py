@@ -243,7 +243,7 @@ def made_in(entry: Any) -> str:
     """The function or class behind an entry; of a private one the module alone."""
     maker = _maker(entry)
     maker = maker if maker.__module__.startswith("lora_lab") else type(entry)
-    name = maker.__qualname__.partition(".<locals>")[0]
+    name = re.split(r"\.<", maker.__qualname__)[0]
     place = [maker.__module__.removeprefix("lora_lab.")]
     return ".".join(place if name.startswith(("_", "<lambda>")) else [*place, name])
 
