@@ -114,15 +114,30 @@ def table(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]],
 
 
 _WIDE = 10_000
+_SENTENCE = 30
+"""Characters of a text with spaces that a table may set in several lines, though it breaks no other."""
+
+
+def _whole(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> set[int]:
+    """Columns that a table need not break for its others to have room: all but sentences, or all without spaces."""
+    columns = list(zip(headings, *rows, strict=True))
+    words = [max(len(word) for cell in column for word in cell.split() or [""]) for column in columns]
+    wide = [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]
+    for most in (_SENTENCE, 0):
+        whole = {i for i, column in enumerate(columns) if not any(" " in c and len(c) > most for c in column[1:])}
+        if sum(wide[i] if i in whole else words[i] for i in range(len(columns))) + 2 * len(columns) <= console.width:
+            return whole
+    return set()
 
 
 def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]], texts: int) -> Table:
     shown = Table(
         title=visible(title), title_justify="left", box=None, pad_edge=False, padding=(0, 1), header_style="bold"
     )
-    for i, heading in enumerate(headings):
-        heading = "\n".join(map(visible, heading.split("\n")))
-        shown.add_column(heading, justify="left" if i < texts else "right", overflow="fold")
+    heads = ["\n".join(map(visible, heading.split("\n"))) for heading in headings]
+    whole = _whole(heads, rows)
+    for i, heading in enumerate(heads):
+        shown.add_column(heading, justify="left" if i < texts else "right", overflow="fold", no_wrap=i in whole)
     for row in rows:
         shown.add_row(*row)
     return shown

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import PurePosixPath
 
 MOST = 28
 """Characters of a name, by default."""
@@ -25,6 +26,12 @@ def told_apart(names: Sequence[str], most: int = MOST) -> list[str]:
         if not longer or len(set(cut)) == different:
             return cut
         most += 4
+
+
+def last_parts(tasks: Iterable[str]) -> dict[str, str]:
+    """Tasks by their last part, without the folder and the end of a file, where that tells them apart."""
+    last = {task: PurePosixPath(task).name.removesuffix(".toml") for task in tasks}
+    return last if len(set(last.values())) == len(last) else {task: task for task in last}
 
 
 def _common(names: Sequence[str]) -> tuple[int, int]:

@@ -317,7 +317,9 @@ def compared(names=("a", "b", "c"), layers=4, merges=("average", "ties")):
             angles = {f"{side}_mean": 1.57 - cosine * k / (layers + 1) for side in ("left", "right")}
             overlaps = {"left_overlap": cosine / 2, "right_overlap": cosine / 4}
             none = j == len(names) - 1 > 1
-            rows.append({**who, "group": group, "cosine": None if none else cosine, **angles, **overlaps})
+            chance = {"left_over_chance": 8 * cosine, "right_over_chance": 2 * cosine}
+            apart = {"distance": 1 + j - i, "A_shared": (i + j) % 2 == 0, **chance}
+            rows.append({**who, "group": group, "cosine": None if none else cosine, **angles, **overlaps, **apart})
     for i, name in enumerate(names):
         values = [(i + 1) / (1 + k) if i < len(names) - 1 else 0.0 for k in range(16)]
         parts.append({"adapter": name, "level": "total", "group": "", "spectrum": values})

@@ -76,11 +76,14 @@ def command(
     script.check(beside.notebook)
     loaded = [Result.load(path) for path in results]
     more = [path for path in (beside.caption, beside.notebook) if path is not None]
-    figure, said = _drawn(loaded, drawing, captioned=beside.caption is None)
+    figure, said, fitting = _drawn(loaded, drawing, captioned=beside.caption is None)
     refuse_existing(*drawing.output, *more, force=drawing.force)
     plots.save(figure, *drawing.output, force=drawing.force)
-    if (high := figure.get_figheight()) > PAGE:
-        messages.print(f"The figure is {high:.1f} inches high, and a page {PAGE:g}; fewer results or panels fit one")
+    if (high := figure.get_figheight()) > PAGE + 0.05:
+        fits = f"the first {fitting} of its panels fit one" if fitting else "fewer results fit one"
+        if drawing.width == "single":
+            fits += ", and more on --width double"
+        messages.print(f"The figure is {high:.1f} inches high, and a page {PAGE:g}: {fits}")
     if beside.caption is not None:
         captions.save(beside.caption, said, force=drawing.force)
     if beside.notebook is not None:
@@ -89,8 +92,8 @@ def command(
     say_written([*drawing.output, *more])
 
 
-def _drawn(loaded: list[Result], drawing: Drawing, *, captioned: bool) -> tuple[Any, list[tuple[str, str]]]:
-    """The figure, and what a caption says of each panel."""
+def _drawn(loaded: list[Result], drawing: Drawing, *, captioned: bool) -> tuple[Any, list[tuple[str, str]], int]:
+    """The figure, what a caption says of each panel, and how many of several panels fit a page."""
     from lora_lab.plots.composing import Part, compose
     from lora_lab.plots.registry import figure_and_caption
 
@@ -101,7 +104,7 @@ def _drawn(loaded: list[Result], drawing: Drawing, *, captioned: bool) -> tuple[
         kind = kinds[0] if kinds else None
         how: dict[str, Any] = {"metric": drawing.metric, "width": drawing.width, "captioned": captioned}
         figure, said = figure_and_caption(loaded, kind=kind, **how)
-        return figure, [said]
+        return figure, [said], 0
     if len(kinds) not in (0, 1, len(loaded)):
         raise OptionError(
             f"--kind is given {len(kinds)} times for {len(loaded)} panels; once for each, or once for all"
@@ -109,4 +112,4 @@ def _drawn(loaded: list[Result], drawing: Drawing, *, captioned: bool) -> tuple[
     views = kinds * len(loaded) if len(kinds) == 1 else kinds or [None] * len(loaded)
     parts = [Part([result], view, drawing.metric) for result, view in zip(loaded, views, strict=True)]
     composed = compose(parts, width=drawing.width, columns=drawing.columns)
-    return composed.figure, composed.captions
+    return composed.figure, composed.captions, composed.fitting

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -115,31 +116,43 @@ def show_plan(plan: Any) -> None:
     table(f"Claims on {plan.bed.name}", ("claim", "says", "number", "counts from", "published"), rows, texts=3)
 
 
-def _shown(value: object) -> str:
-    """A number as it was published, or what it is of."""
-    return f"{value:g}" if isinstance(value, float | int) else str(value or "")
+def _published(row: Mapping[str, Any]) -> str:
+    """The first of the numbers that were published for a claim, and their difference."""
+    numbers = " → ".join(
+        f"{row[name]:g}" for name in ("published_control", "published_treated") if row[name] is not None
+    )
+    difference = "" if row["published_difference"] is None else f"{row['published_difference']:+.4g}"
+    said = "; ".join(filter(None, (numbers, difference)))
+    unit = f" ({row['published_unit']})" if row["published_unit"] else ""
+    return (f"{row['published_of']}: " if row["published_of"] else "") + said + unit if said else ""
 
 
 def show(result: Any, *, published: bool = False) -> None:
     """A row for every claim, then how many there are of each verdict."""
-    said = result.parameters
+    from lora_lab.shortening import last_parts
+
+    said, found = result.parameters, result.rows()
+    tasks = last_parts(task for row in found for task in row["task"].split(", "))
+    shown = [[tasks[task] for task in row["task"].split(", ")] for row in found]
     rows = [
         (
             row["claim"],
-            row["task"],
-            *(_shown(row[name]) for name in PUBLISHED if published),
+            names[0] if len(names) == 1 else f"{len(names)} tasks",
+            *([_published(row)] if published else []),
             number(row["of_treated"]),
             number(row["of_control"]),
             estimate(row["difference"], row["difference_low"], row["difference_high"]),
             row["verdict"],
         )
-        for row in result.rows()
+        for row, names in zip(found, shown, strict=True)
     ]
-    theirs = [name.replace("_", " ") for name in PUBLISHED if published]
-    headings = ("claim", "task", *theirs, "treated", "control", "difference", "verdict")
-    table(f"Claims on {said['testbed']}, {said['seeds']} seeds", headings, rows, texts=2)
+    headings = ("claim", "task", *(["published"] if published else []), "treated", "control", "difference", "verdict")
+    table(f"Claims on {said['testbed']}, {said['seeds']} seeds", headings, rows, texts=3 if published else 2)
     console.print()
-    for row in result.rows():
+    for names in dict.fromkeys(map(tuple, shown)):
+        if len(names) > 1:
+            console.print(f"{len(names)} tasks: {', '.join(names)}")
+    for row in found:
         if row["why"]:
             messages.print(f"{row['claim']} on {row['task']}: {row['why']}")
     console.print(", ".join(f"{count} {verdict}" for verdict, count in result.summary["verdicts"].items()))

@@ -278,7 +278,7 @@ def placed(
     """The map of the adapters and of the base, where all of them began: by classical scaling, and by t-SNE if asked."""
     import numpy as np
 
-    from lora_lab.geometry.placing import classical, groups_of, neighbours
+    from lora_lab.geometry.placing import classical, groups_of, neighbours, perplexity
 
     gram = np.diag([sum(one.norm**2 for one in alone.values()) for alone in found.alone])
     for (i, j), row in totals.items():
@@ -292,6 +292,7 @@ def placed(
             for label, (x, y), (u, v), start in zip([*labels, None], plane.points.tolist(), near, starts, strict=True)
         ],
         "map_held": plane.held,
+        "map_perplexity": perplexity(len(labels)) if tsne else None,
     }
 
 

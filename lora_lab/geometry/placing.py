@@ -59,6 +59,11 @@ def require_enough(count: int) -> None:
         importlib.import_module("sklearn")
 
 
+def perplexity(count: int) -> float:
+    """About so many neighbours of each of `count` adapters weigh in t-SNE."""
+    return min(30.0, count / 3)
+
+
 def neighbours(gram: Floats, start: Plane, seed: int = 0) -> Floats:
     """[n + 1, 2] by t-SNE of the same distances (van der Maaten & Hinton 2008), begun at the points of `start`.
 
@@ -75,9 +80,7 @@ def neighbours(gram: Floats, start: Plane, seed: int = 0) -> Floats:
     np.fill_diagonal(distances, 0.0)
     distances /= distances.max() or 1.0
     spread = start.points.std(0).max() or 1.0
-    model = TSNE(
-        perplexity=min(30.0, n / 3), metric="precomputed", init=1e-4 * start.points / spread, random_state=seed
-    )
+    model = TSNE(perplexity=perplexity(n), metric="precomputed", init=1e-4 * start.points / spread, random_state=seed)
     found: Floats = model.fit_transform(distances).astype(np.float64)
     return found
 

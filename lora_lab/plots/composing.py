@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from matplotlib.figure import Figure
 
 from lora_lab.errors import OptionError, unknown
 from lora_lab.plots import registry
 from lora_lab.plots import style as plot_style
-from lora_lab.plots.panels import Panels
+from lora_lab.plots.panels import PAGE, Panels
 from lora_lab.plots.style import WIDTHS
 from lora_lab.results.result import Result
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _LETTER = 0.16  # inches above a panel for its letter
+_LOWEST = 0.77  # of its own height that a panel may have on a full page: all of its parts are still readable
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,15 @@ class Composed:
 
     figure: Figure
     captions: list[tuple[str, str]]
+    fitting: int
+    """So many of its panels, from the first on, fit on a page; all of them where it is no higher."""
 
 
 def compose(parts: Sequence[Part], *, width: str = "double", columns: int | None = None) -> Composed:
     """The parts as lettered panels in `columns`, by default two on the width of two columns of a page, and one on one.
 
-    Each is as high as a figure of its own. Nothing stands below the panels: it is in `captions`. OptionError where a
-    part cannot be drawn, or for more of them than there are letters.
+    Each is as high as a figure of its own, or somewhat lower where all of them fit a page so. Nothing stands below the
+    panels: it is in `captions`. OptionError where a part cannot be drawn, or for more of them than there are letters.
     """
     if not 0 < len(parts) <= len(_LETTERS):
         raise OptionError(f"{len(parts)} panels; a figure has from 1 to {len(_LETTERS)}")
@@ -52,6 +56,10 @@ def compose(parts: Sequence[Part], *, width: str = "double", columns: int | None
     chosen = [registry.view_of(part.results, part.view) for part in parts]
     heights = [_height(part, view, inner) + _LETTER for part, (_, view) in zip(parts, chosen, strict=True)]
     lines = [max(heights[i : i + columns]) for i in range(0, len(parts), columns)]
+    fitting = min(len(parts), columns * sum(high <= PAGE / _LOWEST for high in accumulate(lines)))
+    if fitting == len(parts):
+        scale = min(1.0, PAGE / sum(lines))
+        heights, lines = [scale * height for height in heights], [scale * line for line in lines]
     with plot_style.styled():
         figure = Figure(figsize=(WIDTHS[width], sum(lines)), layout="constrained")
         places = figure.subfigures(len(lines), columns, squeeze=False, height_ratios=lines).ravel()
@@ -70,7 +78,7 @@ def compose(parts: Sequence[Part], *, width: str = "double", columns: int | None
         ]
         figure.set_gid(registry.marked([identity, width, columns]))
         registry.lay_out(figure)
-    return Composed(figure, captions)
+    return Composed(figure, captions, fitting)
 
 
 def _height(part: Part, view: registry.View, width: str) -> float:

@@ -152,17 +152,31 @@ def _frame(ax: Any) -> Iterator[str]:
     for name, axis in (("x", ax.xaxis), ("y", ax.yaxis)):
         if axis.get_label_text():
             yield f"ax.set_{name}label({axis.get_label_text()!r}, fontsize={axis.label.get_fontsize():g})"
+            yield from _label_place(name, axis, ax)
         scale = axis.get_scale()
         if scale != "linear":
             yield f"ax.set_{name}scale({scale!r})"
         low, high = (literal(float(end)) for end in axis.get_view_interval())
         yield f"ax.set_{name}lim({low}, {high})"
         yield _ticks(name, axis)
+        own = {key: value for key, value in axis.get_tick_params().items() if key in ("length", "pad")}
+        if own:
+            yield f"ax.tick_params(axis={name!r}, {', '.join(f'{key}={value:g}' for key, value in own.items())})"
         if scale != "linear":
             yield f"ax.{name}axis.minorticks_off()"
-    gridded = any(line.get_visible() for line in ax.get_xgridlines() + ax.get_ygridlines())
-    if not gridded:
-        yield "ax.grid(visible=False)"
+        if not any(line.get_visible() for line in axis.get_gridlines()):
+            yield f"ax.grid(visible=False, axis={name!r})"
+
+
+def _label_place(name: str, axis: Any, ax: Any) -> Iterator[str]:
+    """Where the label of an axis stands that lies elsewhere than matplotlib puts it."""
+    if axis._autolabelpos:
+        return
+    text = axis.label
+    at = text.get_transform() + ax.transAxes.inverted()
+    x, y = at.transform(text.get_position())
+    yield f"ax.{name}axis.set_label_coords({x:.5f}, {y:.5f})"
+    yield f"ax.{name}axis.label.set(ha={text.get_ha()!r}, va={text.get_va()!r})"
 
 
 def _ticks(name: str, axis: Any) -> str:

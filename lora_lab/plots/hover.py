@@ -122,7 +122,7 @@ def _text(ax: Axes, name: str, place: str, value: str) -> str:
 def _value(axis: Any, value: float, ends: tuple[float, float] | None) -> str:
     """The name at a place of an axis, or its label and the number with its interval."""
     if is_named(axis):
-        return str(axis.get_major_formatter()(value)).strip()
+        return " ".join(str(axis.get_major_formatter()(value)).split())
     label = " ".join(axis.get_label_text().split())
     number = f"{value:.4g}" + (f" [{ends[0]:.4g}, {ends[1]:.4g}]" if ends else "")
     return f"{label} = {number}" if label else number

@@ -160,7 +160,9 @@ def fit_names(axis: Any) -> None:
     if not isinstance(locator, _Names):
         return
     kind, names = axis.axis_name, locator.names
-    size, room = tick_size(axis), extent(axis) / max(1, len(names))
+    # beside an axis, a line of text has 1 of its units
+    units = max(1, len(names)) if kind == "x" else abs(np.ptp(axis.get_view_interval()))
+    size, room = tick_size(axis), extent(axis) / units
     widest = max((inches(name, size) for name in names), default=0.0)
     numbers = all(re.fullmatch(r"[\d.:e+-]+", name) for name in names)
     slanted = kind == "x" and not numbers and widest + size / 72 > room

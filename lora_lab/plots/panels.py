@@ -110,6 +110,24 @@ class Panels:
                 axes.append(figure.add_subplot(inner[column], sharey=first))
         return axes
 
+    def packed(self, columns: Sequence[Sequence[tuple[float, float]]], rest: float) -> list[Axes]:
+        """Panels below one another in columns, each of (its own height, that of what stands below it) in inches.
+
+        A figure of its own is as high as the highest column and the `rest`; lower columns end above its lower end.
+        """
+        count = sum(map(len, columns))
+        if self._given is not None and len(self._given) == count:
+            return self._given
+        heights = [sum(map(sum, column)) for column in columns]
+        spec = self._spec(1, len(columns), max(heights) + rest, panels=count)
+        axes: list[Axes] = []
+        for place, column, height in zip(spec, columns, heights, strict=True):
+            empty = max(heights) - height
+            ratios = [own for own, _ in column] + [empty] * (empty > 0)
+            inner = place.subgridspec(len(ratios), 1, height_ratios=ratios)
+            axes += [spec.figure.add_subplot(inner[i]) for i in range(len(column))]
+        return axes
+
     def _spec(self, lines: int, columns: int, height: float, panels: int | None = None, **ratios: Any) -> Any:
         if self._given is None:
             figure = self._host or plot_style.new(self.width, height)

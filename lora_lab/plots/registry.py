@@ -285,6 +285,9 @@ PLOTS = Registry(
         "compare:matrix": View(plot_compare.draw_matrix, "compare", "cosines of ΔW between all adapters", ()),
         "compare:overlap": View(plot_compare.draw_overlaps, "compare", "overlap of subspaces of all adapters", ()),
         "compare:angles": View(plot_compare.draw_angles, "compare", "angles between subspaces of all adapters", ()),
+        "compare:groups": View(
+            plot_compare.draw_groups, "compare", "cosines, overlaps and distances of groups of pairs", ()
+        ),
         "compare:map": View(plot_places.draw_map, "compare", "adapters as points, and the base where they began", ()),
         "compare:base": View(plot_places.draw_inside, "compare", "intruders, and ΔW in the base, by layer", ()),
         "compare:forecast": View(plot_places.draw_forecast, "compare", "how well pairs tell what merges lose", ()),

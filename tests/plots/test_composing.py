@@ -15,6 +15,7 @@ from lora_lab.errors import OptionError
 from lora_lab.plots import style as plot_style
 from lora_lab.plots.captions import caption
 from lora_lab.plots.composing import Part, compose
+from lora_lab.plots.panels import PAGE
 from lora_lab.plots.registry import figure_and_caption
 
 
@@ -42,6 +43,24 @@ def test_panels_of_real_sizes_keep_their_texts_apart(width):
     views = ("shapley:bars", "stability", "layerwise")
     made = compose([Part(of_real_size(view, 9, 80), view) for view in views], width=width)
     assert not faults(made.figure)
+
+
+def test_panels_that_are_a_little_too_high_for_a_page_are_made_lower():
+    views = ("interpolate", "shapley:bars", "stability", "sweep:rank", "compare:groups")
+    made = compose([Part(of_real_size(view, 9, 80), view) for view in views])
+    assert made.figure.get_figheight() == pytest.approx(PAGE)
+    assert made.fitting == 5
+    assert not faults(made.figure)
+
+
+def test_panels_far_too_high_for_a_page_stay_readable_and_it_is_known_how_many_fit():
+    high = Part([merges(names=[f"merge {i}" for i in range(10)])], "compare-merges:bars")
+    alone = compose([high], width="single").figure.get_figheight()
+    assert PAGE / 3 < alone < PAGE / 2.5
+    made = compose([high] * 4, width="single")
+    assert made.figure.get_figheight() == pytest.approx(4 * alone)
+    assert made.fitting == 3
+    assert compose([high] * 7).fitting == 6  # three lines of two
 
 
 def test_panels_show_what_the_views_show_alone():
@@ -132,6 +151,10 @@ def test_the_command_writes_panels_with_caption_and_script(lora_lab, tmp_path):
         code, _, err = lora_lab("figure", *given, "--panel", *wrong, "-o", "y.pdf")
         assert (code, err.count("\n")) == (1, 1)
         assert told in err
+    code, _, err = lora_lab("figure", *[given[1]] * 5, "--panel", "--width", "single", "-o", "z.pdf")
+    assert code == 0
+    told = r"The figure is \d+\.\d inches high, and a page 9: the first \d of its panels fit one, and more on --width"
+    assert re.match(told, err)
     code, _, err = lora_lab("figure", given[0], "--columns", 2, "-o", "y.pdf")
     assert code == 1
     assert "with --panel" in err

@@ -247,6 +247,46 @@ def test_adapters_are_joined_to_the_base_that_they_began_from():
     assert plots.draw(few, "compare:map").get_title() == "principal components"
 
 
+def of_two_methods(count=8):
+    names = [f"s{i}" for i in range(count)]
+    result = compared(names, layers=0)
+    result.summary["adapters"] = [{"adapter": name, "method": ("lora", "coto")[i % 2]} for i, name in enumerate(names)]
+    return result
+
+
+def test_many_adapters_of_known_methods_look_alike_by_method_and_the_caption_says_what_the_map_keeps():
+    result = of_two_methods()
+    result.summary["map_perplexity"] = 8 / 3
+    figure = plots.figure(result, kind="compare:map")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["LoRA", "CoTo"]
+    caption = " ".join(figure.get_supxlabel().split())
+    assert "show 75% of the squared distances" in caption
+    assert "t-SNE of perplexity 2.67: who is near whom" in caption
+
+
+def test_groups_of_pairs_are_means_with_their_spread_and_say_what_chance_is():
+    result = of_two_methods()
+    rows = result.rows(level="total")  # pairs that are an even number apart share their initial A, and their method
+    figure = plots.figure(result, kind="compare:groups")
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["LoRA – CoTo, different initial A", "LoRA, same initial A", "CoTo, same initial A"]
+    left, right = figure.axes
+    of_lora = [row for row in rows if row["indices"][0] % 2 == row["indices"][1] % 2 == 0]
+    for ax, place, key in ((left, 3, "cosine"), (left, 4, "left_overlap"), (right, 1, "distance")):
+        assert ax.patches[place].get_width() == pytest.approx(np.mean([row[key] for row in of_lora]))
+    spread = np.std([row["distance"] for row in of_lora], ddof=1)
+    (ends,) = [line.get_segments()[0] for line in right.collections[1:2]]
+    assert np.ptp(ends[:, 0]) == pytest.approx(2 * spread)
+    caption = " ".join(figure.get_supxlabel().split())
+    assert "over 16, 6, 6 pairs; overlap of random column spaces 0.062, of row spaces 0.12" in caption
+
+
+def test_pairs_of_unknown_methods_are_told_apart_by_where_they_began():
+    figure = plots.figure(compared([f"s{i}" for i in range(9)]), kind="compare:groups")
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["pairs, different initial A", "pairs, same initial A"]
+
+
 def test_what_lies_in_a_base_is_drawn_by_layer_and_what_merges_lose_with_intervals():
     pair = compared(("a", "b"), layers=3)
     counts, shares = plots.draw(pair, "compare:base")

@@ -29,12 +29,10 @@ def test_every_published_result_fits_its_schema_and_says_no_more(path):
 def test_all_kinds_of_the_paper_are_among_the_published():
     assert {Result.load(path).kind for path in PUBLISHED} == set(KINDS) - {
         "checkpoints",
-        "compare",
         "curve",
         "evaluate",
         "layerwise",
         "plane",
-        "sharpness",
     }
 
 

@@ -103,6 +103,66 @@ def draw_layers(results: Sequence[Result], panels: Panels) -> list[Axes]:
     return axes
 
 
+_LIKENESS = {"cosine": "cosine of ΔW", "left_overlap": "overlap, columns", "right_overlap": "overlap, rows"}
+"""Columns of a pair that are 1 of two equal ones → what they are called."""
+_APART = {"distance": "‖ΔW₁ − ΔW₂‖"}
+
+
+def draw_groups(results: Sequence[Result], panels: Panels) -> list[Axes]:
+    """Cosines, overlaps of subspaces and distances of pairs, as means with their spread over the pairs of a group.
+
+    Groups are pairs of the same two methods, apart where they share their initial A.
+    """
+    groups = _pair_groups(results)
+    height = 1.0 + 0.13 * len(groups) * len(_LIKENESS)
+    ratios = [len(_LIKENESS), len(_APART)] if panels.single else None
+    axes = panels.grid(2, 1 if panels.single else 2, 1.4 * height if panels.single else height, ratios)
+    for ax, (names, label) in zip(axes, ((_LIKENESS, "mean"), (_APART, "mean distance")), strict=True):
+        bands = {name: _bands(rows, list(names)) for name, rows in groups.items()}
+        primitives.named_bars(ax, bands, list(names.values()), label, horizontal=True)
+        ax.axvline(0, color="#555555", linewidth=0.6, zorder=1)
+    panels.legend(axes[0], columns=1 if panels.single else 2)
+    counts = ", ".join(str(len(rows)) for rows in groups.values())
+    chance = [_chance([row for rows in groups.values() for row in rows], side) for side in ("left", "right")]
+    said = f"bars: ±1 s.d. over {counts} pairs; overlap of random column spaces {chance[0]}, of row spaces {chance[1]}"
+    panels.caption(axes[0], said)
+    return axes
+
+
+def _pair_groups(results: Sequence[Result]) -> dict[str, list[Row]]:
+    """Pairs by their two methods, as far as there are colours, and by whether they share their initial A."""
+    pairs: list[tuple[str, Row]] = []
+    for result in results:
+        adapters = [(each["adapter"], each.get("method")) for each in result.summary["adapters"]]
+        methods = [None if method == name else method for name, method in adapters]  # which is not recorded
+        for row in result.rows(level="total"):
+            both = sorted({methods[i] for i in row["indices"]}, key=methods.index)
+            name = "pairs" if None in both else " – ".join(plot_style.method_name(method) for method in both)
+            pairs.append((name, row))
+    if not pairs:
+        raise OptionError("one adapter has no pairs")
+    many = 2 * len({name for name, _ in pairs}) > plot_style.FEW
+    groups: dict[str, list[Row]] = {}
+    for name, pair in pairs:
+        start = "same initial A" if pair["A_shared"] else "different initial A"
+        groups.setdefault(f"{'pairs' if many else name}, {start}", []).append(pair)
+    return groups
+
+
+def _bands(rows: Sequence[Row], keys: Sequence[str]) -> primitives.Band:
+    """Mean and spread of each column over the rows that have it."""
+    value, low, high = zip(
+        *(primitives.band([[row for row in rows if row[key] is not None]], key) for key in keys), strict=True
+    )
+    return np.concatenate(value), np.concatenate(low), np.concatenate(high)
+
+
+def _chance(rows: Sequence[Row], side: str) -> str:
+    """The overlap that random subspaces of the same sizes have, on average over pairs."""
+    each = [row[f"{side}_overlap"] / row[f"{side}_over_chance"] for row in rows if row[f"{side}_over_chance"]]
+    return f"{np.mean(each):.2g}" if each else "–"
+
+
 def _pair_names(pairs: Sequence[tuple[str, str]]) -> list[str]:
     """What a legend calls the pairs; nothing of more than have a colour of their own."""
     if len(pairs) > plot_style.FEW:

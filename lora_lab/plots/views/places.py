@@ -22,10 +22,10 @@ _WAYS = (("x", "y", "principal components"), ("tsne_x", "tsne_y", "t-SNE"))
 def draw_map(results: Sequence[Result], panels: Panels) -> list[Axes]:
     """Every adapter as a point that a line joins to the base, where it began: by distances of ΔW, or by t-SNE.
 
-    Few adapters are named; of many, those that share their initial A look alike.
+    Few adapters are named; of many, those of one method look alike, or else those that share their initial A.
     """
     shown = [
-        (result.summary["map"], x, y, title)
+        (_with_methods(result), x, y, title)
         for result in results
         for x, y, title in _WAYS
         if all(row[x] is not None for row in result.summary["map"])
@@ -46,16 +46,29 @@ def draw_map(results: Sequence[Result], panels: Panels) -> list[Axes]:
         panels.title(ax, title)
     panels.legend(*axes, more=more)
     held = ", ".join(f"{result.summary['map_held']:.0%}" for result in results)
-    panels.caption(axes[0], f"+: the base, ΔW = 0; principal components show {held} of the squared distances")
+    said = [f"+: the base, ΔW = 0; principal components show {held} of the squared distances"]
+    near = [each for result in results if (each := result.summary.get("map_perplexity"))]
+    said += [f"t-SNE of perplexity {' and '.join(f'{each:.3g}' for each in near)}: who is near whom"] if near else []
+    panels.caption(axes[0], "; ".join(said))
     return axes
 
 
+def _with_methods(result: Result) -> list[dict[str, Any]]:
+    """The points, each with the method of its adapter; None of the base, and of adapters that record none."""
+    known = {each["adapter"]: each.get("method") for each in result.summary["adapters"]}
+    methods = {name: None if method == name else method for name, method in known.items()}
+    return [{**row, "method": methods.get(row["adapter"])} for row in result.summary["map"]]
+
+
 def _looking_alike(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """Name in the legend → adapters: each of few; of many, those of one initial A, as far as there are colours."""
+    """Name in the legend → adapters: each of few; of many, those of one method or initial A, if there are colours."""
     adapters = [row for row in rows if row["adapter"] is not None]
     if len(adapters) <= plot_style.FEW:
         names = plot_style.in_legend([row["adapter"] for row in adapters])
         return [(name, [row]) for name, row in zip(names, adapters, strict=True)]
+    by_method = grouped(adapters, "method")
+    if 1 < len(by_method) <= plot_style.FEW and all(head["method"] for head, _ in by_method):
+        return [(plot_style.method_name(head["method"]), members) for head, members in by_method]
     groups = {head["start"]: members for head, members in grouped(adapters, "start")}
     if len(groups) > plot_style.FEW:
         return [("adapters", adapters)]

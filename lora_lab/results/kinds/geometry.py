@@ -159,6 +159,7 @@ KINDS = (
             "order": "places of the adapters as hierarchical clustering (average linkage of 1 − cosine) orders them",
             "linkage": "its merges: two clusters, the distance at which they are joined, how many adapters they hold",
             "map_held": "share of the sum of all squared distances that the first two components show",
+            "map_perplexity": "about how many neighbours weigh in t-SNE; null where it was not asked for",
         },
         parameters={
             "levels": "parts that were compared besides the total",
