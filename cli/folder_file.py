@@ -179,7 +179,7 @@ def _text(value: Any, where: str, needed: str) -> str:
 
 def _refuse_code(named: str | list[str], where: str) -> None:
     """TrustError for a task whose code would run, which only the user who types its name can allow."""
-    from lora_lab.tasks.python_file import is_python
+    from lora_lab.tasks.python.python_file import is_python
 
     for name in [named] if isinstance(named, str) else named:
         way = f"it runs only where you type it: --task {name}"

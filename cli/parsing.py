@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from lora_lab.errors import OptionError, unknown
 
 if TYPE_CHECKING:
-    from lora_lab.merging.search import Grid, Interval
     from lora_lab.merging.sources import Weights
+    from lora_lab.merging.validation.search import Grid, Interval
 
 
 def numbers(text: str, flag: str) -> tuple[float, ...]:
@@ -240,7 +240,7 @@ def _weights_of_file(path: Path, count: int) -> Weights:
 def searches(given: Sequence[str], method: str, fixed: Mapping[str, Any]) -> dict[str, Grid | Interval]:
     """['density=0.1,0.2', 'coefficient=0.1..2'] → what is to be tried of each; `fixed` options are set."""
     from lora_lab.merging.methods import MERGES
-    from lora_lab.merging.search import COEFFICIENT, Grid, Interval
+    from lora_lab.merging.validation.search import COEFFICIENT, Grid, Interval
 
     defaults: dict[str, Any] = {COEFFICIENT: 1.0, **MERGES[method].defaults(fixed)}
     spaces: dict[str, Grid | Interval] = {}

@@ -113,7 +113,7 @@ LISTED = (
     ),
     Listed(
         "Trained curves",
-        "lora_lab.analysis.lines.control_points",
+        "lora_lab.analysis.lines.curves.control_points",
         "CURVES",
         "`lora-lab curve --shapes NAME`: from adapter a to adapter b by a control point c that is trained.",
     ),
@@ -168,7 +168,7 @@ LISTED = (
     ),
     Listed(
         "Metrics",
-        "lora_lab.tasks.metrics",
+        "lora_lab.tasks.scores.metrics",
         "METRICS",
         "`--metric NAME` of every verb that scores. A task offers those whose columns it has.",
         ("unit", _better),

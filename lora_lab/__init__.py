@@ -17,36 +17,36 @@ if TYPE_CHECKING:
     from lora_lab.adapters.adapter import Adapter as Adapter
     from lora_lab.adapters.files.reading import inspect as inspect
     from lora_lab.adapters.lowrank import LowRank as LowRank
-    from lora_lab.api import compare as compare
-    from lora_lab.api import compare_merges as compare_merges
-    from lora_lab.api import convert as convert
-    from lora_lab.api import evaluate as evaluate
-    from lora_lab.api import extract as extract
-    from lora_lab.api import fuse as fuse
-    from lora_lab.api import interpolate as interpolate
-    from lora_lab.api import load as load
-    from lora_lab.api import merge as merge
-    from lora_lab.api import prune as prune
-    from lora_lab.api import record as record
-    from lora_lab.api import shapley as shapley
-    from lora_lab.api import stability as stability
-    from lora_lab.api import sweep as sweep
-    from lora_lab.api import task as task
-    from lora_lab.api import train as train
-    from lora_lab.api import verify as verify
-    from lora_lab.around import checkpoints as checkpoints
-    from lora_lab.around import curve as curve
-    from lora_lab.around import layerwise as layerwise
-    from lora_lab.around import plane as plane
-    from lora_lab.around import reproduce as reproduce
-    from lora_lab.around import sharpness as sharpness
+    from lora_lab.api.around import checkpoints as checkpoints
+    from lora_lab.api.around import curve as curve
+    from lora_lab.api.around import layerwise as layerwise
+    from lora_lab.api.around import plane as plane
+    from lora_lab.api.around import reproduce as reproduce
+    from lora_lab.api.around import sharpness as sharpness
+    from lora_lab.api.showing import figure as figure
+    from lora_lab.api.showing import report as report
+    from lora_lab.api.steps import compare as compare
+    from lora_lab.api.steps import compare_merges as compare_merges
+    from lora_lab.api.steps import convert as convert
+    from lora_lab.api.steps import evaluate as evaluate
+    from lora_lab.api.steps import extract as extract
+    from lora_lab.api.steps import fuse as fuse
+    from lora_lab.api.steps import interpolate as interpolate
+    from lora_lab.api.steps import load as load
+    from lora_lab.api.steps import merge as merge
+    from lora_lab.api.steps import prune as prune
+    from lora_lab.api.steps import record as record
+    from lora_lab.api.steps import shapley as shapley
+    from lora_lab.api.steps import stability as stability
+    from lora_lab.api.steps import sweep as sweep
+    from lora_lab.api.steps import task as task
+    from lora_lab.api.steps import train as train
+    from lora_lab.api.steps import verify as verify
     from lora_lab.errors import LoraLabError as LoraLabError
     from lora_lab.results.result import Result as Result
     from lora_lab.scoring.execution import Execution as Execution
-    from lora_lab.showing import figure as figure
-    from lora_lab.showing import report as report
-    from lora_lab.tasks.metrics import Metric as Metric
-    from lora_lab.tasks.own import Task as Task
+    from lora_lab.tasks.python.own import Task as Task
+    from lora_lab.tasks.scores.metrics import Metric as Metric
     from lora_lab.training.coto import CoToCallback as CoToCallback
     from lora_lab.training.recipe import Recipe as Recipe
     from lora_lab.training.schedule import Schedule as Schedule
@@ -57,7 +57,7 @@ __getattr__, __dir__, __all__ = face(
         "adapters.adapter": ("Adapter",),
         "adapters.lowrank": ("LowRank",),
         "adapters.files.reading": ("inspect",),
-        "api": (
+        "api.steps": (
             "compare",
             "compare_merges",
             "evaluate",
@@ -76,13 +76,13 @@ __getattr__, __dir__, __all__ = face(
             "train",
             "verify",
         ),
-        "around": ("checkpoints", "curve", "layerwise", "plane", "reproduce", "sharpness"),
+        "api.around": ("checkpoints", "curve", "layerwise", "plane", "reproduce", "sharpness"),
         "errors": ("LoraLabError",),
         "results.result": ("Result",),
         "scoring.execution": ("Execution",),
-        "showing": ("figure", "report"),
-        "tasks.metrics": ("Metric",),
-        "tasks.own": ("Task",),
+        "api.showing": ("figure", "report"),
+        "tasks.scores.metrics": ("Metric",),
+        "tasks.python.own": ("Task",),
         "training.coto": ("CoToCallback",),
         "training.recipe": ("Recipe",),
         "training.schedule": ("Schedule",),

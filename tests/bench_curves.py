@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.analysis.lines.control_points import ControlTraining, Training
+from lora_lab.analysis.lines.curves.control_points import ControlTraining, Training
 from lora_lab.tasks.task import Task
 from lora_lab.training.trainer import training_mode
 

@@ -4,7 +4,7 @@ import dataclasses
 from types import SimpleNamespace
 
 from lora_lab.analysis.measured import Measured
-from lora_lab.tasks.metrics import METRICS
+from lora_lab.tasks.scores.metrics import METRICS
 from lora_lab.tasks.task import Scores, Split
 
 

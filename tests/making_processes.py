@@ -20,7 +20,7 @@ def server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         [
-            "lora_lab.cli",
+            "lora_lab.cli.program",
             "lora_lab.analysis.merge_tables.table",
             "lora_lab.analysis.coalitions.sweep",
             "lora_lab.plots.registry",

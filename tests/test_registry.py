@@ -125,8 +125,8 @@ def test_of_two_packages_with_one_name_the_first_by_its_name_counts(ways, instal
 
 LISTS = [
     ("lora_lab.merging.paths", "SPACES"),
-    ("lora_lab.analysis.lines.control_points", "CURVES"),
-    ("lora_lab.analysis.lines.curve", "CURVE_SPACES"),
+    ("lora_lab.analysis.lines.curves.control_points", "CURVES"),
+    ("lora_lab.analysis.lines.curves.curve", "CURVE_SPACES"),
     ("lora_lab.merging.methods", "MERGES"),
     ("lora_lab.games.estimators", "ESTIMATORS"),
     ("lora_lab.adapters.groups", "PLAYERS"),

@@ -158,10 +158,10 @@ def command(
     if not adapters:
         raise OptionError("no adapter was given")
     from lora_lab.files.disk import refuse_existing
-    from lora_lab.merging.export import recorded, save
     from lora_lab.merging.merged import merge
     from lora_lab.merging.methods import MERGES
-    from lora_lab.merging.spool import spooled
+    from lora_lab.merging.writing.export import recorded, save
+    from lora_lab.merging.writing.spool import spooled
 
     path = output.path()
     options = parsing.typed(how.options, MERGES[how.method].defaults(how.options), how.method)
@@ -228,7 +228,7 @@ def _settings(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The method's options and those of any merge, as given, or as a search finds them best where there is one."""
     from lora_lab.merging.budgets import EXACT
-    from lora_lab.merging.search import search
+    from lora_lab.merging.validation.search import search
 
     coefficient, trials = how.coefficient, None
     if spaces:
@@ -243,7 +243,7 @@ def _settings(
 
 def show(report: dict[str, Any]) -> None:
     """What was merged, as a table."""
-    from lora_lab.merging.export import words
+    from lora_lab.merging.writing.export import words
 
     rows: list[tuple[str, object]] = [("method", report["method"])]
     if report["options"]:

@@ -129,7 +129,7 @@ def _step(number: int, entry: Any, where: str) -> Step:
 def _refuse_code(task: Any, where: str) -> None:
     """OptionError for a task whose code would run because a recipe names it, which may be somebody else's."""
     from lora_lab.tasks.file import names_code
-    from lora_lab.tasks.python_file import is_python
+    from lora_lab.tasks.python.python_file import is_python
 
     for name in task if isinstance(task, list) else [task]:
         if isinstance(name, str) and names_code(Path(name)):

@@ -29,7 +29,7 @@ from lora_lab.scoring.changes import Change
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import Examples
 from lora_lab.scoring.models import TaskModels
-from lora_lab.tasks.metrics import Column, Metric, mean_of
+from lora_lab.tasks.scores.metrics import Column, Metric, mean_of
 from lora_lab.tasks.task import Scores, Task
 
 LARGEST = 2**26

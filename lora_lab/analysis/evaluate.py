@@ -23,7 +23,7 @@ from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import Examples
 from lora_lab.scoring.execution import Execution
 from lora_lab.scoring.models import TaskModels
-from lora_lab.tasks.metrics import Metric
+from lora_lab.tasks.scores.metrics import Metric
 from lora_lab.tasks.task import Scores, Split, Task
 
 

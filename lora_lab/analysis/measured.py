@@ -17,7 +17,7 @@ from lora_lab.errors import TaskError, unknown
 from lora_lab.results.stats import Floats, Sampled, proportion
 from lora_lab.scoring.changes import Change
 from lora_lab.scoring.evaluator import Evaluator
-from lora_lab.tasks.metrics import Column, Metric
+from lora_lab.tasks.scores.metrics import Column, Metric
 from lora_lab.tasks.task import Scores, Split, Task
 
 _ALWAYS = "loss"

@@ -25,9 +25,9 @@ from lora_lab.adapters.models.attached import layers, wrapped
 from lora_lab.adapters.whole import TOKENS, merge_heads
 from lora_lab.brief import Brief
 from lora_lab.errors import MismatchError, TunerError
+from lora_lab.fusing.checkpoints.layout import Layout
+from lora_lab.fusing.checkpoints.skeleton import quiet
 from lora_lab.fusing.fitting import require_modules, require_places, require_rows
-from lora_lab.fusing.layout import Layout
-from lora_lab.fusing.skeleton import quiet
 
 HEADS = ("average", "first")
 """What can become of heads in which adapters differ: a checkpoint has one."""

@@ -21,9 +21,9 @@ from lora_lab.brief import Brief
 from lora_lab.errors import MismatchError, OptionError, shorten
 from lora_lab.files.trust import Origin
 from lora_lab.fusing.adding import same_bits
+from lora_lab.fusing.checkpoints.layout import Layout
 from lora_lab.fusing.fitting import is_coded
 from lora_lab.fusing.fuse import layout_of
-from lora_lab.fusing.layout import Layout
 from lora_lab.fusing.measuring import effective_dtype
 from lora_lab.options import check_options, option
 from lora_lab.results.result import versions

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lora_lab.adapters.formats.keys import odd_content
 from lora_lab.errors import MismatchError, nearest, shorten
-from lora_lab.fusing.layout import Layout
+from lora_lab.fusing.checkpoints.layout import Layout
 
 CODES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu)
 """Dtypes of eight bits, whose weights have scales apart."""

@@ -23,9 +23,9 @@ from lora_lab.files.ownership import FUSED, METADATA
 from lora_lab.files.resuming import Shards, resumed
 from lora_lab.fusing.adding import Rounding, add, same_bits
 from lora_lab.fusing.changes import HEADS, Changes
-from lora_lab.fusing.companions import adapted, copied, require_space
-from lora_lab.fusing.layout import Group, Layout
-from lora_lab.fusing.skeleton import skeleton
+from lora_lab.fusing.checkpoints.companions import adapted, copied, require_space
+from lora_lab.fusing.checkpoints.layout import Group, Layout
+from lora_lab.fusing.checkpoints.skeleton import skeleton
 from lora_lab.options import check_options, option
 from lora_lab.results.result import fingerprint, finite, versions
 

@@ -17,8 +17,8 @@ from lora_lab.brief import Brief
 from lora_lab.errors import OptionError
 from lora_lab.fusing.adding import same_bits
 from lora_lab.fusing.changes import Change, Changes
+from lora_lab.fusing.checkpoints.layout import Layout
 from lora_lab.fusing.fuse import layout_of
-from lora_lab.fusing.layout import Layout
 from lora_lab.fusing.measuring import RIGHT, Measured, Weight
 
 BYTES_A_SECOND = 400e6

@@ -8,18 +8,17 @@ from typing import TYPE_CHECKING
 from lora_lab.lazy import face
 
 if TYPE_CHECKING:
-    from lora_lab.merging.export import save as save
     from lora_lab.merging.merged import Merged as Merged
     from lora_lab.merging.merged import merge as merge
     from lora_lab.merging.methods import MERGES as MERGES
     from lora_lab.merging.paths import Paths as Paths
     from lora_lab.merging.sources import Sources as Sources
     from lora_lab.merging.sources import Weights as Weights
+    from lora_lab.merging.writing.export import save as save
 
 __getattr__, __dir__, __all__ = face(
     __name__,
     {
-        "export": ("save",),
         "merged": (
             "Merged",
             "merge",
@@ -30,5 +29,6 @@ __getattr__, __dir__, __all__ = face(
             "Sources",
             "Weights",
         ),
+        "writing.export": ("save",),
     },
 )

@@ -13,7 +13,7 @@ from lora_lab.merging.budgets import rank_in
 from lora_lab.merging.merged import MergeOptions
 from lora_lab.merging.methods import MERGES
 from lora_lab.merging.sources import Sources
-from lora_lab.merging.spool import MOST
+from lora_lab.merging.writing.spool import MOST
 from lora_lab.side_by_side import usual_jobs
 
 

@@ -30,7 +30,7 @@ from lora_lab.merging.budgets import RANKS, check_rank, rank_in
 from lora_lab.merging.kinds import Delta
 from lora_lab.merging.methods import MERGES, check
 from lora_lab.merging.sources import Sources
-from lora_lab.merging.spool import Spool
+from lora_lab.merging.writing.spool import Spool
 from lora_lab.options import check_options, checked, option
 from lora_lab.side_by_side import in_order, one_core_each, usual_jobs
 

@@ -16,7 +16,7 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.errors import OptionError, TrustError
 from lora_lab.files.toml import FOLDER_FILE, read_toml
 from lora_lab.files.trust import WAYS, Origin, Reach, judged
-from lora_lab.tasks.python_file import is_python
+from lora_lab.tasks.python.python_file import is_python
 from lora_lab.tasks.task import Task
 
 

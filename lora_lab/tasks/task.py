@@ -20,8 +20,9 @@ from lora_lab.brief import Brief
 from lora_lab.errors import DivergedError, OptionError, TaskError, unknown
 from lora_lab.escape import visible
 from lora_lab.files.trust import ANYWHERE
-from lora_lab.tasks import calibration, digests
-from lora_lab.tasks.metrics import METRICS, Metric
+from lora_lab.tasks import digests
+from lora_lab.tasks.scores import calibration
+from lora_lab.tasks.scores.metrics import METRICS, Metric
 from lora_lab.tasks.splits import SPLITS as SPLITS
 from lora_lab.tasks.splits import Split as Split
 
@@ -178,7 +179,7 @@ class Task(ABC):
     why_not_shared: str | None = None
     """Why passes that differ in some layers can share none, where the way of scoring is the reason."""
     metrics: Sequence[str] = ("accuracy", "loss")
-    """Names of METRICS (metrics.py) that say how good a model is on the task, the main one first."""
+    """Names of METRICS (scores) that say how good a model is on the task, the main one first."""
     needs_logits = False
     """Whether some of them are made of what the model said, which scores keep only where it is asked for."""
     file: str | None = None

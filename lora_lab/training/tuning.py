@@ -16,7 +16,7 @@ from lora_lab.files.disk import refuse_existing
 from lora_lab.files.trust import recordable
 from lora_lab.results.result import Result, columns, fingerprint, finite, provenance
 from lora_lab.scoring.sharing.workers import Workers
-from lora_lab.tasks.metrics import Metric
+from lora_lab.tasks.scores.metrics import Metric
 from lora_lab.training.runs import Job, Seen, finished, is_first, there, train_all
 
 Setting = Mapping[str, Any]

@@ -14,9 +14,9 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.lowrank import combine, combine_factors
 from lora_lab.errors import FileError, LoraLabError, LoraLabWarning, MismatchError, OptionError, TunerError
 from lora_lab.hub import base_model
-from lora_lab.merging.export import save
 from lora_lab.merging.merged import merge
 from lora_lab.merging.sources import Sources, base_of
+from lora_lab.merging.writing.export import save
 
 CASES = Path(__file__).parents[1] / "cases"
 

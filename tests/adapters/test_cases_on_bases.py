@@ -13,10 +13,10 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.models.attached import attach
 from lora_lab.errors import LoraLabWarning, MismatchError, TunerError
 from lora_lab.hub import base_model
-from lora_lab.merging.export import save
 from lora_lab.merging.merged import merge
 from lora_lab.merging.paths import Paths
 from lora_lab.merging.sources import Sources
+from lora_lab.merging.writing.export import save
 from lora_lab.pruning.modules import keep_modules
 from lora_lab.pruning.ranks import keep_ranks
 from lora_lab.training.coto import Switches

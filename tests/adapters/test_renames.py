@@ -10,10 +10,10 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.adapters.renames import rename_all, renamed, require_shared_modules, suggested
 from lora_lab.errors import MismatchError, OptionError
-from lora_lab.merging.export import save
 from lora_lab.merging.merged import merge
 from lora_lab.merging.paths import Paths
 from lora_lab.merging.sources import Sources
+from lora_lab.merging.writing.export import save
 
 SHAPES = {"layers.0.q": (6, 4), "layers.0.v": (5, 4), "layers.1.q": (6, 4), "layers.10.v": (5, 4)}
 

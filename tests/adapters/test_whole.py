@@ -11,10 +11,10 @@ from tiny_models import adapter, update
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.formats.keys import PREFIX
 from lora_lab.errors import AdapterError, MismatchError
-from lora_lab.merging.export import save
 from lora_lab.merging.merged import merge
 from lora_lab.merging.paths import Paths
 from lora_lab.merging.sources import Sources
+from lora_lab.merging.writing.export import save
 
 KEY = f"{PREFIX}model.embed_tokens.token_adapter.trainable_tokens_delta"
 DIMENSION = 3

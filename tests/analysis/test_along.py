@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from lora_lab import around
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.lowrank import combine
 from lora_lab.analysis.lines.along import Kept, common_checkpoints, named_runs, runs_of
 from lora_lab.analysis.lines.landscape import Checkpoints
 from lora_lab.analysis.lines.points import MixPoint
 from lora_lab.analysis.questions import Evaluate, Interpolate
+from lora_lab.api import around
 from lora_lab.errors import FileError, LoraLabError, LoraLabNote, MismatchError, OptionError
 from lora_lab.pruning.modules import structured
 from lora_lab.results import schema

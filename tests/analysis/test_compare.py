@@ -22,8 +22,8 @@ from lora_lab.merging.methods import MERGES
 from lora_lab.merging.sources import Sources
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.execution import Execution
-from lora_lab.tasks.judging import Judge, kept, share
 from lora_lab.tasks.kinds.digits import Digits
+from lora_lab.tasks.scores.judging import Judge, kept, share
 from lora_lab.tasks.task import Scores, Split
 
 pytestmark = pytest.mark.usefixtures("few_digits")

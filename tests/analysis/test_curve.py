@@ -15,9 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from lora_lab.adapters.adapter import Adapter, stored
 from lora_lab.adapters.models.attached import attach
 from lora_lab.analysis.lines.connectivity import BARRIERS
-from lora_lab.analysis.lines.control_factors import ControlFactors
-from lora_lab.analysis.lines.control_points import CURVES, ControlTraining, Training, _midpoint
-from lora_lab.analysis.lines.curve import CURVE_SPACES, _ends, _mean_over, arc_shares
+from lora_lab.analysis.lines.curves.control_factors import ControlFactors
+from lora_lab.analysis.lines.curves.control_points import CURVES, ControlTraining, Training, _midpoint
+from lora_lab.analysis.lines.curves.curve import CURVE_SPACES, _ends, _mean_over, arc_shares
 from lora_lab.analysis.lines.landscape import Curve
 from lora_lab.analysis.lines.points import MixPoint
 from lora_lab.errors import FileError, LoraLabWarning, MismatchError, OptionError, TunerError

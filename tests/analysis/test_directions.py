@@ -7,8 +7,8 @@ from making_measured import task
 from lora_lab.analysis.merge_tables.coefficients import _best, _curve, kept_of
 from lora_lab.analysis.merge_tables.rows import measured, signed
 from lora_lab.analysis.merge_tables.verdicts import UNTOLD, NullScores, Outcomes, null_rows
-from lora_lab.merging.search import _order
-from lora_lab.tasks.judging import Judge, all_shares, kept
+from lora_lab.merging.validation.search import _order
+from lora_lab.tasks.scores.judging import Judge, all_shares, kept
 from lora_lab.tasks.task import Scores, Split
 
 NO_EXAMPLES = Split({})

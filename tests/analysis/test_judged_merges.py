@@ -10,12 +10,12 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.analysis.merge_tables.table import ALONE, ENSEMBLE, CompareMerges
 from lora_lab.errors import OptionError
 from lora_lab.merging.merged import merge
-from lora_lab.merging.search import Grid, Interval, search
 from lora_lab.merging.sources import Sources
+from lora_lab.merging.validation.search import Grid, Interval, search
 from lora_lab.plots.registry import figure
 from lora_lab.results.schema import why_not
 from lora_lab.scoring.evaluate import score
-from lora_lab.tasks.own import Task
+from lora_lab.tasks.python.own import Task
 
 sklearn = pytest.importorskip("sklearn.metrics")
 

@@ -15,7 +15,7 @@ from lora_lab.errors import DivergedError, OptionError, TaskError
 from lora_lab.results.stats import Sampled, proportion
 from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.tasks.kinds.language.language import MultipleChoice
-from lora_lab.tasks.metrics import METRICS, Metric
+from lora_lab.tasks.scores.metrics import METRICS, Metric
 from lora_lab.tasks.task import Scores, Split
 
 sklearn = pytest.importorskip("sklearn.metrics")

@@ -16,10 +16,10 @@ from lora_lab.claims.asking import Answer
 from lora_lab.claims.statistics import STATISTICS
 from lora_lab.errors import MismatchError, OptionError, TunerError
 from lora_lab.geometry.nulls import NULLS, null_adapter
-from lora_lab.merging.export import save
 from lora_lab.merging.merged import merge
-from lora_lab.merging.search import EXACT, Grid, search
 from lora_lab.merging.sources import Sources
+from lora_lab.merging.validation.search import EXACT, Grid, search
+from lora_lab.merging.writing.export import save
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.kinds.digits import Digits
@@ -225,7 +225,7 @@ def test_the_cost_is_told_and_a_killed_run_of_nulls_goes_on(adapters, tmp_path):
 
 
 def test_draws_are_merged_once_for_all_coefficients(adapters, monkeypatch):
-    from lora_lab.merging import search as searching
+    from lora_lab.merging.validation import search as searching
 
     counted = []
     monkeypatch.setattr(searching, "merge", lambda *a, **k: counted.append(1) or merge(*a, **k))

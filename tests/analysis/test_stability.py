@@ -21,7 +21,7 @@ from lora_lab.results.stats import Sampled, half_of_strata, proportion
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.kinds.digits import Digits
-from lora_lab.tasks.metrics import METRICS
+from lora_lab.tasks.scores.metrics import METRICS
 from lora_lab.tasks.task import Scores
 
 pytestmark = pytest.mark.usefixtures("few_digits")

@@ -13,7 +13,7 @@ from lora_lab.analysis.questions import Stability
 from lora_lab.errors import LoraLabWarning, OptionError, TaskError
 from lora_lab.games.coalitions import all_coalitions
 from lora_lab.results.schema import why_not
-from lora_lab.tasks.own import Task
+from lora_lab.tasks.python.own import Task
 
 sklearn = pytest.importorskip("sklearn.metrics")
 

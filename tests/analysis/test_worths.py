@@ -19,7 +19,7 @@ from lora_lab.plots.registry import figure
 from lora_lab.pruning.entries import prune_weights
 from lora_lab.results.schema import why_not
 from lora_lab.scoring.evaluator import Evaluator
-from lora_lab.tasks.own import Task
+from lora_lab.tasks.python.own import Task
 
 sklearn = pytest.importorskip("sklearn.metrics")
 

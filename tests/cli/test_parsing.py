@@ -6,8 +6,8 @@ import pytest
 
 from lora_lab.cli import parsing
 from lora_lab.errors import FileError, OptionError
-from lora_lab.merging.search import Grid, Interval
 from lora_lab.merging.sources import Weights
+from lora_lab.merging.validation.search import Grid, Interval
 
 
 def test_values_are_numbers_with_commas():

@@ -20,7 +20,7 @@ from lora_lab.adapters.groups import PLAYERS, by_label
 from lora_lab.adapters.lowrank import combine
 from lora_lab.analysis.coalitions.game import WORTHS
 from lora_lab.analysis.lines.connectivity import BARRIERS, Barrier, Interpolate
-from lora_lab.analysis.lines.control_points import CURVES, CurveShape
+from lora_lab.analysis.lines.curves.control_points import CURVES, CurveShape
 from lora_lab.analysis.lines.landscape import Curve
 from lora_lab.analysis.merge_tables.table import CompareMerges
 from lora_lab.analysis.questions import Evaluate, Shapley, Sweep
@@ -43,7 +43,7 @@ from lora_lab.registry import Registry
 from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.tasks.kinds.registry import KINDS, TaskKind, from_record
-from lora_lab.tasks.metrics import METRICS, mean_of
+from lora_lab.tasks.scores.metrics import METRICS, mean_of
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import METHODS, Method, Recipe
 from lora_lab.training.schedule import MASK_LAWS, RAMPS, MaskLaw, uniform
@@ -378,7 +378,7 @@ OTHER_WORDS = {
         "metrics, as columns of results and keys of logs have them",
         "analysis/merge_tables/coefficients.py",
         "analysis/coalitions/sweep.py",
-        "merging/search.py",
+        "merging/validation/search.py",
         "plots/views/places.py",
         "plots/views/train.py",
         "training/trainer.py",

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import lora_lab as ll
-from lora_lab import given, tasks
+from lora_lab import tasks
 from lora_lab.adapters.files.reading import inspect
 from lora_lab.analysis.lines.connectivity import Interpolate
 from lora_lab.analysis.lines.landscape import Curve, Layerwise, Plane, Sharpness
 from lora_lab.analysis.questions import Evaluate, Shapley, Stability, Sweep
+from lora_lab.api import given
 from lora_lab.errors import LoraLabError, MismatchError, OptionError, TrustError
 from lora_lab.merging.sources import Sources
 from lora_lab.pruning.entries import prune_weights

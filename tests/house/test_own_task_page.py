@@ -91,7 +91,7 @@ def test_answers_are_spans_of_their_texts(folder):
 
 
 def test_the_page_names_metrics_that_there_are():
-    from lora_lab.tasks.metrics import METRICS
+    from lora_lab.tasks.scores.metrics import METRICS
 
     listed = PAGE.partition("`loss`, `accuracy`")[2].partition("are there")[0]
     assert set(re.findall(r"`(\w+)`", listed)) - {"correct", "loss", "tokens", "prediction", "target"} <= set(METRICS)

@@ -28,12 +28,12 @@ from torch.nn.functional import cross_entropy
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.errors import MismatchError, OptionError, TunerError
-from lora_lab.merging import search as searching
 from lora_lab.merging.merged import merge
 from lora_lab.merging.methods import MERGES
 from lora_lab.merging.rules import layer_inputs
 from lora_lab.merging.sources import Sources, Weights
-from lora_lab.merging.task_models import MergeModels
+from lora_lab.merging.validation import search as searching
+from lora_lab.merging.validation.task_models import MergeModels
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.execution import Execution
 from lora_lab.tasks.task import Split
@@ -370,7 +370,7 @@ def test_lorahub_multiplies_the_weights(sources):
 
 
 def test_lorahub_mixes_at_most_as_often_as_it_may(sources, monkeypatch):
-    from lora_lab.merging.task_models import MergeModels
+    from lora_lab.merging.validation.task_models import MergeModels
 
     asked, scores = [], MergeModels.scores
     monkeypatch.setattr(

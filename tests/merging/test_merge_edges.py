@@ -13,10 +13,10 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.formats.layout import Layout
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import FileError, LoraLabError, LoraLabWarning, OptionError, TunerError
-from lora_lab.merging.export import save
 from lora_lab.merging.merged import merge
 from lora_lab.merging.methods import MERGES, check, rules
 from lora_lab.merging.sources import Sources
+from lora_lab.merging.writing.export import save
 from lora_lab.tasks.task import Split
 
 RULES = rules()
@@ -192,7 +192,7 @@ def test_a_failed_replacement_leaves_what_was_there(tmp_path, monkeypatch):
     def broken(*args):
         raise FileError("broken")
 
-    monkeypatch.setattr("lora_lab.merging.export.same_bits", broken)
+    monkeypatch.setattr("lora_lab.merging.writing.export.same_bits", broken)
     with pytest.raises(FileError, match="broken"):
         save(merge(twins(3)), tmp_path / "m", force=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before

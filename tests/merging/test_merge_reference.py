@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.errors import MismatchError, TunerError
-from lora_lab.merging.export import save
 from lora_lab.merging.merged import merge
 from lora_lab.merging.methods import MERGES
 from lora_lab.merging.sources import Sources
+from lora_lab.merging.writing.export import save
 
 # A second adapter for each base: another rank and scale, and modules that the first one leaves alone or has alone.
 OTHER = {

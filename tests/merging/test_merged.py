@@ -11,11 +11,11 @@ from torch import nn
 from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.errors import FileError, LoraLabWarning, MismatchError, OptionError, TunerError
-from lora_lab.merging.export import save
 from lora_lab.merging.merged import merge
 from lora_lab.merging.methods import MERGES, check, rules
 from lora_lab.merging.rules import subspaces
 from lora_lab.merging.sources import Sources, Weights
+from lora_lab.merging.writing.export import save
 from lora_lab.scoring.evaluate import score
 from lora_lab.tasks.kinds.digits import Digits
 from lora_lab.tasks.task import Split

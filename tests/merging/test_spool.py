@@ -17,11 +17,11 @@ from lora_lab.adapters.files import reading
 from lora_lab.errors import FileError, LoraLabNote
 from lora_lab.files.resuming import place_of
 from lora_lab.merging import merged as merging
-from lora_lab.merging import spool as spooling
-from lora_lab.merging.export import save
 from lora_lab.merging.merged import merge
 from lora_lab.merging.sources import Sources
-from lora_lab.merging.spool import spooled
+from lora_lab.merging.writing import spool as spooling
+from lora_lab.merging.writing.export import save
+from lora_lab.merging.writing.spool import spooled
 
 MODULES = [f"layers.{i}.q" for i in range(9)]
 RESUMED = ("task-arithmetic", "ties", "knots", "tsv", "della")
@@ -173,8 +173,9 @@ import resource, sys, torch
 from pathlib import Path
 from lora_lab.adapters.files import reading
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.merging import merged, spool
-from lora_lab.merging.export import save
+from lora_lab.merging import merged
+from lora_lab.merging.writing import spool
+from lora_lab.merging.writing.export import save
 from lora_lab.merging.sources import Sources
 from lora_lab.pruning.ranks import prune_rank
 

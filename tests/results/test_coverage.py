@@ -31,9 +31,9 @@ from lora_lab.games.interactions import interactions
 from lora_lab.games.progressive import LAWS, cross_entropy, inequality, stratum
 from lora_lab.games.regression import fit_pairs
 from lora_lab.results.stats import Sampled, half_of_strata, half_width, mean_and_error, proportion, student
-from lora_lab.tasks.judging import Judge
 from lora_lab.tasks.kinds.digits import Digits
-from lora_lab.tasks.metrics import METRICS
+from lora_lab.tasks.scores.judging import Judge
+from lora_lab.tasks.scores.metrics import METRICS
 from lora_lab.tasks.task import Scores
 
 GRID = np.linspace(0, 1, 11)

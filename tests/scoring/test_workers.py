@@ -28,9 +28,9 @@ from lora_lab.analysis.merge_tables.table import CompareMerges
 from lora_lab.analysis.questions import Evaluate, Shapley, Stability, Sweep
 from lora_lab.errors import FileError, LoraLabError, LoraLabWarning, MismatchError, OptionError, TaskError
 from lora_lab.games.coalitions import all_coalitions
-from lora_lab.merging.search import Grid, Interval, search
 from lora_lab.merging.sources import Sources
-from lora_lab.merging.task_models import MergeModels
+from lora_lab.merging.validation.search import Grid, Interval, search
+from lora_lab.merging.validation.task_models import MergeModels
 from lora_lab.results.result import Result
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import Examples

@@ -10,9 +10,9 @@ from peft import LoraConfig
 
 import lora_lab as ll
 from lora_lab.errors import TaskError
-from lora_lab.tasks import calibration
 from lora_lab.tasks.kinds.digits import Digits
-from lora_lab.tasks.metrics import METRICS
+from lora_lab.tasks.scores import calibration
+from lora_lab.tasks.scores.metrics import METRICS
 from lora_lab.tasks.task import Scores
 
 sklearn = pytest.importorskip("sklearn")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lora_lab.errors import TaskError
-from lora_lab.tasks.metrics import METRICS, mean_of
+from lora_lab.tasks.scores.metrics import METRICS, mean_of
 
 sklearn = pytest.importorskip("sklearn.metrics")
 

@@ -10,12 +10,14 @@ from torch import nn
 
 from lora_lab.analysis.lines.connectivity import Interpolate
 from lora_lab.analysis.questions import Evaluate, Shapley
-from lora_lab.errors import DivergedError, OptionError, TaskError, TrustError
+from lora_lab.errors import DivergedError, FileError, OptionError, TaskError, TrustError
+from lora_lab.files.disk import read_json
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.execution import Execution
 from lora_lab.tasks import from_record
-from lora_lab.tasks.metrics import METRICS
-from lora_lab.tasks.own import Task
+from lora_lab.tasks.python.own import Task
+from lora_lab.tasks.python.python_file import line_of
+from lora_lab.tasks.scores.metrics import METRICS
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import Recipe
 
@@ -308,3 +310,9 @@ def test_a_recipe_and_a_record_name_no_code(file, lora_lab):
     code, _, err = lora_lab("run", "r.yaml")
     assert code == 1
     assert "a task in Python runs only where you name it" in err
+
+
+def test_an_error_within_this_package_is_told_by_the_users_own_line_that_led_there(tmp_path):
+    with pytest.raises(FileError) as caught:
+        read_json(tmp_path / "none.json")
+    assert line_of(caught.value).startswith("test_own.py, line ")

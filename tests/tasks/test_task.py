@@ -1,3 +1,5 @@
+from importlib.resources import files
+
 import numpy as np
 import pytest
 import torch
@@ -143,3 +145,13 @@ def test_the_command_lists_every_built_in_task_with_its_splits(lora_lab):
     rows = {line.split()[0]: line.split()[1:5] for line in out.splitlines() if line.startswith("digits/")}
     assert set(rows) == set(tasks.TASKS)
     assert rows["digits/mod3"] == ["3", "1000", "297", "500"]
+
+
+def test_the_base_is_made_anew_where_it_is_read_from(monkeypatch, capsys):
+    places = []
+    monkeypatch.setattr(digits, "train_base", digits.load_base)
+    monkeypatch.setattr("lora_lab.files.streamed.write_safetensors", lambda path, *_: places.append(path))
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    digits.main()
+    assert places == [files("lora_lab").joinpath(digits.CHECKPOINT)]
+    assert capsys.readouterr().out.startswith("digits_vit.safetensors: ")

@@ -22,7 +22,7 @@ from lora_lab.scoring.changes import LayerMask
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.execution import Cost
 from lora_lab.scoring.layout import State
-from lora_lab.tasks.metrics import Metric
+from lora_lab.tasks.scores.metrics import Metric
 from lora_lab.tasks.task import Scores
 
 

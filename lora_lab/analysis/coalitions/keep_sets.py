@@ -20,7 +20,7 @@ from lora_lab.games.coalitions import Bools
 from lora_lab.games.progressive import Stratum, binomial, inequality, stratum
 from lora_lab.results.stats import Floats, half_of_strata, half_width, mean_and_error, proportion
 from lora_lab.scoring.changes import LayerMask
-from lora_lab.tasks.metrics import Column, Metric
+from lora_lab.tasks.scores.metrics import Column, Metric
 from lora_lab.tasks.task import Scores
 
 

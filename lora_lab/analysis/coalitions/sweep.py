@@ -27,7 +27,7 @@ from lora_lab.results.stats import Floats, Sampled, half_width, mean_and_spread,
 from lora_lab.scoring.changes import Replacement
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.execution import Cost, Execution, Progress
-from lora_lab.tasks.judging import Judge
+from lora_lab.tasks.scores.judging import Judge
 from lora_lab.tasks.task import Scores, Task
 
 Row = dict[str, Any]

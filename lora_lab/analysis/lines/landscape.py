@@ -103,13 +103,13 @@ class Curve(Question):
     shapes: tuple[str, ...] = option(
         ("bezier", "polychain"),
         "The curves that are trained: NAMES, with commas.",
-        choices=Later("lora_lab.analysis.lines.control_points", "CURVES"),
+        choices=Later("lora_lab.analysis.lines.curves.control_points", "CURVES"),
         title="curve",
     )
     spaces: tuple[str, ...] = option(
         ("delta", "aligned", "factors"),
         "What is mixed on the curve: NAMES, with commas.",
-        choices=Later("lora_lab.analysis.lines.curve", "CURVE_SPACES"),
+        choices=Later("lora_lab.analysis.lines.curves.curve", "CURVE_SPACES"),
         title="space",
     )
     points: int = option(21, "Points on each curve, both ends among them.", least=3)
@@ -134,7 +134,7 @@ class Curve(Question):
 
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise what `run` would raise for these adapters, before anything is computed."""
-        from lora_lab.analysis.lines import curve
+        from lora_lab.analysis.lines.curves import curve
 
         super().check(adapters)
         curve.check(self, adapters)
@@ -143,7 +143,7 @@ class Curve(Question):
         self, adapters: Sequence[Adapter], task: Task, on: Execution = Execution(), *, folder: Path | None = None
     ) -> Result:
         """A row for every point of every curve; control points are saved as adapters in the folder."""
-        from lora_lab.analysis.lines import curve
+        from lora_lab.analysis.lines.curves import curve
 
         self.check(adapters)
         return curve.answer(self, adapters, task, on, folder)

@@ -12,14 +12,14 @@ import numpy as np
 
 from lora_lab.analysis.merge_tables.sets import MergeSet, MergeSpec
 from lora_lab.errors import MismatchError, OptionError, TaskError, TunerError
-from lora_lab.merging.search import MergedUpdates, Replaced
-from lora_lab.merging.task_models import MergeModels
+from lora_lab.merging.validation.search import MergedUpdates, Replaced
+from lora_lab.merging.validation.task_models import MergeModels
 from lora_lab.results.stats import Floats
 from lora_lab.scoring.changes import Change
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import Examples
-from lora_lab.tasks.judging import Judge, all_shares, kept, one_metric, share
+from lora_lab.tasks.scores.judging import Judge, all_shares, kept, one_metric, share
 from lora_lab.tasks.task import Scores
 
 CANNOT = (MismatchError, TaskError, TunerError, OptionError)

@@ -11,7 +11,7 @@ from lora_lab.analysis.merge_tables.verdicts import NO_DIFFERENCE, Group, Row
 from lora_lab.geometry.nulls import NULLS
 from lora_lab.results.result import grouped
 from lora_lab.results.stats import ADDED, Floats, Sampled, around, interval, mean_and_spread, proportion
-from lora_lab.tasks.judging import Judge, all_shares, one_metric, share
+from lora_lab.tasks.scores.judging import Judge, all_shares, one_metric, share
 from lora_lab.tasks.task import Scores
 
 

@@ -49,7 +49,7 @@ from lora_lab.errors import LoraLabError, OptionError
 from lora_lab.geometry.nulls import NULLS
 from lora_lab.merging.budgets import EXACT, check_rank
 from lora_lab.merging.methods import MERGES
-from lora_lab.merging.task_models import MergeModels
+from lora_lab.merging.validation.task_models import MergeModels
 from lora_lab.results.result import Result, columns, fingerprint, finite
 from lora_lab.results.stats import INTERVALS, Floats
 from lora_lab.scoring.changes import Change
@@ -57,7 +57,7 @@ from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import examples_of
 from lora_lab.scoring.execution import Cost, Execution
 from lora_lab.tasks import digests
-from lora_lab.tasks.judging import Judge
+from lora_lab.tasks.scores.judging import Judge
 from lora_lab.tasks.task import Task
 
 BASE, ALONE, ENSEMBLE = "base", "alone", "ensemble of logits"

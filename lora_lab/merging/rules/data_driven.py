@@ -19,7 +19,7 @@ from lora_lab.errors import OptionError, unknown
 from lora_lab.merging.kinds import turn
 from lora_lab.merging.rules.layer_inputs import grams, information
 from lora_lab.merging.sources import Sources
-from lora_lab.merging.task_models import MergeModels, mean_loss
+from lora_lab.merging.validation.task_models import MergeModels, mean_loss
 from lora_lab.scoring.examples import Examples
 from lora_lab.tasks.task import Task
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_lab.adapters.models.attached import Attached, put_on
 from lora_lab.errors import TunerError
-from lora_lab.merging.task_models import MergeModels
+from lora_lab.merging.validation.task_models import MergeModels
 from lora_lab.tasks.kinds.language.chat import NO_TARGET
 from lora_lab.tasks.task import Task
 

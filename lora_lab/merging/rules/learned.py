@@ -25,7 +25,7 @@ from lora_lab.merging.kinds import stored_turned, turn
 from lora_lab.merging.rules.data_driven import check_numbers
 from lora_lab.merging.rules.layer_inputs import masks_of, tokens, unpadded, watched
 from lora_lab.merging.sources import Sources
-from lora_lab.merging.task_models import MergeModels
+from lora_lab.merging.validation.task_models import MergeModels
 from lora_lab.tasks.task import Task
 
 Merged = Iterator[tuple[str, LowRank]]

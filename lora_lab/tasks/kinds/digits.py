@@ -190,7 +190,7 @@ def main() -> None:
     torch.set_num_threads(1)
     model = train_base()
     half = {key: tensor.half() for key, tensor in model.state_dict().items()}
-    path = Path(__file__).parent.parent / CHECKPOINT
+    path = Path(str(package_files("lora_lab").joinpath(CHECKPOINT)))
     write_safetensors(path, half, {"format": "pt"})
     pixels, digits = images("test")
     with torch.inference_mode():

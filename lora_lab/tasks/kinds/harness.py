@@ -39,7 +39,7 @@ from lora_lab.tasks.kinds.harness_tasks import (
     telling,
 )
 from lora_lab.tasks.kinds.language.language import CausalLM
-from lora_lab.tasks.metrics import Metric, mean_of
+from lora_lab.tasks.scores.metrics import Metric, mean_of
 from lora_lab.tasks.settings import COMMON, Count, Seed, Settings
 from lora_lab.tasks.splits import by_length
 from lora_lab.tasks.task import Scores, Split, Task

@@ -30,8 +30,8 @@ from lora_lab.tasks.kinds.texts.reading import QuestionAnswering
 from lora_lab.tasks.kinds.texts.regression import Regression
 from lora_lab.tasks.kinds.texts.tagging import TokenClassification
 from lora_lab.tasks.kinds.texts.text import TextClassification
-from lora_lab.tasks.own import PYTHON
-from lora_lab.tasks.python_file import from_python, is_python
+from lora_lab.tasks.python.own import PYTHON
+from lora_lab.tasks.python.python_file import from_python, is_python
 from lora_lab.tasks.task import Task
 
 

@@ -20,7 +20,7 @@ from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.evaluator import Evaluator
 from lora_lab.scoring.examples import TaskSpec
 from lora_lab.scoring.execution import Execution
-from lora_lab.tasks.metrics import METRICS
+from lora_lab.tasks.scores.metrics import METRICS
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import Recipe
 

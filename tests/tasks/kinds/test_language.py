@@ -19,7 +19,7 @@ from lora_lab.analysis.questions import Evaluate, Shapley, Stability
 from lora_lab.errors import LoraLabWarning, OptionError, TaskError
 from lora_lab.merging.merged import merge
 from lora_lab.merging.sources import Sources
-from lora_lab.merging.task_models import MergeModels
+from lora_lab.merging.validation.task_models import MergeModels
 from lora_lab.scoring.evaluate import score
 from lora_lab.scoring.examples import Examples
 from lora_lab.tasks.choosing import task_of, tasks_of

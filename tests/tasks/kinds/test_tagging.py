@@ -17,7 +17,7 @@ from lora_lab.merging.sources import Sources
 from lora_lab.scoring.evaluate import score
 from lora_lab.tasks.choosing import task_of
 from lora_lab.tasks.kinds.texts.tagging import Keys, TokenClassification
-from lora_lab.tasks.metrics import METRICS
+from lora_lab.tasks.scores.metrics import METRICS
 from lora_lab.training.fit import train
 from lora_lab.training.recipe import Recipe
 

@@ -13,11 +13,11 @@ from annotated_types import Ge
 from torch import Tensor, nn
 
 from lora_lab.errors import TaskError
-from lora_lab.tasks import calibration
 from lora_lab.tasks.kinds.kept import kept
 from lora_lab.tasks.kinds.language.chat import NO_TARGET, Chat
 from lora_lab.tasks.kinds.language.language import CausalLM, Row
 from lora_lab.tasks.kinds.language.templates import columns_of, filled
+from lora_lab.tasks.scores import calibration
 from lora_lab.tasks.settings import COMMON, Column, Rate, Settings
 from lora_lab.tasks.splits import by_length
 from lora_lab.tasks.tables import text_of

@@ -18,7 +18,7 @@ from lora_lab.errors import OptionError, TaskError
 from lora_lab.tasks.kinds.heads import CERTAIN, logistic
 from lora_lab.tasks.kinds.texts.listed import ListedTask
 from lora_lab.tasks.kinds.texts.pooled import POOLED, PooledKeys, PooledText
-from lora_lab.tasks.metrics import METRICS, Metric, averaged
+from lora_lab.tasks.scores.metrics import METRICS, Metric, averaged
 from lora_lab.tasks.settings import COMMON, Column
 from lora_lab.tasks.splits import by_length
 from lora_lab.tasks.tables import number_of

@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_lab import tasks
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.errors import LoraLabWarning, OptionError
-from lora_lab.given import (
+from lora_lab.api.given import (
     Adapters,
     OneAdapter,
     OneTask,
@@ -37,8 +36,9 @@ from lora_lab.given import (
     results_of,
     task_of_given,
 )
-from lora_lab.given import answered as _answered
-from lora_lab.given import shown as _shown
+from lora_lab.api.given import answered as _answered
+from lora_lab.api.given import shown as _shown
+from lora_lab.errors import LoraLabWarning, OptionError
 from lora_lab.options import checked
 from lora_lab.results.result import Result
 from lora_lab.scoring.execution import Execution

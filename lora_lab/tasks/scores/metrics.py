@@ -17,7 +17,7 @@ import numpy.typing as npt
 from lora_lab.errors import TaskError, shorten
 from lora_lab.registry import Registry
 from lora_lab.results.stats import Sampled, interval, proportion
-from lora_lab.tasks import calibration
+from lora_lab.tasks.scores import calibration
 
 Column = npt.NDArray[Any]
 """One value an example: [n], or of several models [models, n]."""

@@ -18,13 +18,13 @@ from lora_lab.merging.budgets import EXACT, Rank
 from lora_lab.merging.merged import MergeOptions, merge
 from lora_lab.merging.methods import MERGES
 from lora_lab.merging.sources import Sources, Weights
-from lora_lab.merging.task_models import MergeModels, mean_loss
+from lora_lab.merging.validation.task_models import MergeModels, mean_loss
 from lora_lab.scoring.changes import Change
 from lora_lab.scoring.evaluator import Build, Evaluator
 from lora_lab.scoring.examples import Examples
 from lora_lab.scoring.execution import Cost, Execution
 from lora_lab.tasks import digests
-from lora_lab.tasks.judging import Judge
+from lora_lab.tasks.scores.judging import Judge
 from lora_lab.tasks.task import Scores
 
 COEFFICIENT = "coefficient"

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lora_lab import files
 from lora_lab.adapters.adapter import Adapter
-from lora_lab.analysis.lines.control_factors import ControlFactors
+from lora_lab.analysis.lines.curves.control_factors import ControlFactors
 from lora_lab.brief import Brief
 from lora_lab.errors import DivergedError, FileError, LoraLabWarning, TaskError
 from lora_lab.files.trust import Origin

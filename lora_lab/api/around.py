@@ -1,4 +1,4 @@
-"""What `import lora_lab as ll` gives about the loss around and between adapters; given as in api.py."""
+"""What `import lora_lab as ll` gives about the loss around and between adapters; given as in steps.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from lora_lab.given import Adapters, Path_, TaskLike, answered, from_options, shown
+from lora_lab.api.given import Adapters, Path_, TaskLike, answered, from_options, shown
 from lora_lab.options import checked
 from lora_lab.results.result import Result
 from lora_lab.scoring.execution import Execution

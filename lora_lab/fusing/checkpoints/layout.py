@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora_lab.errors import MismatchError, shorten
 from lora_lab.files import LazyTensors
-from lora_lab.fusing.skeleton import quiet
+from lora_lab.fusing.checkpoints.skeleton import quiet
 
 
 @dataclass(frozen=True)

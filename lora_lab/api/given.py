@@ -1,4 +1,4 @@
-"""What the functions of api.py are given, and how it becomes adapters, tasks and dataclasses of options."""
+"""What the functions of this room are given, and how it becomes adapters, tasks and dataclasses of options."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_lab.given import Path_, Results, results_of
+from lora_lab.api.given import Path_, Results, results_of
 from lora_lab.options import checked
 from lora_lab.progress import bar
 from lora_lab.results.result import Result

@@ -19,8 +19,8 @@ from lora_lab.hub import base_model
 from lora_lab.options import checked
 from lora_lab.tasks import digests
 from lora_lab.tasks import task as tasks
-from lora_lab.tasks.metrics import METRICS, Metric, mean_of
-from lora_lab.tasks.python_file import line_of
+from lora_lab.tasks.python.python_file import line_of
+from lora_lab.tasks.scores.metrics import METRICS, Metric, mean_of
 from lora_lab.tasks.task import Scores, Split
 
 INDEX = "index"

@@ -93,6 +93,6 @@ def line_of(error: BaseException) -> str:
 def _theirs(filename: str) -> bool:
     """Whether a line is the user's: not of this package, nor of an installed one, nor Python's own."""
     path = Path(filename)
-    others = (Path(__file__).parents[1], Path(sysconfig.get_path("stdlib")))
+    others = (Path(__file__).parents[2], Path(sysconfig.get_path("stdlib")))
     installed = {"site-packages", "dist-packages"} & {*path.parts}
     return not (filename.startswith("<frozen") or installed or any(path.is_relative_to(each) for each in others))

@@ -27,7 +27,14 @@ from lora_lab.adapters.adapter import Adapter
 from lora_lab.adapters.describe import described
 from lora_lab.adapters.lowrank import LowRank
 from lora_lab.analysis.lines.connectivity import BARRIERS
-from lora_lab.analysis.lines.control_points import CHECKED, CURVES, Control, ControlTraining, ControlTrainings, Training
+from lora_lab.analysis.lines.curves.control_points import (
+    CHECKED,
+    CURVES,
+    Control,
+    ControlTraining,
+    ControlTrainings,
+    Training,
+)
 from lora_lab.analysis.lines.landscape import Curve
 from lora_lab.analysis.lines.points import LineModels, MixPoint
 from lora_lab.analysis.measured import Measured, require
