@@ -98,6 +98,9 @@ def test_claims_read_the_shares_and_scores_of_merges_with_numbers_of_their_examp
         assert {unit: value.value for unit, value in values.items()} == wanted
         assert sorted(wanted) == [(0,), (1,)]
         assert {len(value.examples) for value in values.values()} == {2}
+        for value in values.values():  # numbers of a share vary as it does about 0, those of a score are its own
+            behind_it = sum(each.mean() for each in value.examples)
+            assert behind_it == pytest.approx(value.value if cell == "accuracy" else 0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", ["ties", "ties (exact)", "tsv (rank 1)", "task-arithmetic (sum)"])
