@@ -68,8 +68,9 @@ def command(
     """
     from lora_lab import plots
     from lora_lab.files.disk import refuse_existing
-    from lora_lab.plots import captions, script
+    from lora_lab.plots import captions
     from lora_lab.plots.panels import PAGE
+    from lora_lab.plots.sources import script
     from lora_lab.results.result import Result
 
     captions.check(beside.caption)

@@ -17,26 +17,26 @@ from lora_lab import files
 from lora_lab.errors import LoraLabError, OptionError, shorten, unknown
 from lora_lab.escape import drawn
 from lora_lab.files.ownership import MARK
-from lora_lab.plots import pgf as plot_pgf
 from lora_lab.plots import style as plot_style
 from lora_lab.plots.names import tick_size
 from lora_lab.plots.panels import Panels
+from lora_lab.plots.sources import pgf as plot_pgf
 from lora_lab.plots.style import WIDTHS
-from lora_lab.plots.views import checkpoints as plot_checkpoints
 from lora_lab.plots.views import claims as plot_claims
 from lora_lab.plots.views import compare as plot_compare
-from lora_lab.plots.views import curve as plot_curve
-from lora_lab.plots.views import layerwise as plot_layerwise
-from lora_lab.plots.views import line as plot_line
 from lora_lab.plots.views import merges as plot_merges
 from lora_lab.plots.views import metrics as plot_metrics
 from lora_lab.plots.views import places as plot_places
-from lora_lab.plots.views import plane as plot_plane
 from lora_lab.plots.views import shapley as plot_shapley
-from lora_lab.plots.views import sharpness as plot_sharpness
 from lora_lab.plots.views import stability as plot_stability
 from lora_lab.plots.views import sweep as plot_sweep
 from lora_lab.plots.views import train as plot_train
+from lora_lab.plots.views.lines import checkpoints as plot_checkpoints
+from lora_lab.plots.views.lines import curve as plot_curve
+from lora_lab.plots.views.lines import layerwise as plot_layerwise
+from lora_lab.plots.views.lines import line as plot_line
+from lora_lab.plots.views.lines import plane as plot_plane
+from lora_lab.plots.views.lines import sharpness as plot_sharpness
 from lora_lab.registry import Registry
 from lora_lab.results.result import Result, fingerprint
 

@@ -360,7 +360,7 @@ OTHER_WORDS = {
         "adapters/formats/peft/peft_format.py",
         "cli/studies/mergekit.py",
         "fusing/extract.py",
-        "plots/decompiling.py",
+        "plots/sources/decompiling.py",
         "pruning/intruders.py",
     ),
     ("layer", "module"): ("parts of adapters, as rows name them", "geometry/intruders.py", "plots/views/places.py"),

@@ -9,8 +9,8 @@ from making_results import long_names, reproduce
 from test_sizes import axis_labels, faults
 
 from lora_lab import plots
-from lora_lab.plots import script
 from lora_lab.plots.panels import PAGE
+from lora_lab.plots.sources import script
 from lora_lab.results.result import Result, columns
 
 STORED = Path(__file__).parents[2] / "figures" / "results"

@@ -15,8 +15,8 @@ from lora_lab import escape, plots
 from lora_lab.errors import FileError, OptionError
 from lora_lab.plots import style as plot_style
 from lora_lab.plots.names import inches, shortened
-from lora_lab.plots.views import line as plot_line
 from lora_lab.plots.views import train as plot_train
+from lora_lab.plots.views.lines import line as plot_line
 from lora_lab.results.result import Result, columns
 from lora_lab.training.schedule import Schedule
 

@@ -20,8 +20,8 @@ from making_results import (
 
 from lora_lab import plots
 from lora_lab.errors import FileError, OptionError
-from lora_lab.plots import script
 from lora_lab.plots.composing import Part, compose
+from lora_lab.plots.sources import script
 
 VIEWS = {
     "interpolate": [line(), line("coto", depth=0.1)],

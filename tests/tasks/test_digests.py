@@ -285,7 +285,7 @@ def test_what_scores_hang_on_changes_with_the_code_of_a_registered_entry(monkeyp
         ("adapters/lowrank.py", True),
         ("geometry/aligning.py", True),
         ("adapters/files/reading.py", False),
-        ("plots/views/line.py", False),
+        ("plots/views/lines/line.py", False),
     ],
 )
 def test_the_code_of_merges_and_prunings_is_every_file_that_makes_them(tmp_path, changed, counts):

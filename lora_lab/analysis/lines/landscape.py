@@ -163,7 +163,7 @@ class Checkpoints(Question):
 
     spaces: tuple[str, ...] = option(
         ("delta", "factors", "matched"),
-        "What is averaged for the midpoint of two runs, see lora-lab interpolate --help: NAMES, with commas.",
+        "What is averaged for the midpoint of two runs, as on the line between adapters: NAMES, with commas.",
         choices=Later("lora_lab.merging.paths", "SPACES"),
         title="space",
     )

@@ -23,7 +23,7 @@ from lora_lab.errors import OptionError
 from lora_lab.escape import visible
 from lora_lab.files.ownership import MARK
 from lora_lab.plots import style as plot_style
-from lora_lab.plots.decompiling import axes_of, furniture_of, literal
+from lora_lab.plots.sources.decompiling import axes_of, furniture_of, literal
 from lora_lab.results.result import Result
 
 _FILTERS = 3
