@@ -233,7 +233,7 @@ def test_a_step_killed_before_its_state_is_written_knows_its_output_again(inputs
     made = numbers(folder)
     if verb == "merge":  # the step may even be another one by then
         (folder / "recipe.yaml").write_text(f"steps: [{{{verb}: {STEPS[verb].replace('ties', 'average')}}}]")
-        finished(begun("run", folder, fatal=("merging.export", "save")), folder, -signal.SIGKILL)
+        finished(begun("run", folder, fatal=("merging.writing.export", "save")), folder, -signal.SIGKILL)
         assert numbers(folder) == made
         (folder / "recipe.yaml").write_text(f"steps: [{{{verb}: {STEPS[verb]}}}]")
     finished(begun("run", folder, "--dry-run"), folder)
@@ -247,7 +247,7 @@ def test_a_step_killed_before_its_state_is_written_knows_its_output_again(inputs
 def test_what_came_to_an_outputs_place_from_elsewhere_stays_though_the_step_was_cut_off(inputs, tmp_path):
     folder = place(inputs, tmp_path)
     (folder / "recipe.yaml").write_text(f"steps: [{{merge: {STEPS['merge']}}}]")
-    finished(begun("run", folder, fatal=("merging.export", "save")), folder, -signal.SIGKILL)
+    finished(begun("run", folder, fatal=("merging.writing.export", "save")), folder, -signal.SIGKILL)
     finished(started(folder, "merge", "a.safetensors", "b.safetensors", "-o", "out/merged"), folder)
     there = numbers(folder)
     for _ in range(2):
