@@ -229,7 +229,7 @@ STEPS = {
 def test_a_step_killed_before_its_state_is_written_knows_its_output_again(inputs, tmp_path, verb):
     folder = place(inputs, tmp_path)
     (folder / "recipe.yaml").write_text(f"steps: [{{{verb}: {STEPS[verb]}}}]")
-    finished(begun("run", folder, fatal=("cli.run", "_peak")), folder, -signal.SIGKILL)
+    finished(begun("run", folder, fatal=("cli.studies.run", "_peak")), folder, -signal.SIGKILL)
     made = numbers(folder)
     if verb == "merge":  # the step may even be another one by then
         (folder / "recipe.yaml").write_text(f"steps: [{{{verb}: {STEPS[verb].replace('ties', 'average')}}}]")
