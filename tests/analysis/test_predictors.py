@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -92,6 +93,11 @@ def test_a_metric_that_is_no_share_is_lost_by_as_much_as_it_gets_worse(seeds, un
         Compare(levels=()).run(seeds, merges=[result, other])
 
 
+def without_own(result):
+    """The merges alone, as of seeds that were compared in the ratio 1:1 only."""
+    return replace(result, columns=columns([row for row in result.rows() if row["merge"] != ALONE]))
+
+
 def test_what_cannot_be_correlated_is_told_in_one_line(seeds, tmp_path):
     pairs = {tuple(row["indices"]): row for row in Compare().run(seeds).rows(level="total")}
     whole = merged(seeds, lambda i, j: i + j)
@@ -104,6 +110,7 @@ def test_what_cannot_be_correlated_is_told_in_one_line(seeds, tmp_path):
             "^3 sets of these adapters .by their labels. in the results",
         ),
         (seeds, [merged(seeds, lambda i, j: i, ratio="1:2")], OptionError, "^0 sets of these adapters"),
+        (seeds, [without_own(merged(seeds, lambda i, j: i))], OptionError, "no adapter's own score.*ratio 0:1 has it$"),
         (seeds[:3], [whole], OptionError, "^3 sets of these adapters"),
         (
             [*seeds[:1], other, *seeds[2:]],

@@ -106,6 +106,7 @@ def collected(adapters: Sequence[Adapter], results: Sequence[Result]) -> dict[st
     five sets; MismatchError where one is about other adapters of the same names.
     """
     from lora_lab.analysis.merge_tables.question import CompareMerges
+    from lora_lab.analysis.merge_tables.table import ALONE
 
     merges: dict[str, dict[tuple[int, ...], _Merge]] = {}
     for result in results:
@@ -117,6 +118,10 @@ def collected(adapters: Sequence[Adapter], results: Sequence[Result]) -> dict[st
         for name, merge in _merges(result, adapters):
             merges.setdefault(name, {})[merge.members] = merge
     most = max(map(len, merges.values()), default=0)
+    if results and not any(result.rows(merge=ALONE) for result in results):
+        raise OptionError(
+            "the results of merges tell no adapter's own score, by which a loss is told: ratio 0:1 has it"
+        )
     if results and most < FEWEST:
         raise OptionError(
             f"{most} set{'s' * (most != 1)} of these adapters (by their labels) in the results of merges; a rank "
