@@ -35,6 +35,7 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/python tests/cli_types.py
 	$(BIN)/python tests/sizes.py  # a report: it never fails
 
 format: $(STAMP)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import typer
 
@@ -346,7 +346,7 @@ class InPlace(AdapterOutput):
 
     in_place: bool = option(False, "Replace the adapter that is read, if lora-lab wrote it; without -o.")
 
-    def at(self, adapter: str) -> InPlace:
+    def at(self, adapter: str) -> Self:
         """With the place that it goes to; OptionError where both that of the adapter and another one are named."""
         if not self.in_place:
             return self

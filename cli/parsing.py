@@ -149,9 +149,11 @@ def typed(given: Mapping[str, str], defaults: Mapping[str, object], what: str) -
             values[name] = text.lower() == "true"
             continue
         # one that has no default is a whole number where it is written as one
-        kind = (int if text.lstrip("+-").isdigit() else float) if default is None else type(default)
+        kind: Callable[[str], Any] = (
+            (int if text.lstrip("+-").isdigit() else float) if default is None else type(default)
+        )
         try:
-            values[name] = kind(text)  # type: ignore[call-arg]
+            values[name] = kind(text)
         except ValueError as error:
             needed = "a whole number" if kind is int else "a number"
             raise OptionError(f"--set {name}={text}: {needed} is needed") from error
@@ -275,7 +277,7 @@ def _listed(text: str, default: object) -> tuple[Any, ...]:
     if isinstance(default, bool):
         return tuple({"true": True, "false": False}[part] for part in parts)
     whole = all(part.strip().lstrip("+-").isdigit() for part in parts)
-    kind: Callable[[str], Any] = (int if whole else float) if default is None else type(default)  # type: ignore[assignment]
+    kind: Callable[[str], Any] = (int if whole else float) if default is None else type(default)
     return tuple(kind(part) for part in parts)
 
 

@@ -45,7 +45,7 @@ class Visible:
 def escaping() -> Iterator[None]:
     """Standard output and error escape what they are given within the context."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Visible(before[0]), Visible(before[1])  # type: ignore[assignment]
+    sys.stdout, sys.stderr = Visible(before[0]), Visible(before[1])
     try:
         yield
     finally:
@@ -58,7 +58,7 @@ class Plain(Console):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
-    @property
+    @property  # type: ignore[misc]  # rich's can be set, too
     def file(self) -> IO[str]:
         """The stream below; while a bar is shown, rich has put one of its own before it."""
         found = super().file

@@ -47,15 +47,13 @@ def command(
 
     Example:  lora-lab extract ./llama-3-8b ./tuned -o a --rank 32
     """
-    from pathlib import Path
-
     from lora_lab import files
     from lora_lab.cli.verbs import step
     from lora_lab.fusing.extract import BYTES_A_SECOND, ExtractOptions, extract
     from lora_lab.hub import checkpoint_folder
 
     path, options = output.path(), ExtractOptions(**vars(how))
-    places: list[Path] = [checkpoint_folder(each) for each in (base, tuned)]
+    places = checkpoint_folder(base), checkpoint_folder(tuned)
     files.refuse_existing(path, force=output.force, inputs=places)
     count = sum(files.open_checkpoint(each).bytes for each in places)
     messages.print(f"to be read: {size(count)}, about {duration(count / BYTES_A_SECOND)}")

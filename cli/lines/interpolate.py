@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -18,7 +18,7 @@ from lora_lab.options import check_options, option
 from lora_lab.registry import Later
 
 _SPACES = Later("lora_lab.merging.paths", "SPACES")
-_SETS = {"both": lambda: Interpolate.spaces, "all": lambda: tuple(_SPACES())}
+_SETS: dict[str, Callable[[], tuple[str, ...]]] = {"both": lambda: Interpolate.spaces, "all": lambda: tuple(_SPACES())}
 
 
 @dataclass(frozen=True)

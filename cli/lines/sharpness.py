@@ -61,8 +61,8 @@ def show(result: Any) -> None:
         for row in result.summary["rates"]
     ]
     if tried:
-        headings = ("adapter", "rate", *(f"validation {in_words(name)}" for name in names), "")
-        table("Rates tried, by the records", headings, tried)
+        columns = ("adapter", "rate", *(f"validation {in_words(name)}" for name in names), "")
+        table("Rates tried, by the records", columns, tried)
 
 
 def _short(value: float | None) -> str:

@@ -132,10 +132,10 @@ def _in_base(result: Any) -> None:
         "/ chance",
         "share\nright",
         "/ chance",
+        "‖ΔW‖ / ‖W‖",
     )
-    headings += ("‖ΔW‖ / ‖W‖",)
-    keys = ("modules", "intruders", "looked_at", "least_similar", "left_share", "left_over_chance", "right_share")
-    keys += ("right_over_chance", "norm_ratio")
+    keys = ["modules", "intruders", "looked_at", "least_similar", "left_share", "left_over_chance", "right_share"]
+    keys += ["right_over_chance", "norm_ratio"]
     alone = len(result.summary["adapters"]) == 1
     for level in ("total", *(result.parameters["levels"] if alone else ())):
         rows = [row for row in result.summary["inside"] if row["level"] == level]
@@ -170,8 +170,8 @@ def _pairs(title: str, names: Sequence[str], rows: Sequence[tuple[Sequence[str],
         "overlap\nright",
         "/ chance",
     )
-    keys = ("norm_ratio", "sigma_ratio", "cosine", "distance")
-    keys += ("left_overlap", "left_over_chance", "right_overlap", "right_over_chance")
+    keys = ["norm_ratio", "sigma_ratio", "cosine", "distance"]
+    keys += ["left_overlap", "left_over_chance", "right_overlap", "right_over_chance"]
     more = ("mean angle\nleft", "\nright", "cosine of A", "z")
     cells = [
         (*name, *(row[key] for key in (*keys, "left_mean", "right_mean", "A_cosine")), number(row["A_z"], 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -108,7 +109,7 @@ def _show_tasks(result: Any, methods: list[Any], first: str | None) -> None:
         table(title, ["merge", *tasks], shown)
 
 
-def _task_cell(row: dict[str, Any] | None, scores: list[str]) -> str:
+def _task_cell(row: Mapping[str, Any] | None, scores: list[str]) -> str:
     if row is None:
         return "–"
     known = [name for name in scores if row.get(name) is not None]
@@ -166,15 +167,15 @@ def _show_notes(result: Any, means: list[dict[str, Any]]) -> None:
         console.print(f"left out: {why[0]}: {why[1]}")
 
 
-def _named(head: dict[str, Any]) -> str:
-    return head["merge"] + (f" {head['ratio']}" if head["ratio"] else "")
+def _named(head: Mapping[str, Any]) -> str:
+    return f"{head['merge']} {head['ratio']}" if head["ratio"] else str(head["merge"])
 
 
-def _size(row: dict[str, Any]) -> str:
+def _size(row: Mapping[str, Any]) -> str:
     return "–" if row.get("bytes") is None else size(row["bytes"])
 
 
-def _verdict(row: dict[str, Any]) -> str:
+def _verdict(row: Mapping[str, Any]) -> str:
     """A difference with its interval, and what can be told of it."""
     if row.get("verdict") is None:
         return "–"
@@ -182,7 +183,7 @@ def _verdict(row: dict[str, Any]) -> str:
     return "{} [{}, {}] {}".format(*ends, row["verdict"])
 
 
-def _cells(result: Any, row: dict[str, Any], scores: list[str]) -> list[str]:
+def _cells(result: Any, row: Mapping[str, Any], scores: list[str]) -> list[str]:
     if row["sets"] > 1:
         shown = [f"{number(row[k])} ± {number(row[f'{k}_spread'])}" if row[k] is not None else "–" for k in scores]
     else:

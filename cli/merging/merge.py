@@ -99,7 +99,7 @@ class Listing:
 def _list(as_json: bool) -> None:
     from lora_lab.merging.methods import MERGES
 
-    methods = [
+    methods: list[dict[str, Any]] = [
         {
             "name": name,
             "about": merge.about,
@@ -234,7 +234,7 @@ def _settings(
     if spaces:
         rank = EXACT if how.exact else how.rank
         with computing.execution(f"merging by {how.method}") as on:
-            choice = {"coefficient": coefficient, "rank": rank, "metric": how.metric}
+            choice: dict[str, Any] = {"coefficient": coefficient, "rank": rank, "metric": how.metric}
             best = search(sources, how.method, spaces, options=options, **choice, on=on)
             options, coefficient, trials = dict(best.options), best.coefficient, best.trials
     told = {name: getattr(how, name) for name in ("rank", "exact", "heads", "dtype")}

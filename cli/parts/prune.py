@@ -176,7 +176,12 @@ def command(
     elif how.sparsity is not None:
         by = how.method or "magnitude"
         foretell("to be pruned", forecast(loaded, criterion=by, jobs=computing.jobs))
-        entries = {"sparsity": how.sparsity, "by": by, "per_matrix": how.per_matrix, "seed": choosing.seed}
+        entries: dict[str, Any] = {
+            "sparsity": how.sparsity,
+            "by": by,
+            "per_matrix": how.per_matrix,
+            "seed": choosing.seed,
+        }
         pruned = prune_weights(loaded, **entries, jobs=computing.jobs, place=computing.place())
     elif how.intruders is not None:
         pruned = _lowered(loaded, how.intruders, intruders, computing)

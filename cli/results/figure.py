@@ -98,7 +98,7 @@ def _drawn(loaded: list[Result], drawing: Drawing, *, captioned: bool) -> tuple[
     from lora_lab.plots.composing import Part, compose
     from lora_lab.plots.registry import figure_and_caption
 
-    kinds = drawing.kind or []
+    kinds: list[str | None] = [*(drawing.kind or ())]
     if not drawing.panel:
         if len(kinds) > 1 or drawing.columns:
             raise OptionError("several views, or columns, are those of panels: with --panel")

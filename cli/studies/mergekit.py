@@ -62,7 +62,8 @@ def _models(content: Mapping[str, Any], where: str) -> tuple[list[str], list[int
     models = content.get("models")
     if not isinstance(models, list) or not all(isinstance(m, dict) and isinstance(m.get("model"), str) for m in models):
         raise OptionError(f"{where}: 'models' must list the adapters, each as model: PATH")
-    adapters, weights, own = [], [], {}
+    adapters, weights = [], []
+    own: dict[str, Any] = {}
     for entry in models:
         only(entry, ("model", "parameters"), where)
         _, plus, adapter = entry["model"].rpartition("+")  # mergekit writes BASE+ADAPTER

@@ -12,7 +12,7 @@ _MOST = 100_000
 """Values of a file, each as often as anchors repeat it."""
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # of a package without types
     """Without YAML 1.1's surprises: 11:0 is no number of seconds, 010 not 8, 2024-1-1 no date; no key comes twice."""
 
     yaml_implicit_resolvers: ClassVar = {
