@@ -34,8 +34,9 @@ def command(
 ) -> None:
     """How good pruned adapters are: all patterns, sparsities and ranks (or those named), with random controls.
 
-    The table shows the task's main metric, or the first of `--metric`. A pattern names what is **kept**. Half of the
-    layers by Shapley value are chosen on the validation split. Nothing is trained again after pruning.
+    ΔW = BA is what an adapter adds to a weight matrix. The table shows the task's main metric, or the first of
+    `--metric`. A pattern names what is **kept**. Half of the layers by Shapley value are chosen on the validation
+    split. Nothing is trained again after pruning.
 
     Example:  lora-lab sweep lora-s0.safetensors lora-s1.safetensors coto-s0.safetensors coto-s1.safetensors
     """

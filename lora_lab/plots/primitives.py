@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import FuncFormatter
 
 from lora_lab.plots import style as plot_style
 from lora_lab.plots.names import extent, name_axis
@@ -122,3 +124,11 @@ def heat(ax: Axes, table: Floats, rows: Sequence[str], columns: Sequence[str], *
     name_axis(ax.yaxis, rows)
     ax.grid(visible=False)
     return image
+
+
+def plain_numbers(axis: Axis) -> None:
+    """1, 2 and 5 of every decade as numbers on a logarithmic axis, or its decades alone where these are many."""
+    low, high = axis.get_view_interval()
+    digits = "125" if high < 300 * low else "1"
+    for formatter in (axis.set_major_formatter, axis.set_minor_formatter):
+        formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in digits else ""))

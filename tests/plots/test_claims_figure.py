@@ -24,13 +24,26 @@ def many(count, tasks=("data/fashion/rotation.toml", "data/fashion/rotated.toml"
     return Result("reproduce", columns(rows), result.parameters, result.summary)
 
 
+def stored(name, most):
+    """The first claims of a stored result; more of them than a page holds are told of by `figure`."""
+    result = Result.load(STORED / f"claims_{name}.json")
+    return Result("reproduce", columns(result.rows()[:most]), result.parameters, result.summary)
+
+
 MADE = {
-    "digits": lambda: Result.load(STORED / "claims_digits.json"),
-    "fashion": lambda: Result.load(STORED / "claims_fashion.json"),
+    "digits": lambda: stored("digits", 50),
+    "fashion": lambda: stored("fashion", 50),
     "one of each unit": lambda: many(8, ("digits/relabel",)),
     "sixty of one unit": lambda: reproduce([f"claim-{i}" for i in range(0, 240, 4)]),
     "names of sixty characters": lambda: many(0, names=long_names(12)),
 }
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion", "text"])
+def test_all_stored_claims_fit_a_page_on_two_columns(name):
+    figure = plots.figure(Result.load(STORED / f"claims_{name}.json"))
+    assert figure.get_figheight() <= PAGE + 1e-9
+    assert not faults(figure)
 
 
 @pytest.mark.parametrize("width", plots.WIDTHS)
@@ -48,7 +61,7 @@ def test_claims_of_all_sizes_fit_a_page_and_every_row_has_its_name(made, width):
 
 
 def test_small_units_stand_beside_a_large_one():
-    figure = plots.figure(Result.load(STORED / "claims_digits.json"))
+    figure = plots.figure(stored("digits", 50))
     assert figure.get_figheight() < 7
     lefts = [round(ax.get_position().x0, 2) for ax in figure.axes]
     assert len(set(lefts)) == 2

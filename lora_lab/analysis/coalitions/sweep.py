@@ -197,11 +197,11 @@ def _wanted(question: Sweep, choice: Choice, there: Sequence[str]) -> Collection
     """Those of the patterns that are there which the question names, by any of their names; all if it names none."""
     if not question.patterns:
         return there
-    named = [patterns.KEEPS[name] for name in question.patterns]
-    for name, keep in zip(question.patterns, named, strict=True):
-        if keep not in [patterns.KEEPS[each] for each in there]:
+    named = {name: patterns.KEEPS[name].choose for name in question.patterns}
+    for name, choose in named.items():
+        if choose not in [patterns.KEEPS[each].choose for each in there]:
             raise unknown(f"pattern of {choice.adapter.label}", name, there)
-    return [name for name in there if patterns.KEEPS[name] in named]
+    return [name for name in there if patterns.KEEPS[name].choose in named.values()]
 
 
 def _by_values(question: Sweep, name: str, label: str, evaluator: Evaluator, choice: Choice) -> Piece:

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter
 
 from lora_lab.errors import OptionError
 from lora_lab.plots import primitives
@@ -121,8 +120,7 @@ def draw_convergence(results: Sequence[Result], panels: Panels) -> list[Axes]:
     ax.set_xscale("log")
     ax.set_yscale("log")
     for axis in (ax.xaxis, ax.yaxis):
-        for formatter in (axis.set_major_formatter, axis.set_minor_formatter):
-            formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else ""))
+        primitives.plain_numbers(axis)
     ax.set_xlabel("coalitions asked for")
     ax.set_ylabel(_unit(results))
     panels.legend(

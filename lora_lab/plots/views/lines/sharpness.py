@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
 
 from lora_lab.errors import OptionError
 from lora_lab.plots import style as plot_style
 from lora_lab.plots.names import MOST, name_axis, shortened
 from lora_lab.plots.panels import Panels
+from lora_lab.plots.primitives import plain_numbers
 from lora_lab.plots.views import metrics
 from lora_lab.results.result import Result
 
@@ -42,21 +42,13 @@ def draw(results: Sequence[Result], panels: Panels) -> list[Axes]:
         if ax.dataLim.width:
             least = min((row[key] for _, row in rows if (row[key] or 0) > 0), default=1.0)
             ax.set_xlim(left=max(ax.get_xlim()[0], least / 10))  # an interval may reach to 0
-        _plain_numbers(ax)
+        plain_numbers(ax.xaxis)
         name_axis(ax.yaxis, shortened([name for _, name in places], MOST))
         ax.set_ylim(len(places) - 0.4, -0.6)
         ax.set_xlabel(label)
     panels.legend(axes[0], columns=3)
     panels.caption(axes[0], f"{plot_style.measured_on(results)}; bars: 95 % intervals")
     return axes
-
-
-def _plain_numbers(ax: Axes) -> None:
-    """1, 2 and 5 of every decade as numbers on a logarithmic x axis, or its decades alone where these are many."""
-    low, high = ax.get_xlim()
-    digits = "125" if high < 300 * low else "1"
-    for formatter in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
-        formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in digits else ""))
 
 
 def draw_rates(results: Sequence[Result], panels: Panels) -> list[Axes]:
@@ -79,7 +71,7 @@ def draw_rates(results: Sequence[Result], panels: Panels) -> list[Axes]:
             for row in result.rows(adapter=name, at=at)[:1]:
                 _draw_largest(ax, row, plot_style.look(i + 1)["color"], at)
         ax.set_xscale("log")
-        _plain_numbers(ax)
+        plain_numbers(ax.xaxis)
         panels.title(ax, name)
         if k % columns == 0:
             ax.set_ylabel(f"validation {metrics.label(results, metric)}")
