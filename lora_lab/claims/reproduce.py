@@ -77,8 +77,7 @@ class Reproduce:
         """A row for every claim on every task; `processes` train, and answer questions, side by side."""
         began, plan = time.perf_counter(), self.plan()
         lab = _Lab(folder, plan, replace(on, cache=folder / ".outcomes"), stage or _silent)
-        device = None if on.device is None else str(on.device)
-        with open_workers(processes or os.cpu_count() or 1, device=device, threads=1) as workers:
+        with open_workers(processes or os.cpu_count() or 1, device=lab.device, threads=1) as workers:
             lab.train(workers)
             lab.ask(workers)
         judged = [lab.judge(claim, tasks) for claim in plan.claims for tasks in plan.tasks_of(claim)]
@@ -164,6 +163,11 @@ class _Lab:
     """Why a question that was asked has no answer."""
     _logs: dict[Path, Result] = field(default_factory=dict)
 
+    @property
+    def device(self) -> str | None:
+        """The name of the device, where one is asked for."""
+        return None if self.on.device is None else str(self.on.device)
+
     def task(self, name: str) -> Task:
         """The task, built once."""
         from lora_lab import tasks
@@ -178,9 +182,9 @@ class _Lab:
 
         where = self.folder / "runs" / _slug(task)
         made = [(seed, _recipe(recipe, seed)) for seed in self.plan.seeds]
-        spec, device = self.task(task).spec, None if self.on.device is None else str(self.on.device)
+        spec = self.task(task).spec
         return [
-            Job(spec, each, where / f"{_named(recipe)}-s{seed}.safetensors", device, may_diverge=True)
+            Job(spec, each, where / f"{_named(recipe)}-s{seed}.safetensors", self.device, may_diverge=True)
             for seed, each in made
         ]
 
